@@ -1,0 +1,313 @@
+"""Every setting of a run, typed; YAML files with dotted overrides; all validation.
+
+A field without a default must be chosen. Unknown keys are refused with the nearest known name.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A run's configuration cannot be used; the message names the key, the value and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: Path
+    """HF folder: config.json, safetensors and tokenizer. The student's and the teacher's start."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Parameters and activations; `auto` is bf16 on a GPU and fp32 without one."""
+
+
+class ParallelConfig(Section):
+    tensor: Positive = 1
+    """Tensor-parallel size (TP)."""
+    pipeline: Positive = 1
+    """Pipeline-parallel size (PP). Data parallelism takes the processes that are left."""
+
+
+class DataConfig(Section):
+    train: list[Path] = Field(min_length=1)
+    """JSONL or Parquet files of rows with `question`, `reasoning`, `answer`."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a broken row with its file and line, or skip it and count it."""
+    shuffle: bool = True
+    """Order rows by a permutation of (seed, epoch); otherwise by file and line."""
+
+
+class ViewsConfig(Section):
+    system_prompt: str | None = (
+        "Solve the problem. Think step by step between <reasoning> and </reasoning>, then give "
+        "only the final answer between <answer> and </answer>."
+    )
+    """System turn of all three views; a row's own `system` replaces it. null: no system turn."""
+    student_template: str = "{question}"
+    """User turn of the student view. Fields: {question}."""
+    teacher_template: str = (
+        "{question}\n\nHere is a worked example of a response to this problem:\n\n{trace}\n\n"
+        "Now solve the problem yourself, in your own words, in the format asked for."
+    )
+    """User turn of the partial and full views. Fields: {question}, {trace}."""
+    trace_template: str = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+    """How reasoning and answer are written, in the teacher's views and as the response of `sft`.
+    Fields: {reasoning}, {answer}."""
+    partial_view: Literal["prefix_with_answer", "prefix_without_answer", "answer_only"] = (
+        "prefix_with_answer"
+    )
+    """What the partial view shows of the oracle trace."""
+    partial_ratio: Ratio = 0.5
+    """Share of the reasoning's characters in the partial view; the cut moves on to a word's end."""
+    max_prompt_tokens: Positive = 1024
+    """Limit for each view's prompt."""
+    on_long_prompt: Literal["cut", "drop"] = "cut"
+    """Cut the question on its left until the prompt fits, or drop the row; both are counted."""
+
+
+class SamplingConfig(Section):
+    max_response_tokens: Positive = 1024
+    """A response ends at EOS or here."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens that holds this much probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens; 0 is all of them."""
+
+
+class RolloutConfig(SamplingConfig):
+    engine: Literal["native"] = "native"
+    """Who samples: `native` is the student's own forward with a KV cache."""
+    rollouts_per_prompt: Positive = 1
+    """Responses sampled for each row."""
+    batch_size: Positive = 32
+    """Sequences decoded together on one model replica."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """Cap of the token ratios exp(log student - log engine); a sequence's loss is multiplied by
+    their mean (truncated importance sampling). null: no correction. The native engine samples
+    from the trained weights themselves, so its ratio is 1 and is not computed."""
+
+
+class ObjectiveConfig(Section):
+    name: Literal["aropd", "sft"] = "aropd"
+    """`aropd`: anchored residual on-policy distillation. `sft`: next-token cross-entropy on the
+    oracle trace. Partial OPD is aropd with residual_scale 0; Full OPD is residual_scale 1 with
+    residual_clip null."""
+    residual_scale: Annotated[float, Field(ge=0)] = 0.8
+    """Lambda: how much of the bounded residual is added to the anchor."""
+    residual_clip: Annotated[float, Field(gt=0)] | None = 5.0
+    """c, nats: the residual is clipped to [-c, c]. null: no clip."""
+    divergence: Divergence = "kl_target_student"
+    """KL(target || student), KL(student || target), or jsd with jsd_weight."""
+    jsd_weight: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Beta of `jsd`: the mixture is (1 - beta) student + beta target."""
+    reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    """Mean over a response's tokens, then over responses; or mean over all tokens. Global."""
+    skip_response_tokens: Annotated[int, Field(ge=0)] = 3
+    """The first tokens of each response that the loss leaves out."""
+    chunk_tokens: Positive = 512
+    """Tokens whose logits exist at the same time in the fused loss."""
+    hindsight_gap: float = 2.0
+    """Tau, nats: a sampled token counts as hindsight when log f - log p exceeds this ..."""
+    hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Epsilon: ... and the partial view gives it less than this probability."""
+
+
+class TeacherConfig(Section):
+    kind: Literal["ema", "frozen", "live"] = "ema"
+    """`ema` follows the student, `frozen` stays as loaded, `live` is the student itself."""
+    ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Alpha: teacher <- (1 - alpha) teacher + alpha student, after every step."""
+    fp32_master: bool = True
+    """Keep the moving average in fp32 when the model is bf16, where steps of alpha would vanish."""
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of AdamW."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay from lr to min_lr after the warm-up."""
+    warmup_ratio: Ratio = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    beta1: Ratio = 0.9
+    """AdamW."""
+    beta2: Ratio = 0.999
+    """AdamW."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled; not applied to biases and norms."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 is no clipping."""
+
+
+class TrainingConfig(Section):
+    num_steps: Positive | None = None
+    """Optimizer updates; one of num_steps and num_epochs must be given."""
+    num_epochs: Positive | None = None
+    """Passes over the data."""
+    global_batch_size: Positive = 32
+    """Responses in an optimizer update, over all ranks."""
+    micro_batch_size: Positive = 1
+    """Responses that go through the pipeline together."""
+    max_skipped_steps: Positive = 5
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    seed: int = 1234
+    """Of the data order, the rollouts and the initialization."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingConfig":
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("give exactly one of num_steps and num_epochs")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    save_every_steps: Positive = 100
+    """Save everything a run needs to go on, this often and at the end."""
+    keep_last: Positive = 2
+    """Older checkpoints are deleted."""
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = False
+    """Also write TensorBoard events under output_dir/tensorboard."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Also log to Weights & Biases."""
+    wandb_project: str = "aropd"
+    """Project name at Weights & Biases."""
+
+
+class Config(Section):
+    """A run. Paths are relative to the working directory."""
+
+    output_dir: Path
+    """Metrics, checkpoints and the resolved config; the same folder again resumes the run."""
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
+    views: ViewsConfig = ViewsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "Config":
+        if self.training.global_batch_size % self.rollout.rollouts_per_prompt:
+            raise ValueError(
+                f"training.global_batch_size {self.training.global_batch_size} is not a multiple "
+                f"of rollout.rollouts_per_prompt {self.rollout.rollouts_per_prompt}"
+            )
+        return self
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.training.global_batch_size // self.rollout.rollouts_per_prompt
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """The YAML file at `path` with dotted overrides such as `optimizer.lr=1e-5` applied.
+
+    Values of overrides are YAML too: `objective.residual_clip=null`, `data.train=[a.jsonl]`.
+
+    Raises:
+        ConfigError: no such file, broken YAML, an unknown key (with the nearest known name), a
+            missing key, or a value out of range; the message names the key and the value.
+    """
+    try:
+        tree = _parse_yaml(Path(path).read_text(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: `1e-5` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from error
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    *sections, key = dotted.split(".")
+    for depth, section in enumerate(sections):
+        node = tree.setdefault(section, {})
+        if not isinstance(node, dict):
+            name = ".".join(sections[: depth + 1])
+            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+        tree = node
+    tree[key] = _parse_yaml(value, f"override {override!r}")
+
+
+def _explain(error: ValidationError, path: str) -> str:
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]
+        key = ".".join(str(part) for part in location) or "(top level)"
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{key}: unknown key; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: required, and missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if problem["type"] == "value_error" else f", found {problem['input']!r}"
+            lines.append(f"{key}: {message}{found}")
+    return f"{path}: " + "\n  ".join(lines)
+
+
+def _known_keys(sections: tuple) -> list[str]:
+    model: Any = Config
+    for name in sections:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; loading it again gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

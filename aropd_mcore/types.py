@@ -1,0 +1,127 @@
+"""What travels between the rooms: plain, frozen records.
+
+    Row -> Views -> Rollout -> Microbatch -> TeacherOutput
+
+Shape letters: B samples of a microbatch, S padded sequence, T loss tokens of a microbatch
+(flattened over its samples), H hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example: a question and its oracle solution."""
+
+    question: str
+    reasoning: str
+    answer: str
+    system: str | None = None
+    sample_weight: float = 1.0
+    id: str = ""
+    origin: str = ""
+    """Where it came from, as `file:line`; errors name it."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """The three prompts of a row, as token ids; the response is spliced behind each of them."""
+
+    row: Row
+    student_ids: tuple[int, ...]
+    partial_ids: tuple[int, ...]
+    full_ids: tuple[int, ...]
+    num_cut_tokens: int = 0
+    """Question tokens cut on the left, over the three views together."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response."""
+
+    response_ids: tuple[int, ...]
+    """The sampled ids, with the EOS that ended it; never decoded and encoded again."""
+    logprobs: tuple[float, ...]
+    """Natural log-prob of each sampled token under the sampling weights, before temperature,
+    top-k and top-p."""
+    finished: bool
+    """True when it ended by EOS, False when the limit cut it off."""
+    weight_version: int
+    """The number of optimizer updates the sampling weights had seen."""
+
+
+class ViewBatch(NamedTuple):
+    """One of a microbatch's three padded sequences: prompt and response, padded on the right."""
+
+    tokens_BS: Tensor
+    """int64 [B, S]."""
+    hidden_index_T: Tensor
+    """int64 [T]: index into the flattened [S * B] hidden states (Megatron's [S, B, H] order) of
+    the position that predicts each loss token."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """B samples under three views, and the T response tokens that the loss counts.
+
+    The T tokens come in the same (sample, response offset) order for every view, so that row t of
+    the student's, the partial view's and the full view's hidden states speak of the same token.
+    """
+
+    student: ViewBatch
+    partial: ViewBatch | None
+    """None for objectives without a teacher."""
+    full: ViewBatch | None
+    response_ids_T: Tensor
+    """int64 [T]: the sampled token at each loss position."""
+    sample_T: Tensor
+    """int64 [T]: index of the sample within the microbatch."""
+    offset_T: Tensor
+    """int64 [T]: position in the response, counted from 0."""
+    token_weights_T: Tensor
+    """fp32 [T]: globally normalized; the weighted sum of per-token losses over all microbatches
+    and data-parallel ranks is the loss."""
+
+    @property
+    def num_samples(self) -> int:
+        return self.student.tokens_BS.size(0)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return self.response_ids_T.numel()
+
+
+class TeacherOutput(NamedTuple):
+    """The teacher's final hidden states at a microbatch's loss tokens; last stage only."""
+
+    partial_hidden_TH: Tensor
+    full_hidden_TH: Tensor
+
+
+def view_names() -> Sequence[str]:
+    """The three contexts, in the order that reports show them."""
+    return ("student", "partial", "full")
+
+
+def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    """The same microbatch with every tensor on `device`."""
+
+    def move(view: ViewBatch | None) -> ViewBatch | None:
+        return view and ViewBatch(*(t.to(device, non_blocking=True) for t in view))
+
+    student = move(microbatch.student)
+    assert student is not None
+    return Microbatch(
+        student=student,
+        partial=move(microbatch.partial),
+        full=move(microbatch.full),
+        **{
+            name: getattr(microbatch, name).to(device, non_blocking=True)
+            for name in ("response_ids_T", "sample_T", "offset_T", "token_weights_T")
+        },
+    )
