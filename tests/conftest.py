@@ -1,0 +1,17 @@
+"""Fixtures that every part of the suite may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets and the Qwen2 tokenizer: $AROPD_DATA, or ../shared/data."""
+    folder = Path(os.environ.get("AROPD_DATA") or REPO.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set AROPD_DATA to the folder of data sets")
+    return folder
