@@ -1,0 +1,92 @@
+"""CPU mode: megatron-core without a GPU, over gloo.
+
+Megatron-Core reaches for CUDA in places where any device would do. Each patch below stands for the
+upstream lines it names (megatron-core 0.16.1, under megatron/core/; 0.19 has the same lines). With
+a GPU nothing is touched. What CPU mode proves: parallel logic, checkpoints, the numerics of the
+local layer spec. It says nothing of NCCL, Transformer Engine or fused kernels.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Patch torch for a machine without a GPU; call before anything imports megatron.core."""
+    if torch.cuda.is_available():
+        return
+    _tensors()
+    _streams()
+    _random_state()
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _tensors() -> None:
+    # pipeline_parallel/p2p_communication.py:190 device=torch.cuda.current_device()
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    # pipeline_parallel/schedules.py:596 torch.zeros([], device="cuda")
+    # optimizer/clip_grads.py:90         torch.tensor([...], device="cuda")
+    # transformer/utils.py:35            torch.ones(sq, sq, device="cuda")
+    # dist_checkpointing/exchange_utils.py:104, 326  torch.empty_like / torch.empty on "cuda"
+    for name in ("zeros", "ones", "empty", "tensor", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    # models/common/language_module/language_module.py:244 weight.data.cuda()
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
+    # optimizer/distrib_optimizer.py:361 model_param.type() in ["torch.cuda.BFloat16Tensor", ...]
+    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _type_as_on_cuda(plain_type: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain_type)
+    def type_as_on_cuda(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return plain_type(self).replace("torch.", "torch.cuda.")
+        return plain_type(self, dtype, *args, **kwargs)
+
+    return type_as_on_cuda
+
+
+class _Stream:
+    """torch.cuda.Stream and .Event: work on a CPU is in order already."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any):
+        pass
+
+    record = record_event = wait = wait_event = wait_stream = synchronize = _nothing
+
+
+def _streams() -> None:
+    # pipeline_parallel/p2p_communication.py:398 torch.cuda.synchronize() after batched p2p
+    torch.cuda.synchronize = _nothing
+    # distributed/distributed_data_parallel.py:230 torch.cuda.Stream(...)
+    # distributed/param_and_grad_buffer.py:422     torch.cuda.default_stream()
+    torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = torch.cuda.default_stream = _Stream  # type: ignore[assignment]
+
+
+def _random_state() -> None:
+    # tensor_parallel/random.py CudaRNGStatesTracker: its generator is the CPU's one here.
+    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
+    import megatron.core.tensor_parallel.random as upstream
+
+    upstream._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    upstream._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    # fork() warns "CPU RNG state changed within GPU RNG context", which is the point here.
+    logging.getLogger(upstream.__name__).setLevel(logging.ERROR)

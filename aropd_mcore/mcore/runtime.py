@@ -1,0 +1,140 @@
+"""Device, process groups and seeds of this process."""
+
+from aropd_mcore.mcore import cpu_mode
+
+cpu_mode.install()  # before the first import of megatron.core
+
+import os  # noqa: E402
+import warnings  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from datetime import timedelta  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+# Four modules of it say so at import, on every rank; the run's own log says it once.
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: its device and its process groups.
+
+    The model is sharded over tp_group (tensor) and pp_group (pipeline stages); dp_group joins the
+    ranks that hold the same shard of it.
+    """
+
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp_group.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp_group.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp_group.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp_group.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_group.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp_group.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage of this model replica, same tensor rank."""
+        return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a config's `bf16`, `fp32` or `auto` means here."""
+        if name == "auto":
+            name = "bf16" if self.device.type == "cuda" else "fp32"
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def start(
+    *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout: timedelta | None = None
+) -> Runtime:
+    """Join the job's processes, split them into groups and seed every generator.
+
+    Under torchrun or srun the job is what RANK, WORLD_SIZE and LOCAL_RANK say; otherwise it is this
+    process alone. NCCL serves tensors on the GPU, gloo those on the CPU.
+
+    Args:
+        tensor, pipeline: sizes of the model's sharding; data parallelism takes the rest.
+        seed: the same on every rank.
+        timeout: of collectives; torch's default if None.
+    Raises:
+        ValueError: tensor * pipeline does not divide the number of processes.
+    Collectives: creates process groups; every rank of the job must call it.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        # Tensor parallelism overlaps communication only when kernels queue in order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    if dist.get_world_size() % (tensor * pipeline):
+        raise ValueError(
+            f"{dist.get_world_size()} processes cannot be split into model replicas of "
+            f"parallel.tensor {tensor} x parallel.pipeline {pipeline}; start a multiple of "
+            f"{tensor * pipeline}"
+        )
+    parallel_state.initialize_model_parallel(tensor, pipeline)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    return Runtime(
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def stop(*, leave_job: bool = False) -> None:
+    """Undo `start`: drop the groups, so that another split can follow.
+
+    Args:
+        leave_job: also leave torch.distributed; a process does this once, at its end.
+    """
+    parallel_state.destroy_model_parallel()
+    if leave_job:
+        dist.destroy_process_group()
