@@ -93,10 +93,6 @@ class RolloutConfig(SamplingConfig):
     """Responses sampled for each row."""
     batch_size: Positive = 32
     """Sequences decoded together on one model replica."""
-    importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
-    """Cap of the token ratios exp(log student - log engine); a sequence's loss is multiplied by
-    their mean (truncated importance sampling). null: no correction. The native engine samples
-    from the trained weights themselves, so its ratio is 1 and is not computed."""
 
 
 class ObjectiveConfig(Section):

@@ -1,0 +1,154 @@
+"""Megatron's DDP and distributed optimizer, with clipping and the learning-rate schedule."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from aropd_mcore.config import OptimizerConfig
+from aropd_mcore.mcore import adam
+from aropd_mcore.mcore.model import HiddenStateGPT
+
+adam.install()
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What became of one optimizer update; the same on every rank."""
+
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    applied: bool
+    """False when the loss or the norm was not finite: weights and optimizer state are untouched."""
+    lr: float
+    """The learning rate of this update."""
+
+
+class Optimizer:
+    """AdamW over the student's shards, its state sharded over the data-parallel ranks.
+
+    Gradients arrive already normalized: token weights carry the global divisor (numerics.reduce),
+    so Megatron sums them over microbatches and data-parallel ranks and divides by nothing.
+    """
+
+    def __init__(self, model: HiddenStateGPT, config: OptimizerConfig, *, num_steps: int):
+        """
+        Args:
+            model: the student; its parameters become views into DDP's buffers.
+            num_steps: updates of the whole run, for the schedule.
+        """
+        self.clip_grad = config.clip_grad
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                average_in_collective=False,
+            ),
+            model,
+        )
+        bf16 = model.config.params_dtype == torch.bfloat16
+        megatron_config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=True,
+        )
+        self.inner = get_megatron_optimizer(
+            megatron_config,
+            [self.ddp],
+            config_overrides=get_standard_config_overrides(megatron_config),
+        )
+        for part in self.inner.chained_optimizers:
+            # Now, so that a checkpoint can be written before the first update was applied.
+            part.init_state_fn(part.optimizer, part.config)
+        model.config.grad_scale_func = self.inner.scale_loss
+        model.config.finalize_model_grads_func = _finalize_summed_grads
+        warmup_steps = int(config.warmup_ratio * num_steps)
+        self.scheduler = OptimizerParamScheduler(
+            self.inner,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=min(warmup_steps, num_steps - 1),
+            lr_decay_steps=num_steps,
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=num_steps,
+            wd_incr_style="constant",
+        )
+
+    def zero_grad(self) -> None:
+        self.ddp.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    @torch.no_grad()
+    def step(self, loss: float) -> UpdateResult:
+        """Clip and apply the gradients of the last forward-backward, and advance the schedule.
+
+        Args:
+            loss: the global loss, the same on every rank; not finite means no update.
+        Collectives: the gradient norm over the model's ranks, the all-gather of updated
+            parameters over the data-parallel ranks.
+        """
+        lr = self.lr
+        self.inner.prepare_grads()
+        grad_norm = float(self.inner.get_grad_norm())
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            parameters = self.inner.get_parameters()
+            if self.clip_grad > 0 and parameters:
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+            self.inner.step_with_ready_grads()
+        self.scheduler.step(increment=1)
+        return UpdateResult(grad_norm, applied, lr)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return self.inner.param_groups[0]["lr"]
+
+    def sharded_state_dict(
+        self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
+    ) -> dict[str, Any]:
+        """Optimizer state for dist_checkpointing, and the schedule's position.
+
+        Args:
+            model_state: the student's sharded state dict; metadata: the same at save and load.
+        """
+        return {
+            "optimizer": self.inner.sharded_state_dict(
+                model_state, is_loading=is_loading, metadata=metadata
+            ),
+            "opt_param_scheduler": self.scheduler.state_dict(),
+        }
+
+    @torch.no_grad()  # fp32 parameters are leaves that the load writes into
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["opt_param_scheduler"])
+
+
+def _finalize_summed_grads(
+    model: list[Any], _num_tokens: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    """Megatron's gradient reductions without its division by a token count."""
+    finalize_model_grads(model, None, *args, **kwargs)

@@ -1,0 +1,68 @@
+"""A thin hold on Megatron's pipeline schedules."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from aropd_mcore.types import ViewBatch
+
+
+def run_schedule(
+    model: Any,
+    inputs: Iterable[Any],
+    view_of: Callable[[Any], ViewBatch],
+    on_last_stage: Callable[[Tensor, Any], Any],
+    *,
+    num_microbatches: int,
+    forward_only: bool,
+) -> list[Any]:
+    """Send microbatches through the pipeline; 1F1B with backward, or forward only.
+
+    Args:
+        model: the model chunk of this stage (under DDP when there is a backward).
+        inputs: one item a microbatch, the same on every stage.
+        view_of: the sequences of an item that the model reads.
+        on_last_stage: called as (hidden_TH, item) on the last stage with the final hidden states at
+            the view's loss positions, [T, H]; with a backward it returns (loss, report), the
+            loss a scalar that is summed over microbatches.
+        num_microbatches: number of items.
+        forward_only: no backward; what on_last_stage returns is collected as it is.
+    Returns:
+        On the last stage what on_last_stage reported for each microbatch, in order; elsewhere [].
+    Collectives: point to point between stages; with a backward also Megatron's gradient reductions.
+    """
+
+    def forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Callable[..., Any]]:
+        item = next(iterator)
+        view = view_of(item)
+        # Right padding under a causal mask is never seen by a real token: no mask is needed, and
+        # positions count from the start of each row, as the prompt does.
+        position_ids = torch.arange(view.tokens_BS.size(1), device=view.tokens_BS.device)
+        hidden_SBH = stage(view.tokens_BS, position_ids.expand_as(view.tokens_BS), None)
+
+        def finish(output_SBH: Tensor, non_loss_data: bool = False) -> Any:
+            hidden_TH = output_SBH.flatten(0, 1).index_select(0, view.hidden_index_T)
+            result = on_last_stage(hidden_TH, item)
+            if non_loss_data:
+                return result
+            loss, report = result
+            # The token count is for Megatron's own normalization, which is off.
+            return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+        return hidden_SBH, finish
+
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(inputs),
+            model=model,
+            num_microbatches=num_microbatches,
+            # Stages tell each other the shapes (variable_seq_lengths); these only have to exist.
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )

@@ -1,0 +1,165 @@
+"""The student's forward and backward through the pipeline, with the loss on its last stage."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aropd_mcore.config import ObjectiveConfig
+from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.optim import Optimizer
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.schedule import run_schedule
+from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.numerics import fused_linear_anchored_residual_kl, fused_linear_cross_entropy
+from aropd_mcore.numerics.diagnostics import POSITION_BUCKETS, hindsight_tokens, sum_by_position
+from aropd_mcore.types import Microbatch, TeacherOutput
+
+TokenSums = dict[str, Tensor]
+"""name -> fp64 [position buckets]: a metric summed over loss tokens; `num_tokens` and, in its first
+bucket, the weighted `loss` among them."""
+
+_AROPD_SUMS = (
+    "loss",
+    "num_tokens",
+    "clip_fraction",
+    "entropy_full",
+    "entropy_partial",
+    "entropy_student",
+    "hindsight_token_rate",
+    "kl_full_partial",
+    "kl_full_student",
+    "kl_partial_student",
+    "kl_target_student",
+    "topk_overlap",
+)
+_SFT_SUMS = ("loss", "num_tokens", "cross_entropy", "entropy_student")
+
+
+class Student:
+    """The trained model."""
+
+    def __init__(
+        self,
+        model: HiddenStateGPT,
+        optimizer: Optimizer,
+        objective: ObjectiveConfig,
+        runtime: Runtime,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.objective = objective
+        self.runtime = runtime
+
+    def forward_backward(
+        self,
+        microbatches: Sequence[Microbatch],
+        teacher: Teacher | None,
+        teacher_outputs: Sequence[TeacherOutput | None],
+    ) -> TokenSums:
+        """Accumulate the gradient of the global loss over all microbatches.
+
+        Args:
+            microbatches: this data-parallel rank's; their token weights are globally normalized.
+            teacher: whose head turns its hidden states into logits; None for `sft`.
+            teacher_outputs: of `Teacher.score`, one a microbatch.
+        Returns:
+            Sums over the global batch's loss tokens, the same on every rank.
+        Collectives: those of the schedule and of the loss; then one all-reduce of the sums over the
+            data-parallel ranks and one broadcast from the last stage.
+        """
+
+        def loss_of(
+            hidden_TH: Tensor, item: tuple[Microbatch, TeacherOutput | None]
+        ) -> tuple[Tensor, TokenSums]:
+            microbatch, teacher_output = item
+            if self.objective.name == "sft":
+                return self._cross_entropy(hidden_TH, microbatch)
+            assert teacher is not None and teacher_output is not None
+            return self._anchored_residual(hidden_TH, microbatch, teacher, teacher_output)
+
+        self.model.train()
+        self.optimizer.zero_grad()
+        reports = run_schedule(
+            self.optimizer.ddp,
+            zip(microbatches, teacher_outputs, strict=True),
+            view_of=lambda item: item[0].student,
+            on_last_stage=loss_of,
+            num_microbatches=len(microbatches),
+            forward_only=False,
+        )
+        return self._add_up(reports)
+
+    def _anchored_residual(
+        self,
+        hidden_TH: Tensor,
+        microbatch: Microbatch,
+        teacher: Teacher,
+        teacher_output: TeacherOutput,
+    ) -> tuple[Tensor, TokenSums]:
+        objective = self.objective
+        loss, metrics = fused_linear_anchored_residual_kl(
+            hidden_TH,
+            self.model.head_weight(),
+            teacher_output.partial_hidden_TH,
+            teacher_output.full_hidden_TH,
+            teacher.head_weight,
+            microbatch.token_weights_T,
+            residual_scale=objective.residual_scale,
+            residual_clip=objective.residual_clip,
+            divergence=objective.divergence,
+            jsd_weight=objective.jsd_weight,
+            vocab_size=self.model.vocab_size,
+            tp_group=self._tp_group,
+            chunk_tokens=objective.chunk_tokens,
+            sampled_ids_T=microbatch.response_ids_T,
+        )
+        metrics["hindsight_token_rate"] = hindsight_tokens(
+            metrics["logprob_full"],
+            metrics["logprob_partial"],
+            gap=objective.hindsight_gap,
+            floor=objective.hindsight_floor,
+        )
+        return loss, self._token_sums(loss, metrics, microbatch)
+
+    def _cross_entropy(self, hidden_TH: Tensor, microbatch: Microbatch) -> tuple[Tensor, TokenSums]:
+        loss, metrics = fused_linear_cross_entropy(
+            hidden_TH,
+            self.model.head_weight(),
+            microbatch.response_ids_T,
+            microbatch.token_weights_T,
+            vocab_size=self.model.vocab_size,
+            tp_group=self._tp_group,
+            chunk_tokens=self.objective.chunk_tokens,
+        )
+        metrics["cross_entropy"] = metrics["loss_T"]
+        return loss, self._token_sums(loss, metrics, microbatch)
+
+    def _token_sums(
+        self, loss: Tensor, metrics: dict[str, Tensor], microbatch: Microbatch
+    ) -> TokenSums:
+        names = [name for name in self._sum_names if name in metrics]
+        sums = sum_by_position({name: metrics[name] for name in names}, microbatch.offset_T)
+        sums["loss"] = torch.zeros_like(sums["num_tokens"])
+        sums["loss"][0] = loss.detach()
+        return sums
+
+    def _add_up(self, reports: list[TokenSums]) -> TokenSums:
+        names, runtime = self._sum_names, self.runtime
+        shape = (len(names), len(POSITION_BUCKETS))
+        total = torch.zeros(shape, dtype=torch.float64, device=runtime.device)
+        for report in reports:
+            total += torch.stack([report[name] for name in names])
+        if runtime.is_last_stage:
+            dist.all_reduce(total, group=runtime.dp_group)
+        dist.broadcast(total, src=runtime.last_stage_rank, group=runtime.pp_group)
+        return dict(zip(names, total.cpu(), strict=True))
+
+    @property
+    def _sum_names(self) -> tuple[str, ...]:
+        return _SFT_SUMS if self.objective.name == "sft" else _AROPD_SUMS
+
+    @property
+    def _tp_group(self) -> dist.ProcessGroup | None:
+        return self.runtime.tp_group if self.runtime.tp_size > 1 else None
