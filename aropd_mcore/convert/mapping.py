@@ -1,0 +1,165 @@
+"""Names: one table a model family, Megatron-Core weight <- the HF tensors that make it up.
+
+Everything that moves weights between HF folders and Megatron reads these tables: training,
+export, conversion. A family is its table of layer rows and the few settings in `Family`; what its
+config.json says is read in architecture.py, and how tensors are cut and merged is in tensors.py.
+
+Megatron names are those of the local layer spec, with layers numbered over the whole model.
+`{layer}` stands for that number on both sides.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """How a weight is cut over tensor-parallel ranks, and how its HF tensors are merged.
+
+    Every HF tensor is cut along `split_dim` into equal parts, one a rank; a rank's parts are then
+    merged into its shard of the Megatron weight. So reading a shard reads that shard alone.
+    """
+
+    REPLICATED = "replicated"
+    """The same on every rank."""
+    ROW = "row"
+    """Cut by columns: the input of the linear layer is sharded."""
+    VOCAB = "vocab"
+    """Cut by rows, after zero rows are added up to the padded vocabulary."""
+    QKV = "qkv"
+    """q, k, v cut by rows; merged per key/value head: its query heads, its key, its value."""
+    GATE_UP = "gate_up"
+    """gate, up cut by rows; merged one under the other."""
+
+    @property
+    def split_dim(self) -> int | None:
+        return {Kind.REPLICATED: None, Kind.ROW: 1}.get(self, 0)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One Megatron weight and the HF tensors that make it up, in merging order, with their shapes.
+
+    Sizes are named: `vocab`, `hidden`, `ffn`, `head` (one head), `q` and `kv` (all heads).
+    """
+
+    name: str
+    kind: Kind
+    hf: Mapping[str, tuple[str, ...]]
+
+
+EMBEDDING = TableRow(
+    "embedding.word_embeddings.weight",
+    Kind.VOCAB,
+    {"model.embed_tokens.weight": ("vocab", "hidden")},
+)
+FINAL_NORM = TableRow(
+    "decoder.final_layernorm.weight", Kind.REPLICATED, {"model.norm.weight": ("hidden",)}
+)
+HEAD = TableRow("output_layer.weight", Kind.VOCAB, {"lm_head.weight": ("vocab", "hidden")})
+
+_MEGATRON = "decoder.layers.{layer}."
+_HF = "model.layers.{layer}."
+
+ATTENTION = (
+    TableRow(
+        _MEGATRON + "input_layernorm.weight",
+        Kind.REPLICATED,
+        {_HF + "input_layernorm.weight": ("hidden",)},
+    ),
+    TableRow(
+        _MEGATRON + "self_attention.linear_qkv.weight",
+        Kind.QKV,
+        {
+            _HF + "self_attn.q_proj.weight": ("q", "hidden"),
+            _HF + "self_attn.k_proj.weight": ("kv", "hidden"),
+            _HF + "self_attn.v_proj.weight": ("kv", "hidden"),
+        },
+    ),
+    TableRow(
+        _MEGATRON + "self_attention.linear_proj.weight",
+        Kind.ROW,
+        {_HF + "self_attn.o_proj.weight": ("hidden", "q")},
+    ),
+)
+QKV_BIAS = (
+    TableRow(
+        _MEGATRON + "self_attention.linear_qkv.bias",
+        Kind.QKV,
+        {
+            _HF + "self_attn.q_proj.bias": ("q",),
+            _HF + "self_attn.k_proj.bias": ("kv",),
+            _HF + "self_attn.v_proj.bias": ("kv",),
+        },
+    ),
+)
+QK_NORM = (
+    TableRow(
+        _MEGATRON + "self_attention.q_layernorm.weight",
+        Kind.REPLICATED,
+        {_HF + "self_attn.q_norm.weight": ("head",)},
+    ),
+    TableRow(
+        _MEGATRON + "self_attention.k_layernorm.weight",
+        Kind.REPLICATED,
+        {_HF + "self_attn.k_norm.weight": ("head",)},
+    ),
+)
+DENSE_MLP = (
+    TableRow(
+        _MEGATRON + "pre_mlp_layernorm.weight",
+        Kind.REPLICATED,
+        {_HF + "post_attention_layernorm.weight": ("hidden",)},
+    ),
+    TableRow(
+        _MEGATRON + "mlp.linear_fc1.weight",
+        Kind.GATE_UP,
+        {
+            _HF + "mlp.gate_proj.weight": ("ffn", "hidden"),
+            _HF + "mlp.up_proj.weight": ("ffn", "hidden"),
+        },
+    ),
+    TableRow(
+        _MEGATRON + "mlp.linear_fc2.weight",
+        Kind.ROW,
+        {_HF + "mlp.down_proj.weight": ("hidden", "ffn")},
+    ),
+)
+
+TRANSFORMER_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's layer spec fuses norms into the linear layers behind them: name -> ours."""
+
+IGNORED_HF_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+"""Buffers that old checkpoints carry and transformers computes anew."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its name, its settings, and its table."""
+
+    name: str
+    """`model_type` in config.json."""
+    architecture: str
+    """The first of `architectures` in config.json."""
+    layer_rows: tuple[TableRow, ...]
+    """The table of one transformer layer, in the order of the computation."""
+    head_dim: int | None = None
+    """Where config.json has no `head_dim`: this, or hidden_size / num_attention_heads if None."""
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return any(row in QKV_BIAS for row in self.layer_rows)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return any(row in QK_NORM for row in self.layer_rows)
+
+
+FAMILIES = (
+    Family("llama", "LlamaForCausalLM", (*ATTENTION, *DENSE_MLP)),
+    Family("qwen2", "Qwen2ForCausalLM", (*ATTENTION, *QKV_BIAS, *DENSE_MLP)),
+    Family("qwen3", "Qwen3ForCausalLM", (*ATTENTION, *QK_NORM, *DENSE_MLP), head_dim=128),
+)

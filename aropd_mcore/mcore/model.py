@@ -1,0 +1,142 @@
+"""From an HF config.json to Megatron's GPTModel, in the shard of this rank."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
+from aropd_mcore.convert.tensors import padded_vocab_size
+from aropd_mcore.mcore.runtime import Runtime
+
+
+class HiddenStateGPT(GPTModel):
+    """GPTModel whose last stage returns final hidden states instead of logits.
+
+    Called as GPTModel is (tokens [B, S], positions [B, S], attention mask or None for causal), in
+    training and, with a StaticInferenceContext, in cached decoding. Every stage returns [S, B, H]:
+    the last one after the final norm. The output head is applied where logits are consumed, inside
+    the loss and the sampler, chunk by chunk: no [S, B, V] tensor is made here.
+    """
+
+    def __init__(self, architecture: Architecture, config: TransformerConfig, runtime: Runtime):
+        padded = padded_vocab_size(architecture.vocab_size, runtime.tp_size)
+        super().__init__(
+            config,
+            _layer_spec(config, runtime),
+            vocab_size=padded,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=runtime.is_first_stage,
+            post_process=runtime.is_last_stage,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,  # type: ignore[arg-type] # any number serves
+            rope_scaling=architecture.rope_scaling_factor is not None,
+            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+        )
+        self.architecture = architecture
+        self.vocab_size = architecture.vocab_size
+        self.padded_vocab_size = padded
+
+    def _postprocess(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's shard of the output head, [V_padded / tp, H]; last stage only.
+
+        The embedding itself where it is tied and this stage holds it. Rows at or past vocab_size
+        belong to no token.
+        """
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def model_config(
+    architecture: Architecture, runtime: Runtime, *, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's settings for a model and this runtime.
+
+    Fused kernels are on where Transformer Engine is there to supply them.
+    """
+    fused = _use_transformer_engine(runtime)
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.family.has_qkv_bias,
+        qk_layernorm=architecture.family.has_qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=runtime.tp_size,
+        pipeline_model_parallel_size=runtime.pp_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Microbatches differ in length. Megatron asks for this dispatcher then, experts or not.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The loss comes as a sum and is divided in one place.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=runtime.device.type == "cpu",
+        perform_initialization=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,  # of the local spec, and needs Apex
+        gradient_accumulation_fusion=False,  # needs Apex
+        persist_layer_norm=False,  # the local spec's norm refuses it
+    )
+
+
+def build_model(
+    hf: Path | str | Mapping[str, Any], runtime: Runtime, *, dtype: torch.dtype
+) -> HiddenStateGPT:
+    """The model that an HF config describes, this rank's shard of it, on runtime.device.
+
+    Its weights are uninitialized memory: load them (weights.load_hf_weights, or a checkpoint).
+
+    Args:
+        hf: an HF folder, a config.json, or its parsed contents.
+        dtype: of every parameter; activations follow.
+    Raises:
+        CheckpointError: the config cannot be used.
+        ValueError: the runtime's layout does not divide the model.
+    """
+    architecture = read_architecture(hf)
+    check_layout(architecture, tensor=runtime.tp_size, pipeline=runtime.pp_size)
+    model = HiddenStateGPT(architecture, model_config(architecture, runtime, dtype=dtype), runtime)
+    # The local spec's norms are created in fp32 and on the CPU, whatever params_dtype says.
+    return model.to(device=runtime.device, dtype=dtype)
+
+
+def _use_transformer_engine(runtime: Runtime) -> bool:
+    return HAVE_TE and runtime.device.type == "cuda"
+
+
+def _layer_spec(config: TransformerConfig, runtime: Runtime) -> ModuleSpec:
+    if _use_transformer_engine(runtime):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
