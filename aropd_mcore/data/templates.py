@@ -1,0 +1,75 @@
+"""Plain text: filling templates, cutting a trace, writing a trace with a part left out.
+
+A template's fields are `{name}`; every other brace is text, so `\\boxed{}` needs no escape.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from aropd_mcore.config import ConfigError
+
+_FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+def check_fields(setting: str, template: str, fields: Sequence[str]) -> None:
+    """Refuse a template that does not hold each of `fields` exactly once, and no other.
+
+    Raises:
+        ConfigError: names the setting, the field and the fields that there are.
+    """
+    found = _FIELD.findall(template)
+    known = ", ".join(f"{{{name}}}" for name in fields)
+    for name in found:
+        if name not in fields:
+            raise ConfigError(f"{setting}: unknown field {{{name}}}; its fields are {known}")
+    for name in fields:
+        if found.count(name) != 1:
+            raise ConfigError(
+                f"{setting}: found {{{name}}} {found.count(name)} times in {template!r}, "
+                "expected it once"
+            )
+
+
+def fill(template: str, **values: str) -> str:
+    """The template with its fields replaced, in one pass: braces in the values stay as they are."""
+    return _FIELD.sub(lambda match: values[match[1]], template)
+
+
+def partial_trace(reasoning: str, ratio: float) -> str:
+    """The first `ratio` of the characters, the cut moved forward to the end of a word.
+
+    A word is a run without white space; wide (Chinese, Japanese, Korean) characters are words by
+    themselves, since such text has no spaces at which a cut could stop. White space at the end is
+    left out. Ratio 0 is the empty trace, ratio 1 the whole.
+    """
+    cut = int(ratio * len(reasoning))
+    while 0 < cut < len(reasoning) and _in_word(reasoning[cut - 1]) and _in_word(reasoning[cut]):
+        cut += 1
+    return reasoning[:cut].rstrip()
+
+
+def _in_word(character: str) -> bool:
+    return not character.isspace() and unicodedata.east_asian_width(character) not in "WF"
+
+
+def write_trace(template: str, reasoning: str, answer: str) -> str:
+    """The trace template filled; a part that is empty leaves no empty place behind.
+
+    With an empty part its field goes, and with it the pair of tags directly around it or, where
+    there is none, the text of its line up to a neighbouring field. Both empty: the empty string.
+    """
+    parts = {"reasoning": reasoning.strip(), "answer": answer.strip()}
+    if not any(parts.values()):
+        return ""
+    for name, text in parts.items():
+        if not text:
+            template = _without_field(template, name)
+    return fill(template, **parts)
+
+
+def _without_field(template: str, name: str) -> str:
+    in_tags = rf"<(\w+)>\s*\{{{name}\}}\s*</\1>\s*"
+    on_its_line = rf"[^\n}}]*\{{{name}\}}[^\n{{]*\s*"
+    rest, num_found = re.subn(in_tags, "", template)
+    return (rest if num_found else re.sub(on_its_line, "", template)).strip()
