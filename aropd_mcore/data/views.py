@@ -5,7 +5,7 @@ import json
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from jinja2 import TemplateError
 
@@ -13,10 +13,13 @@ from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.templates import check_fields, fill, partial_trace, write_trace
 from aropd_mcore.data.tokenizer import chat_template, render_chat, response_end_id
-from aropd_mcore.types import Row, Views, view_names
+from aropd_mcore.types import Row, Views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+View = Literal["student", "partial", "full"]
+VIEWS: tuple[View, ...] = get_args(View)
 
 # Stands for the question while the chat template is rendered; plain ASCII, so that no template's
 # trimming or escaping changes it.
@@ -75,7 +78,7 @@ class ViewBuilder:
             PromptTooLong: a prompt is over the limit, and on_long_prompt is "drop" or it would be
                 too long with no question at all.
         """
-        student, partial, full = (self.prompt(row, view) for view in view_names())
+        student, partial, full = (self.prompt(row, view) for view in VIEWS)
         return Views(
             row=row,
             student_ids=student.ids,
@@ -84,8 +87,8 @@ class ViewBuilder:
             num_cut_tokens=sum(view.num_cut_tokens for view in (student, partial, full)),
         )
 
-    def prompt(self, row: Row, view: str) -> Prompt:
-        """One view ("student", "partial" or "full") of a row; raises as `build` does."""
+    def prompt(self, row: Row, view: View) -> Prompt:
+        """One view of a row; raises as `build` does."""
         question, trace = row.question.strip(), self._trace(row, view)
         head, tail = self._frame(row, trace)
 
@@ -124,7 +127,7 @@ class ViewBuilder:
         parts = [chat_template(self.tokenizer), self.config.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _trace(self, row: Row, view: str) -> str:
+    def _trace(self, row: Row, view: View) -> str:
         if view == "student":
             return ""
         reasoning, answer = row.reasoning.strip(), row.answer

@@ -1,0 +1,53 @@
+"""The three views of a row, for a person to read."""
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from aropd_mcore.data.views import VIEWS, View, ViewBuilder
+from aropd_mcore.types import Row
+
+_QUESTION_STYLE, _PRIVILEGED_STYLE, _FRAME_STYLE = "bold cyan", "magenta", "dim"
+
+
+def render_views(builder: ViewBuilder, row: Row) -> RenderableType:
+    """The row's three views as the model reads them (the token ids, decoded), and the oracle
+    response; the question and the privileged part in colours of their own, with token counts.
+
+    Print it with `rich.console.Console().print(...)`.
+
+    Raises:
+        PromptTooLong: see `ViewBuilder.build`.
+    """
+    panels = [_panel(builder, row, view) for view in VIEWS]
+    legend = Text.assemble(
+        f"{row.origin}  ",
+        ("question", _QUESTION_STYLE),
+        "  ",
+        ("privileged", _PRIVILEGED_STYLE),
+        "  ",
+        ("template", _FRAME_STYLE),
+    )
+    num_tokens = len(builder.oracle_response_ids(row))
+    end = builder.tokenizer.decode([builder.end_id])
+    return Group(legend, *panels, Text(f"oracle response: {num_tokens} tokens, with {end!r}"))
+
+
+def _panel(builder: ViewBuilder, row: Row, view: View) -> Panel:
+    prompt = builder.prompt(row, view)
+    text = Text(str(builder.tokenizer.decode(list(prompt.ids))), style=_FRAME_STYLE)
+    counts = [f"{len(prompt.ids)} tokens"]
+    for name, part, style in (
+        ("question", prompt.question, _QUESTION_STYLE),
+        ("privileged", prompt.trace, _PRIVILEGED_STYLE),
+    ):
+        if part:
+            num_tokens = len(builder.tokenizer.encode(part, add_special_tokens=False))
+            counts.append(f"{name} {num_tokens}")
+            # A decoder that does not give the text back leaves the part uncoloured.
+            start = text.plain.find(part)
+            if start >= 0:
+                text.stylize(style, start, start + len(part))
+    if prompt.num_cut_tokens:
+        counts.append(f"cut {prompt.num_cut_tokens}")
+    return Panel(text, title=f"{view} view: {', '.join(counts)}", title_align="left")
