@@ -58,9 +58,10 @@ class HiddenStateGPT(GPTModel):
         The embedding itself where it is tied and this stage holds it. Rows at or past vocab_size
         belong to no token.
         """
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        embedding = self.share_embeddings_and_output_weights and self.pre_process
+        weight = self.embedding.word_embeddings.weight if embedding else self.output_layer.weight
+        assert weight is not None
+        return weight
 
 
 def model_config(

@@ -1,0 +1,90 @@
+"""Tiny random HF models of every family, made by transformers itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # one for each file that is saved
+
+TINY: dict[str, Any] = {
+    "vocab_size": 509,  # prime: padding is never nothing
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.2,  # large enough for logits that tell tokens apart
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama31": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA31_ROPE,
+            "max_position_embeddings": 16384,
+            "head_dim": 64,  # long enough wavelengths for the scaling to touch
+        },
+    ),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),  # not hidden_size / heads
+}
+
+
+def save_tiny_model(
+    family: str,
+    folder: Path,
+    *,
+    tie: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Write a random model to `folder` as an HF folder (config, safetensors), and return it.
+
+    Biases and norms are random too: at their initial zeros and ones they would hide mistakes.
+
+    Args:
+        family: a key of FAMILIES.
+        tie: share input embedding and output head.
+        overrides: settings of the HF config, in place of TINY's.
+    """
+    config_class, model_class, settings = FAMILIES[family]
+    config = config_class(**{**TINY, **settings, **overrides}, tie_word_embeddings=tie)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name or name.endswith("bias"):
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    model = model.to(dtype).eval()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
