@@ -1,0 +1,70 @@
+"""Global normalization: the one place that divides.
+
+The losses of this package are sums over tokens. Each token's weight is fixed before the forward,
+from counts over all data-parallel ranks and microbatches, so that plain sums give the same loss
+and gradient for every layout.
+
+Shape letters: N samples of this rank, over all microbatches of a step.
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sample_token_weights(
+    num_loss_tokens_N: Tensor,
+    sample_weights_N: Tensor,
+    *,
+    reduction: Literal["sequence_mean", "token_mean"],
+    dp_group=None,
+) -> Tensor:
+    """The weight of each loss token of sample i: the plain sum over all tokens is the loss.
+
+        sequence_mean: w_i / (n_i * sum_j w_j),  over responses j with loss tokens (n_j > 0)
+        token_mean:    w_i / sum_j w_j n_j
+
+    with n_i the loss tokens of sample i and w_i its sample weight; j runs over all ranks. These
+    are weighted means: with weights of 1, a mean over responses of their means over tokens, and a
+    mean over tokens.
+
+    Source: METHOD section 3, Reduction.
+    Gradient: none.
+
+    Args:
+        num_loss_tokens_N: integers [N], this rank's samples of the step; 0 counts nowhere.
+        sample_weights_N: [N], finite and >= 0.
+        reduction: one of the names above.
+        dp_group: the ranks that share the global batch; None: this rank has all of it.
+    Returns:
+        [N] fp32; 0 for samples without loss tokens, and everywhere if there is nothing to count.
+    Raises:
+        ValueError: shapes differ, a count or a weight is negative, a weight is not finite, or the
+            reduction is unknown.
+    Collectives: one all-reduce of one fp64 number over dp_group.
+    """
+    if num_loss_tokens_N.dim() != 1 or num_loss_tokens_N.shape != sample_weights_N.shape:
+        raise ValueError(
+            f"num_loss_tokens_N {tuple(num_loss_tokens_N.shape)} and sample_weights_N "
+            f"{tuple(sample_weights_N.shape)}: expected one shape (N,)"
+        )
+    counts, weights = num_loss_tokens_N.double(), sample_weights_N.double()
+    for name, values in (("num_loss_tokens_N", counts), ("sample_weights_N", weights)):
+        bad = values[~(torch.isfinite(values) & (values >= 0))]
+        if bad.numel():
+            raise ValueError(f"{name} holds {bad[0].item():g}: expected finite numbers >= 0")
+
+    if reduction == "sequence_mean":
+        shares = torch.where(counts > 0, weights, 0)
+        per_token = shares / counts.clamp(min=1)
+    elif reduction == "token_mean":
+        shares = weights * counts
+        per_token = torch.where(counts > 0, weights, 0)
+    else:
+        raise ValueError(f"reduction {reduction!r}: expected sequence_mean or token_mean")
+    total = shares.sum()
+    if dp_group is not None:
+        dist.all_reduce(total, group=dp_group)
+    return torch.where(total > 0, per_token / total, 0).float()
