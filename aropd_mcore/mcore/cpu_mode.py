@@ -34,6 +34,11 @@ def _tensors() -> None:
     # optimizer/clip_grads.py:90         torch.tensor([...], device="cuda")
     # transformer/utils.py:35            torch.ones(sq, sq, device="cuda")
     # dist_checkpointing/exchange_utils.py:104, 326  torch.empty_like / torch.empty on "cuda"
+    with torch.device("cpu"):
+        # torch.device contexts know factories by identity, from a set that is made at first use
+        # (torch/utils/_device.py): of the plain ones, here, or `with torch.device("meta")` passes
+        # them by, and transformers' from_pretrained then leaves rotary tables uninitialized.
+        torch.empty(0)
     for name in ("zeros", "ones", "empty", "tensor", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # models/common/language_module/language_module.py:244 weight.data.cuda()
