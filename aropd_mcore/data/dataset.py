@@ -4,7 +4,7 @@ The order is a pure function of (seed, epoch, position): a run that goes on need
 steps it has done, and nothing else, to find its place in the middle of an epoch.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -66,7 +66,8 @@ def _weight(record: dict[str, Any], origin: str) -> float:
     if value is None:
         return 1.0
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
+    # False for NaN too, and for integers that no float holds.
+    if not is_number or not 0 <= value <= sys.float_info.max:
         problem = "key 'sample_weight': expected a finite number, at least 0"
         raise DataError(origin, problem, _shown(value))
     return float(value)
@@ -149,7 +150,7 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(sequence).random_raw(length), kind="stable")
 
 
-def step_positions(step: int, *, prompts_per_step: int, dp_rank: int, dp_size: int) -> range:
+def step_positions(step: int, prompts_per_step: int, *, dp_rank: int, dp_size: int) -> range:
     """The run positions of this data-parallel rank's prompts in `step`, counted from 0.
 
     The shares of ranks 0 to dp_size - 1 follow one another, so that the prompts of a step are the

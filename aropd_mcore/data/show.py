@@ -7,7 +7,7 @@ from rich.text import Text
 from aropd_mcore.data.views import VIEWS, View, ViewBuilder
 from aropd_mcore.types import Row
 
-_QUESTION_STYLE, _PRIVILEGED_STYLE, _FRAME_STYLE = "bold cyan", "magenta", "dim"
+_QUESTION_STYLE, _PRIVILEGED_STYLE, _FRAME_STYLE = "not dim bold cyan", "not dim magenta", "dim"
 
 
 def render_views(builder: ViewBuilder, row: Row) -> RenderableType:

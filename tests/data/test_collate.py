@@ -1,0 +1,93 @@
+"""The alignment of a response across the three sequences."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aropd_mcore.data.collate import collate, num_loss_tokens
+from aropd_mcore.types import Rollout, Row, Views
+
+PAD = 999  # No sampled id: a padded position that were counted would show.
+ids = st.lists(st.integers(0, 50), min_size=1, max_size=9).map(tuple)
+samples = st.lists(
+    st.tuples(ids, ids, ids, st.lists(st.integers(51, 99), max_size=7).map(tuple)),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples, st.integers(0, 4), st.integers(1, 4))
+def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_size):
+    views = [Views(Row("q", "z", "a"), *prompts) for *prompts, _ in samples]
+    rollouts = [Rollout(response, (), True, 0) for *_, response in samples]
+    weights_N = torch.arange(1.0, len(samples) + 1)
+    microbatches = collate(
+        views,
+        rollouts,
+        weights_N,
+        skip_response_tokens=skip,
+        micro_batch_size=micro_batch_size,
+        pad_token_id=PAD,
+    )
+
+    seen = []
+    for number, microbatch in enumerate(microbatches):
+        start = number * micro_batch_size
+        for name in ("student", "partial", "full"):
+            batch = getattr(microbatch, name)
+            prompts = [getattr(view, f"{name}_ids") for view in views[start:]][:micro_batch_size]
+            num_samples = len(prompts)
+            assert batch.tokens_BS.size(0) == num_samples
+            tokens_SB = batch.tokens_BS.T
+            # The hidden state of a position predicts the token at the next.
+            next_SB = torch.cat([tokens_SB[1:], torch.full((1, num_samples), -1)])
+            predicted_T = next_SB.flatten()[batch.hidden_index_T]
+            assert torch.equal(predicted_T, microbatch.response_ids_T)
+            assert torch.equal(batch.hidden_index_T % num_samples, microbatch.sample_T)
+            for b, prompt in enumerate(prompts):
+                sequence = prompt + rollouts[start + b].response_ids
+                padding = batch.tokens_BS.size(1) - len(sequence)
+                assert batch.tokens_BS[b].tolist() == [*sequence, *[PAD] * padding]
+            longest = max(
+                len(prompt) + len(rollouts[start + b].response_ids)
+                for b, prompt in enumerate(prompts)
+            )
+            assert batch.tokens_BS.size(1) == longest
+        seen += [
+            (start + b, j, id, weight)
+            for b, j, id, weight in zip(
+                microbatch.sample_T.tolist(),
+                microbatch.offset_T.tolist(),
+                microbatch.response_ids_T.tolist(),
+                microbatch.token_weights_T.tolist(),
+                strict=True,
+            )
+        ]
+    assert seen == [
+        (n, j, id, n + 1.0)
+        for n, rollout in enumerate(rollouts)
+        for j, id in enumerate(rollout.response_ids)
+        if j >= skip
+    ]
+    assert num_loss_tokens(rollouts, skip).tolist() == [
+        max(0, len(rollout.response_ids) - skip) for rollout in rollouts
+    ]
+
+
+def test_without_a_teacher_and_without_loss_tokens():
+    views = [Views(Row("q", "z", "a"), (1, 2), (3,), (4,))]
+    (microbatch,) = collate(
+        views,
+        [Rollout((5, 6), (), True, 0)],
+        torch.ones(1),
+        skip_response_tokens=3,
+        micro_batch_size=4,
+        pad_token_id=PAD,
+        with_teacher=False,
+    )
+    assert microbatch.partial is None and microbatch.full is None
+    assert microbatch.student.tokens_BS.tolist() == [[1, 2, 5, 6]]
+    for tensor in (microbatch.student.hidden_index_T, microbatch.response_ids_T):
+        assert tensor.shape == (0,) and tensor.dtype == torch.int64
+    assert microbatch.token_weights_T.dtype == torch.float32

@@ -1,0 +1,190 @@
+"""Published formats to our rows; what is dropped, and why."""
+
+import json
+
+import pytest
+
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.prepare import prepare
+from aropd_mcore.data.records import DataError
+
+TAGGED = "<reasoning>\nHalf of 48\nis 24.\n</reasoning>\n<answer>\n72\n</answer>"
+HALVES = "Half of 48\nis 24."
+BOXED = "So $x=\\boxed{1}$, no: $\\boxed{\\frac{1}{2}\\text{ of \\} it}}$."
+
+
+def turns(*contents, roles=("system", "user", "assistant")):
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+
+
+# name: (format by detection, record, question, reasoning, answer)
+KEPT = {
+    "ours": ("rows", {"question": " q ", "reasoning": "z", "answer": "a"}, " q ", "z", "a"),
+    "gsm8k": (
+        "gsm8k",
+        {"question": "q", "answer": "Half of 48\nis <<48/2=24>>24.\n#### 72"},
+        "q",
+        HALVES,
+        "72",
+    ),
+    "numina": (
+        "numina",
+        {"source": "cn", "problem": "q", "solution": BOXED, "messages": []},
+        "q",
+        BOXED,
+        "\\frac{1}{2}\\text{ of \\} it}",
+    ),
+    "aime": ("numina", {"problem": "q", "solution": BOXED, "answer": "204"}, "q", BOXED, "204"),
+    "amc": ("numina", {"problem": "q", "answer": 27.0, "question": "q"}, "q", "", "27"),
+    "tags": ("tags", {"prompt": "q", "response": TAGGED}, "q", HALVES, "72"),
+    "tags in answer": ("tags", {"question": "q", "answer": TAGGED}, "q", HALVES, "72"),
+    "tags, no reasoning tag": (
+        "tags",
+        {"instruction": "q", "output": "Half.\n<answer>72</answer>"},
+        "q",
+        "Half.",
+        "72",
+    ),
+    "chat with tags": ("messages", {"messages": turns("s", "q", TAGGED)}, "q", HALVES, "72"),
+    "chat with hashes": (
+        "messages",
+        {"messages": turns("s", "q", "#### Step 1\nHalf.\n#### 72\n")},
+        "q",
+        "#### Step 1\nHalf.",
+        "72",
+    ),
+    "chat with a box": (
+        "messages",
+        {
+            "messages": turns(
+                "s", "old", "\\boxed{0}", "q", BOXED, roles=["system"] + ["user", "assistant"] * 2
+            )
+        },
+        "q",
+        BOXED,
+        "\\frac{1}{2}\\text{ of \\} it}",
+    ),
+}
+
+NO_MARKER = "the assistant turn has no <answer>, '####' or \\boxed{}"
+DROPPED = [
+    ({"text": "x", "label": None}, "no known format for the keys text"),
+    ({"question": "q", "answer": "no marker"}, "no <answer>...</answer> in 'answer'"),
+    ({"problem": "q", "solution": "\\boxed{1"}, "no 'answer', and no \\boxed{} in 'solution'"),
+    ({"problem": "q", "answer": ["1"]}, "'answer' is neither a string nor a number"),
+    ({"problem": 3, "answer": "1"}, "'problem' is not a string"),
+    ({"messages": turns("s", "q", "It is 72.")}, NO_MARKER),
+    ({"messages": turns("s", "q", "It is 73.")}, NO_MARKER),
+    ({"messages": turns("s", roles=["system"])}, "'messages' has no user turn"),
+    (
+        {"messages": turns("a", "q", roles=["assistant", "user"])},
+        "'messages' has no assistant turn after the last user turn",
+    ),
+    ({"messages": "hello"}, "'messages' is not a list of objects with 'role' and 'content'"),
+    ({"messages": turns("s", [], TAGGED)}, "'content' is not a string"),
+    (
+        {"question": "q", "reasoning": "z", "answer": 7},
+        "key 'answer': expected a string",
+    ),
+    (
+        {"question": "q", "answer": "z\n#### 7", "sample_weight": -1},
+        "key 'sample_weight': expected a finite number, at least 0",
+    ),
+]
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_formats(tmp_path, name, suffix):
+    format, record, question, reasoning, answer = KEPT[name]
+    source = tmp_path / f"in.{suffix}"
+    if suffix == "parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist([record]), source)
+    else:
+        write(source, record)
+    expected = {"question": question, "reasoning": reasoning, "answer": answer}
+    if format == "messages":
+        expected["system"] = "s"
+    for choice in ("auto", format):
+        report = prepare([source], tmp_path / "new" / "out.jsonl", format=choice)
+        assert read(report.output) == [expected]
+        assert report.kept == {format: 1} and not report.dropped
+        assert report.num_without_reasoning == (reasoning == "")
+
+
+def test_the_report_says_what_was_dropped_and_why(tmp_path):
+    source = tmp_path / "in.jsonl"
+    kept = {"id": 7, "question": "q", "answer": "z\n#### 1", "sample_weight": 2, "system": "s"}
+    write(source, kept, *(record for record, _ in DROPPED))
+    with source.open("a") as file:
+        file.write("{not JSON\n{nor this, elsewhere: 1\n")
+    report = prepare([source, source], tmp_path / "out.jsonl")
+    row = {
+        "id": "7",
+        "question": "q",
+        "reasoning": "z",
+        "answer": "1",
+        "system": "s",
+        "sample_weight": 2.0,
+    }
+    assert read(report.output) == [row, row]
+    expected = {"the line is not JSON": 4}
+    for _, reason in DROPPED:
+        expected[reason] = expected.get(reason, 0) + 2
+    assert report.dropped == expected
+    text = str(report)
+    assert "kept 2 rows (2 gsm8k)" in text and f"dropped {sum(expected.values())}" in text
+    for number, (_, reason) in enumerate(DROPPED, start=2):
+        if number != 8:  # The second without a marker; the first is the example.
+            assert f"2: {reason} (first at {source}:{number})" in text or reason == NO_MARKER
+    assert f"4: {NO_MARKER} (first at {source}:7)" in text
+
+
+def test_the_output_appears_whole_or_not_at_all(tmp_path):
+    good, bad = KEPT["gsm8k"][1], DROPPED[0][0]
+    output = write(tmp_path / "out.jsonl", good)
+    before = output.read_bytes()
+    with pytest.raises(DataError, match=r"bad\.jsonl: no row could be kept, nothing is written"):
+        prepare([write(tmp_path / "bad.jsonl", bad)], output)
+    with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
+        prepare([output, tmp_path / "absent.jsonl"], output)
+    with pytest.raises(ValueError, match="format 'gsm': expected auto, rows, gsm8k, numina"):
+        prepare([output], output, format="gsm")
+    assert output.read_bytes() == before
+    prepare([output], output)  # In place: the input is read to its end first.
+    assert read(output) == [
+        dict(zip(("question", "reasoning", "answer"), KEPT["gsm8k"][2:], strict=True))
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "out.jsonl"]
+
+
+def test_published_files(shared_data, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    for name, count, num_without_reasoning in (
+        ("gsm8k/train", 7473, 0),
+        ("gsm8k/test", 1319, 0),
+        ("amc23/test", 40, 40),
+        ("aime24/test", 30, 0),
+    ):
+        report = prepare([shared_data / f"{name}.jsonl"], output)
+        assert report.kept.total() == count and not report.dropped
+        assert report.num_without_reasoning == num_without_reasoning
+        rows = RowDataset.load([output])
+        assert len(rows) == count
+        for row in rows:
+            assert "<<" not in row.reasoning and "####" not in row.reasoning
+            assert row.answer and row.answer == row.answer.strip() and "\n" not in row.answer
+            if not name.startswith("gsm8k"):
+                int(row.answer)  # AMC's floats are written as the integers that they are.

@@ -1,0 +1,100 @@
+"""Loading a folder's tokenizer, chat templates, and the tokens that end a response."""
+
+import json
+import string
+
+import pytest
+
+from aropd_mcore.data.tokenizer import (
+    eos_token_ids,
+    load_tokenizer,
+    render_chat,
+    response_end_id,
+)
+from tests.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
+
+PAD_ID, START_ID, END_ID = 256, 257, 258
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("model_type", [None, "qwen2", "qwen3", "llama"])
+def test_the_tiny_tokenizer_round_trips(tmp_path, model_type):
+    save_tiny_tokenizer(tmp_path)
+    if model_type:
+        write_json(tmp_path / "config.json", {"model_type": model_type})
+    tokenizer = load_tokenizer(tmp_path)
+    text = string.printable + "  two spaces , don't 'quote'\n\n é中"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == VOCAB_SIZE
+
+
+def test_folders_without_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="absent: no such folder; expected a HF model folder"):
+        load_tokenizer(tmp_path / "absent")
+    write_json(tmp_path / "config.json", {"model_type": "qwen2"})
+    with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer in this folder; expected tok"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_eos_ids(tmp_path):
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    assert eos_token_ids(tmp_path, tokenizer) == (END_ID,)
+    write_json(tmp_path / "config.json", {"eos_token_id": 10})
+    assert eos_token_ids(tmp_path, tokenizer) == (END_ID, 10)
+    write_json(tmp_path / "generation_config.json", {"temperature": 0.7})
+    assert eos_token_ids(tmp_path, tokenizer) == (END_ID, 10)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [END_ID, PAD_ID, 3]})
+    assert eos_token_ids(tmp_path, tokenizer) == (END_ID, 3, PAD_ID)
+
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": "<|im_end|>"})
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json: eos_token_id: found '<\|im_end"
+    ):
+        eos_token_ids(tmp_path, tokenizer)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json: not a JSON object"):
+        eos_token_ids(tmp_path, tokenizer)
+
+
+def test_a_base_model_ends_a_response_as_its_chat_template_does(tmp_path):
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    tokenizer.eos_token = "<|endoftext|>"  # As Qwen2.5's base models have it.
+    assert response_end_id(tokenizer) == END_ID
+    assert eos_token_ids(tmp_path, tokenizer) == (END_ID, PAD_ID)
+    # Llama 2 trims the turn and sets a space before its end.
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] | trim }} <|endoftext|>{% endfor %}"
+    )
+    assert response_end_id(tokenizer) == PAD_ID
+
+
+def test_without_a_chat_template(tmp_path):
+    save_tiny_tokenizer(tmp_path, chat_template=None)
+    tokenizer = load_tokenizer(tmp_path)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    text = render_chat(tokenizer, messages)
+    assert text == "System:\nBe brief.\n\nUser:\n1+1?\n\nAssistant:\n"
+    tokenizer.bos_token = "<|im_start|>"
+    assert render_chat(tokenizer, messages) == "<|im_start|>" + text
+    assert response_end_id(tokenizer) == END_ID
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token, and its chat template ends"):
+        response_end_id(tokenizer)
+
+
+def test_the_day_does_not_change_a_prompt(tmp_path):
+    llama = (
+        "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+        "{%- endif %}Today Date: {{ date_string }}\n{{ messages[0]['content'] }}"
+    )
+    tokenizer = save_tiny_tokenizer(tmp_path, chat_template=llama)
+    text = render_chat(tokenizer, [{"role": "user", "content": "1+1?"}])
+    assert text == "Today Date: 26 Jul 2024\n1+1?"

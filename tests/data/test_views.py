@@ -1,0 +1,286 @@
+"""The three views of a row, against prompts written out by hand."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from aropd_mcore.config import ConfigError, ViewsConfig
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.prepare import prepare
+from aropd_mcore.data.show import render_views
+from aropd_mcore.data.templates import partial_trace, write_trace
+from aropd_mcore.data.tokenizer import load_tokenizer
+from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
+from aropd_mcore.types import Row
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+ROW = Row(
+    question="What is {1} + 1?",
+    reasoning="One and one make two, as everyone knows.",
+    answer="{2}",
+    origin="rows.jsonl:3",
+)
+PLAIN = {"system_prompt": None, "teacher_template": "{question}\n\n{trace}\n\nYour turn."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def texts(tokenizer, row=ROW, **settings):
+    """The views of a row as text, and the whole they make."""
+    views = ViewBuilder(tokenizer, ViewsConfig(**(PLAIN | settings))).build(row)
+    return [tokenizer.decode(getattr(views, f"{name}_ids")) for name in VIEWS]
+
+
+def chatml(user, system=None):
+    turns = [("system", system)] if system else []
+    rendered = "".join(f"<|im_start|>{r}\n{c}<|im_end|>\n" for r, c in [*turns, ("user", user)])
+    return rendered + "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "expected"),
+    [
+        ("one two three", 0.0, ""),
+        ("one two three", 1.0, "one two three"),
+        ("one two three", 0.3, "one"),  # Cut at 3: the end of a word.
+        ("one two three", 0.35, "one"),  # Cut at 4: before a word, which stays out.
+        ("one two three", 0.4, "one two"),  # Cut at 5: within `two`, which is finished.
+        ("one two three", 0.99, "one two three"),
+        ("x=\\frac{1}{2} so", 0.2, "x=\\frac{1}{2}"),
+        ("一加一等于二。", 0.5, "一加一"),  # No spaces: a cut must not run to the end.
+        ("", 0.5, ""),
+    ],
+)
+def test_partial_trace(text, ratio, expected):
+    assert partial_trace(text, ratio) == expected
+
+
+TAGGED = ViewsConfig().trace_template
+
+
+@pytest.mark.parametrize(
+    ("template", "reasoning", "answer", "expected"),
+    [
+        (TAGGED, "z", "a", "<reasoning>\nz\n</reasoning>\n<answer>\na\n</answer>"),
+        (TAGGED, "z", "", "<reasoning>\nz\n</reasoning>"),
+        (TAGGED, " ", "a", "<answer>\na\n</answer>"),
+        (TAGGED, "", "", ""),
+        ("<r>{reasoning}</r> <a>{answer}</a>", "z", "", "<r>z</r>"),
+        ("<r>{reasoning}</r> <a>{answer}</a>", "", "a", "<a>a</a>"),
+        ("Steps: {reasoning}\nAnswer: \\boxed{{answer}}", "z", "a", "Steps: z\nAnswer: \\boxed{a}"),
+        ("Steps: {reasoning}\nAnswer: \\boxed{{answer}}", "z", "", "Steps: z"),
+        ("Steps: {reasoning}\nAnswer: \\boxed{{answer}}", "", "a", "Answer: \\boxed{a}"),
+        ("{reasoning} The answer is {answer}.", "z", "", "z"),
+        ("<r>{reasoning}</r>", "{answer}", "", "<r>{answer}</r>"),
+    ],
+)
+def test_a_trace_with_a_part_left_out(template, reasoning, answer, expected):
+    assert write_trace(template, reasoning, answer) == expected
+
+
+def test_the_three_views(tokenizer):
+    question = "What is {1} + 1?"
+    whole = "<reasoning>\nOne and one make two, as everyone knows.\n</reasoning>"
+    part = "<reasoning>\nOne and one make two,\n</reasoning>"
+    answer = "<answer>\n{2}\n</answer>"
+
+    def teacher(trace):
+        return chatml(f"{question}\n\n{trace}\n\nYour turn.")
+
+    student, full = chatml(question), teacher(f"{whole}\n{answer}")
+    assert texts(tokenizer) == [student, teacher(f"{part}\n{answer}"), full]
+    partials = {
+        "prefix_without_answer": teacher(part),
+        "answer_only": teacher(answer),
+    }
+    for mode, partial in partials.items():
+        assert texts(tokenizer, partial_view=mode) == [student, partial, full]
+    assert texts(tokenizer, partial_ratio=0) == [student, teacher(answer), full]
+    assert texts(tokenizer, partial_ratio=1) == [student, full, full]
+    # Nothing privileged to show: the student view.
+    nothing = {"partial_view": "prefix_without_answer", "partial_ratio": 0}
+    assert texts(tokenizer, **nothing) == [student, student, full]
+
+
+def test_system_turns(tokenizer, tmp_path):
+    row = replace(ROW, system="The row's own.")
+    assert texts(tokenizer, system_prompt="Ours.")[0] == chatml(ROW.question, "Ours.")
+    assert texts(tokenizer, row, system_prompt="Ours.")[0] == chatml(ROW.question, row.system)
+    assert texts(tokenizer, replace(ROW, system=""), system_prompt="Ours.")[0] == chatml(
+        ROW.question
+    )
+
+    refusing = (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    ignoring = (
+        "{{ bos_token }}{% for message in messages if message['role'] == 'user' %}"
+        "{{ message['content'] }}{% endfor %}"
+    )
+    for template in (refusing, ignoring):
+        gemma = save_tiny_tokenizer(tmp_path, chat_template=template)
+        gemma.bos_token = "<|im_start|>"
+        student, _, _ = texts(gemma, system_prompt="Ours.")
+        assert student == f"<|im_start|>Ours.\n\n{ROW.question}"  # One BOS, the template's.
+
+
+def test_oracle_response(tokenizer):
+    builder = ViewBuilder(tokenizer, ViewsConfig())
+    *response, end = builder.oracle_response_ids(replace(ROW, reasoning="Then <|im_end|> so."))
+    assert end == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in response  # The name of a special token within the text does not end it.
+    text = "<reasoning>\nThen <|im_end|> so.\n</reasoning>\n<answer>\n{2}\n</answer>"
+    assert tokenizer.decode(response) == text
+
+
+HEAD = "<|im_start|>user\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(min_size=1, max_size=60).filter(str.strip), st.integers(125, 190))
+def test_cut_prompts_fit_and_keep_everything_but_the_question(tokenizer, question, limit):
+    row = replace(ROW, question=question)
+    stripped = question.strip()
+    uncut = texts(tokenizer, row)
+    builder = ViewBuilder(tokenizer, ViewsConfig(**PLAIN, max_prompt_tokens=limit))
+    num_cut = 0
+    for name, text in zip(VIEWS, uncut, strict=True):
+        prompt = builder.prompt(row, name)
+        num_tokens = len(tokenizer.encode(text, add_special_tokens=False))
+        head, tail = text[: len(HEAD)], text[len(HEAD) + len(stripped) :]
+        assert len(prompt.ids) <= limit
+        if num_tokens <= limit:
+            assert prompt.num_cut_tokens == 0 and tokenizer.decode(prompt.ids) == text
+            continue
+        assert stripped.endswith(prompt.question)
+        assert tokenizer.decode(prompt.ids) == head + prompt.question + tail
+        assert prompt.num_cut_tokens == num_tokens - len(prompt.ids)
+        # No more is cut than must be; a character is up to 4 of this tokenizer's tokens.
+        assert len(prompt.ids) > limit - 4
+        num_cut += prompt.num_cut_tokens
+    assert builder.build(row).num_cut_tokens == num_cut
+
+
+def test_rows_that_do_not_fit(tokenizer):
+    def build(**settings):
+        ViewBuilder(tokenizer, ViewsConfig(**PLAIN, **settings)).build(ROW)
+
+    with pytest.raises(PromptTooLong) as raised:
+        build(max_prompt_tokens=120, on_long_prompt="drop")
+    assert str(raised.value) == (
+        "rows.jsonl:3: the full view's prompt is over max_prompt_tokens 120; found 137 tokens"
+    )
+    with pytest.raises(PromptTooLong) as raised:
+        build(max_prompt_tokens=120)
+    assert str(raised.value) == (
+        "rows.jsonl:3: the full view's prompt is over max_prompt_tokens 120 even without its "
+        "question: shorten its system prompt, its templates or the row's trace; found 121 tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "template", "message"),
+    [
+        (
+            "student_template",
+            "{question} {trace}",
+            "unknown field {trace}; its fields are {question}",
+        ),
+        ("student_template", "Solve it.", "found {question} 0 times in 'Solve it.', expected it"),
+        ("teacher_template", "{question} {example} {trace}", "unknown field {example}; its fields"),
+        ("teacher_template", "{question}", "found {trace} 0 times"),
+        ("trace_template", "{answer} {reasoning} {answer}", "found {answer} 2 times"),
+    ],
+)
+def test_templates_that_cannot_be_used(tokenizer, setting, template, message):
+    with pytest.raises(ConfigError) as raised:
+        ViewBuilder(tokenizer, ViewsConfig(**{setting: template}))
+    assert f"views.{setting}: {message}" in str(raised.value)
+
+
+def test_a_chat_template_that_loses_the_question(tmp_path):
+    tokenizer = save_tiny_tokenizer(tmp_path, chat_template="{{ messages | length }}")
+    with pytest.raises(ConfigError, match="shows the user turn 0 times, expected once"):
+        texts(tokenizer)
+
+
+def test_template_hash(tokenizer, tmp_path):
+    def template_hash(tokenizer, **settings):
+        return ViewBuilder(tokenizer, ViewsConfig(**settings)).template_hash
+
+    other = save_tiny_tokenizer(tmp_path, chat_template=None)
+    hashes = [
+        template_hash(tokenizer),
+        template_hash(other),
+        template_hash(tokenizer, partial_ratio=0.25),
+        template_hash(tokenizer, system_prompt=None),
+    ]
+    assert len(set(hashes)) == 4
+    assert template_hash(tokenizer) == hashes[0]
+
+
+@pytest.fixture(scope="module")
+def gsm8k(shared_data, tmp_path_factory):
+    """Real rows and the real Qwen2 tokenizer."""
+    output = tmp_path_factory.mktemp("gsm8k") / "rows.jsonl"
+    prepare([shared_data / "gsm8k" / "test.jsonl"], output)
+    return RowDataset.load([output]), load_tokenizer(shared_data / "qwen2_tokenizer")
+
+
+def test_real_rows_with_the_real_tokenizer(gsm8k):
+    rows, tokenizer = gsm8k
+    config = ViewsConfig()
+    builder = ViewBuilder(tokenizer, config)
+    for row in rows[:150]:
+        views = builder.build(row)
+        assert views.num_cut_tokens == 0
+        trace = f"<reasoning>\n{row.reasoning}\n</reasoning>\n<answer>\n{row.answer}\n</answer>"
+        user = config.teacher_template.replace("{question}", row.question).replace("{trace}", trace)
+        for ids, turn in ((views.student_ids, row.question), (views.full_ids, user)):
+            text = chatml(turn, config.system_prompt)
+            assert list(ids) == tokenizer.encode(text, add_special_tokens=False)
+        assert views.full_ids[0] == 151644  # <|im_start|>; Qwen2 has no BOS to double.
+        assert builder.oracle_response_ids(row) == (
+            *tokenizer.encode(trace, add_special_tokens=False),
+            151645,
+        )
+
+
+def test_real_rows_cut_to_every_limit(gsm8k):
+    rows, tokenizer = gsm8k
+    row = rows[0]
+    whole = ViewBuilder(tokenizer, ViewsConfig()).prompt(row, "full")
+    head, tail = tokenizer.decode(list(whole.ids)).split(row.question)
+    kept = []
+    for limit in range(len(whole.ids) - 50, len(whole.ids) + 1):
+        prompt = ViewBuilder(tokenizer, ViewsConfig(max_prompt_tokens=limit)).prompt(row, "full")
+        assert limit - 2 <= len(prompt.ids) <= limit
+        assert tokenizer.decode(list(prompt.ids)) == head + prompt.question + tail
+        kept.append(len(prompt.question))
+    assert kept == sorted(kept) and kept[-1] == len(row.question)
+
+
+def test_show_views(gsm8k):
+    rows, tokenizer = gsm8k
+    row = rows[3]
+    config = ViewsConfig(max_prompt_tokens=150)
+    builder = ViewBuilder(tokenizer, config)
+    console = Console(width=300, record=True, force_terminal=True, file=io.StringIO())
+    console.print(render_views(builder, row))
+    coloured = console.export_text(styles=True, clear=False)
+    text = console.export_text()
+    views = builder.build(row)
+    assert f"student view: {len(views.student_ids)} tokens, question 35 " in text
+    assert f"full view: {len(views.full_ids)} tokens, " in text
+    assert "cut 3 " in text
+    assert f"oracle response: {len(builder.oracle_response_ids(row))} tokens" in text
+    assert "\x1b[35mSo he runs 9*60=540 meters" in coloured
+    assert row.question in text and row.origin in text
