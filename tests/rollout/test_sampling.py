@@ -103,7 +103,7 @@ def test_streams_depend_on_their_seed_alone():
     short, long = uniform_numbers(seeds, 5), uniform_numbers(seeds[::-1], 50)
     assert torch.equal(short, long.flip(0)[:, :5])
     assert len(set(short[:, 0].tolist())) == 3
-    assert 0 <= long.min() and long.max() < 1
+    assert long.min() >= 0 and long.max() < 1
 
 
 def test_rollout_seeds_are_fixed_distinct_and_in_range():

@@ -1,0 +1,130 @@
+"""The native engine: the student samples by its own forward, with a KV cache, where it stands."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aropd_mcore.config import SamplingConfig
+from aropd_mcore.mcore.decode import decoding
+from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.sampling import sample, uniform_numbers
+from aropd_mcore.types import Rollout
+
+
+class NativeEngine:
+    """RolloutEngine over the training model itself: no second copy of the weights, nothing to sync.
+
+    Every rank of a model replica calls `generate` with the same arguments and returns the same
+    list. Replicas are independent: each may have other prompts, and other numbers of them. Tokens
+    depend on weights, prompt and seed; tensor and pipeline sizes, batch_size and the other prompts
+    change the logits by rounding only.
+
+    Args:
+        model: this rank's shard, without DDP around it. Its weights are read at every call.
+        eos_token_ids: any of them ends a response.
+        batch_size: prompts decoded together; bounds the KV cache.
+    """
+
+    def __init__(
+        self,
+        model: HiddenStateGPT,
+        runtime: Runtime,
+        *,
+        eos_token_ids: Sequence[int],
+        batch_size: int,
+    ):
+        self.model = model
+        self.runtime = runtime
+        self.batch_size = batch_size
+        self.weight_version = 0
+        self._eos_token_ids = torch.tensor(list(eos_token_ids), device=runtime.device)
+
+    def sync(self, weight_version: int) -> None:
+        """Note how many updates the weights have seen; they are the student's own."""
+        self.weight_version = weight_version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> list[Rollout]:
+        """As RolloutEngine.generate.
+
+        Raises:
+            ValueError: seeds and prompts differ in number; a prompt is empty, has an id that the
+                model has not, or leaves no room for max_response_tokens.
+            FloatingPointError: the model's logits are not finite.
+        Collectives: the model's over tp_group and pp_group, a gather of logits and a broadcast of
+            tokens for every token; none over dp_group.
+        """
+        self._check(prompts, seeds, sampling)
+        rollouts = []
+        for start in range(0, len(prompts), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            rollouts += self._generate_batch(prompts[batch], seeds[batch], sampling)
+        return rollouts
+
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> list[Rollout]:
+        device, limit = self.runtime.device, sampling.max_response_tokens
+        uniforms_TB = uniform_numbers(seeds, limit).T.to(device)
+        tokens_TB = torch.zeros((limit, len(prompts)), dtype=torch.int64, device=device)
+        logprobs_TB = torch.zeros((limit, len(prompts)), device=device)
+        is_last_TB = torch.zeros_like(tokens_TB, dtype=torch.bool)
+        with decoding(self.model, self.runtime, prompts, limit) as decoder:
+            logits_BV = decoder.prefill()
+            done_B = is_last_TB[0]
+            for t in range(limit):
+                if logits_BV is not None:
+                    tokens_TB[t], logprobs_TB[t] = sample(logits_BV, uniforms_TB[t], sampling)
+                decoder.share(tokens_TB[t])
+                is_last_TB[t] = torch.isin(tokens_TB[t], self._eos_token_ids)
+                done_B = done_B | is_last_TB[t]
+                if t + 1 == limit or done_B.all():
+                    break
+                logits_BV = decoder.step(tokens_TB[t])
+            decoder.share(logprobs_TB)
+        return self._rollouts(tokens_TB.T, logprobs_TB.T, is_last_TB.T)
+
+    def _rollouts(
+        self, tokens_BT: Tensor, logprobs_BT: Tensor, is_last_BT: Tensor
+    ) -> list[Rollout]:
+        finished_B = is_last_BT.any(1)
+        lengths_B = torch.where(finished_B, is_last_BT.int().argmax(1) + 1, tokens_BT.size(1))
+        if not logprobs_BT.isfinite().all():
+            raise FloatingPointError(
+                f"the model's logits are not finite at weight version {self.weight_version}; "
+                f"its weights must have overflowed"
+            )
+        return [
+            Rollout(tuple(tokens[:length]), tuple(logprobs[:length]), finished, self.weight_version)
+            for tokens, logprobs, length, finished in zip(
+                tokens_BT.tolist(),
+                logprobs_BT.tolist(),
+                lengths_B.tolist(),
+                finished_B.tolist(),
+                strict=True,
+            )
+        ]
+
+    def _check(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> None:
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+        room = self.model.max_sequence_length - sampling.max_response_tokens
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty; it needs at least one token")
+            if len(prompt) > room:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens, and with max_response_tokens "
+                    f"{sampling.max_response_tokens} exceeds the model's "
+                    f"{self.model.max_sequence_length} positions; shorten one of the two"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < self.model.vocab_size:
+                raise ValueError(
+                    f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
+                    f"model's vocabulary has {self.model.vocab_size}; is the tokenizer the model's?"
+                )

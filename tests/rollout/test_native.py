@@ -1,0 +1,166 @@
+"""The native engine against transformers, and against itself on every layout."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from aropd_mcore.config import SamplingConfig
+from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.model import HiddenStateGPT, build_model
+from aropd_mcore.mcore.weights import load_hf_weights
+from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.sampling import sample, uniform_numbers
+from aropd_mcore.types import Rollout
+from tests.ranks import run_ranks
+from tests.tiny_models import save_tiny_model
+
+FAMILIES = ("qwen2", "qwen3", "llama31")
+LENGTHS = (7, 1, 19, 4, 12)
+PROMPTS = [[(31 * i + 7 * j * j) % 509 for j in range(n)] for i, n in enumerate(LENGTHS)]
+SEEDS = [rollout_seed(1, position, 0) for position in range(len(PROMPTS))]
+EOS = (2, 77)
+GREEDY = SamplingConfig(temperature=0, max_response_tokens=24)
+RANDOM = SamplingConfig(temperature=1.3, top_p=0.98, max_response_tokens=24)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of `generate`."""
+
+    sampling: SamplingConfig
+    rows: tuple[int, ...] = tuple(range(len(PROMPTS)))
+    batch_size: int = 8
+    eos: tuple[int, ...] = EOS
+
+
+# The first two are the reference; the others must give rows of the second again.
+JOBS = (
+    Job(GREEDY),
+    Job(RANDOM),
+    Job(RANDOM, batch_size=2),
+    Job(RANDOM, rows=(4, 2, 0, 1, 3), batch_size=3),
+    Job(RANDOM, rows=(3,)),
+)
+
+
+def load(folder: Path, tensor: int, pipeline: int) -> tuple[HiddenStateGPT, mcore_runtime.Runtime]:
+    runtime = mcore_runtime.start(tensor=tensor, pipeline=pipeline)
+    model = build_model(folder, runtime, dtype=torch.float32)
+    load_hf_weights(model, folder, runtime)
+    return model, runtime
+
+
+def generate_all(folder: Path, layouts: list[tuple[int, int]], jobs: tuple[Job, ...]) -> list:
+    """On every rank: the rollouts of each job, for each layout."""
+    results = []
+    for tensor, pipeline in layouts:
+        model, runtime = load(folder, tensor, pipeline)
+        for job in jobs:
+            engine: RolloutEngine = NativeEngine(
+                model, runtime, eos_token_ids=job.eos, batch_size=job.batch_size
+            )
+            prompts, seeds = [PROMPTS[row] for row in job.rows], [SEEDS[row] for row in job.rows]
+            results.append(engine.generate(prompts, seeds, job.sampling))
+        mcore_runtime.stop()
+    return results
+
+
+def families_on_one_rank(folders: dict[str, Path]) -> dict[str, list]:
+    results = {name: generate_all(folder, [(1, 1)], JOBS[:2]) for name, folder in folders.items()}
+    results["qwen2"] += generate_all(folders["qwen2"], [(1, 1)], JOBS[2:])
+    return results
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        save_tiny_model(family, root / family, tie=family == "qwen3")
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(folders) -> dict[str, list]:
+    return run_ranks(families_on_one_rank, 1, folders)[0]
+
+
+def reference(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def uncached_logits(model: PreTrainedModel, prompt: list[int], response: tuple[int, ...]) -> Tensor:
+    """[T, V]: what each response token was sampled from, by one forward over everything."""
+    tokens = torch.tensor([[*prompt, *response]])
+    return model(tokens).logits[0, len(prompt) - 1 : -1].float()
+
+
+def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
+    assert [r.response_ids for r in rollouts] == [r.response_ids for r in expected]
+    assert [r.finished for r in rollouts] == [r.finished for r in expected]
+    for ours, theirs in zip(rollouts, expected, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(folders, on_one_rank, family):
+    model = reference(folders[family])
+    for prompt, rollout in zip(PROMPTS, on_one_rank[family][0], strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample=False,
+            max_new_tokens=GREEDY.max_response_tokens,
+            eos_token_id=list(EOS),
+            pad_token_id=0,
+        )
+        assert list(rollout.response_ids) == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_equal_those_drawn_from_uncached_logits(folders, on_one_rank, family):
+    """Token for token, with the log-probs of the unmodified distribution."""
+    model = reference(folders[family])
+    uniforms = uniform_numbers(SEEDS, RANDOM.max_response_tokens)
+    for row, rollout in enumerate(on_one_rank[family][1]):
+        logits = uncached_logits(model, PROMPTS[row], rollout.response_ids)
+        tokens, logprobs = sample(logits, uniforms[row, : len(logits)], RANDOM)
+        assert list(rollout.response_ids) == tokens.tolist()
+        assert rollout.logprobs == pytest.approx(logprobs.tolist(), abs=1e-4)
+        torch.testing.assert_close(logprobs, logits.log_softmax(-1)[range(len(tokens)), tokens])
+
+
+def test_samples_do_not_depend_on_their_batch(on_one_rank):
+    expected = on_one_rank["qwen2"][1]
+    for job, rollouts in zip(JOBS[2:], on_one_rank["qwen2"][2:], strict=True):
+        assert_same(rollouts, [expected[row] for row in job.rows])
+
+
+def test_a_response_ends_with_the_first_eos_or_at_the_limit(folders, on_one_rank):
+    free = on_one_rank["qwen2"][1]
+    # Tokens that sampling comes upon early in some rows and not in others.
+    eos = (free[0].response_ids[3], free[2].response_ids[0])
+    [stopped] = run_ranks(generate_all, 1, folders["qwen2"], [(1, 1)], (Job(RANDOM, eos=eos),))[0]
+    for short, long in zip(stopped, free, strict=True):
+        hits = [t for t, token in enumerate(long.response_ids) if token in eos]
+        length = hits[0] + 1 if hits else RANDOM.max_response_tokens
+        assert short.response_ids == long.response_ids[:length]
+        assert len(short.logprobs) == length
+        assert short.finished == bool(hits)
+    assert len(stopped[2].response_ids) == 1
+    assert {rollout.finished for rollout in stopped} == {True, False}
+
+
+def test_every_layout_samples_the_same(folders, on_one_rank):
+    expected = on_one_rank["qwen2"][:2]
+    for world_size, layouts in ((2, [(2, 1), (1, 2)]), (4, [(2, 2)])):
+        on_ranks = run_ranks(generate_all, world_size, folders["qwen2"], layouts, JOBS[:2])
+        assert all(results == on_ranks[0] for results in on_ranks)
+        for index, rollouts in enumerate(on_ranks[0]):
+            assert_same(rollouts, expected[index % 2])
