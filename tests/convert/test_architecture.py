@@ -1,0 +1,149 @@
+"""config.json to Architecture: what is read, what is refused and how, which layouts divide."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aropd_mcore.convert.architecture import CheckpointError, check_layout, read_architecture
+from aropd_mcore.convert.mapping import FAMILIES as TABLES
+from tests.tiny_models import FAMILIES, LLAMA31_ROPE, save_tiny_model
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 128256,
+}
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+def test_published_configs():
+    qwen = read_architecture(QWEN25_7B)
+    assert qwen.num_parameters == 7_615_616_512  # the published file's total_size / 2
+    assert (qwen.head_dim, qwen.rope_theta, qwen.rope_scaling_factor) == (128, 1e6, None)
+    assert qwen.family.has_qkv_bias and not qwen.family.has_qk_norm
+    assert read_architecture(LLAMA).num_parameters == 8_030_261_248
+    assert read_architecture(LLAMA).rope_theta == 10000.0
+
+
+def test_rope_of_transformers_4_and_5():
+    scaling = {**LLAMA31_ROPE, "factor": 32.0}
+    four = read_architecture({**LLAMA, "rope_theta": 500000.0, "rope_scaling": scaling})
+    five = read_architecture({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 500000.0}})
+    assert four == five
+    assert (four.rope_theta, four.rope_scaling_factor) == (500000.0, 32.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tie", [False, True])
+def test_names_shapes_and_count_are_those_of_transformers(family: str, tie: bool, tmp_path: Path):
+    model = save_tiny_model(family, tmp_path, tie=tie, num_hidden_layers=2)
+    architecture = read_architecture(tmp_path)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert architecture.hf_shapes == shapes
+    assert architecture.num_parameters == model.num_parameters()
+
+
+def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
+    made = {config_class.model_type for config_class, *_ in FAMILIES.values()}
+    assert made == {family.name for family in TABLES}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "architecture 'MambaForCausalLM' is not known here; known: LlamaForCausalLM, "
+            "Qwen2ForCausalLM, Qwen3ForCausalLM",
+        ),
+        ({"architectures": None, "model_type": "gpt2"}, "model_type='gpt2' is not known here"),
+        ({"architectures": None, "model_type": None}, "model_type=None is not known here"),
+        ({"intermediate_size": None}, "intermediate_size is missing"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+        ({"num_hidden_layers": "32"}, "num_hidden_layers is '32'; expected a positive integer"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; expected a number"),
+        ({"num_key_value_heads": 5}, "num_attention_heads 32 is not a multiple of num_key_value"),
+        ({"hidden_size": 4100}, "hidden_size 4100 is not a multiple of num_attention_heads 32"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"attention_bias": True}, "attention_bias is True; only False is supported"),
+        ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; only False is supported"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has sliding_attention; only full_attention is supported",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; only absent"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling has rope_type 'yarn'; only 'default' and 'llama3' are supported",
+        ),
+        (
+            {"rope_scaling": {**LLAMA31_ROPE, "high_freq_factor": 8.0}},
+            "rope_scaling.high_freq_factor is 8.0; Megatron's Llama 3 scaling has 4.0 built in",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' and no factor"),
+    ],
+)
+def test_refusals_name_file_key_and_value(change: dict, message: str, tmp_path: Path):
+    config = {key: value for key, value in {**LLAMA, **change}.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        read_architecture(tmp_path)
+    assert f"{tmp_path}/config.json: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_unreadable_files(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: No such file"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected an object, found list"):
+        read_architecture(tmp_path)
+
+
+def test_layouts():
+    architecture = read_architecture(QWEN25_7B)
+    check_layout(architecture, tensor=4, pipeline=7)
+    with pytest.raises(
+        ValueError,
+        match=r"tensor-parallel size 8 does not divide the model's 4 key/value heads; "
+        r"sizes that work: 1, 2, 4$",
+    ):
+        check_layout(architecture, tensor=8, pipeline=1)
+    with pytest.raises(
+        ValueError,
+        match=r"pipeline-parallel size 8 does not divide the model's 28 layers; "
+        r"sizes that work: 1, 2, 4, 7, 14, 28$",
+    ):
+        check_layout(architecture, tensor=1, pipeline=8)
+    odd = read_architecture({**QWEN25_7B, "intermediate_size": 18946})
+    with pytest.raises(ValueError, match=r"18946 MLP columns .*sizes that work: 1, 2$"):
+        check_layout(odd, tensor=4, pipeline=1)
