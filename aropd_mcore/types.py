@@ -6,8 +6,7 @@ Shape letters: B samples of a microbatch, S padded sequence, T loss tokens of a 
 (flattened over its samples), H hidden.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -64,6 +63,9 @@ class ViewBatch(NamedTuple):
     """int64 [T]: index into the flattened [S * B] hidden states (Megatron's [S, B, H] order) of
     the position that predicts each loss token."""
 
+    def to(self, device: torch.device) -> "ViewBatch":
+        return ViewBatch(*(t.to(device, non_blocking=True) for t in self))
+
 
 @dataclass(frozen=True)
 class Microbatch:
@@ -87,13 +89,12 @@ class Microbatch:
     """fp32 [T]: globally normalized; the weighted sum of per-token losses over all microbatches
     and data-parallel ranks is the loss."""
 
-    @property
-    def num_samples(self) -> int:
-        return self.student.tokens_BS.size(0)
-
-    @property
-    def num_loss_tokens(self) -> int:
-        return self.response_ids_T.numel()
+    def to(self, device: torch.device) -> "Microbatch":
+        """The same microbatch with every tensor on `device`."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Microbatch(
+            **{name: None if part is None else part.to(device) for name, part in parts.items()}
+        )
 
 
 class TeacherOutput(NamedTuple):
@@ -101,27 +102,3 @@ class TeacherOutput(NamedTuple):
 
     partial_hidden_TH: Tensor
     full_hidden_TH: Tensor
-
-
-def view_names() -> Sequence[str]:
-    """The three contexts, in the order that reports show them."""
-    return ("student", "partial", "full")
-
-
-def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    """The same microbatch with every tensor on `device`."""
-
-    def move(view: ViewBatch | None) -> ViewBatch | None:
-        return view and ViewBatch(*(t.to(device, non_blocking=True) for t in view))
-
-    student = move(microbatch.student)
-    assert student is not None
-    return Microbatch(
-        student=student,
-        partial=move(microbatch.partial),
-        full=move(microbatch.full),
-        **{
-            name: getattr(microbatch, name).to(device, non_blocking=True)
-            for name in ("response_ids_T", "sample_T", "offset_T", "token_weights_T")
-        },
-    )

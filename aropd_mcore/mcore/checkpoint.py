@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
@@ -27,10 +28,6 @@ from aropd_mcore.mcore.teacher import Teacher
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _NAME = re.compile(r"iter_(\d{7})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the folder and the reason."""
 
 
 def newest(folder: Path) -> Path | None:
@@ -132,7 +129,7 @@ def load_weights(path: Path, model: torch.nn.Module, *, prefix: str = "") -> Non
     except Exception as error:
         who = "a teacher of its own" if prefix else "weights of this model"
         raise CheckpointError(f"{path}: holds no {who}: {error}") from error
-    model.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()})
+    model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in state})
 
 
 def read_common(path: Path) -> dict[str, Any]:

@@ -100,7 +100,11 @@ def model_config(
         # The loss comes as a sum and is divided in one place.
         calculate_per_token_loss=True,
         use_cpu_initialization=runtime.device.type == "cpu",
-        perform_initialization=False,
+        # Weights are loaded, so the initial values do not matter; but initialization is also where
+        # Megatron marks which weights are tensor-parallel, and without the marks the gradient norm
+        # counts the first tensor rank's alone (tensor_parallel/layers.py, ColumnParallelLinear).
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
@@ -129,6 +133,10 @@ def build_model(
     model = HiddenStateGPT(architecture, model_config(architecture, runtime, dtype=dtype), runtime)
     # The local spec's norms are created in fp32 and on the CPU, whatever params_dtype says.
     return model.to(device=runtime.device, dtype=dtype)
+
+
+def _leave_as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _use_transformer_engine(runtime: Runtime) -> bool:

@@ -1,19 +1,29 @@
 """Device, process groups and seeds of this process."""
 
+import warnings
+
 from aropd_mcore.mcore import cpu_mode
+
+# Said on every rank, of Megatron's own code: what is not installed, and what torch has renamed.
+for message in (
+    ".*Apex (are|is) not installed",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    ".torch.distributed.* is deprecated",
+    ".load_state_dict. is deprecated",
+    "Please use DTensor instead",
+):
+    warnings.filterwarnings("ignore", message=message)
 
 cpu_mode.install()  # before the first import of megatron.core
 
 import os  # noqa: E402
-import warnings  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from datetime import timedelta  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-
-# Four modules of it say so at import, on every rank; the run's own log says it once.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 
@@ -74,6 +84,16 @@ class Runtime:
     def last_stage_rank(self) -> int:
         """Global rank of the last pipeline stage of this model replica, same tensor rank."""
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+    def gather_over_data(self, local: torch.Tensor) -> torch.Tensor:
+        """Concatenate a CPU tensor of equal shape on every rank over dp_group, in rank order.
+
+        Collectives: one all-gather over dp_group.
+        """
+        mine = local.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.dp_size)]
+        dist.all_gather(parts, mine, group=self.dp_group)
+        return torch.cat(parts).cpu()
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a config's `bf16`, `fp32` or `auto` means here."""

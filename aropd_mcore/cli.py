@@ -1,0 +1,179 @@
+"""The `aropd` command: parse, call, print."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aropd_mcore import __version__
+from aropd_mcore.config import Config, dump_config, load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; an error that the user can mend is printed without a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"aropd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aropd", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="make rows from published data formats")
+    prepare.add_argument("inputs", nargs="+", type=Path, help="JSONL or Parquet files")
+    prepare.add_argument("--output", required=True, type=Path, help="JSONL file to write")
+    prepare.add_argument("--format", default="auto", help="of the inputs (default: by their keys)")
+    prepare.set_defaults(run=_prepare)
+
+    show = commands.add_parser("show-views", help="print the three views of a row")
+    show.add_argument("data", type=Path, help="JSONL or Parquet file of rows")
+    show.add_argument("--row", type=int, default=0, help="counted from 0 (default: %(default)s)")
+    source = show.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, help="YAML file of a run: its tokenizer and views")
+    source.add_argument("--model", type=Path, help="HF folder: its tokenizer, default views")
+    show.set_defaults(run=_show_views)
+
+    train = commands.add_parser(
+        "train",
+        help="train, or go on with a run",
+        description="Train a run, or go on with it from its newest checkpoint. Under torchrun or "
+        "srun this process is one rank of the job; otherwise it starts the processes itself.",
+    )
+    train.add_argument("config", type=Path, help="YAML file")
+    train.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
+    train.add_argument(
+        "--nproc-per-node",
+        type=int,
+        help="processes to start (default: one a GPU; without GPUs parallel.tensor x pipeline)",
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="check the config and print the plan, start nothing"
+    )
+    train.set_defaults(run=_train)
+
+    convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
+    conversions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    export = conversions.add_parser("export", help="a run's checkpoint to an HF folder")
+    export.add_argument("checkpoint", type=Path, help="a run's output_dir, or one iter_NNNNNNN")
+    export.add_argument("out", type=Path, help="HF folder to write; must not exist")
+    export.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        default="student",
+        help="whose (default: %(default)s)",
+    )
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from aropd_mcore.data.prepare import prepare
+
+    print(prepare(args.inputs, args.output, format=args.format))
+
+
+def _show_views(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from aropd_mcore.config import ViewsConfig
+    from aropd_mcore.data.dataset import RowDataset
+    from aropd_mcore.data.show import render_views
+    from aropd_mcore.data.tokenizer import load_tokenizer
+    from aropd_mcore.data.views import ViewBuilder
+
+    config = load_config(args.config) if args.config else None
+    views = config.views if config else ViewsConfig()
+    rows = RowDataset.load([args.data])
+    if not 0 <= args.row < len(rows):
+        raise ValueError(f"{args.data}: has rows 0 to {len(rows) - 1}, found --row {args.row}")
+    builder = ViewBuilder(load_tokenizer(config.model.path if config else args.model), views)
+    Console().print(render_views(builder, rows[args.row]))
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    num_local = args.nproc_per_node or _default_num_processes(config)
+    if args.dry_run:
+        return _print_plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
+    if "RANK" in os.environ or num_local == 1:
+        return _train_here(config)
+    return _start_processes(num_local, ["train", str(args.config), *args.overrides])
+
+
+def _train_here(config: Config) -> int:
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.loop import TrainingStopped, train
+
+    here = runtime.start(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        seed=config.training.seed,
+    )
+    try:
+        train(config, here)
+    except TrainingStopped as stopped:
+        if here.rank == 0:
+            print(f"aropd: stopped: {stopped}", file=sys.stderr)
+        return 3
+    runtime.stop(leave_job=True)
+    return 0
+
+
+def _print_plan(config: Config, world_size: int) -> int:
+    from aropd_mcore.trainer.build import plan
+
+    layout = plan(config, world_size)
+    print(dump_config(config))
+    print(
+        f"# {layout.world_size} processes: TP {layout.tensor} x PP {layout.pipeline} x "
+        f"DP {layout.data}; {layout.num_parameters:,} parameters, about "
+        f"{layout.num_parameters // (layout.tensor * layout.pipeline):,} a rank\n"
+        f"# a step: {config.prompts_per_step} prompts, "
+        f"{config.training.global_batch_size} responses, {layout.microbatches_per_step} "
+        f"microbatches of {config.training.micro_batch_size} on each data-parallel rank"
+    )
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.mcore.export import export_run
+
+    path = export_run(args.checkpoint, args.out, runtime.start(), weights=args.weights)
+    runtime.stop(leave_job=True)
+    print(f"{path} ({args.weights}) -> {args.out}")
+
+
+def _default_num_processes(config: Config) -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return config.parallel.tensor * config.parallel.pipeline
+
+
+def _start_processes(count: int, arguments: list[str]) -> int:
+    """This command again, as the ranks of a job on this machine."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Several ranks share this machine's cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        torchrun.main(
+            ["--standalone", f"--nproc-per-node={count}", "-m", "aropd_mcore.cli", *arguments]
+        )
+    except ChildFailedError as error:
+        return next(iter(error.failures.values())).exitcode or 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Resume, step, log, save, stop."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aropd_mcore.config import Config, dump_config
+from aropd_mcore.convert.hf_io import copy_companions
+from aropd_mcore.mcore import checkpoint
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
+from aropd_mcore.trainer.step import Run, StepResult, train_step
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot usefully go on; the message says why and where the last checkpoint is."""
+
+
+def train(config: Config, runtime: Runtime) -> None:
+    """Train until num_steps, from the newest checkpoint under config.output_dir if there is one.
+
+    Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, and hf/ with the
+    model's config and tokenizer, which an export needs.
+
+    Raises:
+        TrainingStopped: too many steps in a row had a non-finite loss or gradient.
+    Collectives: every rank of the job must call it.
+    """
+    run = build_run(config, runtime)
+    folder = config.output_dir / "checkpoints"
+    num_skipped, first_step = 0, 0
+    newest = checkpoint.newest(folder)
+    if newest is not None:
+        progress = checkpoint.load(newest, run.student, run.teacher, runtime)
+        first_step, num_skipped = progress["step"], progress["num_skipped_in_a_row"]
+        if run.engine:
+            run.engine.sync(weight_version=first_step)
+
+    with Reporter(run, first_step) as reporter:
+        for step in range(first_step, run.num_steps):
+            result = train_step(run, step)
+            num_skipped = 0 if result.update.applied else num_skipped + 1
+            # Before the checkpoint: a kill between the two loses no line that is not cut back.
+            reporter.report(step_metrics(step, result, run.view_builder.tokenizer, runtime))
+            if num_skipped >= config.training.max_skipped_steps:
+                raise TrainingStopped(_why_stopped(result, step, num_skipped, folder))
+            num_done = step + 1
+            if num_done == run.num_steps or num_done % config.checkpoint.save_every_steps == 0:
+                with reporter.saving():
+                    checkpoint.save(
+                        folder,
+                        num_done,
+                        run.student,
+                        run.teacher,
+                        {"step": num_done, "num_skipped_in_a_row": num_skipped},
+                        runtime,
+                        keep_last=config.checkpoint.keep_last,
+                    )
+
+
+def _why_stopped(result: StepResult, step: int, num_skipped: int, folder: Path) -> str:
+    loss = float(result.sums["loss"].sum())
+    last = checkpoint.newest(folder)
+    return (
+        f"{num_skipped} steps in a row, up to step {step}, had no finite loss and gradient "
+        f"(loss {loss}, gradient norm {result.update.grad_norm}); no update was applied for them. "
+        f"The last checkpoint is {last or 'none'}. A lower optimizer.lr or a residual_clip often "
+        "helps; the limit is training.max_skipped_steps."
+    )
+
+
+class Reporter:
+    """Metrics to files and progress to the screen, on rank 0; elsewhere it does nothing."""
+
+    def __init__(self, run: Run, first_step: int):
+        self._run = run
+        self._first_step = first_step
+        self._is_here = run.runtime.rank == 0
+        self._save_seconds: float | None = None
+        self._console = Console(file=sys.stdout, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+            # Where nobody watches, a line a step says more than a bar.
+            disable=not (self._is_here and self._console.is_terminal),
+        )
+
+    def __enter__(self) -> "Reporter":
+        if self._is_here:
+            config = self._run.config
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            (config.output_dir / "config.yaml").write_text(dump_config(config))
+            hf = config.output_dir / "hf"
+            hf.mkdir(exist_ok=True)
+            copy_companions(config.model.path, hf, self._run.runtime.dtype(config.model.dtype))
+            self._log = MetricsLog(config, first_step=self._first_step)
+            self._console.print(_headline(self._run, self._first_step))
+            self._task = self._progress.add_task(
+                "", total=self._run.num_steps, completed=self._first_step
+            )
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._is_here:
+            self._log.close()
+
+    def report(self, metrics: Metrics) -> None:
+        """Write one step's metrics, with the time of the save before it."""
+        if not self._is_here:
+            return
+        if self._save_seconds is not None:
+            metrics["seconds/checkpoint"], self._save_seconds = self._save_seconds, None
+        self._log.write(metrics)
+        line = _step_line(metrics)
+        self._progress.update(self._task, advance=1, description=line)
+        if self._progress.disable:
+            self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._save_seconds = time.perf_counter() - started
+
+
+def _headline(run: Run, first_step: int) -> str:
+    config, runtime = run.config, run.runtime
+    rows = f"{len(run.dataset)} rows"
+    if run.dataset.num_bad_rows:
+        rows += f" ({run.dataset.num_bad_rows} left out, first: {run.dataset.bad_rows[0]})"
+    start = f"resuming at step {first_step}" if first_step else "starting"
+    return (
+        f"{start}: {config.objective.name}, {config.model.path} in "
+        f"{str(runtime.dtype(config.model.dtype)).removeprefix('torch.')} on {runtime.device.type}, "
+        f"TP {runtime.tp_size} x PP {runtime.pp_size} x DP {runtime.dp_size}\n"
+        f"{rows}, {run.num_steps} steps of {config.training.global_batch_size} responses, "
+        f"{config.objective.reduction}, templates {run.view_builder.template_hash}; "
+        f"writing to {config.output_dir}"
+    )
+
+
+def _step_line(metrics: Metrics) -> str:
+    parts = [f"loss {metrics['loss']:.4f}", f"grad norm {metrics['grad_norm']:.3f}"]
+    if "kl_full_student" in metrics:
+        parts.append(f"KL(f||s) {metrics['kl_full_student']:.4f}")
+        parts.append(f"hindsight {metrics['hindsight_token_rate']:.1%}")
+    parts.append(f"length {metrics['response_length_mean']:.0f}")
+    parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
+    if metrics["step_skipped"]:
+        parts.append("SKIPPED: not finite")
+    return "  ".join(parts)

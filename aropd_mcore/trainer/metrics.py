@@ -1,0 +1,210 @@
+"""From a step's sums to the numbers a run reports, and where they are written.
+
+The names and definitions are METHOD section 7's; every KL's direction is in its name.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aropd_mcore.config import Config, dump_config
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.student import TokenSums
+from aropd_mcore.numerics.diagnostics import POSITION_BUCKETS
+from aropd_mcore.trainer.step import StepResult
+
+Metrics = dict[str, Any]
+BY_POSITION = (
+    "kl_full_partial",
+    "kl_full_student",
+    "kl_partial_student",
+    "kl_target_student",
+    "hindsight_token_rate",
+)
+_QUANTILES = (0.1, 0.5, 0.9)
+
+
+def token_metrics(sums: TokenSums) -> Metrics:
+    """Means over the global batch's loss tokens, and by position bucket.
+
+    `residual_uptake` is KL(p || s) - KL(f || s) and `residual_capture_ratio` its share of
+    KL(f || p). A bucket without tokens is left out.
+    """
+    num_tokens = sums["num_tokens"]
+    total = max(float(num_tokens.sum()), 1.0)
+    metrics = {
+        name: float(values.sum()) / total
+        for name, values in sums.items()
+        if name not in ("loss", "num_tokens")
+    }
+    metrics = {
+        "loss": float(sums["loss"].sum()),
+        "num_loss_tokens": int(num_tokens.sum()),
+    } | metrics
+    if "kl_full_partial" in metrics:
+        metrics["residual_uptake"] = metrics["kl_partial_student"] - metrics["kl_full_student"]
+        if metrics["kl_full_partial"] > 0:
+            metrics["residual_capture_ratio"] = (
+                metrics["residual_uptake"] / metrics["kl_full_partial"]
+            )
+    for name in BY_POSITION:
+        if name in sums:
+            metrics |= {
+                f"{name}/{bucket}": float(values / count)
+                for bucket, values, count in zip(
+                    _bucket_names(), sums[name], num_tokens, strict=True
+                )
+                if count > 0
+            }
+    return metrics
+
+
+def _bucket_names() -> list[str]:
+    ends = [str(start - 1) for start in POSITION_BUCKETS[1:]]
+    return [f"{a}-{b}" for a, b in zip(POSITION_BUCKETS, ends, strict=False)] + [
+        f"{POSITION_BUCKETS[-1]}-"
+    ]
+
+
+def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
+    """Lengths, truncation and early answers over the global batch.
+
+    `premature_answer_rate`: share of rollouts whose first half states the gold answer, as a word
+    of its own.
+
+    Collectives: one all-gather over the data-parallel ranks.
+    """
+    local = torch.tensor(
+        [
+            [
+                len(rollout.response_ids),
+                rollout.finished,
+                _premature(tokenizer, rollout.response_ids, views.row.answer),
+            ]
+            for views, rollout in zip(result.views, result.rollouts, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    length, finished, premature = runtime.gather_over_data(local).unbind(1)
+    quantiles = torch.quantile(length, torch.tensor(_QUANTILES, dtype=length.dtype)).tolist()
+    return {
+        "response_length_mean": float(length.mean()),
+        **{
+            f"response_length_p{int(100 * q)}": v
+            for q, v in zip(_QUANTILES, quantiles, strict=True)
+        },
+        "truncation_rate": 1.0 - float(finished.mean()),
+        "premature_answer_rate": float(premature.mean()),
+        "num_response_tokens": int(length.sum()),
+    }
+
+
+def _premature(tokenizer: Any, response_ids: tuple[int, ...], answer: str) -> bool:
+    if not answer:
+        return False
+    first_half = tokenizer.decode(response_ids[: len(response_ids) // 2])
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", first_half) is not None
+
+
+def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
+    """Everything a step reports; `seconds/...` and `tokens_per_second` depend on the machine.
+
+    Collectives: one all-gather over the data-parallel ranks; every rank must call it.
+    """
+    metrics = {
+        "step": step,
+        **token_metrics(result.sums),
+        **rollout_metrics(result, tokenizer, runtime),
+        "lr": result.update.lr,
+        "grad_norm": result.update.grad_norm,
+        "step_skipped": int(not result.update.applied),
+    }
+    seconds = sum(result.seconds.values())
+    metrics["tokens_per_second"] = metrics["num_response_tokens"] / seconds
+    metrics |= {f"seconds/{phase}": value for phase, value in result.seconds.items()}
+    return metrics
+
+
+class MetricsLog:
+    """JSONL always; TensorBoard and Weights & Biases when the config asks. For rank 0."""
+
+    def __init__(self, config: Config, *, first_step: int):
+        """
+        Args:
+            first_step: where the run starts or resumes; lines of later steps, written after the
+                checkpoint that is resumed from, are cut off.
+        """
+        self.path = config.output_dir / "metrics.jsonl"
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        _cut_back(self.path, first_step)
+        self._file = self.path.open("a")
+        self._tensorboard = _open_tensorboard(config, first_step)
+        self._wandb = _open_wandb(config)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, metrics["step"])
+        if self._wandb:
+            self._wandb.log(dict(metrics), step=metrics["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _cut_back(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        # A kill can leave half a line, which is of a step that was not saved.
+        if line.endswith("\n") and json.loads(line)["step"] < first_step:
+            kept.append(line)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _open_tensorboard(config: Config, first_step: int) -> Any:
+    if not config.logging.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "logging.tensorboard is on, but tensorboard is not installed: "
+            "pip install 'aropd-mcore[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=first_step)
+
+
+def _open_wandb(config: Config) -> Any:
+    if config.logging.wandb == "off":
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"logging.wandb is {config.logging.wandb!r}, but wandb is not installed: "
+            "pip install 'aropd-mcore[wandb]'"
+        ) from error
+    return wandb.init(
+        project=config.logging.wandb_project,
+        name=config.output_dir.name,
+        dir=str(config.output_dir),
+        mode=config.logging.wandb,
+        config={"yaml": dump_config(config)},
+        resume="allow",
+        id=re.sub(r"\W+", "-", str(config.output_dir)).strip("-"),
+    )

@@ -1,0 +1,139 @@
+"""One step of AR-OPD, in the order of the paper.
+
+Source: METHOD sections 2 to 4; AR-OPD, arXiv:2606.10385.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aropd_mcore.config import Config
+from aropd_mcore.data.collate import collate, num_loss_tokens
+from aropd_mcore.data.dataset import RowDataset, step_positions
+from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.mcore.optim import UpdateResult
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.student import Student, TokenSums
+from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.numerics import sample_token_weights
+from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.trainer.timing import Timer
+from aropd_mcore.types import Rollout, Views
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts that a step works with; built once by `trainer.loop`."""
+
+    config: Config
+    runtime: Runtime
+    num_steps: int
+    dataset: RowDataset
+    view_builder: ViewBuilder
+    student: Student
+    teacher: Teacher | None
+    """None for `sft`."""
+    engine: RolloutEngine | None
+    """None for `sft`, which learns from the oracle's responses."""
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the sums and the update are the same on every rank."""
+
+    views: Sequence[Views]
+    rollouts: Sequence[Rollout]
+    """Of this data-parallel rank, one for each of `views`."""
+    sums: TokenSums
+    update: UpdateResult
+    seconds: dict[str, float]
+
+
+def train_step(run: Run, step: int) -> StepResult:
+    """Sample, score, learn, follow."""
+    config, timer = run.config, Timer(run.runtime.device)
+
+    # Rows (x, z, a), and for each the prompts of the three views.
+    views, seeds = views_of_step(run, step)
+
+    # y ~ student(. | x), or for sft the oracle's own response.
+    with timer("rollout"):
+        rollouts = respond(run, views, seeds)
+
+    # Every loss token's weight in the global loss; then three sequences and one response a sample.
+    weights = sample_token_weights(
+        num_loss_tokens(rollouts, config.objective.skip_response_tokens),
+        torch.tensor([v.row.sample_weight for v in views]),
+        reduction=config.objective.reduction,
+        dp_group=run.runtime.dp_group,
+    )
+    microbatches = [
+        microbatch.to(run.runtime.device)
+        for microbatch in collate(
+            views,
+            rollouts,
+            weights,
+            skip_response_tokens=config.objective.skip_response_tokens,
+            micro_batch_size=config.training.micro_batch_size,
+            pad_token_id=run.pad_token_id,
+            with_teacher=run.teacher is not None,
+        )
+    ]
+
+    # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
+    with timer("teacher"):
+        outputs = run.teacher.score(microbatches) if run.teacher else [None] * len(microbatches)
+
+    # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
+    with timer("student"):
+        sums = run.student.forward_backward(microbatches, run.teacher, outputs)
+
+    with timer("optimizer"):
+        update = run.student.optimizer.step(loss=float(sums["loss"].sum()))
+
+    # teacher <- (1 - alpha) teacher + alpha student; the engine samples from the new weights.
+    with timer("sync"):
+        if update.applied:
+            if run.teacher:
+                run.teacher.follow()
+            if run.engine:
+                run.engine.sync(weight_version=step + 1)
+
+    return StepResult(views, rollouts, sums, update, timer.seconds)
+
+
+def views_of_step(run: Run, step: int) -> tuple[list[Views], list[int]]:
+    """This rank's views for a step, one a rollout, and the seed of each rollout.
+
+    A pure function of (seed, step, layout); the union over data-parallel ranks does not depend on
+    the layout.
+    """
+    config = run.config
+    positions = step_positions(
+        step,
+        prompts_per_step=config.prompts_per_step,
+        dp_rank=run.runtime.dp_rank,
+        dp_size=run.runtime.dp_size,
+    )
+    views, seeds = [], []
+    for position in positions:
+        row = run.dataset.row_at(position, seed=config.training.seed, shuffle=config.data.shuffle)
+        row_views = run.view_builder.build(row)
+        for sample in range(config.rollout.rollouts_per_prompt):
+            views.append(row_views)
+            seeds.append(rollout_seed(config.training.seed, position, sample))
+    return views, seeds
+
+
+def respond(run: Run, views: Sequence[Views], seeds: Sequence[int]) -> list[Rollout]:
+    """A response to every student prompt."""
+    if run.engine is not None:
+        return run.engine.generate([v.student_ids for v in views], seeds, run.config.rollout)
+    limit = run.config.rollout.max_response_tokens
+    oracle = [run.view_builder.oracle_response_ids(v.row) for v in views]
+    return [
+        Rollout(ids[:limit], logprobs=(), finished=len(ids) <= limit, weight_version=0)
+        for ids in oracle
+    ]
