@@ -56,9 +56,9 @@ def gather_over_shards(local_KT: Tensor, tp_group) -> Tensor:
     """Every rank's `local_KT`, as [R, K, T] in shard order. One all-gather."""
     if tp_group is None or not local_KT.numel():
         return local_KT[None]
-    gathered = local_KT.new_empty(tp_group.size() * local_KT.size(0), local_KT.size(1))
-    dist.all_gather_into_tensor(gathered, local_KT.contiguous(), group=tp_group)
-    return gathered.view(tp_group.size(), *local_KT.shape)
+    gathered = local_KT.new_empty(tp_group.size(), *local_KT.shape)
+    dist.all_gather(list(gathered.unbind()), local_KT.contiguous(), group=tp_group)
+    return gathered
 
 
 def sum_over_shards(local: dict[str, Tensor], tp_group) -> dict[str, Tensor]:

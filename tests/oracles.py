@@ -1,0 +1,104 @@
+"""Dense formulas, written from METHOD.md alone: what every other implementation is compared with.
+
+Plain autograd torch over whole [tokens, vocabulary] matrices, in the dtype of what is passed: fp64
+for the truth, bf16 for the error that an eager implementation makes. Imports nothing of the
+package.
+"""
+
+import torch
+from torch import Tensor
+
+TOP_K = 16
+
+
+def target_logprobs(
+    partial_logprobs: Tensor, full_logprobs: Tensor, scale: float, clip: float | None
+) -> Tensor:
+    """log q = log_softmax(log p + lambda clip(log f - log p, -c, c)); METHOD section 3."""
+    residual = full_logprobs - partial_logprobs
+    if clip is not None:
+        residual = residual.clamp(-clip, clip)
+    return torch.log_softmax(partial_logprobs + scale * residual, -1)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def token_losses(
+    student_logits: Tensor,
+    partial_logits: Tensor,
+    full_logits: Tensor,
+    *,
+    scale: float,
+    clip: float | None,
+    divergence: str = "kl_target_student",
+    jsd_weight: float = 0.5,
+) -> Tensor:
+    """[T]; differentiable in the student's logits, with a constant target; METHOD section 3."""
+    log_s, log_p, log_f = (
+        torch.log_softmax(logits, -1)
+        for logits in (student_logits, partial_logits.detach(), full_logits.detach())
+    )
+    log_q = target_logprobs(log_p, log_f, scale, clip)
+    if divergence == "kl_target_student":
+        return kl(log_q, log_s)
+    if divergence == "kl_student_target":
+        return kl(log_s, log_q)
+    assert divergence == "jsd"
+    log_m = ((1 - jsd_weight) * log_s.exp() + jsd_weight * log_q.exp()).log()
+    return jsd_weight * kl(log_q, log_m) + (1 - jsd_weight) * kl(log_s, log_m)
+
+
+def token_metrics(
+    student_logits: Tensor,
+    partial_logits: Tensor,
+    full_logits: Tensor,
+    sampled_ids: Tensor,
+    *,
+    scale: float,
+    clip: float | None,
+) -> dict[str, Tensor]:
+    """METHOD section 7, the metrics that one token has."""
+    log_s, log_p, log_f = (
+        torch.log_softmax(logits.detach(), -1)
+        for logits in (student_logits, partial_logits, full_logits)
+    )
+    clipped = (log_f - log_p).abs() > (torch.inf if clip is None else clip)
+    top_k = min(TOP_K, log_s.size(-1))
+    # A token is in the top 16 when fewer than 16 are strictly likelier.
+    top_s, top_f = (
+        logits >= logits.topk(top_k).values[:, -1:] for logits in (student_logits, full_logits)
+    )
+    metrics = {
+        "kl_target_student": kl(target_logprobs(log_p, log_f, scale, clip), log_s),
+        "kl_full_student": kl(log_f, log_s),
+        "kl_partial_student": kl(log_p, log_s),
+        "kl_full_partial": kl(log_f, log_p),
+        "clip_fraction": (log_p.exp() * clipped).sum(-1),
+        "topk_overlap": (top_s & top_f).sum(-1).clamp(max=top_k) / top_k,
+    }
+    for view, logprobs in (("student", log_s), ("partial", log_p), ("full", log_f)):
+        metrics[f"entropy_{view}"] = -(logprobs.exp() * logprobs).sum(-1)
+        metrics[f"logprob_{view}"] = logprobs.gather(-1, sampled_ids[:, None]).squeeze(-1)
+    return metrics
+
+
+def cross_entropy(student_logits: Tensor, target_ids: Tensor) -> Tensor:
+    """[T]; the SFT baseline."""
+    return -torch.log_softmax(student_logits, -1).gather(-1, target_ids[:, None]).squeeze(-1)
+
+
+def reduced_loss(losses_by_response: list[Tensor], weights: list[float], reduction: str) -> Tensor:
+    """The loss of a global batch from each response's token losses; METHOD section 3, Reduction."""
+    counted = [
+        (losses, weight)
+        for losses, weight in zip(losses_by_response, weights, strict=True)
+        if losses.numel()
+    ]
+    if reduction == "sequence_mean":
+        total = sum(weight for _, weight in counted)
+        return sum(weight * losses.mean() for losses, weight in counted) / total
+    assert reduction == "token_mean"
+    total = sum(weight * losses.numel() for losses, weight in counted)
+    return sum(weight * losses.sum() for losses, weight in counted) / total
