@@ -39,7 +39,9 @@ class NativeEngine:
         self.runtime = runtime
         self.batch_size = batch_size
         self.weight_version = 0
-        self._eos_token_ids = torch.tensor(list(eos_token_ids), device=runtime.device)
+        self._eos_token_ids = torch.tensor(
+            list(eos_token_ids), dtype=torch.int64, device=runtime.device
+        )
 
     def sync(self, weight_version: int) -> None:
         """Note how many updates the weights have seen; they are the student's own."""

@@ -1,11 +1,10 @@
 """The native engine against transformers, and against itself on every layout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -164,3 +163,92 @@ def test_every_layout_samples_the_same(folders, on_one_rank):
         assert all(results == on_ranks[0] for results in on_ranks)
         for index, rollouts in enumerate(on_ranks[0]):
             assert_same(rollouts, expected[index % 2])
+
+
+def own_rows_on_each_replica(folder: Path) -> list[Rollout]:
+    model, runtime = load(folder, 1, 1)
+    engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=2)
+    rows = slice(2 * runtime.dp_rank, None)  # five prompts in three batches, three in two
+    return engine.generate(PROMPTS[rows], SEEDS[rows], RANDOM)
+
+
+def test_replicas_do_not_wait_for_each_other(folders, on_one_rank):
+    first, second = run_ranks(own_rows_on_each_replica, 2, folders["qwen2"])
+    assert_same(first, on_one_rank["qwen2"][1])
+    assert_same(second, on_one_rank["qwen2"][1][2:])
+
+
+def model_is_left_as_it_was(folder: Path) -> None:
+    """Train, sample, train: as without the sampling; and what is sampled follows the weights."""
+    model, runtime = load(folder, 1, 1)
+    engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=3)
+    tokens = torch.tensor([PROMPTS[2]])
+    positions = torch.arange(tokens.size(1))[None]
+    modules = list(model.modules())
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        model(tokens, positions, None).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    model.train()
+    before = engine.generate(PROMPTS, SEEDS, RANDOM)
+    assert model.training and all(module.training for module in modules)
+    assert list(model.modules()) == modules
+    model.eval()
+    assert engine.generate(PROMPTS, SEEDS, RANDOM) == before
+    assert not model.training
+
+    # The backward meets rotary tables that sampling put into Megatron's cache.
+    assert engine.generate([PROMPTS[2]], SEEDS[:1], SamplingConfig(max_response_tokens=1))
+    first = gradient()
+    engine.generate(PROMPTS, SEEDS, RANDOM)
+    assert torch.equal(gradient(), first)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    engine.sync(3)
+    after = engine.generate(PROMPTS, SEEDS, RANDOM)
+    assert [r.response_ids for r in after] != [r.response_ids for r in before]
+    assert {r.weight_version for r in before} == {0} and {r.weight_version for r in after} == {3}
+
+    model.decoder.layers[1].mlp.linear_fc2.weight.data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite at weight version 3"):
+        engine.generate(PROMPTS, SEEDS, RANDOM)
+    assert list(model.modules()) == modules
+
+
+def refusals(folder: Path) -> list[str]:
+    model, runtime = load(folder, 1, 1)
+    engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=3)
+    assert engine.generate([], [], GREEDY) == []
+    longest = SamplingConfig(max_response_tokens=2, temperature=0)
+    [rollout] = engine.generate([[5] * 510], SEEDS[:1], longest)  # 512 positions, all used
+    assert len(rollout.response_ids) <= 2
+    messages = []
+    for prompts, seeds in (
+        ([[5], []], SEEDS[:2]),
+        ([[5] * 511], SEEDS[:1]),
+        ([[5], [6, 509]], SEEDS[:2]),
+        ([[5], [6]], SEEDS[:3]),
+    ):
+        with pytest.raises(ValueError) as caught:
+            engine.generate(prompts, seeds, longest)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_sampling_leaves_the_model_as_it_was_and_follows_its_weights(folders):
+    run_ranks(model_is_left_as_it_was, 1, folders["qwen2"])
+
+
+def test_prompts_that_cannot_be_continued_are_refused(folders):
+    assert run_ranks(refusals, 1, folders["qwen2"])[0] == [
+        "prompt 1 is empty; it needs at least one token",
+        "prompt 0 has 511 tokens, and with max_response_tokens 2 exceeds the model's 512 "
+        "positions; shorten one of the two",
+        "prompt 1 has token ids from 6 to 509, but the model's vocabulary has 509; is the "
+        "tokenizer the model's?",
+        "2 prompts but 3 seeds; give one a prompt",
+    ]
