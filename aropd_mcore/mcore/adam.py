@@ -33,9 +33,9 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
-        if not adam_w_mode:
-            raise ValueError("weight decay is decoupled here; OptimizerConfig asked for L2 decay")
+        assert adam_w_mode and not capturable, "OptimizerConfig asks for neither"
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults)
 

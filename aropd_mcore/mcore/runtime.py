@@ -1,5 +1,6 @@
 """Device, process groups and seeds of this process."""
 
+import logging
 import warnings
 
 from aropd_mcore.mcore import cpu_mode
@@ -15,6 +16,7 @@ for message in (
     "Please use DTensor instead",
 ):
     warnings.filterwarnings("ignore", message=message)
+logging.getLogger("megatron.core").setLevel(logging.ERROR)  # its deprecations, on every rank
 
 cpu_mode.install()  # before the first import of megatron.core
 

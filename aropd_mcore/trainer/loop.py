@@ -137,14 +137,15 @@ class Reporter:
 
 def _headline(run: Run, first_step: int) -> str:
     config, runtime = run.config, run.runtime
+    dtype = str(runtime.dtype(config.model.dtype)).removeprefix("torch.")
+    layout = f"TP {runtime.tp_size} x PP {runtime.pp_size} x DP {runtime.dp_size}"
     rows = f"{len(run.dataset)} rows"
     if run.dataset.num_bad_rows:
         rows += f" ({run.dataset.num_bad_rows} left out, first: {run.dataset.bad_rows[0]})"
     start = f"resuming at step {first_step}" if first_step else "starting"
     return (
-        f"{start}: {config.objective.name}, {config.model.path} in "
-        f"{str(runtime.dtype(config.model.dtype)).removeprefix('torch.')} on {runtime.device.type}, "
-        f"TP {runtime.tp_size} x PP {runtime.pp_size} x DP {runtime.dp_size}\n"
+        f"{start}: {config.objective.name}, {config.model.path} in {dtype} on "
+        f"{runtime.device.type}, {layout}\n"
         f"{rows}, {run.num_steps} steps of {config.training.global_batch_size} responses, "
         f"{config.objective.reduction}, templates {run.view_builder.template_hash}; "
         f"writing to {config.output_dir}"
