@@ -36,8 +36,8 @@ def decoding(
 
     In between the model is in evaluation mode, without gradient and without its own core attention.
     The cache, 2 x B x (longest prompt + max_new_tokens) x KV heads x D numbers a layer, lives as
-    long as the Decoder. The mode is torch.no_grad and not inference_mode: Megatron caches rotary
-    tables, and an inference tensor among them would break the next backward.
+    long as the Decoder. The mode is torch.no_grad and not inference_mode: Megatron keeps rotary
+    tables in a cache, and its fused rotary embedding cannot save an inference tensor for backward.
     """
     attentions: list[Any] = [layer.self_attention for layer in model.decoder.layers]
     stock = [attention.core_attention for attention in attentions]
