@@ -62,15 +62,16 @@ class HFWeights:
         for tensor, shape in expected.items():
             self._check_tensor(tensor, shape)
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, end: int = 0) -> Tensor:
-        """The tensor, or its part [start, end) along dim; only that part is read from disk."""
-        tensor = self._open(self.location[name]).get_slice(name)
-        if dim is None:
-            return tensor[:]
-        return tensor[(slice(None),) * dim + (slice(start, end),)]
+    def read(self, name: str) -> Tensor:
+        return self._slice(name)[:]
+
+    def read_part(self, name: str, dim: int, start: int, end: int) -> Tensor:
+        """[start, end) along dim 0 or 1 of the tensor; only that part is read from disk."""
+        part = slice(start, end)
+        return self._slice(name)[part if dim == 0 else (slice(None), part)]
 
     def _check_tensor(self, name: str, expected: tuple[int, ...]) -> None:
-        tensor = self._open(self.location[name]).get_slice(name)
+        tensor = self._slice(name)
         where = f"{self.folder / self.location[name]}: {name}"
         found = tuple(tensor.get_shape())
         if found != expected:
@@ -87,15 +88,15 @@ class HFWeights:
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX
         try:
-            location = json.loads(path.read_text())["weight_map"]
-            for file in set(location.values()):
-                if Path(file).name != file:
-                    raise CheckpointError(f"{path}: names {file!r}, outside the folder")
+            weight_map = json.loads(path.read_text())["weight_map"]
+            location = {tensor: str(file) for tensor, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{path}: not a safetensors index: {error!r}") from error
-        held = {file: set(self._open(file).keys()) for file in sorted(set(location.values()))}
+        held = {}
+        for file in sorted(set(location.values())):
+            if Path(file).name != file:
+                raise CheckpointError(f"{path}: names {file!r}, outside the folder")
+            held[file] = set(self._open(file).keys())
         for tensor, file in location.items():
             if tensor not in held[file]:
                 raise CheckpointError(f"{path}: says that {file} holds {tensor}; it does not")
@@ -110,6 +111,9 @@ class HFWeights:
                 "with transformers' save_pretrained to get one."
             )
         return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self.location[name]).get_slice(name)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

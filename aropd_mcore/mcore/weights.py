@@ -170,7 +170,7 @@ def _read_part(
         return checkpoint.read(name)
     size = padded_vocab_size if kind is Kind.VOCAB else shape[dim]
     start, end = shard_bounds(size, runtime.tp_size, runtime.tp_rank)
-    part = checkpoint.read(name, dim, min(start, shape[dim]), min(end, shape[dim]))
+    part = checkpoint.read_part(name, dim, min(start, shape[dim]), min(end, shape[dim]))
     return pad_rows(part, end - start) if kind is Kind.VOCAB else part
 
 
