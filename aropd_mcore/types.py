@@ -6,7 +6,7 @@ Shape letters: B samples of a microbatch, S padded sequence, T loss tokens of a 
 (flattened over its samples), H hidden.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -92,9 +92,8 @@ class Microbatch:
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch with every tensor on `device`."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Microbatch(
-            **{name: None if part is None else part.to(device) for name, part in parts.items()}
-        )
+        moved = {name: part.to(device) for name, part in parts.items() if part is not None}
+        return replace(self, **moved)
 
 
 class TeacherOutput(NamedTuple):

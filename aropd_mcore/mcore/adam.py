@@ -7,6 +7,9 @@ optimizer/distrib_optimizer.py, load_state_dict, "non-Apex/TE support"). FusedAd
 the parameter group, which is the path Megatron's users run; so does this optimizer.
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_*: what torch.optim itself is made of.
+
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.mcore.optim import Optimizer
+from aropd_mcore.mcore.model import HiddenStateGPT
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
@@ -101,10 +101,7 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
     same_layout = common["layout"] == _layout(runtime)
     if same_layout:
         state["rng"] = _rng_state(runtime)
-    try:
-        loaded = dist_checkpointing.load(state, str(path))
-    except Exception as error:
-        raise CheckpointError(f"{path}: cannot be loaded into this run: {error}") from error
+    loaded = _load_sharded(path, state)
     student.model.load_state_dict(loaded["model"])
     student.optimizer.load_state_dict(loaded)
     if teacher is not None:
@@ -114,7 +111,7 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
     return common["progress"]
 
 
-def load_weights(path: Path, model: torch.nn.Module, *, prefix: str = "") -> None:
+def load_weights(path: Path, model: HiddenStateGPT, *, prefix: str = "") -> None:
     """Load one model's weights only, whatever layout wrote them.
 
     Args:
@@ -123,12 +120,8 @@ def load_weights(path: Path, model: torch.nn.Module, *, prefix: str = "") -> Non
         CheckpointError: the folder is no checkpoint, or holds no such weights.
     """
     read_common(path)
-    state = model.sharded_state_dict(prefix=prefix)  # type: ignore[operator]
-    try:
-        loaded = dist_checkpointing.load(state, str(path))
-    except Exception as error:
-        who = "a teacher of its own" if prefix else "weights of this model"
-        raise CheckpointError(f"{path}: holds no {who}: {error}") from error
+    state = model.sharded_state_dict(prefix=prefix)
+    loaded = _load_sharded(path, state)
     model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in state})
 
 
@@ -147,6 +140,13 @@ def read_common(path: Path) -> dict[str, Any]:
     return common
 
 
+def _load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], dist_checkpointing.load(state, str(path)))
+    except Exception as error:  # Megatron's, torch's and the file system's, by many names
+        raise CheckpointError(f"{path}: does not hold what is needed here: {error}") from error
+
+
 def _sharded_state(
     student: Student, teacher: Teacher | None, runtime: Runtime, *, is_loading: bool
 ) -> dict[str, Any]:
@@ -158,8 +158,7 @@ def _sharded_state(
         "dp_cp_group": runtime.dp_group,
     }
     state: dict[str, Any] = {"model": student.model.sharded_state_dict(metadata=metadata)}
-    optimizer: Optimizer = student.optimizer
-    state |= optimizer.sharded_state_dict(state, metadata, is_loading=is_loading)
+    state |= student.optimizer.sharded_state_dict(state, metadata, is_loading=is_loading)
     if teacher is not None:
         state["teacher"] = teacher.sharded_state_dict(metadata)
     return state
@@ -172,7 +171,7 @@ def _layout(runtime: Runtime) -> dict[str, int]:
 def _rng_state(runtime: Runtime) -> ShardedObject:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
     }
     if runtime.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
@@ -186,9 +185,14 @@ def _rng_state(runtime: Runtime) -> ShardedObject:
 
 def _restore_rng(state: dict[str, Any], runtime: Runtime) -> None:
     torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    _tracker().set_states(state["tracker"])
     if runtime.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _tracker() -> Any:
+    """Megatron's named random-number states (runtime.start makes them)."""
+    return tensor_parallel.get_cuda_rng_tracker()
 
 
 def _write_tracker(folder: Path, step: int) -> None:

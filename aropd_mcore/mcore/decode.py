@@ -95,8 +95,8 @@ class Decoder:
         self._batch.advance()
         return self._logits(self._forward(tokens_B))
 
-    def share(self, tensor: Tensor) -> Tensor:
-        """The sampling rank's `tensor`, on every rank of the replica; written in place.
+    def share(self, tensor: Tensor) -> None:
+        """Give `tensor` the sampling rank's values on every rank of the replica, in place.
 
         Collectives: a broadcast over the last stage's tp_group, then one over pp_group.
         """
@@ -106,7 +106,6 @@ class Decoder:
             dist.broadcast(tensor, first, group=runtime.tp_group)
         if runtime.pp_size > 1:
             dist.broadcast(tensor, runtime.last_stage_rank, group=runtime.pp_group)
-        return tensor
 
     def _forward(self, tokens_N: Tensor) -> Tensor:
         """This stage's hidden states [N, H]; those of the stage before are waited for."""

@@ -10,10 +10,15 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from aropd_mcore.config import OptimizerConfig
 from aropd_mcore.mcore import adam
@@ -71,11 +76,13 @@ class Optimizer:
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        self.inner = get_megatron_optimizer(
+        inner = get_megatron_optimizer(
             megatron_config,
             [self.ddp],
             config_overrides=get_standard_config_overrides(megatron_config),
         )
+        assert isinstance(inner, ChainedOptimizer)
+        self.inner = inner
         for part in self.inner.chained_optimizers:
             # Now, so that a checkpoint can be written before the first update was applied.
             part.init_state_fn(part.optimizer, part.config)
@@ -94,6 +101,9 @@ class Optimizer:
             end_wd=config.weight_decay,
             wd_incr_steps=num_steps,
             wd_incr_style="constant",
+            # A run that is resumed with another num_steps or lr follows its new schedule.
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
         )
 
     def zero_grad(self) -> None:
@@ -114,7 +124,7 @@ class Optimizer:
         grad_norm = float(self.inner.get_grad_norm())
         applied = math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
-            parameters = self.inner.get_parameters()
+            parameters: list[Tensor] = [*self.inner.get_parameters()]
             if self.clip_grad > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
             self.inner.step_with_ready_grads()

@@ -132,7 +132,11 @@ def start(
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                backend,
+                store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+                rank=0,
+                world_size=1,
+                timeout=timeout,
             )
     if dist.get_world_size() % (tensor * pipeline):
         raise ValueError(
@@ -145,10 +149,16 @@ def start(
     torch.manual_seed(seed)
     return Runtime(
         device=device,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        tp_group=_own(parallel_state.get_tensor_model_parallel_group()),
+        pp_group=_own(parallel_state.get_pipeline_model_parallel_group()),
+        dp_group=_own(parallel_state.get_data_parallel_group()),
     )
+
+
+def _own(group: object) -> dist.ProcessGroup:
+    """parallel_state's group; its other types are for ranks outside and for several pipelines."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def stop(*, leave_job: bool = False) -> None:

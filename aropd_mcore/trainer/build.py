@@ -110,8 +110,8 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         student=Student(model, optimizer, config.objective, runtime),
         teacher=teacher,
         engine=engine,
-        # Any token would do: padding stands behind what it could be seen from.
-        pad_token_id=tokenizer.pad_token_id or 0,
+        # Any token serves: padding stands behind everything that could see it.
+        pad_token_id=view_builder.end_id,
     )
 
 

@@ -193,7 +193,7 @@ def _open_wandb(config: Config) -> Any:
     if config.logging.wandb == "off":
         return None
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] # an extra
     except ImportError as error:
         raise ValueError(
             f"logging.wandb is {config.logging.wandb!r}, but wandb is not installed: "
