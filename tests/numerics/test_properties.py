@@ -1,0 +1,189 @@
+"""What must hold of the loss for every input, and at the edges of the numbers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from aropd_mcore.numerics import anchored_residual_logprobs, vocab_parallel_anchored_residual_kl
+from tests import oracles
+
+INF = torch.inf
+DIVERGENCES = ("kl_target_student", "kl_student_target", "jsd")
+few_examples = settings(max_examples=25, deadline=None, derandomize=True)
+scales = st.sampled_from((0.0, 0.4, 0.8, 1.0, 1.4))
+clips = st.sampled_from((0.5, 5.0, 100.0, None))
+
+
+def kl(
+    student: Tensor, partial: Tensor, full: Tensor, *, scale=0.8, clip: float | None = 5.0, **kw
+):
+    return vocab_parallel_anchored_residual_kl(
+        student,
+        partial,
+        full,
+        residual_scale=scale,
+        residual_clip=clip,
+        vocab_size=student.size(1),
+        **kw,
+    )
+
+
+@st.composite
+def three_rows(draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of any temper: flat, usual or nearly one-hot."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 40)))
+    spread = draw(st.sampled_from((0.01, 1.0, 10.0, 50.0)))
+    student, partial, full = spread * torch.randn(3, *shape, generator=generator)
+    return student, partial, full
+
+
+def log_softmax64(logits: Tensor) -> Tensor:
+    return logits.double().log_softmax(-1)
+
+
+@few_examples
+@given(three_rows(), scales, clips)
+def test_identities(rows, scale, clip):
+    student, partial, full = rows
+    log_s, log_p, log_f = (log_softmax64(row) for row in rows)
+    close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    assert_close(
+        kl(student, partial, full, scale=0, clip=clip)[0], oracles.kl(log_p, log_s), **close
+    )
+    assert_close(
+        kl(student, partial, full, scale=1, clip=None)[0], oracles.kl(log_f, log_s), **close
+    )
+    for divergence in DIVERGENCES:
+        of_equal_views, _ = kl(
+            student, partial, partial, scale=scale, clip=clip, divergence=divergence
+        )
+        of_the_anchor, _ = kl(student, partial, full, scale=0, clip=None, divergence=divergence)
+        assert_close(of_equal_views, of_the_anchor, **close)
+        of_oneself, _ = kl(student, student, student, scale=scale, clip=clip, divergence=divergence)
+        assert_close(of_oneself, torch.zeros_like(of_oneself), **close)
+
+
+@few_examples
+@given(three_rows(), scales, clips, st.sampled_from(DIVERGENCES))
+def test_never_negative_and_blind_to_a_shift(rows, scale, clip, divergence):
+    kwargs = {"scale": scale, "clip": clip, "divergence": divergence}
+    loss_T, metrics = kl(*rows, **kwargs)
+    assert (loss_T >= -1e-5).all()
+    for name, values in metrics.items():
+        assert (values >= -1e-5).all(), name
+    # Shifts that fp32 adds exactly to logits rounded to 2^-10.
+    rounded = [(row * 1024).round() / 1024 for row in rows]
+    shifted = [row + shift for row, shift in zip(rounded, (512.0, -1024.0, 64.0), strict=True)]
+    assert torch.equal(kl(*rounded, **kwargs)[0], kl(*shifted, **kwargs)[0])
+
+
+@few_examples
+@given(three_rows(), scales, clips)
+def test_dense_target_is_the_oracles(rows, scale, clip):
+    _, log_p, log_f = (log_softmax64(row) for row in rows)
+    target = anchored_residual_logprobs(log_p, log_f, residual_scale=scale, residual_clip=clip)
+    assert target.dtype == torch.float64
+    assert_close(target, oracles.target_logprobs(log_p, log_f, scale, clip), rtol=1e-9, atol=1e-9)
+    in_fp32 = anchored_residual_logprobs(
+        log_p.float()[None], log_f.float()[None], residual_scale=scale, residual_clip=clip
+    )
+    assert in_fp32.shape == (1, *target.shape)
+    assert_close(in_fp32[0].exp(), target.exp().float(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [5.0, None])
+@pytest.mark.parametrize("scale", [0, 0.8, 1, 1.4])
+def test_tokens_that_views_rule_out(scale, clip):
+    third = torch.tensor(1 / 3).log()
+    log_p = torch.tensor([-INF, -INF, third, third, third])
+    log_f = torch.tensor([-INF, third, -INF, third, third])
+    target = anchored_residual_logprobs(
+        log_p, log_f, residual_scale=scale, residual_clip=clip
+    ).exp()
+    if scale == 0:
+        expected = log_p.exp()
+    elif clip is None:
+        allowed = (log_p > -INF) | (scale == 1)
+        expected = torch.where(allowed & (log_f > -INF), 1.0, 0.0)
+        expected /= expected.sum()
+    else:
+        expected = torch.tensor([0, 0, torch.exp(torch.tensor(-scale * clip)), 1, 1])
+        expected /= expected.sum()
+    assert_close(target, expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("scale, clip", [(0.8, 5.0), (1.4, None)])
+def test_a_token_that_all_views_rule_out_is_absent(divergence, scale, clip):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(3, 4, 20, generator=generator)
+    with_hole = rows.clone()
+    with_hole[..., 7] = -INF
+    without = torch.cat([rows[..., :7], rows[..., 8:]], -1)
+    results = []
+    for student, partial, full in (with_hole, without):
+        student = student.clone().requires_grad_()
+        loss_T, metrics = kl(student, partial, full, scale=scale, clip=clip, divergence=divergence)
+        (gradient,) = torch.autograd.grad(loss_T.sum(), student)
+        results.append((loss_T, metrics, gradient))
+    (loss_T, metrics, gradient), (expected_loss, expected_metrics, expected_gradient) = results
+    assert_close(loss_T, expected_loss)
+    assert_close(metrics, expected_metrics)
+    assert (gradient[:, 7] == 0).all()
+    assert_close(torch.cat([gradient[:, :7], gradient[:, 8:]], -1), expected_gradient)
+
+
+def test_infinite_where_the_support_differs():
+    student = torch.tensor([[0.0, 0.0, -INF]])
+    teacher = torch.tensor([[-INF, 0.0, 0.0]])
+    for divergence in ("kl_target_student", "kl_student_target"):
+        loss_T, _ = kl(student, teacher, teacher, divergence=divergence)
+        assert loss_T.item() == INF
+    student.requires_grad_()
+    loss_T, metrics = kl(student, teacher, teacher)
+    loss_T.backward()
+    assert_close(student.grad, torch.tensor([[0.5, 0.0, -0.5]]))
+    assert_close(metrics["entropy_student"], torch.tensor([2.0]).log())
+    loss_T, _ = kl(student, teacher, teacher, divergence="jsd")
+    assert_close(loss_T.detach(), torch.tensor([2.0]).log() / 2)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("clip", [5.0, 200.0, None])
+def test_extreme_logits(divergence, clip):
+    generator = torch.Generator().manual_seed(2)
+    rows = (2e4 * torch.rand(3, 6, 30, generator=generator) - 1e4).round()
+    rows[:, 0, 1:] = -1e4  # one column has it all, in every view
+    rows[:, 0, 0] = 1e4
+    student, partial, full = rows
+    student.requires_grad_()
+    wide = student.detach().double().requires_grad_()
+    kwargs = {"scale": 0.8, "clip": clip, "divergence": divergence}
+    loss_T, _ = kl(student, partial, full, **kwargs)
+    # The mixture's log needs a probability above 0 in the oracle; ours takes it in log space.
+    expected_T = oracles.token_losses(wide, partial.double(), full.double(), **kwargs)
+    finite_T = expected_T.isfinite()
+    assert loss_T.isfinite().all() and (finite_T.all() or divergence == "jsd")
+    assert_close(loss_T[finite_T], expected_T[finite_T], check_dtype=False, rtol=1e-5, atol=1e-4)
+    (gradient,) = torch.autograd.grad(loss_T.sum(), student)
+    assert gradient.isfinite().all()
+    if divergence != "jsd":
+        (expected,) = torch.autograd.grad(expected_T.sum(), wide)
+        assert_close(gradient, expected, check_dtype=False, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize("bad", [torch.nan, INF])
+def test_nan_in_nan_out(divergence, row, bad):
+    rows = torch.randn(3, 2, 20)
+    rows[row, 1, 5] = bad
+    student = rows[0].clone().requires_grad_()
+    loss_T, _ = kl(student, rows[1], rows[2], divergence=divergence)
+    assert loss_T[0].isfinite() and loss_T[1].isnan()
+    (gradient,) = torch.autograd.grad(loss_T.sum(), student)
+    assert gradient[0].isfinite().all() and gradient[1].isnan().all()
