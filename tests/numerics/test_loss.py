@@ -137,6 +137,23 @@ def check_everything(large_vocabulary: bool) -> list[float]:
     return [check(run, *case, group, **kwargs) for run, *case, kwargs in cases]
 
 
+def check_a_ruled_out_shard() -> None:
+    """-inf in every column of the first of 4 shards: the numbers of the whole vocabulary."""
+    group = dist.group.WORLD
+    rows = torch.randn(3, 4, 64)
+    rows[..., :20] = -torch.inf
+    kwargs = {"vocab_size": 64, **asdict(Settings())}
+    shards = rows.chunk(group.size(), -1)[group.rank()]
+    loss_T, metrics = vocab_parallel_anchored_residual_kl(*shards, tp_group=group, **kwargs)
+    expected_T, expected_metrics = vocab_parallel_anchored_residual_kl(*rows, **kwargs)
+    assert_close((loss_T, metrics), (expected_T, expected_metrics))
+    assert loss_T.isfinite().all()
+
+
+def test_a_ruled_out_shard():
+    run_ranks(check_a_ruled_out_shard, 4)
+
+
 def test_whole_vocabulary():
     check_everything(large_vocabulary=True)
 

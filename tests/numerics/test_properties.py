@@ -137,6 +137,16 @@ def test_a_token_that_all_views_rule_out_is_absent(divergence, scale, clip):
     assert_close(torch.cat([gradient[:, :7], gradient[:, 8:]], -1), expected_gradient)
 
 
+def test_a_tie_for_the_last_place_is_in_the_top():
+    flat = torch.zeros(1, 40)
+    _, metrics = kl(flat, flat, flat)
+    assert metrics["topk_overlap"].item() == 1
+    above = torch.arange(40.0)[None]  # the full view's top are columns 24 to 39
+    student = (above >= 32).float()  # the student's are 32 to 39, and then all the others tie
+    _, metrics = kl(student, flat, above)
+    assert metrics["topk_overlap"].item() == 1
+
+
 def test_infinite_where_the_support_differs():
     student = torch.tensor([[0.0, 0.0, -INF]])
     teacher = torch.tensor([[-INF, 0.0, 0.0]])
