@@ -19,7 +19,7 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.numerics import sample_token_weights
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
 from aropd_mcore.trainer.timing import Timer
-from aropd_mcore.types import Rollout, Views
+from aropd_mcore.types import Microbatch, Rollout, Views
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StepResult:
 
 def train_step(run: Run, step: int) -> StepResult:
     """Sample, score, learn, follow."""
-    config, timer = run.config, Timer(run.runtime.device)
+    timer = Timer(run.runtime.device)
 
     # Rows (x, z, a), and for each the prompts of the three views.
     views, seeds = views_of_step(run, step)
@@ -63,24 +63,7 @@ def train_step(run: Run, step: int) -> StepResult:
         rollouts = respond(run, views, seeds)
 
     # Every loss token's weight in the global loss; then three sequences and one response a sample.
-    weights = sample_token_weights(
-        num_loss_tokens(rollouts, config.objective.skip_response_tokens),
-        torch.tensor([v.row.sample_weight for v in views]),
-        reduction=config.objective.reduction,
-        dp_group=run.runtime.dp_group,
-    )
-    microbatches = [
-        microbatch.to(run.runtime.device)
-        for microbatch in collate(
-            views,
-            rollouts,
-            weights,
-            skip_response_tokens=config.objective.skip_response_tokens,
-            micro_batch_size=config.training.micro_batch_size,
-            pad_token_id=run.pad_token_id,
-            with_teacher=run.teacher is not None,
-        )
-    ]
+    microbatches = microbatches_of(run, views, rollouts)
 
     # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
     with timer("teacher"):
@@ -137,3 +120,29 @@ def respond(run: Run, views: Sequence[Views], seeds: Sequence[int]) -> list[Roll
         Rollout(ids[:limit], logprobs=(), finished=len(ids) <= limit, weight_version=0)
         for ids in oracle
     ]
+
+
+def microbatches_of(
+    run: Run, views: Sequence[Views], rollouts: Sequence[Rollout]
+) -> list[Microbatch]:
+    """This rank's share of the global batch, on its device, with globally normalized weights.
+
+    Collectives: one all-reduce over the data-parallel ranks.
+    """
+    objective = run.config.objective
+    weights = sample_token_weights(
+        num_loss_tokens(rollouts, objective.skip_response_tokens),
+        torch.tensor([v.row.sample_weight for v in views]),
+        reduction=objective.reduction,
+        dp_group=run.runtime.dp_group,
+    )
+    microbatches = collate(
+        views,
+        rollouts,
+        weights,
+        skip_response_tokens=objective.skip_response_tokens,
+        micro_batch_size=run.config.training.micro_batch_size,
+        pad_token_id=run.pad_token_id,
+        with_teacher=run.teacher is not None,
+    )
+    return [microbatch.to(run.runtime.device) for microbatch in microbatches]
