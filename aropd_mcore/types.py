@@ -51,7 +51,7 @@ class Rollout:
     finished: bool
     """True when it ended by EOS, False when the limit cut it off."""
     weight_version: int
-    """The number of optimizer updates the sampling weights had seen."""
+    """The sampling weights: the number of training steps behind their last update."""
 
 
 class ViewBatch(NamedTuple):

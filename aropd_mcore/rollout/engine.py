@@ -29,7 +29,7 @@ class RolloutEngine(Protocol):
         ...
 
     def sync(self, weight_version: int) -> None:
-        """Sample from the student's weights as they are now, which have seen this many updates."""
+        """Sample from the student's weights as they are now: those of this many training steps."""
         ...
 
 
