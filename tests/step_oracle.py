@@ -1,0 +1,203 @@
+"""AR-OPD training steps in plain PyTorch and transformers, on one process, from METHOD.md alone.
+
+One dense pass a sample and a view, autograd through whole logits, torch's AdamW: slow and plain.
+Imports nothing of the package. Everything is fp64 (but for what transformers computes in fp32 in
+its norms), so a difference is the other side's rounding.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests import oracles
+
+BUCKETS = {
+    "0-255": (0, 256),
+    "256-511": (256, 512),
+    "512-767": (512, 768),
+    "768-1023": (768, 1024),
+    "1024-": (1024, math.inf),
+}
+BY_POSITION = (
+    "kl_full_partial",
+    "kl_full_student",
+    "kl_partial_student",
+    "kl_target_student",
+    "hindsight_token_rate",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one row's three prompts and of the response."""
+
+    student: tuple[int, ...]
+    partial: tuple[int, ...]
+    full: tuple[int, ...]
+    response: tuple[int, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """METHOD's symbols; `sft` replaces the target by the response itself."""
+
+    num_steps: int
+    sft: bool
+    scale: float
+    clip: float | None
+    divergence: str
+    jsd_weight: float
+    reduction: str
+    skip: int
+    gap: float
+    floor: float
+    teacher: str
+    ema_rate: float
+    lr: float
+    min_lr: float
+    warmup_ratio: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_grad: float
+
+
+@dataclass(frozen=True)
+class OracleStep:
+    """What a step reports, and the weights after it, by their HF names."""
+
+    metrics: dict[str, float]
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+
+
+class Oracle:
+    """A student, its teacher and its optimizer."""
+
+    def __init__(self, folder: Path, method: Method):
+        self.method = method
+        self.student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self.teacher = copy.deepcopy(self.student)
+        if method.teacher == "live":
+            self.teacher = self.student
+        weights = list(self.student.parameters())  # a tied head is the embedding, once
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [w for w in weights if w.dim() > 1],
+                    "weight_decay": method.weight_decay,
+                },
+                {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+            ],
+            betas=method.betas,
+            eps=method.eps,
+        )
+        self.num_done = 0
+
+    def step(self, samples: Sequence[Sample]) -> OracleStep:
+        method = self.method
+        losses, metrics, offsets = [], [], []
+        for sample in samples:
+            loss_T, metrics_T = self._sft(sample) if method.sft else self._aropd(sample)
+            losses.append(loss_T)
+            metrics.append(metrics_T)
+            offsets.append(torch.arange(method.skip, method.skip + len(loss_T)))
+        loss = oracles.reduced_loss(losses, [s.weight for s in samples], method.reduction)
+
+        self.optimizer.zero_grad()
+        loss.backward()
+        weights = list(self.student.parameters())
+        norm = torch.sqrt(sum((w.grad**2).sum() for w in weights))
+        if method.clip_grad > 0:
+            for w in weights:
+                w.grad *= min(1.0, method.clip_grad / float(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr = self._lr()
+        self.optimizer.step()
+        self.num_done += 1
+        if method.teacher == "ema":
+            with torch.no_grad():
+                for phi, theta in zip(self.teacher.parameters(), weights, strict=True):
+                    phi.copy_((1 - method.ema_rate) * phi + method.ema_rate * theta)
+
+        report = {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": lr}
+        joined = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+        report |= self._means(joined, torch.cat(offsets))
+        return OracleStep(report, _weights(self.student), _weights(self.teacher))
+
+    def _aropd(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        method = self.method
+        student = self._logits(self.student, sample.student, sample.response)
+        with torch.no_grad():
+            partial = self._logits(self.teacher, sample.partial, sample.response)
+            full = self._logits(self.teacher, sample.full, sample.response)
+        losses = oracles.token_losses(
+            student,
+            partial,
+            full,
+            scale=method.scale,
+            clip=method.clip,
+            divergence=method.divergence,
+            jsd_weight=method.jsd_weight,
+        )
+        metrics = oracles.token_metrics(
+            student,
+            partial,
+            full,
+            torch.tensor(sample.response[method.skip :], dtype=torch.int64),
+            scale=method.scale,
+            clip=method.clip,
+        )
+        log_f, log_p = metrics.pop("logprob_full"), metrics.pop("logprob_partial")
+        hindsight = (log_f - log_p > method.gap) & (log_p.exp() < method.floor)
+        metrics["hindsight_token_rate"] = hindsight.double()
+        metrics.pop("logprob_student")
+        return losses, metrics
+
+    def _sft(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self._logits(self.student, sample.student, sample.response)
+        targets = torch.tensor(sample.response[self.method.skip :], dtype=torch.int64)
+        losses = oracles.cross_entropy(logits, targets)
+        logprobs = torch.log_softmax(logits.detach(), -1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy}
+
+    def _logits(self, model, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+        """[T, V] in fp64: what predicts each response token that the loss counts."""
+        tokens = torch.tensor([[*prompt, *response]])
+        return model(tokens).logits[0, len(prompt) - 1 : -1][self.method.skip :]
+
+    def _lr(self) -> float:
+        """Linear warm-up from 0, then a cosine to min_lr; METHOD section 6."""
+        method = self.method
+        num_warmup = int(method.warmup_ratio * method.num_steps)
+        if self.num_done < num_warmup:
+            return method.lr * self.num_done / num_warmup
+        done = (self.num_done - num_warmup) / (method.num_steps - num_warmup)
+        return method.min_lr + (method.lr - method.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+    def _means(self, metrics: dict[str, Tensor], offsets: Tensor) -> dict[str, float]:
+        """METHOD section 7, means over the global batch's loss tokens."""
+        report = {name: float(values.mean()) for name, values in metrics.items()}
+        report["num_loss_tokens"] = len(offsets)
+        if self.method.sft:
+            return report
+        report["residual_uptake"] = report["kl_partial_student"] - report["kl_full_student"]
+        report["residual_capture_ratio"] = report["residual_uptake"] / report["kl_full_partial"]
+        for bucket, (start, end) in BUCKETS.items():
+            inside = (offsets >= start) & (offsets < end)
+            if inside.any():
+                for name in BY_POSITION:
+                    report[f"{name}/{bucket}"] = float(metrics[name][inside].mean())
+        return report
+
+
+def _weights(model) -> dict[str, Tensor]:
+    return {name: w.detach().clone() for name, w in model.named_parameters()}

@@ -1,0 +1,325 @@
+"""AR-OPD steps on every layout against the plain-PyTorch oracle of tests/step_oracle.py.
+
+One rank goes first: its rollouts are what the oracle learns from, and what the ranks of every other
+layout must sample again by themselves.
+
+Tolerances. The oracle is fp64 and the run fp32, so that losses, metrics and gradient norms differ
+by fp32 rounding alone: REPORTED, relative. A weight's update is lr * m / (sqrt(v) + eps), of the
+order of lr; eps is raised from 1e-8 so that gradients which are themselves rounding do not decide
+its sign. UPDATE bounds the error of every weight as a share of the largest learning rate.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aropd_mcore.config import Config
+from tests.ranks import run_ranks
+from tests.step_oracle import Method, Oracle, OracleStep, Sample
+from tests.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
+
+REPORTED = 2e-5
+UPDATE = 5e-3
+LR = 1e-3
+LAYOUTS = [(4, 1), (2, 2), (1, 4), (2, 1), (1, 2), (1, 1)]
+"""(TP, PP) on 4 ranks; data parallelism takes the rest."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run and how many of its steps to compare."""
+
+    name: str
+    sections: dict[str, dict[str, Any]]
+    family: str = "qwen2"
+    tie: bool = False
+    num_steps: int = 1
+    num_microbatches: int = 1
+    """A step, on each data-parallel rank."""
+    global_batch_size: int = 16
+    eos_ids: tuple[int, ...] = tuple(EOS_IDS)
+    layouts: list[tuple[int, int]] = field(default_factory=lambda: LAYOUTS)
+
+    def config(self, root: Path, tensor: int, pipeline: int, dp_size: int) -> Config:
+        """The run; root holds the models and the rows."""
+        parallel = {"tensor": tensor, "pipeline": pipeline}
+        training = {
+            "num_steps": 4,
+            "global_batch_size": self.global_batch_size,
+            "micro_batch_size": self.global_batch_size // (dp_size * self.num_microbatches),
+        }
+        optimizer = {"lr": LR, "eps": 1e-4, "weight_decay": 0.1}
+        sections = {"parallel": parallel, "training": training, **self.sections}
+        sections["optimizer"] = optimizer | self.sections.get("optimizer", {})
+        tree = tiny_config(self.model(root), root / "rows.jsonl", root / "out", **sections)
+        return Config.model_validate(tree)
+
+    def model(self, root: Path) -> Path:
+        return root / f"{self.family}-{'tied' if self.tie else 'untied'}-{len(self.eos_ids)}-eos"
+
+
+AROPD = {"residual_clip": 0.5, "hindsight_gap": 0.5, "hindsight_floor": 0.2}
+CASES = [
+    Case(
+        # Every part with a memory: Adam, the schedule from its warm-up on, the moving average.
+        "ema",
+        {"objective": AROPD, "optimizer": {"warmup_ratio": 0.25}},
+        num_steps=4,
+    ),
+    Case(
+        "live",
+        {
+            "objective": AROPD
+            | {"residual_scale": 1.4, "reduction": "token_mean", "divergence": "jsd"},
+            "teacher": {"kind": "live"},
+            "rollout": {"rollouts_per_prompt": 2},
+        },
+        tie=True,
+        num_microbatches=2,
+    ),
+    Case(
+        "frozen",
+        {
+            "objective": AROPD | {"divergence": "kl_student_target", "skip_response_tokens": 5},
+            "teacher": {"kind": "frozen"},
+            "optimizer": {"clip_grad": 0.0},
+        },
+        family="qwen3",
+        num_steps=2,
+        num_microbatches=4,
+    ),
+    Case(
+        "sft",
+        {"objective": {"name": "sft", "reduction": "token_mean"}},
+        family="llama",
+        tie=True,
+        num_microbatches=4,
+    ),
+    Case(
+        "partial-opd",
+        {"objective": AROPD | {"residual_scale": 0.0}},
+        global_batch_size=4,
+        layouts=[(2, 2)],
+    ),
+    Case(
+        "full-opd",
+        {"objective": AROPD | {"residual_scale": 1.0, "residual_clip": None}},
+        global_batch_size=4,
+        layouts=[(2, 2)],
+    ),
+    Case(
+        # Long enough for a second position bucket.
+        "long",
+        {"objective": AROPD, "rollout": {"max_response_tokens": 280}},
+        global_batch_size=4,
+        eos_ids=(EOS_IDS[0],),
+        layouts=[(2, 1)],
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+@dataclass(frozen=True)
+class RankSteps:
+    """What one rank has to show of a case."""
+
+    dp_rank: int
+    samples: list[list[Sample]]
+    """By step: of this data-parallel rank."""
+    metrics: list[dict[str, Any]]
+    student: dict[str, Tensor] | None
+    """HF tensors after the last step; None but on the first rank of a model replica."""
+    teacher: dict[str, Tensor] | None
+
+
+Results = dict[tuple[str, int, int], RankSteps]
+"""By case, TP and PP."""
+
+
+def take_steps(root: Path, cases: list[Case], layouts: list[tuple[int, int]] | None) -> Results:
+    """On every rank: each case on each of its layouts, or on the given ones."""
+    from aropd_mcore.mcore import runtime
+
+    results = {}
+    for case in cases:
+        for tensor, pipeline in layouts or case.layouts:
+            rt = runtime.start(tensor=tensor, pipeline=pipeline)
+            config = case.config(root, tensor, pipeline, rt.dp_size)
+            results[case.name, tensor, pipeline] = steps_of(config, case, rt)
+            runtime.stop()
+    return results
+
+
+def steps_of(config: Config, case: Case, rt) -> RankSteps:
+    from aropd_mcore.trainer.build import build_run
+    from aropd_mcore.trainer.metrics import step_metrics
+    from aropd_mcore.trainer.step import train_step
+
+    run = build_run(config, rt)
+    samples, metrics = [], []
+    for step in range(case.num_steps):
+        result = train_step(run, step)
+        assert result.update.applied
+        samples.append(
+            [
+                Sample(
+                    views.student_ids,
+                    views.partial_ids,
+                    views.full_ids,
+                    rollout.response_ids,
+                    views.row.sample_weight,
+                )
+                for views, rollout in zip(result.views, result.rollouts, strict=True)
+            ]
+        )
+        metrics.append(step_metrics(step, result, run.view_builder.tokenizer, rt))
+    return RankSteps(
+        rt.dp_rank,
+        samples,
+        metrics,
+        hf_tensors(run.student.model, rt),
+        hf_tensors(run.teacher.model, rt) if run.teacher else None,
+    )
+
+
+def hf_tensors(model, rt) -> dict[str, Tensor] | None:
+    from aropd_mcore.mcore.weights import iter_hf_tensors
+
+    tensors = {
+        name: tensor.clone() for name, tensor in iter_hf_tensors(model, rt) if tensor is not None
+    }
+    return tensors or None
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    write_rows(folder / "rows.jsonl")
+    for case in CASES:
+        if not case.model(folder).exists():
+            write_model(
+                case.model(folder),
+                case.family,
+                tie=case.tie,
+                eos_token_id=list(case.eos_ids),
+                initializer_range=0.15,
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(root) -> dict[str, RankSteps]:
+    results = run_ranks(take_steps, 1, root, CASES, [(1, 1)])[0]
+    return {name: steps for (name, *_), steps in results.items()}
+
+
+@pytest.fixture(scope="module")
+def oracle(root, on_one_rank) -> dict[str, list[OracleStep]]:
+    return {case.name: oracle_steps(root, case, on_one_rank[case.name]) for case in CASES}
+
+
+def oracle_steps(root: Path, case: Case, steps: RankSteps) -> list[OracleStep]:
+    config = case.config(root, 1, 1, 1)
+    objective, optimizer = config.objective, config.optimizer
+    method = Method(
+        num_steps=4,
+        sft=objective.name == "sft",
+        scale=objective.residual_scale,
+        clip=objective.residual_clip,
+        divergence=objective.divergence,
+        jsd_weight=objective.jsd_weight,
+        reduction=objective.reduction,
+        skip=objective.skip_response_tokens,
+        gap=objective.hindsight_gap,
+        floor=objective.hindsight_floor,
+        teacher=config.teacher.kind,
+        ema_rate=config.teacher.ema_rate,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        warmup_ratio=optimizer.warmup_ratio,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+    )
+    plain = Oracle(case.model(root), method)
+    return [plain.step(samples) for samples in steps.samples]
+
+
+@pytest.fixture(scope="module")
+def on_four_ranks(root) -> list[Results]:
+    return run_ranks(take_steps, 4, root, CASES, None)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_one_rank_equals_the_oracle(on_one_rank, oracle, name):
+    check(on_one_rank[name], oracle[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "pipeline"),
+    [(case.name, *layout) for case in CASES for layout in case.layouts],
+)
+def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, tensor, pipeline):
+    ranks = [results[name, tensor, pipeline] for results in on_four_ranks]
+    for rank in ranks:
+        check(rank, oracle[name])
+        share = len(on_one_rank[name].samples[0]) * tensor * pipeline // 4
+        mine = slice(rank.dp_rank * share, (rank.dp_rank + 1) * share)
+        assert rank.samples == [step[mine] for step in on_one_rank[name].samples]
+    replicas = [rank for rank in ranks if rank.student is not None]
+    assert len(replicas) == 4 // (tensor * pipeline)
+    for replica in replicas[1:]:
+        for name, tensor in replicas[0].student.items():
+            assert torch.equal(replica.student[name], tensor), f"{name}: replicas drift apart"
+
+
+def check(rank: RankSteps, expected: list[OracleStep]) -> None:
+    for found, step in zip(rank.metrics, expected, strict=True):
+        assert {name: found.get(name) for name in step.metrics} == pytest.approx(
+            step.metrics, rel=REPORTED, abs=1e-7
+        )
+        for name in found.keys() - step.metrics.keys():
+            assert name.startswith(("response_", "seconds/")) or name in OF_ANOTHER_TEST, name
+    for found, weights in (
+        (rank.student, expected[-1].student),
+        (rank.teacher, expected[-1].teacher),
+    ):
+        if found is None:
+            continue
+        assert found.keys() == weights.keys()
+        for name, weight in weights.items():
+            error = float((found[name] - weight).abs().max())
+            assert error <= UPDATE * LR, f"{name}: off by {error / LR:.2g} learning rates"
+
+
+OF_ANOTHER_TEST = {
+    "step",
+    "step_skipped",
+    "num_response_tokens",
+    "premature_answer_rate",
+    "tokens_per_second",
+    "truncation_rate",
+}
+
+
+def test_the_cases_are_worth_comparing(root, on_one_rank, oracle):
+    """Responses of many lengths, some too short to count; every metric moved; weights moved."""
+    lengths = {len(sample.response) for sample in on_one_rank["live"].samples[0]}
+    assert min(lengths) < 3 and len(lengths) > 4
+    assert len({sample.weight for sample in on_one_rank["live"].samples[0]}) > 2
+    first = oracle["ema"][0].metrics
+    for name in ("clip_fraction", "hindsight_token_rate", "topk_overlap"):
+        assert 0.01 < first[name] < 0.99, name
+    assert "hindsight_token_rate/256-511" in oracle["long"][0].metrics
+    assert oracle["full-opd"][0].metrics["clip_fraction"] == 0
+    start = load_file(BY_NAME["ema"].model(root) / "model.safetensors")
+    for name, weight in oracle["ema"][-1].student.items():
+        assert float((weight - start[name]).abs().max()) > 20 * UPDATE * LR, name
+        moved = float((oracle["ema"][-1].teacher[name] - start[name]).abs().max())
+        assert moved > 5 * UPDATE * LR, name
