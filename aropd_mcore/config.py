@@ -21,7 +21,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -233,9 +235,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
             missing key, or a value out of range; the message names the key and the value.
     """
     try:
-        tree = _parse_yaml(Path(path).read_text(), str(path))
+        tree = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
     for override in overrides or []:

@@ -1,0 +1,214 @@
+"""Configuration: what is read, what is refused, and in which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from aropd_mcore.config import Config, ConfigError, dump_config, load_config
+from tests.conftest import REPO
+
+EXAMPLES = sorted((REPO / "examples").rglob("*.yaml"))
+SMALLEST = {
+    "output_dir": "runs/one",
+    "model": {"path": "models/one"},
+    "data": {"train": ["rows.jsonl"]},
+    "training": {"num_steps": 10},
+}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return write(tmp_path / "run.yaml", SMALLEST)
+
+
+def write(path: Path, tree: Any) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_defaults_are_the_reference_settings(path):
+    """METHOD section 6."""
+    config = load_config(path)
+    objective, optimizer = config.objective, config.optimizer
+    assert (objective.residual_scale, objective.residual_clip) == (0.8, 5.0)
+    assert (objective.divergence, objective.reduction) == ("kl_target_student", "sequence_mean")
+    assert objective.skip_response_tokens == 3
+    assert (config.views.partial_view, config.views.partial_ratio) == ("prefix_with_answer", 0.5)
+    assert (config.rollout.rollouts_per_prompt, config.prompts_per_step) == (1, 32)
+    assert (config.views.max_prompt_tokens, config.rollout.max_response_tokens) == (1024, 1024)
+    assert (config.rollout.temperature, config.rollout.top_p) == (1.0, 1.0)
+    assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio) == (2e-5, "cosine", 0.1)
+    assert (optimizer.min_lr, optimizer.clip_grad) == (0.0, 1.0)
+    assert (config.teacher.kind, config.teacher.ema_rate) == ("ema", 0.01)
+
+
+def test_overrides_are_yaml_at_dotted_keys(path):
+    config = load_config(
+        path,
+        [
+            "optimizer.lr=1e-5",
+            "objective.residual_clip=null",
+            "data.train=[a.jsonl, b.parquet]",
+            "views.student_template='{question} = ?'",
+            "rollout.top_k=5",
+        ],
+    )
+    assert config.optimizer.lr == 1e-5
+    assert config.objective.residual_clip is None
+    assert config.data.train == [Path("a.jsonl"), Path("b.parquet")]
+    assert config.views.student_template == "{question} = ?"
+    assert config.rollout.top_k == 5
+    assert load_config(path).optimizer.lr == 2e-5, "an override left its file's run changed"
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "0.00001", ".1e-4"])
+def test_floats_without_a_dot_are_floats(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST) + f"optimizer: {{lr: {text}}}\n")
+    assert load_config(path).optimizer.lr == pytest.approx(1e-5)
+
+
+def test_dump_and_load_give_the_same_run(path, tmp_path):
+    config = load_config(path, ["objective.residual_clip=null", "optimizer.lr=3e-7"])
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config(dumped) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "message"),
+    [
+        (
+            "objective.residual_scal=1",
+            "objective.residual_scal",
+            "unknown key; did you mean 'residual_scale'?",
+        ),
+        ("optimiser.lr=1", "optimiser", "unknown key; did you mean 'optimizer'?"),
+        (
+            "logging.zzz=1",
+            "logging.zzz",
+            "unknown key; known keys: tensorboard, wandb, wandb_project",
+        ),
+        (
+            "optimizer.lr=fast",
+            "optimizer.lr",
+            "Input should be a valid number, unable to parse string as a number, found 'fast'",
+        ),
+        ("optimizer.lr=0", "optimizer.lr", "Input should be greater than 0, found 0"),
+        (
+            "views.partial_ratio=1.5",
+            "views.partial_ratio",
+            "Input should be less than or equal to 1, found 1.5",
+        ),
+        (
+            "training.global_batch_size=2.5",
+            "training.global_batch_size",
+            "Input should be a valid integer, got a number with a fractional part, found 2.5",
+        ),
+        (
+            "objective.divergence=kl",
+            "objective.divergence",
+            "Input should be 'kl_target_student', 'kl_student_target' or 'jsd', found 'kl'",
+        ),
+        (
+            "data.train=[]",
+            "data.train",
+            "List should have at least 1 item after validation, not 0, found []",
+        ),
+        (
+            "teacher=ema",
+            "teacher",
+            "Input should be a valid dictionary or instance of TeacherConfig, found 'ema'",
+        ),
+        ("training.num_epochs=1", "training", "give exactly one of num_steps and num_epochs"),
+        ("training.num_steps=null", "training", "give exactly one of num_steps and num_epochs"),
+        (
+            "training.micro_batch_size=5",
+            "training",
+            "global_batch_size 32 is not a multiple of micro_batch_size 5",
+        ),
+        (
+            "rollout.rollouts_per_prompt=5",
+            "(top level)",
+            "training.global_batch_size 32 is not a multiple of rollout.rollouts_per_prompt 5",
+        ),
+        ("optimizer.lr=.nan", "optimizer.lr", "Input should be a finite number, found nan"),
+        (
+            "objective.residual_clip=.inf",
+            "objective.residual_clip",
+            "Input should be a finite number, found inf",
+        ),
+    ],
+)
+def test_values_that_are_refused(path, override, key, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert str(caught.value) == f"{path}: {key}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr", "override 'optimizer.lr': expected section.key=value"),
+        ("=3", "override '=3': expected section.key=value"),
+        ("output_dir.x=3", "override 'output_dir.x=3': output_dir is a value, not a section"),
+        ("data.train=[a", "override 'data.train=[a': not YAML"),
+    ],
+)
+def test_overrides_that_are_refused(path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert str(caught.value).startswith(message)
+
+
+def test_files_that_are_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    for tree, message in (
+        ({}, "output_dir: required, and missing"),
+        (["a list"], "expected a mapping at the top, found list"),
+        ({**SMALLEST, "model": {}}, "model.path: required, and missing"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(write(path, tree))
+    path.write_text("training: [")
+    with pytest.raises(ConfigError, match=r"run\.yaml: not YAML"):
+        load_config(path)
+    path.write_text("")
+    with pytest.raises(ConfigError, match="expected a mapping at the top, found NoneType"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "absent.yaml")
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match=r"run\.yaml: not UTF-8"):
+        load_config(path)
+
+
+def test_every_problem_is_named_at_once(path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["optimizer.lr=-1", "modle.path=x"])
+    assert "optimizer.lr" in str(caught.value) and "did you mean 'model'" in str(caught.value)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.relative_to(REPO)))
+def test_shipped_yaml_loads(example):
+    load_config(example)
+
+
+def test_there_are_shipped_examples():
+    assert EXAMPLES
+
+
+def test_every_setting_says_what_it_means():
+    def undocumented(model: type[BaseModel], where: str) -> list[str]:
+        names = []
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                names += undocumented(field.annotation, f"{where}{name}.")
+            elif not (field.description or "").strip():
+                names.append(where + name)
+        return names
+
+    assert undocumented(Config, "") == []
