@@ -21,6 +21,7 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)  # its deprecations, 
 cpu_mode.install()  # before the first import of megatron.core
 
 import os  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from datetime import timedelta  # noqa: E402
 
@@ -167,6 +168,12 @@ def stop(*, leave_job: bool = False) -> None:
     Args:
         leave_job: also leave torch.distributed; a process does this once, at its end.
     """
+    # destroy_model_parallel ends a few groups and only forgets the others, whose threads live on.
+    groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group is not None:  # None is the job's own
+            with suppress(ValueError):  # ended already
+                dist.destroy_process_group(group)
     if leave_job:
         dist.destroy_process_group()
