@@ -36,7 +36,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str] = PANELS) -> None:
-    """Draw metrics over steps, a line a run, to a PNG.
+    """Draw metrics over steps to a PNG: for each run its values, and their running mean.
 
     Args:
         runs: label -> metrics.jsonl.
@@ -56,8 +56,10 @@ def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str
     metrics = {label: read_metrics(path) for label, path in runs.items()}
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
         for label, lines in metrics.items():
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points, strict=True), label=label) if points else None
+            steps = [line["step"] for line in lines if name in line]
+            values = [line[name] for line in lines if name in line]
+            [mean] = axis.plot(steps, _running_mean(values), label=label)
+            axis.plot(steps, values, color=mean.get_color(), alpha=0.25, linewidth=1)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
@@ -68,6 +70,13 @@ def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str
     figure.tight_layout()
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Each value's mean with those before it, over a tenth of the run."""
+    width = max(1, len(values) // 10)
+    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
 
 
 def results_table(title: str, rows: Mapping[str, Mapping[str, float]], formats: Sequence[Any]):

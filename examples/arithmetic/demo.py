@@ -12,7 +12,7 @@ from rich.console import Console
 
 from aropd_mcore.evaluate.report import plot_curves, results_table
 
-HERE = Path(__file__).parent
+HERE = Path("examples/arithmetic")  # run from the top of the repository, as the configs are
 OUT = Path("runs/arithmetic")
 METHODS = {
     "aropd": [],
