@@ -12,13 +12,26 @@ from aropd_mcore.config import Config, dump_config, load_config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; an error that the user can mend is printed without a traceback."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return args.run(args) or 0
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"aropd: error: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.run is _train:
+        # argparse takes the overrides before the first option, and hands back those behind it.
+        late = [text for text in rest if "=" in text and not text.startswith("-")]
+        args.overrides += late
+        rest = [text for text in rest if text not in late]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
