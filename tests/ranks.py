@@ -78,6 +78,13 @@ class _Worker:
         self.process.start()
         theirs.close()  # so that the worker's death is an EOF here
 
+    def kill(self) -> None:
+        """End the process, and what it started: Megatron's checkpointing leaves one behind."""
+        assert self.process.pid, "started"
+        with suppress(ProcessLookupError):  # where it has not come to lead its group yet
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+
     def hung(self, why: str) -> str:
         with suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, signal.SIGUSR1)
@@ -106,7 +113,7 @@ def _pool(world_size: int) -> list[_Worker]:
 def shutdown_pool() -> None:
     """End the processes; the next call starts new ones."""
     for worker in _workers:
-        worker.process.kill()
+        worker.kill()
     for worker in _workers:
         worker.process.join()
         worker.pipe.close()
@@ -146,6 +153,7 @@ def _serve(pipe: connection.Connection, stack_path: str) -> None:
     """A pool process's life: calls from the pipe until it closes or a call fails."""
     # Daemonic, so that it ends with the session, yet allowed children: dist_checkpointing has some.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    os.setpgid(0, 0)  # so that they can be ended together
     torch.set_num_threads(1)
     # The suite's rule (pyproject, filterwarnings) holds on every rank.
     warnings.filterwarnings("error", ".*autograd kernel was not registered.*")
