@@ -110,7 +110,7 @@ def start(
 ) -> Runtime:
     """Join the job's processes, split them into groups and seed every generator.
 
-    Under torchrun or srun the job is what RANK, WORLD_SIZE and LOCAL_RANK say; otherwise it is this
+    Under torchrun the job is what RANK, WORLD_SIZE and LOCAL_RANK say; otherwise it is this
     process alone. NCCL serves tensors on the GPU, gloo those on the CPU.
 
     Args:
