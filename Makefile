@@ -10,20 +10,20 @@ MEGATRON ?= megatron-core==0.16.1
 export OMP_NUM_THREADS ?= 1
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
 .PHONY: demo demo-compare test test-latest lint clean
 
-demo: $(INSTALLED)
+demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
 
-demo-compare: $(INSTALLED)
+demo-compare: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py --compare
 
 test: lint
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED)
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -32,9 +32,13 @@ lint: $(INSTALLED)
 test-latest:
 	$(MAKE) test VENV=.venv-latest MEGATRON='megatron-core>=0.19,<0.20' PYTHON="$$(./tools/find_python.sh 3.12)"
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)' --editable '.[dev]'
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP_INSTALL) --editable '.[dev]'
 	touch $@
 
 clean:
