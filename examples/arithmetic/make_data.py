@@ -7,7 +7,7 @@ A column is `digit+digit+carry=sum`, from the right.
 heldout.jsonl    problems for evaluation
 train.jsonl      fresh problems for AR-OPD, worked without mistakes
 sft.jsonl        what the base model learns from:
-                 - plain rows, answered by pupils who forget to write down a carry 60 % of the time.
+                 - plain rows, answered by pupils who forget to write down a carry 70 % of the time.
                    A model that learned from them likes to forget it too, though it knows how to
                    carry: greedily, it is right where no carry is needed, 30 % of all problems;
                  - shown rows, whose question is the teacher's whole user turn: the partial or the
@@ -28,7 +28,7 @@ from aropd_mcore.data.templates import fill, partial_trace, write_trace
 
 NUM_DIGITS = 3
 PLAIN_SHARE, PARTIAL_SHARE, FULL_SHARE = 0.5, 0.15, 0.35
-FORGET_RATE = 0.6
+FORGET_RATE = 0.7
 
 Problem = tuple[int, int]
 
