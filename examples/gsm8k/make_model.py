@@ -51,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        rope_theta=1e6,
         rms_norm_eps=1e-6,
         tie_word_embeddings=not args.untied,
         # Ten times the usual: a random model of this width is otherwise so close to uniform that

@@ -235,13 +235,13 @@ def test_one_process_learns_the_same(story):
     for one, other in zip(metrics_of(folder / "alone"), metrics_of(folder / "tiny"), strict=True):
         for name in ("loss", "grad_norm", "kl_full_student", "entropy_full", "topk_overlap"):
             assert other[name] == pytest.approx(one[name], rel=1e-4), name
-    alone = load_file(folder / "alone-hf" / "model.safetensors")
-    sharded = load_file(folder / "tiny-hf" / "model.safetensors")
-    for name, tensor in alone.items():
-        # Adam moved every weight by about the sum of the learning rates, 2e-3.
-        torch.testing.assert_close(
-            sharded[name], tensor, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    start, alone, sharded = (
+        load_file(folder / name / "model.safetensors") for name in ("model", "alone-hf", "tiny-hf")
+    )
+    for name in start:
+        # In norm, since Adam magnifies the rounding of a gradient that is nearly zero.
+        moved = (alone[name] - start[name]).norm()
+        assert (sharded[name] - alone[name]).norm() < 1e-2 * moved, name
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
