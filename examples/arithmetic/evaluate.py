@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from aropd_mcore.config import load_config
+from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.trainer.build import build_run
@@ -27,7 +28,7 @@ def main() -> None:
 
 def evaluate(config_path: Path, rows: Path, model: Path, here: Runtime) -> dict[str, float]:
     """Respond greedily to every row once, and score the responses under the model's own views."""
-    num_rows = len(rows.read_text().splitlines())
+    num_rows = len(RowDataset.load([rows]))
     config = load_config(
         config_path,
         [
