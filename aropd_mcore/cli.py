@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train, or go on with a run",
-        description="Train a run, or go on with it from its newest checkpoint. Under torchrun or "
-        "srun this process is one rank of the job; otherwise it starts the processes itself.",
+        description="Train a run, or go on with it from its newest checkpoint. Under torchrun "
+        "this process is one rank of the job; otherwise it starts the processes itself.",
     )
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
