@@ -41,7 +41,7 @@ class Case:
     num_steps: int = 1
     num_microbatches: int = 1
     """A step, on each data-parallel rank."""
-    global_batch_size: int = 16
+    global_batch_size: int = 8
     eos_ids: tuple[int, ...] = tuple(EOS_IDS)
     layouts: list[tuple[int, int]] = field(default_factory=lambda: LAYOUTS)
 
@@ -90,8 +90,8 @@ CASES = [
             "optimizer": {"clip_grad": 0.0},
         },
         family="qwen3",
-        num_steps=2,
         num_microbatches=4,
+        global_batch_size=16,
     ),
     Case(
         "sft",
@@ -99,6 +99,7 @@ CASES = [
         family="llama",
         tie=True,
         num_microbatches=4,
+        global_batch_size=16,
     ),
     Case(
         "partial-opd",
@@ -178,6 +179,8 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
             ]
         )
         metrics.append(step_metrics(step, result, run.view_builder.tokenizer, rt))
+    # Its hooks hold DDP, and with it every process group, in a cycle that gc cannot see.
+    run.student.optimizer.ddp.grad_accs.clear()
     return RankSteps(
         rt.dp_rank,
         samples,
@@ -253,7 +256,7 @@ def oracle_steps(root: Path, case: Case, steps: RankSteps) -> list[OracleStep]:
 
 @pytest.fixture(scope="module")
 def on_four_ranks(root) -> list[Results]:
-    return run_ranks(take_steps, 4, root, CASES, None)
+    return run_ranks(take_steps, 4, root, CASES, None, timeout=400.0)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -311,7 +314,9 @@ OF_ANOTHER_TEST = {
 def test_the_cases_are_worth_comparing(root, on_one_rank, oracle):
     """Responses of many lengths, some too short to count; every metric moved; weights moved."""
     lengths = {len(sample.response) for sample in on_one_rank["live"].samples[0]}
-    assert min(lengths) < 3 and len(lengths) > 4
+    assert len(lengths) > 3
+    shortest = min(len(sample.response) for sample in on_one_rank["frozen"].samples[0])
+    assert shortest <= BY_NAME["frozen"].sections["objective"]["skip_response_tokens"]
     assert len({sample.weight for sample in on_one_rank["live"].samples[0]}) > 2
     first = oracle["ema"][0].metrics
     for name in ("clip_fraction", "hindsight_token_rate", "topk_overlap"):
