@@ -76,11 +76,14 @@ class Optimizer:
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        inner = get_megatron_optimizer(
-            megatron_config,
-            [self.ddp],
-            config_overrides=get_standard_config_overrides(megatron_config),
-        )
+        # Without a graph: an fp32 model's shards are views of its parameters, and their grad_fn
+        # would tie optimizer, DDP and its groups in a cycle that Python cannot collect.
+        with torch.no_grad():
+            inner = get_megatron_optimizer(
+                megatron_config,
+                [self.ddp],
+                config_overrides=get_standard_config_overrides(megatron_config),
+            )
         assert isinstance(inner, ChainedOptimizer)
         self.inner = inner
         for part in self.inner.chained_optimizers:

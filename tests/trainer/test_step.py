@@ -9,6 +9,7 @@ order of lr; eps is raised from 1e-8 so that gradients which are themselves roun
 its sign. UPDATE bounds the error of every weight as a share of the largest learning rate.
 """
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def take_steps(root: Path, cases: list[Case], layouts: list[tuple[int, int]] | N
             config = case.config(root, tensor, pipeline, rt.dp_size)
             results[case.name, tensor, pipeline] = steps_of(config, case, rt)
             runtime.stop()
+            gc.collect()  # models in cycles, which hold the groups, and those their threads
     return results
 
 
@@ -179,8 +181,6 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
             ]
         )
         metrics.append(step_metrics(step, result, run.view_builder.tokenizer, rt))
-    # Its hooks hold DDP, and with it every process group, in a cycle that gc cannot see.
-    run.student.optimizer.ddp.grad_accs.clear()
     return RankSteps(
         rt.dp_rank,
         samples,

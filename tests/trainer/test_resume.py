@@ -1,0 +1,212 @@
+"""A run that is killed and goes on equals the run that was never killed, bit by bit."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aropd_mcore.mcore.checkpoint import newest
+from tests.conftest import REPO
+from tests.ranks import run_ranks
+from tests.tiny_runs import write_run
+
+NOT_REPEATABLE = ("seconds/", "tokens_per_second")
+"""Metrics of the machine, not of the run."""
+
+
+def train_on_ranks(path: Path, overrides: list[str]) -> None:
+    """`aropd train` as one rank of the test's own processes."""
+    from aropd_mcore.config import load_config
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.loop import train
+
+    config = load_config(path, overrides)
+    parallel = config.parallel
+    rt = runtime.start(
+        tensor=parallel.tensor, pipeline=parallel.pipeline, seed=config.training.seed
+    )
+    train(config, rt)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """Two data-parallel ranks, so that each holds half of the optimizer's state."""
+    return write_run(
+        tmp_path_factory.mktemp("resume"),
+        checkpoint={"save_every_steps": 2},
+        optimizer={"warmup_ratio": 0.25, "weight_decay": 0.1},
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(path) -> Path:
+    """The output of four steps in one go."""
+    out = path.parent / "unbroken"
+    run_ranks(train_on_ranks, 2, path, [f"output_dir={out}"])
+    return out
+
+
+def test_killed_twice_and_resumed_is_bitwise_the_unbroken_run(path, unbroken):
+    out = path.parent / "out"
+    # While step 4 of 4 is under way: two steps are saved, the third is only reported.
+    kill_when(lambda: len(read_lines(out)) == 3, path)
+    assert saved_steps(out) == [2]
+    assert len(read_lines(out)) >= 3
+    # A kill can also leave half a line.
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+
+    # While the checkpoint of step 4 is being written.
+    partial = out / "checkpoints" / ".iter_0000004.partial"
+    kill_when(lambda: partial.is_dir() and any(partial.iterdir()), path)
+    assert saved_steps(out) == [2]
+    assert partial.is_dir()
+
+    printed = subprocess.run(
+        command(path, "--nproc-per-node", "2"),
+        env=environment(),
+        cwd=REPO,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "resuming at step 2" in printed
+    assert saved_steps(out) == [2, 4]
+    assert repeatable(read_lines(out)) == repeatable(read_lines(unbroken))
+
+    found, expected = run_ranks(read_checkpoints, 1, [out, unbroken])[0]
+    assert found.keys() == expected.keys()
+    for what in (
+        "decoder.",
+        "teacher.decoder.",
+        "optimizer.state.exp_avg.",
+        "optimizer.state.param.",
+    ):
+        assert any(name.startswith(what) for name in found), what
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value
+        assert same, name
+
+
+def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
+    out = path.parent / "other-layout"
+    (out / "checkpoints").mkdir(parents=True)
+    start = "checkpoints/iter_0000002"
+    shutil.copytree(unbroken / start, out / start)
+    shutil.copy(unbroken / "metrics.jsonl", out)
+    run_ranks(
+        train_on_ranks,
+        2,
+        path,
+        [
+            f"output_dir={out}",
+            "parallel.tensor=2",
+            "checkpoint.save_every_steps=1",
+            "checkpoint.keep_last=2",
+        ],
+    )
+    lines, expected = read_lines(out), read_lines(unbroken)
+    assert repeatable(lines[:2]) == repeatable(expected[:2])
+    for line, other in zip(repeatable(lines), repeatable(expected), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+    assert saved_steps(out) == [3, 4], "keep_last 2 keeps the newest two"
+    tracker = out / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "4"
+
+
+def test_a_finished_run_has_nothing_left_to_do(path, unbroken):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    run_ranks(train_on_ranks, 2, path, [f"output_dir={unbroken}"])
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+    assert saved_steps(unbroken) == [2, 4]
+
+
+def command(path: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "aropd_mcore.cli", "train", str(path), *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def kill_when(is_time: Callable[[], bool], path: Path) -> None:
+    """Start the job's two ranks and kill both with SIGKILL as soon as `is_time()`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    log = (path.parent / "killed.log").open("w+")
+    ranks = [
+        subprocess.Popen(
+            command(path),
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **job),
+            cwd=REPO,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        while not is_time():
+            if any(rank.poll() is not None for rank in ranks):
+                log.seek(0)
+                pytest.fail(f"a rank ended before it could be killed:\n{log.read()}")
+            time.sleep(0.002)
+    finally:
+        for rank in ranks:
+            os.killpg(rank.pid, signal.SIGKILL)  # and what dist_checkpointing has started
+        for rank in ranks:
+            rank.wait()
+        log.close()
+
+
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    path = out / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def repeatable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in line.items() if not name.startswith(NOT_REPEATABLE)}
+        for line in lines
+    ]
+
+
+def saved_steps(out: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("iter_")) for p in out.glob("checkpoints/iter_*"))
+
+
+def read_checkpoints(outs: list[Path]) -> list[dict[str, Any]]:
+    """On a rank: everything in the newest checkpoint of each run, whole, by name."""
+    from megatron.core import dist_checkpointing
+
+    checkpoints = []
+    for out in outs:
+        path = newest(out / "checkpoints")
+        assert path is not None
+        checkpoints.append(flattened(dist_checkpointing.load_plain_tensors(str(path))))
+    return checkpoints
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= (
+            flattened(value, f"{prefix}{name}/")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat
