@@ -159,8 +159,11 @@ def _export(args: argparse.Namespace) -> None:
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.export import export_run
 
-    path = export_run(args.checkpoint, args.out, runtime.start(), weights=args.weights)
-    runtime.stop(leave_job=True)
+    here = runtime.start()
+    try:
+        path = export_run(args.checkpoint, args.out, here, weights=args.weights)
+    finally:
+        runtime.stop(leave_job=True)
     print(f"{path} ({args.weights}) -> {args.out}")
 
 

@@ -1,0 +1,119 @@
+"""The `aropd` command: what it prints, what it refuses and with which exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from aropd_mcore import cli
+from tests.conftest import REPO
+from tests.tiny_runs import write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The YAML of a run of two steps with every kind of log."""
+    return write_run(
+        tmp_path_factory.mktemp("cli"),
+        training={"num_steps": 2, "global_batch_size": 4, "micro_batch_size": 2},
+        logging={"tensorboard": True, "wandb": "offline"},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(run) -> Path:
+    """The output_dir of the run, trained by the command itself in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "aropd_mcore.cli", "train", str(run), "rollout.top_k=50"],
+        env=os.environ
+        | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 2/2" in done.stdout
+    return run.parent / "out"
+
+
+def test_a_run_leaves_what_the_readme_says(run, trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert "top_k: 50" in (trained / "config.yaml").read_text()
+    assert (trained / "checkpoints" / "iter_0000002" / ".metadata").is_file()
+    assert (trained / "hf" / "tokenizer.json").is_file()
+    [events] = (trained / "tensorboard").iterdir()
+    assert b"kl_full_student" in events.read_bytes()
+    assert list((trained / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_export_gives_a_folder_that_transformers_loads(run, trained, weights, capsys):
+    out = run.parent / f"{weights}-hf"
+    command = [sys.executable, "-m", "aropd_mcore.cli", "convert", "export", str(trained), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, "--weights", weights], env=environment, check=True, timeout=300)
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    start = load_file(run.parent / "model" / "model.safetensors")
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == start.keys()
+    # The student has moved by about lr a step; the moving average by a tenth of that.
+    moved = max(float((found[name] - start[name]).abs().max()) for name in start)
+    assert (5e-4 < moved < 5e-3) if weights == "student" else (2e-5 < moved < 5e-4)
+    assert cli.main(command[3:]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_config_and_the_layout_and_starts_nothing(run, capsys, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["train", str(run), "--dry-run", "parallel.tensor=2", f"output_dir={out}"]
+    assert cli.main([*arguments, "--nproc-per-node", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "residual_scale: 0.8" in printed and "TP 2 x PP 1 x DP 2" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'"),
+        (["model.path=nowhere"], "nowhere/config.json: cannot be read"),
+        (["parallel.tensor=3"], "tensor-parallel size 3 does not divide"),
+        (["parallel.tensor=2", "--nproc-per-node", "3"], "3 processes are not a multiple of"),
+        (["training.micro_batch_size=4", "--nproc-per-node", "2"], "2 data-parallel ranks x"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_line(run, capsys, arguments, message):
+    assert cli.main(["train", str(run), "--dry-run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aropd: error: ") and message in error
+    assert "Traceback" not in error
+
+
+def test_show_views_prints_the_three_views_of_a_row(run, capsys):
+    rows = run.parent / "rows.jsonl"
+    assert cli.main(["show-views", str(rows), "--row", "3", "--config", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("student view", "partial view", "full view", "3 + 9?", "tokens"):
+        assert text in printed
+    assert cli.main(["show-views", str(rows), "--row", "99", "--config", str(run)]) == 2
+    assert "rows 0 to 23" in capsys.readouterr().err
+
+
+def test_prepare_reports_what_it_kept(tmp_path, capsys):
+    source, out = tmp_path / "gsm.jsonl", tmp_path / "rows.jsonl"
+    rows = [{"question": "1+1?", "answer": "one <<1+1=2>>more\n#### 2"}, {"question": "2+2?"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["prepare", str(source), "--output", str(out)]) == 0
+    assert "kept 1 rows" in capsys.readouterr().out
+    assert json.loads(out.read_text())["answer"] == "2"
+    assert cli.main(["prepare", str(tmp_path / "none"), "--output", str(out)]) == 2
+    assert "no such file" in capsys.readouterr().err
