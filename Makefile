@@ -1,4 +1,4 @@
-# make demo         watch a sharded Megatron-Core model learn by AR-OPD (about 8 minutes on 2 cores)
+# make demo         watch a sharded Megatron-Core model learn by AR-OPD (about 4 minutes on 2 cores)
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
