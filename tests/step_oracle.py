@@ -114,12 +114,15 @@ class Oracle:
         self.optimizer.zero_grad()
         loss.backward()
         weights = list(self.student.parameters())
-        norm = torch.sqrt(sum((w.grad**2).sum() for w in weights))
+        grads = [w.grad for w in weights if w.grad is not None]
+        assert len(grads) == len(weights)
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
         if method.clip_grad > 0:
-            for w in weights:
-                w.grad *= min(1.0, method.clip_grad / float(norm))
+            for grad in grads:
+                grad *= min(1.0, method.clip_grad / float(norm))
+        lr = self._lr()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr = self._lr()
+            group["lr"] = lr
         self.optimizer.step()
         self.num_done += 1
         if method.teacher == "ema":

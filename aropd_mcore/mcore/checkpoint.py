@@ -11,6 +11,7 @@ moment leaves the one before it.
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.mcore.model import HiddenStateGPT
@@ -143,8 +145,17 @@ def read_common(path: Path) -> dict[str, Any]:
 def _load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], dist_checkpointing.load(state, str(path)))
-    except Exception as error:  # Megatron's, torch's and the file system's, by many names
-        raise CheckpointError(f"{path}: does not hold what is needed here: {error}") from error
+    except CheckpointException as error:  # torch's, which is no Exception; one failure a rank
+        first, _ = next(iter(error.failures.values()))
+        raise _does_not_hold(path, first) from error
+    except Exception as error:  # Megatron's and the file system's, by many names
+        raise _does_not_hold(path, error) from error
+
+
+def _does_not_hold(path: Path, error: BaseException) -> CheckpointError:
+    # They begin with the tensor in question, and go on with a list of all that there are.
+    reason = textwrap.shorten(str(error).strip("\"'"), 200, placeholder=" ...")
+    return CheckpointError(f"{path}: does not hold what is needed here: {reason}")
 
 
 def _sharded_state(

@@ -1,0 +1,165 @@
+"""Checkpoints, bf16 with its fp32 masters, and what is refused.
+
+That a run goes on bitwise in fp32 is tested on real processes in tests/trainer/test_resume.py.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aropd_mcore.config import load_config
+from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.mcore import checkpoint, runtime
+from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.step import Run, StepResult, train_step
+from aropd_mcore.types import Rollout
+from tests.ranks import run_ranks
+from tests.tiny_runs import write_model, write_run
+
+EMA_RATE = 1e-3
+LR = 1e-3
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """Learning rate and EMA rate so low that a step of the average vanishes in bf16."""
+    path = write_run(
+        tmp_path_factory.mktemp("checkpoints"),
+        teacher={"ema_rate": EMA_RATE},
+        optimizer={"lr": LR, "warmup_ratio": 0.0},
+    )
+    write_model(path.parent / "model", initializer_range=0.1)
+    return path
+
+
+def build(path: Path, *overrides: str) -> Run:
+    config = load_config(path, list(overrides))
+    rt = runtime.start(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    return build_run(config, rt)
+
+
+def step(run: Run, number: int) -> tuple[StepResult, float]:
+    """Take a step; its result and its loss."""
+    result = train_step(run, number)
+    assert result.update.applied
+    return result, float(result.sums["loss"].sum())
+
+
+@dataclass
+class Replay:
+    """An engine that gives the same responses to whatever model."""
+
+    rollouts: list[Rollout]
+
+    def generate(self, *_: Any) -> list[Rollout]:
+        return self.rollouts
+
+    def sync(self, weight_version: int) -> None:
+        pass
+
+
+def teacher_of(run: Run) -> Teacher:
+    assert run.teacher is not None
+    return run.teacher
+
+
+def masters(run: Run) -> dict[str, torch.Tensor]:
+    """The fp32 values behind a bf16 run, on this rank: optimizer, its state, and the average."""
+    tensors = {f"ema.{name}": average for name, average in teacher_of(run)._master.items()}
+    for part in run.student.optimizer.inner.chained_optimizers:
+        for g, group in enumerate(part.optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                tensors[f"main.{g}.{i}"] = p
+                tensors |= {f"{k}.{g}.{i}": v for k, v in part.optimizer.state[p].items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def test_bf16_keeps_fp32_masters_that_move_and_are_saved(path, tmp_path):
+    run_ranks(check_bf16, 2, path, tmp_path)
+
+
+def check_bf16(path: Path, folder: Path) -> None:
+    run = build(path, "model.dtype=fp32")
+    exact, exact_loss = step(run, 0)
+    runtime.stop()
+
+    run = replace(build(path, "model.dtype=bf16"), engine=Replay(list(exact.rollouts)))
+    for model in (run.student.model, teacher_of(run).model):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    start = {name: p.detach().clone() for name, p in teacher_of(run).model.named_parameters()}
+    before = masters(run)
+    assert len(before) > 4 and {tensor.dtype for tensor in before.values()} == {torch.float32}
+    rounded, loss = step(run, 0)
+    # bf16 has 8 bits, 0.4 % an operation, through a few dozen operations.
+    assert loss == pytest.approx(exact_loss, rel=0.03)
+    assert rounded.update.grad_norm == pytest.approx(exact.update.grad_norm, rel=0.05)
+
+    students = dict(run.student.model.named_parameters())
+    average = teacher_of(run)._master
+    assert average.keys() == start.keys()
+    for name, was in start.items():
+        moved = average[name] - was.float()
+        expected = EMA_RATE * (students[name].detach().float() - was.float())
+        # What lerp rounds is of the size of the weight, not of the step.
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-7, msg=name)
+    first = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert (average[first] != start[first].float()).float().mean() > 0.5, "the average stood still"
+    still = (teacher_of(run).model.get_parameter(first) == start[first]).float().mean()
+    assert still > 0.9, "in bf16 alone this step should have vanished"
+
+    checkpoint.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime, keep_last=1)
+    saved = masters(run)
+    _, following = step(run, 1)
+    reached = masters(run)
+    runtime.stop()
+
+    run = build(path, "model.dtype=bf16")
+    path_of_save = checkpoint.newest(folder)
+    assert path_of_save is not None
+    assert checkpoint.load(path_of_save, run.student, run.teacher, run.runtime) == {"step": 1}
+    assert_equal(masters(run), saved)
+    assert step(replace(run, engine=Replay(list(exact.rollouts))), 1)[1] == following
+    assert_equal(masters(run), reached)
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_what_cannot_be_loaded_is_refused(path, tmp_path):
+    run_ranks(check_refusals, 1, path, tmp_path)
+
+
+def check_refusals(path: Path, folder: Path) -> None:
+    assert checkpoint.newest(folder / "nothing") is None
+    with pytest.raises(CheckpointError, match="expected a folder named iter_NNNNNNN"):
+        checkpoint.step_of(folder / "iter_12")
+
+    run = build(path, "objective.name=sft")
+    empty = folder / "iter_0000001"
+    empty.mkdir()
+    with pytest.raises(CheckpointError, match="iter_0000001: not a checkpoint"):
+        checkpoint.load(empty, run.student, run.teacher, run.runtime)
+    empty.rmdir()
+
+    of_sft = checkpoint.save(folder, 1, run.student, None, {}, run.runtime, keep_last=1)
+    with pytest.raises(CheckpointError, match=r"needed here: teacher\.decoder"):
+        checkpoint.load_weights(of_sft, run.student.model, prefix="teacher.")
+
+    runtime.stop()
+    distilling = build(path)
+    with pytest.raises(CheckpointError, match="does not hold what is needed here: teacher") as e:
+        checkpoint.load(of_sft, distilling.student, distilling.teacher, distilling.runtime)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+    runtime.stop()
+    model = write_model(folder / "wider", intermediate_size=128)
+    wider = build(path, "objective.name=sft", f"model.path={model}")
+    with pytest.raises(CheckpointError, match=r"shape mismatch .*linear_fc[12]"):
+        checkpoint.load(of_sft, wider.student, None, wider.runtime)

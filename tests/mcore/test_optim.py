@@ -1,0 +1,55 @@
+"""Learning-rate schedules; the updates are compared in tests/trainer/test_step.py."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny_models import save_tiny_model
+
+NUM_STEPS, NUM_WARMUP = 10, 2
+LR, MIN_LR = 1e-3, 1e-4
+DECAY = {  # share of the way from min_lr to lr that is left, after a share of the decay is done
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model("llama", folder, num_hidden_layers=1)
+    return run_ranks(learning_rates, 1, folder, list(DECAY))[0]
+
+
+def learning_rates(folder: Path, schedules: list[str]) -> dict[str, list[float]]:
+    import torch
+
+    from aropd_mcore.config import OptimizerConfig
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.mcore.model import build_model
+    from aropd_mcore.mcore.optim import Optimizer
+
+    rt = runtime.start()
+    rates = {}
+    for schedule in schedules:
+        config = OptimizerConfig.model_validate(
+            {"schedule": schedule, "lr": LR, "min_lr": MIN_LR, "warmup_ratio": 0.2}
+        )
+        model = build_model(folder, rt, dtype=torch.float32)
+        optimizer = Optimizer(model, config, num_steps=NUM_STEPS)
+        optimizer.zero_grad()
+        # Without a finite loss nothing is updated, and the schedule still advances.
+        rates[schedule] = [optimizer.step(loss=math.nan).lr for _ in range(NUM_STEPS)]
+    return rates
+
+
+@pytest.mark.parametrize("schedule", DECAY)
+def test_warm_up_then_decay(found, schedule):
+    decaying = NUM_STEPS - NUM_WARMUP
+    expected = [LR * n / NUM_WARMUP for n in range(NUM_WARMUP)] + [
+        MIN_LR + (LR - MIN_LR) * DECAY[schedule](n / decaying) for n in range(decaying)
+    ]
+    assert found[schedule] == pytest.approx(expected)

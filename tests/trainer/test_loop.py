@@ -1,0 +1,226 @@
+"""The loop around the steps: what it does when a step cannot be used, and what it writes."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.ranks import run_ranks
+from tests.tiny_runs import write_run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return write_run(
+        tmp_path_factory.mktemp("loop"),
+        training={"max_skipped_steps": 3, "num_steps": 6},
+        checkpoint={"save_every_steps": 100},
+    )
+
+
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- a step that is not finite ---
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(path, poison):
+    """The loss is NaN on both ranks; the gradient is infinite on one of them alone."""
+    run_ranks(check_skipped_step, 2, path, poison)
+
+
+def check_skipped_step(path: Path, poison: str) -> None:
+    from aropd_mcore.config import load_config
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import build_run
+    from aropd_mcore.trainer.step import train_step
+
+    rt = runtime.start()
+    run = build_run(load_config(path), rt)
+    assert train_step(run, 0).update.applied
+    before = everything(run)
+    with poisoned_teacher(run) if poison == "loss" else infinite_gradient(run):
+        result = train_step(run, 1)
+    assert not result.update.applied
+    assert math.isfinite(float(result.sums["loss"].sum())) == (poison == "gradient")
+    assert not math.isfinite(result.update.grad_norm)
+    for name, value in everything(run).items():
+        same = torch.equal(value, before[name]) if torch.is_tensor(value) else value == before[name]
+        assert same, name
+    assert run.engine is not None and run.engine.weight_version == 1  # type: ignore[attr-defined]
+    following = train_step(run, 2)
+    assert following.update.applied
+    assert following.update.lr < result.update.lr, "the schedule went on"
+    assert not all(
+        torch.equal(value, before[name])
+        for name, value in everything(run).items()
+        if torch.is_tensor(value)
+    )
+
+
+def everything(run) -> dict[str, Any]:
+    """Copies of the student, the teacher and the optimizer's state on this rank."""
+    state: dict[str, Any] = {
+        f"{who}.{name}": p.detach().clone()
+        for who, model in (("student", run.student.model), ("teacher", run.teacher.model))
+        for name, p in model.named_parameters()
+    }
+    for part in run.student.optimizer.inner.chained_optimizers:
+        for group_index, group in enumerate(part.optimizer.param_groups):
+            state[f"step.{group_index}"] = group["step"]
+            for index, p in enumerate(group["params"]):
+                for name, value in part.optimizer.state[p].items():
+                    state[f"{name}.{group_index}.{index}"] = value.clone()
+    assert any(name.startswith("exp_avg_sq.") for name in state)
+    return state
+
+
+@contextmanager
+def poisoned_teacher(run) -> Iterator[None]:
+    """One NaN in the teacher's head, which reaches every token's target."""
+    row = run.teacher.head_weight[7]
+    value = row[0].clone()
+    row[0] = math.nan
+    yield
+    row[0] = value
+
+
+@contextmanager
+def infinite_gradient(run) -> Iterator[None]:
+    """What an overflow in one rank's backward leaves behind: the loss is finite, a gradient not."""
+    parameter = run.student.model.decoder.final_layernorm.weight
+    scale = math.inf if run.runtime.rank == 1 else 1.0
+    hook = parameter.register_hook(lambda grad: grad * scale)
+    yield
+    hook.remove()
+
+
+# --- the run around such steps ---
+
+
+def test_skipped_steps_are_counted_and_the_run_goes_on(path):
+    out = path.parent / "goes-on"
+    run_ranks(train_poisoned, 2, path, out, [1, 2, 4])
+    lines = read_lines(out)
+    assert [line["step_skipped"] for line in lines] == [0, 1, 1, 0, 1, 0]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert math.isnan(lines[1]["loss"]) and math.isfinite(lines[3]["loss"])
+
+
+def test_too_many_in_a_row_stop_the_run(path):
+    out = path.parent / "stops"
+    message = run_ranks(train_poisoned, 2, path, out, [1, 2, 3])[0]
+    assert message is not None
+    assert message.startswith(
+        "3 steps in a row, up to step 3, had no finite loss and gradient (loss nan, gradient norm"
+    )
+    assert "The last checkpoint is none." in message
+    assert "the limit is training.max_skipped_steps" in message
+    assert [line["step_skipped"] for line in read_lines(out)] == [0, 1, 1, 1]
+
+
+def test_the_count_survives_a_resume(path):
+    out = path.parent / "resumed"
+    run_ranks(train_poisoned, 2, path, out, [2, 3], ["checkpoint.save_every_steps=4"], 4)
+    message = run_ranks(train_poisoned, 2, path, out, [4])[0]
+    assert message is not None and message.startswith("3 steps in a row, up to step 4")
+    assert str(out / "checkpoints" / "iter_0000004") in message
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def train_poisoned(
+    path: Path,
+    out: Path,
+    poisoned: list[int],
+    overrides: list[str] | None = None,
+    interrupted_at: int | None = None,
+) -> str | None:
+    """`train` with a poisoned teacher in the given steps; what stopped it, if something did."""
+    from unittest.mock import patch
+
+    from aropd_mcore.config import load_config
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer import loop
+
+    config = load_config(path, [f"output_dir={out}", *(overrides or [])])
+    train_step = loop.train_step
+
+    def step_or_poisoned_step(run, step):
+        if step == interrupted_at:
+            raise Interrupted
+        if step not in poisoned:
+            return train_step(run, step)
+        with poisoned_teacher(run):
+            return train_step(run, step)
+
+    with patch.object(loop, "train_step", step_or_poisoned_step):
+        try:
+            loop.train(config, runtime.start())
+        except loop.TrainingStopped as stopped:
+            return str(stopped)
+        except Interrupted:
+            pass
+    return None
+
+
+def test_command_line_says_why_and_exits_with_3(path, tmp_path):
+    """sft on weights of which one is NaN: no step of it can be used."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (path.parent / "model").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    overrides = ["objective.name=sft", f"model.path={model}", f"output_dir={tmp_path / 'out'}"]
+    code, printed = run_ranks(train_by_command, 1, path, overrides)[0]
+    assert code == 3
+    assert printed.startswith("aropd: stopped: 3 steps in a row, up to step 2,")
+    assert "Traceback" not in printed and printed.count("\n") == 1
+
+
+def train_by_command(path: Path, overrides: list[str]) -> tuple[int, str]:
+    from aropd_mcore.cli import main
+
+    with redirect_stderr(StringIO()) as printed:
+        code = main(["train", str(path), *overrides])
+    return code, printed.getvalue()
+
+
+# --- what it writes ---
+
+
+def test_tensorboard_and_wandb_get_the_metrics_too(path):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("wandb")
+    out = path.parent / "loggers"
+    run_ranks(train_with_loggers, 1, path, out)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([line["loss"] for line in read_lines(out)])
+    (log,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"kl_full_student" in log.read_bytes()
+
+
+def train_with_loggers(path: Path, out: Path) -> None:
+    from aropd_mcore.config import load_config
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.loop import train
+
+    settings = ["logging.tensorboard=true", "logging.wandb=offline", "training.num_steps=2"]
+    train(load_config(path, [f"output_dir={out}", *settings]), runtime.start())
