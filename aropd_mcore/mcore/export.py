@@ -35,7 +35,8 @@ def export_run(
     hf = path.parent.parent / "hf"
     if not (hf / "config.json").is_file():
         raise CheckpointError(f"{hf / 'config.json'}: missing; a run writes it when it starts")
-    trained_in = getattr(torch, json.loads((hf / "config.json").read_text())["dtype"])
+    config = json.loads((hf / "config.json").read_text())
+    trained_in = getattr(torch, config.get("dtype") or config["torch_dtype"])  # transformers 5, 4
     # A teacher's moving average may be kept in fp32.
     model = build_model(hf, runtime, dtype=torch.float32 if weights == "teacher" else trained_in)
     checkpoint.load_weights(path, model, prefix=PREFIX if weights == "teacher" else "")

@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from aropd_mcore.config import load_config
+from aropd_mcore.config import SamplingConfig, load_config
 from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.hf_io import copy_companions
 from aropd_mcore.mcore import checkpoint, runtime
+from aropd_mcore.mcore.export import export_run
 from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.step import Run, StepResult, train_step
 from aropd_mcore.types import Rollout
 from tests.ranks import run_ranks
 from tests.tiny_runs import write_model, write_run
 
+PROMPT = list(range(40, 60))
 EMA_RATE = 1e-3
 LR = 1e-3
 
@@ -130,6 +135,48 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_exports_give_transformers_the_trained_models(path, tmp_path):
+    """Student and teacher, trained on one layout and exported on another: the same log-probs."""
+    rollouts = run_ranks(train_and_export, 2, path, tmp_path)[0]
+    found = {}
+    for who, (rollout,) in rollouts.items():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / who)
+        assert model.dtype == torch.float32
+        tokens = torch.tensor([[*PROMPT, *rollout.response_ids]])
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        found[who] = logprobs.gather(-1, tokens[0, len(PROMPT) :, None]).squeeze(-1).tolist()
+        assert found[who] == pytest.approx(rollout.logprobs, abs=1e-4)
+    assert found["student"] != pytest.approx(found["teacher"], abs=1e-3), "the same model twice"
+
+
+def train_and_export(path: Path, folder: Path) -> dict[str, list[Rollout]]:
+    run = build(path, "parallel.tensor=2", "teacher.ema_rate=0.1")
+    for number in range(3):
+        step(run, number)
+    checkpoint.save(
+        folder / "checkpoints", 3, run.student, run.teacher, {}, run.runtime, keep_last=1
+    )
+    sampling = SamplingConfig(max_response_tokens=12)
+    rollouts = {
+        who: NativeEngine(model, run.runtime, eos_token_ids=[], batch_size=1).generate(
+            [PROMPT], [5], sampling
+        )
+        for who, model in (("student", run.student.model), ("teacher", teacher_of(run).model))
+    }
+    if run.runtime.rank == 0:
+        (folder / "hf").mkdir()
+        copy_companions(path.parent / "model", folder / "hf", torch.float32)
+        # As transformers 4 writes it, and every published Qwen2.5 has it.
+        config = folder / "hf" / "config.json"
+        config.write_text(config.read_text().replace('"dtype"', '"torch_dtype"'))
+    runtime.stop()
+    rt = runtime.start()
+    export_run(folder, folder / "student", rt)
+    export_run(folder, folder / "teacher", rt, weights="teacher")
+    return rollouts
 
 
 def test_what_cannot_be_loaded_is_refused(path, tmp_path):

@@ -197,30 +197,3 @@ def train_by_command(path: Path, overrides: list[str]) -> tuple[int, str]:
     with redirect_stderr(StringIO()) as printed:
         code = main(["train", str(path), *overrides])
     return code, printed.getvalue()
-
-
-# --- what it writes ---
-
-
-def test_tensorboard_and_wandb_get_the_metrics_too(path):
-    pytest.importorskip("tensorboard")
-    pytest.importorskip("wandb")
-    out = path.parent / "loggers"
-    run_ranks(train_with_loggers, 1, path, out)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(out / "tensorboard"))
-    events.Reload()
-    losses = [event.value for event in events.Scalars("loss")]
-    assert losses == pytest.approx([line["loss"] for line in read_lines(out)])
-    (log,) = out.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"kl_full_student" in log.read_bytes()
-
-
-def train_with_loggers(path: Path, out: Path) -> None:
-    from aropd_mcore.config import load_config
-    from aropd_mcore.mcore import runtime
-    from aropd_mcore.trainer.loop import train
-
-    settings = ["logging.tensorboard=true", "logging.wandb=offline", "training.num_steps=2"]
-    train(load_config(path, [f"output_dir={out}", *settings]), runtime.start())

@@ -120,7 +120,7 @@ CASES = [
         {"objective": AROPD, "rollout": {"max_response_tokens": 280}},
         global_batch_size=4,
         eos_ids=(EOS_IDS[0],),
-        layouts=[(2, 1)],
+        layouts=[(1, 1)],
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

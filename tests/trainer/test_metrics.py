@@ -1,0 +1,54 @@
+"""What a step reports of its rollouts; its token metrics are compared in test_step.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from aropd_mcore.trainer.metrics import rollout_metrics
+from aropd_mcore.types import Rollout, Row, Views
+from tests.ranks import run_ranks
+
+RESPONSES = [  # of two ranks: text, whether it ended by itself, the gold answer
+    [("42 at once, then more words", True, "42"), ("a 421 is no 42", True, "42")],
+    [("the answer comes last: 7", False, "7"), ("7.5 .................", True, "7.5")],
+]
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_lengths_truncation_and_early_answers_over_all_ranks():
+    lengths = torch.tensor([len(text) for rank in RESPONSES for text, *_ in rank]).double()
+    quantiles = torch.quantile(lengths, torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+    for found in run_ranks(metrics_of_rank, 2):
+        assert found == pytest.approx(
+            {
+                "response_length_mean": float(lengths.mean()),
+                "response_length_p10": quantiles[0],
+                "response_length_p50": quantiles[1],
+                "response_length_p90": quantiles[2],
+                "num_response_tokens": int(lengths.sum()),
+                "truncation_rate": 0.25,
+                # 42 and 7.5 come early; 421 is another number, and 7 comes at the end.
+                "premature_answer_rate": 0.5,
+            }
+        )
+
+
+def metrics_of_rank() -> dict[str, float]:
+    from aropd_mcore.mcore import runtime
+
+    rt = runtime.start()
+    responses = RESPONSES[rt.dp_rank]
+    result = SimpleNamespace(
+        views=[Views(Row("q", "r", answer), (1,), (1,), (1,)) for *_, answer in responses],
+        rollouts=[
+            Rollout(tuple(map(ord, text)), (), finished, 0) for text, finished, _ in responses
+        ],
+    )
+    return rollout_metrics(result, Letters(), rt)  # type: ignore[arg-type]
