@@ -65,17 +65,15 @@ def token_metrics(sums: TokenSums) -> Metrics:
 
 
 def _bucket_names() -> list[str]:
-    ends = [str(start - 1) for start in POSITION_BUCKETS[1:]]
-    return [f"{a}-{b}" for a, b in zip(POSITION_BUCKETS, ends, strict=False)] + [
-        f"{POSITION_BUCKETS[-1]}-"
-    ]
+    ends = [*(start - 1 for start in POSITION_BUCKETS[1:]), ""]
+    return [f"{first}-{last}" for first, last in zip(POSITION_BUCKETS, ends, strict=True)]
 
 
 def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Lengths, truncation and early answers over the global batch.
+    """Lengths, truncation, early answers and cut prompts over the global batch.
 
     `premature_answer_rate`: share of rollouts whose first half states the gold answer, as a word
-    of its own.
+    of its own. `num_cut_tokens`: of questions, where a prompt would have been over the limit.
 
     Collectives: one all-gather over the data-parallel ranks.
     """
@@ -85,12 +83,13 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
                 len(rollout.response_ids),
                 rollout.finished,
                 _premature(tokenizer, rollout.response_ids, views.row.answer),
+                views.num_cut_tokens,
             ]
             for views, rollout in zip(result.views, result.rollouts, strict=True)
         ],
         dtype=torch.float64,
     )
-    length, finished, premature = runtime.gather_over_data(local).unbind(1)
+    length, finished, premature, num_cut = runtime.gather_over_data(local).unbind(1)
     quantiles = torch.quantile(length, torch.tensor(_QUANTILES, dtype=length.dtype)).tolist()
     return {
         "response_length_mean": float(length.mean()),
@@ -101,6 +100,7 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
         "truncation_rate": 1.0 - float(finished.mean()),
         "premature_answer_rate": float(premature.mean()),
         "num_response_tokens": int(length.sum()),
+        "num_cut_tokens": int(num_cut.sum()),
     }
 
 

@@ -33,6 +33,7 @@ def test_lengths_truncation_and_early_answers_over_all_ranks():
                 "response_length_p50": quantiles[1],
                 "response_length_p90": quantiles[2],
                 "num_response_tokens": int(lengths.sum()),
+                "num_cut_tokens": 4 * 3,
                 "truncation_rate": 0.25,
                 # 42 and 7.5 come early; 421 is another number, and 7 comes at the end.
                 "premature_answer_rate": 0.5,
@@ -46,7 +47,7 @@ def metrics_of_rank() -> dict[str, float]:
     rt = runtime.start()
     responses = RESPONSES[rt.dp_rank]
     result = SimpleNamespace(
-        views=[Views(Row("q", "r", answer), (1,), (1,), (1,)) for *_, answer in responses],
+        views=[Views(Row("q", "r", answer), (1,), (1,), (1,), 3) for *_, answer in responses],
         rollouts=[
             Rollout(tuple(map(ord, text)), (), finished, 0) for text, finished, _ in responses
         ],

@@ -304,6 +304,7 @@ def check(rank: RankSteps, expected: list[OracleStep]) -> None:
 OF_ANOTHER_TEST = {
     "step",
     "step_skipped",
+    "num_cut_tokens",
     "num_response_tokens",
     "premature_answer_rate",
     "tokens_per_second",
