@@ -26,6 +26,9 @@ from aropd_mcore.mcore.model import HiddenStateGPT
 
 adam.install()
 
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"""What a parameter group holds of the config; weight decay is the scheduler's."""
+
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -156,7 +159,12 @@ class Optimizer:
 
     @torch.no_grad()  # fp32 parameters are leaves that the load writes into
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over moments, fp32 values and the schedule's position; settings stay this run's."""
+        # A checkpoint's groups hold the settings of the run that wrote it, too.
+        own = [{name: group[name] for name in _SETTINGS} for group in self.inner.param_groups]
         self.inner.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.inner.param_groups, own, strict=True):
+            group.update(settings)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
 
 

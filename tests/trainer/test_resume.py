@@ -1,6 +1,7 @@
 """A run that is killed and goes on equals the run that was never killed, bit by bit."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -99,11 +100,7 @@ def test_killed_twice_and_resumed_is_bitwise_the_unbroken_run(path, unbroken):
 
 
 def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
-    out = path.parent / "other-layout"
-    (out / "checkpoints").mkdir(parents=True)
-    start = "checkpoints/iter_0000002"
-    shutil.copytree(unbroken / start, out / start)
-    shutil.copy(unbroken / "metrics.jsonl", out)
+    out = halfway(unbroken, path.parent / "other-layout")
     run_ranks(
         train_on_ranks,
         2,
@@ -122,6 +119,23 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
     assert saved_steps(out) == [3, 4], "keep_last 2 keeps the newest two"
     tracker = out / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() == "4"
+
+
+def test_new_settings_hold_from_the_resumed_step_on(path, unbroken):
+    out = halfway(unbroken, path.parent / "other-schedule")
+    changes = ["training.num_steps=5", "optimizer.lr=4e-4", "optimizer.min_lr=1e-4"]
+    run_ranks(train_on_ranks, 2, path, [f"output_dir={out}", *changes])
+    # One step of warm-up in five, and then a cosine over four, of which one is behind us.
+    expected = [1e-4 + 3e-4 * (1 + math.cos(math.pi * n / 4)) / 2 for n in (1, 2, 3)]
+    assert [line["lr"] for line in read_lines(out)[2:]] == pytest.approx(expected)
+
+
+def halfway(unbroken: Path, out: Path) -> Path:
+    """`out`, with the unbroken run's checkpoint of step 2 and all its metrics."""
+    checkpoint = "checkpoints/iter_0000002"
+    shutil.copytree(unbroken / checkpoint, out / checkpoint)
+    shutil.copy(unbroken / "metrics.jsonl", out)
+    return out
 
 
 def test_a_finished_run_has_nothing_left_to_do(path, unbroken):
