@@ -1,13 +1,18 @@
 """The `aropd` command: parse, call, print."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aropd_mcore import __version__
 from aropd_mcore.config import Config, dump_config, load_config
+
+if TYPE_CHECKING:
+    from aropd_mcore.trainer.plan import Layout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,10 +116,13 @@ def _show_views(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from aropd_mcore.trainer.plan import plan
+
     config = load_config(args.config, args.overrides)
     num_local = args.nproc_per_node or _default_num_processes(config)
+    layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
     if args.dry_run:
-        return _print_plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
+        return _print_plan(config, layout)
     if "RANK" in os.environ or num_local == 1:
         return _train_here(config)
     return _start_processes(num_local, ["train", str(args.config), *args.overrides])
@@ -139,10 +147,7 @@ def _train_here(config: Config) -> int:
     return 0
 
 
-def _print_plan(config: Config, world_size: int) -> int:
-    from aropd_mcore.trainer.build import plan
-
-    layout = plan(config, world_size)
+def _print_plan(config: Config, layout: "Layout") -> int:
     print(dump_config(config))
     print(
         f"# {layout.world_size} processes: TP {layout.tensor} x PP {layout.pipeline} x "
@@ -180,6 +185,8 @@ def _start_processes(count: int, arguments: list[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # The ranks say what went wrong themselves; torchrun would add a page of its own.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Several ranks share this machine's cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
@@ -187,7 +194,11 @@ def _start_processes(count: int, arguments: list[str]) -> int:
             ["--standalone", f"--nproc-per-node={count}", "-m", "aropd_mcore.cli", *arguments]
         )
     except ChildFailedError as error:
-        return next(iter(error.failures.values())).exitcode or 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"aropd: rank {rank} died of signal {-failure.exitcode}", file=sys.stderr)
+            return 1
+        return failure.exitcode
     return 0
 
 

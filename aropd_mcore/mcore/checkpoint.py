@@ -155,6 +155,7 @@ def _load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 def _does_not_hold(path: Path, error: BaseException) -> CheckpointError:
     # They begin with the tensor in question, and go on with a list of all that there are.
     reason = textwrap.shorten(str(error).strip("\"'"), 200, placeholder=" ...")
+    reason = reason or type(error).__name__  # a file that is cut short is an EOFError, no more
     return CheckpointError(f"{path}: does not hold what is needed here: {reason}")
 
 

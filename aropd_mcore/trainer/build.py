@@ -1,10 +1,8 @@
 """From a configuration to the parts of a run."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from aropd_mcore.config import Config, ConfigError
-from aropd_mcore.convert.architecture import check_layout, read_architecture
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
@@ -16,61 +14,8 @@ from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.trainer.plan import plan
 from aropd_mcore.trainer.step import Run
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a job's processes share the model and the batch."""
-
-    world_size: int
-    tensor: int
-    pipeline: int
-    data: int
-    microbatches_per_step: int
-    """On each data-parallel rank."""
-    num_parameters: int
-
-
-def plan(config: Config, world_size: int) -> Layout:
-    """Check that the model and the batch can be shared by `world_size` processes.
-
-    Needs no process group: `aropd train --dry-run` calls it as it is.
-
-    Raises:
-        ValueError: what does not divide, and what would.
-    """
-    parallel, training = config.parallel, config.training
-    architecture = read_architecture(config.model.path)
-    check_layout(architecture, tensor=parallel.tensor, pipeline=parallel.pipeline)
-    model_size = parallel.tensor * parallel.pipeline
-    if world_size % model_size:
-        raise ConfigError(
-            f"{world_size} processes are not a multiple of parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline} = {model_size}"
-        )
-    data = world_size // model_size
-    num_microbatches, rest = divmod(training.global_batch_size, data * training.micro_batch_size)
-    if rest:
-        raise ConfigError(
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of "
-            f"{data} data-parallel ranks x training.micro_batch_size {training.micro_batch_size}"
-        )
-    if config.prompts_per_step % data:
-        raise ConfigError(
-            f"training.global_batch_size {training.global_batch_size} / "
-            f"rollout.rollouts_per_prompt {config.rollout.rollouts_per_prompt} = "
-            f"{config.prompts_per_step} prompts a step are not a multiple of {data} data-parallel "
-            "ranks"
-        )
-    return Layout(
-        world_size,
-        parallel.tensor,
-        parallel.pipeline,
-        data,
-        num_microbatches,
-        architecture.num_parameters,
-    )
 
 
 def build_run(config: Config, runtime: Runtime) -> Run:
