@@ -160,11 +160,12 @@ class Optimizer:
     @torch.no_grad()  # fp32 parameters are leaves that the load writes into
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over moments, fp32 values and the schedule's position; settings stay this run's."""
-        # A checkpoint's groups hold the settings of the run that wrote it, too.
-        own = [{name: group[name] for name in _SETTINGS} for group in self.inner.param_groups]
-        self.inner.load_state_dict(state["optimizer"])
-        for group, settings in zip(self.inner.param_groups, own, strict=True):
+        # A checkpoint's groups hold the settings of the run that wrote it, too; megatron-core 0.19
+        # even finds groups by them. All of a run's groups have the same.
+        settings = {name: self.inner.param_groups[0][name] for name in _SETTINGS}
+        for group in state["optimizer"]["optimizer"]["param_groups"]:
             group.update(settings)
+        self.inner.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
 
 
