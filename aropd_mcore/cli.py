@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"aropd: error: {error}", file=sys.stderr)
         return 2

@@ -56,8 +56,9 @@ def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str
     metrics = {label: read_metrics(path) for label, path in runs.items()}
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
         for label, lines in metrics.items():
-            steps = [line["step"] for line in lines if name in line]
-            values = [line[name] for line in lines if name in line]
+            # null, on a skipped step, or not reported at all
+            points = [(m["step"], m[name]) for m in lines if m.get(name) is not None]
+            steps, values = [step for step, _ in points], [value for _, value in points]
             [mean] = axis.plot(steps, _running_mean(values), label=label)
             axis.plot(steps, values, color=mean.get_color(), alpha=0.25, linewidth=1)
         axis.set_title(title, fontsize=10)

@@ -4,6 +4,7 @@ The names and definitions are METHOD section 7's; every KL's direction is in its
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -147,7 +148,9 @@ class MetricsLog:
         self._wandb = _open_wandb(config)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        # JSON has no NaN and no infinity, and strict readers refuse them.
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._tensorboard:
             for name, value in metrics.items():

@@ -21,7 +21,10 @@ def write_metrics(path, *, num_steps, **curves):
 def test_curves_show_every_run_and_leave_out_what_a_run_does_not_report(tmp_path):
     runs = {
         "AR-OPD": write_metrics(
-            tmp_path / "a.jsonl", num_steps=40, loss=lambda s: 1 / (s + 1), kl=lambda s: -s
+            tmp_path / "a.jsonl",
+            num_steps=40,
+            loss=lambda s: None if s == 7 else 1 / (s + 1),  # a skipped step
+            kl=lambda s: -s,
         ),
         "SFT": write_metrics(tmp_path / "b.jsonl", num_steps=5, loss=lambda s: 2.0),
     }
