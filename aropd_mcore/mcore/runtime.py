@@ -10,7 +10,6 @@ for message in (
     ".*Apex (are|is) not installed",
     ".*CUDA_DEVICE_MAX_CONNECTIONS",
     "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf",
     ".torch.distributed.* is deprecated",
     ".load_state_dict. is deprecated",
     "Please use DTensor instead",
