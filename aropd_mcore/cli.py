@@ -21,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"aropd: error: {error}", file=sys.stderr)
+        # Every rank says its own: what only one of them met, nobody else would.
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"aropd: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
 
 

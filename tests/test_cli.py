@@ -98,6 +98,12 @@ def test_what_cannot_be_run_is_said_in_a_line(run, capsys, arguments, message):
     assert "Traceback" not in error
 
 
+def test_what_one_rank_alone_met_is_said_by_that_rank(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("aropd: error on rank 3: ")
+
+
 def test_show_views_prints_the_three_views_of_a_row(run, capsys):
     rows = run.parent / "rows.jsonl"
     assert cli.main(["show-views", str(rows), "--row", "3", "--config", str(run)]) == 0

@@ -32,7 +32,7 @@ def export_run(
     path = run if run.name.startswith("iter_") else checkpoint.newest(run / "checkpoints")
     if path is None:
         raise CheckpointError(f"{run}: no checkpoint under {run / 'checkpoints'}")
-    hf = path.parent.parent / "hf"
+    hf = path.resolve().parent.parent / "hf"
     if not (hf / "config.json").is_file():
         raise CheckpointError(f"{hf / 'config.json'}: missing; a run writes it when it starts")
     config = json.loads((hf / "config.json").read_text())

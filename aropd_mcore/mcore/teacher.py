@@ -100,12 +100,13 @@ class Teacher:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over tensors that a checkpoint's load filled in for `sharded_state_dict`."""
+        if self.model is self._student:
+            return
         for name, p in self.model.named_parameters():
-            if PREFIX + name in state:
-                loaded = state[PREFIX + name]
-                p.copy_(loaded)
-                if name in self._master:
-                    self._master[name].copy_(loaded)
+            loaded = state[PREFIX + name]
+            p.copy_(loaded)
+            if name in self._master:
+                self._master[name].copy_(loaded)
 
 
 def _is_a_view(view: ViewBatch) -> ViewBatch:

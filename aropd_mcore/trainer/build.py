@@ -32,20 +32,17 @@ def build_run(config: Config, runtime: Runtime) -> Run:
     num_steps = config.training.num_steps or _steps_of_epochs(config, len(dataset))
 
     model = load_model(config, runtime)
-    distills = config.objective.name == "aropd"
-    teacher = None
-    if distills:
+    teacher = engine = None
+    if config.objective.name == "aropd":
         own = None if config.teacher.kind == "live" else load_model(config, runtime)
         teacher = Teacher(config.teacher, student=model, model=own)
-    optimizer = Optimizer(model, config.optimizer, num_steps=num_steps)
-    engine = None
-    if distills:
         engine = NativeEngine(
             model,
             runtime,
             eos_token_ids=eos_token_ids(config.model.path, tokenizer),
             batch_size=config.rollout.batch_size,
         )
+    optimizer = Optimizer(model, config.optimizer, num_steps=num_steps)
     return Run(
         config=config,
         runtime=runtime,

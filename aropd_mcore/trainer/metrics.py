@@ -137,13 +137,13 @@ class MetricsLog:
     def __init__(self, config: Config, *, first_step: int):
         """
         Args:
+            config: its output_dir exists.
             first_step: where the run starts or resumes; lines of later steps, written after the
                 checkpoint that is resumed from, are cut off.
         """
-        self.path = config.output_dir / "metrics.jsonl"
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        _cut_back(self.path, first_step)
-        self._file = self.path.open("a")
+        path = config.output_dir / "metrics.jsonl"
+        _cut_back(path, first_step)
+        self._file = path.open("a")
         self._tensorboard = _open_tensorboard(config, first_step)
         self._wandb = _open_wandb(config)
 
@@ -170,9 +170,17 @@ def _cut_back(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        # A kill can leave half a line, which is of a step that was not saved.
-        if line.endswith("\n") and json.loads(line)["step"] < first_step:
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break  # A kill can leave half a line, which is of a step that was not saved.
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: expected a step's metrics, found {line.strip()[:60]!r}; "
+                "remove the line to go on"
+            ) from error
+        if step < first_step:
             kept.append(line)
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept))

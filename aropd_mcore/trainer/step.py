@@ -24,7 +24,7 @@ from aropd_mcore.types import Microbatch, Rollout, Views
 
 @dataclass(frozen=True)
 class Run:
-    """The parts that a step works with; built once by `trainer.loop`."""
+    """The parts that a step works with; built once by `trainer.build`."""
 
     config: Config
     runtime: Runtime

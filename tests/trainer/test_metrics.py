@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aropd_mcore.trainer.metrics import rollout_metrics
+from aropd_mcore.config import load_config
+from aropd_mcore.trainer.metrics import MetricsLog, rollout_metrics
 from aropd_mcore.types import Rollout, Row, Views
 from tests.ranks import run_ranks
+from tests.tiny_runs import write_run
 
 RESPONSES = [  # of two ranks: text, whether it ended by itself, the gold answer
     [("42 at once, then more words", True, "42"), ("a 421 is no 42", True, "42")],
@@ -53,3 +55,13 @@ def metrics_of_rank() -> dict[str, float]:
         ],
     )
     return rollout_metrics(result, Letters(), rt)  # type: ignore[arg-type]
+
+
+def test_a_log_that_cannot_be_cut_back_is_left_alone_and_named(tmp_path):
+    config = load_config(write_run(tmp_path))
+    config.output_dir.mkdir()
+    log = config.output_dir / "metrics.jsonl"
+    log.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a step's metrics"):
+        MetricsLog(config, first_step=1)
+    assert log.read_text().count("\n") == 3
