@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,28 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Weight:
-    """A table row filled in for one model and one layer."""
+    """A table row filled in for one model, one layer and one expert."""
 
     name: str
     kind: Kind
     hf: dict[str, tuple[int, ...]]
     """HF name -> full shape, in merging order."""
+    fused_name: str | None = None
+    """See `TableRow.fused_name`."""
+    layer: int | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The experts of a mixture-of-experts model, and how a token chooses among them."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int
+    """Of one expert."""
+    normalized: bool
+    """The weights of a token's chosen experts sum to one."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +63,16 @@ class Architecture:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    """No more than the sliding window, where there is one: the Megatron model attends to everything
+    before a token, which is the same up to that length."""
     rms_norm_eps: float
     rope_theta: float
     rope_scaling_factor: float | None
     """Of Llama 3's rope scaling; None where positions are not scaled."""
     tied_embeddings: bool
     """The output head is the input embedding."""
+    routing: Routing | None
+    """None for a dense model."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -63,6 +84,8 @@ class Architecture:
             "head": self.head_dim,
             "q": self.num_heads * self.head_dim,
             "kv": self.num_kv_heads * self.head_dim,
+            "experts": self.routing.num_experts if self.routing else 0,
+            "expert_ffn": self.routing.ffn_hidden_size if self.routing else 0,
         }
 
     def weights(self) -> Iterator[Weight]:
@@ -73,21 +96,22 @@ class Architecture:
         """
         sizes = self.sizes
 
-        def fill(row: TableRow, layer: int | None = None) -> Weight:
-            hf = {
-                name.format(layer=layer): tuple(sizes[size] for size in shape)
-                for name, shape in row.hf.items()
-            }
-            return Weight(row.name.format(layer=layer), row.kind, hf)
+        def fill(row: TableRow, layer: int | None = None, expert: int | None = None) -> Weight:
+            def number(name: str) -> str:
+                return name.format(layer=layer, expert=expert)
+
+            hf = {number(name): tuple(sizes[s] for s in shape) for name, shape in row.hf.items()}
+            fused = number(row.fused_name) if row.fused_name else None
+            return Weight(number(row.name), row.kind, hf, fused, layer, expert)
 
         yield fill(EMBEDDING)
         for layer in range(self.num_layers):
-            for row in self.family.layer_rows:
-                yield fill(row, layer)
+            for one_expert, rows in groupby(self.family.layer_rows, lambda r: "{expert}" in r.name):
+                rows = list(rows)
+                for expert in range(sizes["experts"]) if one_expert else [None]:
+                    yield from (fill(row, layer, expert) for row in rows)
         yield fill(FINAL_NORM)
-        yield fill(
-            TableRow(HEAD.name, HEAD.kind, EMBEDDING.hf if self.tied_embeddings else HEAD.hf)
-        )
+        yield fill(replace(HEAD, hf=EMBEDDING.hf) if self.tied_embeddings else HEAD)
 
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,14 +123,15 @@ class Architecture:
         return sum(math.prod(shape) for shape in self.hf_shapes.values())
 
 
-# The only values that the Megatron model is built for; `None`: the key must be absent or null.
+# The only values that the Megatron model is built for.
 _SETTINGS: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
 }
 # What Megatron's Llama 3 rope scaling has built in
 # (megatron-core 0.16.1 models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
@@ -142,17 +167,26 @@ def read_architecture(hf: Path | str | Mapping[str, Any]) -> Architecture:
     return _Reader(config, str(path)).architecture()
 
 
-def check_layout(architecture: Architecture, *, tensor: int, pipeline: int) -> None:
-    """Raise ValueError if the model cannot be cut into `tensor` x `pipeline`, naming what would do.
+def check_layout(
+    architecture: Architecture,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    expert: int = 1,
+) -> None:
+    """Raise ValueError if the model cannot be cut so, naming what would do.
 
     Heads, key/value heads and MLP columns are cut over tensor-parallel ranks, layers over pipeline
-    stages. The vocabulary is padded, so it never stands in the way.
+    stages (and `virtual_pipeline` chunks on each), experts over expert-parallel ranks. The
+    vocabulary is padded, so it never stands in the way.
     """
     cut = {
         "key/value heads": architecture.num_kv_heads,
         "attention heads": architecture.num_heads,
-        "MLP columns (intermediate_size)": architecture.ffn_hidden_size,
     }
+    if architecture.routing is None:
+        cut["MLP columns (intermediate_size)"] = architecture.ffn_hidden_size
     for what, number in cut.items():
         if number % tensor:
             choices = _divisors(math.gcd(*cut.values()))
@@ -160,11 +194,19 @@ def check_layout(architecture: Architecture, *, tensor: int, pipeline: int) -> N
                 f"tensor-parallel size {tensor} does not divide the model's {number} {what}; "
                 f"sizes that work: {choices}"
             )
-    if architecture.num_layers % pipeline:
+    if architecture.num_layers % (pipeline * virtual_pipeline):
+        chunks = f" x {virtual_pipeline} chunks on each stage" if virtual_pipeline > 1 else ""
         raise ValueError(
-            f"pipeline-parallel size {pipeline} does not divide the model's "
-            f"{architecture.num_layers} layers; sizes that work: "
+            f"pipeline-parallel size {pipeline}{chunks} does not divide the model's "
+            f"{architecture.num_layers} layers; products that work: "
             f"{_divisors(architecture.num_layers)}"
+        )
+    num_experts = architecture.routing.num_experts if architecture.routing else 1
+    if num_experts % expert:
+        has = f"the model's {num_experts} experts" if architecture.routing else "a dense model"
+        raise ValueError(
+            f"expert-parallel size {expert} does not divide {has}; sizes that work: "
+            f"{_divisors(num_experts)}"
         )
 
 
@@ -203,11 +245,12 @@ class _Reader:
             num_kv_heads=kv_heads,
             head_dim=self.size("head_dim", default=family.head_dim or hidden // heads),
             vocab_size=self.size("vocab_size"),
-            max_position_embeddings=self.size("max_position_embeddings"),
+            max_position_embeddings=self.max_positions(),
             rms_norm_eps=self.number("rms_norm_eps"),
             rope_theta=theta,
             rope_scaling_factor=factor,
             tied_embeddings=bool(self.config.get("tie_word_embeddings", False)),
+            routing=self.routing(family),
         )
 
     def family(self) -> Family:
@@ -219,22 +262,48 @@ class _Reader:
             if not architectures and family.name == model_type:
                 return family
         found = f"architecture {architectures[0]!r}" if architectures else f"{model_type=}"
+        code = " (auto_map names code of its own, which is never run)"
         raise self.error(
-            f"{found} is not known here; known: {', '.join(f.architecture for f in FAMILIES)}"
+            f"{found} is not known here{code if self.config.get('auto_map') else ''}; "
+            f"known: {', '.join(f.architecture for f in FAMILIES)}"
         )
 
     def check_settings(self) -> None:
         for key, needed in _SETTINGS.items():
             found = self.config.get(key, needed)
             if found != needed and not (found is None and key != "hidden_act"):
-                remedy = "absent" if needed is None else repr(needed)
-                raise self.error(f"{key} is {found!r}; only {remedy} is supported")
+                raise self.error(f"{key} is {found!r}; only {needed!r} is supported")
+        quantization = self.config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "an unnamed method")
+            raise self.error(
+                f"quantization_config says that the weights are quantized ({method}); only fp32, "
+                "bf16 and fp16 weights can be read. Use the checkpoint that they were made from."
+            )
         layer_types = set(self.config.get("layer_types") or ()) - {"full_attention"}
         if layer_types:
             raise self.error(
                 f"layer_types has {', '.join(sorted(layer_types))}; "
                 "only full_attention is supported"
             )
+
+    def max_positions(self) -> int:
+        positions = self.size("max_position_embeddings")
+        if "use_sliding_window" in self.config:  # Qwen: off, and then the size says nothing
+            return positions
+        return min(positions, self.size("sliding_window", default=positions))
+
+    def routing(self, family: Family) -> Routing | None:
+        keys = family.experts
+        if keys is None:
+            return None
+        num_experts, chosen = self.size(keys.count), self.size("num_experts_per_tok")
+        if chosen > num_experts:
+            raise self.error(f"num_experts_per_tok is {chosen}; there are {num_experts} experts")
+        normalized = keys.normalized
+        if normalized is None:
+            normalized = bool(self.config.get("norm_topk_prob", False))
+        return Routing(num_experts, chosen, self.size(keys.ffn), normalized)
 
     def rope(self) -> tuple[float, float | None]:
         """theta, and the factor of Llama 3's scaling or None."""

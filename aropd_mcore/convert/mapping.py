@@ -1,11 +1,11 @@
 """Names: one table a model family, Megatron-Core weight <- the HF tensors that make it up.
 
-Everything that moves weights between HF folders and Megatron reads these tables: training,
-export, conversion. A family is its table of layer rows and the few settings in `Family`; what its
+Everything that moves weights between HF folders and Megatron reads these tables: training, import,
+export, verification. A family is its table of layer rows and the few settings in `Family`; what its
 config.json says is read in architecture.py, and how tensors are cut and merged is in tensors.py.
 
-Megatron names are those of the local layer spec, with layers numbered over the whole model.
-`{layer}` stands for that number on both sides.
+Megatron names are those of the local layer spec, with layers and experts numbered over the whole
+model. `{layer}` and `{expert}` stand for these numbers on both sides.
 """
 
 from collections.abc import Mapping
@@ -40,12 +40,16 @@ class Kind(Enum):
 class TableRow:
     """One Megatron weight and the HF tensors that make it up, in merging order, with their shapes.
 
-    Sizes are named: `vocab`, `hidden`, `ffn`, `head` (one head), `q` and `kv` (all heads).
+    Sizes are named: `vocab`, `hidden`, `ffn`, `head` (one head), `q` and `kv` (all heads),
+    `experts` and `expert_ffn`.
     """
 
     name: str
     kind: Kind
     hf: Mapping[str, tuple[str, ...]]
+    fused_name: str | None = None
+    """Its name where Transformer Engine's layer spec fuses a norm into the linear layer behind it.
+    Megatron's checkpoints call it so, whatever spec wrote them."""
 
 
 EMBEDDING = TableRow(
@@ -66,6 +70,7 @@ ATTENTION = (
         _MEGATRON + "input_layernorm.weight",
         Kind.REPLICATED,
         {_HF + "input_layernorm.weight": ("hidden",)},
+        fused_name=_MEGATRON + "self_attention.linear_qkv.layer_norm_weight",
     ),
     TableRow(
         _MEGATRON + "self_attention.linear_qkv.weight",
@@ -110,6 +115,7 @@ DENSE_MLP = (
         _MEGATRON + "pre_mlp_layernorm.weight",
         Kind.REPLICATED,
         {_HF + "post_attention_layernorm.weight": ("hidden",)},
+        fused_name=_MEGATRON + "mlp.linear_fc1.layer_norm_weight",
     ),
     TableRow(
         _MEGATRON + "mlp.linear_fc1.weight",
@@ -126,14 +132,42 @@ DENSE_MLP = (
     ),
 )
 
-TRANSFORMER_ENGINE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Transformer Engine's layer spec fuses norms into the linear layers behind them: name -> ours."""
+
+def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
+    """The rows of a mixture-of-experts layer, whose HF names differ from family to family."""
+    expert = _MEGATRON + "mlp.experts.local_experts.{expert}."
+    return (
+        TableRow(
+            _MEGATRON + "pre_mlp_layernorm.weight",
+            Kind.REPLICATED,
+            {_HF + "post_attention_layernorm.weight": ("hidden",)},
+        ),
+        TableRow(
+            _MEGATRON + "mlp.router.weight", Kind.REPLICATED, {_HF + router: ("experts", "hidden")}
+        ),
+        TableRow(
+            expert + "linear_fc1.weight",
+            Kind.GATE_UP,
+            {_HF + gate: ("expert_ffn", "hidden"), _HF + up: ("expert_ffn", "hidden")},
+        ),
+        TableRow(expert + "linear_fc2.weight", Kind.ROW, {_HF + down: ("hidden", "expert_ffn")}),
+    )
+
 
 IGNORED_HF_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 """Buffers that old checkpoints carry and transformers computes anew."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a mixture-of-experts family's config.json says what its dense sizes do not."""
+
+    count: str
+    """Key of the number of experts in a layer."""
+    ffn: str
+    """Key of an expert's intermediate size."""
+    normalized: bool | None = None
+    """Whether the weights of the chosen experts sum to one; None: `norm_topk_prob` says it."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +182,7 @@ class Family:
     """The table of one transformer layer, in the order of the computation."""
     head_dim: int | None = None
     """Where config.json has no `head_dim`: this, or hidden_size / num_attention_heads if None."""
+    experts: Experts | None = None
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -160,6 +195,37 @@ class Family:
 
 FAMILIES = (
     Family("llama", "LlamaForCausalLM", (*ATTENTION, *DENSE_MLP)),
+    Family("mistral", "MistralForCausalLM", (*ATTENTION, *DENSE_MLP)),
     Family("qwen2", "Qwen2ForCausalLM", (*ATTENTION, *QKV_BIAS, *DENSE_MLP)),
     Family("qwen3", "Qwen3ForCausalLM", (*ATTENTION, *QK_NORM, *DENSE_MLP), head_dim=128),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        (
+            *ATTENTION,
+            *QK_NORM,
+            *moe_mlp(
+                router="mlp.gate.weight",
+                gate="mlp.experts.{expert}.gate_proj.weight",
+                up="mlp.experts.{expert}.up_proj.weight",
+                down="mlp.experts.{expert}.down_proj.weight",
+            ),
+        ),
+        head_dim=128,
+        experts=Experts(count="num_experts", ffn="moe_intermediate_size"),
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        (
+            *ATTENTION,
+            *moe_mlp(
+                router="block_sparse_moe.gate.weight",
+                gate="block_sparse_moe.experts.{expert}.w1.weight",
+                up="block_sparse_moe.experts.{expert}.w3.weight",
+                down="block_sparse_moe.experts.{expert}.w2.weight",
+            ),
+        ),
+        experts=Experts(count="num_local_experts", ffn="intermediate_size", normalized=True),
+    ),
 )

