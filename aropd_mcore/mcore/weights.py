@@ -14,7 +14,7 @@ from aropd_mcore.convert.hf_io import (
     refuse_existing,
     write_safetensors,
 )
-from aropd_mcore.convert.mapping import HEAD, TRANSFORMER_ENGINE_NAMES, Kind
+from aropd_mcore.convert.mapping import HEAD, Kind
 from aropd_mcore.convert.tensors import merge, pad_rows, shard_bounds, split
 from aropd_mcore.mcore.model import HiddenStateGPT
 from aropd_mcore.mcore.runtime import Runtime
@@ -129,14 +129,16 @@ def _own_names(model: HiddenStateGPT) -> dict[str, str]:
     """
     names = {}
     prefix = "decoder.layers."
+    table = list(model.architecture.weights())
+    unfused = {weight.fused_name: weight.name for weight in table if weight.fused_name}
     for own, _ in model.named_parameters():
         name = own
         if own.startswith(prefix):
             index, _, rest = own.removeprefix(prefix).partition(".")
             layer = int(model.decoder.layers[int(index)].layer_number) - 1  # type: ignore[arg-type]
-            name = f"{prefix}{layer}.{TRANSFORMER_ENGINE_NAMES.get(rest, rest)}"
-        names[name] = own
-    unknown = names.keys() - {weight.name for weight in model.architecture.weights()}
+            name = f"{prefix}{layer}.{rest}"
+        names[unfused.get(name, name)] = own
+    unknown = names.keys() - {weight.name for weight in table}
     assert not unknown, f"parameters without a table row: {sorted(unknown)}"
     return names
 

@@ -193,12 +193,16 @@ def test_fused_norm_names_are_megatrons_own():
 
 
 def _check_fused_names() -> None:
-    from aropd_mcore.convert.mapping import TRANSFORMER_ENGINE_NAMES
+    from aropd_mcore.convert.mapping import ATTENTION, DENSE_MLP
     from aropd_mcore.mcore import model  # sets the CPU mode, before megatron is imported
 
     prefixes = model.get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
-    fused = {theirs + "weight": ours + "weight" for ours, theirs in prefixes.items()}
-    assert fused == TRANSFORMER_ENGINE_NAMES
+    fused = {ours + "weight": theirs + "weight" for ours, theirs in prefixes.items()}
+    layer = "decoder.layers.{layer}."
+    rows = [row for row in (*ATTENTION, *DENSE_MLP) if row.fused_name]
+    assert {r.name: r.fused_name for r in rows} == {
+        layer + plain: layer + theirs for plain, theirs in fused.items()
+    }
 
 
 def _load(folder: Path, rt, dtype: torch.dtype = torch.float32):
