@@ -1,16 +1,22 @@
-"""HF folders on disk: safetensors read lazily, a slice at a time, and written as a stream."""
+"""HF folders on disk: tensors read lazily, a part at a time, and written in any order.
+
+A safetensors file is an 8-byte length, a JSON header (name -> dtype, shape, bytes) and the bytes.
+It is read here by mapping one tensor at a time: the safetensors library maps whole files, whose
+pages then count as this process's memory until the last tensor is read.
+"""
 
 import json
+import math
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol, Self
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, CheckpointError
@@ -18,213 +24,319 @@ from aropd_mcore.convert.mapping import HEAD, IGNORED_HF_TENSORS
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
 MAX_SHARD_BYTES = 5_000_000_000
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_COMPANION_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class HFWeights:
-    """The tensors of an HF folder; opening it reads the safetensors headers alone."""
+    """The tensors of an HF folder; opening it reads the headers alone."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, *, allow_pickle: bool = False):
         """
+        Args:
+            allow_pickle: also read pytorch_model.bin, by torch.load(weights_only=True).
         Raises:
-            CheckpointError: no safetensors, a file that is missing, truncated or outside the
-                folder, or an index that names a tensor its file does not have.
+            CheckpointError: no weights, a file that is missing, truncated or outside the folder, or
+                an index that names a tensor its file does not have.
         """
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}
-        self.location = self._read_index() if (self.folder / INDEX).exists() else self._scan()
-        """Tensor name -> file name."""
+        self._allow_pickle = allow_pickle
+        self._files: dict[str, _File] = {}
+        self._location = self._locate()
 
-    def check(self, architecture: Architecture) -> None:
-        """Raise CheckpointError unless the folder holds the architecture's tensors and no others.
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor, in the order in which they lie in the files.
 
-        Left aside are buffers that transformers recomputes, and a head beside tied embeddings,
-        which transformers does not read either.
+        Raises:
+            CheckpointError: one has a dtype that is not fp32, bf16 or fp16.
         """
-        expected = architecture.hf_shapes
-        name = architecture.family.architecture
-        missing = [tensor for tensor in expected if tensor not in self.location]
+        found = {}
+        for file, names in _grouped(self._location).items():
+            infos = self._open(file).infos
+            found |= {name: infos[name] for name in infos if name in names}
+        return found
+
+    def check(self, architecture: Architecture) -> list[str]:
+        """Check that the folder holds the architecture's tensors and no others.
+
+        Returns:
+            The tensors that are left aside: buffers that transformers computes anew, and a head
+            beside tied embeddings, which transformers does not read either.
+        Raises:
+            CheckpointError: a tensor is missing, unexpected or quantized, or has another shape.
+        """
+        expected, name = architecture.hf_shapes, architecture.family.architecture
+        for tensor in self._location:
+            if tensor.endswith(_QUANTIZED):
+                raise CheckpointError(
+                    f"{self._where(tensor)} belongs to a quantized checkpoint (GPTQ, AWQ or FP8); "
+                    "only fp32, bf16 and fp16 weights can be read"
+                )
+        missing = [tensor for tensor in expected if tensor not in self._location]
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {_some(missing)} missing; {name} of config.json's sizes needs "
                 f"{'it' if len(missing) == 1 else 'them'}"
             )
         ignored = re.compile("|".join([IGNORED_HF_TENSORS, *map(re.escape, HEAD.hf)]))
-        for tensor in self.location.keys() - expected.keys():
+        extra = [tensor for tensor in self._location if tensor not in expected]
+        for tensor in extra:
             if not ignored.fullmatch(tensor):
                 raise CheckpointError(
-                    f"{self.folder / self.location[tensor]}: unexpected tensor {tensor}; "
+                    f"{self.folder / self._location[tensor]}: unexpected tensor {tensor}; "
                     f"{name} of config.json's sizes has none of that name"
                 )
         for tensor, shape in expected.items():
-            self._check_tensor(tensor, shape)
+            found = self.tensors[tensor].shape
+            if found != shape:
+                raise CheckpointError(
+                    f"{self._where(tensor)} has shape {list(found)}; config.json says {list(shape)}"
+                )
+        return extra
 
     def read(self, name: str) -> Tensor:
-        return self._slice(name)[:]
+        return self._open(self._location[name]).read(name, ())
 
     def read_part(self, name: str, dim: int, start: int, end: int) -> Tensor:
-        """[start, end) along dim 0 or 1 of the tensor; only that part is read from disk."""
+        """[start, end) along dim 0 or 1 of the tensor, in memory of its own."""
         part = slice(start, end)
-        return self._slice(name)[part if dim == 0 else (slice(None), part)]
+        return self._open(self._location[name]).read(name, (slice(None),) * dim + (part,))
 
-    def _check_tensor(self, name: str, expected: tuple[int, ...]) -> None:
-        tensor = self._slice(name)
-        where = f"{self.folder / self.location[name]}: {name}"
-        found = tuple(tensor.get_shape())
-        if found != expected:
-            raise CheckpointError(
-                f"{where} has shape {list(found)}; config.json says {list(expected)}"
-            )
-        dtypes = _DTYPE_NAMES.values()
-        if tensor.get_dtype() not in dtypes:
-            raise CheckpointError(
-                f"{where} has dtype {tensor.get_dtype()}; expected one of {', '.join(dtypes)} "
-                "(quantized checkpoints cannot be loaded)"
-            )
+    def _where(self, tensor: str) -> str:
+        return f"{self.folder / self._location[tensor]}: {tensor}"
 
-    def _read_index(self) -> dict[str, str]:
-        path = self.folder / INDEX
+    def _locate(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        for index, single in ((INDEX, SINGLE), (PICKLE_INDEX, PICKLE_SINGLE)):
+            if (self.folder / index).exists():
+                return self._read_index(self.folder / index)
+            if (self.folder / single).exists():
+                return dict.fromkeys(self._open(single).infos, single)
+        raise CheckpointError(f"{self.folder}: holds no weights: neither {SINGLE} nor {INDEX}")
+
+    def _read_index(self, path: Path) -> dict[str, str]:
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
             location = {tensor: str(file) for tensor, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a safetensors index: {error!r}") from error
-        held = {}
-        for file in sorted(set(location.values())):
+            raise CheckpointError(f"{path}: not an index of weights: {error!r}") from error
+        for file, names in sorted(_grouped(location).items()):
             if Path(file).name != file:
                 raise CheckpointError(f"{path}: names {file!r}, outside the folder")
-            held[file] = set(self._open(file).keys())
-        for tensor, file in location.items():
-            if tensor not in held[file]:
-                raise CheckpointError(f"{path}: says that {file} holds {tensor}; it does not")
+            if not (self.folder / file).exists():
+                raise CheckpointError(f"{self.folder / file}: missing; {path.name} names it")
+            held = self._open(file).infos
+            for name in names:
+                if name not in held:
+                    raise CheckpointError(f"{path}: says that {file} holds {name}; it does not")
         return location
 
-    def _scan(self) -> dict[str, str]:
-        if not (self.folder / SINGLE).exists():
-            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-            found = f"; found {pickles[0]}, and pickles are not read" if pickles else ""
-            raise CheckpointError(
-                f"{self.folder}: neither {SINGLE} nor {INDEX} is there{found}. Save the model "
-                "with transformers' save_pretrained to get one."
-            )
-        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-
-    def _slice(self, name: str) -> Any:
-        return self._open(self.location[name]).get_slice(name)
-
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> "_File":
         if file not in self._files:
             path = self.folder / file
-            if not path.exists():
-                raise CheckpointError(f"{path}: missing; {INDEX} names it")
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
+            if path.suffix == ".safetensors":
+                self._files[file] = _Safetensors(path)
+            elif self._allow_pickle:
+                self._files[file] = _Pickle(path)
+            else:
+                raise CheckpointError(
+                    f"{path}: a pickle, which can run code when it is loaded; save the model with "
+                    "transformers' save_pretrained, or read it as weights only by --allow-pickle"
+                )
         return self._files[file]
+
+
+class _File(Protocol):
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str, part: tuple[slice, ...]) -> Tensor: ...
+
+
+class _Safetensors:
+    """One safetensors file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.infos: dict[str, TensorInfo] = {}
+        self._starts: dict[str, int] = {}
+        try:
+            self._read_header()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise self._broken(repr(error)) from error
+
+    def _read_header(self) -> None:
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise self._broken(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        ends = [8 + length]
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(
+                    f"{self.path}: {name} has dtype {entry['dtype']}; expected one of "
+                    f"{', '.join(DTYPES)} (quantized checkpoints cannot be read)"
+                )
+            info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if end - start != info.num_bytes:
+                raise self._broken(f"{name} has {end - start} bytes for {list(info.shape)}")
+            if start != ends[-1]:
+                raise self._broken(f"{name} starts at byte {start}, and not at {ends[-1]}")
+            self.infos[name], self._starts[name] = info, start
+            ends.append(end)
+        if size != ends[-1]:
+            raise self._broken(f"it has {size} bytes, and its header speaks of {ends[-1]}")
+
+    def _broken(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a whole safetensors file: {reason}")
+
+    def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        info = self.infos[name]
+        if info.num_bytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)[part].clone()
+        # The copy leaves the mapping behind, so no more than one tensor's pages are ever held.
+        raw = np.memmap(self.path, mode="c", offset=self._starts[name], shape=(info.num_bytes,))
+        whole = torch.from_numpy(raw).view(info.dtype).view(info.shape)
+        return whole[part].clone(memory_format=torch.contiguous_format)
+
+
+class _Pickle:
+    """One .bin file of torch.save, read as weights only; mapped anew for each tensor."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.infos: dict[str, TensorInfo] = {}
+        for name, tensor in self._load().items():
+            if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPE_NAMES:
+                what = getattr(tensor, "dtype", type(tensor).__name__)
+                raise CheckpointError(
+                    f"{path}: {name} is {what}; expected a tensor of {', '.join(DTYPES)}"
+                )
+            self.infos[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
+
+    def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        return self._load()[name][part].clone(memory_format=torch.contiguous_format)
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch's, by many names
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{self.path}: cannot be read as weights: {reason}") from error
+
+
+class SafetensorsWriter:
+    """Writes tensors as transformers lays them out: one file, or shards and their index.
+
+    Headers are written at once, from what is known of the tensors; the tensors follow in any order,
+    each to its place.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ):
+        """
+        Args:
+            tensors: all of them, in the order of the files.
+            max_shard_bytes: a file's tensors are no more than this, unless there is only one.
+        """
+        self._tensors = tensors
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._files: list[BinaryIO] = []
+        shards = _plan_shards(tensors, max_shard_bytes)
+        names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
+        for file_name, shard in zip(names, shards, strict=True):
+            file = (folder / file_name).open("wb")  # noqa: SIM115 # __exit__ closes it
+            self._files.append(file)
+            header, starts = _header({name: tensors[name] for name in shard})
+            file.write(header)
+            file.flush()
+            self._places |= {name: (file, start) for name, start in starts.items()}
+        if len(shards) > 1:
+            _write_index(folder, tensors, dict(zip(names, shards, strict=True)))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor of the announced shape into its place, cast to the announced dtype."""
+        info = self._tensors[name]
+        assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info.shape)
+        file, start = self._places.pop(name)
+        data = tensor.detach().to("cpu", info.dtype).contiguous()
+        _write_at(file.fileno(), data.flatten().view(torch.uint8).numpy().data, start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        for file in self._files:
+            file.close()
+        assert error_type or not self._places, f"not written: {_some(list(self._places))}"
 
 
 def write_safetensors(
     folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, TensorInfo],
+    stream: Iterable[tuple[str, Tensor]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write tensors as transformers lays them out: one file, or shards and their index.
-
-    A file's header is written before its tensors come, from the shapes; so one tensor at a time is
-    in memory.
-
-    Args:
-        shapes: name -> shape of all tensors, in the order in which `tensors` gives them.
-        dtype: of the files; tensors are cast to it.
-        max_shard_bytes: a file holds no more than this, unless a single tensor does.
-    """
-    num_bytes = {name: _numel(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards = _plan_shards(num_bytes, max_shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
-    stream = iter(tensors)
-    for file_name, shard in zip(names, shards, strict=True):
-        with open(folder / file_name, "wb") as file:
-            file.write(_header({name: shapes[name] for name in shard}, dtype))
-            for expected in shard:
-                name, tensor = next(stream)
-                assert (name, tuple(tensor.shape)) == (expected, tuple(shapes[expected])), name
-                data = tensor.detach().to("cpu", dtype).contiguous()
-                file.write(data.flatten().view(torch.uint8).numpy().data)
-    assert next(stream, None) is None, "more tensors than shapes"
-    if len(shards) > 1:
-        weight_map = {
-            name: file for file, shard in zip(names, shards, strict=True) for name in shard
-        }
-        index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    """Write a stream of tensors, one in memory at a time; see SafetensorsWriter."""
+    with SafetensorsWriter(folder, tensors, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in stream:
+            writer.write(name, tensor)
 
 
-def copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy what stands beside the weights: config, generation config, tokenizer, template, license.
-
-    config.json gets the dtype of the weights, which transformers loads them in.
-    """
-    for path in sorted(source.iterdir()):
-        is_license = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        wanted = path.suffix in _COMPANION_SUFFIXES or is_license
-        if path.is_file() and wanted and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
-    config = json.loads((source / "config.json").read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4, 5
-    config[key] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def _write_at(descriptor: int, data: memoryview, start: int) -> None:
+    while data:  # a single call writes 2 GB at most
+        written = os.pwrite(descriptor, data, start)
+        data, start = data[written:], start + written
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise CheckpointError if there is something at `target`."""
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already; remove it or name another folder")
+def _write_index(
+    folder: Path, tensors: Mapping[str, TensorInfo], shards: Mapping[str, list[str]]
+) -> None:
+    index = {
+        "metadata": {"total_size": sum(info.num_bytes for info in tensors.values())},
+        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name, `target`, only when the block has ended well.
-
-    It is filled under a temporary name beside the target; a kill leaves that behind, and the next
-    call for the same target removes it.
-    """
-    refuse_existing(target)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _plan_shards(num_bytes: Mapping[str, int], limit: int) -> list[list[str]]:
+def _plan_shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
     shards, filled = [[]], 0
-    for name, size in num_bytes.items():
-        if shards[-1] and filled + size > limit:
+    for name, info in tensors.items():
+        if shards[-1] and filled + info.num_bytes > limit:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled += info.num_bytes
     return shards
 
 
@@ -232,25 +344,30 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The start of a safetensors file: the length of a JSON header, and the header."""
+def _header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The start of a safetensors file, and the byte at which each tensor's data start."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + _numel(shape) * dtype.itemsize
+    offset, offsets = 0, {}
+    for name, info in tensors.items():
+        offsets[name], end = offset, offset + info.num_bytes
         header[name] = {
-            "dtype": _DTYPE_NAMES[dtype],
-            "shape": list(shape),
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
             "data_offsets": [offset, end],
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format's alignment
-    return len(text).to_bytes(8, "little") + text
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + o for name, o in offsets.items()}
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _grouped(location: Mapping[str, str]) -> dict[str, set[str]]:
+    """File name -> the tensors that it is said to hold, in the order of the files' names."""
+    files: dict[str, set[str]] = {file: set() for file in sorted(set(location.values()))}
+    for tensor, file in location.items():
+        files[file].add(tensor)
+    return files
 
 
 def _some(names: list[str]) -> str:

@@ -7,13 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aropd_mcore.convert.hf_io import (
-    HFWeights,
-    copy_companions,
-    new_folder,
-    refuse_existing,
-    write_safetensors,
-)
+from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
+from aropd_mcore.convert.hf_io import HFWeights, TensorInfo, write_safetensors
 from aropd_mcore.convert.mapping import HEAD, Kind
 from aropd_mcore.convert.tensors import merge, pad_rows, shard_bounds, split
 from aropd_mcore.mcore.model import HiddenStateGPT
@@ -114,7 +109,9 @@ def export_hf(
         if runtime.tp_rank == 0 and runtime.is_first_stage:
             whole = ((name, tensor) for name, tensor in tensors if tensor is not None)
             with new_folder(target) as folder:
-                write_safetensors(folder, model.architecture.hf_shapes, dtype, whole)
+                shapes = model.architecture.hf_shapes
+                infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
+                write_safetensors(folder, infos, whole)
                 copy_companions(source, folder, dtype)
         else:
             for _ in tensors:

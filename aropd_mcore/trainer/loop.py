@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aropd_mcore.config import Config, dump_config
-from aropd_mcore.convert.hf_io import copy_companions
+from aropd_mcore.convert.folders import copy_companions
 from aropd_mcore.mcore import checkpoint
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.trainer.build import build_run

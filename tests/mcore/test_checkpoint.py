@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from aropd_mcore.config import SamplingConfig, load_config
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.hf_io import copy_companions
+from aropd_mcore.convert.folders import copy_companions
 from aropd_mcore.mcore import checkpoint, runtime
 from aropd_mcore.mcore.export import export_run
 from aropd_mcore.mcore.teacher import Teacher

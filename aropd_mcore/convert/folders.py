@@ -1,0 +1,147 @@
+"""Folders that are written whole or not at all, and the small files that travel with weights."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from aropd_mcore.convert.architecture import CheckpointError
+
+ORDER = "tensors.json"
+"""Beside a Megatron checkpoint's HF files: the original's tensor names, in its order."""
+
+_COMPANION_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+_COMPANION_FOLDERS = {"additional_chat_templates"}
+_SLACK_BYTES = 64 * 2**20
+"""Room for what is small beside the tensors: tokenizer, headers, metadata."""
+
+
+@contextmanager
+def new_folder(
+    target: Path, *, num_bytes: int = 0, overwrite: bool = False, keep: tuple[Path, ...] = ()
+) -> Iterator[Path]:
+    """A folder to fill that takes its name, `target`, only when the block has ended well.
+
+    It is filled under a temporary name beside the target, synced and renamed. An exception removes
+    it; a kill leaves it behind, and the next call for the same target removes it. With `overwrite`
+    an older target stays until the new one is whole.
+
+    Args:
+        num_bytes: that will be written; refused if the disk has less.
+        overwrite: replace an existing target; only a folder that holds a checkpoint is replaced.
+        keep: folders that are read meanwhile, and must not be the target nor lie in it.
+    Raises:
+        CheckpointError: the target exists, cannot be made, does not fit, or is being written now.
+    """
+    target = Path(os.path.abspath(target))
+    partial = target.with_name(f".{target.name}.partial")
+    replaced = target.with_name(f".{target.name}.replaced")
+    if replaced.exists() and not target.exists():  # killed between the two renames below
+        replaced.rename(target)
+    refuse_existing(target, overwrite=overwrite, keep=keep)
+    _check_space(target, num_bytes)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be made: {error.strerror}") from error
+    with _only_writer(partial, target):
+        _empty(partial)
+        try:
+            yield partial
+            _sync_tree(partial)
+            if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                target.rename(replaced)
+            partial.rename(target)
+            _sync(target.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()) -> None:
+    """Raise CheckpointError if there is something at `target` that may not be replaced."""
+    for path in keep:
+        if path.resolve().is_relative_to(target.resolve()):
+            raise CheckpointError(f"{target}: holds what is read, {path}; name another folder")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target}: exists already; name another folder, or replace it with --overwrite"
+        )
+    if not any((target / name).exists() for name in ("config.json", "hf", ".metadata")) and any(
+        target.iterdir() if target.is_dir() else [target]
+    ):
+        raise CheckpointError(f"{target}: is no checkpoint, so --overwrite does not replace it")
+
+
+def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy what stands beside the weights: config, generation config, tokenizer, template, license.
+
+    Args:
+        dtype: written into config.json, since transformers loads in it; None leaves it as it is.
+    """
+    for path in sorted(source.iterdir()):
+        is_license = path.name.upper().startswith(("LICENSE", "NOTICE"))
+        wanted = path.suffix in _COMPANION_SUFFIXES or is_license
+        if path.is_dir() and path.name in _COMPANION_FOLDERS:
+            shutil.copytree(path, target / path.name)
+        elif path.is_file() and wanted and not path.name.endswith((".index.json", ORDER)):
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((source / "config.json").read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4, 5
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and config.get(key) != name:
+        config[key] = name
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_space(target: Path, num_bytes: int) -> None:
+    folder = next(path for path in target.parents if path.exists())
+    needed, free = num_bytes + _SLACK_BYTES, shutil.disk_usage(folder).free
+    if num_bytes and needed > free:
+        raise CheckpointError(
+            f"{target}: needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free"
+        )
+
+
+@contextmanager
+def _only_writer(partial: Path, target: Path) -> Iterator[None]:
+    """Hold a lock on the temporary folder; it ends with the process, however that ends."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(f"{target}: another process is writing it") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for path in (*files, "."):
+            _sync(Path(parent, path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
