@@ -1,4 +1,8 @@
-"""Tiny random HF models of every family, made by transformers itself."""
+"""Tiny random HF models of every family, made by transformers itself.
+
+In memory transformers 5 holds a layer's experts as one tensor; `save_pretrained` writes them one by
+one, under the names that published checkpoints have.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +11,17 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils import logging
 
@@ -39,8 +49,17 @@ LLAMA31_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+QWEN3_MOE: dict[str, Any] = {
+    "head_dim": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+}
+
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama2": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 8}),  # a head has its own
     "llama31": (
         LlamaConfig,
         LlamaForCausalLM,
@@ -51,9 +70,22 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
             "head_dim": 64,  # long enough wavelengths for the scaling to touch
         },
     ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 48}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),  # not hidden_size / heads
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, QWEN3_MOE),
+    "qwen3_moe_unnormalized": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**QWEN3_MOE, "norm_topk_prob": False},
+    ),
+    "mixtral": (
+        MixtralConfig,
+        MixtralForCausalLM,
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
 }
+MOE_FAMILIES = ("qwen3_moe", "qwen3_moe_unnormalized", "mixtral")
 
 
 def save_tiny_model(

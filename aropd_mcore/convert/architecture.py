@@ -198,7 +198,7 @@ def check_layout(
         chunks = f" x {virtual_pipeline} chunks on each stage" if virtual_pipeline > 1 else ""
         raise ValueError(
             f"pipeline-parallel size {pipeline}{chunks} does not divide the model's "
-            f"{architecture.num_layers} layers; products that work: "
+            f"{architecture.num_layers} layers; {'products' if chunks else 'sizes'} that work: "
             f"{_divisors(architecture.num_layers)}"
         )
     num_experts = architecture.routing.num_experts if architecture.routing else 1
@@ -297,12 +297,18 @@ class _Reader:
         keys = family.experts
         if keys is None:
             return None
-        num_experts, chosen = self.size(keys.count), self.size("num_experts_per_tok")
+        count = next((key for key in keys.count if key in self.config), keys.count[0])
+        num_experts, chosen = self.size(count), self.size("num_experts_per_tok")
         if chosen > num_experts:
             raise self.error(f"num_experts_per_tok is {chosen}; there are {num_experts} experts")
         normalized = keys.normalized
         if normalized is None:
             normalized = bool(self.config.get("norm_topk_prob", False))
+        if normalized and chosen == 1:
+            raise self.error(
+                "num_experts_per_tok is 1 and the weights of the chosen experts sum to one: every "
+                "weight is 1, and Megatron refuses a router that learns nothing"
+            )
         return Routing(num_experts, chosen, self.size(keys.ffn), normalized)
 
     def rope(self) -> tuple[float, float | None]:

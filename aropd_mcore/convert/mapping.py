@@ -162,8 +162,8 @@ IGNORED_HF_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 class Experts:
     """Where a mixture-of-experts family's config.json says what its dense sizes do not."""
 
-    count: str
-    """Key of the number of experts in a layer."""
+    count: tuple[str, ...]
+    """Keys of the number of experts in a layer; the first that is there says it."""
     ffn: str
     """Key of an expert's intermediate size."""
     normalized: bool | None = None
@@ -212,7 +212,8 @@ FAMILIES = (
             ),
         ),
         head_dim=128,
-        experts=Experts(count="num_experts", ffn="moe_intermediate_size"),
+        # The second key is what transformers 5 writes where published configs have the first.
+        experts=Experts(count=("num_experts", "num_local_experts"), ffn="moe_intermediate_size"),
     ),
     Family(
         "mixtral",
@@ -226,6 +227,6 @@ FAMILIES = (
                 down="block_sparse_moe.experts.{expert}.w2.weight",
             ),
         ),
-        experts=Experts(count="num_local_experts", ffn="intermediate_size", normalized=True),
+        experts=Experts(count=("num_local_experts",), ffn="intermediate_size", normalized=True),
     ),
 )

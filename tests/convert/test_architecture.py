@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
-from aropd_mcore.convert.architecture import CheckpointError, check_layout, read_architecture
+from aropd_mcore.convert.architecture import (
+    CheckpointError,
+    Routing,
+    check_layout,
+    read_architecture,
+)
 from aropd_mcore.convert.mapping import FAMILIES as TABLES
-from tests.tiny_models import FAMILIES, LLAMA31_ROPE, save_tiny_model
+from tests.tiny_models import FAMILIES, LLAMA31_ROPE, MOE_FAMILIES, save_tiny_model
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,15 +45,101 @@ QWEN25_7B = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
+LLAMA2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32000,
+}
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+MIXTRAL_8X7B = {
+    **MISTRAL_7B,
+    "architectures": ["MixtralForCausalLM"],
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+}
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 
 
-def test_published_configs():
+@pytest.mark.parametrize(
+    ("config", "num_parameters"),
+    [
+        (QWEN25_7B, 7_615_616_512),
+        (LLAMA, 8_030_261_248),
+        (LLAMA2_7B, 6_738_415_616),
+        (MISTRAL_7B, 7_241_732_096),
+        (MIXTRAL_8X7B, 46_702_792_704),
+        (QWEN3_30B_A3B, 30_532_122_624),
+    ],
+)
+def test_published_sizes(config: dict, num_parameters: int):
+    assert read_architecture(config).num_parameters == num_parameters
+
+
+def test_published_settings():
     qwen = read_architecture(QWEN25_7B)
-    assert qwen.num_parameters == 7_615_616_512  # the published file's total_size / 2
     assert (qwen.head_dim, qwen.rope_theta, qwen.rope_scaling_factor) == (128, 1e6, None)
     assert qwen.family.has_qkv_bias and not qwen.family.has_qk_norm
-    assert read_architecture(LLAMA).num_parameters == 8_030_261_248
+    assert qwen.max_position_embeddings == 32768  # the sliding window is off
+    assert qwen.routing is None
     assert read_architecture(LLAMA).rope_theta == 10000.0
+    assert read_architecture(LLAMA2_7B).num_kv_heads == 32
+    assert read_architecture(MISTRAL_7B).max_position_embeddings == 4096
+    assert read_architecture(MIXTRAL_8X7B).routing == Routing(8, 2, 14336, normalized=True)
+    moe = read_architecture(QWEN3_30B_A3B)
+    assert moe.routing == Routing(128, 8, 768, normalized=True)
+    assert moe.family.has_qk_norm
+
+
+def test_number_of_experts_as_transformers_5_writes_it():
+    config = {**QWEN3_30B_A3B, "num_local_experts": 128}
+    del config["num_experts"]
+    assert read_architecture(config) == read_architecture(QWEN3_30B_A3B)
 
 
 def test_rope_of_transformers_4_and_5():
@@ -63,7 +155,8 @@ def test_rope_of_transformers_4_and_5():
 def test_names_shapes_and_count_are_those_of_transformers(family: str, tie: bool, tmp_path: Path):
     model = save_tiny_model(family, tmp_path, tie=tie, num_hidden_layers=2)
     architecture = read_architecture(tmp_path)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert architecture.hf_shapes == shapes
     assert architecture.num_parameters == model.num_parameters()
 
@@ -71,6 +164,8 @@ def test_names_shapes_and_count_are_those_of_transformers(family: str, tie: bool
 def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
     made = {config_class.model_type for config_class, *_ in FAMILIES.values()}
     assert made == {family.name for family in TABLES}
+    with_experts = {FAMILIES[name][0].model_type for name in MOE_FAMILIES}
+    assert with_experts == {family.name for family in TABLES if family.experts}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +174,13 @@ def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
         (
             {"architectures": ["MambaForCausalLM"]},
             "architecture 'MambaForCausalLM' is not known here; known: LlamaForCausalLM, "
-            "Qwen2ForCausalLM, Qwen3ForCausalLM",
+            "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
+            "MixtralForCausalLM",
+        ),
+        (
+            {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.OwnForCausalLM"}},
+            "architecture 'OwnForCausalLM' is not known here (auto_map names code of its own, "
+            "which is never run); known: LlamaForCausalLM",
         ),
         ({"architectures": None, "model_type": "gpt2"}, "model_type='gpt2' is not known here"),
         ({"architectures": None, "model_type": None}, "model_type=None is not known here"),
@@ -97,7 +198,11 @@ def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types has sliding_attention; only full_attention is supported",
         ),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; only absent"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config says that the weights are quantized (gptq); only fp32, bf16 and",
+        ),
+        ({"quantization_config": {"bits": 4}}, "the weights are quantized (an unnamed method)"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "rope_scaling has rope_type 'yarn'; only 'default' and 'llama3' are supported",
@@ -107,6 +212,18 @@ def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
             "rope_scaling.high_freq_factor is 8.0; Megatron's Llama 3 scaling has 4.0 built in",
         ),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' and no factor"),
+        ({**QWEN3_30B_A3B, "mlp_only_layers": [0]}, "mlp_only_layers is [0]; only [] is supported"),
+        ({**QWEN3_30B_A3B, "decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is"),
+        ({**QWEN3_30B_A3B, "num_experts": None}, "num_experts is missing"),
+        (
+            {**QWEN3_30B_A3B, "num_experts_per_tok": 129},
+            "num_experts_per_tok is 129; there are 128 experts",
+        ),
+        (
+            {**QWEN3_30B_A3B, "num_experts_per_tok": 1},
+            "num_experts_per_tok is 1 and the weights of the chosen experts sum to one",
+        ),
+        ({**MIXTRAL_8X7B, "num_local_experts": None}, "num_local_experts is missing"),
     ],
 )
 def test_refusals_name_file_key_and_value(change: dict, message: str, tmp_path: Path):
@@ -147,3 +264,21 @@ def test_layouts():
     odd = read_architecture({**QWEN25_7B, "intermediate_size": 18946})
     with pytest.raises(ValueError, match=r"18946 MLP columns .*sizes that work: 1, 2$"):
         check_layout(odd, tensor=4, pipeline=1)
+    check_layout(architecture, pipeline=7, virtual_pipeline=4)
+    with pytest.raises(
+        ValueError,
+        match=r"size 4 x 3 chunks on each stage does not divide the model's 28 layers; "
+        r"products that work: 1, 2, 4, 7, 14, 28$",
+    ):
+        check_layout(architecture, pipeline=4, virtual_pipeline=3)
+    with pytest.raises(
+        ValueError, match=r"expert-parallel size 2 does not divide a dense model; .*work: 1$"
+    ):
+        check_layout(architecture, expert=2)
+    moe = read_architecture(MIXTRAL_8X7B)
+    check_layout(moe, tensor=8, pipeline=4, virtual_pipeline=8, expert=8)
+    with pytest.raises(
+        ValueError,
+        match=r"expert-parallel size 3 does not divide the model's 8 experts; .*work: 1, 2, 4, 8$",
+    ):
+        check_layout(moe, expert=3)
