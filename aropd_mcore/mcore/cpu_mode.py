@@ -21,6 +21,7 @@ def install() -> None:
     _tensors()
     _streams()
     _random_state()
+    _experts()
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -73,7 +74,10 @@ class _Stream:
     def __init__(self, *_args: Any, **_kwargs: Any):
         pass
 
-    record = record_event = wait = wait_event = wait_stream = synchronize = _nothing
+    record = wait = wait_event = wait_stream = synchronize = _nothing
+
+    def record_event(self, *_args: Any) -> "_Stream":
+        return self
 
 
 def _streams() -> None:
@@ -95,3 +99,14 @@ def _random_state() -> None:
     upstream._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
     # fork() warns "CPU RNG state changed within GPU RNG context", which is the point here.
     logging.getLogger(upstream.__name__).setLevel(logging.ERROR)
+
+
+def _experts() -> None:
+    # transformer/moe/token_dispatcher.py:879 maybe_move_tensor_to_cpu(splits, as_numpy=True), for
+    # all_to_all: what is on the CPU already stays a tensor, which all_to_all does not take.
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def as_asked(value: Any, as_numpy: bool = False, **_kwargs: Any) -> Any:
+        return value.numpy() if as_numpy and torch.is_tensor(value) else value
+
+    token_dispatcher.maybe_move_tensor_to_cpu = as_asked

@@ -11,14 +11,25 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
+from aropd_mcore.convert.architecture import (
+    Architecture,
+    Routing,
+    check_layout,
+    read_architecture,
+)
 from aropd_mcore.convert.tensors import padded_vocab_size
 from aropd_mcore.mcore.runtime import Runtime
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # The router asks whether it is None (transformer/moe/moe_utils.py:1192), but in megatron-core
+    # 0.16.1 the name is only there with Transformer Engine.
+    moe_utils.te_general_gemm = None  # type: ignore[assignment]
 
 
 class HiddenStateGPT(GPTModel):
@@ -30,20 +41,27 @@ class HiddenStateGPT(GPTModel):
     the loss and the sampler, chunk by chunk: no [S, B, V] tensor is made here.
     """
 
-    def __init__(self, architecture: Architecture, config: TransformerConfig, runtime: Runtime):
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        runtime: Runtime,
+        vp_stage: int | None = None,
+    ):
         padded = padded_vocab_size(architecture.vocab_size, runtime.tp_size)
         super().__init__(
             config,
             _layer_spec(config, runtime),
             vocab_size=padded,
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=runtime.is_first_stage,
-            post_process=runtime.is_last_stage,
+            pre_process=runtime.is_first_stage and vp_stage in (None, 0),
+            post_process=runtime.is_last_stage and vp_stage in (None, runtime.vp_size - 1),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=architecture.rope_theta,  # type: ignore[arg-type] # any number serves
             rope_scaling=architecture.rope_scaling_factor is not None,
             rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
         )
         self.architecture = architecture
         self.vocab_size = architecture.vocab_size
@@ -91,6 +109,10 @@ def model_config(
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=runtime.tp_size,
         pipeline_model_parallel_size=runtime.pp_size,
+        virtual_pipeline_model_parallel_size=runtime.vp_size if runtime.vp_size > 1 else None,
+        expert_model_parallel_size=runtime.ep_size,
+        expert_tensor_parallel_size=1,  # as in runtime.start
+        **(_routing_settings(architecture.routing) if architecture.routing else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -114,8 +136,25 @@ def model_config(
     )
 
 
+def _routing_settings(routing: Routing) -> dict[str, Any]:
+    return {
+        "num_moe_experts": routing.num_experts,
+        "moe_router_topk": routing.experts_per_token,
+        "moe_ffn_hidden_size": routing.ffn_hidden_size,
+        # Softmax over the chosen experts alone is softmax over all, normalized after the choice.
+        "moe_router_pre_softmax": not routing.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",  # which experts are near a tie is not for bf16 to decide
+        "moe_grouped_gemm": False,  # one matrix product after another; grouping needs a kernel
+    }
+
+
 def build_model(
-    hf: Path | str | Mapping[str, Any], runtime: Runtime, *, dtype: torch.dtype
+    hf: Path | str | Mapping[str, Any],
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype,
+    vp_stage: int | None = None,
 ) -> HiddenStateGPT:
     """The model that an HF config describes, this rank's shard of it, on runtime.device.
 
@@ -124,13 +163,25 @@ def build_model(
     Args:
         hf: an HF folder, a config.json, or its parsed contents.
         dtype: of every parameter; activations follow.
+        vp_stage: which of this stage's runtime.vp_size chunks to build, in the order in which a
+            token passes them; None where the stage is one chunk.
     Raises:
         CheckpointError: the config cannot be used.
         ValueError: the runtime's layout does not divide the model.
+    Collectives: with tied embeddings over several stages, Megatron's constructor sums the two
+        copies; every rank must build its chunks, in order.
     """
+    assert (vp_stage is None) == (runtime.vp_size == 1)
     architecture = read_architecture(hf)
-    check_layout(architecture, tensor=runtime.tp_size, pipeline=runtime.pp_size)
-    model = HiddenStateGPT(architecture, model_config(architecture, runtime, dtype=dtype), runtime)
+    check_layout(
+        architecture,
+        tensor=runtime.tp_size,
+        pipeline=runtime.pp_size,
+        virtual_pipeline=runtime.vp_size,
+        expert=runtime.ep_size,
+    )
+    config = model_config(architecture, runtime, dtype=dtype)
+    model = HiddenStateGPT(architecture, config, runtime, vp_stage)
     # The local spec's norms are created in fp32 and on the CPU, whatever params_dtype says.
     return model.to(device=runtime.device, dtype=dtype)
 
@@ -145,7 +196,21 @@ def _use_transformer_engine(runtime: Runtime) -> bool:
 
 def _layer_spec(config: TransformerConfig, runtime: Runtime) -> ModuleSpec:
     if _use_transformer_engine(runtime):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
+    if config.num_moe_experts:
+        # In checkpoints the local spec calls norms as Transformer Engine's does, which fuses them
+        # into the linear layer behind. It does so before experts too, where Transformer Engine's
+        # spec fuses nothing and keeps the plain name. One name, so that both read the same files.
+        layer: Any = spec.submodules
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    return spec

@@ -19,6 +19,7 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)  # its deprecations, 
 
 cpu_mode.install()  # before the first import of megatron.core
 
+import math  # noqa: E402
 import os  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
@@ -34,13 +35,18 @@ class Runtime:
     """Where this process stands: its device and its process groups.
 
     The model is sharded over tp_group (tensor) and pp_group (pipeline stages); dp_group joins the
-    ranks that hold the same shard of it.
+    ranks that hold the same shard of it. The experts of a layer are the exception: ep_group, ranks
+    of one stage in a row, shares them out whole, across tensor ranks first and then across
+    replicas.
     """
 
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    vp_size: int
+    """Model chunks on each pipeline stage; more than one in the interleaved layout."""
 
     @property
     def rank(self) -> int:
@@ -75,6 +81,14 @@ class Runtime:
         return self.dp_group.rank()
 
     @property
+    def ep_size(self) -> int:
+        return self.ep_group.size()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.ep_group.rank()
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -105,7 +119,13 @@ class Runtime:
 
 
 def start(
-    *, tensor: int = 1, pipeline: int = 1, seed: int = 1234, timeout: timedelta | None = None
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    expert: int = 1,
+    seed: int = 1234,
+    timeout: timedelta | None = None,
 ) -> Runtime:
     """Join the job's processes, split them into groups and seed every generator.
 
@@ -114,10 +134,13 @@ def start(
 
     Args:
         tensor, pipeline: sizes of the model's sharding; data parallelism takes the rest.
+        virtual_pipeline: chunks that each stage holds, interleaved over the layers.
+        expert: ranks of a stage that share out its experts.
         seed: the same on every rank.
         timeout: of collectives; torch's default if None.
     Raises:
-        ValueError: tensor * pipeline does not divide the number of processes.
+        ValueError: the sizes do not divide the number of processes, or virtual_pipeline has no
+            stages to interleave.
     Collectives: creates process groups; every rank of the job must call it.
     """
     device = torch.device("cpu")
@@ -138,13 +161,16 @@ def start(
                 world_size=1,
                 timeout=timeout,
             )
-    if dist.get_world_size() % (tensor * pipeline):
-        raise ValueError(
-            f"{dist.get_world_size()} processes cannot be split into model replicas of "
-            f"parallel.tensor {tensor} x parallel.pipeline {pipeline}; start a multiple of "
-            f"{tensor * pipeline}"
-        )
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    _check_sizes(dist.get_world_size(), tensor, pipeline, virtual_pipeline, expert)
+    parallel_state.initialize_model_parallel(
+        tensor,
+        pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        expert_model_parallel_size=expert,
+        # An expert lies whole on one rank: cut over tensor ranks, small experts leave matrices too
+        # thin to be worth it, and their all-to-all does not work on gloo.
+        expert_tensor_parallel_size=1,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return Runtime(
@@ -152,7 +178,27 @@ def start(
         tp_group=_own(parallel_state.get_tensor_model_parallel_group()),
         pp_group=_own(parallel_state.get_pipeline_model_parallel_group()),
         dp_group=_own(parallel_state.get_data_parallel_group()),
+        ep_group=_own(parallel_state.get_expert_model_parallel_group()),
+        vp_size=virtual_pipeline,
     )
+
+
+def _check_sizes(
+    world_size: int, tensor: int, pipeline: int, virtual_pipeline: int, expert: int
+) -> None:
+    replica = math.lcm(tensor, expert) * pipeline
+    if world_size % replica:
+        experts = f", their experts shared by {expert} ranks" if expert > 1 else ""
+        raise ValueError(
+            f"{world_size} processes cannot be split into model replicas of "
+            f"parallel.tensor {tensor} x parallel.pipeline {pipeline}{experts}; start a multiple "
+            f"of {replica}"
+        )
+    if virtual_pipeline > 1 and pipeline == 1:
+        raise ValueError(
+            f"{virtual_pipeline} chunks on each pipeline stage interleave over two stages or more; "
+            "parallel.pipeline is 1"
+        )
 
 
 def _own(group: object) -> dist.ProcessGroup:

@@ -1,5 +1,9 @@
-"""HF tensors to this rank's shards, and back."""
+"""HF tensors to this rank's shards, and back.
 
+A rank holds a part of each of its stage's dense weights, and some of its experts whole.
+"""
+
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -7,19 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aropd_mcore.convert.architecture import Architecture, Weight
 from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
 from aropd_mcore.convert.hf_io import HFWeights, TensorInfo, write_safetensors
-from aropd_mcore.convert.mapping import HEAD, Kind
+from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
 from aropd_mcore.convert.tensors import merge, pad_rows, shard_bounds, split
 from aropd_mcore.mcore.model import HiddenStateGPT
 from aropd_mcore.mcore.runtime import Runtime
+
+_NUMBERED = re.compile(
+    r"(?P<to_layer>decoder\.layers\.)(?P<layer>\d+)"
+    r"((?P<to_expert>\.mlp\.experts\.local_experts\.)(?P<expert>\d+))?"
+)
 
 
 @torch.no_grad()
 def load_hf_weights(model: HiddenStateGPT, hf_dir: Path | str, runtime: Runtime) -> None:
     """Load an HF folder into this rank's shard of the model, reading only what the shard holds.
 
-    Values are cast to the model's dtype; rows of the padded vocabulary become zero.
+    The model may be one of its stage's chunks. Values are cast to its dtype; rows of the padded
+    vocabulary become zero.
 
     Raises:
         CheckpointError: files that cannot be read; a tensor that is missing, unexpected, or of the
@@ -27,13 +38,13 @@ def load_hf_weights(model: HiddenStateGPT, hf_dir: Path | str, runtime: Runtime)
     """
     checkpoint = HFWeights(hf_dir)
     checkpoint.check(model.architecture)
-    own_names = _own_names(model)
+    own_names = _own_names(model, runtime)
     parameters = dict(model.named_parameters())
     for weight in model.architecture.weights():
         if weight.name not in own_names:
-            continue  # another stage's
+            continue  # another rank's
         parts = [
-            _read_part(checkpoint, weight.kind, name, shape, model.padded_vocab_size, runtime)
+            _read_part(checkpoint, weight, name, shape, model.padded_vocab_size, runtime)
             for name, shape in weight.hf.items()
         ]
         shard = merge(weight.kind, parts, num_kv_heads=_local_kv_heads(model, runtime))
@@ -49,33 +60,48 @@ def iter_hf_tensors(
         values: tensors to read in place of the parameters, by the names of model.named_parameters()
             and all of one dtype, such as the moving average of the teacher.
     Yields:
-        (HF name, tensor): the tensor on runtime.device at tensor rank 0 of the first stage, None on
-        the other ranks. A tied head is not repeated.
-    Collectives: for each tensor a gather over tp_group on its stage, then a send to the first
-        stage. Every rank of a model replica must iterate to the end; replicas are independent.
+        (HF name, tensor): the tensor on runtime.device at the rank of the first stage that is first
+            of its tensor and expert ranks, None on the others. A tied head is not repeated.
+    Raises:
+        ValueError: the model is one of several chunks.
+    Collectives: for each tensor a gather over tp_group, or for an expert's a send within ep_group,
+        on its stage, and then a send to the first stage. Every rank of a model replica must iterate
+        to the end. Replicas are independent, unless experts are shared: then all must iterate.
     """
-    own_names = _own_names(model)
+    if runtime.vp_size > 1:
+        raise ValueError(
+            f"the {runtime.vp_size} chunks of a stage cannot be gathered; save a checkpoint and "
+            "export that"
+        )
+    architecture = model.architecture
+    own_names = _own_names(model, runtime)
     if values is None:
         values = dict(model.named_parameters())
-    dtype = next(iter(values.values())).dtype
-    stage_of = _stages(list(own_names), runtime)
-    num_kv_heads = _local_kv_heads(model, runtime)
-    for weight in model.architecture.weights():
-        if weight.name == HEAD.name and model.architecture.tied_embeddings:
+    dtype, device = next(iter(values.values())).dtype, runtime.device
+    for weight in architecture.weights():
+        if weight.name == HEAD.name and architecture.tied_embeddings:
             continue
-        stage = stage_of[weight.name]
+        stage = _stage(weight, architecture, runtime)
         parts: list[Tensor | None] = [None] * len(weight.hf)
-        if runtime.pp_rank == stage:
-            shard = values[own_names[weight.name]].detach()
+        if runtime.pp_rank == stage and weight.name in own_names:
             parts[:] = split(
                 weight.kind,
-                shard,
-                num_kv_heads=num_kv_heads,
-                head_dim=model.architecture.head_dim,
+                values[own_names[weight.name]].detach(),
+                num_kv_heads=_local_kv_heads(model, runtime),
+                head_dim=architecture.head_dim,
             )
         for (name, shape), part in zip(weight.hf.items(), parts, strict=True):
-            full = _gather_part(part, weight.kind, shape[0], runtime)
-            yield name, _move_to_first_stage(full, stage, shape, dtype, runtime)
+            if weight.expert is None:
+                full = _gather_part(part, weight.kind, shape[0], runtime)
+            elif runtime.pp_rank == stage:
+                owner = weight.expert // _num_own_experts(architecture, runtime)
+                full = _move_to_first(part, owner, runtime.ep_group, shape, dtype, device)
+            else:
+                full = None
+            if runtime.tp_rank == runtime.ep_rank == 0:
+                yield name, _move_to_first(full, stage, runtime.pp_group, shape, dtype, device)
+            else:
+                yield name, None
 
 
 def export_hf(
@@ -98,15 +124,17 @@ def export_hf(
         values: see `iter_hf_tensors`.
     Raises:
         CheckpointError: out_dir exists.
-    Collectives: those of `iter_hf_tensors` on the first replica, and barriers of the whole job.
+        ValueError: see `iter_hf_tensors`.
+    Collectives: those of `iter_hf_tensors` on the first replica, or on all where they share
+        experts, and barriers of the whole job.
     """
     source, target = Path(source_hf_dir), Path(out_dir)
     refuse_existing(target)
     dist.barrier()  # before the first rank can make it
-    if runtime.dp_rank == 0:
+    if runtime.dp_rank == 0 or runtime.ep_size > 1:
         dtype = dtype or model.config.params_dtype
         tensors = iter_hf_tensors(model, runtime, values)
-        if runtime.tp_rank == 0 and runtime.is_first_stage:
+        if runtime.rank == 0:  # the first in every group
             whole = ((name, tensor) for name, tensor in tensors if tensor is not None)
             with new_folder(target) as folder:
                 shapes = model.architecture.hf_shapes
@@ -119,36 +147,38 @@ def export_hf(
     dist.barrier()
 
 
-def _own_names(model: HiddenStateGPT) -> dict[str, str]:
-    """Table name -> the model's own name, of each parameter on this stage.
+def _own_names(model: HiddenStateGPT, runtime: Runtime) -> dict[str, str]:
+    """Table name -> the model's own name, of each parameter on this rank.
 
-    The table numbers layers over the whole model and knows no fused norms.
+    The table numbers layers and experts over the whole model and knows no fused norms.
     """
-    names = {}
-    prefix = "decoder.layers."
     table = list(model.architecture.weights())
     unfused = {weight.fused_name: weight.name for weight in table if weight.fused_name}
+    first_expert = runtime.ep_rank * _num_own_experts(model.architecture, runtime)
+
+    def number(own: re.Match[str]) -> str:
+        layer = int(model.decoder.layers[int(own["layer"])].layer_number) - 1  # type: ignore[arg-type]
+        expert = f"{own['to_expert']}{first_expert + int(own['expert'])}" if own["expert"] else ""
+        return f"{own['to_layer']}{layer}{expert}"
+
+    names = {}
     for own, _ in model.named_parameters():
-        name = own
-        if own.startswith(prefix):
-            index, _, rest = own.removeprefix(prefix).partition(".")
-            layer = int(model.decoder.layers[int(index)].layer_number) - 1  # type: ignore[arg-type]
-            name = f"{prefix}{layer}.{rest}"
+        name = _NUMBERED.sub(number, own)
         names[unfused.get(name, name)] = own
     unknown = names.keys() - {weight.name for weight in table}
     assert not unknown, f"parameters without a table row: {sorted(unknown)}"
     return names
 
 
-def _stages(names: list[str], runtime: Runtime) -> dict[str, int]:
-    """Table name -> the first pipeline stage that holds it."""
-    names_of_stages: list[list[str]] = [[] for _ in range(runtime.pp_size)]
-    dist.all_gather_object(names_of_stages, names, group=runtime.pp_group)
-    stages: dict[str, int] = {}
-    for stage, held in enumerate(names_of_stages):
-        for name in held:
-            stages.setdefault(name, stage)
-    return stages
+def _stage(weight: Weight, architecture: Architecture, runtime: Runtime) -> int:
+    """The pipeline stage that a weight is read from; a tied embedding is on two."""
+    if weight.layer is not None:
+        return weight.layer * runtime.pp_size // architecture.num_layers
+    return 0 if weight.name == EMBEDDING.name else runtime.pp_size - 1
+
+
+def _num_own_experts(architecture: Architecture, runtime: Runtime) -> int:
+    return architecture.sizes["experts"] // runtime.ep_size
 
 
 def _local_kv_heads(model: HiddenStateGPT, runtime: Runtime) -> int:
@@ -157,20 +187,20 @@ def _local_kv_heads(model: HiddenStateGPT, runtime: Runtime) -> int:
 
 def _read_part(
     checkpoint: HFWeights,
-    kind: Kind,
+    weight: Weight,
     name: str,
     shape: tuple[int, ...],
     padded_vocab_size: int,
     runtime: Runtime,
 ) -> Tensor:
     """This rank's part of an HF tensor."""
-    dim = kind.split_dim
-    if dim is None:
+    dim = weight.kind.split_dim
+    if dim is None or weight.expert is not None:
         return checkpoint.read(name)
-    size = padded_vocab_size if kind is Kind.VOCAB else shape[dim]
+    size = padded_vocab_size if weight.kind is Kind.VOCAB else shape[dim]
     start, end = shard_bounds(size, runtime.tp_size, runtime.tp_rank)
     part = checkpoint.read_part(name, dim, min(start, shape[dim]), min(end, shape[dim]))
-    return pad_rows(part, end - start) if kind is Kind.VOCAB else part
+    return pad_rows(part, end - start) if weight.kind is Kind.VOCAB else part
 
 
 def _gather_part(part: Tensor | None, kind: Kind, num_rows: int, runtime: Runtime) -> Tensor | None:
@@ -190,17 +220,22 @@ def _gather_part(part: Tensor | None, kind: Kind, num_rows: int, runtime: Runtim
     return torch.cat(parts, dim)[:num_rows]
 
 
-def _move_to_first_stage(
-    full: Tensor | None, stage: int, shape: tuple[int, ...], dtype: torch.dtype, runtime: Runtime
+def _move_to_first(
+    full: Tensor | None,
+    source: int,
+    group: dist.ProcessGroup,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
-    if stage == 0 or runtime.tp_rank > 0:
+    """What rank `source` of the group holds, at the group's first rank; None elsewhere."""
+    if source == 0:
         return full
-    group = runtime.pp_group
-    if runtime.pp_rank == stage:
+    if group.rank() == source:
         assert full is not None
         dist.send(full.contiguous(), dist.get_global_rank(group, 0), group=group)
-    elif runtime.is_first_stage:
-        full = torch.empty(shape, dtype=dtype, device=runtime.device)
-        dist.recv(full, dist.get_global_rank(group, stage), group=group)
+    elif group.rank() == 0:
+        full = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(full, dist.get_global_rank(group, source), group=group)
         return full
     return None

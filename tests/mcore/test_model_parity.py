@@ -1,11 +1,14 @@
 """The Megatron model against transformers, for every family and layout, and weights there and back.
 
 The reference is made once, in the test's process; each world of ranks then goes through all its
-layouts and models in one call.
+layouts and models in one call. A family comes in by its entry in tests/tiny_models.FAMILIES, which
+tests/convert/test_architecture.py demands of every family that convert/mapping.py has a table of.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,14 +17,39 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, TINY, save_tiny_model
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, TINY, save_tiny_model
 
 NUM_PROMPT_TOKENS = 24
 NUM_NEW_TOKENS = 8
-LAYOUTS = {  # world size -> (TP, PP); data parallelism takes the rest
-    1: [(1, 1)],
-    2: [(2, 1), (1, 2)],
-    4: [(2, 2), (4, 1), (1, 4), (2, 1)],
+
+
+class Layout(NamedTuple):
+    """Data parallelism takes the ranks that are left."""
+
+    tensor: int
+    pipeline: int
+    expert: int = 1
+    virtual_pipeline: int = 1
+
+
+LAYOUTS = {  # by world size
+    1: [Layout(1, 1)],
+    2: [
+        Layout(2, 1),
+        Layout(1, 2),
+        Layout(1, 2, virtual_pipeline=2),
+        Layout(1, 1, expert=2),
+        Layout(2, 1, expert=2),
+    ],
+    4: [
+        Layout(2, 2),
+        Layout(4, 1),
+        Layout(1, 4),
+        Layout(2, 1),
+        Layout(2, 1, expert=2),
+        Layout(2, 1, expert=4),  # over tensor ranks and replicas
+        Layout(2, 2, expert=2),
+    ],
 }
 
 
@@ -31,9 +59,10 @@ class Case:
 
     name: str
     folder: Path
-    prompt_BS: torch.Tensor
+    has_experts: bool
+    tokens_BS: torch.Tensor
+    """Prompts, and behind them what transformers goes on with, greedily."""
     logits_BSV: torch.Tensor
-    greedy_BS: torch.Tensor
 
 
 @pytest.fixture(scope="module")
@@ -42,57 +71,70 @@ def cases(tmp_path_factory) -> list[Case]:
     prompt = torch.randint(
         0, TINY["vocab_size"], (2, NUM_PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)
     )
-    return [_case(root, family, tie, prompt) for family in FAMILIES for tie in (False, True)]
+    tied = [family for family in FAMILIES if family not in MOE_FAMILIES[1:]]  # once is enough
+    return [_case(root, family, False, prompt) for family in FAMILIES] + [
+        _case(root, family, True, prompt) for family in tied
+    ]
 
 
 def _case(root: Path, family: str, tie: bool, prompt: torch.Tensor) -> Case:
     name = f"{family}-{'tied' if tie else 'untied'}"
     model = save_tiny_model(family, root / name, tie=tie)
     with torch.no_grad():
-        logits = model(prompt).logits
-        greedy = model.generate(
+        tokens = model.generate(
             prompt, do_sample=False, max_new_tokens=NUM_NEW_TOKENS, eos_token_id=-1
-        )[:, NUM_PROMPT_TOKENS:]
-    return Case(name, root / name, prompt, logits, greedy)
+        )
+        logits = model(tokens).logits
+    return Case(name, root / name, family in MOE_FAMILIES, tokens, logits)
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_logits_greedy_tokens_and_round_trip(world_size: int, cases: list[Case], tmp_path: Path):
+    by_name = {case.name: case for case in cases}
     for results in run_ranks(_visit, world_size, cases, LAYOUTS[world_size], tmp_path):
-        for where, (logits, tokens) in results.items():
-            case = next(case for case in cases if where.endswith(case.name))
+        for (layout, name), logits in results.items():
+            case, where = by_name[name], f"{name}, {layout}"
             torch.testing.assert_close(
                 logits, case.logits_BSV, atol=1e-4, rtol=0, msg=lambda m, w=where: f"{w}: {m}"
             )
-            assert torch.equal(tokens, case.greedy_BS), where
+            # Each new token is the likeliest after those before it: so decoding would choose it.
+            chosen = logits[:, NUM_PROMPT_TOKENS - 1 : -1].argmax(-1)
+            assert torch.equal(chosen, case.tokens_BS[:, NUM_PROMPT_TOKENS:]), where
 
-    exported = sorted(tmp_path.iterdir())
-    assert len(exported) == len(cases) * len(LAYOUTS[world_size])
-    for folder in exported:
-        case = next(case for case in cases if folder.name.endswith(case.name))
-        _assert_bitwise(folder, case.folder)
-        for name in ("config.json", "generation_config.json"):
-            assert (folder / name).read_text() == (case.folder / name).read_text(), folder
+    for layout in LAYOUTS[world_size]:
+        for case in _cases_of(layout, cases):
+            if layout.virtual_pipeline > 1:
+                continue
+            folder = tmp_path / _export_name(layout, case)
+            _assert_bitwise(folder, case.folder)
+            for name in ("config.json", "generation_config.json"):
+                assert (folder / name).read_text() == (case.folder / name).read_text(), folder
 
 
-def _visit(cases: list[Case], layouts: list[tuple[int, int]], out: Path) -> dict[str, tuple]:
-    """On every rank: logits and greedy tokens of each layout and model, and its export."""
+def _cases_of(layout: Layout, cases: list[Case]) -> list[Case]:
+    return [case for case in cases if case.has_experts or layout.expert == 1]
+
+
+def _export_name(layout: Layout, case: Case) -> str:
+    return f"tp{layout.tensor}-pp{layout.pipeline}-ep{layout.expert}-{case.name}"
+
+
+def _visit(cases: list[Case], layouts: list[Layout], out: Path) -> dict[tuple, torch.Tensor]:
+    """On every rank: each layout's and model's logits, and its export."""
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.weights import export_hf
 
     results = {}
-    for tensor, pipeline in layouts:
-        rt = runtime.start(tensor=tensor, pipeline=pipeline)
-        for case in cases:
-            model = _load(case.folder, rt)
-            where = f"tp{tensor}-pp{pipeline}-{case.name}"
-            logits = _logits(model, case.prompt_BS, rt)
-            tokens = case.prompt_BS
-            for _ in range(NUM_NEW_TOKENS):
-                following = _logits(model, tokens, rt)[:, -1].argmax(-1, keepdim=True)
-                tokens = torch.cat([tokens, following], dim=1)
-            results[where] = logits, tokens[:, NUM_PROMPT_TOKENS:]
-            export_hf(model, case.folder, out / where, rt)
+    for layout in layouts:
+        rt = runtime.start(**layout._asdict())
+        for case in _cases_of(layout, cases):
+            chunks = _load(case.folder, rt)
+            # Replicas have the rows in other orders: where they share experts, tokens that come
+            # back to the wrong rank make a difference.
+            mine = case.tokens_BS.roll(rt.dp_rank, 0)
+            results[layout, case.name] = _logits(chunks, mine, rt).roll(-rt.dp_rank, 0)
+            if layout.virtual_pipeline == 1:
+                export_hf(chunks[0], case.folder, out / _export_name(layout, case), rt)
         runtime.stop()
     return results
 
@@ -120,7 +162,7 @@ def _export_variants(folder: Path) -> None:
 
     rt = runtime.start(tensor=2, pipeline=2)
     source = folder / "source"
-    model = _load(source, rt, torch.bfloat16)
+    [model] = _load(source, rt, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     export_hf(model, source, folder / "bf16", rt)
     export_hf(model, source, folder / "fp32", rt, dtype=torch.float32)
@@ -139,7 +181,7 @@ def _check_padding_and_cache(folder: Path) -> None:
     from aropd_mcore.mcore import runtime
 
     rt = runtime.start(tensor=2)
-    model = _load(folder, rt)
+    [model] = _load(folder, rt)
     from megatron.core.inference.contexts import StaticInferenceContext  # after the CPU mode
 
     assert (model.vocab_size, model.padded_vocab_size) == (70, 128)
@@ -167,13 +209,31 @@ def test_unusable_folders_fail_alike_on_every_rank(tmp_path: Path):
     odd = {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
     save_tiny_model("llama", tmp_path / "odd", hidden_size=48, **odd)
     save_tiny_model("llama", tmp_path / "other", num_hidden_layers=2)
+    save_tiny_model("llama", tmp_path / "even")
     run_ranks(_check_errors, 2, tmp_path)
+
+
+def test_sizes_that_do_not_fit_each_other():
+    run_ranks(_check_sizes, 2)
+
+
+def _check_sizes() -> None:
+    from aropd_mcore.mcore import runtime
+
+    for sizes, message in (
+        ({"tensor": 2, "pipeline": 2}, "2 processes cannot be .* start a multiple of 4$"),
+        ({"tensor": 2, "expert": 3}, "tensor 2 .* experts shared by 3 ranks; .* multiple of 6$"),
+        ({"pipeline": 2, "expert": 2}, "start a multiple of 4$"),
+        ({"virtual_pipeline": 2}, "2 chunks on each .* parallel.pipeline is 1$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runtime.start(**sizes)
 
 
 def _check_errors(folder: Path) -> None:
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.model import build_model
-    from aropd_mcore.mcore.weights import load_hf_weights
+    from aropd_mcore.mcore.weights import iter_hf_tensors, load_hf_weights
 
     rt = runtime.start(tensor=2)
     with pytest.raises(ValueError, match="size 2 does not divide the model's 3 key/value heads"):
@@ -185,53 +245,73 @@ def _check_errors(folder: Path) -> None:
     rt = runtime.start(pipeline=2)
     with pytest.raises(ValueError, match="size 2 does not divide the model's 3 layers"):
         build_model(folder / "odd", rt, dtype=torch.float32)
+    runtime.stop()
+    rt = runtime.start(expert=2)
+    with pytest.raises(ValueError, match="size 2 does not divide a dense model"):
+        build_model(folder / "other", rt, dtype=torch.float32)
+    runtime.stop()
+    rt = runtime.start(pipeline=2, virtual_pipeline=2)
+    with pytest.raises(ValueError, match=r"2 x 2 chunks on each stage does not divide .* 2 layers"):
+        build_model(folder / "other", rt, dtype=torch.float32, vp_stage=0)
+    chunk = _load(folder / "even", rt)[0]
+    with pytest.raises(ValueError, match="the 2 chunks of a stage cannot be gathered"):
+        next(iter_hf_tensors(chunk, rt))
 
 
-def test_fused_norm_names_are_megatrons_own():
-    """Without Transformer Engine here, its names come from the map that Megatron converts with."""
-    run_ranks(_check_fused_names, 1)
+def test_checkpoints_have_the_names_of_the_table(tmp_path: Path):
+    """Those that Transformer Engine's layers have too, so that either reads the other's."""
+    for family in ("qwen2", "qwen3", "qwen3_moe", "mixtral"):
+        save_tiny_model(family, tmp_path / family, num_hidden_layers=2)
+        run_ranks(_check_checkpoint_names, 1, tmp_path / family)
 
 
-def _check_fused_names() -> None:
-    from aropd_mcore.convert.mapping import ATTENTION, DENSE_MLP
-    from aropd_mcore.mcore import model  # sets the CPU mode, before megatron is imported
+def _check_checkpoint_names(folder: Path) -> None:
+    from aropd_mcore.mcore import runtime
 
-    prefixes = model.get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
-    fused = {ours + "weight": theirs + "weight" for ours, theirs in prefixes.items()}
-    layer = "decoder.layers.{layer}."
-    rows = [row for row in (*ATTENTION, *DENSE_MLP) if row.fused_name]
-    assert {r.name: r.fused_name for r in rows} == {
-        layer + plain: layer + theirs for plain, theirs in fused.items()
+    [model] = _load(folder, runtime.start())
+    found = {tensor.key for tensor in model.sharded_state_dict().values()}
+    # A tensor is one of all layers, or of all their experts, so numbers are no part of its name.
+    in_table = {
+        re.sub(r"\.(layers|local_experts)\.\d+\.", r".\1.", weight.fused_name or weight.name)
+        for weight in model.architecture.weights()
     }
+    in_table = {name.replace("local_experts", "experts") for name in in_table}
+    assert {name for name in found if not name.endswith("_extra_state")} == in_table
 
 
-def _load(folder: Path, rt, dtype: torch.dtype = torch.float32):
+def _load(folder: Path, rt, dtype: torch.dtype = torch.float32) -> list:
+    """This rank's chunks of the model."""
     from aropd_mcore.mcore.model import build_model
     from aropd_mcore.mcore.weights import load_hf_weights
 
-    model = build_model(folder, rt, dtype=dtype).eval()
-    load_hf_weights(model, folder, rt)
-    return model
+    chunks = []
+    for vp_stage in range(rt.vp_size) if rt.vp_size > 1 else [None]:
+        chunks.append(build_model(folder, rt, dtype=dtype, vp_stage=vp_stage).eval())
+        load_hf_weights(chunks[-1], folder, rt)
+    return chunks
 
 
 @torch.no_grad()
-def _logits(model, tokens_BS: torch.Tensor, rt) -> torch.Tensor:
-    """Whole, unpadded logits [B, S, V] on every rank, by plain sends from stage to stage."""
+def _logits(chunks: list, tokens_BS: torch.Tensor, rt) -> torch.Tensor:
+    """Whole, unpadded logits [B, S, V] on every rank, by plain sends from chunk to chunk."""
     batch, length = tokens_BS.shape
-    peer = dist.get_global_rank
-    if not rt.is_first_stage:
-        hidden = torch.empty(length, batch, TINY["hidden_size"])
-        dist.recv(hidden, peer(rt.pp_group, rt.pp_rank - 1), group=rt.pp_group)
-        model.set_input_tensor(hidden)
-    hidden = model(tokens_BS, torch.arange(length).expand(batch, length), None)
-    logits = torch.empty(batch, length, model.vocab_size)
-    if not rt.is_last_stage:
-        dist.send(hidden, peer(rt.pp_group, rt.pp_rank + 1), group=rt.pp_group)
-    else:
-        shard = (hidden @ model.head_weight().T).transpose(0, 1).contiguous()
+    before, after = (
+        dist.get_global_rank(rt.pp_group, (rt.pp_rank + step) % rt.pp_size) for step in (-1, 1)
+    )
+    hidden = torch.empty(length, batch, TINY["hidden_size"])
+    for chunk in chunks:
+        if not chunk.pre_process:
+            dist.recv(hidden, before, group=rt.pp_group)
+            chunk.set_input_tensor(hidden)
+        hidden = chunk(tokens_BS, torch.arange(length).expand(batch, length), None)
+        if not chunk.post_process:
+            dist.send(hidden, after, group=rt.pp_group)
+    logits = torch.empty(batch, length, chunks[-1].vocab_size)
+    if rt.is_last_stage:
+        shard = (hidden @ chunks[-1].head_weight().T).transpose(0, 1).contiguous()
         shards = [torch.empty_like(shard) for _ in range(rt.tp_size)]
         dist.all_gather(shards, shard, group=rt.tp_group)
-        logits = torch.cat(shards, dim=-1)[..., : model.vocab_size].contiguous()
+        logits = torch.cat(shards, dim=-1)[..., : chunks[-1].vocab_size].contiguous()
     dist.broadcast(logits, rt.last_stage_rank, group=rt.pp_group)
     return logits
 
