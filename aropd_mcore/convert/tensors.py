@@ -42,8 +42,8 @@ def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
 def merge(kind: Kind, parts: Sequence[Tensor], *, num_kv_heads: int) -> Tensor:
     """A rank's shard of a Megatron weight from the same rank's parts of its HF tensors.
 
-    QKV: per key/value head its query heads, its key, its value. GATE_UP: gate above up. Other kinds
-    have one part and return it.
+    QKV: per key/value head its query heads, its key, its value. GATE_UP: gate above up. A single
+    part is returned as it is.
 
     Args:
         num_kv_heads: key/value heads in the shard.
@@ -51,10 +51,9 @@ def merge(kind: Kind, parts: Sequence[Tensor], *, num_kv_heads: int) -> Tensor:
     if kind is Kind.QKV:
         per_head = [part.unflatten(0, (num_kv_heads, -1)) for part in parts]
         return torch.cat(per_head, dim=1).flatten(0, 1)
-    if kind is Kind.GATE_UP:
+    if len(parts) > 1:
         return torch.cat(list(parts))
-    (part,) = parts
-    return part
+    return parts[0]
 
 
 def split(kind: Kind, shard: Tensor, *, num_kv_heads: int, head_dim: int) -> list[Tensor]:

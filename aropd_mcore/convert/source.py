@@ -1,0 +1,192 @@
+"""A checkpoint of either kind, opened for reading: architecture, and tensors by their HF names."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from aropd_mcore.convert.architecture import CheckpointError, Weight, read_architecture
+from aropd_mcore.convert.folders import ORDER
+from aropd_mcore.convert.global_tensors import ANY_LAYER, Place, place, stored_weights
+from aropd_mcore.convert.hf_io import HFWeights, TensorInfo
+from aropd_mcore.convert.mapping import Kind
+from aropd_mcore.convert.tensors import split
+from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Beside the iterations of a Megatron checkpoint: the newest one's number, or `release`."""
+TEACHER_PREFIX = "teacher."
+"""Of the teacher's tensors in a training checkpoint; the student's have Megatron's own names."""
+
+Who = Literal["student", "teacher"]
+
+
+class HFSource:
+    """An HF folder."""
+
+    def __init__(self, path: Path, *, allow_pickle: bool = False):
+        self.path = self.hf_folder = path
+        self.architecture = read_architecture(path)
+        self.files = HFWeights(path, allow_pickle=allow_pickle)
+        self.left_aside = self.files.check(self.architecture)
+        """Tensors of the files that are not weights of the model."""
+        expected = self.architecture.hf_shapes
+        self.tensors = {n: info for n, info in self.files.tensors.items() if n in expected}
+        """Every weight by its HF name, in the order of the files."""
+
+    def parts(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+        """The HF tensors of one Megatron weight, one at a time."""
+        return ((name, self.files.read(name)) for name in weight.hf)
+
+
+class MegatronSource:
+    """The student or the teacher of a Megatron checkpoint, whatever layout wrote it."""
+
+    def __init__(self, path: Path, iteration: Path, *, who: Who = "student", hf: Path | None):
+        self.path, self.iteration = path, iteration
+        self.reader = TorchDistReader(iteration)
+        self.hf_folder = hf or _hf_folder(iteration)
+        self.architecture = read_architecture(self.hf_folder)
+        self._prefix = TEACHER_PREFIX if who == "teacher" else ""
+        self._places = self._check()
+        self.tensors = self._hf_tensors()
+        """Every weight by its HF name, in the order of the original's files where it is known."""
+
+    def parts(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
+        """The HF tensors of one Megatron weight; a tensor is good until the next is asked for."""
+        where = self._places[weight.name]
+        if weight.kind is Kind.QKV:
+            heads = self.architecture.num_kv_heads, self.architecture.head_dim
+            whole = self._read(where, 0, where.shape)
+            parts = split(weight.kind, whole, num_kv_heads=heads[0], head_dim=heads[1])
+            yield from zip(weight.hf, parts, strict=True)
+            return
+        first_row = 0
+        for name, shape in weight.hf.items():
+            yield name, self._read(where, first_row, shape)
+            first_row += shape[0]
+
+    def _read(self, where: Place, first_row: int, shape: tuple[int, ...]) -> Tensor:
+        start = (first_row, *[0] * (len(shape) - 1))
+        return self.reader.read(self._prefix + where.key, where.lead, start, shape)
+
+    def _check(self) -> dict[str, Place]:
+        """Megatron name -> place; each is there in its shape, and there is nothing else."""
+        family, places = self.architecture.family.architecture, dict[str, Place]()
+        stacked = self._prefix + ANY_LAYER in self.reader.tensors
+        keys = self._keys()
+        if not keys and self._prefix:
+            raise CheckpointError(
+                f"{self.iteration}: has no teacher; a run with teacher.kind live, or sft, has none"
+            )
+        for weight in stored_weights(self.architecture):
+            where = places[weight.name] = place(weight, self.architecture, stacked=stacked)
+            info = self.reader.tensors.get(self._prefix + where.key)
+            if info is None:
+                raise CheckpointError(
+                    f"{self.iteration}: {self._prefix + where.key} is missing; {family} needs it"
+                )
+            if not _holds(info.shape, where, weight):
+                raise CheckpointError(
+                    f"{self.iteration}: {self._prefix + where.key} has shape {list(info.shape)}; "
+                    f"{self.hf_folder / 'config.json'} says {list(where.global_shape)}"
+                )
+            keys.discard(where.key)
+        if keys:
+            raise CheckpointError(
+                f"{self.iteration}: unexpected tensor {self._prefix}{min(keys)}; {family} has none "
+                "of that name"
+            )
+        return places
+
+    def _keys(self) -> set[str]:
+        """This model's, without their prefix."""
+        return {
+            key.removeprefix(self._prefix)
+            for key in self.reader.tensors
+            if key.startswith(
+                tuple(self._prefix + name for name in ("embedding.", "decoder.", "output_layer."))
+            )
+        }
+
+    def _hf_tensors(self) -> dict[str, TensorInfo]:
+        found = {}
+        for weight in stored_weights(self.architecture):
+            dtype = self.reader.tensors[self._prefix + self._places[weight.name].key].dtype
+            found |= {name: TensorInfo(dtype, shape) for name, shape in weight.hf.items()}
+        order = self.hf_folder / ORDER
+        if not order.exists():
+            return found
+        names = json.loads(order.read_text())
+        if set(names) != set(found):
+            raise CheckpointError(f"{order}: does not name the tensors that config.json says")
+        return {name: found[name] for name in names}
+
+
+Source = HFSource | MegatronSource
+
+
+def open_source(
+    path: Path, *, who: Who = "student", hf: Path | None = None, allow_pickle: bool = False
+) -> Source:
+    """Open a checkpoint and check that it holds what its config.json says.
+
+    Args:
+        path: an HF folder; a Megatron checkpoint, one iteration of it, or a run's output_dir.
+        who: whose weights, of a training checkpoint.
+        hf: where config.json is, for a Megatron checkpoint that does not have it beside it.
+        allow_pickle: see HFWeights.
+    Raises:
+        CheckpointError: it is neither kind, or not whole.
+    """
+    iteration = find_iteration(path)
+    if iteration is not None:
+        return MegatronSource(path, iteration, who=who, hf=hf)
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: no checkpoint: neither config.json (HF) nor {TRACKER} or {METADATA} "
+            "(Megatron's torch_dist) is there"
+        )
+    if who == "teacher":
+        raise CheckpointError(f"{path}: an HF folder holds one model, no teacher beside it")
+    return HFSource(path, allow_pickle=allow_pickle)
+
+
+def find_iteration(path: Path) -> Path | None:
+    """The folder that holds the tensors of a Megatron checkpoint; None if `path` is none.
+
+    Raises:
+        CheckpointError: the tracker file names an iteration that is not there.
+    """
+    if (path / METADATA).exists():
+        return path
+    for folder in (path, path / "checkpoints"):
+        tracker = folder / TRACKER
+        if tracker.exists():
+            text = tracker.read_text().strip()
+            found = folder / (f"iter_{int(text):07d}" if text.isdecimal() else text)
+            if not (found / METADATA).exists():
+                raise CheckpointError(f"{tracker}: says {text}, and {found / METADATA} is missing")
+            return found
+    return None
+
+
+def _hf_folder(iteration: Path) -> Path:
+    """Beside the iterations of an import, or of a run's `checkpoints` folder."""
+    parent = iteration.absolute().parent
+    for folder in (parent / "hf", parent.parent / "hf"):
+        if (folder / "config.json").exists():
+            return folder
+    raise CheckpointError(
+        f"{iteration}: {parent / 'hf' / 'config.json'} is missing; name an HF folder of the same "
+        "model, for its config and tokenizer, by --hf"
+    )
+
+
+def _holds(shape: tuple[int, ...], where: Place, weight: Weight) -> bool:
+    if weight.kind is Kind.VOCAB:  # padded for the layout that wrote it
+        (size, *_) = next(iter(weight.hf.values()))
+        return shape[0] >= size and shape[1:] == where.shape[1:]
+    return shape == where.global_shape

@@ -1,0 +1,397 @@
+"""Megatron's `torch_dist` checkpoints on disk, read and written without a process group or a GPU.
+
+    .metadata        pickled: each global tensor's dtype, shape and chunks, and every chunk's place
+    __0_0.distcp     chunks and objects, each as torch.save writes it, one behind another
+    common.pt        what all ranks share; megatron-core 0.19 writes it among the objects
+    metadata.json    the names of these formats
+
+Tensors are global: of the whole model, whatever layout wrote them, in chunks that need not be those
+of the layout that loads them. The formats are those of torch.distributed.checkpoint and
+megatron.core.dist_checkpointing (0.16.1, strategies/torch.py).
+"""
+
+import io
+import json
+import math
+import mmap
+import os
+import pickle
+import struct
+import zipfile
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
+from typing import Any, BinaryIO, Self, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, WRITE_BYTES, TensorInfo
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+_COMMON_OBJECT = "common_state/shard_0_1"
+_ALIGNMENT = 64  # as within torch.save's files
+_FORMATS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+_BROKEN = (
+    OSError,
+    RuntimeError,
+    struct.error,
+    EOFError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+Index = tuple[int, ...]
+
+
+class TorchDistWriter:
+    """Writes a checkpoint chunk by chunk; one chunk is in memory at a time."""
+
+    def __init__(self, folder: Path, *, max_file_bytes: int = MAX_SHARD_BYTES):
+        """
+        Args:
+            folder: exists and is empty.
+            max_file_bytes: a new file is begun when one has reached this size.
+        """
+        self._folder = folder
+        self._max_file_bytes = max_file_bytes
+        self._file: BinaryIO | None = None
+        self._num_files = 0
+        self._entries: dict[str, Any] = {}
+        self._places: dict[MetadataIndex, Any] = {}
+
+    def add(self, key: str, info: TensorInfo, offset: Index, chunk: Tensor) -> None:
+        """Write the part of a global tensor that starts at `offset`.
+
+        Args:
+            info: of the whole tensor, the same for all its chunks.
+            chunk: contiguous, with memory of its own; its leading axes of size 1 may be left out.
+        """
+        sizes = torch.Size((1,) * (len(offset) - chunk.dim()) + tuple(chunk.shape))
+        entry = self._entries.setdefault(
+            key,
+            TensorStorageMetadata(TensorProperties(info.dtype), torch.Size(info.shape), chunks=[]),
+        )
+        assert chunk.dtype == info.dtype, (key, chunk.dtype, info.dtype)
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), sizes))
+        self._append(MetadataIndex(key, torch.Size(offset)), chunk.view(sizes))
+
+    def add_object(self, key: str, value: object) -> None:
+        """Write one of Megatron's sharded objects."""
+        self._entries[key] = BytesStorageMetadata()
+        self._append(MetadataIndex(key), [value])
+
+    def finish(self, common: Mapping[str, Any]) -> None:
+        """Write what makes the folder a checkpoint."""
+        self._close()
+        torch.save(dict(common), self._folder / COMMON)
+        (self._folder / "metadata.json").write_text(json.dumps(_FORMATS))
+        with open(self._folder / METADATA, "wb") as file:
+            pickle.dump(Metadata(self._entries, storage_data=self._places), file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _append(self, index: MetadataIndex, value: object) -> None:
+        if self._file is None or self._file.tell() >= self._max_file_bytes:
+            self._close()
+            self._file = (self._folder / f"__0_{self._num_files}.distcp").open("wb")
+            self._num_files += 1
+        start = self._file.seek(-self._file.tell() % _ALIGNMENT, os.SEEK_CUR)
+        with _without_crc32():
+            torch.save(value, cast(BinaryIO, _InPieces(self._file)))
+        name = f"__0_{self._num_files - 1}.distcp"
+        self._places[index] = filesystem._StorageInfo(name, start, self._file.tell() - start)
+
+
+class TorchDistReader:
+    """The tensors of a checkpoint; opening it reads its metadata alone."""
+
+    def __init__(self, folder: Path):
+        """
+        Raises:
+            CheckpointError: no such checkpoint, another format, or a file that is missing or short.
+        """
+        self.folder = folder
+        found = _read_metadata(folder / METADATA)
+        self.tensors: dict[str, TensorInfo] = {}
+        """Global tensors by their keys."""
+        self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        self.objects: set[str] = set()
+        """Keys of what is not a tensor."""
+        for key, entry in found.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[key] = TensorInfo(entry.properties.dtype, tuple(entry.size))
+                self._chunks[key] = entry.chunks
+            else:
+                self.objects.add(key)
+        self._places: dict[MetadataIndex, Any] = found.storage_data
+        self._check_files()
+        self._by_lead: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
+        self._box, self._chunk = _Buffer(), _Buffer()
+
+    def read(self, key: str, lead: Index, start: Index, sizes: Index) -> Tensor:
+        """A box of a global tensor: at `lead` on its leading axes, and from `start` on the others.
+
+        Returns:
+            A tensor of `sizes`, in memory that the next call uses again: fresh pages would cost as
+            much as the reading.
+        Raises:
+            CheckpointError: the chunks do not cover the box, or one cannot be read.
+        """
+        out = self._box.take(sizes, self.tensors[key].dtype)
+        missing = out.numel()
+        for chunk in self._chunks_at(key, lead):
+            offsets, shape = chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]
+            starts = [max(a, b) for a, b in zip(start, offsets, strict=True)]
+            ends = [
+                min(a + b, c + d) for a, b, c, d in zip(start, sizes, offsets, shape, strict=True)
+            ]
+            if any(s >= e for s, e in zip(starts, ends, strict=True)):
+                continue
+            target = out[_box(starts, ends, start)]
+            missing -= target.numel()
+            index = MetadataIndex(key, chunk.offsets)
+            if target.shape == shape and target.is_contiguous():
+                self._read_chunk(index, target)
+            else:
+                whole = self._chunk.take(shape, out.dtype)
+                self._read_chunk(index, whole)
+                target.copy_(whole[_box(starts, ends, offsets)])
+        if missing:
+            raise CheckpointError(
+                f"{self.folder}: {key} is not whole: {missing} of {out.numel()} elements at "
+                f"{list(lead + start)} are in no chunk"
+            )
+        return out
+
+    def read_common(self) -> dict[str, Any]:
+        """What all ranks share; empty if it holds classes that only other programs have."""
+        try:
+            with torch.serialization.safe_globals([Namespace, SimpleNamespace, PosixPath]):
+                if _COMMON_OBJECT in self.objects:
+                    with self._opened(MetadataIndex(_COMMON_OBJECT)) as (_, mapped, start):
+                        return _load(mapped, start)[0]
+                return torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
+        except _BROKEN:
+            return {}
+
+    def _chunks_at(self, key: str, lead: Index) -> list[ChunkStorageMetadata]:
+        if (key, len(lead)) not in self._by_lead:  # with experts there are tens of thousands
+            by_lead = self._by_lead[key, len(lead)] = defaultdict(list)
+            for chunk in self._chunks[key]:
+                by_lead[tuple(chunk.offsets[: len(lead)])].append(chunk)
+        return self._by_lead[key, len(lead)][lead]
+
+    def _read_chunk(self, index: MetadataIndex, into: Tensor) -> None:
+        """Read a chunk, as torch.save wrote it, into a contiguous tensor."""
+        with self._opened(index) as (file, mapped, start):
+            data = _data_start(mapped) if into.numel() else None
+            if data is None:  # empty, or not one plain block of memory
+                into.copy_(_load(mapped, start).view(into.shape))
+                return
+            file.seek(self._places[index].offset - start + data)
+            buffer = into.view(-1).view(torch.uint8).numpy().data
+            while buffer:
+                count = file.readinto(buffer)
+                if not count:
+                    raise EOFError("the file ends within it")
+                buffer = buffer[count:]
+
+    @contextmanager
+    def _opened(self, index: MetadataIndex) -> Iterator[tuple[io.FileIO, mmap.mmap, int]]:
+        """The file of a chunk or an object, a mapping of it, and where in that it starts."""
+        place = self._places[index]
+        path = self.folder / place.relative_path
+        if getattr(place, "transform_descriptors", None):
+            raise CheckpointError(f"{path}: {index.fqn} is compressed, which is not supported")
+        start = place.offset % mmap.ALLOCATIONGRANULARITY
+        size, offset = start + place.length, place.offset - start
+        try:
+            with (
+                path.open("rb", buffering=0) as file,
+                mmap.mmap(file.fileno(), size, offset=offset, access=mmap.ACCESS_READ) as mapped,
+            ):
+                yield file, mapped, start
+        except _BROKEN as error:
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path}: {index.fqn} cannot be read: {reason}") from error
+
+    def _check_files(self) -> None:
+        """Every file is as long as the metadata say."""
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            end = place.offset + place.length
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), end)
+        for name, end in ends.items():
+            path = self.folder / name
+            if Path(name).name != name:
+                raise CheckpointError(f"{self.folder / METADATA}: names {name!r}, outside of it")
+            size = path.stat().st_size if path.exists() else None
+            if size is None or size < end:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise CheckpointError(f"{path}: {found}; {METADATA} speaks of {end} bytes")
+
+
+def _load(mapped: mmap.mmap, start: int) -> Any:
+    return torch.load(io.BytesIO(mapped[start:]), map_location="cpu", weights_only=True)
+
+
+def _data_start(mapped: mmap.mmap) -> int | None:
+    """Where in the mapping a saved tensor's data start; None if they are not in row-major order."""
+    with zipfile.ZipFile(cast(BinaryIO, mapped)) as archive:  # whatever stands before a zip file
+        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    pickled = records["data.pkl"]
+    start = _record_start(mapped, pickled)
+    record = _TensorRecord(io.BytesIO(mapped[start : start + pickled.file_size])).load()
+    (_, _, key, _, numel), offset, sizes, strides, *_ = record
+    plain = strides == torch.empty(sizes, device="meta").stride()
+    if not plain or offset or numel != math.prod(sizes):
+        return None
+    return _record_start(mapped, records[f"data/{key}"])
+
+
+def _record_start(mapped: mmap.mmap, record: zipfile.ZipInfo) -> int:
+    """Where the bytes of an uncompressed record of a zip file start, behind its local header."""
+    name_length, extra_length = struct.unpack_from("<26xHH", mapped, record.header_offset)
+    return record.header_offset + 30 + name_length + extra_length
+
+
+class _TensorRecord(pickle.Unpickler):
+    """What torch.save says of one tensor: its storage, offset, sizes and strides."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *record: record
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"{module}.{name} in place of a tensor")
+
+
+def _box(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
+
+
+class _InPieces:
+    """A file for torch.save, which writes a tensor in one call; see WRITE_BYTES."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data)
+        return sum(
+            self._file.write(view[start : start + WRITE_BYTES])
+            for start in range(0, len(view), WRITE_BYTES)
+        )
+
+
+class _Buffer:
+    """Memory that is used again and again, and grows to the largest tensor that is asked for."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(sizes) * dtype.itemsize
+        if num_bytes > len(self._bytes):
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes[:num_bytes].view(dtype).view(tuple(sizes))
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """torch.save without the checksums of the zip format, which cost it two thirds of its speed.
+
+    Nothing that reads a checkpoint looks at them.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the metadata of a checkpoint: {error}") from error
+    if not isinstance(found, Metadata):
+        raise CheckpointError(f"{path}: holds {type(found).__name__}, and not metadata")
+    return found
+
+
+_METADATA_CLASSES = {
+    (module.__name__, name): getattr(module, name)
+    for module, names in {
+        metadata: (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        planner: ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+        filesystem: ("_StorageInfo",),
+    }.items()
+    for name in names
+} | {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("pathlib", "PosixPath"): PosixPath,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes what checkpoint metadata are made of, and runs nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_CLASSES:
+            return _METADATA_CLASSES[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name in ("MCoreMetadata", "MCoreSavePlan"):  # subclasses that megatron-core 0.15 wrote
+            return {"MCoreMetadata": Metadata, "MCoreSavePlan": planner.SavePlan}[name]
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")

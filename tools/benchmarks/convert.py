@@ -1,0 +1,154 @@
+"""Time and memory of HF -> Megatron -> HF on a random checkpoint, beside `cp -r` of the same folder.
+
+    python tools/benchmarks/convert.py --scratch /large/disk [--json FILE]
+
+Each measurement is a process of its own and ends with `sync`; the three kinds take turns, so that
+all of them meet the same machine. Peak memory is the kernel's figure for that process.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.convert.hf_io import SafetensorsWriter, TensorInfo
+
+SHAPES = {
+    "qwen3-4b": {  # 8.0 GB in bf16
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "head_dim": 128,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "max_position_embeddings": 40960,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+    },
+    "tiny": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 1000,
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--scratch", type=Path, required=True, help="folder on the disk to measure")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each kind (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the figures (default: none is written)")
+    args = parser.parse_args(argv)
+
+    folder = args.scratch / "convert-benchmark"
+    shutil.rmtree(folder, ignore_errors=True)
+    model = folder / "hf"
+    num_bytes, largest = write_random_model(model, SHAPES[args.shape])
+    kinds = {
+        "cp -r": (["cp", "-r", str(model), str(folder / "copy")], folder / "copy"),
+        "import": (_aropd("import", model, folder / "megatron"), folder / "megatron"),
+        "export": (_aropd("export", folder / "megatron", folder / "back"), folder / "back"),
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    peaks = dict.fromkeys(kinds, 0)
+    for _ in range(args.repeats):
+        for _, made in kinds.values():
+            shutil.rmtree(made, ignore_errors=True)
+        for kind, (command, _) in kinds.items():
+            elapsed, peak = measure(command)
+            seconds[kind].append(elapsed)
+            peaks[kind] = max(peaks[kind], peak)
+    check_equal = subprocess.run(_aropd("verify", model, folder / "back"), stdout=subprocess.DEVNULL)
+    shutil.rmtree(folder)
+
+    copy = statistics.median(seconds["cp -r"])
+    figures = {
+        "checkpoint_gb": num_bytes / 1e9,
+        "memory_bound_gb": 1 + 3 * largest / 1e9,
+        "bitwise": check_equal.returncode == 0,
+        "kinds": {
+            kind: {
+                "seconds": times,
+                "speed_to_copy": copy / statistics.median(times),
+                "peak_gb": peaks[kind] / 1e9,
+            }
+            for kind, times in seconds.items()
+        },
+    }
+    print(f"{figures['checkpoint_gb']:.2f} GB, bound {figures['memory_bound_gb']:.2f} GB", end="")
+    print(f", round trip {'bitwise' if figures['bitwise'] else 'DIFFERS'}")
+    for kind, times in seconds.items():
+        median = statistics.median(times)
+        print(
+            f"{kind:8} median {median:6.1f} s (from {min(times):.1f} to {max(times):.1f}), "
+            f"{num_bytes / 1e9 / median:.2f} GB/s, {copy / median:.2f} x cp, "
+            f"peak {peaks[kind] / 1e9:.2f} GB"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def write_random_model(folder: Path, config: dict) -> tuple[int, int]:
+    """An HF folder of random weights; its bytes, and those of its largest tensor."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shapes = read_architecture(folder).hf_shapes
+    dtype = getattr(torch, config["torch_dtype"])
+    infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
+    noise = torch.randn(2**24 + 1).to(dtype)  # an odd length: no two rows begin alike
+    with SafetensorsWriter(folder, infos) as writer:
+        for name, shape in shapes.items():
+            count = torch.Size(shape).numel()
+            writer.write(name, noise.repeat(count // noise.numel() + 1)[:count].view(shape))
+    os.sync()
+    sizes = [info.num_bytes for info in infos.values()]
+    return sum(sizes), max(sizes)
+
+
+def measure(command: list[str]) -> tuple[float, int]:
+    """Seconds until the command's output is on the disk, and its peak resident bytes."""
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    elapsed = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return elapsed, usage.ru_maxrss * 1024
+
+
+def _aropd(command: str, *paths: Path) -> list[str]:
+    arguments = ["convert", command, *map(str, paths)]
+    return [sys.executable, "-m", "aropd_mcore.cli", *arguments]
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    main()
