@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from aropd_mcore import __version__
 from aropd_mcore.config import Config, dump_config, load_config
+from aropd_mcore.convert.commands import add_commands
 
 if TYPE_CHECKING:
     from aropd_mcore.trainer.plan import Layout
@@ -20,11 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         # Every rank says its own: what only one of them met, nobody else would.
         rank = int(os.environ.get("RANK", "0"))
         print(f"aropd: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("aropd: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,17 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
-    conversions = convert.add_subparsers(required=True, metavar="DIRECTION")
-    export = conversions.add_parser("export", help="a run's checkpoint to an HF folder")
-    export.add_argument("checkpoint", type=Path, help="a run's output_dir, or one iter_NNNNNNN")
-    export.add_argument("out", type=Path, help="HF folder to write; must not exist")
-    export.add_argument(
-        "--weights",
-        choices=("student", "teacher"),
-        default="student",
-        help="whose (default: %(default)s)",
-    )
-    export.set_defaults(run=_export)
+    add_commands(convert.add_subparsers(required=True, metavar="COMMAND"))
     return parser
 
 
@@ -159,18 +153,6 @@ def _print_plan(config: Config, layout: "Layout") -> int:
         f"microbatches of {config.training.micro_batch_size} on each data-parallel rank"
     )
     return 0
-
-
-def _export(args: argparse.Namespace) -> None:
-    from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.export import export_run
-
-    here = runtime.start()
-    try:
-        path = export_run(args.checkpoint, args.out, here, weights=args.weights)
-    finally:
-        runtime.stop(leave_job=True)
-    print(f"{path} ({args.weights}) -> {args.out}")
 
 
 def _default_num_processes(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""Time and memory of HF -> Megatron -> HF on a random checkpoint, beside `cp -r` of the same folder.
+"""Time and memory of HF -> Megatron -> HF on a random checkpoint, beside `cp -r` of the folder.
 
     python tools/benchmarks/convert.py --scratch /large/disk [--json FILE]
 
@@ -59,10 +59,16 @@ SHAPES = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scratch", type=Path, required=True, help="folder on the disk to measure")
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="qwen3-4b", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of each kind (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures (default: none is written)")
     args = parser.parse_args(argv)
 
@@ -84,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             elapsed, peak = measure(command)
             seconds[kind].append(elapsed)
             peaks[kind] = max(peaks[kind], peak)
-    check_equal = subprocess.run(_aropd("verify", model, folder / "back"), stdout=subprocess.DEVNULL)
+    check_equal = subprocess.run(
+        _aropd("verify", model, folder / "back"), stdout=subprocess.DEVNULL
+    )
     shutil.rmtree(folder)
 
     copy = statistics.median(seconds["cp -r"])

@@ -1,0 +1,84 @@
+"""What a checkpoint of either kind holds, from its headers alone."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aropd_mcore.convert.source import (
+    TEACHER_PREFIX,
+    HFSource,
+    MegatronSource,
+    open_source,
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint in a few numbers."""
+
+    path: str
+    kind: str
+    """`HF` or `Megatron torch_dist`."""
+    family: str
+    parameters: int
+    tied_embeddings: bool
+    dtypes: dict[str, int]
+    """Number of parameters by dtype."""
+    num_bytes: int
+    """Of the model's tensors."""
+    shapes: dict[str, tuple[int, ...]]
+    """By HF name, in the order of the files."""
+    left_aside: list[str]
+    """Tensors of an HF folder that are not weights of the model."""
+    step: int | None
+    """Optimizer steps; None for an HF folder."""
+    layout: dict[str, int] | None
+    """That wrote it, where the checkpoint says so; any layout loads it."""
+    has_teacher: bool
+    has_optimizer: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(path: Path, *, hf: Path | None = None, allow_pickle: bool = False) -> Summary:
+    """Open a checkpoint (see open_source) and sum it up.
+
+    Raises:
+        CheckpointError: it is none, or not whole.
+    """
+    source = open_source(path, hf=hf, allow_pickle=allow_pickle)
+    architecture = source.architecture
+    dtypes = Counter[str]()
+    for info in source.tensors.values():
+        dtypes[str(info.dtype).removeprefix("torch.")] += math.prod(info.shape)
+    megatron = source if isinstance(source, MegatronSource) else None
+    keys = list(megatron.reader.tensors) if megatron else []
+    return Summary(
+        path=str(megatron.iteration if megatron else path),
+        kind="Megatron torch_dist" if megatron else "HF",
+        family=architecture.family.architecture,
+        parameters=architecture.num_parameters,
+        tied_embeddings=architecture.tied_embeddings,
+        dtypes=dict(dtypes),
+        num_bytes=sum(info.num_bytes for info in source.tensors.values()),
+        shapes={name: info.shape for name, info in source.tensors.items()},
+        left_aside=source.left_aside if isinstance(source, HFSource) else [],
+        step=_step(megatron) if megatron else None,
+        layout=_layout(megatron) if megatron else None,
+        has_teacher=any(key.startswith(TEACHER_PREFIX) for key in keys),
+        has_optimizer=any(key.startswith("optimizer.") for key in keys),
+    )
+
+
+def _step(source: MegatronSource) -> int | None:
+    common = source.reader.read_common()
+    step = common.get("progress", {}).get("step", common.get("iteration"))
+    number = source.iteration.name.removeprefix("iter_")
+    return int(number) if step is None and number.isdecimal() else step
+
+
+def _layout(source: MegatronSource) -> dict[str, int] | None:
+    return source.reader.read_common().get("layout")

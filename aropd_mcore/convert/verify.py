@@ -1,0 +1,139 @@
+"""Two checkpoints of either kind, compared tensor by tensor and, on request, by their outputs."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aropd_mcore.convert.convert import export_hf
+from aropd_mcore.convert.global_tensors import stored_weights
+from aropd_mcore.convert.progress import progress
+from aropd_mcore.convert.source import HFSource, Source
+
+NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 32, 16
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of two checkpoints."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, str]
+    equal: bool
+    """The same dtype and the same bits."""
+    max_abs_error: float | None
+    """Largest |a - b|; None where it is no number: shapes differ, or one has a NaN or infinity."""
+    max_rel_error: float | None
+    """The same over the largest |a|."""
+
+
+@dataclass
+class Report:
+    """What `verify` found."""
+
+    a: str
+    b: str
+    tensors: list[Comparison] = field(default_factory=list)
+    only_a: list[str] = field(default_factory=list)
+    only_b: list[str] = field(default_factory=list)
+    max_logit_error: float | None = None
+    """In fp32; None where logits were not asked for, or are no numbers."""
+    same_greedy_tokens: bool | None = None
+    """None: not asked for."""
+
+    @property
+    def same(self) -> bool:
+        """No difference at all: tensors in every bit, and logits and tokens where asked for."""
+        computed = (self.max_logit_error, self.same_greedy_tokens)
+        return (
+            not self.only_a
+            and not self.only_b
+            and all(tensor.equal for tensor in self.tensors)
+            and computed in ((None, None), (0.0, True))
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {"same": self.same, **asdict(self)}
+
+
+def verify(a: Source, b: Source, *, logits: bool = False) -> Report:
+    """Compare two checkpoints of the same architecture; one weight of each is in memory at a time.
+
+    Args:
+        logits: also compare logits and greedy tokens through transformers, which loads each model
+            whole, one after the other; a Megatron checkpoint is exported to a temporary folder.
+    """
+    report = Report(str(a.path), str(b.path))
+    names = {"a": set(a.tensors), "b": set(b.tensors)}
+    report.only_a, report.only_b = sorted(names["a"] - names["b"]), sorted(names["b"] - names["a"])
+    total = sum(info.num_bytes for info in a.tensors.values())
+    with progress("verify", total) as advance:
+        for name, one, other in _pairs(a, b):
+            report.tensors.append(_compare(name, one, other))
+            advance(one.nbytes)
+    if logits:
+        (logits_a, tokens_a), (logits_b, tokens_b) = _run(a), _run(b)
+        report.max_logit_error = _largest_difference(logits_a, logits_b)
+        report.same_greedy_tokens = torch.equal(tokens_a, tokens_b)
+    return report
+
+
+def _pairs(a: Source, b: Source) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every tensor that both have the names of."""
+    in_b = {tuple(weight.hf): weight for weight in stored_weights(b.architecture)}
+    for weight in stored_weights(a.architecture):
+        if other := in_b.get(tuple(weight.hf)):
+            for (name, one), (_, two) in zip(a.parts(weight), b.parts(other), strict=True):
+                yield name, one, two
+
+
+def _compare(name: str, a: Tensor, b: Tensor) -> Comparison:
+    dtypes = (str(a.dtype).removeprefix("torch."), str(b.dtype).removeprefix("torch."))
+    equal, error, relative = False, None, None
+    if a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b)):
+        equal, error, relative = True, 0.0, 0.0
+    elif a.shape == b.shape:
+        error = _largest_difference(a, b)
+        relative = error / scale if error and (scale := float(a.abs().max())) else error
+    return Comparison(name, tuple(a.shape), dtypes, equal, error, relative)
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float | None:
+    pieces = zip(a.flatten().split(2**24), b.flatten().split(2**24), strict=True)
+    largest = max((float((x.double() - y.double()).abs().max()) for x, y in pieces), default=0.0)
+    return largest if math.isfinite(largest) else None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers: NaN equals itself, and -0 is not 0."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
+
+
+def _run(source: Source) -> tuple[Tensor, Tensor]:
+    """fp32 logits [B, S, V] and greedy tokens [B, N] of a fixed random prompt."""
+    if isinstance(source, HFSource):
+        return _run_folder(source.path)
+    with TemporaryDirectory(prefix="aropd-verify-") as folder:
+        export_hf(source, Path(folder) / "model")
+        return _run_folder(Path(folder) / "model")
+
+
+@torch.no_grad()
+def _run_folder(folder: Path) -> tuple[Tensor, Tensor]:
+    from transformers import AutoModelForCausalLM  # seconds, and only here
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_PROMPTS, PROMPT_TOKENS)
+    prompt = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    tokens = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NEW_TOKENS
+    )
+    return model(prompt).logits, tokens[:, PROMPT_TOKENS:]
