@@ -83,7 +83,11 @@ class Oracle:
 
     def __init__(self, folder: Path, method: Method):
         self.method = method
-        self.student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self.student = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float64,
+            experts_implementation="eager",  # the grouped one has no fp64
+        ).eval()
         self.teacher = copy.deepcopy(self.student)
         if method.teacher == "live":
             self.teacher = self.student
@@ -203,4 +207,14 @@ class Oracle:
 
 
 def _weights(model) -> dict[str, Tensor]:
-    return {name: w.detach().clone() for name, w in model.named_parameters()}
+    weights = {}
+    for name, weight in model.named_parameters():
+        layer, _, fused = name.partition(".experts.")
+        if not fused:
+            weights[name] = weight.detach().clone()
+        # transformers 5 holds a layer's experts as one tensor; files have them one by one.
+        for index, expert in enumerate(weight.detach().clone() if fused else ()):
+            parts = expert.chunk(2) if fused == "gate_up_proj" else [expert]
+            for part, tensor in zip(fused.removesuffix("_proj").split("_"), parts, strict=True):
+                weights[f"{layer}.experts.{index}.{part}_proj.weight"] = tensor
+    return weights

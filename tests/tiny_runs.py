@@ -49,6 +49,7 @@ def tiny_config(model: Path, rows: Path, output_dir: Path, **sections: dict[str,
         "training": {"num_steps": 4, "global_batch_size": 8, "micro_batch_size": 2},
         "views": {
             "system_prompt": None,
+            "max_prompt_tokens": 128,
             "teacher_template": "{question}\n{trace}",
             "trace_template": "{reasoning}\n{answer}",
         },

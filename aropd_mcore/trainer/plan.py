@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aropd_mcore.config import Config, ConfigError
-from aropd_mcore.convert.architecture import check_layout, read_architecture
+from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,14 @@ def plan(config: Config, world_size: int) -> Layout:
     The command line calls it before it starts any process.
 
     Raises:
-        ValueError: what does not divide, and what would.
+        ValueError: what does not divide, and what would; sequences longer than the model's
+            positions; a model that cannot be trained so.
     """
     parallel, training = config.parallel, config.training
     architecture = read_architecture(config.model.path)
     check_layout(architecture, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    _check_experts(config, architecture)
+    _check_lengths(config, architecture)
     model_size = parallel.tensor * parallel.pipeline
     if world_size % model_size:
         raise ConfigError(
@@ -58,3 +61,25 @@ def plan(config: Config, world_size: int) -> Layout:
         num_microbatches,
         architecture.num_parameters,
     )
+
+
+def _check_experts(config: Config, architecture: Architecture) -> None:
+    # Megatron trains experts on tensor ranks with sequence parallelism alone
+    # (transformer/moe/moe_layer.py, MoELayer.forward).
+    if architecture.routing and config.parallel.tensor > 1:
+        raise ConfigError(
+            f"parallel.tensor is {config.parallel.tensor}; the training of mixture-of-experts "
+            f"models ({architecture.family.architecture}) is supported with parallel.tensor 1 only"
+        )
+
+
+def _check_lengths(config: Config, architecture: Architecture) -> None:
+    """The longest sequence is a prompt, of any of the three views, with a response behind it."""
+    prompt, response = config.views.max_prompt_tokens, config.rollout.max_response_tokens
+    if prompt + response > architecture.max_position_embeddings:
+        raise ConfigError(
+            f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response} = "
+            f"{prompt + response} tokens are more than the {architecture.max_position_embeddings} "
+            "that the model sees (max_position_embeddings or sliding_window in its config.json); "
+            "lower one of the two"
+        )

@@ -103,6 +103,14 @@ CASES = [
         global_batch_size=16,
     ),
     Case(
+        "experts",
+        {"objective": AROPD},
+        family="qwen3_moe",
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[(1, 2), (1, 1)],
+    ),
+    Case(
         "partial-opd",
         {"objective": AROPD | {"residual_scale": 0.0}},
         global_batch_size=4,

@@ -1,0 +1,46 @@
+"""What `plan` says of a run before any process starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.trainer.plan import Layout, plan
+from tests.tiny_models import save_tiny_model
+from tests.tiny_runs import tiny_config
+
+
+def config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
+    save_tiny_model(family, folder)
+    return Config.model_validate(
+        tiny_config(folder, folder / "rows.jsonl", folder / "out", **sections)
+    )
+
+
+def test_layout(tmp_path: Path):
+    run = config(tmp_path, "mistral", views={"max_prompt_tokens": 32}, parallel={"pipeline": 2})
+    found = plan(run, 4)
+    assert found == Layout(
+        4, 1, 2, data=2, microbatches_per_step=2, num_parameters=found.num_parameters
+    )
+
+
+def test_sequences_fit_the_positions(tmp_path: Path):
+    """512 of them in the dense models, and a sliding window of 48 in Mistral's."""
+    at_most = {"views": {"max_prompt_tokens": 500}, "rollout": {"max_response_tokens": 12}}
+    plan(config(tmp_path, "llama", **at_most), 1)
+    for family, positions in (("llama", 512), ("mistral", 48)):
+        at_most["rollout"] = {"max_response_tokens": 13}
+        message = (
+            r"max_prompt_tokens 500 \+ rollout\.max_response_tokens 13 = 513 tokens are more than "
+            rf"the {positions} "
+        )
+        with pytest.raises(ConfigError, match=message):
+            plan(config(tmp_path, family, **at_most), 1)
+
+
+def test_experts_are_trained_without_tensor_parallelism(tmp_path: Path):
+    plan(config(tmp_path, "mixtral", parallel={"pipeline": 2}), 2)
+    with pytest.raises(ConfigError, match=r"parallel.tensor is 2; .*\(MixtralForCausalLM\)"):
+        plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)
