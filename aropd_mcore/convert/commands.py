@@ -148,7 +148,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     _describe(
         parser,
         "Say what a checkpoint of either kind holds; only headers are read.",
-        "Family, parameters, dtypes, layout, step, and whether a teacher and an optimizer are in it.",
+        "Family, parameters, dtypes, layout, step; whether a teacher and an optimizer are in it.",
         """
         examples:
           %(prog)s runs/mine
@@ -232,8 +232,8 @@ def _print_report(report: "Report") -> None:
     for t in different[:_MAX_ROWS]:
         dtypes = " / ".join(dict.fromkeys(t.dtypes))
         errors = (t.max_abs_error, t.max_rel_error)
-        numbers = ("no number" if error is None else f"{error:.3g}" for error in errors)
-        rows.append((t.name, str(list(t.shape)), dtypes, *numbers))
+        absolute, relative = ("no number" if e is None else f"{e:.3g}" for e in errors)
+        rows.append((t.name, str(list(t.shape)), dtypes, absolute, relative))
     if different:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
