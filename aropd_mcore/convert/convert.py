@@ -18,7 +18,7 @@ from aropd_mcore.convert.global_tensors import (
 )
 from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, SafetensorsWriter, TensorInfo
 from aropd_mcore.convert.progress import progress
-from aropd_mcore.convert.source import TRACKER, HFSource, MegatronSource
+from aropd_mcore.convert.source import HF_FOLDER, TRACKER, HFSource, MegatronSource
 from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
 from aropd_mcore.convert.torch_dist import TorchDistWriter
 
@@ -68,9 +68,7 @@ def import_hf(
             for key in extra_state_keys(architecture):
                 writer.add_object(key, None)
             writer.finish(_common_state(architecture, infos))
-        (folder / "hf").mkdir()
-        copy_companions(source.hf_folder, folder / "hf")
-        (folder / "hf" / ORDER).write_text(json.dumps(list(source.tensors), indent=0))
+        keep_companions(source, folder / HF_FOLDER)
         (folder / TRACKER).write_text("0")
 
 
@@ -105,6 +103,18 @@ def export_hf(
                     writer.write(name, tensor)
                     advance(infos[name].num_bytes)
         copy_companions(source.hf_folder, folder, dtypes.pop() if len(dtypes) == 1 else None)
+
+
+def keep_companions(source: HFSource, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Put beside a Megatron checkpoint what an export needs: config, tokenizer, names in order.
+
+    Args:
+        folder: HF_FOLDER, beside the iterations or their parent; made if it is not there.
+        dtype: of the weights, for config.json; None leaves it as it is.
+    """
+    folder.mkdir(exist_ok=True)
+    copy_companions(source.hf_folder, folder, dtype)
+    (folder / ORDER).write_text(json.dumps(list(source.tensors), indent=0))
 
 
 def _global_infos(source: HFSource) -> dict[str, TensorInfo]:

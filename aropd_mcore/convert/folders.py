@@ -11,12 +11,17 @@ from pathlib import Path
 import torch
 
 from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.hf_io import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
 
 ORDER = "tensors.json"
 """Beside a Megatron checkpoint's HF files: the original's tensor names, in its order."""
 
 _COMPANION_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 _COMPANION_FOLDERS = {"additional_chat_templates"}
+_CHECKPOINT_FILES = (
+    *(SINGLE, INDEX, PICKLE_SINGLE, PICKLE_INDEX),
+    *(".metadata", "latest_checkpointed_iteration.txt"),
+)
 _SLACK_BYTES = 64 * 2**20
 """Room for what is small beside the tensors: tokenizer, headers, metadata."""
 
@@ -38,29 +43,32 @@ def new_folder(
     Raises:
         CheckpointError: the target exists, cannot be made, does not fit, or is being written now.
     """
-    target = Path(os.path.abspath(target))
+    target = target.resolve()  # of a link, the folder behind it is replaced
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
-    if replaced.exists() and not target.exists():  # killed between the two renames below
-        replaced.rename(target)
     refuse_existing(target, overwrite=overwrite, keep=keep)
-    _check_space(target, num_bytes)
+    _check_space(target, num_bytes, leftover=partial)
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be made: {error.strerror}") from error
     with _only_writer(partial, target):
-        _empty(partial)
         try:
+            _settle(target, replaced)
+            refuse_existing(target, overwrite=overwrite, keep=keep)
+            _empty(partial)
             yield partial
             _sync_tree(partial)
+            refuse_existing(target, overwrite=overwrite, keep=keep)  # hours may have passed
             if target.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
                 target.rename(replaced)
             partial.rename(target)
             _sync(target.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+        except OSError as error:
+            error.filename = error.filename or str(target)  # a full disk does not say where
+            raise
         finally:
+            _settle(target, replaced)
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -75,9 +83,8 @@ def refuse_existing(target: Path, *, overwrite: bool = False, keep: tuple[Path, 
         raise CheckpointError(
             f"{target}: exists already; name another folder, or replace it with --overwrite"
         )
-    if not any((target / name).exists() for name in ("config.json", "hf", ".metadata")) and any(
-        target.iterdir() if target.is_dir() else [target]
-    ):
+    is_checkpoint = any((target / name).exists() for name in _CHECKPOINT_FILES)
+    if not is_checkpoint and any(target.iterdir() if target.is_dir() else [target]):
         raise CheckpointError(f"{target}: is no checkpoint, so --overwrite does not replace it")
 
 
@@ -89,10 +96,10 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     """
     for path in sorted(source.iterdir()):
         is_license = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        wanted = path.suffix in _COMPANION_SUFFIXES or is_license
+        wanted = is_license or (path.suffix in _COMPANION_SUFFIXES and path.name != ORDER)
         if path.is_dir() and path.name in _COMPANION_FOLDERS:
             shutil.copytree(path, target / path.name)
-        elif path.is_file() and wanted and not path.name.endswith((".index.json", ORDER)):
+        elif path.is_file() and wanted and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
     config = json.loads((source / "config.json").read_text())
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4, 5
@@ -102,9 +109,18 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _check_space(target: Path, num_bytes: int) -> None:
+def _settle(target: Path, replaced: Path) -> None:
+    """End a replacement: the old folder goes, or comes back where nothing took its place."""
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists():
+        replaced.rename(target)
+
+
+def _check_space(target: Path, num_bytes: int, *, leftover: Path) -> None:
     folder = next(path for path in target.parents if path.exists())
-    needed, free = num_bytes + _SLACK_BYTES, shutil.disk_usage(folder).free
+    freed = sum(path.lstat().st_blocks * 512 for path in leftover.rglob("*"))
+    needed, free = num_bytes + _SLACK_BYTES, shutil.disk_usage(folder).free + freed
     if num_bytes and needed > free:
         raise CheckpointError(
             f"{target}: needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free"
@@ -123,6 +139,8 @@ def _only_writer(partial: Path, target: Path) -> Iterator[None]:
     except OSError:  # a file system without locks
         pass
     try:
+        if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+            raise CheckpointError(f"{target}: another process has just written it")
         yield
     finally:
         os.close(descriptor)

@@ -7,13 +7,14 @@ pages then count as this process's memory until the last tensor is read.
 
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ class HFWeights:
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
             location = {tensor: str(file) for tensor, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not an index of weights: {error!r}") from error
         for file, names in sorted(_grouped(location).items()):
             if Path(file).name != file:
@@ -182,9 +183,9 @@ class _Safetensors:
         self._starts: dict[str, int] = {}
         try:
             self._read_header()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._broken(repr(error)) from error
 
     def _read_header(self) -> None:
@@ -197,13 +198,14 @@ class _Safetensors:
         header.pop("__metadata__", None)
         ends = [8 + length]
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            start, end = (8 + length + operator.index(o) for o in entry["data_offsets"])
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(
                     f"{self.path}: {name} has dtype {entry['dtype']}; expected one of "
                     f"{', '.join(DTYPES)} (quantized checkpoints cannot be read)"
                 )
-            info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            shape = tuple(operator.index(size) for size in entry["shape"])
+            info = TensorInfo(DTYPES[entry["dtype"]], shape)
             if end - start != info.num_bytes:
                 raise self._broken(f"{name} has {end - start} bytes for {list(info.shape)}")
             if start != ends[-1]:
@@ -232,7 +234,12 @@ class _Pickle:
     def __init__(self, path: Path):
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
-        for name, tensor in self._load().items():
+        tensors = self._load()
+        if not isinstance(tensors, dict):
+            raise CheckpointError(
+                f"{path}: holds {type(tensors).__name__}; expected tensors by their names"
+            )
+        for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPE_NAMES:
                 what = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(
@@ -243,12 +250,20 @@ class _Pickle:
     def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
         return self._load()[name][part].clone(memory_format=torch.contiguous_format)
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> Any:
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch's, by many names
-            reason = str(error).strip().splitlines()[0]
+            reason = say_briefly(error)
             raise CheckpointError(f"{self.path}: cannot be read as weights: {reason}") from error
+
+
+def say_briefly(error: Exception) -> str:
+    """An error in one line; of torch's advice on pickles that it refuses, only what it found."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"it asks for {found[1]}, which is not run"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class SafetensorsWriter:
@@ -271,16 +286,13 @@ class SafetensorsWriter:
             max_shard_bytes: a file's tensors are no more than this, unless there is only one.
         """
         self._tensors = tensors
-        self._places: dict[str, tuple[BinaryIO, int]] = {}
-        self._files: list[BinaryIO] = []
+        self._places: dict[str, tuple[Path, int]] = {}
         shards = _plan_shards(tensors, max_shard_bytes)
         names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
         for file_name, shard in zip(names, shards, strict=True):
-            file = (folder / file_name).open("wb")  # __exit__ closes it
-            self._files.append(file)
+            file = folder / file_name
             header, starts = _header({name: tensors[name] for name in shard})
-            file.write(header)
-            file.flush()
+            file.write_bytes(header)
             self._places |= {name: (file, start) for name, start in starts.items()}
         if len(shards) > 1:
             _write_index(folder, tensors, dict(zip(names, shards, strict=True)))
@@ -291,14 +303,13 @@ class SafetensorsWriter:
         assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info.shape)
         file, start = self._places.pop(name)
         data = tensor.detach().to("cpu", info.dtype).contiguous()
-        _write_at(file.fileno(), data.flatten().view(torch.uint8).numpy().data, start)
+        # Opened anew for each tensor: a process may not hold as many files as there may be shards.
+        _write_at(file, data.flatten().view(torch.uint8).numpy().data, start)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        for file in self._files:
-            file.close()
         assert error_type or not self._places, f"not written: {_some(list(self._places))}"
 
 
@@ -315,10 +326,11 @@ def write_safetensors(
             writer.write(name, tensor)
 
 
-def _write_at(descriptor: int, data: memoryview, start: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data[:WRITE_BYTES], start)
-        data, start = data[written:], start + written
+def _write_at(path: Path, data: memoryview, start: int) -> None:
+    with path.open("r+b", buffering=0) as file:
+        while data:
+            written = os.pwrite(file.fileno(), data[:WRITE_BYTES], start)
+            data, start = data[written:], start + written
 
 
 def _write_index(

@@ -17,6 +17,8 @@ from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Beside the iterations of a Megatron checkpoint: the newest one's number, or `release`."""
+HF_FOLDER = "hf"
+"""Beside the iterations of an import, or the `checkpoints` of a run: config, tokenizer."""
 TEACHER_PREFIX = "teacher."
 """Of the teacher's tensors in a training checkpoint; the student's have Megatron's own names."""
 
@@ -44,7 +46,9 @@ class HFSource:
 class MegatronSource:
     """The student or the teacher of a Megatron checkpoint, whatever layout wrote it."""
 
-    def __init__(self, path: Path, iteration: Path, *, who: Who = "student", hf: Path | None):
+    def __init__(
+        self, path: Path, iteration: Path, *, who: Who = "student", hf: Path | None = None
+    ):
         self.path, self.iteration = path, iteration
         self.reader = TorchDistReader(iteration)
         self.hf_folder = hf or _hf_folder(iteration)
@@ -174,14 +178,13 @@ def find_iteration(path: Path) -> Path | None:
 
 
 def _hf_folder(iteration: Path) -> Path:
-    """Beside the iterations of an import, or of a run's `checkpoints` folder."""
     parent = iteration.absolute().parent
-    for folder in (parent / "hf", parent.parent / "hf"):
+    for folder in (parent / HF_FOLDER, parent.parent / HF_FOLDER):
         if (folder / "config.json").exists():
             return folder
     raise CheckpointError(
-        f"{iteration}: {parent / 'hf' / 'config.json'} is missing; name an HF folder of the same "
-        "model, for its config and tokenizer, by --hf"
+        f"{iteration}: {parent / HF_FOLDER / 'config.json'} is missing; name an HF folder of the "
+        "same model, for its config and tokenizer, by --hf"
     )
 
 

@@ -22,6 +22,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Self, cast
@@ -39,7 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, WRITE_BYTES, TensorInfo
+from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, WRITE_BYTES, TensorInfo, say_briefly
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -51,17 +52,6 @@ _FORMATS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-_BROKEN = (
-    OSError,
-    RuntimeError,
-    struct.error,
-    EOFError,
-    ValueError,
-    KeyError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
 
 Index = tuple[int, ...]
 
@@ -154,7 +144,7 @@ class TorchDistReader:
                 self._chunks[key] = entry.chunks
             else:
                 self.objects.add(key)
-        self._places: dict[MetadataIndex, Any] = found.storage_data
+        self._places: dict[MetadataIndex, Any] = found.storage_data or {}
         self._check_files()
         self._by_lead: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
         self._box, self._chunk = _Buffer(), _Buffer()
@@ -168,31 +158,32 @@ class TorchDistReader:
         Raises:
             CheckpointError: the chunks do not cover the box, or one cannot be read.
         """
-        out = self._box.take(sizes, self.tensors[key].dtype)
+        origin, shape = (*lead, *start), (*[1] * len(lead), *sizes)
+        out = self._box.take(shape, self.tensors[key].dtype)
         missing = out.numel()
         for chunk in self._chunks_at(key, lead):
-            offsets, shape = chunk.offsets[len(lead) :], chunk.sizes[len(lead) :]
-            starts = [max(a, b) for a, b in zip(start, offsets, strict=True)]
+            starts = [max(a, b) for a, b in zip(origin, chunk.offsets, strict=True)]
             ends = [
-                min(a + b, c + d) for a, b, c, d in zip(start, sizes, offsets, shape, strict=True)
+                min(a + b, c + d)
+                for a, b, c, d in zip(origin, shape, chunk.offsets, chunk.sizes, strict=True)
             ]
             if any(s >= e for s, e in zip(starts, ends, strict=True)):
                 continue
-            target = out[_box(starts, ends, start)]
+            target = out[_box(starts, ends, origin)]
             missing -= target.numel()
             index = MetadataIndex(key, chunk.offsets)
-            if target.shape == shape and target.is_contiguous():
+            if target.shape == chunk.sizes and target.is_contiguous():
                 self._read_chunk(index, target)
             else:
-                whole = self._chunk.take(shape, out.dtype)
+                whole = self._chunk.take(chunk.sizes, out.dtype)
                 self._read_chunk(index, whole)
-                target.copy_(whole[_box(starts, ends, offsets)])
+                target.copy_(whole[_box(starts, ends, chunk.offsets)])
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {key} is not whole: {missing} of {out.numel()} elements at "
-                f"{list(lead + start)} are in no chunk"
+                f"{list(origin)} are in no chunk"
             )
-        return out
+        return out.view(sizes)
 
     def read_common(self) -> dict[str, Any]:
         """What all ranks share; empty if it holds classes that only other programs have."""
@@ -202,21 +193,23 @@ class TorchDistReader:
                     with self._opened(MetadataIndex(_COMMON_OBJECT)) as (_, mapped, start):
                         return _load(mapped, start)[0]
                 return torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
-        except _BROKEN:
+        except Exception:  # as in _opened
             return {}
 
     def _chunks_at(self, key: str, lead: Index) -> list[ChunkStorageMetadata]:
         if (key, len(lead)) not in self._by_lead:  # with experts there are tens of thousands
             by_lead = self._by_lead[key, len(lead)] = defaultdict(list)
             for chunk in self._chunks[key]:
-                by_lead[tuple(chunk.offsets[: len(lead)])].append(chunk)
+                spans = zip(chunk.offsets[: len(lead)], chunk.sizes, strict=False)
+                for place in product(*(range(first, first + size) for first, size in spans)):
+                    by_lead[place].append(chunk)
         return self._by_lead[key, len(lead)][lead]
 
     def _read_chunk(self, index: MetadataIndex, into: Tensor) -> None:
         """Read a chunk, as torch.save wrote it, into a contiguous tensor."""
         with self._opened(index) as (file, mapped, start):
-            data = _data_start(mapped) if into.numel() else None
-            if data is None:  # empty, or not one plain block of memory
+            data = _data_start(mapped, into)
+            if data is None:
                 into.copy_(_load(mapped, start).view(into.shape))
                 return
             file.seek(self._places[index].offset - start + data)
@@ -230,7 +223,9 @@ class TorchDistReader:
     @contextmanager
     def _opened(self, index: MetadataIndex) -> Iterator[tuple[io.FileIO, mmap.mmap, int]]:
         """The file of a chunk or an object, a mapping of it, and where in that it starts."""
-        place = self._places[index]
+        place = self._places.get(index)
+        if place is None:
+            raise CheckpointError(f"{self.folder / METADATA}: has no place for {index.fqn}")
         path = self.folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
             raise CheckpointError(f"{path}: {index.fqn} is compressed, which is not supported")
@@ -242,8 +237,8 @@ class TorchDistReader:
                 mmap.mmap(file.fileno(), size, offset=offset, access=mmap.ACCESS_READ) as mapped,
             ):
                 yield file, mapped, start
-        except _BROKEN as error:
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        except Exception as error:  # broken bytes make zipfile, pickle and torch raise anything
+            reason = say_briefly(error)
             raise CheckpointError(f"{path}: {index.fqn} cannot be read: {reason}") from error
 
     def _check_files(self) -> None:
@@ -266,16 +261,23 @@ def _load(mapped: mmap.mmap, start: int) -> Any:
     return torch.load(io.BytesIO(mapped[start:]), map_location="cpu", weights_only=True)
 
 
-def _data_start(mapped: mmap.mmap) -> int | None:
-    """Where in the mapping a saved tensor's data start; None if they are not in row-major order."""
+def _data_start(mapped: mmap.mmap, like: Tensor) -> int | None:
+    """Where in the mapping a saved tensor's data start; None if they are no plain block like that.
+
+    That is: as many elements, of the same dtype, in row-major order, with nothing else in between.
+    """
     with zipfile.ZipFile(cast(BinaryIO, mapped)) as archive:  # whatever stands before a zip file
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     pickled = records["data.pkl"]
     start = _record_start(mapped, pickled)
-    record = _TensorRecord(io.BytesIO(mapped[start : start + pickled.file_size])).load()
-    (_, _, key, _, numel), offset, sizes, strides, *_ = record
-    plain = strides == torch.empty(sizes, device="meta").stride()
-    if not plain or offset or numel != math.prod(sizes):
+    try:
+        record = _TensorRecord(io.BytesIO(mapped[start : start + pickled.file_size])).load()
+    except pickle.UnpicklingError:  # a parameter, a sparse tensor, or no tensor
+        return None
+    (_, storage, key, _, numel), offset, sizes, strides, *_ = record
+    plain = strides == torch.empty(sizes, device="meta").stride() and not offset
+    same = storage == torch.storage._dtype_to_storage_type_map()[like.dtype]
+    if not plain or not same or not numel == math.prod(sizes) == like.numel() > 0:
         return None
     return _record_start(mapped, records[f"data/{key}"])
 
@@ -353,8 +355,9 @@ def _read_metadata(path: Path) -> Metadata:
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the metadata of a checkpoint: {error}") from error
+    except Exception as error:  # a cut or foreign pickle raises anything
+        reason = say_briefly(error)
+        raise CheckpointError(f"{path}: not the metadata of a checkpoint: {reason}") from error
     if not isinstance(found, Metadata):
         raise CheckpointError(f"{path}: holds {type(found).__name__}, and not metadata")
     return found

@@ -23,12 +23,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.convert.source import TRACKER
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _NAME = re.compile(r"iter_(\d{7})")
 
 
@@ -111,20 +110,6 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
     if same_layout:
         _restore_rng(loaded["rng"], runtime)
     return common["progress"]
-
-
-def load_weights(path: Path, model: HiddenStateGPT, *, prefix: str = "") -> None:
-    """Load one model's weights only, whatever layout wrote them.
-
-    Args:
-        prefix: of the tensors' names in the checkpoint: "" for the student, "teacher." for it.
-    Raises:
-        CheckpointError: the folder is no checkpoint, or holds no such weights.
-    """
-    read_common(path)
-    state = model.sharded_state_dict(prefix=prefix)
-    loaded = _load_sharded(path, state)
-    model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in state})
 
 
 def read_common(path: Path) -> dict[str, Any]:

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from aropd_mcore.config import TeacherConfig
+from aropd_mcore.convert.source import TEACHER_PREFIX
 from aropd_mcore.mcore.model import HiddenStateGPT
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
-
-PREFIX = "teacher."
-"""Of the teacher's tensors in a checkpoint; the student's have Megatron's own names."""
 
 
 class Teacher:
@@ -91,10 +89,10 @@ class Teacher:
         """
         if self.model is self._student:
             return {}
-        state = self.model.sharded_state_dict(prefix=PREFIX, metadata=metadata)
+        state = self.model.sharded_state_dict(prefix=TEACHER_PREFIX, metadata=metadata)
         for name, average in self._master.items():
-            state[PREFIX + name].data = average
-            state[PREFIX + name].dtype = average.dtype
+            state[TEACHER_PREFIX + name].data = average
+            state[TEACHER_PREFIX + name].dtype = average.dtype
         return state
 
     @torch.no_grad()
@@ -103,7 +101,7 @@ class Teacher:
         if self.model is self._student:
             return
         for name, p in self.model.named_parameters():
-            loaded = state[PREFIX + name]
+            loaded = state[TEACHER_PREFIX + name]
             p.copy_(loaded)
             if name in self._master:
                 self._master[name].copy_(loaded)

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aropd_mcore.config import Config, dump_config
-from aropd_mcore.convert.folders import copy_companions
+from aropd_mcore.convert.convert import keep_companions
+from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.mcore import checkpoint
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.trainer.build import build_run
@@ -100,9 +101,8 @@ class Reporter:
             config = self._run.config
             config.output_dir.mkdir(parents=True, exist_ok=True)
             (config.output_dir / "config.yaml").write_text(dump_config(config))
-            hf = config.output_dir / "hf"
-            hf.mkdir(exist_ok=True)
-            copy_companions(config.model.path, hf, self._run.runtime.dtype(config.model.dtype))
+            dtype = self._run.runtime.dtype(config.model.dtype)
+            keep_companions(HFSource(config.model.path), config.output_dir / HF_FOLDER, dtype)
             self._log = MetricsLog(config, first_step=self._first_step)
             self._console.print(_headline(self._run, self._first_step))
             self._task = self._progress.add_task(

@@ -250,13 +250,15 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 def train_and_export(overrides: list[str]) -> None:
     from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.export import export_run
     from aropd_mcore.trainer.loop import train
 
     config = load_config(EXAMPLE / "tiny.yaml", overrides)
     here = runtime.start(seed=config.training.seed)
     train(config, here)
-    export_run(config.output_dir, Path(f"{config.output_dir}-hf"), here)
+    if here.rank == 0:
+        exported = Path(f"{config.output_dir}-hf")
+        assert cli.main(["convert", "export", str(config.output_dir), str(exported)]) == 0
+    torch.distributed.barrier()
 
 
 def test_qwen25_7b_on_eight_gpus(tmp_path, monkeypatch):

@@ -1,0 +1,127 @@
+"""Imports load at any layout, and what any layout saves exports, both bit for bit, every family.
+
+Loading the HF folder straight into a layout is the reference; that this model then computes what
+transformers computes is shown in test_model_parity.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from aropd_mcore.convert.convert import export_hf, import_hf
+from aropd_mcore.convert.hf_io import HFWeights
+from aropd_mcore.convert.source import HFSource, MegatronSource
+from aropd_mcore.convert.verify import verify
+from tests.ranks import run_ranks
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
+
+LAYOUTS = {  # world size -> settings of runtime.start
+    1: [{}],
+    2: [
+        {"tensor": 2},
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"expert": 2},
+    ],
+    4: [{"tensor": 2, "pipeline": 2}, {"tensor": 2, "expert": 2}],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An HF folder, and its import."""
+
+    name: str
+    hf: Path
+    megatron: Path
+    dtype: torch.dtype
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> list[Case]:
+    """Tied and untied, fp32 and bf16, one file and several; the vocabulary of 509 is padded."""
+    root = tmp_path_factory.mktemp("conversion")
+    made = []
+    for number, family in enumerate(FAMILIES):
+        for tie in (False, True):
+            dtype = torch.bfloat16 if (number + tie) % 2 else torch.float32
+            name = f"{family}-{'tied' if tie else 'untied'}-{str(dtype).removeprefix('torch.')}"
+            case = Case(name, root / name / "hf", root / name / "megatron", dtype)
+            limit = "5GB" if tie else "100KB"
+            save_tiny_model(family, case.hf, tie=tie, dtype=dtype, max_shard_size=limit)
+            import_hf(HFSource(case.hf), case.megatron)
+            made.append(case)
+    return made
+
+
+def of_layout(layout: dict[str, int], cases: list[Case]) -> list[Case]:
+    return [c for c in cases if "expert" not in layout or c.name.startswith(MOE_FAMILIES)]
+
+
+def test_round_trip_is_bitwise_in_the_originals_order(cases: list[Case], tmp_path: Path):
+    for case in cases:
+        back = tmp_path / case.name
+        export_hf(MegatronSource(case.megatron, case.megatron / "iter_0000000"), back)
+        assert_same_folder(back, case.hf)
+        for path in case.hf.glob("*.json"):
+            if "index" not in path.name:
+                assert (back / path.name).read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_loads_imports_and_writes_exports(
+    world_size: int, cases: list[Case], tmp_path: Path
+):
+    run_ranks(visit, world_size, cases, LAYOUTS[world_size], tmp_path)
+    for number, layout in enumerate(LAYOUTS[world_size]):
+        for case in of_layout(layout, cases):
+            saved, back = tmp_path / f"{number}-{case.name}", tmp_path / f"{number}-{case.name}-hf"
+            export_hf(MegatronSource(saved, saved, hf=case.megatron / "hf"), back)
+            assert_same_folder(back, case.hf)
+
+
+def visit(cases: list[Case], layouts: list[dict[str, int]], out: Path) -> None:
+    from aropd_mcore.mcore import runtime
+
+    for number, layout in enumerate(layouts):
+        rt = runtime.start(**layout)
+        for case in of_layout(layout, cases):
+            load_and_save(case, rt, out / f"{number}-{case.name}", f"{layout} {case.name}")
+        runtime.stop()
+
+
+@torch.no_grad()
+def load_and_save(case: Case, rt, out: Path, where: str) -> None:
+    from megatron.core import dist_checkpointing  # after the CPU mode
+
+    from aropd_mcore.mcore.model import build_model
+    from aropd_mcore.mcore.weights import load_hf_weights
+
+    stages = range(rt.vp_size) if rt.vp_size > 1 else [None]
+    chunks = [build_model(case.hf, rt, dtype=case.dtype, vp_stage=stage) for stage in stages]
+    straight = []
+    for chunk in chunks:
+        load_hf_weights(chunk, case.hf, rt)
+        straight.append({name: p.clone() for name, p in chunk.named_parameters()})
+        for p in chunk.parameters():
+            p.fill_(torch.nan)
+    states = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(states, str(case.megatron / "iter_0000000"))
+    for i, (chunk, expected) in enumerate(zip(chunks, straight, strict=True)):
+        chunk.load_state_dict(loaded[f"model{i}"])
+        for name, p in chunk.named_parameters():
+            assert torch.equal(p, expected[name]), f"{where}: {name}"
+    if rt.rank == 0:
+        out.mkdir()
+    dist.barrier()
+    states = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    dist_checkpointing.save(states, str(out))
+
+
+def assert_same_folder(found: Path, expected: Path) -> None:
+    report = verify(HFSource(expected), HFSource(found))
+    assert report.same and report.tensors, found
+    assert list(HFWeights(found).tensors) == list(HFWeights(expected).tensors), found
