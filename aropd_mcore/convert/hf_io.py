@@ -185,7 +185,14 @@ class _Safetensors:
             self._read_header()
         except CheckpointError:
             raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise self._broken(repr(error)) from error
 
     def _read_header(self) -> None:
