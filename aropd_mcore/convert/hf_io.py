@@ -34,6 +34,7 @@ WRITE_BYTES = 2**20
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # JSON
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
 
 
@@ -140,7 +141,7 @@ class HFWeights:
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
             location = {tensor: str(file) for tensor, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _MALFORMED as error:
             raise CheckpointError(f"{path}: not an index of weights: {error!r}") from error
         for file, names in sorted(_grouped(location).items()):
             if Path(file).name != file:
@@ -185,14 +186,7 @@ class _Safetensors:
             self._read_header()
         except CheckpointError:
             raise
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (OSError, *_MALFORMED) as error:
             raise self._broken(repr(error)) from error
 
     def _read_header(self) -> None:
