@@ -4,6 +4,8 @@ Loading the HF folder straight into a layout is the reference; that this model t
 transformers computes is shown in test_model_parity.py.
 """
 
+import importlib.util
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
 
 LAYOUTS = {  # world size -> settings of runtime.start
-    1: [{}],
+    1: [{}, {}],
     2: [
         {"tensor": 2},
         {"pipeline": 2},
@@ -88,13 +90,15 @@ def visit(cases: list[Case], layouts: list[dict[str, int]], out: Path) -> None:
 
     for number, layout in enumerate(layouts):
         rt = runtime.start(**layout)
+        # Megatron can also number layers in the keys, where they differ from one another.
+        metadata = {"non_homogeneous_layers": True} if number and not layout else None
         for case in of_layout(layout, cases):
-            load_and_save(case, rt, out / f"{number}-{case.name}", f"{layout} {case.name}")
+            load_and_save(case, rt, out / f"{number}-{case.name}", metadata)
         runtime.stop()
 
 
 @torch.no_grad()
-def load_and_save(case: Case, rt, out: Path, where: str) -> None:
+def load_and_save(case: Case, rt, out: Path, metadata: dict | None) -> None:
     from megatron.core import dist_checkpointing  # after the CPU mode
 
     from aropd_mcore.mcore.model import build_model
@@ -113,12 +117,51 @@ def load_and_save(case: Case, rt, out: Path, where: str) -> None:
     for i, (chunk, expected) in enumerate(zip(chunks, straight, strict=True)):
         chunk.load_state_dict(loaded[f"model{i}"])
         for name, p in chunk.named_parameters():
-            assert torch.equal(p, expected[name]), f"{where}: {name}"
+            assert torch.equal(p, expected[name]), (case.name, rt, name)
     if rt.rank == 0:
         out.mkdir()
     dist.barrier()
-    states = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    states = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(chunks)}
     dist_checkpointing.save(states, str(out))
+
+
+def test_megatron_lm_takes_an_import_for_its_own(cases: list[Case]):
+    if importlib.util.find_spec("megatron.training") is None:
+        pytest.skip("this megatron-core comes without Megatron-LM's training package (0.19 has it)")
+    run_ranks(read_as_megatron_lm, 1, cases[0])
+
+
+def read_as_megatron_lm(case: Case) -> None:
+    from aropd_mcore.mcore import runtime
+
+    runtime.start()
+    from megatron.training import checkpointing, global_vars  # after the CPU mode
+
+    checks = {"vocab_file": None, "data_parallel_random_init": False}
+    places = {"non_persistent_global_ckpt_dir": None, "non_persistent_local_ckpt_dir": None}
+    sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 8}
+    args = Namespace(
+        ckpt_step=None,
+        ckpt_format="torch_dist",
+        use_dist_ckpt=True,
+        non_persistent_ckpt_type=None,
+        exit_on_missing_checkpoint=True,
+        add_position_embedding=False,
+        phase_transition_iterations=None,
+        **checks,
+        **places,
+        **sizes,
+    )
+    global_vars._GLOBAL_ARGS = args
+    state, name, is_release, _ = checkpointing._load_base_checkpoint(
+        str(case.megatron), args, rank0=True
+    )
+    assert (Path(name).name, is_release, state["iteration"]) == ("iter_0000000", False, 0)
+    checkpointing.set_checkpoint_version(state["checkpoint_version"])
+    checkpointing.check_checkpoint_args(state["args"])
+    args.num_layers = 5
+    with pytest.raises(AssertionError, match=r"num_layers value from checkpoint \(4\)"):
+        checkpointing.check_checkpoint_args(state["args"])
 
 
 def assert_same_folder(found: Path, expected: Path) -> None:
