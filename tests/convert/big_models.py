@@ -1,0 +1,63 @@
+"""HF folders of any size, written fast and without transformers: random bits, Llama's names."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.convert.hf_io import SafetensorsWriter, TensorInfo
+
+
+def write_llama(
+    folder: Path,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    vocab_size: int = 1000,
+    sparse: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+) -> int:
+    """Write a bf16 model with 8 heads; its size in bytes.
+
+    Args:
+        sparse: the files have their lengths and headers, and nothing on the disk besides.
+    """
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 8,
+        "num_hidden_layers": num_hidden_layers,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": vocab_size,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = read_architecture(config).hf_shapes
+    infos = {name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()}
+    writer = SafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes)
+    if sparse:
+        for path in folder.glob("*.safetensors"):
+            _lengthen(path)
+    else:
+        largest = max(info.num_bytes for info in infos.values()) // 2
+        bits = torch.randint(-(2**15), 2**15, (largest + 1000,), dtype=torch.int16)
+        with writer:
+            for number, (name, info) in enumerate(infos.items()):
+                own = bits[number % 1000 :][: info.num_bytes // 2]  # others start elsewhere
+                writer.write(name, own.view(torch.bfloat16).view(info.shape))
+    return sum(info.num_bytes for info in infos.values())
+
+
+def _lengthen(path: Path) -> None:
+    """Give a file that is only a header the length that the header speaks of."""
+    content = path.read_bytes()
+    header = json.loads(content[8:])
+    end = max(entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry)
+    with path.open("r+b") as file:
+        file.truncate(len(content) + end)
