@@ -5,6 +5,7 @@ It is read here by mapping one tensor at a time: the safetensors library maps wh
 pages then count as this process's memory until the last tensor is read.
 """
 
+import io
 import json
 import math
 import operator
@@ -186,7 +187,9 @@ class _Safetensors:
             self._read_header()
         except CheckpointError:
             raise
-        except (OSError, *_MALFORMED) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        except _MALFORMED as error:
             raise self._broken(repr(error)) from error
 
     def _read_header(self) -> None:
@@ -221,6 +224,14 @@ class _Safetensors:
 
     def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
         info = self.infos[name]
+        if len(part) < 2 and info.num_bytes:  # whole rows lie together
+            rows, row_bytes = info.shape[0], info.num_bytes // info.shape[0]
+            start, end, _ = (part or (slice(None),))[0].indices(rows)
+            out = torch.empty(max(end - start, 0), *info.shape[1:], dtype=info.dtype)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._starts[name] + start * row_bytes)
+                read_into(file, out)
+            return out
         if info.num_bytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)[part].clone()
         # The copy leaves the mapping behind, so no more than one tensor's pages are ever held.
@@ -325,6 +336,16 @@ def write_safetensors(
     with SafetensorsWriter(folder, tensors, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in stream:
             writer.write(name, tensor)
+
+
+def read_into(file: io.FileIO, tensor: Tensor) -> None:
+    """Fill a contiguous tensor from where the file stands."""
+    buffer = tensor.view(-1).view(torch.uint8).numpy().data
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise EOFError(f"{file.name} ends within a tensor")
+        buffer = buffer[count:]
 
 
 def _write_at(path: Path, data: memoryview, start: int) -> None:

@@ -1,0 +1,547 @@
+"""Bad input: one line that names the file and the tensor or key, exit status 2, nothing written."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from aropd_mcore.cli import main
+from aropd_mcore.convert import folders
+from aropd_mcore.convert.hf_io import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
+from tests.convert.big_models import write_llama
+from tests.convert.conftest import everything_in
+from tests.tiny_models import save_tiny_model
+
+Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+NORM = "model.norm.weight"
+NORM_KEY = "decoder.final_layernorm.weight"
+Break = Callable[[Path], Any]
+
+
+def edit_header(**entries: dict[str, Any]) -> Break:
+    """Change what the header says of tensors, or with None leave one out; the data stay."""
+
+    def change(folder: Path) -> None:
+        content = (folder / SINGLE).read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        for name, entry in entries.items():
+            header[name.replace("__", ".")].update(entry)
+        write_header(json.dumps(header).encode(), content[start:])(folder)
+
+    return change
+
+
+def write_header(header: bytes, data: bytes = b"") -> Break:
+    content = len(header).to_bytes(8, "little") + header + data
+    return lambda folder: (folder / SINGLE).write_bytes(content)
+
+
+def cut(name: str, size: int) -> Break:
+    """Keep `size` bytes of a file, or all but the last -size."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:size])
+
+    return change
+
+
+def edit_index(**weight_map: str) -> Break:
+    def change(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"].update({k.replace("__", "."): v for k, v in weight_map.items()})
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return change
+
+
+def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Break:
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / SINGLE)
+        change(tensors)
+        save_file(tensors, folder / SINGLE)
+
+    return rewrite
+
+
+def edit_config(**values: Any) -> Break:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+class Evil:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+NOT_WHOLE = "model.safetensors: not a whole safetensors file: "
+
+
+@pytest.mark.parametrize(
+    ("damage", "because"),
+    [
+        (cut(SINGLE, -10), NOT_WHOLE + "it has "),
+        (cut(SINGLE, 0), NOT_WHOLE + "a header of 0 bytes in a file of 0"),
+        (cut(SINGLE, 5), "bytes in a file of 5"),
+        (cut(SINGLE, 100), "bytes in a file of 100"),
+        (
+            lambda folder: (folder / SINGLE).write_bytes(b"\xff" * 100),
+            NOT_WHOLE + f"a header of {2**64 - 1} bytes in a file of 100",
+        ),
+        (write_header(b"{not json"), NOT_WHOLE + "JSONDecodeError"),
+        (write_header(b"\xff" * 20), NOT_WHOLE + "UnicodeDecodeError"),
+        (write_header(b"[]"), NOT_WHOLE + "TypeError"),
+        (write_header(b'{"a": 1}'), NOT_WHOLE + "TypeError"),
+        (write_header(b'{"a": {}}'), NOT_WHOLE + "KeyError"),
+        (write_header(b"[" * 200_000), NOT_WHOLE + "RecursionError"),
+        (edit_header(model__norm__weight={"shape": [63]}), "model.norm.weight has 128 bytes for"),
+        (edit_header(model__norm__weight={"shape": [64.0]}), NOT_WHOLE + "TypeError"),
+        (edit_header(model__norm__weight={"dtype": "F32"}), "model.norm.weight has 128 bytes for"),
+        (edit_header(model__norm__weight={"data_offsets": [0, 128]}), " starts at byte "),
+        (
+            lambda folder: (folder / SINGLE).open("ab").write(bytes(8)),
+            "bytes, and its header speaks of",
+        ),
+    ],
+)
+def test_a_damaged_safetensors_file(damage: Break, because: str, hf, tmp_path, refused):
+    damage(hf)
+    refused("import", hf, tmp_path / "out", because=because)
+    refused("inspect", hf, because=because)
+
+
+def test_tensors_that_lie_with_a_gap_between_them(hf, tmp_path, refused):
+    """The data of one more tensor, that no name is left for, in the middle of the file."""
+    content = (hf / SINGLE).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    del header[K]
+    write_header(json.dumps(header).encode(), content[start:])(hf)
+    refused("import", hf, tmp_path / "out", because=" starts at byte ")
+
+
+@pytest.mark.parametrize(
+    ("damage", "because"),
+    [
+        (
+            lambda folder: next(folder.glob("*-of-*.safetensors")).unlink(),
+            ".safetensors: missing; model.safetensors.index.json names it",
+        ),
+        (edit_index(x="model-00001-of-{}.safetensors"), ".safetensors holds x; it does not"),
+        (edit_index(model__norm__weight="../x.safetensors"), "'../x.safetensors', outside the"),
+        (edit_index(model__norm__weight="/x.safetensors"), "'/x.safetensors', outside the"),
+        (cut(INDEX, 100), "index.json: not an index of weights: JSONDecodeError"),
+        (lambda folder: (folder / INDEX).write_text("{}"), "not an index of weights: KeyError"),
+        (lambda folder: (folder / INDEX).write_text("[]"), "not an index of weights: TypeError"),
+    ],
+)
+def test_shards_that_are_not_what_their_index_says(damage, because, shards, tmp_path, refused):
+    first = next(iter(json.loads((shards / INDEX).read_text())["weight_map"].values()))
+    save_file({"x": torch.ones(1), NORM: torch.ones(64).bfloat16()}, tmp_path / "x.safetensors")
+    damage(shards)
+    (shards / INDEX).write_text(
+        (shards / INDEX).read_text().replace("model-00001-of-{}.safetensors", first)
+    )
+    refused("import", shards, tmp_path / "out", because=because)
+
+
+def test_folders_of_another_kind(hf, mcore, tmp_path, refused):
+    refused("export", hf, tmp_path / "out", because="hf: an HF folder; export reads Megatron")
+    refused("import", mcore, tmp_path / "out", because="mcore: a Megatron checkpoint; import reads")
+    (hf / SINGLE).unlink()
+    because = "hf: holds no weights: neither model.safetensors nor model.safetensors.index.json"
+    refused("import", hf, tmp_path / "out", because=because)
+    (tmp_path / "empty").mkdir()
+    refused("import", tmp_path / "empty", tmp_path / "out", because="empty: no checkpoint: neither")
+
+
+@pytest.mark.parametrize(
+    ("damage", "because"),
+    [
+        (edit_config(architectures=["MambaForCausalLM"]), "'MambaForCausalLM' is not known here"),
+        (edit_config(quantization_config={"quant_method": "fp8"}), "are quantized (fp8)"),
+        (edit_config(quantization_config={"quant_method": "awq"}), "are quantized (awq)"),
+        (edit_config(quantization_config={"quant_method": "gptq"}), "are quantized (gptq)"),
+        (edit_config(hidden_size=128), "config.json says ["),
+        (edit_tensors(lambda t: t.update(x=torch.ones(1))), "model.safetensors: unexpected tens"),
+        (
+            edit_tensors(lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.ones(1)})),
+            "unexpected tensor model.layers.9.mlp.up_proj.weight",
+        ),
+        (edit_tensors(lambda t: t.pop(K)), f"hf: {K} is missing; Qwen2ForCausalLM of config.json"),
+        (
+            edit_tensors(lambda t: t.update({Q: t[Q][:-1].clone()})),
+            f"{Q} has shape [63, 64]; config.json says [64, 64]",
+        ),
+        (
+            edit_tensors(lambda t: t.update({Q.replace(".weight", ".qweight"): t[K].clone()})),
+            "self_attn.q_proj.qweight belongs to a quantized checkpoint",
+        ),
+        (
+            edit_tensors(lambda t: t.update({Q + "_scale_inv": torch.ones(1, 1)})),
+            "self_attn.q_proj.weight_scale_inv belongs to a quantized checkpoint",
+        ),
+        (
+            edit_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})),
+            f"{Q} has dtype F8_E4M3; expected one of F32, BF16, F16 (quantized checkpoints",
+        ),
+        (
+            edit_tensors(lambda t: t.update({Q: t[Q].to(torch.int32)})),
+            f"{Q} has dtype I32; expected one of F32, BF16, F16",
+        ),
+        (
+            edit_tensors(lambda t: t.update({K: t[K].float()})),
+            f"hf: {Q} is torch.bfloat16 and {K} is torch.float32; Megatron keeps both in one",
+        ),
+        (
+            edit_tensors(lambda t: t.update({NORM: t[NORM], **in_fp32(t, "1.mlp.down_proj")})),
+            "model.layers.0.mlp.down_proj.weight is torch.bfloat16 and "
+            "model.layers.1.mlp.down_proj.weight is torch.float32; Megatron keeps both in one",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_the_model_of_its_config(damage, because, hf, tmp_path, refused):
+    damage(hf)
+    refused("import", hf, tmp_path / "out", because=because)
+
+
+def in_fp32(tensors: dict[str, Tensor], word: str) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in tensors.items() if word in name}
+
+
+def test_dtypes_that_can_be_kept_are_kept_bit_for_bit(hf, tmp_path, convert):
+    edit_tensors(lambda tensors: tensors.update(in_fp32(tensors, "norm")))(hf)
+    convert("import", hf, tmp_path / "mcore")
+    convert("export", tmp_path / "mcore", tmp_path / "back")
+    convert("verify", hf, tmp_path / "mcore")
+    before, after = load_file(hf / SINGLE), load_file(tmp_path / "back" / SINGLE)
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32, torch.bfloat16}
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)
+
+
+def test_code_that_a_folder_brings_along_is_never_run(hf, tmp_path, refused, convert):
+    """The marker would be in tmp_path, where nothing may change."""
+    (hf / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
+    auto_map = {"AutoModelForCausalLM": "own.Own", "AutoConfig": "own.Own"}
+    edit_config(auto_map=auto_map)(hf)
+    convert("import", hf, tmp_path / "known")  # its architecture is ours: the map is not needed
+    assert not (tmp_path / "marker").exists() and not (tmp_path / "known/hf/own.py").exists()
+    edit_config(architectures=["Own"])(hf)
+    because = "'Own' is not known here (auto_map names code of its own, which is never run)"
+    for arguments in (("import", hf, tmp_path / "out"), ("inspect", hf), ("verify", hf, hf)):
+        refused(*arguments, because=because)
+
+
+def as_pickles(folder: Path, *, indexed: bool = False) -> dict[str, Tensor]:
+    """Turn the weights into what torch.save writes; in two files if indexed."""
+    tensors = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    names = list(tensors)
+    files = {PICKLE_SINGLE: names}
+    if indexed:
+        files = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+        weight_map = {name: file for file, held in files.items() for name in held}
+        (folder / PICKLE_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for file, held in files.items():
+        torch.save({name: tensors[name] for name in held}, folder / file)
+    return tensors
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_pickles_are_read_on_request_alone(indexed, hf, tmp_path, refused, convert):
+    tensors = as_pickles(hf, indexed=indexed)
+    refused("import", hf, tmp_path / "mcore", because=".bin: a pickle, which can run code when")
+    convert("import", hf, tmp_path / "mcore", "--allow-pickle")
+    convert("verify", hf, tmp_path / "mcore", "--allow-pickle")
+    convert("export", tmp_path / "mcore", tmp_path / "back")
+    back = load_file(tmp_path / "back" / SINGLE)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "because"),
+    [
+        ([1, 2], "pytorch_model.bin: holds list; expected tensors by their names"),
+        ({NORM: [1.0]}, f"{NORM} is list; expected a tensor of F32, BF16, F16"),
+        ({NORM: torch.ones(64, dtype=torch.int8)}, f"{NORM} is torch.int8; expected a tensor"),
+        ({NORM: torch.ones(64)}, " more are missing; Qwen2ForCausalLM of config.json's"),
+    ],
+)
+def test_pickles_of_something_else(content, because, hf, tmp_path, refused):
+    as_pickles(hf)
+    torch.save(content, hf / PICKLE_SINGLE)
+    refused("import", hf, tmp_path / "out", "--allow-pickle", because=because)
+
+
+@pytest.mark.parametrize("size", [0, 100, -1000])
+def test_pickles_that_are_cut_short(size, hf, tmp_path, refused):
+    as_pickles(hf)
+    cut(PICKLE_SINGLE, size)(hf)
+    because = "pytorch_model.bin: cannot be read as weights: "
+    refused("import", hf, tmp_path / "out", "--allow-pickle", because=because)
+
+
+@pytest.mark.parametrize("in_zip", [True, False])
+def test_pickles_that_would_run_code(in_zip, hf, tmp_path, refused):
+    as_pickles(hf)
+    content = {NORM: Evil(tmp_path / "marker")}
+    torch.save(content, hf / PICKLE_SINGLE, _use_new_zipfile_serialization=in_zip)
+    because = "pytorch_model.bin: cannot be read as weights: "
+    because += f"it asks for {os.mkdir.__module__}.mkdir, which is not run" if in_zip else "mmap"
+    refused("import", hf, tmp_path / "out", "--allow-pickle", because=because)
+    torch.load(hf / PICKLE_SINGLE, weights_only=False)
+    assert (tmp_path / "marker").exists()  # a loader that trusts it does run it
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "because"),
+    [
+        (
+            "qwen2",
+            ("--tensor", 3),
+            "tensor-parallel size 3 does not divide the model's 4 key/value",
+        ),
+        ("qwen2", ("--tensor", 8), "4 key/value heads; sizes that work: 1, 2, 4"),
+        ("qwen2", ("--pipeline", 3), "pipeline-parallel size 3 does not divide the model's 4"),
+        ("qwen2", ("--pipeline", 2, "--virtual-pipeline", 3), "3 chunks on each stage does not"),
+        ("qwen2", ("--expert", 2), "expert-parallel size 2 does not divide a dense model; sizes"),
+        (
+            "mixtral",
+            ("--expert", 3),
+            "does not divide the model's 4 experts; sizes that work: 1, 2",
+        ),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model(family, options, because, tmp_path, refused):
+    save_tiny_model(family, tmp_path / "hf")
+    refused("import", tmp_path / "hf", tmp_path / "out", *options, because=because)
+
+
+def test_a_disk_that_is_too_small(tmp_path, refused):
+    """A model of twice what is free, whose files have that length and lie on no disk."""
+    free = shutil.disk_usage(tmp_path).free
+    sizes = {"hidden_size": 2**13, "intermediate_size": 2**20, "sparse": True}
+    layers = 1 + 2 * free // (3 * 2**34)
+    total = write_llama(tmp_path / "hf", num_hidden_layers=layers, max_shard_bytes=2**40, **sizes)
+    assert total > 2 * free
+    because = f"out: needs {(total + 2**26) / 1e9:.2f} GB, and {tmp_path} has "
+    refused("import", tmp_path / "hf", tmp_path / "out", because=because)
+
+
+def test_a_disk_that_is_too_small_for_an_export(mcore, tmp_path, refused, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**26)  # what is kept free in any case
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage)
+    refused("export", mcore, tmp_path / "out", because="out: needs 0.07 GB, and ")
+
+
+def without_rights(*arguments: Any) -> tuple[int, str]:
+    """Run `aropd convert` in a process that is not root; its exit status and stderr."""
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = os.fork()
+        if process == 0:
+            status = 99
+            try:
+                if os.getuid() == 0:
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+                sys.stderr = stderr
+                status = main(["convert", *map(str, arguments)])
+                stderr.flush()
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        stderr.seek(0)
+        return status, stderr.read()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("locked", "because"),
+    [
+        (".", "out: cannot be made: Permission denied"),
+        ("hf/model.safetensors", "hf/model.safetensors: cannot be read: Permission denied"),
+    ],
+)
+def test_files_and_folders_without_permission(locked: str, because: str, originals: Path):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are for its user alone
+        folder = Path(name)
+        shutil.copytree(originals / "hf", folder / "hf")
+        for path in (folder, folder / "hf", *(folder / "hf").iterdir()):
+            path.chmod(0o755)
+        (folder / locked).chmod(0o555 if locked == "." else 0)
+        before = everything_in(folder)
+        result = without_rights("import", folder / "hf", folder / "out")
+        assert result == (2, f"aropd: error: {folder}/{because}\n")
+        assert everything_in(folder) == before
+        folder.chmod(0o755)
+
+
+def test_a_target_below_a_file(hf, tmp_path, refused):
+    (tmp_path / "file").touch()
+    because = "file/out: cannot be made: Not a directory"
+    refused("import", hf, tmp_path / "file" / "out", because=because)
+
+
+def test_an_existing_target_is_replaced_on_request_alone(hf, mcore, tmp_path, refused, convert):
+    target = tmp_path / "back"
+    convert("export", mcore, target, "--max-shard-size", "100KB")
+    refused("export", mcore, target, because="back: exists already; name another folder, or")
+    assert (target / INDEX).exists()
+    convert("export", mcore, target, "--overwrite")
+    assert not (target / INDEX).exists()
+    edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM] + 1}))(hf)
+    convert("import", hf, mcore, "--overwrite")
+    assert main(["convert", "verify", str(target), str(mcore)]) == 1
+    convert("verify", hf, mcore)
+    (tmp_path / "empty").mkdir()
+    convert("import", hf, tmp_path / "empty", "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "mcore", "back", "empty"}
+
+
+@pytest.mark.parametrize(
+    "files", [("notes.txt",), ("config.json", "main.py"), ("config.yaml", "hf/config.json")]
+)
+def test_only_checkpoints_are_replaced(files, hf, tmp_path, refused):
+    """Not a folder of notes, nor a project with a config.json, nor a whole training run."""
+    for file in files:
+        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / file).touch()
+    because = "out: is no checkpoint, so --overwrite does not replace it"
+    refused("import", hf, tmp_path / "out", "--overwrite", because=because)
+    file = tmp_path / "out" / files[0]
+    refused("import", hf, file, "--overwrite", because="is no checkpoint")
+
+
+@pytest.mark.parametrize("place", [".", "..", "../link", "../HF/../hf"])
+def test_what_is_read_is_not_replaced(place, hf, mcore, tmp_path, refused):
+    (tmp_path / "link").symlink_to(hf)
+    (tmp_path / "HF").mkdir()
+    refused("import", hf, hf / place, "--overwrite", because=f": holds what is read, {hf};")
+    refused("export", mcore, mcore / "hf", "--overwrite", because=": holds what is read, ")
+
+
+def edit_metadata(change: Callable[[Any], Any]) -> Break:
+    def rewrite(mcore: Path) -> None:
+        path = mcore / "iter_0000000" / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        change(metadata)
+        path.write_bytes(pickle.dumps(metadata))
+
+    return rewrite
+
+
+def of_norm(metadata: Any) -> Any:
+    return metadata.state_dict_metadata[NORM_KEY]
+
+
+def drop_chunk(metadata: Any) -> None:
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+
+
+def drop_place(metadata: Any) -> None:
+    del metadata.storage_data[MetadataIndex(NORM_KEY, torch.Size([0]))]
+
+
+DISTCP, METADATA = "iter_0000000/__0_0.distcp", "iter_0000000/.metadata"
+
+
+@pytest.mark.parametrize(
+    ("damage", "because"),
+    [
+        (cut(DISTCP, -10), "__0_0.distcp: has "),
+        (lambda mcore: (mcore / DISTCP).unlink(), "__0_0.distcp: is missing; .metadata speaks of"),
+        (
+            lambda mcore: (mcore / DISTCP).write_bytes(bytes((mcore / DISTCP).stat().st_size)),
+            "__0_0.distcp: embedding.word_embeddings.weight cannot be read: ",
+        ),
+        (cut(METADATA, -1), ".metadata: not the metadata of a checkpoint: "),
+        (cut(METADATA, 1000), ".metadata: not the metadata of a checkpoint: "),
+        (cut(METADATA, 0), ".metadata: not the metadata of a checkpoint: "),
+        (
+            lambda mcore: (mcore / METADATA).write_bytes(pickle.dumps([1])),
+            ".metadata: holds list, and not metadata",
+        ),
+        (
+            edit_metadata(lambda m: m.state_dict_metadata.pop(NORM_KEY)),
+            f"iter_0000000: {NORM_KEY} is missing; Qwen2ForCausalLM needs it",
+        ),
+        (
+            edit_metadata(lambda m: m.state_dict_metadata.update({"decoder.own": of_norm(m)})),
+            "iter_0000000: unexpected tensor decoder.own; Qwen2ForCausalLM has none of that name",
+        ),
+        (
+            edit_metadata(lambda m: setattr(of_norm(m), "size", torch.Size([63]))),
+            f"{NORM_KEY} has shape [63]; ",
+        ),
+        (edit_metadata(drop_chunk), "linear_fc2.weight is not whole: 1536 of 6144 elements at"),
+        (edit_metadata(drop_place), f".metadata: has no place for {NORM_KEY}"),
+        (edit_metadata(lambda m: setattr(m, "storage_data", None)), ".metadata: has no place for"),
+        (
+            lambda mcore: (mcore / "latest_checkpointed_iteration.txt").write_text("7"),
+            "latest_checkpointed_iteration.txt: says 7, and ",
+        ),
+        (
+            lambda mcore: shutil.rmtree(mcore / "hf"),
+            "hf/config.json is missing; name an HF folder of the same model, for its config",
+        ),
+    ],
+)
+def test_a_damaged_megatron_checkpoint(damage, because, mcore, tmp_path, refused):
+    damage(mcore)
+    refused("export", mcore, tmp_path / "out", because=because)
+
+
+def test_metadata_that_are_cut_anywhere(mcore, tmp_path, refused):
+    whole = (mcore / METADATA).read_bytes()
+    for size in range(0, len(whole), 499):
+        (mcore / METADATA).write_bytes(whole[:size])
+        refused("inspect", mcore, because=".metadata: not the metadata of a checkpoint: ")
+
+
+def test_metadata_that_would_run_code(mcore, tmp_path, refused):
+    (mcore / METADATA).write_bytes(pickle.dumps({"state": Evil(tmp_path / "marker")}))
+    because = f"metadata of a checkpoint: {os.mkdir.__module__}.mkdir does not belong there"
+    for arguments in (("export", mcore, tmp_path / "out"), ("inspect", mcore)):
+        refused(*arguments, because=because)
+    pickle.loads((mcore / METADATA).read_bytes())
+    assert (tmp_path / "marker").exists()
+
+
+def test_a_chunk_that_would_run_code(mcore, tmp_path, refused):
+    """Where the final norm's data are said to be stands a pickle of something else."""
+    path = mcore / DISTCP
+    start = path.stat().st_size
+    with path.open("ab") as file:
+        torch.save(Evil(tmp_path / "marker"), file)
+
+    def point_there(metadata: Any) -> None:
+        place = metadata.storage_data[MetadataIndex(NORM_KEY, torch.Size([0]))]
+        place.offset, place.length = start, path.stat().st_size - start
+
+    edit_metadata(point_there)(mcore)
+    because = f"{NORM_KEY} cannot be read: it asks for {os.mkdir.__module__}.mkdir, which is not"
+    refused("export", mcore, tmp_path / "out", because=because)
