@@ -132,20 +132,22 @@ class TorchDistReader:
             CheckpointError: no such checkpoint, another format, or a file that is missing or short.
         """
         self.folder = folder
-        found = _read_metadata(folder / METADATA)
         self.tensors: dict[str, TensorInfo] = {}
         """Global tensors by their keys."""
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self.objects: set[str] = set()
         """Keys of what is not a tensor."""
-        for key, entry in found.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self.tensors[key] = TensorInfo(entry.properties.dtype, tuple(entry.size))
-                self._chunks[key] = entry.chunks
-            else:
-                self.objects.add(key)
-        self._places: dict[MetadataIndex, Any] = found.storage_data or {}
-        self._check_files()
+        self._places: dict[MetadataIndex, Any] = {}
+        try:
+            self._read_metadata()
+            self._check_files()
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        except Exception as error:  # a cut or foreign pickle raises anything, or holds it
+            reason = f"not the metadata of a checkpoint: {say_briefly(error)}"
+            raise CheckpointError(f"{folder / METADATA}: {reason}") from error
         self._by_lead: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
         self._box, self._chunk = _Buffer(), _Buffer()
 
@@ -240,6 +242,22 @@ class TorchDistReader:
         except Exception as error:  # broken bytes make zipfile, pickle and torch raise anything
             reason = say_briefly(error)
             raise CheckpointError(f"{path}: {index.fqn} cannot be read: {reason}") from error
+
+    def _read_metadata(self) -> None:
+        found = _MetadataUnpickler(io.BytesIO((self.folder / METADATA).read_bytes())).load()
+        if not isinstance(found, Metadata):
+            raise ValueError(f"it holds {type(found).__name__}")
+        self._places = found.storage_data or {}
+        for key, entry in found.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                self.objects.add(key)
+                continue
+            for chunk in entry.chunks:
+                spans = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+                if not all(0 <= offset <= offset + size <= whole for offset, size, whole in spans):
+                    raise ValueError(f"{key} has a chunk outside of it")
+            self.tensors[key] = TensorInfo(entry.properties.dtype, tuple(entry.size))
+            self._chunks[key] = entry.chunks
 
     def _check_files(self) -> None:
         """Every file is as long as the metadata say."""
@@ -348,19 +366,6 @@ def _without_crc32() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # a cut or foreign pickle raises anything
-        reason = say_briefly(error)
-        raise CheckpointError(f"{path}: not the metadata of a checkpoint: {reason}") from error
-    if not isinstance(found, Metadata):
-        raise CheckpointError(f"{path}: holds {type(found).__name__}, and not metadata")
-    return found
 
 
 _METADATA_CLASSES = {

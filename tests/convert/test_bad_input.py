@@ -483,7 +483,7 @@ DISTCP, METADATA = "iter_0000000/__0_0.distcp", "iter_0000000/.metadata"
         (cut(METADATA, 0), ".metadata: not the metadata of a checkpoint: "),
         (
             lambda mcore: (mcore / METADATA).write_bytes(pickle.dumps([1])),
-            ".metadata: holds list, and not metadata",
+            ".metadata: not the metadata of a checkpoint: it holds list",
         ),
         (
             edit_metadata(lambda m: m.state_dict_metadata.pop(NORM_KEY)),
@@ -494,8 +494,8 @@ DISTCP, METADATA = "iter_0000000/__0_0.distcp", "iter_0000000/.metadata"
             "iter_0000000: unexpected tensor decoder.own; Qwen2ForCausalLM has none of that name",
         ),
         (
-            edit_metadata(lambda m: setattr(of_norm(m), "size", torch.Size([63]))),
-            f"{NORM_KEY} has shape [63]; ",
+            edit_metadata(lambda m: setattr(of_norm(m), "size", torch.Size([65]))),
+            f"{NORM_KEY} has shape [65]; ",
         ),
         (edit_metadata(drop_chunk), "linear_fc2.weight is not whole: 1536 of 6144 elements at"),
         (edit_metadata(drop_place), f".metadata: has no place for {NORM_KEY}"),

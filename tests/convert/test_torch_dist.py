@@ -1,0 +1,214 @@
+"""torch_dist files against torch.distributed.checkpoint, which Megatron's loading is made of."""
+
+import math
+import pickle
+import random
+from itertools import pairwise, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.hf_io import TensorInfo
+from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def info_of(tensor: Tensor) -> TensorInfo:
+    return TensorInfo(tensor.dtype, tuple(tensor.shape))
+
+
+def boxes_of(cuts: list[list[int]]):
+    """(offset, slices) of every chunk of a grid, given by its cuts on each axis."""
+    for spans in product(*(pairwise(cut) for cut in cuts)):
+        yield tuple(start for start, _ in spans), tuple(slice(*span) for span in spans)
+
+
+def read_whole(reader: TorchDistReader, key: str) -> Tensor:
+    shape = reader.tensors[key].shape
+    return reader.read(key, (), (0,) * len(shape), shape).clone()
+
+
+@st.composite
+def tensors_chunks_and_boxes(draw):
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    cuts = [sorted({0, size, *draw(st.sets(st.integers(0, size)))}) for size in shape]
+    lead = draw(st.integers(0, len(shape) - 1))
+    boxes = []
+    for _ in range(3):
+        spans = [draw(st.integers(0, size - 1)) for size in shape]
+        ends = [
+            start + 1 if axis < lead else draw(st.integers(start, size))
+            for axis, (start, size) in enumerate(zip(spans, shape, strict=True))
+        ]
+        boxes.append((spans, ends))
+    return draw(st.sampled_from(DTYPES)), shape, cuts, lead, boxes
+
+
+@settings(max_examples=60, deadline=None)
+@given(tensors_chunks_and_boxes())
+def test_any_box_is_read_from_chunks_in_any_cut(drawn):
+    dtype, shape, cuts, lead, boxes = drawn
+    tensor = torch.arange(math.prod(shape), dtype=dtype).view(shape)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        with TorchDistWriter(folder, max_file_bytes=1000) as writer:
+            for offset, part in boxes_of(cuts):
+                writer.add("t", info_of(tensor), offset, tensor[part].clone())
+            writer.finish({})
+        reader = TorchDistReader(folder)
+        for start, end in boxes:
+            sizes = tuple(e - s for s, e in zip(start, end, strict=True))
+            found = reader.read("t", tuple(start[:lead]), tuple(start[lead:]), sizes[lead:])
+            box = tuple(slice(s, e) for s, e in zip(start, end, strict=True))
+            assert found.dtype == dtype and torch.equal(found, tensor[box].view(sizes[lead:]))
+
+
+STATE = {
+    "layers": torch.randn(3, 4, 6),
+    "bf16": torch.randn(5, 7).bfloat16(),
+    "vector": torch.randn(9).half(),
+    "scalar": torch.tensor(1.5),
+}
+
+
+@pytest.fixture(params=[(10**9, 1), (300, 4)], ids=["one file", "several files"])
+def written(request, tmp_path: Path) -> Path:
+    """STATE, an object and a common state; tensors cut in two along their last axis."""
+    max_file_bytes, num_files = request.param
+    with TorchDistWriter(tmp_path, max_file_bytes=max_file_bytes) as writer:
+        for key, tensor in STATE.items():
+            cuts = [[0, size] for size in tensor.shape]
+            if cuts:
+                cuts[-1].insert(1, 2)
+            for offset, part in boxes_of(cuts):
+                writer.add(key, info_of(tensor), offset, tensor[part].clone())
+        writer.add_object("module._extra_state/shard_0_1", {"state": [1, "two"]})
+        writer.finish({"iteration": 3, "dtype": torch.bfloat16})
+    assert len(list(tmp_path.glob("*.distcp"))) >= num_files
+    return tmp_path
+
+
+def test_torch_loads_what_is_written(written: Path):
+    state: dict[str, Any] = {key: torch.empty_like(tensor) for key, tensor in STATE.items()}
+    state["module._extra_state/shard_0_1"] = None
+    dcp.load(state, storage_reader=dcp.FileSystemReader(written), no_dist=True)
+    assert state.pop("module._extra_state/shard_0_1") == [{"state": [1, "two"]}]
+    for key, tensor in STATE.items():
+        assert torch.equal(state[key], tensor)
+    common = {"iteration": 3, "dtype": torch.bfloat16}
+    assert torch.load(written / "common.pt", weights_only=True) == common
+    assert TorchDistReader(written).read_common() == common
+
+
+def test_chunks_of_a_layer_come_without_its_axis(tmp_path: Path):
+    layers = torch.randn(3, 4, 6)
+    with TorchDistWriter(tmp_path) as writer:
+        for layer in range(3):
+            writer.add("layers", info_of(layers), (layer, 0, 0), layers[layer].clone())
+        writer.finish({})
+    state = {"layers": torch.empty_like(layers)}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
+    assert torch.equal(state["layers"], layers)
+
+
+def test_what_torch_saved_is_read(tmp_path: Path):
+    """Parameters, transposed and expanded tensors, and parts of a larger one."""
+    base = torch.randn(6, 8)
+    state = STATE | {
+        "transposed": base.T,
+        "part": base[1:3, 2:5],
+        "row": base[2],
+        "expanded": torch.randn(1, 5).expand(3, 5),
+        "parameter": nn.Parameter(torch.randn(3, 3)),
+        "empty": torch.empty(0, 3),
+    }
+    dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    reader = TorchDistReader(tmp_path)
+    assert reader.tensors == {key: info_of(tensor) for key, tensor in state.items()}
+    for key, tensor in state.items():
+        assert torch.equal(read_whole(reader, key), tensor)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        torch.arange(12.0).view(4, 3).T,
+        torch.arange(24.0).view(6, 4)[2:5],
+        torch.arange(4.0).expand(3, 4),
+        nn.Parameter(torch.arange(12.0).view(3, 4)),
+    ],
+    ids=["transposed", "with the storage around it", "expanded", "parameter"],
+)
+def test_chunks_that_are_not_one_plain_block(chunk: Tensor, tmp_path: Path):
+    """As a program might write that hands its own tensors to torch.save."""
+    with TorchDistWriter(tmp_path) as writer:
+        writer.add("t", info_of(chunk), (0, 0), torch.zeros(chunk.shape))
+        writer._append(MetadataIndex("t", torch.Size([0, 0])), chunk)  # in place of the zeros
+        writer.finish({})
+    assert torch.equal(read_whole(TorchDistReader(tmp_path), "t"), chunk)
+
+
+def edit_metadata(folder: Path, change) -> None:
+    metadata = pickle.loads((folder / METADATA).read_bytes())
+    change(metadata)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def write_one(folder: Path, tensor: Tensor) -> None:
+    with TorchDistWriter(folder) as writer:
+        writer.add("t", info_of(tensor), (0,) * tensor.dim(), tensor)
+        writer.finish({})
+
+
+def test_a_chunk_of_another_dtype_than_its_metadata_is_converted_as_torch_does(tmp_path: Path):
+    write_one(tmp_path, torch.randn(4, 4))
+    before = read_whole(TorchDistReader(tmp_path), "t")
+    edit_metadata(
+        tmp_path,
+        lambda m: setattr(m.state_dict_metadata["t"].properties, "dtype", torch.bfloat16),
+    )
+    assert torch.equal(read_whole(TorchDistReader(tmp_path), "t"), before.bfloat16())
+
+
+def test_a_chunk_of_another_size_than_its_metadata_is_refused(tmp_path: Path):
+    write_one(tmp_path, torch.randn(4, 4))
+
+    def shrink(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata["t"]
+        entry.size = torch.Size([4, 3])
+        entry.chunks[0] = ChunkStorageMetadata(torch.Size([0, 0]), entry.size)
+
+    edit_metadata(tmp_path, shrink)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: t cannot be read: shape"):
+        read_whole(TorchDistReader(tmp_path), "t")
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", METADATA])
+def test_any_broken_byte_is_a_checkpoint_error_or_a_number(name: str, tmp_path: Path):
+    write_one(tmp_path, torch.randn(2, 3))
+    whole = (tmp_path / name).read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for place in range(0, len(whole), 2):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << generator.randrange(8)
+        (tmp_path / name).write_bytes(broken)
+        try:
+            reader = TorchDistReader(tmp_path)
+            reader.read_common()
+            if "t" in reader.tensors:
+                read_whole(reader, "t")
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
