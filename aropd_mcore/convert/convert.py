@@ -16,7 +16,7 @@ from aropd_mcore.convert.global_tensors import (
     place,
     stored_weights,
 )
-from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, SafetensorsWriter, TensorInfo
+from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, Buffer, SafetensorsWriter, TensorInfo
 from aropd_mcore.convert.progress import progress
 from aropd_mcore.convert.source import HF_FOLDER, TRACKER, HFSource, MegatronSource
 from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
@@ -58,11 +58,13 @@ def import_hf(
     ):
         iteration = folder / "iter_0000000"
         iteration.mkdir()
+        buffers = (Buffer(), Buffer(), Buffer())
         with TorchDistWriter(iteration) as writer:
             for weight in stored_weights(architecture):
                 where = place(weight, architecture)
                 info = infos[where.key]
-                for start, chunk in chunks(weight, source.files, architecture, tensor_parallel):
+                cut = chunks(weight, source.files, architecture, tensor_parallel, buffers)
+                for start, chunk in cut:
                     writer.add(where.key, info, where.lead + start, chunk)
                     advance(chunk.nbytes)
             for key in extra_state_keys(architecture):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, Weight
-from aropd_mcore.convert.hf_io import HFWeights
+from aropd_mcore.convert.hf_io import Buffer, HFWeights
 from aropd_mcore.convert.mapping import HEAD, Kind
-from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, shard_bounds
+from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, part_bounds
 
 ANY_LAYER = "decoder.layers.self_attention.linear_proj.weight"
 """A key that every checkpoint has whose layers are stacked; others number layers in the names."""
@@ -70,37 +70,43 @@ def place(weight: Weight, architecture: Architecture, *, stacked: bool = True) -
 
 
 def chunks(
-    weight: Weight, hf: HFWeights, architecture: Architecture, tensor_parallel: int
+    weight: Weight,
+    hf: HFWeights,
+    architecture: Architecture,
+    tensor_parallel: int,
+    buffers: tuple[Buffer, Buffer, Buffer],
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """A weight as tensor-parallel ranks hold it: chunks, and where each starts in the weight.
 
-    Only what one chunk needs is read at a time. Experts are not cut.
+    Every HF tensor is read once; those that lie apart, one at a time. Experts are not cut. A chunk
+    is good until the next is asked for.
+
+    Args:
+        buffers: to read into, for q, k and v.
     """
-    parts = tensor_parallel if weight.kind is not Kind.REPLICATED and weight.expert is None else 1
+    is_cut = weight.kind is not Kind.REPLICATED and weight.expert is None
+    num_ranks = tensor_parallel if is_cut else 1
     dim = weight.kind.split_dim or 0
-    num_kv_heads = architecture.num_kv_heads // parts
+    num_kv_heads = architecture.num_kv_heads // num_ranks
     together = [list(weight.hf)] if weight.kind is Kind.QKV else [[name] for name in weight.hf]
     first_row = 0
     for names in together:
-        for rank in range(parts):
-            read = [read_part(hf, weight, name, parts, rank) for name in names]
-            chunk = merge(weight.kind, read, num_kv_heads=num_kv_heads)
+        whole = [hf.read(name, buffer) for name, buffer in zip(names, buffers, strict=False)]
+        for rank in range(num_ranks):
+            cut = [_cut(weight.kind, tensor, num_ranks, rank) for tensor in whole]
+            chunk = merge(weight.kind, cut, num_kv_heads=num_kv_heads)
             start = [first_row] + [0] * (chunk.dim() - 1)
             start[dim] += rank * chunk.size(dim)
             yield tuple(start), chunk
-        first_row += sum(weight.hf[name][0] for name in names)
+        first_row += sum(tensor.size(0) for tensor in whole)
 
 
-def read_part(hf: HFWeights, weight: Weight, name: str, tp_size: int, tp_rank: int) -> Tensor:
-    """A tensor-parallel rank's part of an HF tensor; a vocabulary is padded with zero rows."""
-    dim = weight.kind.split_dim
-    if dim is None:
-        return hf.read(name)
-    size = weight.hf[name][dim]
-    padded = padded_vocab_size(size, tp_size) if weight.kind is Kind.VOCAB else size
-    start, end = shard_bounds(padded, tp_size, tp_rank)
-    part = hf.read_part(name, dim, min(start, size), min(end, size))
-    return pad_rows(part, end - start) if weight.kind is Kind.VOCAB else part
+def _cut(kind: Kind, tensor: Tensor, tp_size: int, tp_rank: int) -> Tensor:
+    if kind.split_dim is None:
+        return tensor
+    start, end, padded = part_bounds(kind, tensor.size(kind.split_dim), tp_size, tp_rank)
+    part = tensor.narrow(kind.split_dim, start, end - start)
+    return pad_rows(part, padded) if kind is Kind.VOCAB else part
 
 
 def extra_state_keys(architecture: Architecture) -> Iterable[str]:

@@ -40,7 +40,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, WRITE_BYTES, TensorInfo, say_briefly
+from aropd_mcore.convert.hf_io import (
+    MAX_SHARD_BYTES,
+    WRITE_BYTES,
+    Buffer,
+    TensorInfo,
+    read_into,
+    say_briefly,
+)
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -77,7 +84,7 @@ class TorchDistWriter:
 
         Args:
             info: of the whole tensor, the same for all its chunks.
-            chunk: contiguous, with memory of its own; its leading axes of size 1 may be left out.
+            chunk: may be a part of a larger tensor; leading axes of size 1 may be left out.
         """
         sizes = torch.Size((1,) * (len(offset) - chunk.dim()) + tuple(chunk.shape))
         entry = self._entries.setdefault(
@@ -86,7 +93,9 @@ class TorchDistWriter:
         )
         assert chunk.dtype == info.dtype, (key, chunk.dtype, info.dtype)
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), sizes))
-        self._append(MetadataIndex(key, torch.Size(offset)), chunk.view(sizes))
+        # torch.save writes the whole memory that a tensor is a part of; this has its own alone.
+        own = torch.from_numpy(chunk.contiguous().view(-1).view(torch.uint8).numpy())
+        self._append(MetadataIndex(key, torch.Size(offset)), own.view(chunk.dtype).view(sizes))
 
     def add_object(self, key: str, value: object) -> None:
         """Write one of Megatron's sharded objects."""
@@ -149,14 +158,13 @@ class TorchDistReader:
             reason = f"not the metadata of a checkpoint: {say_briefly(error)}"
             raise CheckpointError(f"{folder / METADATA}: {reason}") from error
         self._by_lead: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
-        self._box, self._chunk = _Buffer(), _Buffer()
+        self._box, self._chunk = Buffer(), Buffer()
 
     def read(self, key: str, lead: Index, start: Index, sizes: Index) -> Tensor:
         """A box of a global tensor: at `lead` on its leading axes, and from `start` on the others.
 
         Returns:
-            A tensor of `sizes`, in memory that the next call uses again: fresh pages would cost as
-            much as the reading.
+            A tensor of `sizes`, in memory that the next call uses again.
         Raises:
             CheckpointError: the chunks do not cover the box, or one cannot be read.
         """
@@ -215,12 +223,7 @@ class TorchDistReader:
                 into.copy_(_load(mapped, start).view(into.shape))
                 return
             file.seek(self._places[index].offset - start + data)
-            buffer = into.view(-1).view(torch.uint8).numpy().data
-            while buffer:
-                count = file.readinto(buffer)
-                if not count:
-                    raise EOFError("the file ends within it")
-                buffer = buffer[count:]
+            read_into(file, into)
 
     @contextmanager
     def _opened(self, index: MetadataIndex) -> Iterator[tuple[io.FileIO, mmap.mmap, int]]:
@@ -339,19 +342,6 @@ class _InPieces:
             self._file.write(view[start : start + WRITE_BYTES])
             for start in range(0, len(view), WRITE_BYTES)
         )
-
-
-class _Buffer:
-    """Memory that is used again and again, and grows to the largest tensor that is asked for."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-        num_bytes = math.prod(sizes) * dtype.itemsize
-        if num_bytes > len(self._bytes):
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._bytes[:num_bytes].view(dtype).view(tuple(sizes))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from aropd_mcore.convert.architecture import Architecture, Weight
 from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
 from aropd_mcore.convert.hf_io import HFWeights, TensorInfo, write_safetensors
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
-from aropd_mcore.convert.tensors import merge, pad_rows, shard_bounds, split
+from aropd_mcore.convert.tensors import merge, pad_rows, part_bounds, split
 from aropd_mcore.mcore.model import HiddenStateGPT
 from aropd_mcore.mcore.runtime import Runtime
 
@@ -43,10 +43,7 @@ def load_hf_weights(model: HiddenStateGPT, hf_dir: Path | str, runtime: Runtime)
     for weight in model.architecture.weights():
         if weight.name not in own_names:
             continue  # another rank's
-        parts = [
-            _read_part(checkpoint, weight, name, shape, model.padded_vocab_size, runtime)
-            for name, shape in weight.hf.items()
-        ]
+        parts = [_read_part(checkpoint, weight, name, runtime) for name in weight.hf]
         shard = merge(weight.kind, parts, num_kv_heads=_local_kv_heads(model, runtime))
         parameters[own_names[weight.name]].copy_(shard)
 
@@ -185,22 +182,15 @@ def _local_kv_heads(model: HiddenStateGPT, runtime: Runtime) -> int:
     return model.architecture.num_kv_heads // runtime.tp_size
 
 
-def _read_part(
-    checkpoint: HFWeights,
-    weight: Weight,
-    name: str,
-    shape: tuple[int, ...],
-    padded_vocab_size: int,
-    runtime: Runtime,
-) -> Tensor:
+def _read_part(checkpoint: HFWeights, weight: Weight, name: str, runtime: Runtime) -> Tensor:
     """This rank's part of an HF tensor."""
     dim = weight.kind.split_dim
     if dim is None or weight.expert is not None:
         return checkpoint.read(name)
-    size = padded_vocab_size if weight.kind is Kind.VOCAB else shape[dim]
-    start, end = shard_bounds(size, runtime.tp_size, runtime.tp_rank)
-    part = checkpoint.read_part(name, dim, min(start, shape[dim]), min(end, shape[dim]))
-    return pad_rows(part, end - start) if weight.kind is Kind.VOCAB else part
+    size = weight.hf[name][dim]
+    start, end, padded = part_bounds(weight.kind, size, runtime.tp_size, runtime.tp_rank)
+    part = checkpoint.read_part(name, dim, start, end)
+    return pad_rows(part, padded) if weight.kind is Kind.VOCAB else part
 
 
 def _gather_part(part: Tensor | None, kind: Kind, num_rows: int, runtime: Runtime) -> Tensor | None:
