@@ -242,7 +242,7 @@ class _Safetensors:
 
     def read(self, name: str, part: tuple[slice, ...], buffer: Buffer) -> Tensor:
         info = self.infos[name]
-        if len(part) < 2 and info.num_bytes:  # whole rows lie together
+        if info.shape and info.num_bytes and len(part) < 2:  # whole rows lie together
             rows, row_bytes = info.shape[0], info.num_bytes // info.shape[0]
             start, end, _ = (part or (slice(None),))[0].indices(rows)
             out = buffer.take((max(end - start, 0), *info.shape[1:]), info.dtype)
