@@ -1,0 +1,178 @@
+"""aropd convert: what the commands print, write and answer, and the scripts in tools/."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aropd_mcore import cli
+from aropd_mcore.convert.hf_io import SINGLE
+from tests.conftest import REPO
+from tests.tiny_models import save_tiny_model
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory) -> Path:
+    """A folder as the hub has it: weights, tokenizer, template, license, and things of no use."""
+    folder = tmp_path_factory.mktemp("commands") / "hf"
+    save_tiny_model("qwen2", folder, tie=True, num_hidden_layers=2)
+    save_tiny_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    (folder / "LICENSE").write_text("free")
+    (folder / "modeling_custom.py").write_text("raise SystemExit('run')")
+    (folder / "README.md").write_text("of the original weights")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def megatron(hf: Path) -> Path:
+    """The import, by the script."""
+    target = hf.parent / "megatron"
+    subprocess.run(
+        [sys.executable, REPO / "tools" / "convert_hf_to_mcore.py", hf, target], check=True
+    )
+    return target
+
+
+def convert(*arguments: object) -> int:
+    return cli.main(["convert", *map(str, arguments)])
+
+
+def test_scripts_give_back_the_whole_folder(hf: Path, megatron: Path, tmp_path: Path):
+    found = {path.name for path in (megatron / "iter_0000000").iterdir()}
+    assert found == {".metadata", "metadata.json", "common.pt", "__0_0.distcp"}
+    assert (megatron / "latest_checkpointed_iteration.txt").read_text() == "0"
+    back = tmp_path / "back"
+    script = REPO / "tools" / "convert_mcore_to_hf.py"
+    subprocess.run([sys.executable, script, megatron, back], check=True)
+    expected = {p.relative_to(hf) for p in hf.rglob("*") if p.suffix not in (".py", ".md")}
+    assert {p.relative_to(back) for p in back.rglob("*")} == expected
+    for path in expected:
+        if (hf / path).is_file():
+            assert (back / path).read_bytes() == (hf / path).read_bytes(), path
+
+
+def test_an_iteration_alone_takes_its_config_from_another_folder(
+    hf: Path, megatron: Path, tmp_path: Path, capsys
+):
+    alone = tmp_path / "alone"
+    shutil.copytree(megatron / "iter_0000000", alone)
+    assert convert("export", alone, tmp_path / "out") == 2
+    assert f"{tmp_path / 'hf' / 'config.json'} is missing" in capsys.readouterr().err
+    assert convert("export", alone, tmp_path / "out", "--hf", hf) == 0
+    assert convert("verify", hf, tmp_path / "out") == 0
+
+
+def test_verify_says_what_differs(hf: Path, megatron: Path, tmp_path: Path, capsys):
+    assert convert("verify", hf, megatron, "--logits", "--json", tmp_path / "same.json") == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("the same\n") and "greedy tokens equal" in printed
+    report = json.loads((tmp_path / "same.json").read_text())
+    assert report["same"] and report["max_logit_error"] == 0 and len(report["tensors"]) == 26
+
+    changed = _changed(hf, tmp_path / "changed", lambda norm: norm.add_(0.5 * (norm == norm[3])))
+    assert convert("verify", megatron, changed, "--logits", "--json", tmp_path / "report.json") == 1
+    printed = capsys.readouterr().out
+    assert NORM in printed and "25 of 26 tensors are equal" in printed and "DIFFERENT" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    (different,) = [tensor for tensor in report["tensors"] if not tensor["equal"]]
+    largest = float(load_file(hf / SINGLE)[NORM].abs().max())
+    assert different["max_abs_error"] == pytest.approx(0.5)
+    assert different["max_rel_error"] == pytest.approx(0.5 / largest)
+    assert report["max_logit_error"] > 1e-3
+
+    lost = _changed(hf, tmp_path / "lost", lambda norm: norm.fill_(torch.nan))
+    assert convert("verify", hf, lost) == 1
+    assert "no number" in capsys.readouterr().out
+    assert convert("verify", lost, lost) == 0, "the same bits, if not numbers"
+
+
+def _changed(hf: Path, target: Path, change) -> Path:
+    target.mkdir()
+    tensors = load_file(hf / SINGLE)
+    change(tensors[NORM])
+    save_file(tensors, target / SINGLE)
+    (target / "config.json").write_text((hf / "config.json").read_text())
+    return target
+
+
+def test_another_dtype_is_a_difference_with_its_error(
+    hf: Path, megatron: Path, tmp_path: Path, capsys
+):
+    half = tmp_path / "half"
+    assert convert("export", megatron, half, "--dtype", "bfloat16") == 0
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    original = load_file(hf / SINGLE)
+    for name, tensor in load_file(half / SINGLE).items():
+        assert torch.equal(tensor, original[name].bfloat16()), name
+    capsys.readouterr()
+    assert convert("verify", hf, half) == 1
+    printed = capsys.readouterr().out
+    assert "float32 / bfloat16" in printed and "0 of 26 tensors are equal" in printed
+    assert "and 6 more" in printed
+
+
+def test_other_architectures_differ_by_their_tensors(hf: Path, tmp_path: Path, capsys):
+    save_tiny_model("qwen2", tmp_path / "deeper", tie=True, num_hidden_layers=3)
+    assert convert("verify", hf, tmp_path / "deeper") == 1
+    printed = capsys.readouterr().out
+    assert f"only in {tmp_path / 'deeper'}: model.layers.2.mlp.up_proj.weight" in printed
+
+
+def test_inspect(hf: Path, megatron: Path, tmp_path: Path, capsys):
+    assert convert("inspect", megatron, "--shapes", "--json", tmp_path / "summary.json") == 0
+    printed = capsys.readouterr().out
+    for text in ("Megatron torch_dist", "Qwen2ForCausalLM, tied", "float32", "step        0"):
+        assert text in printed
+    assert "model.layers.0.self_attn.k_proj.bias [32]" in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["dtypes"] == {"float32": summary["parameters"]}
+    assert (summary["has_teacher"], summary["has_optimizer"]) == (False, False)
+    assert convert("inspect", hf) == 0
+    assert "(HF)" in capsys.readouterr().out
+
+
+def test_shards_are_of_the_size_asked_for(megatron: Path, hf: Path, tmp_path: Path, capsys):
+    arguments = ("export", megatron, tmp_path / "out", "--max-shard-size")
+    assert convert(*arguments, "100KB") == 0
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) < 140_000  # the embedding, 130 KB, cannot be cut
+    assert convert("verify", hf, tmp_path / "out") == 0
+    with pytest.raises(SystemExit):
+        convert(*arguments, "5 GiB")
+    assert "'5 GiB' is not a size such as 5GB" in capsys.readouterr().err
+
+
+def test_the_wrong_kind_of_checkpoint(hf: Path, megatron: Path, tmp_path: Path, capsys):
+    for arguments, message in (
+        (("import", megatron, tmp_path / "out"), "import reads HF folders"),
+        (("export", hf, tmp_path / "out"), "export reads Megatron checkpoints"),
+        (("export", megatron, tmp_path / "out", "--weights", "teacher"), "has no teacher"),
+        (("verify", hf, tmp_path), "no checkpoint: neither config.json (HF) nor"),
+    ):
+        assert convert(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["import", "export", "verify", "inspect"])
+def test_help_states_every_default(command: str, capsys):
+    with pytest.raises(SystemExit) as done:
+        convert(command, "--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    options = text[text.index("options:") : text.index("examples:")]
+    named = [line for line in options.splitlines() if line.startswith("  --")]
+    assert len(named) >= 3
+    assert " ".join(options.split()).count("(default") == len(named)
+    assert "exit status:" in text
