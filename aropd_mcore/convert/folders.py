@@ -65,7 +65,8 @@ def new_folder(
             partial.rename(target)
             _sync(target.parent)
         except OSError as error:
-            error.filename = error.filename or str(target)  # a full disk does not say where
+            if error.errno and error.filename is None:
+                error.filename = str(target)  # a full disk does not say where
             raise
         finally:
             _settle(target, replaced)

@@ -226,7 +226,7 @@ class _Safetensors:
                     f"{self.path}: {name} has dtype {entry['dtype']}; expected one of "
                     f"{', '.join(DTYPES)} (quantized checkpoints cannot be read)"
                 )
-            shape = tuple(operator.index(size) for size in entry["shape"])
+            shape = tuple(operator.index(n) for n in entry["shape"])
             info = TensorInfo(DTYPES[entry["dtype"]], shape)
             if end - start != info.num_bytes:
                 raise self._broken(f"{name} has {end - start} bytes for {list(info.shape)}")
@@ -362,7 +362,7 @@ def read_into(file: io.FileIO, tensor: Tensor) -> None:
     while buffer:
         count = file.readinto(buffer)
         if not count:
-            raise EOFError(f"{file.name} ends within a tensor")
+            raise CheckpointError(f"{file.name}: ends within a tensor")
         buffer = buffer[count:]
 
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.convert.architecture import CheckpointError, read_architecture
 from aropd_mcore.convert.hf_io import (
     INDEX,
     SINGLE,
@@ -80,6 +80,15 @@ def test_everything_is_read_that_safetensors_wrote(tmp_path: Path):
                 part = weights.read_part(name, dim, start, end)
                 assert torch.equal(part, tensor.narrow(dim, start, end - start))
                 assert part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path):
+    save_file({"a": torch.randn(10, 10)}, tmp_path / SINGLE)
+    weights = HFWeights(tmp_path)
+    assert weights.tensors
+    (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within a tensor"):
+        weights.read("a")
 
 
 def test_tensors_come_in_the_order_of_the_files(tmp_path: Path):
