@@ -160,6 +160,21 @@ def test_what_another_writer_is_replacing_is_left_to_it(tmp_path: Path):
     assert names_in(tmp_path) == {".out.replaced", ".out.partial"}
 
 
+def test_a_lock_on_what_another_writer_has_just_renamed_is_none(tmp_path: Path, monkeypatch):
+    """Between the opening of the temporary folder and its lock, the other one came to its end."""
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        fill(tmp_path / ".out.partial", "theirs")
+        (tmp_path / ".out.partial").rename(tmp_path / "out")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(folders.fcntl, "flock", late)
+    with pytest.raises(CheckpointError, match="another process"), new_folder(tmp_path / "out"):
+        pass
+    assert names_in(tmp_path) == {"out"} and content(tmp_path / "out") == "theirs"
+
+
 def test_a_replacement_that_cannot_be_renamed_brings_the_old_one_back(tmp_path, monkeypatch):
     target, rename = tmp_path / "out", Path.rename
     fill(target, "old")

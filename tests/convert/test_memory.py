@@ -14,8 +14,8 @@ from tests.convert.big_models import write_llama
 BEYOND_IMPORTS = 240 * 2**20
 """Ten of the largest tensors, and less than a fifth of the model."""
 
-# Of Linux's limits RLIMIT_AS alone counts all that is allocated and all that is mapped; RLIMIT_DATA
-# would let whole files be mapped to be read, and RLIMIT_RSS does nothing. The libraries' own mappings
+# Of Linux's limits RLIMIT_AS alone counts all that is allocated and all that is mapped: RLIMIT_DATA
+# would let whole files be mapped to be read, and RLIMIT_RSS does nothing. The libraries' mappings
 # are gigabytes, so the limit is set above what they take, once all of them are loaded.
 SCRIPT = """
 import json, resource, sys

@@ -181,16 +181,24 @@ def test_a_chunk_of_another_dtype_than_its_metadata_is_converted_as_torch_does(t
     assert torch.equal(read_whole(TorchDistReader(tmp_path), "t"), before.bfloat16())
 
 
-def test_a_chunk_of_another_size_than_its_metadata_is_refused(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("size", "chunk_size", "message"),
+    [
+        ([4, 3], [4, 3], r"__0_0\.distcp: t cannot be read: shape"),
+        ([4, 4], [4, 2**45], r"\.metadata: not the metadata .*: t has a chunk outside of it"),
+        ([4, 4], [4, 4, 1], r"\.metadata: not the metadata of a checkpoint: zip"),
+    ],
+)
+def test_a_chunk_of_another_size_than_its_metadata_is_refused(size, chunk_size, message, tmp_path):
     write_one(tmp_path, torch.randn(4, 4))
 
-    def shrink(metadata: Any) -> None:
+    def resize(metadata: Any) -> None:
         entry = metadata.state_dict_metadata["t"]
-        entry.size = torch.Size([4, 3])
-        entry.chunks[0] = ChunkStorageMetadata(torch.Size([0, 0]), entry.size)
+        entry.size = torch.Size(size)
+        entry.chunks[0] = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size(chunk_size))
 
-    edit_metadata(tmp_path, shrink)
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: t cannot be read: shape"):
+    edit_metadata(tmp_path, resize)
+    with pytest.raises(CheckpointError, match=message):
         read_whole(TorchDistReader(tmp_path), "t")
 
 
