@@ -22,6 +22,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from itertools import product
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
@@ -379,7 +380,14 @@ _METADATA_CLASSES = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("pathlib", "PosixPath"): PosixPath,
+    ("pathlib._local", "PosixPath"): PosixPath,  # Python 3.13
 }
+
+
+def _member(of: type[Enum], name: str) -> Enum:
+    if not issubclass(of, Enum):
+        raise pickle.UnpicklingError(f"builtins.getattr of {of} does not belong there")
+    return of[name]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -388,6 +396,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_CLASSES:
             return _METADATA_CLASSES[module, name]
+        if (module, name) == ("builtins", "getattr"):  # of enums, from Python 3.11.0 to 3.11.3
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name in ("MCoreMetadata", "MCoreSavePlan"):  # subclasses that megatron-core 0.15 wrote

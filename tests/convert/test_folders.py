@@ -61,6 +61,7 @@ def stop_in_flight(command: str, big: Path, target: Path, part: float) -> subpro
         sizes = [path.stat().st_size for path in partial.rglob("*")]
         if sizes and sum(sizes) >= part * total:
             process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
             break
         time.sleep(0.001)
     assert process.poll() is None and not target.exists(), "it was not caught in flight"

@@ -1,8 +1,10 @@
 """torch_dist files against torch.distributed.checkpoint, which Megatron's loading is made of."""
 
+import io
 import math
 import pickle
 import random
+from enum import Enum
 from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -200,6 +202,45 @@ def test_a_chunk_of_another_size_than_its_metadata_is_refused(size, chunk_size, 
     edit_metadata(tmp_path, resize)
     with pytest.raises(CheckpointError, match=message):
         read_whole(TorchDistReader(tmp_path), "t")
+
+
+class OtherPickler(pickle.Pickler):
+    """Pickles enums as Python 3.11.0 to 3.11.3 do, and paths as 3.13 does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Enum):
+            return getattr, (type(obj), obj.name)
+        return NotImplemented
+
+
+def test_metadata_of_other_pythons_are_read(tmp_path: Path):
+    state = {"t": torch.randn(4, 4)}
+    dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    metadata = pickle.loads((tmp_path / METADATA).read_bytes())
+    assert isinstance(metadata.storage_meta.checkpoint_id, Path)
+    pickled = io.BytesIO()
+    OtherPickler(pickled, protocol=2, fix_imports=False).dump(metadata)
+    assert pickled.getvalue().count(b"getattr") == 1
+    # Protocol 2 names a class in a line for its module and a line for itself.
+    content = pickled.getvalue().replace(b"cpathlib\n", b"cpathlib._local\n")
+    (tmp_path / METADATA).write_bytes(content)
+    assert torch.equal(read_whole(TorchDistReader(tmp_path), "t"), state["t"])
+
+
+def test_getattr_of_metadata_is_for_enums_alone(tmp_path: Path):
+    (tmp_path / METADATA).write_bytes(pickle.dumps(Reduced(getattr, (torch.Size, "__add__"))))
+    with pytest.raises(CheckpointError, match=r"getattr of .*Size.* does not belong there"):
+        TorchDistReader(tmp_path)
+
+
+class Reduced:
+    """Pickles as a call."""
+
+    def __init__(self, *call: Any):
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", METADATA])
