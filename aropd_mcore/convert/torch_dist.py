@@ -127,8 +127,11 @@ class TorchDistWriter:
             self._file = (self._folder / f"__0_{self._num_files}.distcp").open("wb")
             self._num_files += 1
         start = self._file.seek(-self._file.tell() % _ALIGNMENT, os.SEEK_CUR)
-        with _without_crc32():
-            torch.save(value, cast(BinaryIO, _InPieces(self._file)))
+        try:
+            with _without_crc32():
+                torch.save(value, cast(BinaryIO, _InPieces(self._file)))
+        except RuntimeError as error:  # torch's, about what a full disk or a signal has left
+            raise error.__context__ or error from None
         name = f"__0_{self._num_files - 1}.distcp"
         self._places[index] = filesystem._StorageInfo(name, start, self._file.tell() - start)
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
+from aropd_mcore.convert import torch_dist
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.hf_io import TensorInfo
 from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
@@ -111,6 +112,31 @@ def test_torch_loads_what_is_written(written: Path):
     common = {"iteration": 3, "dtype": torch.bfloat16}
     assert torch.load(written / "common.pt", weights_only=True) == common
     assert TorchDistReader(written).read_common() == common
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_within_a_write_comes_out_as_itself(error, tmp_path: Path, monkeypatch):
+    """At each of torch.save's writes; it is apt to raise another error behind it."""
+    write, num_writes = torch_dist._InPieces.write, 0
+
+    def fail_at_last(file: Any, data: bytes) -> int:
+        nonlocal num_writes
+        num_writes -= 1
+        if num_writes == 0:
+            raise error
+        return write(file, data)
+
+    monkeypatch.setattr(torch_dist._InPieces, "write", fail_at_last)
+    for first in range(1, 1000):
+        num_writes = first
+        try:
+            with TorchDistWriter(tmp_path) as writer:
+                writer.add("t", info_of(torch.ones(9)), (0,), torch.ones(9))
+        except type(error) as found:
+            assert found is error
+        else:
+            break
+    assert 5 < first < 999
 
 
 def test_chunks_of_a_layer_come_without_its_axis(tmp_path: Path):
