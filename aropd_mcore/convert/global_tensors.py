@@ -17,7 +17,7 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import Architecture, Weight
 from aropd_mcore.convert.hf_io import Buffer, HFWeights
 from aropd_mcore.convert.mapping import HEAD, Kind
-from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, part_bounds
+from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, shard_bounds
 
 ANY_LAYER = "decoder.layers.self_attention.linear_proj.weight"
 """A key that every checkpoint has whose layers are stacked; others number layers in the names."""
@@ -78,8 +78,9 @@ def chunks(
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """A weight as tensor-parallel ranks hold it: chunks, and where each starts in the weight.
 
-    Every HF tensor is read once; those that lie apart, one at a time. Experts are not cut. A chunk
-    is good until the next is asked for.
+    A chunk is read on its own where it lies together in the file, so that it is still in the
+    processor's cache when it is written. Experts are not cut. A chunk is good until the next is
+    asked for.
 
     Args:
         buffers: to read into, for q, k and v.
@@ -91,22 +92,43 @@ def chunks(
     together = [list(weight.hf)] if weight.kind is Kind.QKV else [[name] for name in weight.hf]
     first_row = 0
     for names in together:
-        whole = [hf.read(name, buffer) for name, buffer in zip(names, buffers, strict=False)]
+        whole = hf.read(names[0], buffers[0]) if weight.kind is Kind.ROW else None
         for rank in range(num_ranks):
-            cut = [_cut(weight.kind, tensor, num_ranks, rank) for tensor in whole]
-            chunk = merge(weight.kind, cut, num_kv_heads=num_kv_heads)
+            if whole is not None:
+                chunk = whole.chunk(num_ranks, dim=1)[rank]
+            else:
+                parts = [
+                    read_part(hf, weight, name, num_ranks, rank, buffer)
+                    for name, buffer in zip(names, buffers, strict=False)
+                ]
+                chunk = merge(weight.kind, parts, num_kv_heads=num_kv_heads)
             start = [first_row] + [0] * (chunk.dim() - 1)
             start[dim] += rank * chunk.size(dim)
             yield tuple(start), chunk
-        first_row += sum(tensor.size(0) for tensor in whole)
+        first_row += sum(weight.hf[name][0] for name in names)
 
 
-def _cut(kind: Kind, tensor: Tensor, tp_size: int, tp_rank: int) -> Tensor:
-    if kind.split_dim is None:
-        return tensor
-    start, end, padded = part_bounds(kind, tensor.size(kind.split_dim), tp_size, tp_rank)
-    part = tensor.narrow(kind.split_dim, start, end - start)
-    return pad_rows(part, padded) if kind is Kind.VOCAB else part
+def read_part(
+    hf: HFWeights,
+    weight: Weight,
+    name: str,
+    tp_size: int,
+    tp_rank: int,
+    buffer: Buffer | None = None,
+) -> Tensor:
+    """A tensor-parallel rank's part of an HF tensor; zero rows pad a vocabulary, experts are whole.
+
+    Args:
+        buffer: to read into; the part has memory of its own if None.
+    """
+    dim = weight.kind.split_dim
+    if dim is None or weight.expert is not None:
+        return hf.read(name, buffer)
+    size = weight.hf[name][dim]
+    padded = padded_vocab_size(size, tp_size) if weight.kind is Kind.VOCAB else size
+    start, end = shard_bounds(padded, tp_size, tp_rank)
+    part = hf.read_part(name, dim, min(start, size), min(end, size), buffer)
+    return pad_rows(part, end - start) if weight.kind is Kind.VOCAB else part
 
 
 def extra_state_keys(architecture: Architecture) -> Iterable[str]:

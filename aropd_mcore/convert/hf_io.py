@@ -139,10 +139,12 @@ class HFWeights:
         """A whole tensor, in memory of its own or in the buffer's."""
         return self._open(self._location[name]).read(name, (), buffer or Buffer())
 
-    def read_part(self, name: str, dim: int, start: int, end: int) -> Tensor:
-        """[start, end) along dim 0 or 1 of the tensor, in memory of its own."""
-        part = slice(start, end)
-        return self._open(self._location[name]).read(name, (slice(None),) * dim + (part,), Buffer())
+    def read_part(
+        self, name: str, dim: int, start: int, end: int, buffer: Buffer | None = None
+    ) -> Tensor:
+        """[start, end) along dim 0 or 1 of the tensor; along 0, in the buffer's memory if given."""
+        part = (*[slice(None)] * dim, slice(start, end))
+        return self._open(self._location[name]).read(name, part, buffer or Buffer())
 
     def _where(self, tensor: str) -> str:
         return f"{self.folder / self._location[tensor]}: {tensor}"

@@ -39,13 +39,6 @@ def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
 
-def part_bounds(kind: Kind, size: int, tp_size: int, tp_rank: int) -> tuple[int, int, int]:
-    """[start, end) of a tensor-parallel rank's part along split_dim, and how much it has padded."""
-    padded = padded_vocab_size(size, tp_size) if kind is Kind.VOCAB else size
-    start, end = shard_bounds(padded, tp_size, tp_rank)
-    return min(start, size), min(end, size), end - start
-
-
 def merge(kind: Kind, parts: Sequence[Tensor], *, num_kv_heads: int) -> Tensor:
     """A rank's shard of a Megatron weight from the same rank's parts of its HF tensors.
 

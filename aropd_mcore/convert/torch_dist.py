@@ -75,7 +75,7 @@ class TorchDistWriter:
         """
         self._folder = folder
         self._max_file_bytes = max_file_bytes
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         self._num_files = 0
         self._entries: dict[str, Any] = {}
         self._places: dict[MetadataIndex, Any] = {}
@@ -124,14 +124,15 @@ class TorchDistWriter:
     def _append(self, index: MetadataIndex, value: object) -> None:
         if self._file is None or self._file.tell() >= self._max_file_bytes:
             self._close()
-            self._file = (self._folder / f"__0_{self._num_files}.distcp").open("wb")
+            self._file = (self._folder / f"__0_{self._num_files}.distcp").open("wb", buffering=0)
             self._num_files += 1
         start = self._file.seek(-self._file.tell() % _ALIGNMENT, os.SEEK_CUR)
+        pieces = _InPieces(self._file)
         try:
             with _without_crc32():
-                torch.save(value, cast(BinaryIO, _InPieces(self._file)))
+                torch.save(value, cast(BinaryIO, pieces))
         except RuntimeError as error:  # torch's, about what a full disk or a signal has left
-            raise error.__context__ or error from None
+            raise pieces.error or error.__context__ or error from None
         name = f"__0_{self._num_files - 1}.distcp"
         self._places[index] = filesystem._StorageInfo(name, start, self._file.tell() - start)
 
@@ -336,16 +337,21 @@ def _box(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> t
 class _InPieces:
     """A file for torch.save, which writes a tensor in one call; see WRITE_BYTES."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.FileIO):
         self._file = file
         self.flush = file.flush
+        self.error: BaseException | None = None
+        """What stopped a write; torch puts an error of its own in its place."""
 
     def write(self, data: bytes) -> int:
-        view = memoryview(data)
-        return sum(
-            self._file.write(view[start : start + WRITE_BYTES])
-            for start in range(0, len(view), WRITE_BYTES)
-        )
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left[:WRITE_BYTES]) :]
+        except BaseException as error:
+            self.error = error
+            raise
+        return len(data)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, Weight
 from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
+from aropd_mcore.convert.global_tensors import read_part
 from aropd_mcore.convert.hf_io import HFWeights, TensorInfo, write_safetensors
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
-from aropd_mcore.convert.tensors import merge, pad_rows, part_bounds, split
+from aropd_mcore.convert.tensors import merge, split
 from aropd_mcore.mcore.model import HiddenStateGPT
 from aropd_mcore.mcore.runtime import Runtime
 
@@ -43,7 +44,10 @@ def load_hf_weights(model: HiddenStateGPT, hf_dir: Path | str, runtime: Runtime)
     for weight in model.architecture.weights():
         if weight.name not in own_names:
             continue  # another rank's
-        parts = [_read_part(checkpoint, weight, name, runtime) for name in weight.hf]
+        parts = [
+            read_part(checkpoint, weight, name, runtime.tp_size, runtime.tp_rank)
+            for name in weight.hf
+        ]
         shard = merge(weight.kind, parts, num_kv_heads=_local_kv_heads(model, runtime))
         parameters[own_names[weight.name]].copy_(shard)
 
@@ -180,17 +184,6 @@ def _num_own_experts(architecture: Architecture, runtime: Runtime) -> int:
 
 def _local_kv_heads(model: HiddenStateGPT, runtime: Runtime) -> int:
     return model.architecture.num_kv_heads // runtime.tp_size
-
-
-def _read_part(checkpoint: HFWeights, weight: Weight, name: str, runtime: Runtime) -> Tensor:
-    """This rank's part of an HF tensor."""
-    dim = weight.kind.split_dim
-    if dim is None or weight.expert is not None:
-        return checkpoint.read(name)
-    size = weight.hf[name][dim]
-    start, end, padded = part_bounds(weight.kind, size, runtime.tp_size, runtime.tp_rank)
-    part = checkpoint.read_part(name, dim, start, end)
-    return pad_rows(part, padded) if weight.kind is Kind.VOCAB else part
 
 
 def _gather_part(part: Tensor | None, kind: Kind, num_rows: int, runtime: Runtime) -> Tensor | None:
