@@ -133,6 +133,13 @@ _SETTINGS: dict[str, Any] = {
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }
+_TYPES = {
+    "architectures": (list, "a list"),
+    "layer_types": (list, "a list"),
+    "rope_parameters": (dict, "an object"),
+    "rope_scaling": (dict, "an object"),
+    "quantization_config": (dict, "an object"),
+}
 # What Megatron's Llama 3 rope scaling has built in
 # (megatron-core 0.16.1 models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
 _LLAMA3_SCALING = {
@@ -160,7 +167,7 @@ def read_architecture(hf: Path | str | Mapping[str, Any]) -> Architecture:
         config = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
@@ -222,6 +229,7 @@ class _Reader:
         self.where = where
 
     def architecture(self) -> Architecture:
+        self.check_types()
         family = self.family()
         self.check_settings()
         hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
@@ -253,6 +261,12 @@ class _Reader:
             routing=self.routing(family),
         )
 
+    def check_types(self) -> None:
+        for key, (kind, what) in _TYPES.items():
+            found = self.config.get(key)
+            if found is not None and not isinstance(found, kind):
+                raise self.error(f"{key} is {found!r}; expected {what}")
+
     def family(self) -> Family:
         architectures = self.config.get("architectures") or []
         model_type = self.config.get("model_type")
@@ -280,7 +294,8 @@ class _Reader:
                 f"quantization_config says that the weights are quantized ({method}); only fp32, "
                 "bf16 and fp16 weights can be read. Use the checkpoint that they were made from."
             )
-        layer_types = set(self.config.get("layer_types") or ()) - {"full_attention"}
+        layer_types = {str(kind) for kind in self.config.get("layer_types") or ()}
+        layer_types -= {"full_attention"}
         if layer_types:
             raise self.error(
                 f"layer_types has {', '.join(sorted(layer_types))}; "

@@ -94,7 +94,7 @@ def export_hf(
     infos = {n: TensorInfo(dtype or info.dtype, info.shape) for n, info in source.tensors.items()}
     total = sum(info.num_bytes for info in infos.values())
     dtypes = {info.dtype for info in infos.values()}
-    keep = (source.path, source.hf_folder)
+    keep = (source.path, source.iteration, source.hf_folder)
     with (
         new_folder(target, num_bytes=total, overwrite=overwrite, keep=keep) as folder,
         progress(f"export {target.name}", total) as advance,

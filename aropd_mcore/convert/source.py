@@ -10,7 +10,7 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import CheckpointError, Weight, read_architecture
 from aropd_mcore.convert.folders import ORDER
 from aropd_mcore.convert.global_tensors import ANY_LAYER, Place, place, stored_weights
-from aropd_mcore.convert.hf_io import HFWeights, TensorInfo
+from aropd_mcore.convert.hf_io import DTYPES, HFWeights, TensorInfo
 from aropd_mcore.convert.mapping import Kind
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
@@ -92,6 +92,11 @@ class MegatronSource:
                 raise CheckpointError(
                     f"{self.iteration}: {self._prefix + where.key} is missing; {family} needs it"
                 )
+            if info.dtype not in DTYPES.values():
+                raise CheckpointError(
+                    f"{self.iteration}: {self._prefix + where.key} is {info.dtype}; only fp32, "
+                    "bf16 and fp16 weights can be read"
+                )
             if not _holds(info.shape, where, weight):
                 raise CheckpointError(
                     f"{self.iteration}: {self._prefix + where.key} has shape {list(info.shape)}; "
@@ -123,8 +128,11 @@ class MegatronSource:
         order = self.hf_folder / ORDER
         if not order.exists():
             return found
-        names = json.loads(order.read_text())
-        if set(names) != set(found):
+        try:
+            names = json.loads(order.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{order}: not JSON: {error}") from error
+        if not isinstance(names, list) or sorted(map(str, names)) != sorted(found):
             raise CheckpointError(f"{order}: does not name the tensors that config.json says")
         return {name: found[name] for name in names}
 
@@ -169,7 +177,7 @@ def find_iteration(path: Path) -> Path | None:
     for folder in (path, path / "checkpoints"):
         tracker = folder / TRACKER
         if tracker.exists():
-            text = tracker.read_text().strip()
+            text = tracker.read_text(errors="replace").strip()
             found = folder / (f"iter_{int(text):07d}" if text.isdecimal() else text)
             if not (found / METADATA).exists():
                 raise CheckpointError(f"{tracker}: says {text}, and {found / METADATA} is missing")

@@ -183,6 +183,10 @@ def test_folders_of_another_kind(hf, mcore, tmp_path, refused):
         (edit_config(quantization_config={"quant_method": "awq"}), "are quantized (awq)"),
         (edit_config(quantization_config={"quant_method": "gptq"}), "are quantized (gptq)"),
         (edit_config(hidden_size=128), "config.json says ["),
+        (edit_config(architectures=5), "config.json: architectures is 5; expected a list"),
+        (edit_config(quantization_config="fp8"), "quantization_config is 'fp8'; expected an obj"),
+        (edit_config(layer_types=[["x"]]), "only full_attention is supported"),
+        (edit_config(rope_parameters=[1]), "rope_parameters is [1]; expected an object"),
         (edit_tensors(lambda t: t.update(x=torch.ones(1))), "model.safetensors: unexpected tens"),
         (
             edit_tensors(lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.ones(1)})),
@@ -441,7 +445,8 @@ def test_what_is_read_is_not_replaced(place, hf, mcore, tmp_path, refused):
     (tmp_path / "link").symlink_to(hf)
     (tmp_path / "HF").mkdir()
     refused("import", hf, hf / place, "--overwrite", because=f": holds what is read, {hf};")
-    refused("export", mcore, mcore / "hf", "--overwrite", because=": holds what is read, ")
+    for part in ("hf", "iter_0000000"):
+        refused("export", mcore, mcore / part, "--overwrite", because=": holds what is read, ")
 
 
 def edit_metadata(change: Callable[[Any], Any]) -> Break:
@@ -503,6 +508,21 @@ DISTCP, METADATA = "iter_0000000/__0_0.distcp", "iter_0000000/.metadata"
         (
             lambda mcore: (mcore / "latest_checkpointed_iteration.txt").write_text("7"),
             "latest_checkpointed_iteration.txt: says 7, and ",
+        ),
+        (
+            edit_metadata(lambda m: setattr(of_norm(m).properties, "dtype", torch.int64)),
+            f"{NORM_KEY} is torch.int64; only fp32, bf16 and fp16 weights can be read",
+        ),
+        *[
+            (
+                lambda mcore, text=text: (mcore / "hf" / "tensors.json").write_text(text),
+                f"tensors.json: {because}",
+            )
+            for text, because in (("{", "not JSON"), ("5", "does not name"), ("[[]]", "does not"))
+        ],
+        (
+            lambda mcore: (mcore / "latest_checkpointed_iteration.txt").write_bytes(b"\xff"),
+            "latest_checkpointed_iteration.txt: says ",
         ),
         (
             lambda mcore: shutil.rmtree(mcore / "hf"),
