@@ -16,11 +16,12 @@ from aropd_mcore.convert.global_tensors import (
     place,
     stored_weights,
 )
-from aropd_mcore.convert.hf_io import MAX_SHARD_BYTES, Buffer, SafetensorsWriter, TensorInfo
+from aropd_mcore.convert.hf_write import SafetensorsWriter
 from aropd_mcore.convert.progress import progress
 from aropd_mcore.convert.source import HF_FOLDER, TRACKER, HFSource, MegatronSource
+from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, Buffer, TensorInfo
 from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
-from aropd_mcore.convert.torch_dist import TorchDistWriter
+from aropd_mcore.convert.torch_dist_write import TorchDistWriter
 
 _DEFAULT_TENSOR_PARALLEL = 8
 
@@ -79,7 +80,7 @@ def export_hf(
     target: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_FILE_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Write the weights of a Megatron checkpoint as an HF folder, as transformers would.

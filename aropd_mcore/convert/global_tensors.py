@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, Weight
-from aropd_mcore.convert.hf_io import Buffer, HFWeights
+from aropd_mcore.convert.hf_io import HFWeights
 from aropd_mcore.convert.mapping import HEAD, Kind
+from aropd_mcore.convert.tensor_bytes import Buffer
 from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, shard_bounds
 
 ANY_LAYER = "decoder.layers.self_attention.linear_proj.weight"

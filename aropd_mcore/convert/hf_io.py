@@ -1,21 +1,17 @@
-"""HF folders on disk: tensors read lazily, a part at a time, and written in any order.
+"""HF folders read: tensors one at a time, or a part of one; opening a folder reads headers alone.
 
 A safetensors file is an 8-byte length, a JSON header (name -> dtype, shape, bytes) and the bytes.
 It is read here by mapping one tensor at a time: the safetensors library maps whole files, whose
 pages then count as this process's memory until the last tensor is read.
 """
 
-import io
 import json
-import math
 import operator
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,49 +19,18 @@ from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, CheckpointError
 from aropd_mcore.convert.mapping import HEAD, IGNORED_HF_TENSORS
+from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, read_into, say_briefly
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
-MAX_SHARD_BYTES = 5_000_000_000
-WRITE_BYTES = 2**18
-"""In one call; calls of 50 MB were measured at a third of the speed (Linux 6, ext4)."""
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # JSON
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor without reading it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Buffer:
-    """Memory that is used again and again, and grows to the largest tensor that is asked for.
-
-    Reading into it was measured at four times the speed of reading into fresh memory, whose pages
-    the kernel has to find and clear (Linux 6).
-    """
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-        num_bytes = math.prod(sizes) * dtype.itemsize
-        if num_bytes > len(self._bytes):
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._bytes[:num_bytes].view(dtype).view(tuple(sizes))
 
 
 class HFWeights:
@@ -288,134 +253,6 @@ class _Pickle:
         except Exception as error:  # torch's, by many names
             reason = say_briefly(error)
             raise CheckpointError(f"{self.path}: cannot be read as weights: {reason}") from error
-
-
-def say_briefly(error: Exception) -> str:
-    """An error in one line; of torch's advice on pickles that it refuses, only what it found."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found:
-        return f"it asks for {found[1]}, which is not run"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-class SafetensorsWriter:
-    """Writes tensors as transformers lays them out: one file, or shards and their index.
-
-    Headers are written at once, from what is known of the tensors; the tensors follow in any order,
-    each to its place.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        tensors: Mapping[str, TensorInfo],
-        *,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ):
-        """
-        Args:
-            tensors: all of them, in the order of the files.
-            max_shard_bytes: a file's tensors are no more than this, unless there is only one.
-        """
-        self._tensors = tensors
-        self._places: dict[str, tuple[Path, int]] = {}
-        shards = _plan_shards(tensors, max_shard_bytes)
-        names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
-        for file_name, shard in zip(names, shards, strict=True):
-            file = folder / file_name
-            header, starts = _header({name: tensors[name] for name in shard})
-            file.write_bytes(header)
-            self._places |= {name: (file, start) for name, start in starts.items()}
-        if len(shards) > 1:
-            _write_index(folder, tensors, dict(zip(names, shards, strict=True)))
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor of the announced shape into its place, cast to the announced dtype."""
-        info = self._tensors[name]
-        assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info.shape)
-        file, start = self._places.pop(name)
-        data = tensor.detach().to("cpu", info.dtype).contiguous()
-        # Opened anew for each tensor: a process may not hold as many files as there may be shards.
-        _write_at(file, data.flatten().view(torch.uint8).numpy().data, start)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        assert error_type or not self._places, f"not written: {_some(list(self._places))}"
-
-
-def write_safetensors(
-    folder: Path,
-    tensors: Mapping[str, TensorInfo],
-    stream: Iterable[tuple[str, Tensor]],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a stream of tensors, one in memory at a time; see SafetensorsWriter."""
-    with SafetensorsWriter(folder, tensors, max_shard_bytes=max_shard_bytes) as writer:
-        for name, tensor in stream:
-            writer.write(name, tensor)
-
-
-def read_into(file: io.FileIO, tensor: Tensor) -> None:
-    """Fill a contiguous tensor from where the file stands."""
-    buffer = tensor.view(-1).view(torch.uint8).numpy().data
-    while buffer:
-        count = file.readinto(buffer)
-        if not count:
-            raise CheckpointError(f"{file.name}: ends within a tensor")
-        buffer = buffer[count:]
-
-
-def _write_at(path: Path, data: memoryview, start: int) -> None:
-    with path.open("r+b", buffering=0) as file:
-        while data:
-            written = os.pwrite(file.fileno(), data[:WRITE_BYTES], start)
-            data, start = data[written:], start + written
-
-
-def _write_index(
-    folder: Path, tensors: Mapping[str, TensorInfo], shards: Mapping[str, list[str]]
-) -> None:
-    index = {
-        "metadata": {"total_size": sum(info.num_bytes for info in tensors.values())},
-        "weight_map": {name: file for file, shard in shards.items() for name in shard},
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _plan_shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    shards, filled = [[]], 0
-    for name, info in tensors.items():
-        if shards[-1] and filled + info.num_bytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += info.num_bytes
-    return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def _header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The start of a safetensors file, and the byte at which each tensor's data start."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset, offsets = 0, {}
-    for name, info in tensors.items():
-        offsets[name], end = offset, offset + info.num_bytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format's alignment
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + o for name, o in offsets.items()}
 
 
 def _grouped(location: Mapping[str, str]) -> dict[str, set[str]]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import CheckpointError, Weight, read_architecture
 from aropd_mcore.convert.folders import ORDER
 from aropd_mcore.convert.global_tensors import ANY_LAYER, Place, place, stored_weights
-from aropd_mcore.convert.hf_io import DTYPES, HFWeights, TensorInfo
+from aropd_mcore.convert.hf_io import DTYPES, HFWeights
 from aropd_mcore.convert.mapping import Kind
+from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
 

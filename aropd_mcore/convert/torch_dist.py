@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` checkpoints on disk, read and written without a process group or a GPU.
+"""Megatron's `torch_dist` checkpoints on disk, read without a process group or a GPU.
 
     .metadata        pickled: each global tensor's dtype, shape and chunks, and every chunk's place
     __0_0.distcp     chunks and objects, each as torch.save writes it, one behind another
@@ -11,130 +11,38 @@ megatron.core.dist_checkpointing (0.16.1, strategies/torch.py).
 """
 
 import io
-import json
 import math
 import mmap
-import os
 import pickle
 import struct
 import zipfile
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from itertools import product
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.hf_io import (
-    MAX_SHARD_BYTES,
-    WRITE_BYTES,
-    Buffer,
-    TensorInfo,
-    read_into,
-    say_briefly,
-)
+from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, read_into, say_briefly
 
 METADATA = ".metadata"
 COMMON = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
-_ALIGNMENT = 64  # as within torch.save's files
-_FORMATS = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-
 Index = tuple[int, ...]
-
-
-class TorchDistWriter:
-    """Writes a checkpoint chunk by chunk; one chunk is in memory at a time."""
-
-    def __init__(self, folder: Path, *, max_file_bytes: int = MAX_SHARD_BYTES):
-        """
-        Args:
-            folder: exists and is empty.
-            max_file_bytes: a new file is begun when one has reached this size.
-        """
-        self._folder = folder
-        self._max_file_bytes = max_file_bytes
-        self._file: io.FileIO | None = None
-        self._num_files = 0
-        self._entries: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, Any] = {}
-
-    def add(self, key: str, info: TensorInfo, offset: Index, chunk: Tensor) -> None:
-        """Write the part of a global tensor that starts at `offset`.
-
-        Args:
-            info: of the whole tensor, the same for all its chunks.
-            chunk: may be a part of a larger tensor; leading axes of size 1 may be left out.
-        """
-        sizes = torch.Size((1,) * (len(offset) - chunk.dim()) + tuple(chunk.shape))
-        entry = self._entries.setdefault(
-            key,
-            TensorStorageMetadata(TensorProperties(info.dtype), torch.Size(info.shape), chunks=[]),
-        )
-        assert chunk.dtype == info.dtype, (key, chunk.dtype, info.dtype)
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), sizes))
-        # torch.save writes the whole memory that a tensor is a part of; this has its own alone.
-        own = torch.from_numpy(chunk.contiguous().view(-1).view(torch.uint8).numpy())
-        self._append(MetadataIndex(key, torch.Size(offset)), own.view(chunk.dtype).view(sizes))
-
-    def add_object(self, key: str, value: object) -> None:
-        """Write one of Megatron's sharded objects."""
-        self._entries[key] = BytesStorageMetadata()
-        self._append(MetadataIndex(key), [value])
-
-    def finish(self, common: Mapping[str, Any]) -> None:
-        """Write what makes the folder a checkpoint."""
-        self._close()
-        torch.save(dict(common), self._folder / COMMON)
-        (self._folder / "metadata.json").write_text(json.dumps(_FORMATS))
-        with open(self._folder / METADATA, "wb") as file:
-            pickle.dump(Metadata(self._entries, storage_data=self._places), file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._file:
-            self._file.close()
-
-    def _append(self, index: MetadataIndex, value: object) -> None:
-        if self._file is None or self._file.tell() >= self._max_file_bytes:
-            self._close()
-            self._file = (self._folder / f"__0_{self._num_files}.distcp").open("wb", buffering=0)
-            self._num_files += 1
-        start = self._file.seek(-self._file.tell() % _ALIGNMENT, os.SEEK_CUR)
-        pieces = _InPieces(self._file)
-        try:
-            with _without_crc32():
-                torch.save(value, cast(BinaryIO, pieces))
-        except RuntimeError as error:  # torch's, about what a full disk or a signal has left
-            raise pieces.error or error.__context__ or error from None
-        name = f"__0_{self._num_files - 1}.distcp"
-        self._places[index] = filesystem._StorageInfo(name, start, self._file.tell() - start)
 
 
 class TorchDistReader:
@@ -332,40 +240,6 @@ class _TensorRecord(pickle.Unpickler):
 
 def _box(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
-
-
-class _InPieces:
-    """A file for torch.save, which writes a tensor in one call; see WRITE_BYTES."""
-
-    def __init__(self, file: io.FileIO):
-        self._file = file
-        self.flush = file.flush
-        self.error: BaseException | None = None
-        """What stopped a write; torch puts an error of its own in its place."""
-
-    def write(self, data: bytes) -> int:
-        left = memoryview(data)
-        try:
-            while left:
-                left = left[self._file.write(left[:WRITE_BYTES]) :]
-        except BaseException as error:
-            self.error = error
-            raise
-        return len(data)
-
-
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    """torch.save without the checksums of the zip format, which cost it two thirds of its speed.
-
-    Nothing that reads a checkpoint looks at them.
-    """
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 _METADATA_CLASSES = {

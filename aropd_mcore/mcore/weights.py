@@ -14,8 +14,10 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import Architecture, Weight
 from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
 from aropd_mcore.convert.global_tensors import read_part
-from aropd_mcore.convert.hf_io import HFWeights, TensorInfo, write_safetensors
+from aropd_mcore.convert.hf_io import HFWeights
+from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
+from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import merge, split
 from aropd_mcore.mcore.model import HiddenStateGPT
 from aropd_mcore.mcore.runtime import Runtime

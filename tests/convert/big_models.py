@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from aropd_mcore.convert.architecture import read_architecture
-from aropd_mcore.convert.hf_io import SafetensorsWriter, TensorInfo
+from aropd_mcore.convert.hf_write import SafetensorsWriter
+from aropd_mcore.convert.tensor_bytes import TensorInfo
 
 
 def write_llama(

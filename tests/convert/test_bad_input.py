@@ -2,10 +2,6 @@
 
 import json
 import os
-import pickle
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from aropd_mcore.cli import main
-from aropd_mcore.convert import folders
 from aropd_mcore.convert.hf_io import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
-from tests.convert.big_models import write_llama
-from tests.convert.conftest import everything_in
+from tests.convert.conftest import Break, cut
 from tests.tiny_models import save_tiny_model
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 NORM = "model.norm.weight"
-NORM_KEY = "decoder.final_layernorm.weight"
-Break = Callable[[Path], Any]
 
 
 def edit_header(**entries: dict[str, Any]) -> Break:
@@ -46,16 +36,6 @@ def edit_header(**entries: dict[str, Any]) -> Break:
 def write_header(header: bytes, data: bytes = b"") -> Break:
     content = len(header).to_bytes(8, "little") + header + data
     return lambda folder: (folder / SINGLE).write_bytes(content)
-
-
-def cut(name: str, size: int) -> Break:
-    """Keep `size` bytes of a file, or all but the last -size."""
-
-    def change(folder: Path) -> None:
-        path = folder / name
-        path.write_bytes(path.read_bytes()[:size])
-
-    return change
 
 
 def edit_index(**weight_map: str) -> Break:
@@ -342,226 +322,3 @@ def test_pickles_that_would_run_code(in_zip, hf, tmp_path, refused):
 def test_layouts_that_do_not_divide_the_model(family, options, because, tmp_path, refused):
     save_tiny_model(family, tmp_path / "hf")
     refused("import", tmp_path / "hf", tmp_path / "out", *options, because=because)
-
-
-def test_a_disk_that_is_too_small(tmp_path, refused):
-    """A model of twice what is free, whose files have that length and lie on no disk."""
-    free = shutil.disk_usage(tmp_path).free
-    sizes = {"hidden_size": 2**13, "intermediate_size": 2**20, "sparse": True}
-    layers = 1 + 2 * free // (3 * 2**34)
-    total = write_llama(tmp_path / "hf", num_hidden_layers=layers, max_shard_bytes=2**40, **sizes)
-    assert total > 2 * free
-    because = f"out: needs {(total + 2**26) / 1e9:.2f} GB, and {tmp_path} has "
-    refused("import", tmp_path / "hf", tmp_path / "out", because=because)
-
-
-def test_a_disk_that_is_too_small_for_an_export(mcore, tmp_path, refused, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=2**26)  # what is kept free in any case
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage)
-    refused("export", mcore, tmp_path / "out", because="out: needs 0.07 GB, and ")
-
-
-def without_rights(*arguments: Any) -> tuple[int, str]:
-    """Run `aropd convert` in a process that is not root; its exit status and stderr."""
-    with tempfile.TemporaryFile("w+") as stderr:
-        process = os.fork()
-        if process == 0:
-            status = 99
-            try:
-                if os.getuid() == 0:
-                    os.setgroups([])
-                    os.setgid(65534)
-                    os.setuid(65534)
-                sys.stderr = stderr
-                status = main(["convert", *map(str, arguments)])
-                stderr.flush()
-            finally:
-                os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        stderr.seek(0)
-        return status, stderr.read()
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("locked", "because"),
-    [
-        (".", "out: cannot be made: Permission denied"),
-        ("hf/model.safetensors", "hf/model.safetensors: cannot be read: Permission denied"),
-    ],
-)
-def test_files_and_folders_without_permission(locked: str, because: str, originals: Path):
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are for its user alone
-        folder = Path(name)
-        shutil.copytree(originals / "hf", folder / "hf")
-        for path in (folder, folder / "hf", *(folder / "hf").iterdir()):
-            path.chmod(0o755)
-        (folder / locked).chmod(0o555 if locked == "." else 0)
-        before = everything_in(folder)
-        result = without_rights("import", folder / "hf", folder / "out")
-        assert result == (2, f"aropd: error: {folder}/{because}\n")
-        assert everything_in(folder) == before
-        folder.chmod(0o755)
-
-
-def test_a_target_below_a_file(hf, tmp_path, refused):
-    (tmp_path / "file").touch()
-    because = "file/out: cannot be made: Not a directory"
-    refused("import", hf, tmp_path / "file" / "out", because=because)
-
-
-def test_an_existing_target_is_replaced_on_request_alone(hf, mcore, tmp_path, refused, convert):
-    target = tmp_path / "back"
-    convert("export", mcore, target, "--max-shard-size", "100KB")
-    refused("export", mcore, target, because="back: exists already; name another folder, or")
-    assert (target / INDEX).exists()
-    convert("export", mcore, target, "--overwrite")
-    assert not (target / INDEX).exists()
-    edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM] + 1}))(hf)
-    convert("import", hf, mcore, "--overwrite")
-    assert main(["convert", "verify", str(target), str(mcore)]) == 1
-    convert("verify", hf, mcore)
-    (tmp_path / "empty").mkdir()
-    convert("import", hf, tmp_path / "empty", "--overwrite")
-    assert {path.name for path in tmp_path.iterdir()} == {"hf", "mcore", "back", "empty"}
-
-
-@pytest.mark.parametrize(
-    "files", [("notes.txt",), ("config.json", "main.py"), ("config.yaml", "hf/config.json")]
-)
-def test_only_checkpoints_are_replaced(files, hf, tmp_path, refused):
-    """Not a folder of notes, nor a project with a config.json, nor a whole training run."""
-    for file in files:
-        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "out" / file).touch()
-    because = "out: is no checkpoint, so --overwrite does not replace it"
-    refused("import", hf, tmp_path / "out", "--overwrite", because=because)
-    file = tmp_path / "out" / files[0]
-    refused("import", hf, file, "--overwrite", because="is no checkpoint")
-
-
-@pytest.mark.parametrize("place", [".", "..", "../link", "../HF/../hf"])
-def test_what_is_read_is_not_replaced(place, hf, mcore, tmp_path, refused):
-    (tmp_path / "link").symlink_to(hf)
-    (tmp_path / "HF").mkdir()
-    refused("import", hf, hf / place, "--overwrite", because=f": holds what is read, {hf};")
-    for part in ("hf", "iter_0000000"):
-        refused("export", mcore, mcore / part, "--overwrite", because=": holds what is read, ")
-
-
-def edit_metadata(change: Callable[[Any], Any]) -> Break:
-    def rewrite(mcore: Path) -> None:
-        path = mcore / "iter_0000000" / ".metadata"
-        metadata = pickle.loads(path.read_bytes())
-        change(metadata)
-        path.write_bytes(pickle.dumps(metadata))
-
-    return rewrite
-
-
-def of_norm(metadata: Any) -> Any:
-    return metadata.state_dict_metadata[NORM_KEY]
-
-
-def drop_chunk(metadata: Any) -> None:
-    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
-
-
-def drop_place(metadata: Any) -> None:
-    del metadata.storage_data[MetadataIndex(NORM_KEY, torch.Size([0]))]
-
-
-DISTCP, METADATA = "iter_0000000/__0_0.distcp", "iter_0000000/.metadata"
-
-
-@pytest.mark.parametrize(
-    ("damage", "because"),
-    [
-        (cut(DISTCP, -10), "__0_0.distcp: has "),
-        (lambda mcore: (mcore / DISTCP).unlink(), "__0_0.distcp: is missing; .metadata speaks of"),
-        (
-            lambda mcore: (mcore / DISTCP).write_bytes(bytes((mcore / DISTCP).stat().st_size)),
-            "__0_0.distcp: embedding.word_embeddings.weight cannot be read: ",
-        ),
-        (cut(METADATA, -1), ".metadata: not the metadata of a checkpoint: "),
-        (cut(METADATA, 1000), ".metadata: not the metadata of a checkpoint: "),
-        (cut(METADATA, 0), ".metadata: not the metadata of a checkpoint: "),
-        (
-            lambda mcore: (mcore / METADATA).write_bytes(pickle.dumps([1])),
-            ".metadata: not the metadata of a checkpoint: it holds list",
-        ),
-        (
-            edit_metadata(lambda m: m.state_dict_metadata.pop(NORM_KEY)),
-            f"iter_0000000: {NORM_KEY} is missing; Qwen2ForCausalLM needs it",
-        ),
-        (
-            edit_metadata(lambda m: m.state_dict_metadata.update({"decoder.own": of_norm(m)})),
-            "iter_0000000: unexpected tensor decoder.own; Qwen2ForCausalLM has none of that name",
-        ),
-        (
-            edit_metadata(lambda m: setattr(of_norm(m), "size", torch.Size([65]))),
-            f"{NORM_KEY} has shape [65]; ",
-        ),
-        (edit_metadata(drop_chunk), "linear_fc2.weight is not whole: 1536 of 6144 elements at"),
-        (edit_metadata(drop_place), f".metadata: has no place for {NORM_KEY}"),
-        (edit_metadata(lambda m: setattr(m, "storage_data", None)), ".metadata: has no place for"),
-        (
-            lambda mcore: (mcore / "latest_checkpointed_iteration.txt").write_text("7"),
-            "latest_checkpointed_iteration.txt: says 7, and ",
-        ),
-        (
-            edit_metadata(lambda m: setattr(of_norm(m).properties, "dtype", torch.int64)),
-            f"{NORM_KEY} is torch.int64; only fp32, bf16 and fp16 weights can be read",
-        ),
-        *[
-            (
-                lambda mcore, text=text: (mcore / "hf" / "tensors.json").write_text(text),
-                f"tensors.json: {because}",
-            )
-            for text, because in (("{", "not JSON"), ("5", "does not name"), ("[[]]", "does not"))
-        ],
-        (
-            lambda mcore: (mcore / "latest_checkpointed_iteration.txt").write_bytes(b"\xff"),
-            "latest_checkpointed_iteration.txt: says ",
-        ),
-        (
-            lambda mcore: shutil.rmtree(mcore / "hf"),
-            "hf/config.json is missing; name an HF folder of the same model, for its config",
-        ),
-    ],
-)
-def test_a_damaged_megatron_checkpoint(damage, because, mcore, tmp_path, refused):
-    damage(mcore)
-    refused("export", mcore, tmp_path / "out", because=because)
-
-
-def test_metadata_that_are_cut_anywhere(mcore, tmp_path, refused):
-    whole = (mcore / METADATA).read_bytes()
-    for size in range(0, len(whole), 499):
-        (mcore / METADATA).write_bytes(whole[:size])
-        refused("inspect", mcore, because=".metadata: not the metadata of a checkpoint: ")
-
-
-def test_metadata_that_would_run_code(mcore, tmp_path, refused):
-    (mcore / METADATA).write_bytes(pickle.dumps({"state": Evil(tmp_path / "marker")}))
-    because = f"metadata of a checkpoint: {os.mkdir.__module__}.mkdir does not belong there"
-    for arguments in (("export", mcore, tmp_path / "out"), ("inspect", mcore)):
-        refused(*arguments, because=because)
-    pickle.loads((mcore / METADATA).read_bytes())
-    assert (tmp_path / "marker").exists()
-
-
-def test_a_chunk_that_would_run_code(mcore, tmp_path, refused):
-    """Where the final norm's data are said to be stands a pickle of something else."""
-    path = mcore / DISTCP
-    start = path.stat().st_size
-    with path.open("ab") as file:
-        torch.save(Evil(tmp_path / "marker"), file)
-
-    def point_there(metadata: Any) -> None:
-        place = metadata.storage_data[MetadataIndex(NORM_KEY, torch.Size([0]))]
-        place.offset, place.length = start, path.stat().st_size - start
-
-    edit_metadata(point_there)(mcore)
-    because = f"{NORM_KEY} cannot be read: it asks for {os.mkdir.__module__}.mkdir, which is not"
-    refused("export", mcore, tmp_path / "out", because=because)

@@ -10,14 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import CheckpointError, read_architecture
-from aropd_mcore.convert.hf_io import (
-    INDEX,
-    SINGLE,
-    HFWeights,
-    SafetensorsWriter,
-    TensorInfo,
-    write_safetensors,
-)
+from aropd_mcore.convert.hf_io import INDEX, SINGLE, HFWeights
+from aropd_mcore.convert.hf_write import SafetensorsWriter, write_safetensors
+from aropd_mcore.convert.tensor_bytes import TensorInfo
 from tests.tiny_models import save_tiny_model
 
 TENSORS = {

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from aropd_mcore.convert import torch_dist
+from aropd_mcore.convert import torch_dist_write
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.hf_io import TensorInfo
-from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader, TorchDistWriter
+from aropd_mcore.convert.tensor_bytes import TensorInfo
+from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
+from aropd_mcore.convert.torch_dist_write import TorchDistWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,7 +118,7 @@ def test_torch_loads_what_is_written(written: Path):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_error_within_a_write_comes_out_as_itself(error, tmp_path: Path, monkeypatch):
     """At each of torch.save's writes; it is apt to raise another error behind it."""
-    write, num_writes = torch_dist._InPieces.write, 0
+    write, num_writes = torch_dist_write._InPieces.write, 0
 
     def fail_at_last(file: Any, data: bytes) -> int:
         nonlocal num_writes
@@ -126,7 +127,7 @@ def test_an_error_within_a_write_comes_out_as_itself(error, tmp_path: Path, monk
             raise error
         return write(file, data)
 
-    monkeypatch.setattr(torch_dist._InPieces, "write", fail_at_last)
+    monkeypatch.setattr(torch_dist_write._InPieces, "write", fail_at_last)
     for first in range(1, 1000):
         num_writes = first
         try:

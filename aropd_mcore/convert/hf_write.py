@@ -1,0 +1,117 @@
+"""HF folders written: safetensors files and their index, tensor by tensor in any order."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from aropd_mcore.convert.hf_io import DTYPES, INDEX, SINGLE
+from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, TensorInfo, write_at
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class SafetensorsWriter:
+    """Writes tensors as transformers lays them out: one file, or shards and their index.
+
+    Headers are written at once, from what is known of the tensors; the tensors follow in any order,
+    each to its place.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        max_shard_bytes: int = MAX_FILE_BYTES,
+    ):
+        """
+        Args:
+            tensors: all of them, in the order of the files.
+            max_shard_bytes: a file's tensors are no more than this, unless there is only one.
+        """
+        self._tensors = tensors
+        self._places: dict[str, tuple[Path, int]] = {}
+        shards = _plan_shards(tensors, max_shard_bytes)
+        names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
+        for file_name, shard in zip(names, shards, strict=True):
+            file = folder / file_name
+            header, starts = _header({name: tensors[name] for name in shard})
+            file.write_bytes(header)
+            self._places |= {name: (file, start) for name, start in starts.items()}
+        if len(shards) > 1:
+            _write_index(folder, tensors, dict(zip(names, shards, strict=True)))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor of the announced shape into its place, cast to the announced dtype."""
+        info = self._tensors[name]
+        assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info.shape)
+        file, start = self._places.pop(name)
+        data = tensor.detach().to("cpu", info.dtype).contiguous()
+        # Opened anew for each tensor: a process may not hold as many files as there may be shards.
+        write_at(file, data.flatten().view(torch.uint8).numpy().data, start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        assert error_type or not self._places, f"not written: {list(self._places)[:3]}"
+
+
+def write_safetensors(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    stream: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write a stream of tensors, one in memory at a time; see SafetensorsWriter."""
+    with SafetensorsWriter(folder, tensors, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in stream:
+            writer.write(name, tensor)
+
+
+def _write_index(
+    folder: Path, tensors: Mapping[str, TensorInfo], shards: Mapping[str, list[str]]
+) -> None:
+    index = {
+        "metadata": {"total_size": sum(info.num_bytes for info in tensors.values())},
+        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plan_shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
+    shards, filled = [[]], 0
+    for name, info in tensors.items():
+        if shards[-1] and filled + info.num_bytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.num_bytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The start of a safetensors file, and the byte at which each tensor's data start."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, offsets = 0, {}
+    for name, info in tensors.items():
+        offsets[name], end = offset, offset + info.num_bytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + o for name, o in offsets.items()}

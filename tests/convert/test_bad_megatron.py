@@ -1,0 +1,134 @@
+"""Megatron checkpoints that are damaged or would run code: one line, and nothing written."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from tests.convert.conftest import Break, cut
+
+NORM_KEY = "decoder.final_layernorm.weight"
+
+
+def edit_metadata(change: Callable[[Any], Any]) -> Break:
+    def rewrite(mcore: Path) -> None:
+        path = mcore / "iter_0000000" / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        change(metadata)
+        path.write_bytes(pickle.dumps(metadata))
+
+    return rewrite
+
+
+def of_norm(metadata: Any) -> Any:
+    return metadata.state_dict_metadata[NORM_KEY]
+
+
+def drop_chunk(metadata: Any) -> None:
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+
+
+def drop_place(metadata: Any) -> None:
+    del metadata.storage_data[MetadataIndex(NORM_KEY, torch.Size([0]))]
+
+
+DISTCP, METADATA = "iter_0000000/__0_0.distcp", "iter_0000000/.metadata"
+
+
+@pytest.mark.parametrize(
+    ("damage", "because"),
+    [
+        (cut(DISTCP, -10), "__0_0.distcp: has "),
+        (lambda mcore: (mcore / DISTCP).unlink(), "__0_0.distcp: is missing; .metadata speaks of"),
+        (
+            lambda mcore: (mcore / DISTCP).write_bytes(bytes((mcore / DISTCP).stat().st_size)),
+            "__0_0.distcp: embedding.word_embeddings.weight cannot be read: ",
+        ),
+        (cut(METADATA, -1), ".metadata: not the metadata of a checkpoint: "),
+        (cut(METADATA, 1000), ".metadata: not the metadata of a checkpoint: "),
+        (cut(METADATA, 0), ".metadata: not the metadata of a checkpoint: "),
+        (
+            lambda mcore: (mcore / METADATA).write_bytes(pickle.dumps([1])),
+            ".metadata: not the metadata of a checkpoint: it holds list",
+        ),
+        (
+            edit_metadata(lambda m: m.state_dict_metadata.pop(NORM_KEY)),
+            f"iter_0000000: {NORM_KEY} is missing; Qwen2ForCausalLM needs it",
+        ),
+        (
+            edit_metadata(lambda m: m.state_dict_metadata.update({"decoder.own": of_norm(m)})),
+            "iter_0000000: unexpected tensor decoder.own; Qwen2ForCausalLM has none of that name",
+        ),
+        (
+            edit_metadata(lambda m: setattr(of_norm(m), "size", torch.Size([65]))),
+            f"{NORM_KEY} has shape [65]; ",
+        ),
+        (edit_metadata(drop_chunk), "linear_fc2.weight is not whole: 1536 of 6144 elements at"),
+        (edit_metadata(drop_place), f".metadata: has no place for {NORM_KEY}"),
+        (edit_metadata(lambda m: setattr(m, "storage_data", None)), ".metadata: has no place for"),
+        (
+            lambda mcore: (mcore / "latest_checkpointed_iteration.txt").write_text("7"),
+            "latest_checkpointed_iteration.txt: says 7, and ",
+        ),
+        (
+            edit_metadata(lambda m: setattr(of_norm(m).properties, "dtype", torch.int64)),
+            f"{NORM_KEY} is torch.int64; only fp32, bf16 and fp16 weights can be read",
+        ),
+        *[
+            (
+                lambda mcore, text=text: (mcore / "hf" / "tensors.json").write_text(text),
+                f"tensors.json: {because}",
+            )
+            for text, because in (("{", "not JSON"), ("5", "does not name"), ("[[]]", "does not"))
+        ],
+        (
+            lambda mcore: (mcore / "latest_checkpointed_iteration.txt").write_bytes(b"\xff"),
+            "latest_checkpointed_iteration.txt: says ",
+        ),
+        (
+            lambda mcore: shutil.rmtree(mcore / "hf"),
+            "hf/config.json is missing; name an HF folder of the same model, for its config",
+        ),
+    ],
+)
+def test_a_damaged_megatron_checkpoint(damage, because, mcore, tmp_path, refused):
+    damage(mcore)
+    refused("export", mcore, tmp_path / "out", because=because)
+
+
+def test_metadata_that_are_cut_anywhere(mcore, tmp_path, refused):
+    whole = (mcore / METADATA).read_bytes()
+    for size in range(0, len(whole), 499):
+        (mcore / METADATA).write_bytes(whole[:size])
+        refused("inspect", mcore, because=".metadata: not the metadata of a checkpoint: ")
+
+
+def test_metadata_that_would_run_code(mcore, tmp_path, refused):
+    (mcore / METADATA).write_bytes(pickle.dumps({"state": Evil(tmp_path / "marker")}))
+    because = f"metadata of a checkpoint: {os.mkdir.__module__}.mkdir does not belong there"
+    for arguments in (("export", mcore, tmp_path / "out"), ("inspect", mcore)):
+        refused(*arguments, because=because)
+    pickle.loads((mcore / METADATA).read_bytes())
+    assert (tmp_path / "marker").exists()
+
+
+def test_a_chunk_that_would_run_code(mcore, tmp_path, refused):
+    """Where the final norm's data are said to be stands a pickle of something else."""
+    path = mcore / DISTCP
+    start = path.stat().st_size
+    with path.open("ab") as file:
+        torch.save(Evil(tmp_path / "marker"), file)
+
+    def point_there(metadata: Any) -> None:
+        place = metadata.storage_data[MetadataIndex(NORM_KEY, torch.Size([0]))]
+        place.offset, place.length = start, path.stat().st_size - start
+
+    edit_metadata(point_there)(mcore)
+    because = f"{NORM_KEY} cannot be read: it asks for {os.mkdir.__module__}.mkdir, which is not"
+    refused("export", mcore, tmp_path / "out", because=because)
