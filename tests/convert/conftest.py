@@ -12,18 +12,6 @@ from aropd_mcore.cli import main
 from tests.tiny_models import save_tiny_model
 
 Convert = Callable[..., str]
-Break = Callable[[Path], Any]
-"""Damages a folder."""
-
-
-def cut(name: str, size: int) -> Break:
-    """Keep `size` bytes of a file, or all but the last -size."""
-
-    def change(folder: Path) -> None:
-        path = folder / name
-        path.write_bytes(path.read_bytes()[:size])
-
-    return change
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aropd_mcore.convert.hf_io import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
-from tests.convert.conftest import Break, cut
+from tests.convert.damage import NORM, Break, Evil, cut, edit_tensors
 from tests.tiny_models import save_tiny_model
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
-NORM = "model.norm.weight"
 
 
 def edit_header(**entries: dict[str, Any]) -> Break:
@@ -47,31 +45,12 @@ def edit_index(**weight_map: str) -> Break:
     return change
 
 
-def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Break:
-    def rewrite(folder: Path) -> None:
-        tensors = load_file(folder / SINGLE)
-        change(tensors)
-        save_file(tensors, folder / SINGLE)
-
-    return rewrite
-
-
 def edit_config(**values: Any) -> Break:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **values}))
 
     return change
-
-
-class Evil:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 NOT_WHOLE = "model.safetensors: not a whole safetensors file: "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from tests.convert.conftest import Break, cut
+from tests.convert.damage import Break, Evil, cut
 
 NORM_KEY = "decoder.final_layernorm.weight"
 

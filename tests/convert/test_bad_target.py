@@ -14,6 +14,7 @@ from aropd_mcore.convert import folders
 from aropd_mcore.convert.hf_io import INDEX
 from tests.convert.big_models import write_llama
 from tests.convert.conftest import everything_in
+from tests.convert.damage import NORM, edit_tensors
 
 
 def test_a_disk_that_is_too_small(tmp_path, refused):
