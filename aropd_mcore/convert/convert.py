@@ -1,14 +1,15 @@
-"""HF folder -> Megatron checkpoint, and back: a stream of tensors, one in memory at a time."""
+"""HF folder -> Megatron checkpoint, and back: a stream of tensors, one a thread in memory."""
 
 import json
 import math
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from aropd_mcore.convert.architecture import Architecture, CheckpointError, check_layout
+from aropd_mcore.convert.architecture import Architecture, CheckpointError, Weight, check_layout
 from aropd_mcore.convert.folders import ORDER, copy_companions, new_folder
 from aropd_mcore.convert.global_tensors import (
     chunks,
@@ -21,6 +22,7 @@ from aropd_mcore.convert.progress import progress
 from aropd_mcore.convert.source import HF_FOLDER, TRACKER, HFSource, MegatronSource
 from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, Buffer, TensorInfo
 from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
+from aropd_mcore.convert.threads import in_threads, share_out
 from aropd_mcore.convert.torch_dist_write import TorchDistWriter
 
 _DEFAULT_TENSOR_PARALLEL = 8
@@ -59,15 +61,19 @@ def import_hf(
     ):
         iteration = folder / "iter_0000000"
         iteration.mkdir()
-        buffers = (Buffer(), Buffer(), Buffer())
         with TorchDistWriter(iteration) as writer:
-            for weight in stored_weights(architecture):
-                where = place(weight, architecture)
-                info = infos[where.key]
-                cut = chunks(weight, source.files, architecture, tensor_parallel, buffers)
-                for start, chunk in cut:
-                    writer.add(where.key, info, where.lead + start, chunk)
-                    advance(chunk.nbytes)
+
+            def write(weights: Iterator[Weight]) -> None:
+                buffers = (Buffer(), Buffer(), Buffer())
+                for weight in weights:
+                    where = place(weight, architecture)
+                    for start, chunk in chunks(
+                        weight, source.files, architecture, tensor_parallel, buffers
+                    ):
+                        writer.add(where.key, infos[where.key], where.lead + start, chunk)
+                        advance(chunk.nbytes)
+
+            in_threads(share_out(stored_weights(architecture), _num_parameters), write)
             for key in extra_state_keys(architecture):
                 writer.add_object(key, None)
             writer.finish(_common_state(architecture, infos))
@@ -101,11 +107,19 @@ def export_hf(
         progress(f"export {target.name}", total) as advance,
     ):
         with SafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes) as writer:
-            for weight in stored_weights(source.architecture):
-                for name, tensor in source.parts(weight):
-                    writer.write(name, tensor)
-                    advance(infos[name].num_bytes)
+
+            def write(weights: Iterator[Weight]) -> None:
+                for weight in weights:
+                    for name, tensor in source.parts(weight):
+                        writer.write(name, tensor)
+                        advance(infos[name].num_bytes)
+
+            in_threads(share_out(stored_weights(source.architecture), _num_parameters), write)
         copy_companions(source.hf_folder, folder, dtypes.pop() if len(dtypes) == 1 else None)
+
+
+def _num_parameters(weight: Weight) -> int:
+    return sum(math.prod(shape) for shape in weight.hf.values())
 
 
 def keep_companions(source: HFSource, folder: Path, dtype: torch.dtype | None = None) -> None:

@@ -1,6 +1,7 @@
 """Bytes done and time left: a bar on a terminal, a line now and then in a log."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,14 +50,16 @@ class _Lines:
     def __init__(self, label: str, total_bytes: int):
         self.label, self.total = label, total_bytes
         self.done = 0
+        self.lock = threading.Lock()
         self.start = self.last = time.monotonic()
 
     def __call__(self, num_bytes: int, /) -> None:
-        self.done += num_bytes
-        now = time.monotonic()
-        if now - self.last < _SECONDS_BETWEEN_LINES and self.done < self.total:
-            return
-        self.last = now
+        with self.lock:  # threads work on it
+            self.done += num_bytes
+            now = time.monotonic()
+            if now - self.last < _SECONDS_BETWEEN_LINES and self.done < self.total:
+                return
+            self.last = now
         elapsed = max(now - self.start, 1e-9)
         left = elapsed * (self.total - self.done) / max(self.done, 1)
         print(

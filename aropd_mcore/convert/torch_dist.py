@@ -15,6 +15,7 @@ import math
 import mmap
 import pickle
 import struct
+import threading
 import zipfile
 from argparse import Namespace
 from collections import defaultdict
@@ -71,18 +72,18 @@ class TorchDistReader:
             reason = f"not the metadata of a checkpoint: {say_briefly(error)}"
             raise CheckpointError(f"{folder / METADATA}: {reason}") from error
         self._by_lead: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
-        self._box, self._chunk = Buffer(), Buffer()
+        self._buffers = _Buffers()
 
     def read(self, key: str, lead: Index, start: Index, sizes: Index) -> Tensor:
         """A box of a global tensor: at `lead` on its leading axes, and from `start` on the others.
 
         Returns:
-            A tensor of `sizes`, in memory that the next call uses again.
+            A tensor of `sizes`, in memory that the thread's next call uses again.
         Raises:
             CheckpointError: the chunks do not cover the box, or one cannot be read.
         """
         origin, shape = (*lead, *start), (*[1] * len(lead), *sizes)
-        out = self._box.take(shape, self.tensors[key].dtype)
+        out = self._buffers.box.take(shape, self.tensors[key].dtype)
         missing = out.numel()
         for chunk in self._chunks_at(key, lead):
             starts = [max(a, b) for a, b in zip(origin, chunk.offsets, strict=True)]
@@ -98,7 +99,7 @@ class TorchDistReader:
             if target.shape == chunk.sizes and target.is_contiguous():
                 self._read_chunk(index, target)
             else:
-                whole = self._chunk.take(chunk.sizes, out.dtype)
+                whole = self._buffers.chunk.take(chunk.sizes, out.dtype)
                 self._read_chunk(index, whole)
                 target.copy_(whole[_box(starts, ends, chunk.offsets)])
         if missing:
@@ -121,11 +122,12 @@ class TorchDistReader:
 
     def _chunks_at(self, key: str, lead: Index) -> list[ChunkStorageMetadata]:
         if (key, len(lead)) not in self._by_lead:  # with experts there are tens of thousands
-            by_lead = self._by_lead[key, len(lead)] = defaultdict(list)
+            by_lead = defaultdict[Index, list[ChunkStorageMetadata]](list)
             for chunk in self._chunks[key]:
                 spans = zip(chunk.offsets[: len(lead)], chunk.sizes, strict=False)
                 for place in product(*(range(first, first + size) for first, size in spans)):
                     by_lead[place].append(chunk)
+            self._by_lead[key, len(lead)] = by_lead
         return self._by_lead[key, len(lead)][lead]
 
     def _read_chunk(self, index: MetadataIndex, into: Tensor) -> None:
@@ -189,6 +191,13 @@ class TorchDistReader:
             if size is None or size < end:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise CheckpointError(f"{path}: {found}; {METADATA} speaks of {end} bytes")
+
+
+class _Buffers(threading.local):
+    """Each thread's own."""
+
+    def __init__(self) -> None:
+        self.box, self.chunk = Buffer(), Buffer()
 
 
 def _load(mapped: mmap.mmap, start: int) -> Any:

@@ -4,8 +4,8 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
@@ -34,20 +34,20 @@ _FORMATS = {
 
 
 class TorchDistWriter:
-    """Writes a checkpoint chunk by chunk; one chunk is in memory at a time."""
+    """Writes a checkpoint chunk by chunk, from several threads; each writes files of its own."""
 
     def __init__(self, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES):
         """
         Args:
             folder: exists and is empty.
-            max_file_bytes: a new file is begun when one has reached this size.
+            max_file_bytes: a thread begins a new file when one has reached this size.
         """
         self._folder = folder
         self._max_file_bytes = max_file_bytes
-        self._file: io.FileIO | None = None
-        self._num_files = 0
+        self._files: dict[int, list[io.FileIO]] = {}
         self._entries: dict[str, Any] = {}
         self._places: dict[MetadataIndex, Any] = {}
+        self._lock = threading.Lock()
 
     def add(self, key: str, info: TensorInfo, offset: Index, chunk: Tensor) -> None:
         """Write the part of a global tensor that starts at `offset`.
@@ -57,10 +57,9 @@ class TorchDistWriter:
             chunk: may be a part of a larger tensor; leading axes of size 1 may be left out.
         """
         sizes = torch.Size((1,) * (len(offset) - chunk.dim()) + tuple(chunk.shape))
-        entry = self._entries.setdefault(
-            key,
-            TensorStorageMetadata(TensorProperties(info.dtype), torch.Size(info.shape), chunks=[]),
-        )
+        new = TensorStorageMetadata(TensorProperties(info.dtype), torch.Size(info.shape), chunks=[])
+        with self._lock:
+            entry = self._entries.setdefault(key, new)
         assert chunk.dtype == info.dtype, (key, chunk.dtype, info.dtype)
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), sizes))
         # torch.save writes the whole memory that a tensor is a part of; this has its own alone.
@@ -74,36 +73,48 @@ class TorchDistWriter:
 
     def finish(self, common: Mapping[str, Any]) -> None:
         """Write what makes the folder a checkpoint."""
-        self._close()
+        for entry in self._entries.values():
+            if isinstance(entry, TensorStorageMetadata):  # the same, whichever thread was first
+                entry.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
         torch.save(dict(common), self._folder / COMMON)
         (self._folder / "metadata.json").write_text(json.dumps(_FORMATS))
         with open(self._folder / METADATA, "wb") as file:
             pickle.dump(Metadata(self._entries, storage_data=self._places), file)
 
     def __enter__(self) -> Self:
+        # The checksums of the zip format cost torch.save two thirds of its speed, and nothing that
+        # reads a checkpoint looks at them.
+        self._crc32 = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        torch.serialization.set_crc32_options(self._crc32)
+        for files in self._files.values():
+            files[-1].close()
 
-    def _close(self) -> None:
-        if self._file:
-            self._file.close()
+    def _file(self) -> io.FileIO:
+        """This thread's, where the next chunk or object goes."""
+        with self._lock:
+            files = self._files.setdefault(threading.get_ident(), [])
+            number = list(self._files).index(threading.get_ident())
+        if files and files[-1].tell() >= self._max_file_bytes:
+            files[-1].close()
+        if not files or files[-1].closed:
+            path = self._folder / f"__{number}_{len(files)}.distcp"
+            files.append(path.open("wb", buffering=0))
+        return files[-1]
 
     def _append(self, index: MetadataIndex, value: object) -> None:
-        if self._file is None or self._file.tell() >= self._max_file_bytes:
-            self._close()
-            self._file = (self._folder / f"__0_{self._num_files}.distcp").open("wb", buffering=0)
-            self._num_files += 1
-        start = self._file.seek(-self._file.tell() % _ALIGNMENT, os.SEEK_CUR)
-        pieces = _InPieces(self._file)
+        file = self._file()
+        start = file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+        pieces = _InPieces(file)
         try:
-            with _without_crc32():
-                torch.save(value, cast(BinaryIO, pieces))
+            torch.save(value, cast(BinaryIO, pieces))
         except RuntimeError as error:  # torch's, about what a full disk or a signal has left
             raise pieces.error or error.__context__ or error from None
-        name = f"__0_{self._num_files - 1}.distcp"
-        self._places[index] = filesystem._StorageInfo(name, start, self._file.tell() - start)
+        place = filesystem._StorageInfo(Path(str(file.name)).name, start, file.tell() - start)
+        self._places[index] = place
 
 
 class _InPieces:
@@ -124,17 +135,3 @@ class _InPieces:
             self.error = error
             raise
         return len(data)
-
-
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    """torch.save without the checksums of the zip format, which cost it two thirds of its speed.
-
-    Nothing that reads a checkpoint looks at them.
-    """
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
