@@ -48,7 +48,7 @@ DISTCP, METADATA = "iter_0000000/__0_0.distcp", "iter_0000000/.metadata"
         (lambda mcore: (mcore / DISTCP).unlink(), "__0_0.distcp: is missing; .metadata speaks of"),
         (
             lambda mcore: (mcore / DISTCP).write_bytes(bytes((mcore / DISTCP).stat().st_size)),
-            ".weight cannot be read: ",
+            " cannot be read: ",
         ),
         (cut(METADATA, -1), ".metadata: not the metadata of a checkpoint: "),
         (cut(METADATA, 1000), ".metadata: not the metadata of a checkpoint: "),
