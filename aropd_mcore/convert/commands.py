@@ -17,7 +17,7 @@ _A_CHECKPOINT = (
     "an HF folder; a Megatron torch_dist checkpoint or one iteration of it; a run's output_dir"
 )
 _STREAMS = """
-    Tensors are read, transformed and written one after another: no GPU, no process group, and about
+    Tensors are read, transformed and written two at a time: no GPU, no process group, and about
     1 GB of memory beside the largest tensors, whatever the size of the model. The target takes its
     name when it is whole and on the disk; after an interruption nothing is there, and the next call
     removes what was left.

@@ -142,12 +142,11 @@ def extra_state_keys(architecture: Architecture) -> Iterable[str]:
     for weight in stored_weights(architecture):
         where = place(weight, architecture)
         lead, shape = where.lead or (0,), where.lead_shape or (1,)
-        for module in (
-            where.key.rpartition(".")[0],
-            "decoder.layers.self_attention.core_attention",
-        ):
-            if weight.layer is not None or module in where.key:
-                keys[f"{module}._extra_state/shard_{_dots(lead)}_{_dots(shape)}"] = None
+        modules = [where.key.rpartition(".")[0]]
+        if weight.layer is not None and weight.expert is None:
+            modules.append("decoder.layers.self_attention.core_attention")
+        for module in modules:
+            keys[f"{module}._extra_state/shard_{_dots(lead)}_{_dots(shape)}"] = None
     return keys
 
 
