@@ -112,7 +112,10 @@ def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs
     for name, values in (expected.metrics | {"loss_T": expected.loss_T}).items():
         assert metrics[name].dtype == torch.float32 and not metrics[name].requires_grad
         assert_close(metrics[name], values, **close)
-    assert_close(grad_hidden, expected.grad_hidden, **close)
+    # It sums over the vocabulary: an fp32 matrix product over Qwen2's 151,936 terms was seen to be
+    # off by 6e-5 in itself (MKL on a processor with AVX-512).
+    terms = {**close, "atol": 1e-4} if problem.vocab_size > 10_000 else close
+    assert_close(grad_hidden, expected.grad_hidden, **terms)
     assert_close(grad_weight, expected.grad_weight.chunk(size)[rank], **close)
     return loss.item()
 
