@@ -114,8 +114,13 @@ class ObjectiveConfig(Section):
     """Mean over a response's tokens, then over responses; or mean over all tokens. Global."""
     skip_response_tokens: Annotated[int, Field(ge=0)] = 3
     """The first tokens of each response that the loss leaves out."""
-    chunk_tokens: Positive = 512
-    """Tokens whose logits exist at the same time in the fused loss."""
+    chunk_tokens: Positive | Literal["auto"] = "auto"
+    """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
+    a GPU, 128 MiB on a CPU."""
+    metrics: bool = True
+    """Report the entropies, the divergences between the views and their like, from the same pass."""
+    topk_overlap: bool = True
+    """Among the metrics `topk_overlap`, which costs more than all others together."""
     hindsight_gap: float = 2.0
     """Tau, nats: a sampled token counts as hindsight when log f - log p exceeds this ..."""
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05

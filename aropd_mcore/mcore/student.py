@@ -20,19 +20,16 @@ TokenSums = dict[str, Tensor]
 """name -> fp64 [position buckets]: a metric summed over loss tokens; `num_tokens` and, in its first
 bucket, the weighted `loss` among them."""
 
-_AROPD_SUMS = (
-    "loss",
-    "num_tokens",
+_AROPD_SUMS = ("loss", "num_tokens", "hindsight_token_rate")
+_METRIC_SUMS = (
     "clip_fraction",
     "entropy_full",
     "entropy_partial",
     "entropy_student",
-    "hindsight_token_rate",
     "kl_full_partial",
     "kl_full_student",
     "kl_partial_student",
     "kl_target_student",
-    "topk_overlap",
 )
 _SFT_SUMS = ("loss", "num_tokens", "cross_entropy", "entropy_student")
 
@@ -113,6 +110,9 @@ class Student:
             vocab_size=self.model.vocab_size,
             tp_group=self._tp_group,
             chunk_tokens=objective.chunk_tokens,
+            main_grad_VH=_main_grad(self.model.head_weight()),
+            with_metrics=objective.metrics,
+            with_topk=objective.topk_overlap,
             sampled_ids_T=microbatch.response_ids_T,
         )
         metrics["hindsight_token_rate"] = hindsight_tokens(
@@ -132,6 +132,7 @@ class Student:
             vocab_size=self.model.vocab_size,
             tp_group=self._tp_group,
             chunk_tokens=self.objective.chunk_tokens,
+            main_grad_VH=_main_grad(self.model.head_weight()),
         )
         metrics["cross_entropy"] = metrics["loss_T"]
         return loss, self._token_sums(loss, metrics, microbatch)
@@ -158,8 +159,19 @@ class Student:
 
     @property
     def _sum_names(self) -> tuple[str, ...]:
-        return _SFT_SUMS if self.objective.name == "sft" else _AROPD_SUMS
+        if self.objective.name == "sft":
+            return _SFT_SUMS
+        if not self.objective.metrics:
+            return _AROPD_SUMS
+        topk = ("topk_overlap",) if self.objective.topk_overlap else ()
+        return (*_AROPD_SUMS, *_METRIC_SUMS, *topk)
 
     @property
     def _tp_group(self) -> dist.ProcessGroup | None:
         return self.runtime.tp_group if self.runtime.tp_size > 1 else None
+
+
+def _main_grad(weight: torch.nn.Parameter) -> Tensor | None:
+    """Where Megatron's DDP accumulates the gradient, if that is where the loss may: in fp32."""
+    main_grad = getattr(weight, "main_grad", None)
+    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None

@@ -1,31 +1,26 @@
 """The losses from hidden states, chunk by chunk, so that no [tokens, vocabulary] matrix exists.
 
-The output layer is applied to a few hundred tokens at a time. Since the token weights are known
-before the loss is, a chunk's gradient is formed as soon as its logits are there, folded into the
-gradients of the hidden states and of the weight, and its logits are dropped.
+The output layer is applied to a few hundred tokens at a time, into logits that every chunk reuses.
+Since the token weights are known before the loss is, a chunk's gradient is formed as soon as its
+loss is there, over the student's logits, and folded into the gradients of the hidden states and of
+the weight.
 
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard (with padding), H
 hidden.
 """
 
-from collections.abc import Callable
+from typing import Literal
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aropd_mcore.config import Divergence
-from aropd_mcore.numerics.kl import (
-    Objective,
-    TokenLosses,
-    anchored_residual_losses,
-    attach_gradients,
-    check_ids,
-    check_matrices,
-    cross_entropy_losses,
-    wants_gradient,
-)
-from aropd_mcore.numerics.vocab_shard import VocabShard, vocab_shard
+from aropd_mcore.numerics.checks import check_head, check_ids
+from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
+from aropd_mcore.numerics.cross_entropy import cross_entropies, write_cross_entropy_gradient
+from aropd_mcore.numerics.kl import Wanted, join, passes_for, token_groups, token_losses
+from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.passes import TorchPasses, Views
+from aropd_mcore.numerics.vocab_shard import vocab_shard
 
 
 def fused_linear_anchored_residual_kl(
@@ -42,8 +37,11 @@ def fused_linear_anchored_residual_kl(
     jsd_weight: float = 0.5,
     vocab_size: int,
     tp_group=None,
-    chunk_tokens: int = 512,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | Literal["auto"] = "auto",
+    main_grad_VH: Tensor | None = None,
     with_metrics: bool = True,
+    with_topk: bool = True,
     sampled_ids_T: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the AR-OPD loss over tokens, from the final hidden states.
@@ -55,55 +53,86 @@ def fused_linear_anchored_residual_kl(
     Source: METHOD sections 3 and 5; AR-OPD, arXiv:2606.10385.
     Gradient: to student_hidden_TH and student_weight_VH, in their dtypes; none to the teacher's
     tensors (teacher_weight_VH may be the student's own) or to the token weights. It is formed
-    during the forward, accumulated in fp32, and only scaled by backward. The gradient to the
-    hidden states is complete on every rank of tp_group; do not reduce it again. With T = 0 both
-    are zero and still connected. Once differentiable.
+    during the forward, accumulated in fp32 (fp64 for fp64), and only scaled by backward. The
+    gradient to the hidden states is complete on every rank of tp_group; do not reduce it again.
+    With T = 0 both are zero and still connected. Once differentiable.
+
+    Context parallelism needs nothing here: each of its ranks passes the tokens that it has, none
+    included, and the sum over the ranks is the loss.
 
     Args:
-        student_hidden_TH: [T, H], bf16 or fp32, the same on every rank of tp_group.
+        student_hidden_TH: [T, H], fp16, bf16, fp32 or fp64, the same on every rank of tp_group.
         student_weight_VH: this rank's shard of the output layer, [V_padded / tp, H], of the
             hidden states' dtype; rows at or past vocab_size count as absent and get gradient 0.
         partial_hidden_TH: the teacher's, given the partial view (the anchor); [T, H'].
         full_hidden_TH: the teacher's, given the full view; [T, H'].
         teacher_weight_VH: this rank's shard of the teacher's output layer, [V_padded / tp, H'].
-        token_weights_T: [T], fp32; 0 takes a token out of the loss and of the gradient.
+            Where it is the student's (a `live` teacher), one product serves all three.
+        token_weights_T: [T]; 0 takes a token out of the loss and of the gradient.
+        sequence_parallel: each rank of tp_group holds an equal part of the tokens: the hidden
+            states are [T / tp, H], in the ranks' order; the other tensors are those of all T
+            tokens. The gradient is that of this rank's part.
         chunk_tokens: tokens whose logits exist at the same time; any value gives the same loss.
+            `auto`: as many as fit into `chunks.LOGITS_BYTES`.
+        main_grad_VH: where the weight's gradient is accumulated, at once: fp32 [V_padded / tp, H],
+            such as Megatron's `main_grad`. The weight itself then gets zeros, and backward must
+            receive exactly 1.
         residual_scale, residual_clip, divergence, jsd_weight, vocab_size, tp_group, with_metrics,
-            sampled_ids_T: as in `vocab_parallel_anchored_residual_kl`.
+            with_topk, sampled_ids_T: as in `vocab_parallel_anchored_residual_kl`.
     Returns:
-        loss: scalar, fp32, the same on every rank of tp_group.
-        metrics: those of the logits form, and loss_T; detached [T] fp32, not weighted.
+        loss: scalar, fp32 (fp64 for fp64), the same on every rank of tp_group.
+        metrics: those of the logits form, and loss_T; detached, [T] each, not weighted.
     Raises:
         ValueError: as the logits form; hidden states and weights that do not fit together;
-            chunk_tokens below 1.
-        RuntimeError: backward with create_graph=True.
-    Collectives: forward two all-gathers and one all-reduce a chunk, and one all-reduce of the
-        gradient to the hidden states; backward none.
+            chunk_tokens below 1; sequence_parallel without tp_group; a main_grad_VH of another
+            shape or dtype.
+        RuntimeError: backward with create_graph=True; with main_grad_VH, backward from anything
+            but 1 x the loss.
+    Collectives: forward those of the logits form a chunk, and one all-reduce a chunk of the
+        gradient to the hidden states, while the next chunk is computed; with sequence_parallel one
+        all-gather a stream and a chunk, and a reduce-scatter in place of the all-reduce. Backward
+        none.
     """
     objective = Objective(residual_scale, residual_clip, divergence, jsd_weight)
-    num_tokens, num_padded_rows = student_hidden_TH.size(0), student_weight_VH.size(0)
-    _check_head("student", student_hidden_TH, student_weight_VH, num_tokens, num_padded_rows)
-    _check_head("partial", partial_hidden_TH, teacher_weight_VH, num_tokens, num_padded_rows)
-    _check_head("full", full_hidden_TH, teacher_weight_VH, num_tokens, num_padded_rows)
-    shard = vocab_shard(num_padded_rows, vocab_size=vocab_size, tp_group=tp_group)
+    streams = [
+        Stream(student_hidden_TH, student_weight_VH),
+        Stream(partial_hidden_TH, teacher_weight_VH),
+        Stream(full_hidden_TH, teacher_weight_VH),
+    ]
+    for view, stream in zip(Views._fields, streams, strict=True):
+        check_head(view, *stream, *streams[0])
+    num_tokens = token_weights_T.numel()
+    shard = vocab_shard(student_weight_VH.size(0), vocab_size=vocab_size, tp_group=tp_group)
     if sampled_ids_T is not None:
         check_ids("sampled_ids_T", sampled_ids_T, num_tokens, vocab_size)
-    teacher_rows_VH = teacher_weight_VH[: shard.num_columns]
+    wanted = Wanted(None, with_metrics, with_metrics and with_topk)
 
-    def chunk_losses(student_TV: Tensor, chunk: slice, with_gradient: bool) -> TokenLosses:
-        return anchored_residual_losses(
-            student_TV,
-            partial_hidden_TH[chunk] @ teacher_rows_VH.T,
-            full_hidden_TH[chunk] @ teacher_rows_VH.T,
-            objective=objective,
-            shard=shard,
-            sampled_ids_T=None if sampled_ids_T is None else sampled_ids_T[chunk],
-            with_metrics=with_metrics,
-            with_gradient=with_gradient,
-        )
+    def chunk_losses(
+        logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
+    ) -> dict[str, Tensor]:
+        views = Views(*logits)
+        run = passes_for(views)
+        parts = []
+        for group in token_groups(run, views.student.size(0), shard):
+            rows = views.rows(group)
+            group_wanted = wanted._replace(sampled_ids_T=None if ids_T is None else ids_T[group])
+            part = token_losses(run, rows, objective, shard, group_wanted)
+            if gradient_weights_T is not None:
+                numbers = (part.softmax, part.kl_student_T, objective, gradient_weights_T[group])
+                run.write_gradient(rows.student, rows, *numbers)
+            parts.append(part)
+        losses = join(parts)
+        return {"loss_T": losses.loss_T, **losses.metrics}
 
-    return _weighted_sum_over_chunks(
-        student_hidden_TH, student_weight_VH, token_weights_T, chunk_losses, shard, chunk_tokens
+    return weighted_sum_over_chunks(
+        streams,
+        token_weights_T,
+        sampled_ids_T,
+        chunk_losses,
+        shard=shard,
+        sequence_parallel=sequence_parallel,
+        chunk_tokens=chunk_tokens,
+        main_grad_VH=main_grad_VH,
     )
 
 
@@ -115,7 +144,9 @@ def fused_linear_cross_entropy(
     *,
     vocab_size: int,
     tp_group=None,
-    chunk_tokens: int = 512,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | Literal["auto"] = "auto",
+    main_grad_VH: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of next-token cross-entropy over tokens, from the final hidden states.
 
@@ -129,91 +160,40 @@ def fused_linear_cross_entropy(
         target_ids_T: int64 [T], global ids.
         The others: as in `fused_linear_anchored_residual_kl`.
     Returns:
-        loss: scalar, fp32, nats, the same on every rank of tp_group.
-        metrics: loss_T, logprob_student, entropy_student; detached [T] fp32, not weighted.
+        loss: scalar, fp32 (fp64 for fp64), nats, the same on every rank of tp_group.
+        metrics: loss_T, logprob_student, entropy_student; detached, [T] each, not weighted.
     Raises:
         ValueError, RuntimeError: as in `fused_linear_anchored_residual_kl`.
-    Collectives: forward one all-gather and one all-reduce a chunk, and one all-reduce of the
-        gradient to the hidden states; backward none.
+    Collectives: as there, but one all-gather of four numbers a token in place of the logits form's.
     """
-    num_tokens, num_padded_rows = student_hidden_TH.size(0), student_weight_VH.size(0)
-    _check_head("student", student_hidden_TH, student_weight_VH, num_tokens, num_padded_rows)
-    shard = vocab_shard(num_padded_rows, vocab_size=vocab_size, tp_group=tp_group)
-    check_ids("target_ids_T", target_ids_T, num_tokens, vocab_size)
+    stream = Stream(student_hidden_TH, student_weight_VH)
+    check_head("student", *stream, *stream)
+    shard = vocab_shard(student_weight_VH.size(0), vocab_size=vocab_size, tp_group=tp_group)
+    check_ids("target_ids_T", target_ids_T, token_weights_T.numel(), vocab_size)
 
-    def chunk_losses(student_TV: Tensor, chunk: slice, with_gradient: bool) -> TokenLosses:
-        return cross_entropy_losses(
-            student_TV, target_ids_T[chunk], shard=shard, with_gradient=with_gradient
-        )
+    def chunk_losses(
+        logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
+    ) -> dict[str, Tensor]:
+        assert ids_T is not None
+        (student_TV,) = logits
+        run = TorchPasses(student_TV)
+        losses = cross_entropies(run, student_TV, ids_T, shard)
+        if gradient_weights_T is not None:
+            numbers = (ids_T, losses.softmax, shard, gradient_weights_T)
+            write_cross_entropy_gradient(run, student_TV, student_TV, *numbers)
+        return {
+            "loss_T": losses.loss_T,
+            "logprob_student": -losses.loss_T,
+            "entropy_student": losses.entropy_student_T,
+        }
 
-    return _weighted_sum_over_chunks(
-        student_hidden_TH, student_weight_VH, token_weights_T, chunk_losses, shard, chunk_tokens
+    return weighted_sum_over_chunks(
+        [stream],
+        token_weights_T,
+        target_ids_T,
+        chunk_losses,
+        shard=shard,
+        sequence_parallel=sequence_parallel,
+        chunk_tokens=chunk_tokens,
+        main_grad_VH=main_grad_VH,
     )
-
-
-def _weighted_sum_over_chunks(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    token_weights_T: Tensor,
-    chunk_losses: Callable[[Tensor, slice, bool], TokenLosses],
-    shard: VocabShard,
-    chunk_tokens: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`chunk_losses(student logits, chunk, with_gradient)` over all tokens, weighted and summed."""
-    num_tokens = hidden_TH.size(0)
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens {chunk_tokens}: expected at least 1")
-    if token_weights_T.shape != (num_tokens,):
-        raise ValueError(
-            f"token_weights_T has shape {tuple(token_weights_T.shape)}: expected ({num_tokens},)"
-        )
-    wants_hidden, wants_weight = wants_gradient(hidden_TH), wants_gradient(weight_VH)
-    with torch.no_grad():
-        token_weights_T = token_weights_T.float()
-        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=torch.float32) if wants_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
-        rows_VH = weight_VH[: shard.num_columns]
-        parts: list[dict[str, Tensor]] = []
-        # At least one chunk: without tokens it is empty, and still names every metric.
-        for start in range(0, max(num_tokens, 1), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            losses = chunk_losses(hidden_TH[chunk] @ rows_VH.T, chunk, wants_hidden or wants_weight)
-            parts.append({"loss_T": losses.loss_T, **losses.metrics})
-            if losses.gradient_TV is None:
-                continue
-            gradient_TV = losses.gradient_TV.mul_(token_weights_T[chunk, None])
-            if grad_hidden_TH is not None:
-                grad_hidden_TH[chunk] = _matmul_to_fp32(gradient_TV, rows_VH)
-            if grad_weight_VH is not None:
-                grad_weight_VH[: shard.num_columns] += _matmul_to_fp32(
-                    gradient_TV.T, hidden_TH[chunk]
-                )
-        # Each rank has seen only its own columns; one sum makes the hidden states' gradient whole.
-        if grad_hidden_TH is not None and num_tokens and shard.tp_group is not None:
-            dist.all_reduce(grad_hidden_TH, group=shard.tp_group)
-        metrics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        loss = (token_weights_T * metrics["loss_T"]).sum()
-
-    pairs = [(hidden_TH, grad_hidden_TH), (weight_VH, grad_weight_VH)]
-    return attach_gradients(loss, *((x, grad) for x, grad in pairs if grad is not None)), metrics
-
-
-def _matmul_to_fp32(left_fp32: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32; a GPU multiplies in `right`'s dtype and accumulates in fp32."""
-    if right.is_cuda and right.dtype != torch.float32:
-        return torch.mm(left_fp32.to(right.dtype), right, out_dtype=torch.float32)
-    return left_fp32 @ right.float()
-
-
-def _check_head(
-    view: str, hidden_TH: Tensor, weight_VH: Tensor, num_tokens: int, num_padded_rows: int
-) -> None:
-    owner = "student" if view == "student" else "teacher"
-    hidden_size = weight_VH.size(-1)
-    check_matrices({f"{view}_hidden_TH": hidden_TH}, torch.Size((num_tokens, hidden_size)))
-    check_matrices({f"{owner}_weight_VH": weight_VH}, torch.Size((num_padded_rows, hidden_size)))
-    if hidden_TH.dtype != weight_VH.dtype:
-        raise ValueError(
-            f"{view}_hidden_TH is {hidden_TH.dtype} and {owner}_weight_VH is {weight_VH.dtype}: "
-            "expected one dtype"
-        )

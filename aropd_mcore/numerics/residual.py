@@ -56,19 +56,31 @@ def unnormalized_target(
     full_logprobs: Tensor,
     residual_scale: float,
     residual_clip: float | None,
+    *,
+    ruled_out: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """log u = log p + lambda * clip(log f - log p); it may be one of the arguments itself."""
+    """log u = log p + lambda * clip(log f - log p); it may be one of the arguments itself.
+
+    Args:
+        out: of the same shape, where it is computed unless it is one of the arguments.
+        ruled_out: whether the views may hold -inf. Without the mask that they need, NaN (and, for
+            lambda > 1 without clip, infinity) stands where the partial view has -inf.
+    """
     if residual_scale == 0:
         return partial_logprobs
     if residual_clip is not None:
-        residual = (full_logprobs - partial_logprobs).clamp_(-residual_clip, residual_clip)
+        residual = torch.sub(full_logprobs, partial_logprobs, out=out)
+        residual.clamp_(-residual_clip, residual_clip)
         log_u = residual.mul_(residual_scale).add_(partial_logprobs)
     elif residual_scale == 1:
         return full_logprobs
     else:
-        log_u = partial_logprobs * (1 - residual_scale) + full_logprobs * residual_scale
-    # Where both views rule a token out, the residual is -inf - (-inf) = NaN.
-    return log_u.masked_fill_(partial_logprobs == -torch.inf, -torch.inf)
+        log_u = torch.mul(partial_logprobs, 1 - residual_scale, out=out)
+        log_u.add_(full_logprobs, alpha=residual_scale)
+    if ruled_out:  # where both views have -inf, the residual is -inf - (-inf)
+        log_u.masked_fill_(partial_logprobs == -torch.inf, -torch.inf)
+    return log_u
 
 
 def check_residual(residual_scale: float, residual_clip: float | None) -> None:

@@ -1,0 +1,55 @@
+"""Next-token cross-entropy over a sharded vocabulary: the SFT baseline's loss, from logits.
+
+Shape letters: T flattened tokens, V vocabulary columns of this rank's shard.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from aropd_mcore.numerics.kl import add_up_views, sampled_logits
+from aropd_mcore.numerics.passes import Softmax, TorchPasses, exp_rows
+from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards
+
+
+class CrossEntropies(NamedTuple):
+    loss_T: Tensor
+    entropy_student_T: Tensor
+    softmax: Softmax
+
+
+def cross_entropies(
+    run: TorchPasses, student_TV: Tensor, target_ids_T: Tensor, shard: VocabShard
+) -> CrossEntropies:
+    """-log s of the target ids. Collectives: one all-gather."""
+    moments = ((0, 0),)
+    local = {
+        "views": run.view_statistics([student_TV], moments),
+        "targets": sampled_logits([student_TV], target_ids_T, shard),
+    }
+    gathered = gather_over_shards(local, shard.tp_group)
+    softmax, log_means_KT = add_up_views(gathered["views"], moments)
+    logprobs_KT = (gathered["targets"].sum(0) - softmax.max_KT).sub_(softmax.log_sum_KT)
+    return CrossEntropies(-logprobs_KT[0], -log_means_KT[0], softmax)
+
+
+def write_cross_entropy_gradient(
+    run: TorchPasses,
+    out_TV: Tensor,
+    student_TV: Tensor,
+    target_ids_T: Tensor,
+    softmax: Softmax,
+    shard: VocabShard,
+    weights_T: Tensor,
+) -> None:
+    """Into `out_TV`, weights_t (s - onehot(target)); it may be the logits themselves."""
+    for tokens in run.blocks(student_TV.size(0)):
+        log_row, s_row, *_ = run.buffers(tokens)
+        log_s = softmax.log_probs(0, student_TV[tokens], tokens, out=log_row)
+        s, scale_T = exp_rows(log_s, careful=False, out=s_row)
+        weights = weights_T[tokens]
+        s.mul_((scale_T * weights)[:, None])
+        if shard.num_columns:
+            mine_T, columns_T = shard.owned(target_ids_T[tokens])
+            s.scatter_add_(1, columns_T[:, None], (mine_T * -weights)[:, None])
+        out_TV[tokens] = s

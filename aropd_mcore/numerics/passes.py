@@ -1,0 +1,327 @@
+"""The passes over a shard's logits, in torch: they make a few numbers a token out of [T, V].
+
+    view_statistics     what the views' softmax and the metrics are made of
+    target_statistics   given everyone's softmax, what the target and the divergence are made of
+    mixture_statistics  given everyone's target, the two halves of the Jensen-Shannon divergence
+    write_gradient      given all of it, d loss / d student logits
+
+`kl` calls them in this order and adds up the shards' numbers in between; `kernels` holds the same
+functions in Triton. Nothing as large as the logits is made.
+
+Shape letters: T flattened tokens, V vocabulary columns of this rank's shard (without padding), K
+numbers a token.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.residual import unnormalized_target
+
+BLOCK_ELEMENTS = 2**19
+"""Logits of one view that are worked on at a time: with its temporaries they stay in a cache."""
+
+MOMENTS = ((0, 0), (1, 1), (2, 2), (1, 0), (2, 0), (2, 1))
+"""Pairs (a, b) of views: the entropies and the divergences between views are made of E_a[log b]."""
+
+LOWEST = torch.finfo(torch.float32).min
+"""Stands for the maximum of no column, or of -inf alone: exp then gives 0 in place of NaN."""
+
+
+class Views(NamedTuple):
+    """A shard's logits, [T, V] each and of one dtype."""
+
+    student: Tensor
+    partial: Tensor
+    full: Tensor
+
+    def rows(self, tokens: slice) -> "Views":
+        return Views(*(view_TV[tokens] for view_TV in self))
+
+
+class Softmax(NamedTuple):
+    """log softmax = (row - max) - log_sum over the whole vocabulary, of several rows a token.
+
+    The rows k are the student's, partial's and full's logits, then, once it is known, the target's
+    log u. The maximum comes off first: added to the log of the sum, it would round large logits.
+    """
+
+    max_KT: Tensor
+    log_sum_KT: Tensor
+
+    def log_probs(self, k: int, row_TV: Tensor, tokens: slice, out: Tensor) -> Tensor:
+        shifted = torch.sub(row_TV, self.max_KT[k, tokens, None], out=out)
+        return shifted.sub_(self.log_sum_KT[k, tokens, None])
+
+
+TARGET = 3
+"""The target's row in `Softmax`."""
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class TorchPasses:
+    """The passes in torch, over a few rows at a time.
+
+    Their temporaries are made once, here. An allocator that returns large blocks to the system at
+    once would have them made anew by every operation, and spend longer on it than the arithmetic.
+    """
+
+    def __init__(self, logits_TV: Tensor):
+        """For shards of logits like these, with as many rows or fewer."""
+        num_tokens, num_columns = logits_TV.shape
+        self.block_rows = max(min(BLOCK_ELEMENTS // max(num_columns, 1), num_tokens), 1)
+        self._dtype = wide_dtype(logits_TV.dtype)
+        self._buffers = logits_TV.new_empty((6, self.block_rows, num_columns), dtype=self._dtype)
+
+    def blocks(self, num_tokens: int) -> Iterator[slice]:
+        """Rows that are worked on at a time; one empty block where there are none."""
+        starts = range(0, max(num_tokens, 1), self.block_rows)
+        return (slice(start, min(start + self.block_rows, num_tokens)) for start in starts)
+
+    def view_statistics(
+        self, views: Sequence[Tensor], moments: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Of K <= 3 rows of logits a token, each [T, V]:
+
+            max_k = max_v x_kv,    sum_k = sum_v exp(x_kv - max_k)
+            moment_ab = sum_v exp(x_av - max_a) (x_bv - max_b),  for (a, b) in moments
+
+        Returns:
+            [2 K + len(moments), T]: the maxima, the sums, the moments. Over this shard alone.
+        """
+
+        def statistics(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> list[Tensor]:
+            maxima = [_row_max(view_TV[tokens]) for view_TV in views]
+            sums, shifted, weights = [], [], []
+            for k, (view_TV, max_T) in enumerate(zip(views, maxima, strict=True)):
+                if not moments:  # then nothing is kept of a view but its numbers
+                    k = 0
+                shifted.append(torch.sub(view_TV[tokens], max_T[:, None], out=buffers[k]))
+                e, scale_T = exp_rows(shifted[k], careful, out=buffers[3 + k])
+                weights.append((e, scale_T))
+                sums.append(e.sum(-1) * scale_T)
+            means = []
+            for a, b in moments:
+                e, scale_T = weights[a]
+                means.append(_expectation(e, scale_T, shifted[b], careful))
+            return maxima + sums + means
+
+        return self._in_blocks(views, 2 * len(views) + len(moments), statistics)
+
+    def target_statistics(
+        self,
+        views: Views,
+        softmax: Softmax,
+        objective: Objective,
+        *,
+        with_metrics: bool,
+        least_top_2T: Tensor | None,
+    ) -> Tensor:
+        """Of the target's log u = log p + lambda * clip(log f - log p, -c, +c), max_u its maximum:
+
+            0  max_u
+            1  sum_v exp(log u - max_u)
+            2  sum_v exp(log u - max_u) (log u - max_u - log s)
+            3  sum_v s (log s - log u)
+            4  the p-mass whose residual is clipped
+            5  how many tokens' logits are at least `least_top_2T`, in the student and in full
+
+        Row 2 is 0 unless the metrics or the divergence need it, 3 unless the divergence does, 4
+        without metrics or clip, 5 without `least_top_2T`.
+
+        Returns:
+            [6, T], over this shard alone.
+        """
+        divergence, clip = objective.divergence, objective.residual_clip
+
+        def statistics(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> list[Tensor]:
+            log_s, log_p, log_f = _log_views(views, softmax, tokens, buffers)
+            log_u = _log_target(log_p, log_f, objective, careful, out=buffers[3])
+            one, two = buffers[4:]  # for everything that follows, one after the other
+            max_T = _row_max(log_u)
+            shifted = torch.sub(log_u, max_T[:, None], out=one)
+            u, scale_T = exp_rows(shifted, careful, out=two)
+            numbers = [max_T, u.sum(-1) * scale_T, *max_T.new_zeros(4, max_T.size(0))]
+            if divergence == "kl_target_student" or with_metrics:
+                numbers[2] = _expectation(u, scale_T, shifted.sub_(log_s), careful)
+            if divergence == "kl_student_target":
+                log_ratio = torch.sub(log_s, log_u, out=two)
+                numbers[3] = _expectation(*exp_rows(log_s, careful, out=one), log_ratio, careful)
+            if with_metrics and clip is not None:
+                is_clipped = torch.sub(log_f, log_p, out=two).abs_().gt_(clip)
+                numbers[4] = _expectation(*exp_rows(log_p, careful, out=one), is_clipped, careful)
+            if least_top_2T is not None:
+                least_student_T, least_full_T = least_top_2T[:, tokens, None]
+                # Comparisons that write numbers take a third of the time of booleans.
+                in_top = torch.ge(views.student[tokens], least_student_T, out=one)
+                in_top.mul_(torch.ge(views.full[tokens], least_full_T, out=two))
+                numbers[5] = in_top.sum(-1)
+            return numbers
+
+        return self._in_blocks(views, 6, statistics)
+
+    def mixture_statistics(self, views: Views, softmax: Softmax, objective: Objective) -> Tensor:
+        """This shard's parts of KL(q || m) and KL(s || m), m = (1 - beta) s + beta q: [2, T]."""
+
+        def statistics(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> list[Tensor]:
+            log_s, log_q = _log_student_and_target(
+                views, softmax, objective, tokens, buffers, careful
+            )
+            log_m = _log_mixture(log_s, log_q, objective, buffers)
+            numbers = []
+            for log_TV in (log_q, log_s):
+                log_ratio = torch.sub(log_TV, log_m, out=buffers[1])
+                probs = exp_rows(log_TV, careful, out=buffers[2])
+                numbers.append(_expectation(*probs, log_ratio, careful))
+            return numbers
+
+        return self._in_blocks(views, 2, statistics)
+
+    def write_gradient(
+        self,
+        out_TV: Tensor,
+        views: Views,
+        softmax: Softmax,
+        kl_student_T: Tensor,
+        objective: Objective,
+        weights_T: Tensor,
+    ) -> None:
+        """Into `out_TV`, weights_t times d loss_t / d student logits, rounded once to its dtype.
+
+            kl_target_student  s - q
+            others             (1 - beta) s (log s - log m - KL(s || m)),  m = q and beta = 0 for
+                               kl_student_target
+
+        Args:
+            out_TV: [T, V], any floating dtype; it may be the student's logits themselves.
+            kl_student_T: KL(s || m); not read for kl_target_student.
+        """
+
+        def gradient(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> Tensor:
+            weights = weights_T[tokens]
+            log_s, log_q = _log_student_and_target(
+                views, softmax, objective, tokens, buffers, careful
+            )
+            if objective.divergence == "kl_target_student":
+                s, s_scale_T = exp_rows(log_s, careful, out=buffers[1])
+                q, q_scale_T = exp_rows(log_q, careful, out=buffers[2])
+                q.mul_((q_scale_T * weights)[:, None])
+                return s.mul_((s_scale_T * weights)[:, None]).sub_(q)
+            log_m = _log_mixture(log_s, log_q, objective, buffers)
+            s, scale_T = exp_rows(log_s, careful, out=buffers[1])
+            gradient = log_s.sub_(log_m).sub_(kl_student_T[tokens, None]).mul_(s)
+            if careful:
+                gradient.masked_fill_(s == 0, 0.0)
+            return gradient.mul_((scale_T * weights * objective.student_share)[:, None])
+
+        for tokens in self.blocks(views.student.size(0)):
+            buffers = self.buffers(tokens)
+            gradient_TV = gradient(tokens, buffers, False)
+            if not gradient_TV.sum().isfinite():
+                gradient_TV = gradient(tokens, buffers, True)
+            out_TV[tokens] = gradient_TV
+
+    def _in_blocks(
+        self,
+        views: Sequence[Tensor],
+        num_numbers: int,
+        statistics: Callable[[slice, Sequence[Tensor], bool], list[Tensor]],
+    ) -> Tensor:
+        """`statistics(tokens, buffers, careful)` of every block, as [num_numbers, T].
+
+        Logits of -inf need masks, which cost as much as all the rest. Without them such a row's
+        numbers are not finite, and the block is done once more, carefully; so is one with NaN.
+        """
+        num_tokens = views[0].size(0)
+        numbers_KT = views[0].new_empty((num_numbers, num_tokens), dtype=self._dtype)
+        for tokens in self.blocks(num_tokens):
+            buffers = self.buffers(tokens)
+            numbers = torch.stack(statistics(tokens, buffers, False))
+            if not numbers.isfinite().all():
+                numbers = torch.stack(statistics(tokens, buffers, True))
+            numbers_KT[:, tokens] = numbers
+        return numbers_KT
+
+    def buffers(self, tokens: slice) -> Sequence[Tensor]:
+        """Six, for a block's rows."""
+        return self._buffers[:, : tokens.stop - tokens.start].unbind()
+
+
+def exp_rows(log_TV: Tensor, careful: bool, out: Tensor) -> tuple[Tensor, Tensor]:
+    """exp of every row, as a matrix and a scale [T] that it is still to be multiplied with.
+
+    On a CPU torch's softmax takes half the time of its exp. Dividing by the largest probability,
+    whose exp is known, undoes the normalization, and with it the error of the softmax's own sum.
+    """
+    if careful or not log_TV.size(1):
+        return torch.exp(log_TV, out=out), log_TV.new_ones(log_TV.size(0))
+    probs = torch.softmax(log_TV, -1, out=out)
+    return probs, log_TV.amax(-1).exp_().div_(probs.amax(-1))
+
+
+def _row_max(logits_TV: Tensor) -> Tensor:
+    dtype = wide_dtype(logits_TV.dtype)
+    if not logits_TV.size(1):
+        return logits_TV.new_full((logits_TV.size(0),), LOWEST, dtype=dtype)
+    return logits_TV.amax(-1).to(dtype).clamp_(min=LOWEST)
+
+
+def _expectation(weights_TV: Tensor, scale_T: Tensor, values_TV: Tensor, careful: bool) -> Tensor:
+    """scale * sum_v weight * value; when careful, a weight of 0 counts 0 even against infinity."""
+    if careful:
+        sums_T = (weights_TV * values_TV).masked_fill_(weights_TV == 0, 0.0).sum(-1)
+    else:
+        sums_T = torch.linalg.vecdot(weights_TV, values_TV)
+    return sums_T * scale_T
+
+
+def _log_views(
+    views: Views, softmax: Softmax, tokens: slice, buffers: Sequence[Tensor]
+) -> list[Tensor]:
+    """log s, log p, log f in the first three buffers."""
+    return [
+        softmax.log_probs(k, view_TV[tokens], tokens, out=buffers[k])
+        for k, view_TV in enumerate(views)
+    ]
+
+
+def _log_target(
+    log_p: Tensor, log_f: Tensor, objective: Objective, careful: bool, out: Tensor
+) -> Tensor:
+    """log u, in `out` or one of the arguments."""
+    scale, clip = objective.residual_scale, objective.residual_clip
+    return unnormalized_target(log_p, log_f, scale, clip, ruled_out=careful, out=out)
+
+
+def _log_student_and_target(
+    views: Views,
+    softmax: Softmax,
+    objective: Objective,
+    tokens: slice,
+    buffers: Sequence[Tensor],
+    careful: bool,
+) -> tuple[Tensor, Tensor]:
+    """log s in the first buffer and log q in the fourth; the others are free again."""
+    log_s, log_p, log_f = _log_views(views, softmax, tokens, buffers)
+    log_u = _log_target(log_p, log_f, objective, careful, out=buffers[3])
+    return log_s, softmax.log_probs(TARGET, log_u, tokens, out=buffers[3])
+
+
+def _log_mixture(
+    log_s: Tensor, log_q: Tensor, objective: Objective, buffers: Sequence[Tensor]
+) -> Tensor:
+    """log m; reverse KL is the case beta = 0, with q itself in place of the mixture."""
+    if objective.divergence != "jsd":
+        return log_q
+    beta = objective.jsd_weight
+    of_student = torch.add(log_s, math.log1p(-beta), out=buffers[1])
+    of_target = torch.add(log_q, math.log(beta), out=buffers[2])
+    return torch.logaddexp(of_student, of_target, out=buffers[4])
