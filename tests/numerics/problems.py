@@ -58,6 +58,18 @@ class Problem:
             teacher_weight=self.teacher_weight.chunk(size)[rank].clone(),
         )
 
+    def tokens(self, tokens: slice, hidden: slice | None = None) -> "Problem":
+        """Some of the tokens; `hidden`: those whose hidden states are here, if not the same."""
+        hidden = tokens if hidden is None else hidden
+        return replace(
+            self,
+            student_hidden=self.student_hidden.detach()[hidden].clone().requires_grad_(),
+            partial_hidden=self.partial_hidden[hidden],
+            full_hidden=self.full_hidden[hidden],
+            token_weights=self.token_weights[tokens],
+            sampled_ids=self.sampled_ids[tokens],
+        )
+
     def logits(self) -> tuple[Tensor, Tensor, Tensor]:
         """Student, partial, full: this shard's, with padding."""
         return (
@@ -68,15 +80,22 @@ class Problem:
 
 
 def make_problem(
-    num_tokens=13, hidden_size=8, vocab_size=45, padded_vocab_size=64, seed=0
+    num_tokens=13,
+    hidden_size=8,
+    vocab_size=45,
+    padded_vocab_size=64,
+    seed=0,
+    teacher_hidden_size: int | None = None,
 ) -> Problem:
     """Ragged token weights with zeros; padding rows that would spoil everything if they counted."""
+    teacher_size = hidden_size if teacher_hidden_size is None else teacher_hidden_size
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    student_weight, teacher_weight = normal(2, padded_vocab_size, hidden_size)
+    student_weight = normal(padded_vocab_size, hidden_size)
+    teacher_weight = normal(padded_vocab_size, teacher_size)
     student_weight[vocab_size:] = 100.0
     teacher_weight[vocab_size:] = torch.nan
     token_weights = torch.rand(num_tokens, generator=generator)
@@ -84,8 +103,8 @@ def make_problem(
     return Problem(
         student_hidden=normal(num_tokens, hidden_size),
         student_weight=student_weight,
-        partial_hidden=normal(num_tokens, hidden_size),
-        full_hidden=normal(num_tokens, hidden_size),
+        partial_hidden=normal(num_tokens, teacher_size),
+        full_hidden=normal(num_tokens, teacher_size),
         teacher_weight=teacher_weight,
         token_weights=token_weights,
         sampled_ids=torch.randint(vocab_size, (num_tokens,), generator=generator),

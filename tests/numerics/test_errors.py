@@ -65,7 +65,11 @@ def weights(**changes):
 CASES = [
     (logits_form, {"full_logits_TV": torch.zeros(3, 9)}, r"full_logits_TV has shape \(3, 9\)"),
     (logits_form, {"student_logits_TV": torch.zeros(10)}, r"shape \(10,\).*two dimensions"),
-    (logits_form, {"full_logits_TV": LOGITS.int()}, r"full_logits_TV is torch\.int32: expected one"),
+    (
+        logits_form,
+        {"full_logits_TV": LOGITS.int()},
+        r"full_logits_TV is torch\.int32: expected one",
+    ),
     (logits_form, {"full_logits_TV": LOGITS.half()}, r"full_logits_TV torch\.float16: .*one dtype"),
     (logits_form, {"vocab_size": 11}, r"vocab_size 11 .*1 shard\(s\) of 10 columns cover 10"),
     (logits_form, {"vocab_size": 0}, "vocab_size 0 does not fit"),

@@ -1,0 +1,85 @@
+"""The losses, run on a problem: each returns (loss, metrics with loss_T)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aropd_mcore.numerics import (
+    fused_linear_anchored_residual_kl,
+    fused_linear_cross_entropy,
+    vocab_parallel_anchored_residual_kl,
+)
+from tests.numerics.problems import Problem, Settings
+
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+def run_fused(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> Result:
+    return fused_linear_anchored_residual_kl(
+        problem.student_hidden,
+        problem.student_weight,
+        problem.partial_hidden,
+        problem.full_hidden,
+        problem.teacher_weight,
+        problem.token_weights,
+        vocab_size=problem.vocab_size,
+        sampled_ids_T=problem.sampled_ids,
+        tp_group=tp_group,
+        **asdict(settings),
+        **kwargs,
+    )
+
+
+def run_logits_form(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> Result:
+    """With an output layer of plain autograd around it."""
+    loss_T, metrics = vocab_parallel_anchored_residual_kl(
+        *problem.logits(),
+        vocab_size=problem.vocab_size,
+        sampled_ids_T=problem.sampled_ids,
+        tp_group=tp_group,
+        **asdict(settings),
+        **kwargs,
+    )
+    return (problem.token_weights * loss_T).sum(), metrics | {"loss_T": loss_T.detach()}
+
+
+def run_cross_entropy(problem: Problem, _: Settings | None, tp_group=None, **kwargs) -> Result:
+    return fused_linear_cross_entropy(
+        problem.student_hidden,
+        problem.student_weight,
+        problem.sampled_ids,
+        problem.token_weights,
+        vocab_size=problem.vocab_size,
+        tp_group=tp_group,
+        **kwargs,
+    )
+
+
+_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+_COLLECTIVES += ("broadcast", "reduce", "barrier", "all_to_all_single", "all_gather_object")
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[tuple[str, int]]]:
+    """The collectives that run within: each one's name, and the bytes that this rank puts in."""
+    calls: list[tuple[str, int]] = []
+
+    def counting(name: str):
+        run = getattr(dist, name)
+        # The tensor that goes in: the output comes before it, where there is one.
+        position = 1 if name.startswith(("all_gather", "reduce_scatter")) else 0
+
+        def counted(*args, **kwargs):
+            put_in = args[position] if len(args) > position else None
+            calls.append((name, put_in.nbytes if torch.is_tensor(put_in) else 0))
+            return run(*args, **kwargs)
+
+        return counted
+
+    with mock.patch.multiple(dist, **{name: counting(name) for name in _COLLECTIVES}):
+        yield calls

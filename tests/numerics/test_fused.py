@@ -1,0 +1,142 @@
+"""What the fused form does with its tokens, its memory and Megatron's gradient buffer."""
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from aropd_mcore.numerics import chunks
+from tests.numerics.problems import Settings, make_problem, oracle_answer
+from tests.numerics.runs import counted_collectives, run_cross_entropy, run_fused
+from tests.ranks import run_ranks
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+
+
+def check_token_parallel() -> None:
+    """TP 2 x CP 2 with sequence parallelism: context ranks of 10 and 6 tokens, then 16 and none.
+
+    Ranks 0 and 1 are one context rank, 2 and 3 the other.
+    """
+    tp_rank, cp_rank = dist.get_rank() % 2, dist.get_rank() // 2
+    tp_group = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][cp_rank]
+    cp_group = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])][tp_rank]
+    whole = make_problem(num_tokens=16)
+    for run, settings in ((run_fused, Settings()), (run_cross_entropy, None)):
+        expected = oracle_answer(whole, settings)
+        for num_first in (10, 16):
+            first, end = ((0, num_first), (num_first, 16))[cp_rank]
+            half = (end - first) // 2
+            mine = slice(first + tp_rank * half, first + (tp_rank + 1) * half)
+            ours = whole.shard(tp_rank, 2).tokens(slice(first, end), hidden=mine)
+            with counted_collectives() as calls:
+                loss, metrics = run(
+                    ours, settings, tp_group, sequence_parallel=True, chunk_tokens=4
+                )
+            loss.backward()
+            total = loss.detach()
+            grad_weight = ours.student_weight.grad
+            for sum_ in (total, grad_weight):
+                dist.all_reduce(sum_, group=cp_group)
+            assert_close(total, expected.loss, **CLOSE)
+            assert_close(metrics["loss_T"], expected.loss_T[first:end], **CLOSE)
+            assert_close(ours.student_hidden.grad, expected.grad_hidden[mine], **CLOSE)
+            assert_close(grad_weight, expected.grad_weight.chunk(2)[tp_rank], **CLOSE)
+            num_chunks = (end - first + 3) // 4
+            names = [name for name, _ in calls]
+            num_streams, num_exchanges = (1, 1) if settings is None else (3, 2)
+            assert names.count("all_gather_into_tensor") == num_streams * num_chunks
+            assert names.count("all_gather") == num_exchanges * num_chunks
+            assert names.count("reduce_scatter_tensor") == num_chunks
+            assert len(names) == (num_streams + num_exchanges + 1) * num_chunks
+
+
+def test_sequence_and_context_parallel():
+    run_ranks(check_token_parallel, 4)
+
+
+@pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
+def test_main_grad(run):
+    """The weight's gradient goes into the buffer, on top of what is there; hooks still fire."""
+    settings = Settings() if run is run_fused else None
+    expected = oracle_answer(make_problem(), settings)
+    problem = make_problem().shard(0, 1)
+    main_grad = torch.ones(problem.student_weight.shape)
+    run(problem, settings, chunk_tokens=5, main_grad_VH=main_grad)[0].backward()
+    assert_close(main_grad, 1 + expected.grad_weight, **CLOSE)
+    assert_close(problem.student_hidden.grad, expected.grad_hidden, **CLOSE)
+    assert (problem.student_weight.grad == 0).all()
+
+
+def test_main_grad_wants_the_loss_itself():
+    problem = make_problem().shard(0, 1)
+    main_grad = torch.zeros(problem.student_weight.shape)
+    loss, _ = run_fused(problem, Settings(), main_grad_VH=main_grad)
+    with pytest.raises(RuntimeError, match="gradient of 1 x the loss"):
+        (2 * loss).backward()
+
+
+def test_main_grad_is_left_alone_without_a_gradient():
+    problem = make_problem().shard(0, 1)
+    main_grad = torch.zeros(problem.student_weight.shape)
+    with torch.no_grad():
+        run_fused(problem, Settings(), main_grad_VH=main_grad)
+    assert (main_grad == 0).all()
+
+
+def tensor_sizes(run) -> list[int]:
+    """Elements of every tensor that operations return while `run()` runs."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(leaf.numel() for leaf in tree_leaves(out) if torch.is_tensor(leaf))
+            return out
+
+    with Watch():
+        run()
+    return sizes
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    """Whatever the tokens, no tensor is larger than a chunk's temporaries or the weight."""
+    largest = []
+    for num_tokens in (64, 256):
+        problem = make_problem(num_tokens, vocab_size=500, padded_vocab_size=512).shard(0, 1)
+        sizes = tensor_sizes(
+            lambda problem=problem: run_fused(problem, Settings(), chunk_tokens=4)[0].backward()
+        )
+        largest.append(max(sizes))
+    assert largest == [6 * 4 * 500] * 2  # six temporaries of a chunk; its logits are three
+
+
+@pytest.mark.parametrize("live, products", [(False, 2), (True, 1)])
+def test_a_live_teachers_head_is_projected_once(live, products):
+    """One weight, one product for all three views; and the gradient is the student's alone."""
+    problem = make_problem().shard(0, 1)
+    apart = replace(problem, teacher_weight=problem.student_weight.detach().clone())
+    shared = replace(problem, teacher_weight=problem.student_weight.detach())
+    problem = shared if live else apart
+    with mock.patch.object(torch, "mm", wraps=torch.mm) as mm:
+        run_fused(problem, Settings(), chunk_tokens=100)[0].backward()
+    assert mm.call_count == products
+    expected = oracle_answer(apart.shard(0, 1), Settings())
+    assert_close(problem.student_weight.grad, expected.grad_weight, **CLOSE)
+
+
+def test_auto_chunk(monkeypatch):
+    weight = torch.empty(1000, 8)
+    monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 3 * 1000 * 4 * 200)  # 200 tokens' logits
+    assert chunks.auto_chunk_tokens(3, weight) == 192
+    assert chunks.auto_chunk_tokens(3, weight.bfloat16()) == 384
+    monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 1)
+    assert chunks.auto_chunk_tokens(3, weight) == 64
+    problem = make_problem(num_tokens=130)
+    sizes = tensor_sizes(lambda: run_fused(problem, Settings()))
+    assert 3 * 64 * 45 in sizes and 3 * 130 * 45 not in sizes

@@ -1,0 +1,214 @@
+"""What every dtype and memory layout is good for."""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from aropd_mcore.numerics import vocab_parallel_anchored_residual_kl
+from tests import oracles
+from tests.numerics.problems import Problem, Settings, make_problem, oracle_answer
+from tests.numerics.runs import run_cross_entropy, run_fused, run_logits_form
+
+DIVERGENCES = ("kl_target_student", "kl_student_target", "jsd")
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+def rms(error: Tensor) -> float:
+    return error.double().square().mean().sqrt().item()
+
+
+def problem_of(dtype: torch.dtype, device: str, seed: int) -> Problem:
+    problem = make_problem(16, vocab_size=32_700, padded_vocab_size=32_768, seed=seed)
+    if dtype == torch.float16:  # which is trained with a scaled loss
+        problem = replace(problem, token_weights=2**10 * problem.token_weights)
+    return problem.on(device).to(dtype)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_errs_no_more_than_eager_in_the_same_dtype(divergence, dtype, device):
+    """The gradient against fp64, beside a dense formula by autograd: all from the same numbers.
+
+    With respect to logits on each of three draws. Through the output layer over all of them
+    together, since there the rounding of the logits decides, by luck; and in half precision, since
+    in fp32 the matrix products' own error does.
+    """
+    settings = Settings(divergence=divergence)
+    kwargs = {"scale": settings.residual_scale, "clip": settings.residual_clip}
+    kwargs |= {"divergence": divergence, "jsd_weight": settings.jsd_weight}
+    ours_squared = eager_squared = 0.0
+    for seed in range(3):
+        problem = problem_of(dtype, device, seed)
+        weights, vocab_size = problem.token_weights, problem.vocab_size
+        logits = [x.detach()[:, :vocab_size] for x in problem.shard(0, 1).logits()]
+
+        def gradient(loss_of, to: torch.dtype, logits=logits, weights=weights) -> Tensor:
+            student, partial, full = (x.to(to, copy=True) for x in logits)
+            student.requires_grad_()
+            loss = (weights.to(to) * loss_of(student, partial, full)).sum()
+            return torch.autograd.grad(loss, student)[0]
+
+        def dense(*views: Tensor) -> Tensor:
+            return oracles.token_losses(*views, **kwargs)
+
+        def ours(*views: Tensor, vocab_size=vocab_size) -> Tensor:
+            return vocab_parallel_anchored_residual_kl(
+                *views, vocab_size=vocab_size, **asdict(settings)
+            )[0].to(dtype)
+
+        truth, eager = gradient(dense, torch.float64), gradient(dense, dtype)
+        eager_fails = bool(eager.isnan().any())
+        assert not eager_fails or (divergence, dtype) == ("jsd", torch.float16)  # log 0
+        error = rms(gradient(ours, dtype) - truth)
+        assert error <= rms(eager - truth) or (eager_fails and math.isfinite(error))
+
+        shard = problem.shard(0, 1)
+        run_fused(shard, settings)[0].backward()
+        assert shard.student_hidden.grad.dtype == shard.student_weight.grad.dtype == dtype
+        truth, eager = (oracle_answer(problem, settings, to) for to in (torch.float64, dtype))
+        for name in ("hidden", "weight"):
+            true_grad = getattr(truth, f"grad_{name}")
+            ours_squared += rms(getattr(shard, f"student_{name}").grad - true_grad) ** 2
+            eager_squared += rms(getattr(eager, f"grad_{name}") - true_grad) ** 2
+    if dtype != torch.float32:
+        assert ours_squared <= eager_squared or (eager_fails and math.isfinite(ours_squared))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_half_logits_get_the_fp32_gradient_rounded_once(divergence, dtype):
+    problem = make_problem(vocab_size=64)
+    logits = [x.detach().to(dtype) for x in problem.shard(0, 1).logits()]
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        student, partial, full = (x.to(dtype, copy=True) for x in logits)
+        student.requires_grad_()
+        loss_T, _ = vocab_parallel_anchored_residual_kl(
+            student, partial, full, vocab_size=64, **asdict(Settings(divergence=divergence))
+        )
+        assert loss_T.dtype == torch.float32
+        (problem.token_weights * loss_T).sum().backward()
+        assert student.grad is not None
+        return student.grad
+
+    assert torch.equal(gradient(dtype), gradient(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("run", [run_fused, run_logits_form, run_cross_entropy])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(run, divergence):
+    problem = make_problem(num_tokens=5, hidden_size=3, vocab_size=11, padded_vocab_size=12)
+    problem = problem.to(torch.float64).shard(0, 1)
+    weights = problem.token_weights.double()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        changed = replace(
+            problem, student_hidden=hidden, student_weight=weight, token_weights=weights
+        )
+        return run(changed, Settings(divergence=divergence))[0]
+
+    leaves = (problem.student_hidden, problem.student_weight)
+    assert loss(*leaves).dtype == torch.float64
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_fp64_is_exact():
+    problem = make_problem(num_tokens=32, vocab_size=500, padded_vocab_size=512)
+    problem = problem.to(torch.float64)
+    problem = replace(problem, token_weights=problem.token_weights.double())
+    truth = oracle_answer(problem, Settings())
+    for run in (run_fused, run_logits_form):
+        shard = problem.shard(0, 1)
+        loss, metrics = run(shard, Settings())
+        loss.backward()
+        exact = {"rtol": 1e-11, "atol": 1e-13}
+        expected = truth.metrics | {"loss_T": truth.loss_T}
+        assert metrics["loss_T"].dtype == torch.float64
+        for name, values in metrics.items():
+            assert_close(values, expected[name], check_dtype=False, **exact)
+        assert_close(shard.student_hidden.grad, truth.grad_hidden, **exact)
+
+
+def test_fp16_keeps_the_gradient_of_small_weights():
+    """A weight of 1e-6, as a large batch gives it, times s - q: fp16 holds neither."""
+    problem = make_problem(num_tokens=32, vocab_size=500, padded_vocab_size=512)
+    problem = replace(problem, token_weights=1e-6 * problem.token_weights).to(torch.float16)
+    truth = oracle_answer(problem, Settings())
+    main_grad = torch.zeros(problem.student_weight.shape)
+    run_fused(problem.shard(0, 1), Settings(), main_grad_VH=main_grad)[0].backward()
+    assert rms(main_grad - truth.grad_weight) < 2e-3 * rms(truth.grad_weight)
+
+
+def laid_out_otherwise(problem: Problem) -> Problem:
+    """The same numbers, with other strides: every matrix transposed in memory."""
+    transposed = {
+        name: x.detach().T.contiguous().T for name, x in problem.tensors().items() if x.dim() == 2
+    }
+    ids = problem.sampled_ids.repeat_interleave(2)[::2]
+    weights = problem.token_weights.repeat_interleave(2)[::2]
+    return replace(problem, sampled_ids=ids, token_weights=weights, **transposed)
+
+
+@pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
+def test_hidden_states_need_not_be_contiguous(run):
+    expected, ours = make_problem().shard(0, 1), laid_out_otherwise(make_problem())
+    ours.student_hidden.requires_grad_()
+    ours.student_weight.requires_grad_()
+    assert not ours.student_hidden.is_contiguous()
+    for problem in (expected, ours):
+        run(problem, Settings(), chunk_tokens=5)[0].backward()
+    assert_close(ours.student_hidden.grad, expected.student_hidden.grad)
+    assert_close(ours.student_weight.grad, expected.student_weight.grad)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_logits_need_not_be_contiguous(divergence):
+    wide = torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(3))
+    kwargs = {"vocab_size": 30, **asdict(Settings(divergence=divergence))}
+    every_second = wide[..., ::2].detach()  # 32 columns, 2 of them padding
+    transposed = every_second.transpose(1, 2).contiguous().transpose(1, 2)
+    gradients = []
+    for views in (every_second.contiguous(), every_second, transposed):
+        student = views[0].detach().requires_grad_()
+        loss_T, _ = vocab_parallel_anchored_residual_kl(student, *views[1:], **kwargs)
+        gradients += torch.autograd.grad(loss_T.sum(), student)
+    assert (gradients[0][:, 30:] == 0).all()
+    for gradient in gradients[1:]:
+        assert_close(gradient, gradients[0])
+
+
+@pytest.mark.parametrize("rows", ["equal", "one-hot"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_and_one_hot_rows(rows, divergence):
+    if rows == "equal":
+        views = torch.full((3, 4, 50), 7.25)
+    else:
+        views = torch.zeros(3, 4, 50)
+        views[:, torch.arange(4), torch.tensor([0, 7, 49, 13])] = 90.0
+        views[2, 3, 13], views[2, 3, 14] = 0.0, 90.0  # where full disagrees
+    student = views[0].clone().requires_grad_()
+    settings = Settings(divergence=divergence)
+    loss_T, _ = vocab_parallel_anchored_residual_kl(
+        student, *views[1:], vocab_size=50, **asdict(settings)
+    )
+    wide = views[0].double().requires_grad_()
+    expected_T = oracles.token_losses(
+        wide, *views[1:].double(), scale=0.8, clip=5.0, divergence=divergence, jsd_weight=0.3
+    )
+    assert_close(loss_T, expected_T, check_dtype=False, rtol=1e-5, atol=1e-5)
+    gradient, expected = (
+        torch.autograd.grad(losses.sum(), leaf)[0]
+        for losses, leaf in ((loss_T, student), (expected_T, wide))
+    )
+    assert_close(gradient, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
