@@ -22,8 +22,9 @@ from torch import Tensor
 from aropd_mcore.numerics.objective import Objective
 from aropd_mcore.numerics.residual import unnormalized_target
 
-BLOCK_ELEMENTS = 2**19
-"""Logits of one view that are worked on at a time: with its temporaries they stay in a cache."""
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
+"""Logits of one view that are worked on at a time. On a CPU they and their temporaries stay in a
+cache; a GPU, where only fp64 and cross-entropy come this way, wants enough to do."""
 
 MOMENTS = ((0, 0), (1, 1), (2, 2), (1, 0), (2, 0), (2, 1))
 """Pairs (a, b) of views: the entropies and the divergences between views are made of E_a[log b]."""
@@ -77,7 +78,8 @@ class TorchPasses:
     def __init__(self, logits_TV: Tensor):
         """For shards of logits like these, with as many rows or fewer."""
         num_tokens, num_columns = logits_TV.shape
-        self.block_rows = max(min(BLOCK_ELEMENTS // max(num_columns, 1), num_tokens), 1)
+        elements = BLOCK_ELEMENTS["cuda" if logits_TV.is_cuda else "cpu"]
+        self.block_rows = max(min(elements // max(num_columns, 1), num_tokens), 1)
         self._dtype = wide_dtype(logits_TV.dtype)
         self._buffers = logits_TV.new_empty((6, self.block_rows, num_columns), dtype=self._dtype)
 
