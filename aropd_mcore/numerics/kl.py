@@ -217,7 +217,7 @@ def token_losses(
         views, softmax, objective, with_metrics=wanted.metrics, least_top_2T=least_top_2T
     )
     gathered = gather_over_shards({"target": local_KT}, shard.tp_group)
-    softmax, sums_KT = _add_up_target(softmax, gathered["target"])
+    softmax, sums_KT = add_up_target(softmax, gathered["target"])
     kl_target_T, kl_student_T, clipped_T, num_both_T = sums_KT
     if wanted.metrics:
         metrics |= {"kl_target_student": kl_target_T, "clip_fraction": clipped_T}
@@ -277,7 +277,7 @@ def _view_metrics(log_means_KT: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _add_up_target(views: Softmax, local_RKT: Tensor) -> tuple[Softmax, tuple[Tensor, ...]]:
+def add_up_target(views: Softmax, local_RKT: Tensor) -> tuple[Softmax, tuple[Tensor, ...]]:
     """Every shard's `target_statistics` -> the softmax with the target's row; KL(q || s),
     KL(s || q), the clipped mass and the logits in both tops."""
     max_RT, sum_RT, log_ratio_RT = local_RKT[:, 0], local_RKT[:, 1], local_RKT[:, 2]

@@ -1,5 +1,7 @@
 """What must hold of the loss for every input, and at the edges of the numbers."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aropd_mcore.numerics import anchored_residual_logprobs, vocab_parallel_anchored_residual_kl
+from aropd_mcore.numerics.kl import add_up_target, add_up_views
+from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, Views
 from tests import oracles
 
 INF = torch.inf
@@ -93,6 +98,32 @@ def test_dense_target_is_the_oracles(rows, scale, clip):
     )
     assert in_fp32.shape == (1, *target.shape)
     assert_close(in_fp32[0].exp(), target.exp().float(), rtol=1e-3, atol=1e-5)
+
+
+@few_examples
+@given(three_rows(), scales, clips, st.lists(st.integers(0, 40), max_size=4))
+def test_shards_of_any_sizes_add_up(rows, scale, clip, cuts):
+    """What the ranks send each other, of shards cut anywhere, empty ones included."""
+    objective = Objective(scale, clip, "kl_student_target", 0.5)
+    num_columns = rows[0].size(1)
+    bounds = [0, *sorted(min(cut, num_columns) for cut in cuts), num_columns]
+    results = []
+    for edges in ([0, num_columns], bounds):
+        shards = [
+            Views(*(row[:, start:end] for row in rows)) for start, end in itertools.pairwise(edges)
+        ]
+        runs = [TorchPasses(shard.student) for shard in shards]
+        pairs = list(zip(runs, shards, strict=True))
+        of_views = torch.stack([run.view_statistics(shard, MOMENTS) for run, shard in pairs])
+        softmax, log_means = add_up_views(of_views, MOMENTS)
+        least_top_2T = torch.stack([rows[0].median(-1).values, rows[2].median(-1).values])
+        kwargs = {"with_metrics": True, "least_top_2T": least_top_2T}
+        of_target = torch.stack(
+            [run.target_statistics(shard, softmax, objective, **kwargs) for run, shard in pairs]
+        )
+        softmax, sums = add_up_target(softmax, of_target)
+        results.append((*softmax, log_means, *sums))
+    assert_close(*results, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("clip", [5.0, None])
