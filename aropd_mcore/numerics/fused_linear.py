@@ -105,18 +105,16 @@ def fused_linear_anchored_residual_kl(
     shard = vocab_shard(student_weight_VH.size(0), vocab_size=vocab_size, tp_group=tp_group)
     if sampled_ids_T is not None:
         check_ids("sampled_ids_T", sampled_ids_T, num_tokens, vocab_size)
-    wanted = Wanted(None, with_metrics, with_metrics and with_topk)
 
     def chunk_losses(
         logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
     ) -> dict[str, Tensor]:
-        views = Views(*logits)
+        views, parts = Views(*logits), []
         run = passes_for(views)
-        parts = []
+        wanted = Wanted(ids_T, with_metrics, with_metrics and with_topk)
         for group in token_groups(run, views.student.size(0), shard):
             rows = views.rows(group)
-            group_wanted = wanted._replace(sampled_ids_T=None if ids_T is None else ids_T[group])
-            part = token_losses(run, rows, objective, shard, group_wanted)
+            part = token_losses(run, rows, objective, shard, wanted.rows(group))
             if gradient_weights_T is not None:
                 numbers = (part.softmax, part.kl_student_T, objective, gradient_weights_T[group])
                 run.write_gradient(rows.student, rows, *numbers)
