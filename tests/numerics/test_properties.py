@@ -147,6 +147,7 @@ def test_tokens_that_views_rule_out(scale, clip):
     assert_close(target, expected)
 
 
+@pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("scale, clip", [(0.8, 5.0), (1.4, None)])
 def test_a_token_that_all_views_rule_out_is_absent(divergence, scale, clip):
@@ -168,6 +169,7 @@ def test_a_token_that_all_views_rule_out_is_absent(divergence, scale, clip):
     assert_close(torch.cat([gradient[:, :7], gradient[:, 8:]], -1), expected_gradient)
 
 
+@pytest.mark.usefixtures("either_passes")
 def test_a_tie_for_the_last_place_is_in_the_top():
     flat = torch.zeros(1, 40)
     _, metrics = kl(flat, flat, flat)
@@ -178,6 +180,7 @@ def test_a_tie_for_the_last_place_is_in_the_top():
     assert metrics["topk_overlap"].item() == 1
 
 
+@pytest.mark.usefixtures("either_passes")
 def test_infinite_where_the_support_differs():
     student = torch.tensor([[0.0, 0.0, -INF]])
     teacher = torch.tensor([[-INF, 0.0, 0.0]])
@@ -193,6 +196,7 @@ def test_infinite_where_the_support_differs():
     assert_close(loss_T.detach(), torch.tensor([2.0]).log() / 2)
 
 
+@pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("clip", [5.0, 200.0, None])
 def test_extreme_logits(divergence, clip):
@@ -217,6 +221,7 @@ def test_extreme_logits(divergence, clip):
         assert_close(gradient, expected, check_dtype=False, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize("bad", [torch.nan, INF])

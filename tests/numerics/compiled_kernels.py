@@ -1,0 +1,86 @@
+"""Compile every kernel for an H100, without one, and print what became of it as JSON.
+
+    python -m tests.numerics.compiled_kernels
+
+A process of its own: where Triton interprets, it does not compile.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from aropd_mcore.numerics import kernels
+from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.passes import MOMENTS, Softmax, Views
+
+
+class NoGPU:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all() -> list[tuple[str, Any]]:
+    """Every kernel, as every divergence asks for it, of bf16 and of fp32 logits."""
+    compiled: list[tuple[str, Any]] = []
+    launch = JITFunction.run
+
+    def only_compile(self, *args, warmup=False, **kwargs):
+        kernel = launch(self, *args, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = only_compile
+    driver.set_active(NoGPU())
+    num_tokens, num_columns = 4, 5000
+    for dtype in (torch.bfloat16, torch.float32):
+        views = Views(*torch.zeros(3, num_tokens, num_columns, dtype=dtype))
+        of_views = Softmax(torch.zeros(3, num_tokens), torch.zeros(3, num_tokens))
+        of_all = Softmax(torch.zeros(4, num_tokens), torch.zeros(4, num_tokens))
+        numbers, tops = torch.zeros(num_tokens), torch.zeros(2, num_tokens)
+        kernels.view_statistics(views, MOMENTS)
+        kernels.view_statistics(views, ())
+        for divergence in ("kl_target_student", "kl_student_target", "jsd"):
+            objective = Objective(0.8, 5.0, divergence, 0.5)
+            for with_metrics, least in ((True, tops), (False, None)):
+                kernels.target_statistics(
+                    views, of_views, objective, with_metrics=with_metrics, least_top_2T=least
+                )
+            kernels.write_gradient(views.student, views, of_all, numbers, objective, numbers)
+        kernels.mixture_statistics(views, of_all, objective)
+    return compiled
+
+
+def assembled(ptx: str) -> dict[str, int]:
+    """What ptxas says of a kernel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        told = subprocess.run(ptxas, capture_output=True, text=True, check=True)
+    text = told.stdout + told.stderr
+    found = {
+        "registers": re.search(r"Used (\d+) registers", text),
+        "spilled_bytes": re.search(r"(\d+) bytes spill stores", text),
+    }
+    return {name: int(match.group(1)) for name, match in found.items() if match}
+
+
+if __name__ == "__main__":
+    for name, kernel in compile_all():
+        print(json.dumps({"kernel": name} | assembled(kernel.asm["ptx"])))

@@ -1,0 +1,161 @@
+"""The Triton kernels: each against its torch pass, and the whole loss against dense fp64.
+
+Without a GPU they run in Triton's interpreter. The edges of the numbers are in test_properties.py
+and test_precision.py, by either implementation.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import astuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from aropd_mcore.numerics.kl import add_up_target, add_up_views
+from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, Views
+from tests.numerics.problems import EVERY_SETTING, Settings, make_problem
+from tests.numerics.runs import run_fused, run_logits_form
+from tests.numerics.test_loss import check
+
+CLOSE = {"rtol": 2e-5, "atol": 2e-5, "equal_nan": True}
+
+
+def random_views(num_tokens: int, num_columns: int, dtype=torch.float32, device="cpu") -> Views:
+    generator = torch.Generator(device).manual_seed(num_columns)
+    rows = torch.randn(3, num_tokens, num_columns, generator=generator, device=device)
+    return Views(*(3 * rows).to(dtype))
+
+
+def numbers_and_gradient(run, views: Views, settings: Settings, with_metrics: bool) -> list[Tensor]:
+    """What every pass of `run` returns, one after the other, over one shard."""
+    objective = Objective(*astuple(settings))
+    moments = MOMENTS if with_metrics else ()
+    least_top_2T = None
+    if with_metrics:
+        tops = [view.float().sort(-1).values for view in (views.student, views.full)]
+        least_top_2T = torch.stack([top[:, max(top.size(1) - 16, 0)] for top in tops])
+    of_views = run.view_statistics(views, moments)
+    softmax, _ = add_up_views(of_views[None], moments)
+    of_target = run.target_statistics(
+        views, softmax, objective, with_metrics=with_metrics, least_top_2T=least_top_2T
+    )
+    softmax, (_, kl_student_T, *_) = add_up_target(softmax, of_target[None])
+    numbers = [of_views, of_target]
+    if objective.divergence == "jsd":
+        numbers.append(run.mixture_statistics(views, softmax, objective))
+        kl_student_T = numbers[-1][1]
+    gradient_TV = torch.full_like(views.student, torch.nan, dtype=torch.float32)
+    weights_T = torch.linspace(0, 1, views.student.size(0), device=gradient_TV.device)
+    run.write_gradient(gradient_TV, views, softmax, kl_student_T, objective, weights_T)
+    over_TV = views.student.clone()
+    aliased = views._replace(student=over_TV)
+    run.write_gradient(over_TV, aliased, softmax, kl_student_T, objective, weights_T)
+    rounded_TV = gradient_TV.to(over_TV.dtype)
+    if over_TV.is_cuda or over_TV.dtype != torch.bfloat16:
+        assert torch.equal(over_TV.nan_to_num(7), rounded_TV.nan_to_num(7))
+    else:  # Triton's interpreter cuts bits off where a GPU rounds
+        assert_close(over_TV, rounded_TV, rtol=2**-7, atol=0, equal_nan=True)
+    return [*numbers, gradient_TV]
+
+
+def compare(views: Views, settings: Settings, with_metrics: bool = True) -> None:
+    from aropd_mcore.numerics import kernels
+
+    expected = numbers_and_gradient(TorchPasses(views.student), views, settings, with_metrics)
+    found = numbers_and_gradient(kernels, views, settings, with_metrics)
+    again = numbers_and_gradient(kernels, views, settings, with_metrics)
+    for ours, twice, torchs in zip(found, again, expected, strict=True):
+        assert torch.equal(ours.nan_to_num(7), twice.nan_to_num(7))
+        assert_close(ours, torchs, **CLOSE)
+
+
+@pytest.mark.usefixtures("by_kernels")
+class TestInterpreted:
+    @pytest.mark.parametrize("settings", EVERY_SETTING, ids=str)
+    def test_every_pass(self, settings):
+        compare(random_views(3, 45), settings)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
+    def test_several_blocks(self, divergence, dtype):
+        """Of 1024 columns each, and a rest."""
+        for with_metrics in (True, False):
+            views = random_views(2, 2 * 1024 + 37, dtype)
+            compare(views, Settings(divergence=divergence), with_metrics)
+        compare(random_views(2, 1024, dtype), Settings(divergence=divergence))
+
+    @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
+    def test_tokens_that_views_rule_out(self, divergence):
+        """-inf in one view, in two, in all; in the first block, in the last, in a whole row."""
+        views = random_views(6, 1024 + 100)
+        views.student[0, [3, 1100]] = -torch.inf
+        views.partial[1, :1024] = -torch.inf
+        views.full[2, 1024:] = -torch.inf
+        for view in (views.partial, views.full):
+            view[3, 10:1100] = -torch.inf
+        for view in views:
+            view[4, 1:-1] = -torch.inf
+            view[5] = -torch.inf
+        for scale, clip in ((0.8, 5.0), (1.0, None), (1.4, None)):
+            compare(views, Settings(scale, clip, divergence))
+
+    def test_other_strides(self):
+        for views in (
+            Views(*torch.randn(3, 5, 128)[..., :100]),
+            Views(*torch.randn(3, 5, 200)[..., ::2]),
+            Views(*torch.randn(3, 100, 5).transpose(1, 2)),
+        ):
+            compare(views, Settings())
+
+    @pytest.mark.parametrize("shape", [(0, 45), (3, 0), (0, 0)])
+    def test_no_tokens_or_no_columns(self, shape):
+        for divergence in ("kl_target_student", "jsd"):
+            compare(random_views(*shape), Settings(divergence=divergence), with_metrics=False)
+
+    @pytest.mark.parametrize("run", [run_logits_form, run_fused])
+    @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
+    def test_the_whole_loss(self, run, divergence):
+        """The target's cases are in `test_every_pass`."""
+        check(run, make_problem(), Settings(divergence=divergence))
+        check(run, make_problem(vocab_size=9), Settings(divergence=divergence))
+        check(run, make_problem(num_tokens=0), Settings(divergence=divergence))
+
+
+def test_kernels_compile_for_an_h100_without_spilling():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.numerics.compiled_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["kernel"] for line in lines} == {
+        "_view_statistics",
+        "_target_statistics",
+        "_mixture_statistics",
+        "_write_gradient",
+    }
+    for line in lines:
+        assert line["spilled_bytes"] == 0, line
+        assert line["registers"] <= 128, line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnGPU:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("num_columns", [45, 50_257, 128_256])
+    def test_every_pass(self, num_columns, dtype):
+        views = random_views(64, num_columns, dtype, "cuda")
+        for divergence in ("kl_target_student", "kl_student_target", "jsd"):
+            for with_metrics in (True, False):
+                compare(views, Settings(divergence=divergence), with_metrics)
+
+    @pytest.mark.parametrize("run", [run_logits_form, run_fused])
+    def test_the_whole_loss(self, run):
+        """In fp32, whose matrix products torch leaves in fp32 unless told otherwise."""
+        for settings in EVERY_SETTING:
+            check(run, make_problem().on("cuda"), settings)
