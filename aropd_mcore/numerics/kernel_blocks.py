@@ -43,10 +43,8 @@ def load(matrix, row, columns, num_columns, MASKED: tl.constexpr):
     """fp32; -inf past the last column, which adds 0 to careful sums."""
     at = pointers(matrix, row, columns)
     if MASKED:
-        logits = tl.load(at, mask=columns < num_columns, other=float("-inf"))
-    else:
-        logits = tl.load(at)
-    return logits.to(tl.float32)
+        return tl.load(at, mask=columns < num_columns, other=float("-inf")).to(tl.float32)
+    return tl.load(at).to(tl.float32)
 
 
 @triton.jit
