@@ -1,0 +1,159 @@
+"""Time, memory and traffic of the AR-OPD loss, forward and backward, beside other ways to write it.
+
+    python tools/benchmarks/loss.py --out DIR [--tokens 1024 4096] [--tp 2] [--divergence jsd]
+
+All methods take turns, repetition by repetition, and with them a copy and the bare matrix products:
+what the machine can do at that time. README.md says what is measured and how. Leaves
+DIR/loss.json and DIR/loss.png.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from loss_measure import TOLERANCE, Job, measure_memory, measure_times, run_on_ranks
+from loss_methods import DTYPES, FORMS, OURS, RESIDUAL_CLIP, RESIDUAL_SCALE, Form, Point, methods_of
+from loss_report import draw, print_bars, print_point
+from loss_results import add_ratios, are_bars_for, machine_rates, verdicts
+
+from aropd_mcore.config import Divergence
+
+DEFAULTS = {
+    "cpu": {"tokens": [1024], "hidden": [512], "vocab": [32768], "dtype": "fp32"},
+    "cuda": {"tokens": [8192], "hidden": [4096], "vocab": [128256], "dtype": "bf16"},
+}
+LONGER = 4
+"""Times the tokens of the bars: where the fused form must need no more memory."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    points, bars = [], []
+    for sizes in itertools.product(args.tokens, args.hidden, args.vocab):
+        point = Point(*sizes, 1, args.dtype, args.divergence, args.device)
+        results = measure(point, args.tp, args.repeats, args.threads)
+        for result in results:
+            print_point(result)
+        points += results
+        if are_bars_for(point):
+            bars += verdicts(point, results[0])
+    print_bars(bars)
+    figures = {
+        "machine": describe_machine(args.device, args.threads),
+        "settings": {
+            "residual_scale": RESIDUAL_SCALE,
+            "residual_clip": RESIDUAL_CLIP,
+            "repeats": args.repeats,
+            "tolerance": TOLERANCE[args.dtype],
+        },
+        "points": points,
+        "bars": bars,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "loss.json").write_text(json.dumps(figures, indent=2) + "\n")
+    draw(points, args.out / "loss.png")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
+    for name, of in (("tokens", "T"), ("hidden", "H"), ("vocab", "V")):
+        defaults = ", ".join(f"{kind} {sizes[name][0]}" for kind, sizes in DEFAULTS.items())
+        parser.add_argument(
+            f"--{name}", type=int, nargs="+", metavar=of, help=f"one or more (default: {defaults})"
+        )
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: cpu fp32, cuda bf16)")
+    parser.add_argument(
+        "--divergence",
+        choices=get_args(Divergence),
+        default="kl_target_student",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tp",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="numbers of tensor-parallel ranks, beside 1; CPU processes that share the cores",
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=list(DEFAULTS), help="(default: cuda where there is one, else cpu)"
+    )
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, default in DEFAULTS[args.device].items():
+        setattr(args, name, getattr(args, name) or default)
+    args.tp = [tp for tp in args.tp if tp != 1]
+    if args.tp and args.device == "cuda":
+        parser.error("--tp runs on CPU processes: add --device cpu")
+    for tp, vocab in itertools.product(args.tp, args.vocab):
+        if tp < 1 or vocab % tp:
+            parser.error(f"--tp {tp} with --vocab {vocab}: expected a divisor")
+    args.threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
+    return args
+
+
+def measure(point: Point, tps: list[int], repeats: int, threads: int) -> list[dict[str, Any]]:
+    """The results of every method at `point`, and of ours on each number of ranks."""
+    every: list[tuple[Form, str]] = []
+    ours: list[tuple[Form, str]] = []
+    for form in FORMS:
+        for method in methods_of(form, point.device):
+            every.append((form, method.name))
+            if method.kind == "ours":
+                ours.append((form, method.name))
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(point, every, threads, repeats, folder, save_gradients=bool(tps))
+        results = [_measure(job)]
+        results[0] |= machine_rates(point, results[0].pop("machine"))
+        if are_bars_for(point) and point.device == "cpu":
+            longer = replace(point, tokens=LONGER * point.tokens)
+            results[0]["longer"] = asdict(longer) | _memory(
+                replace(job, point=longer), "hidden", OURS
+            )
+        for tp in tps:
+            shares = {"threads": max(threads // tp, 1), "save_gradients": False}
+            results.append(
+                _measure(replace(job, point=replace(point, tp=tp), methods=ours, **shares))
+            )
+    for result in results:
+        add_ratios(result, results[0])
+    return results
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    result: dict[str, Any] = asdict(job.point) | {"threads": job.threads}
+    result |= run_on_ranks(measure_times, job)
+    for row in result["rows"]:
+        if job.point.device == "cpu":
+            row |= _memory(job, row["form"], row["method"])
+    return result
+
+
+def _memory(job: Job, form: Form, method: str) -> dict[str, int]:
+    return run_on_ranks(measure_memory, replace(job, methods=[(form, method)]))
+
+
+def describe_machine(device: str, threads: int) -> dict[str, Any]:
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        name = fields.get("model name\t", "unknown").strip()
+    return {"device": device, "name": name, "threads": threads, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Counts of what runs while they are on: bytes of torch's operators, and collectives."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class OperatorBytes(TorchDispatchMode):
+    """What torch's operators read and write: each its tensor arguments once, and its results once.
+
+    Views and allocations count nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not func.is_view and "empty" not in func.__name__:
+            written = {argument.name for argument in func._schema.arguments if argument.is_out}
+            read = [value for name, value in kwargs.items() if name not in written]
+            self.num_bytes += sum(map(_num_bytes, tree_leaves((args, read, result))))
+        return result
+
+
+def _num_bytes(value: Any) -> int:
+    if not isinstance(value, Tensor):
+        return 0
+    sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)
+    return int(torch.Size(sizes).numel()) * value.element_size()
+
+
+COLLECTIVES = {  # of torch.distributed; and the argument that holds what this rank sends
+    "all_reduce": "tensor",
+    "all_gather": "tensor",
+    "all_gather_into_tensor": "input_tensor",
+    "reduce_scatter_tensor": "input",
+    "broadcast": "tensor",
+    "reduce": "tensor",
+    "all_to_all_single": "input",
+}
+
+
+@contextmanager
+def counted_collectives() -> Iterator[dict[str, int]]:
+    """Counts the calls, and the bytes of what this rank puts in, while it is open."""
+    counts = {"calls": 0, "bytes": 0}
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str, *args, **kwargs):
+        sent = inspect.signature(originals[name]).bind(*args, **kwargs)
+        counts["calls"] += 1
+        counts["bytes"] += sent.arguments[COLLECTIVES[name]].nbytes
+        return originals[name](*args, **kwargs)
+
+    try:
+        for name in originals:
+            setattr(dist, name, partial(counting, name))
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)

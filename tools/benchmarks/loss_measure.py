@@ -1,0 +1,331 @@
+"""The measurements of `loss.py`, in processes of their own: time, memory, traffic, collectives.
+
+    times    one process a rank runs every method in turn, and between them what the machine can do
+    memory   on a CPU one process a rank and a method, and the kernel's figure of its peak
+
+The processes are forked from one that has imported everything and computed nothing.
+"""
+
+import ctypes
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from loss_counts import OperatorBytes, counted_collectives
+from loss_methods import (
+    FORMS,
+    Form,
+    HiddenInputs,
+    Inputs,
+    Method,
+    Point,
+    make_inputs,
+    matmul_flops,
+    methods_of,
+    our_memory,
+    our_traffic,
+)
+from torch import Tensor, multiprocessing
+from torch.multiprocessing.spawn import start_processes
+
+from aropd_mcore.numerics.chunks import CPU_TILE
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
+"""How far a loss, and a gradient in Frobenius norm, may be from the dense formula's."""
+
+WARM_UP = {"tokens": 64, "hidden": 64, "vocab": 4096}
+"""Enough for thread pools and the matrix library's buffers to exist."""
+
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the processes are told."""
+
+    point: Point
+    methods: list[tuple[Form, str]]
+    threads: int
+    repeats: int
+    folder: str
+    """Where ranks meet and leave their results."""
+    save_gradients: bool = False
+    """The dense formula's, into the folder, for jobs that run it no more."""
+
+
+def run_on_ranks(measure: Callable[[Job, Any], dict], job: Job) -> dict:
+    """`measure(job, tp_group)` in job.point.tp new processes; rank 0's result."""
+    multiprocessing.set_forkserver_preload(["torch", "aropd_mcore.numerics"])
+    with tempfile.TemporaryDirectory(dir=job.folder) as meeting:
+        arguments = (measure, job, Path(meeting))
+        start_processes(_rank, arguments, nprocs=job.point.tp, start_method="forkserver")
+        return json.loads((Path(meeting) / "result.json").read_text())
+
+
+def _rank(rank: int, measure: Callable[[Job, Any], dict], job: Job, meeting: Path) -> None:
+    torch.set_num_threads(job.threads)
+    group = None
+    if job.point.tp > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meeting / 'ranks'}",
+            rank=rank,
+            world_size=job.point.tp,
+            timeout=timedelta(minutes=10),
+        )
+        group = dist.group.WORLD
+    result = measure(job, group)
+    if rank == 0:
+        (meeting / "result.json").write_text(json.dumps(result))
+    if group is not None:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# --- times ---------------------------------------------------------------------------------------
+
+
+def measure_times(job: Job, tp_group) -> dict[str, Any]:
+    """Facts and seconds of every method of the job; at tp 1 also the machine's.
+
+    Returns:
+        rows: what each method's first run showed, and `seconds`; on a GPU `peak_bytes`.
+        machine: name -> seconds, of `machine_works`.
+    """
+    point = job.point
+    forms: list[Form] = [form for form in FORMS if any(form == wanted for wanted, _ in job.methods)]
+    inputs = {form: make_inputs(form, point, tp_group) for form in forms}
+    rows, runs, machine = [], [], {}
+    for form in forms:
+        expected = _Expected(form, job)
+        for method in _wanted(job, form):
+            row = {"form": form, "method": method.name, "kind": method.kind}
+            rows.append(row | {"missing": method.missing})
+            if method.missing:
+                continue
+            try:
+                rows[-1] |= first_run(form, method, inputs[form], point, expected)
+                if point.device == "cuda":
+                    rows[-1]["peak_bytes"] = cuda_peak(method, inputs[form], point)
+            except torch.OutOfMemoryError:
+                rows[-1]["missing"] = "out of memory"
+                continue
+            rows[-1]["seconds"] = []
+            run = partial(forward_backward, method, inputs[form], point)
+            runs.append((run, rows[-1]["seconds"]))
+    if tp_group is None:
+        for name, run in machine_works(point, inputs["hidden"]).items():
+            machine[name] = []
+            runs.append((run, machine[name]))
+            run()
+    for repeat in range(job.repeats):
+        start = repeat * 3 % len(runs)  # so that no method always follows the same one
+        for run, seconds in runs[start:] + runs[:start]:
+            seconds.append(timed(run, tp_group, point.device))
+    return {"rows": rows, "machine": machine}
+
+
+def forward_backward(method: Method, inputs: Inputs, point: Point) -> None:
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    method.loss(inputs, point.divergence).backward()
+
+
+def timed(run: Callable[[], None], tp_group, device: str) -> float:
+    """Seconds of the slowest rank."""
+    _synchronize(device)
+    if tp_group is not None:
+        dist.barrier(tp_group)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    if tp_group is not None:
+        dist.all_reduce(seconds, dist.ReduceOp.MAX, group=tp_group)
+    return seconds.item()
+
+
+def machine_works(point: Point, hidden: Inputs) -> dict[str, Callable[[], None]]:
+    """What the floors are made of: a copy, and the five products at full size into given outputs.
+
+    On a CPU also the products by tiles of the vocabulary, which its matrix library does faster.
+    """
+    source = torch.zeros(COPY_BYTES[point.device], dtype=torch.uint8, device=point.device)
+    target = torch.ones_like(source)
+    assert isinstance(hidden, HiddenInputs)
+    student_TH, weight_VH = (leaf.detach() for leaf in hidden.leaves)
+    logits_TV = torch.zeros(point.tokens, point.vocab, dtype=weight_VH.dtype, device=point.device)
+    grad_TH, grad_VH = torch.zeros_like(student_TH), torch.zeros_like(weight_VH)
+
+    def products(tile: int) -> None:
+        for hidden_TH in (student_TH, hidden.partial_hidden_TH, hidden.full_hidden_TH):
+            for start in range(0, point.vocab, tile):
+                columns = slice(start, start + tile)
+                torch.mm(hidden_TH, weight_VH[columns].T, out=logits_TV[:, columns])
+        for start in range(0, point.vocab, tile):
+            columns = slice(start, start + tile)
+            torch.addmm(
+                grad_TH,
+                logits_TV[:, columns],
+                weight_VH[columns],
+                beta=float(start > 0),
+                out=grad_TH,
+            )
+            torch.mm(logits_TV[:, columns].T, student_TH, out=grad_VH[columns])
+
+    def copy() -> None:
+        target.copy_(source)
+
+    works = {"copy": copy, "products": partial(products, point.vocab)}
+    if point.device == "cpu":
+        works["products, tiled"] = partial(products, CPU_TILE)
+    return works
+
+
+# --- the first run: agreement, traffic, collectives ----------------------------------------------
+
+
+class _Expected:
+    """The dense formula's loss and gradients of all columns: those of the first method to come, or
+    of a job that saved them."""
+
+    def __init__(self, form: Form, job: Job):
+        self.form, self.job = form, job
+        self.path = Path(job.folder) / f"{form}.pt"
+        self.known = torch.load(self.path) if job.point.tp > 1 else None
+
+    def errors(self, name: str, loss: Tensor, gradients: list[Tensor], tp_group) -> list[float]:
+        if self.known is None:
+            self.known = (loss, [gradient.clone() for gradient in gradients])
+            if self.job.save_gradients:
+                torch.save(self.known, self.path)
+        errors = relative_errors(self.known, loss, gradients, tp_group)
+        tolerance = TOLERANCE[self.job.point.dtype]
+        if not max(errors) <= tolerance:
+            raise RuntimeError(
+                f"{self.form}, {name}: loss and gradients differ from the dense formula's by "
+                f"{errors}: expected at most {tolerance}"
+            )
+        return errors
+
+
+def first_run(
+    form: Form, method: Method, inputs: Inputs, point: Point, expected: _Expected
+) -> dict[str, Any]:
+    """Warms up, and says what a method moves and sends and how far it is from the dense formula."""
+    main_grad_VH = inputs.main_grad_VH if isinstance(inputs, HiddenInputs) else None
+    if main_grad_VH is not None:
+        main_grad_VH.zero_()
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    operators = OperatorBytes() if method.kind == "eager" else None
+    with operators or nullcontext():
+        with counted_collectives() as forward:
+            loss = method.loss(inputs, point.divergence)
+        with counted_collectives() as backward:
+            loss.backward()
+    gradients = [leaf.grad for leaf in inputs.leaves if leaf.grad is not None]
+    if main_grad_VH is not None:  # where a method accumulates into it, the weight has zeros
+        gradients[1] = gradients[1] + main_grad_VH
+    loss = loss.detach()
+    if method.kind == "one teacher":
+        errors = relative_errors(full_view_alone(inputs, point), loss, gradients, None)
+    else:
+        errors = expected.errors(method.name, loss, gradients, inputs.tp_group)
+    found = {
+        "loss": loss.item(),
+        "errors": errors,
+        "collectives": {"forward": forward, "backward": backward},
+        "flops": matmul_flops(form, method, point),
+    }
+    if method.kind == "ours":
+        found["moved_bytes"] = our_traffic(form, method, point)
+        found["accounted_peak_bytes"] = our_memory(form, point)
+    elif operators is not None:
+        found["moved_bytes"] = operators.num_bytes
+    return found
+
+
+def full_view_alone(inputs: Inputs, point: Point) -> tuple[Tensor, list[Tensor]]:
+    """The dense loss and gradients where the target is the full view's distribution."""
+    assert isinstance(inputs, HiddenInputs)
+    same_views = replace(inputs, partial_hidden_TH=inputs.full_hidden_TH)
+    dense = methods_of("hidden", point.device)[0]
+    forward_backward(dense, same_views, point)
+    loss = dense.loss(same_views, point.divergence).detach()
+    return loss, [leaf.grad for leaf in inputs.leaves if leaf.grad is not None]
+
+
+def relative_errors(
+    expected: tuple[Tensor, list[Tensor]], loss: Tensor, gradients: list[Tensor], tp_group
+) -> list[float]:
+    """|x - y| / |y| of the loss and of each gradient; y's columns are all ranks'."""
+    errors = [float((loss - expected[0]).abs() / expected[0].abs())]
+    for gradient, whole in zip(gradients, expected[1], strict=True):
+        for dim in range(2):
+            if tp_group is not None and whole.size(dim) != gradient.size(dim):
+                whole = whole.chunk(tp_group.size(), dim)[tp_group.rank()]
+        errors.append(float((gradient.float() - whole.float()).norm() / whole.float().norm()))
+    return errors
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def cuda_peak(method: Method, inputs: Inputs, point: Point) -> int:
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward_backward(method, inputs, point)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_memory(job: Job, tp_group) -> dict[str, int]:
+    """Peak resident bytes beyond the inputs, of the job's one method; of the rank with the most.
+
+    Writing 5 to clear_refs sets the kernel's peak to what is resident. Before that what was freed
+    is given back to the system, or the method would use it unseen.
+    """
+    [(form, _)] = job.methods
+    [method] = _wanted(job, form)
+    warm_up = replace(job.point, **WARM_UP)
+    forward_backward(method, make_inputs(form, warm_up, tp_group), warm_up)
+    inputs = make_inputs(form, job.point, tp_group)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_resident_bytes()
+    forward_backward(method, inputs, job.point)
+    peak = torch.tensor(_peak_resident_bytes() - before)
+    if tp_group is not None:
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=tp_group)
+    return {"peak_bytes": int(peak)}
+
+
+def _peak_resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def _wanted(job: Job, form: Form) -> list[Method]:
+    methods = methods_of(form, job.point.device)
+    return [method for method in methods if (form, method.name) in job.methods]
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
