@@ -118,7 +118,7 @@ class ObjectiveConfig(Section):
     """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
     a GPU, 128 MiB on a CPU."""
     metrics: bool = True
-    """Report the entropies, the divergences between the views and their like, from the same pass."""
+    """Report the entropies, the divergences between the views and so on, from the same pass."""
     topk_overlap: bool = True
     """Among the metrics `topk_overlap`, which costs more than all others together."""
     hindsight_gap: float = 2.0

@@ -23,8 +23,8 @@ LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 nothing; a GPU's matrix products want a thousand tokens."""
 
 CPU_TILE = 512
-"""Columns of a matrix product on a CPU: MKL multiplies a few hundred tokens with 512 columns at a
-time up to a third faster than with 32,768 at once (`tools/benchmarks/loss.py`)."""
+"""Columns of a matrix product on a CPU: MKL was seen to multiply 320 tokens with 512 columns at a time
+a fifth faster than with 32,768 at once (AMD, AVX-512)."""
 
 ChunkLosses = Callable[[list[Tensor], Tensor | None, Tensor | None], dict[str, Tensor]]
 """(logits [C, V] of each stream, token ids [C], gradient weights [C]) -> loss_T and metrics [C].
@@ -143,7 +143,8 @@ class _Tokens:
         if self.num_parts == 1 or not rows_RH.size(0):
             return rows_RH
         chunk_CH = rows_RH.new_empty(self.num_parts * rows_RH.size(0), rows_RH.size(1))
-        dist.all_gather_into_tensor(chunk_CH, rows_RH.contiguous(), group=self.group)
+        parts = list(chunk_CH.chunk(self.num_parts))
+        dist.all_gather(parts, rows_RH.contiguous(), group=self.group)
         return chunk_CH
 
     def pick(self, numbers_T: Tensor, rows: slice) -> Tensor:
@@ -167,7 +168,8 @@ class _Tokens:
         if self.num_parts == 1:
             work = dist.all_reduce(out_RH, group=self.group, async_op=True)
         else:
-            work = dist.reduce_scatter_tensor(out_RH, chunk_CH, group=self.group, async_op=True)
+            parts = list(chunk_CH.chunk(self.num_parts))
+            work = dist.reduce_scatter(out_RH, parts, group=self.group, async_op=True)
         assert work is not None
         self._summing = (work, chunk_CH)  # which must live as long as it is read
 

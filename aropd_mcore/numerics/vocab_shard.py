@@ -57,6 +57,6 @@ def gather_over_shards(local: dict[str, Tensor], tp_group) -> dict[str, Tensor]:
     packed_KT = torch.cat(list(local.values()))
     gathered = packed_KT.new_empty(tp_group.size(), *packed_KT.shape)
     if packed_KT.numel():
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), packed_KT, group=tp_group)
+        dist.all_gather(list(gathered.unbind()), packed_KT, group=tp_group)
     parts = gathered.split([numbers_KT.size(0) for numbers_KT in local.values()], dim=1)
     return dict(zip(local, parts, strict=True))

@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from aropd_mcore.numerics import (
     fused_linear_anchored_residual_kl,
@@ -60,8 +61,9 @@ def run_cross_entropy(problem: Problem, _: Settings | None, tp_group=None, **kwa
     )
 
 
-_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
-_COLLECTIVES += ("broadcast", "reduce", "barrier", "all_to_all_single", "all_gather_object")
+_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object")
+_COLLECTIVES += ("reduce_scatter", "reduce_scatter_tensor", "all_to_all_single")
+_COLLECTIVES += ("broadcast", "reduce", "barrier")
 
 
 @contextmanager
@@ -75,8 +77,8 @@ def counted_collectives() -> Iterator[list[tuple[str, int]]]:
         position = 1 if name.startswith(("all_gather", "reduce_scatter")) else 0
 
         def counted(*args, **kwargs):
-            put_in = args[position] if len(args) > position else None
-            calls.append((name, put_in.nbytes if torch.is_tensor(put_in) else 0))
+            put_in = tree_leaves(args[position : position + 1])
+            calls.append((name, sum(x.nbytes for x in put_in if torch.is_tensor(x))))
             return run(*args, **kwargs)
 
         return counted

@@ -51,8 +51,8 @@ def check_token_parallel() -> None:
             names = [name for name, _ in calls]
             num_streams, num_exchanges = (1, 1) if settings is None else (3, 2)
             num_gathers = (num_streams + num_exchanges) * num_chunks
-            assert names.count("all_gather_into_tensor") == num_gathers
-            assert names.count("reduce_scatter_tensor") == num_chunks == len(names) - num_gathers
+            assert names.count("all_gather") == num_gathers
+            assert names.count("reduce_scatter") == num_chunks == len(names) - num_gathers
 
 
 def test_sequence_and_context_parallel():

@@ -33,12 +33,12 @@ def expected_collectives(run, problem: Problem, settings: Settings | None, kwarg
     for start in range(0, num_tokens, chunk_tokens):
         size = 4 * min(chunk_tokens, num_tokens - start)
         if settings is None:
-            calls.append(("all_gather_into_tensor", 4 * size))
+            calls.append(("all_gather", 4 * size))
         else:
             # 3 maxima, 3 sums, 6 moments; 2 x 16 tops; 3 sampled logits
-            calls += [("all_gather_into_tensor", 47 * size), ("all_gather_into_tensor", 6 * size)]
+            calls += [("all_gather", 47 * size), ("all_gather", 6 * size)]
             if settings.divergence == "jsd":
-                calls.append(("all_gather_into_tensor", 2 * size))
+                calls.append(("all_gather", 2 * size))
         if run is not run_logits_form:
             calls.append(("all_reduce", hidden_size * size))
     return calls

@@ -43,8 +43,7 @@ def _num_bytes(value: Any) -> int:
 COLLECTIVES = {  # of torch.distributed; and the argument that holds what this rank sends
     "all_reduce": "tensor",
     "all_gather": "tensor",
-    "all_gather_into_tensor": "input_tensor",
-    "reduce_scatter_tensor": "input",
+    "reduce_scatter": "input_list",
     "broadcast": "tensor",
     "reduce": "tensor",
     "all_to_all_single": "input",
@@ -60,7 +59,8 @@ def counted_collectives() -> Iterator[dict[str, int]]:
     def counting(name: str, *args, **kwargs):
         sent = inspect.signature(originals[name]).bind(*args, **kwargs)
         counts["calls"] += 1
-        counts["bytes"] += sent.arguments[COLLECTIVES[name]].nbytes
+        tensors = tree_leaves(sent.arguments[COLLECTIVES[name]])
+        counts["bytes"] += sum(tensor.nbytes for tensor in tensors)
         return originals[name](*args, **kwargs)
 
     try:
