@@ -23,8 +23,8 @@ LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 nothing; a GPU's matrix products want a thousand tokens."""
 
 CPU_TILE = 512
-"""Columns of a matrix product on a CPU: MKL was seen to multiply 320 tokens with 512 columns at a time
-a fifth faster than with 32,768 at once (AMD, AVX-512)."""
+"""Columns of a matrix product on a CPU: MKL was seen to multiply 320 tokens with 512 columns at a
+time a fifth faster than with 32,768 at once (AMD, AVX-512)."""
 
 ChunkLosses = Callable[[list[Tensor], Tensor | None, Tensor | None], dict[str, Tensor]]
 """(logits [C, V] of each stream, token ids [C], gradient weights [C]) -> loss_T and metrics [C].
