@@ -22,7 +22,7 @@ from torch import Tensor
 from aropd_mcore.numerics.objective import Objective
 from aropd_mcore.numerics.residual import unnormalized_target
 
-BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
 """Logits of one view that are worked on at a time. On a CPU they and their temporaries stay in a
 cache; a GPU, where only fp64 and cross-entropy come this way, wants enough to do."""
 
@@ -104,10 +104,9 @@ class TorchPasses:
             maxima = [_row_max(view_TV[tokens]) for view_TV in views]
             sums, shifted, weights = [], [], []
             for k, (view_TV, max_T) in enumerate(zip(views, maxima, strict=True)):
-                if not moments:  # then nothing is kept of a view but its numbers
-                    k = 0
-                shifted.append(torch.sub(view_TV[tokens], max_T[:, None], out=buffers[k]))
-                e, scale_T = exp_rows(shifted[k], careful, out=buffers[3 + k])
+                own = k if moments else 0  # without moments a view leaves its numbers alone
+                shifted.append(torch.sub(view_TV[tokens], max_T[:, None], out=buffers[own]))
+                e, scale_T = exp_rows(shifted[-1], careful, out=buffers[3 + own])
                 weights.append((e, scale_T))
                 sums.append(e.sum(-1) * scale_T)
             means = []
