@@ -171,7 +171,7 @@ class Student:
         return self.runtime.tp_group if self.runtime.tp_size > 1 else None
 
 
-def _main_grad(weight: torch.nn.Parameter) -> Tensor | None:
+def _main_grad(weight: Tensor) -> Tensor | None:
     """Where Megatron's DDP accumulates the gradient, if that is where the loss may: in fp32."""
     main_grad = getattr(weight, "main_grad", None)
     return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
