@@ -130,6 +130,7 @@ def _train_here(config: Config) -> int:
     here = runtime.start(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
+        sequence_parallel=config.parallel.sequence,
         seed=config.training.seed,
     )
     try:

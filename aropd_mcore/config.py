@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
+Recompute = Literal["none", "selective", "full"]
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -38,6 +39,15 @@ class ParallelConfig(Section):
     """Tensor-parallel size (TP)."""
     pipeline: Positive = 1
     """Pipeline-parallel size (PP). Data parallelism takes the processes that are left."""
+    sequence: bool = False
+    """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
+    weights. Saves activations; experts with parallel.tensor > 1 need it."""
+
+    @model_validator(mode="after")
+    def _tensor_ranks_to_split_over(self) -> "ParallelConfig":
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence splits tokens over tensor ranks, and tensor is 1")
+        return self
 
 
 class DataConfig(Section):
@@ -166,6 +176,9 @@ class TrainingConfig(Section):
     """Responses in an optimizer update, over all ranks."""
     micro_batch_size: Positive = 1
     """Responses that go through the pipeline together."""
+    recompute: Recompute = "none"
+    """Activations that the backward computes again instead of keeping them: `selective`, those of
+    core attention; `full`, all but each layer's input."""
     max_skipped_steps: Positive = 5
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     seed: int = 1234

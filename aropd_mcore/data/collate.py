@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from aropd_mcore.types import Microbatch, Rollout, ViewBatch, Views
@@ -27,6 +28,7 @@ def collate(
     skip_response_tokens: int,
     micro_batch_size: int,
     pad_token_id: int,
+    length_multiple: int = 1,
     with_teacher: bool = True,
 ) -> list[Microbatch]:
     """Splice each response behind the three prompts of its row, and pad into microbatches.
@@ -40,6 +42,7 @@ def collate(
         views, rollouts: N of each, in the same order; consecutive micro_batch_size of them make a
             microbatch, the last of which may be smaller.
         weights_N: fp32 [N], the weight of each of a sample's loss tokens.
+        length_multiple: S is padded to a multiple of it.
         with_teacher: False leaves the partial and full views out.
 
     Returns:
@@ -53,6 +56,7 @@ def collate(
             weights_N[start : start + micro_batch_size],
             skip_response_tokens,
             pad_token_id,
+            length_multiple,
             with_teacher,
         )
         for start in range(0, len(views), micro_batch_size)
@@ -65,6 +69,7 @@ def _microbatch(
     weights_B: Tensor,
     skip: int,
     pad_token_id: int,
+    length_multiple: int,
     with_teacher: bool,
 ) -> Microbatch:
     lengths_B = torch.tensor([len(response) for response in responses])
@@ -76,7 +81,12 @@ def _microbatch(
         sequences = [p + response for p, response in zip(prompts, responses, strict=True)]
         prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
         position_T = prompt_lengths_B[sample_T] - 1 + offset_T
-        return ViewBatch(_pad(sequences, pad_token_id), position_T * len(prompts) + sample_T)
+        tokens_BS = _pad(sequences, pad_token_id)
+        missing = -tokens_BS.size(1) % length_multiple
+        return ViewBatch(
+            functional.pad(tokens_BS, (0, missing), value=pad_token_id),
+            position_T * len(prompts) + sample_T,
+        )
 
     return Microbatch(
         student=view_batch([view.student_ids for view in views]),

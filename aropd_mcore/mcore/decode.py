@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn import functional
 
@@ -80,7 +81,8 @@ class Decoder:
             [B, vocab_size] fp32 on the rank that samples, None on the others.
         Collectives: as in `step`.
         """
-        return self._logits(self._forward(self._batch.prompt_tokens_N)[self._batch.last_B])
+        hidden_NH = self._forward(self._batch.prompt_tokens_N)
+        return self._logits(None if hidden_NH is None else hidden_NH[self._batch.last_B])
 
     def step(self, tokens_B: Tensor) -> Tensor | None:
         """One more token on every row: logits of the token after it.
@@ -107,15 +109,22 @@ class Decoder:
         if runtime.pp_size > 1:
             dist.broadcast(tensor, runtime.last_stage_rank, group=runtime.pp_group)
 
-    def _forward(self, tokens_N: Tensor) -> Tensor:
-        """This stage's hidden states [N, H]; those of the stage before are waited for."""
-        model, runtime, positions_N = self.model, self.runtime, self._batch.positions_N
+    def _forward(self, tokens_N: Tensor) -> Tensor | None:
+        """Final hidden states [N, H] on the last stage, None elsewhere; waits for the stage before.
+
+        Under sequence parallelism N is padded to a multiple of the tensor ranks, and each holds its
+        part of them between matrix products and from stage to stage.
+        """
+        model, runtime, num_tokens = self.model, self.runtime, tokens_N.numel()
+        padding = (0, -num_tokens % runtime.length_multiple)
+        tokens_N = functional.pad(tokens_N, padding)
+        positions_N = functional.pad(self._batch.positions_N, padding)
         hidden_N1H = None
         if runtime.is_first_stage:
             hidden_N1H = model.embedding(tokens_N[None], positions_N[None])
         else:
             received_N1H = torch.empty(
-                (tokens_N.numel(), 1, model.config.hidden_size),
+                (tokens_N.numel() // runtime.length_multiple, 1, model.config.hidden_size),
                 dtype=model.config.pipeline_dtype,
                 device=runtime.device,
             )
@@ -130,10 +139,13 @@ class Decoder:
         if not runtime.is_last_stage:
             after = dist.get_global_rank(runtime.pp_group, runtime.pp_rank + 1)
             dist.send(hidden_N1H, after, group=runtime.pp_group)
-        return hidden_N1H.squeeze(1)
+            return None
+        if runtime.sequence_parallel:
+            hidden_N1H = gather_from_sequence_parallel_region(hidden_N1H)
+        return hidden_N1H[:num_tokens].squeeze(1)
 
-    def _logits(self, hidden_BH: Tensor) -> Tensor | None:
-        if not self.runtime.is_last_stage:
+    def _logits(self, hidden_BH: Tensor | None) -> Tensor | None:
+        if hidden_BH is None:
             return None
         logits_BV = functional.linear(hidden_BH, self.model.head_weight())
         if self.runtime.tp_size > 1:
@@ -179,8 +191,8 @@ class _Batch:
 class _CachedAttention(torch.nn.Module):
     """Core attention over one layer's cached keys and values; takes Megatron's arguments.
 
-    Query [N, 1, heads, D], key and value [N, 1, KV heads, D], rotated already; the result is
-    [N, 1, heads x D].
+    Query [N, 1, heads, D], key and value [N, 1, KV heads, D], rotated already, and padding behind
+    them; the result is [N, 1, heads x D], and zeros for the padding.
     """
 
     def __init__(self, batch: _Batch, scale: float | None):
@@ -194,7 +206,9 @@ class _CachedAttention(torch.nn.Module):
     ) -> Tensor:
         batch = self.batch
         place = (batch.rows_N, slice(None), batch.positions_N)
-        (num_tokens, _, num_heads, head_dim), num_groups = query.shape, key.size(2)
+        num_tokens = batch.positions_N.numel()  # what follows them is padding
+        (num_padded, _, num_heads, head_dim), num_groups = query.shape, key.size(2)
+        query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
         if not self.keys_BGLD.numel():
             # Zeros: the causal mask gives what is not written yet no weight, but 0 x NaN is NaN.
             shape = (batch.num_rows, num_groups, batch.max_length, head_dim)
@@ -221,4 +235,5 @@ class _CachedAttention(torch.nn.Module):
                 enable_gqa=num_heads > num_groups,
             )
             context = context_BMSD[place]
-        return context.reshape(num_tokens, 1, num_heads * head_dim)
+        context = context.reshape(num_tokens, 1, num_heads * head_dim)
+        return functional.pad(context, (0, 0, 0, 0, 0, num_padded - num_tokens))

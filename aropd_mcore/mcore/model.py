@@ -13,10 +13,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from aropd_mcore.config import Recompute
 from aropd_mcore.convert.architecture import (
     Architecture,
     Routing,
@@ -24,7 +29,19 @@ from aropd_mcore.convert.architecture import (
     read_architecture,
 )
 from aropd_mcore.convert.tensors import padded_vocab_size
+from aropd_mcore.mcore.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # Layer by layer: of each only its input is kept.
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # The router asks whether it is None (transformer/moe/moe_utils.py:1192), but in megatron-core
@@ -36,9 +53,10 @@ class HiddenStateGPT(GPTModel):
     """GPTModel whose last stage returns final hidden states instead of logits.
 
     Called as GPTModel is (tokens [B, S], positions [B, S], attention mask or None for causal), in
-    training and, with a StaticInferenceContext, in cached decoding. Every stage returns [S, B, H]:
-    the last one after the final norm. The output head is applied where logits are consumed, inside
-    the loss and the sampler, chunk by chunk: no [S, B, V] tensor is made here.
+    training and, with a StaticInferenceContext, in cached decoding. Every stage returns [S, B, H],
+    or under sequence parallelism this tensor rank's [S / tp, B, H]: the last one after the final
+    norm. The output head is applied where logits are consumed, inside the loss and the sampler,
+    chunk by chunk: no [S, B, V] tensor is made here.
     """
 
     def __init__(
@@ -51,7 +69,7 @@ class HiddenStateGPT(GPTModel):
         padded = padded_vocab_size(architecture.vocab_size, runtime.tp_size)
         super().__init__(
             config,
-            _layer_spec(config, runtime),
+            _layer_spec(config, runtime, vp_stage),
             vocab_size=padded,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=runtime.is_first_stage and vp_stage in (None, 0),
@@ -83,7 +101,11 @@ class HiddenStateGPT(GPTModel):
 
 
 def model_config(
-    architecture: Architecture, runtime: Runtime, *, dtype: torch.dtype
+    architecture: Architecture,
+    runtime: Runtime,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
 ) -> TransformerConfig:
     """Megatron's settings for a model and this runtime.
 
@@ -112,6 +134,8 @@ def model_config(
         virtual_pipeline_model_parallel_size=runtime.vp_size if runtime.vp_size > 1 else None,
         expert_model_parallel_size=runtime.ep_size,
         expert_tensor_parallel_size=1,  # as in runtime.start
+        sequence_parallel=runtime.sequence_parallel,
+        **_RECOMPUTE[recompute],
         **(_routing_settings(architecture.routing) if architecture.routing else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -155,6 +179,7 @@ def build_model(
     *,
     dtype: torch.dtype,
     vp_stage: int | None = None,
+    recompute: Recompute = "none",
 ) -> HiddenStateGPT:
     """The model that an HF config describes, this rank's shard of it, on runtime.device.
 
@@ -165,6 +190,7 @@ def build_model(
         dtype: of every parameter; activations follow.
         vp_stage: which of this stage's runtime.vp_size chunks to build, in the order in which a
             token passes them; None where the stage is one chunk.
+        recompute: what a backward computes again: nothing, core attention, or every layer.
     Raises:
         CheckpointError: the config cannot be used.
         ValueError: the runtime's layout does not divide the model.
@@ -180,10 +206,25 @@ def build_model(
         virtual_pipeline=runtime.vp_size,
         expert=runtime.ep_size,
     )
-    config = model_config(architecture, runtime, dtype=dtype)
+    config = model_config(architecture, runtime, dtype=dtype, recompute=recompute)
     model = HiddenStateGPT(architecture, config, runtime, vp_stage)
+    if runtime.sequence_parallel and runtime.ep_size == 1:
+        _share_experts_over_tokens(model)
     # The local spec's norms are created in fp32 and on the CPU, whatever params_dtype says.
     return model.to(device=runtime.device, dtype=dtype)
+
+
+def _share_experts_over_tokens(model: HiddenStateGPT) -> None:
+    """Mark experts that are whole on every tensor rank, which gives them its own tokens alone.
+
+    Their gradients have to be summed over tp_group and counted once in the norm, as the norms'
+    weights are. Megatron sees to that only for experts that are shared out (`allreduce` in
+    tensor_parallel/layers.py, ColumnParallelLinear); others it takes for split over tensor ranks.
+    """
+    for name, weight in model.named_parameters():
+        if ".experts." in name:
+            weight.sequence_parallel = True  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = False  # type: ignore[attr-defined]
 
 
 def _leave_as_it_is(weight: Tensor) -> Tensor:
@@ -194,7 +235,9 @@ def _use_transformer_engine(runtime: Runtime) -> bool:
     return HAVE_TE and runtime.device.type == "cuda"
 
 
-def _layer_spec(config: TransformerConfig, runtime: Runtime) -> ModuleSpec:
+def _layer_spec(
+    config: TransformerConfig, runtime: Runtime, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     if _use_transformer_engine(runtime):
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -207,10 +250,15 @@ def _layer_spec(config: TransformerConfig, runtime: Runtime) -> ModuleSpec:
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
+    layer: Any = spec.submodules
+    attention: Any = layer.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = LocalRMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     if config.num_moe_experts:
         # In checkpoints the local spec calls norms as Transformer Engine's does, which fuses them
         # into the linear layer behind. It does so before experts too, where Transformer Engine's
         # spec fuses nothing and keeps the plain name. One name, so that both read the same files.
-        layer: Any = spec.submodules
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-    return spec
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LocalRMSNorm)

@@ -47,6 +47,8 @@ class Runtime:
     ep_group: dist.ProcessGroup
     vp_size: int
     """Model chunks on each pipeline stage; more than one in the interleaved layout."""
+    sequence_parallel: bool
+    """Whether, between the layers' matrix products, each tensor rank holds a part of the tokens."""
 
     @property
     def rank(self) -> int:
@@ -89,6 +91,11 @@ class Runtime:
         return self.ep_group.rank()
 
     @property
+    def length_multiple(self) -> int:
+        """What the number of positions in a forward must be a multiple of."""
+        return self.tp_size if self.sequence_parallel else 1
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -124,6 +131,7 @@ def start(
     pipeline: int = 1,
     virtual_pipeline: int = 1,
     expert: int = 1,
+    sequence_parallel: bool = False,
     seed: int = 1234,
     timeout: timedelta | None = None,
 ) -> Runtime:
@@ -136,11 +144,12 @@ def start(
         tensor, pipeline: sizes of the model's sharding; data parallelism takes the rest.
         virtual_pipeline: chunks that each stage holds, interleaved over the layers.
         expert: ranks of a stage that share out its experts.
+        sequence_parallel: split the tokens over the tensor ranks where weights are not split.
         seed: the same on every rank.
         timeout: of collectives; torch's default if None.
     Raises:
-        ValueError: the sizes do not divide the number of processes, or virtual_pipeline has no
-            stages to interleave.
+        ValueError: the sizes do not divide the number of processes, virtual_pipeline has no stages
+            to interleave, or sequence_parallel no tensor ranks to split over.
     Collectives: creates process groups; every rank of the job must call it.
     """
     device = torch.device("cpu")
@@ -162,6 +171,8 @@ def start(
                 timeout=timeout,
             )
     _check_sizes(dist.get_world_size(), tensor, pipeline, virtual_pipeline, expert)
+    if sequence_parallel and tensor == 1:
+        raise ValueError("sequence parallelism splits tokens over tensor ranks; tensor is 1")
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
@@ -180,6 +191,7 @@ def start(
         dp_group=_own(parallel_state.get_data_parallel_group()),
         ep_group=_own(parallel_state.get_expert_model_parallel_group()),
         vp_size=virtual_pipeline,
+        sequence_parallel=sequence_parallel,
     )
 
 

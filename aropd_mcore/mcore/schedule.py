@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from aropd_mcore.types import ViewBatch
@@ -32,7 +33,8 @@ def run_schedule(
         forward_only: no backward; what on_last_stage returns is collected as it is.
     Returns:
         On the last stage what on_last_stage reported for each microbatch, in order; elsewhere [].
-    Collectives: point to point between stages; with a backward also Megatron's gradient reductions.
+    Collectives: point to point between stages; under sequence parallelism an all-gather of the
+        final hidden states over tp_group; with a backward also Megatron's gradient reductions.
     """
 
     def forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -44,6 +46,11 @@ def run_schedule(
         hidden_SBH = stage(view.tokens_BS, position_ids.expand_as(view.tokens_BS), None)
 
         def finish(output_SBH: Tensor, non_loss_data: bool = False) -> Any:
+            if model.config.sequence_parallel:
+                # The loss gives every tensor rank the whole gradient: each keeps its own tokens'.
+                output_SBH = gather_from_sequence_parallel_region(
+                    output_SBH, tensor_parallel_output_grad=False
+                )
             hidden_TH = output_SBH.flatten(0, 1).index_select(0, view.hidden_index_T)
             result = on_last_stage(hidden_TH, item)
             if non_loss_data:

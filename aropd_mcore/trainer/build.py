@@ -59,7 +59,12 @@ def build_run(config: Config, runtime: Runtime) -> Run:
 
 def load_model(config: Config, runtime: Runtime) -> HiddenStateGPT:
     """This rank's shard of the model at config.model.path, with its HF weights."""
-    model = build_model(config.model.path, runtime, dtype=runtime.dtype(config.model.dtype))
+    model = build_model(
+        config.model.path,
+        runtime,
+        dtype=runtime.dtype(config.model.dtype),
+        recompute=config.training.recompute,
+    )
     load_hf_weights(model, config.model.path, runtime)
     return model
 

@@ -66,10 +66,11 @@ def plan(config: Config, world_size: int) -> Layout:
 def _check_experts(config: Config, architecture: Architecture) -> None:
     # Megatron trains experts on tensor ranks with sequence parallelism alone
     # (transformer/moe/moe_layer.py, MoELayer.forward).
-    if architecture.routing and config.parallel.tensor > 1:
+    if architecture.routing and config.parallel.tensor > 1 and not config.parallel.sequence:
         raise ConfigError(
-            f"parallel.tensor is {config.parallel.tensor}; the training of mixture-of-experts "
-            f"models ({architecture.family.architecture}) is supported with parallel.tensor 1 only"
+            f"parallel.tensor is {config.parallel.tensor}; mixture-of-experts models "
+            f"({architecture.family.architecture}) are trained on several tensor ranks with "
+            "sequence parallelism only; set parallel.sequence to true"
         )
 
 

@@ -143,6 +143,7 @@ def microbatches_of(
         skip_response_tokens=objective.skip_response_tokens,
         micro_batch_size=run.config.training.micro_batch_size,
         pad_token_id=run.pad_token_id,
+        length_multiple=run.runtime.length_multiple,
         with_teacher=run.teacher is not None,
     )
     return [microbatch.to(run.runtime.device) for microbatch in microbatches]

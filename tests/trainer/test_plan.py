@@ -40,7 +40,7 @@ def test_sequences_fit_the_positions(tmp_path: Path):
             plan(config(tmp_path, family, **at_most), 1)
 
 
-def test_experts_are_trained_without_tensor_parallelism(tmp_path: Path):
-    plan(config(tmp_path, "mixtral", parallel={"pipeline": 2}), 2)
+def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
+    plan(config(tmp_path, "mixtral", parallel={"tensor": 2, "sequence": True}), 2)
     with pytest.raises(ConfigError, match=r"parallel.tensor is 2; .*\(MixtralForCausalLM\)"):
         plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)

@@ -12,7 +12,7 @@ its sign. UPDATE bounds the error of every weight as a share of the largest lear
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,8 +27,18 @@ from tests.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
 REPORTED = 2e-5
 UPDATE = 5e-3
 LR = 1e-3
-LAYOUTS = [(4, 1), (2, 2), (1, 4), (2, 1), (1, 2), (1, 1)]
-"""(TP, PP) on 4 ranks; data parallelism takes the rest."""
+
+
+class Layout(NamedTuple):
+    """Sizes on 4 ranks; data parallelism takes the rest."""
+
+    tensor: int
+    pipeline: int
+    sequence: bool = False
+
+
+ONE = Layout(1, 1)
+LAYOUTS = [Layout(*sizes) for sizes in ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2), (1, 1))]
 
 
 @dataclass(frozen=True)
@@ -44,19 +54,22 @@ class Case:
     """A step, on each data-parallel rank."""
     global_batch_size: int = 8
     eos_ids: tuple[int, ...] = tuple(EOS_IDS)
-    layouts: list[tuple[int, int]] = field(default_factory=lambda: LAYOUTS)
+    layouts: list[Layout] = field(default_factory=lambda: LAYOUTS)
 
-    def config(self, root: Path, tensor: int, pipeline: int, dp_size: int) -> Config:
+    def config(self, root: Path, layout: Layout, dp_size: int) -> Config:
         """The run; root holds the models and the rows."""
-        parallel = {"tensor": tensor, "pipeline": pipeline}
-        training = {
+        defaults = {
+            "parallel": layout._asdict(),
+            "optimizer": {"lr": LR, "eps": 1e-4, "weight_decay": 0.1},
+        }
+        defaults["training"] = {
             "num_steps": 4,
             "global_batch_size": self.global_batch_size,
             "micro_batch_size": self.global_batch_size // (dp_size * self.num_microbatches),
         }
-        optimizer = {"lr": LR, "eps": 1e-4, "weight_decay": 0.1}
-        sections = {"parallel": parallel, "training": training, **self.sections}
-        sections["optimizer"] = optimizer | self.sections.get("optimizer", {})
+        sections = self.sections | {
+            name: values | self.sections.get(name, {}) for name, values in defaults.items()
+        }
         tree = tiny_config(self.model(root), root / "rows.jsonl", root / "out", **sections)
         return Config.model_validate(tree)
 
@@ -71,6 +84,7 @@ CASES = [
         "ema",
         {"objective": AROPD, "optimizer": {"warmup_ratio": 0.25}},
         num_steps=4,
+        layouts=[*LAYOUTS, Layout(2, 2, sequence=True), Layout(4, 1, sequence=True)],
     ),
     Case(
         "live",
@@ -79,9 +93,11 @@ CASES = [
             | {"residual_scale": 1.4, "reduction": "token_mean", "divergence": "jsd"},
             "teacher": {"kind": "live"},
             "rollout": {"rollouts_per_prompt": 2},
+            "training": {"recompute": "full"},
         },
         tie=True,
         num_microbatches=2,
+        layouts=[*LAYOUTS, Layout(2, 2, sequence=True)],
     ),
     Case(
         "frozen",
@@ -89,10 +105,12 @@ CASES = [
             "objective": AROPD | {"divergence": "kl_student_target", "skip_response_tokens": 5},
             "teacher": {"kind": "frozen"},
             "optimizer": {"clip_grad": 0.0},
+            "training": {"recompute": "selective"},
         },
         family="qwen3",
         num_microbatches=4,
         global_batch_size=16,
+        layouts=[*LAYOUTS, Layout(2, 1, sequence=True)],
     ),
     Case(
         "sft",
@@ -108,13 +126,13 @@ CASES = [
         family="qwen3_moe",
         num_steps=2,
         num_microbatches=2,
-        layouts=[(1, 2), (1, 1)],
+        layouts=[Layout(1, 2), ONE, Layout(2, 1, sequence=True), Layout(2, 2, sequence=True)],
     ),
     Case(
         "partial-opd",
         {"objective": AROPD | {"residual_scale": 0.0, "metrics": False}},
         global_batch_size=4,
-        layouts=[(2, 2)],
+        layouts=[Layout(2, 2)],
     ),
     Case(
         "full-opd",
@@ -123,7 +141,7 @@ CASES = [
             | {"residual_scale": 1.0, "residual_clip": None, "topk_overlap": False}
         },
         global_batch_size=4,
-        layouts=[(2, 2)],
+        layouts=[Layout(2, 2)],
     ),
     Case(
         # Long enough for a second position bucket.
@@ -131,7 +149,7 @@ CASES = [
         {"objective": AROPD, "rollout": {"max_response_tokens": 280}},
         global_batch_size=4,
         eos_ids=(EOS_IDS[0],),
-        layouts=[(1, 1)],
+        layouts=[ONE],
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -150,20 +168,21 @@ class RankSteps:
     teacher: dict[str, Tensor] | None
 
 
-Results = dict[tuple[str, int, int], RankSteps]
-"""By case, TP and PP."""
+Results = dict[tuple[str, Layout], RankSteps]
 
 
-def take_steps(root: Path, cases: list[Case], layouts: list[tuple[int, int]] | None) -> Results:
+def take_steps(root: Path, cases: list[Case], layouts: list[Layout] | None) -> Results:
     """On every rank: each case on each of its layouts, or on the given ones."""
     from aropd_mcore.mcore import runtime
 
     results = {}
     for case in cases:
-        for tensor, pipeline in layouts or case.layouts:
-            rt = runtime.start(tensor=tensor, pipeline=pipeline)
-            config = case.config(root, tensor, pipeline, rt.dp_size)
-            results[case.name, tensor, pipeline] = steps_of(config, case, rt)
+        for layout in layouts or case.layouts:
+            rt = runtime.start(
+                tensor=layout.tensor, pipeline=layout.pipeline, sequence_parallel=layout.sequence
+            )
+            config = case.config(root, layout, rt.dp_size)
+            results[case.name, layout] = steps_of(config, case, rt)
             runtime.stop()
             gc.collect()  # models in cycles, which hold the groups, and those their threads
     return results
@@ -228,8 +247,8 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_one_rank(root) -> dict[str, RankSteps]:
-    results = run_ranks(take_steps, 1, root, CASES, [(1, 1)])[0]
-    return {name: steps for (name, *_), steps in results.items()}
+    results = run_ranks(take_steps, 1, root, CASES, [ONE])[0]
+    return {name: steps for (name, _), steps in results.items()}
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +257,7 @@ def oracle(root, on_one_rank) -> dict[str, list[OracleStep]]:
 
 
 def oracle_steps(root: Path, case: Case, steps: RankSteps) -> list[OracleStep]:
-    config = case.config(root, 1, 1, 1)
+    config = case.config(root, ONE, 1)
     objective, optimizer = config.objective, config.optimizer
     method = Method(
         num_steps=4,
@@ -276,18 +295,19 @@ def test_one_rank_equals_the_oracle(on_one_rank, oracle, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "pipeline"),
-    [(case.name, *layout) for case in CASES for layout in case.layouts],
+    ("name", "layout"),
+    [(case.name, layout) for case in CASES for layout in case.layouts],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
-def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, tensor, pipeline):
-    ranks = [results[name, tensor, pipeline] for results in on_four_ranks]
+def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, layout):
+    ranks = [results[name, layout] for results in on_four_ranks]
     for rank in ranks:
         check(name, rank, oracle[name])
-        share = len(on_one_rank[name].samples[0]) * tensor * pipeline // 4
+        share = len(on_one_rank[name].samples[0]) * layout.tensor * layout.pipeline // 4
         mine = slice(rank.dp_rank * share, (rank.dp_rank + 1) * share)
         assert rank.samples == [step[mine] for step in on_one_rank[name].samples]
     replicas = [rank for rank in ranks if rank.student is not None]
-    assert len(replicas) == 4 // (tensor * pipeline)
+    assert len(replicas) == 4 // (layout.tensor * layout.pipeline)
     for replica in replicas[1:]:
         for name, tensor in replicas[0].student.items():
             assert torch.equal(replica.student[name], tensor), f"{name}: replicas drift apart"
