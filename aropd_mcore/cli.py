@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--nproc-per-node",
         type=int,
-        help="processes to start (default: one a GPU; without GPUs parallel.tensor x pipeline)",
+        help="processes to start (default: one a GPU; without GPUs one model replica's)",
     )
     train.add_argument(
         "--dry-run", action="store_true", help="check the config and print the plan, start nothing"
@@ -130,6 +130,7 @@ def _train_here(config: Config) -> int:
     here = runtime.start(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
+        context=config.parallel.context,
         sequence_parallel=config.parallel.sequence,
         seed=config.training.seed,
     )
@@ -144,9 +145,10 @@ def _train_here(config: Config) -> int:
 
 
 def _print_plan(config: Config, layout: "Layout") -> int:
+    context = f" x CP {layout.context}" if layout.context > 1 else ""
     print(dump_config(config))
     print(
-        f"# {layout.world_size} processes: TP {layout.tensor} x PP {layout.pipeline} x "
+        f"# {layout.world_size} processes: TP {layout.tensor} x PP {layout.pipeline}{context} x "
         f"DP {layout.data}; {layout.num_parameters:,} parameters, about "
         f"{layout.num_parameters // (layout.tensor * layout.pipeline):,} a rank\n"
         f"# a step: {config.prompts_per_step} prompts, "
@@ -161,7 +163,7 @@ def _default_num_processes(config: Config) -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    return config.parallel.tensor * config.parallel.pipeline
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
 def _start_processes(count: int, arguments: list[str]) -> int:

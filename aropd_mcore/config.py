@@ -39,6 +39,8 @@ class ParallelConfig(Section):
     """Tensor-parallel size (TP)."""
     pipeline: Positive = 1
     """Pipeline-parallel size (PP). Data parallelism takes the processes that are left."""
+    context: Positive = 1
+    """Context-parallel size (CP): ranks that share out the positions of each sequence."""
     sequence: bool = False
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""

@@ -152,7 +152,7 @@ def _sharded_state(
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": runtime.dp_group,
+        "dp_cp_group": runtime.dp_cp_group,
     }
     state: dict[str, Any] = {"model": student.model.sharded_state_dict(metadata=metadata)}
     state |= student.optimizer.sharded_state_dict(state, metadata, is_loading=is_loading)
@@ -162,7 +162,12 @@ def _sharded_state(
 
 
 def _layout(runtime: Runtime) -> dict[str, int]:
-    return {"tensor": runtime.tp_size, "pipeline": runtime.pp_size, "data": runtime.dp_size}
+    return {
+        "tensor": runtime.tp_size,
+        "pipeline": runtime.pp_size,
+        "context": runtime.cp_size,
+        "data": runtime.dp_size,
+    }
 
 
 def _rng_state(runtime: Runtime) -> ShardedObject:
@@ -175,8 +180,8 @@ def _rng_state(runtime: Runtime) -> ShardedObject:
     return ShardedObject(
         "rng",
         state,
-        (runtime.pp_size, runtime.tp_size, runtime.dp_size),
-        (runtime.pp_rank, runtime.tp_rank, runtime.dp_rank),
+        (runtime.pp_size, runtime.tp_size, runtime.dp_cp_group.size()),
+        (runtime.pp_rank, runtime.tp_rank, runtime.dp_cp_group.rank()),
     )
 
 

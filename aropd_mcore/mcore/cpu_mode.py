@@ -53,6 +53,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
+        # models/common/embeddings/rope_utils.py:62 torch.tensor(..., pin_memory=True).cuda(...)
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return on_cpu

@@ -67,7 +67,8 @@ class Decoder:
         self.model = model
         self.runtime = runtime
         self._batch = batch
-        self._angles = model.rotary_pos_emb(batch.max_length)
+        # `packed_seq`: of all positions, not of this context rank's.
+        self._angles = model.rotary_pos_emb(batch.max_length, packed_seq=True)
 
     @property
     def samples(self) -> bool:
@@ -116,7 +117,7 @@ class Decoder:
         part of them between matrix products and from stage to stage.
         """
         model, runtime, num_tokens = self.model, self.runtime, tokens_N.numel()
-        padding = (0, -num_tokens % runtime.length_multiple)
+        padding = (0, -num_tokens % runtime.sequence_size)
         tokens_N = functional.pad(tokens_N, padding)
         positions_N = functional.pad(self._batch.positions_N, padding)
         hidden_N1H = None
@@ -124,7 +125,7 @@ class Decoder:
             hidden_N1H = model.embedding(tokens_N[None], positions_N[None])
         else:
             received_N1H = torch.empty(
-                (tokens_N.numel() // runtime.length_multiple, 1, model.config.hidden_size),
+                (tokens_N.numel() // runtime.sequence_size, 1, model.config.hidden_size),
                 dtype=model.config.pipeline_dtype,
                 device=runtime.device,
             )

@@ -29,6 +29,7 @@ from aropd_mcore.convert.architecture import (
     read_architecture,
 )
 from aropd_mcore.convert.tensors import padded_vocab_size
+from aropd_mcore.mcore.local_attention import LocalCoreAttention
 from aropd_mcore.mcore.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
 
@@ -69,7 +70,7 @@ class HiddenStateGPT(GPTModel):
         padded = padded_vocab_size(architecture.vocab_size, runtime.tp_size)
         super().__init__(
             config,
-            _layer_spec(config, runtime, vp_stage),
+            _layer_spec(config, runtime, vp_stage),  # type: ignore[arg-type] # or a block's
             vocab_size=padded,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=runtime.is_first_stage and vp_stage in (None, 0),
@@ -135,6 +136,7 @@ def model_config(
         expert_model_parallel_size=runtime.ep_size,
         expert_tensor_parallel_size=1,  # as in runtime.start
         sequence_parallel=runtime.sequence_parallel,
+        context_parallel_size=runtime.cp_size,
         **_RECOMPUTE[recompute],
         **(_routing_settings(architecture.routing) if architecture.routing else {}),
         params_dtype=dtype,
@@ -253,6 +255,7 @@ def _layer_spec(
     layer: Any = spec.submodules
     attention: Any = layer.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = LocalRMSNorm
+    attention.core_attention = LocalCoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     if config.num_moe_experts:
@@ -261,4 +264,7 @@ def _layer_spec(
         # spec fuses nothing and keeps the plain name. One name, so that both read the same files.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LocalRMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * num_layers,
+        layer_norm=LocalRMSNorm,  # type: ignore[arg-type] # a class, as everywhere in specs
+    )

@@ -34,16 +34,19 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 class Runtime:
     """Where this process stands: its device and its process groups.
 
-    The model is sharded over tp_group (tensor) and pp_group (pipeline stages); dp_group joins the
-    ranks that hold the same shard of it. The experts of a layer are the exception: ep_group, ranks
-    of one stage in a row, shares them out whole, across tensor ranks first and then across
-    replicas.
+    The model is sharded over tp_group (tensor) and pp_group (pipeline stages). Ranks with the same
+    shard are joined by cp_group (context) where they share out the positions of the same sequences,
+    by dp_group where each has sequences of its own, and all of them by dp_cp_group. The experts of
+    a layer are the exception: ep_group, ranks of one stage in a row, shares them out whole, across
+    tensor ranks first and then across replicas.
     """
 
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     vp_size: int
     """Model chunks on each pipeline stage; more than one in the interleaved layout."""
@@ -75,6 +78,14 @@ class Runtime:
         return self.pp_group.rank()
 
     @property
+    def cp_size(self) -> int:
+        return self.cp_group.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.cp_group.rank()
+
+    @property
     def dp_size(self) -> int:
         return self.dp_group.size()
 
@@ -91,9 +102,15 @@ class Runtime:
         return self.ep_group.rank()
 
     @property
-    def length_multiple(self) -> int:
-        """What the number of positions in a forward must be a multiple of."""
+    def sequence_size(self) -> int:
+        """Tensor ranks that share out the tokens between matrix products."""
         return self.tp_size if self.sequence_parallel else 1
+
+    @property
+    def length_multiple(self) -> int:
+        """What a padded sequence's length must be a multiple of."""
+        chunks = 2 * self.cp_size if self.cp_size > 1 else 1  # data.context
+        return chunks * self.sequence_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -130,6 +147,7 @@ def start(
     tensor: int = 1,
     pipeline: int = 1,
     virtual_pipeline: int = 1,
+    context: int = 1,
     expert: int = 1,
     sequence_parallel: bool = False,
     seed: int = 1234,
@@ -141,7 +159,8 @@ def start(
     process alone. NCCL serves tensors on the GPU, gloo those on the CPU.
 
     Args:
-        tensor, pipeline: sizes of the model's sharding; data parallelism takes the rest.
+        tensor, pipeline, context: sizes of the model's and the sequences' sharding; data
+            parallelism takes the rest.
         virtual_pipeline: chunks that each stage holds, interleaved over the layers.
         expert: ranks of a stage that share out its experts.
         sequence_parallel: split the tokens over the tensor ranks where weights are not split.
@@ -170,13 +189,14 @@ def start(
                 world_size=1,
                 timeout=timeout,
             )
-    _check_sizes(dist.get_world_size(), tensor, pipeline, virtual_pipeline, expert)
+    _check_sizes(dist.get_world_size(), tensor, pipeline, virtual_pipeline, context, expert)
     if sequence_parallel and tensor == 1:
         raise ValueError("sequence parallelism splits tokens over tensor ranks; tensor is 1")
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
         # An expert lies whole on one rank: cut over tensor ranks, small experts leave matrices too
         # thin to be worth it, and their all-to-all does not work on gloo.
@@ -188,7 +208,9 @@ def start(
         device=device,
         tp_group=_own(parallel_state.get_tensor_model_parallel_group()),
         pp_group=_own(parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=_own(parallel_state.get_context_parallel_group()),
         dp_group=_own(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_own(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         ep_group=_own(parallel_state.get_expert_model_parallel_group()),
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
@@ -196,15 +218,15 @@ def start(
 
 
 def _check_sizes(
-    world_size: int, tensor: int, pipeline: int, virtual_pipeline: int, expert: int
+    world_size: int, tensor: int, pipeline: int, virtual_pipeline: int, context: int, expert: int
 ) -> None:
-    replica = math.lcm(tensor, expert) * pipeline
+    replica = math.lcm(tensor * context, expert) * pipeline
     if world_size % replica:
         experts = f", their experts shared by {expert} ranks" if expert > 1 else ""
         raise ValueError(
             f"{world_size} processes cannot be split into model replicas of "
-            f"parallel.tensor {tensor} x parallel.pipeline {pipeline}{experts}; start a multiple "
-            f"of {replica}"
+            f"parallel.tensor {tensor} x parallel.pipeline {pipeline} x parallel.context "
+            f"{context}{experts}; start a multiple of {replica}"
         )
     if virtual_pipeline > 1 and pipeline == 1:
         raise ValueError(

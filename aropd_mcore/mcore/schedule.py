@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -19,6 +20,7 @@ def run_schedule(
     *,
     num_microbatches: int,
     forward_only: bool,
+    gather_over: dist.ProcessGroup | None = None,
 ) -> list[Any]:
     """Send microbatches through the pipeline; 1F1B with backward, or forward only.
 
@@ -31,10 +33,13 @@ def run_schedule(
             loss a scalar that is summed over microbatches.
         num_microbatches: number of items.
         forward_only: no backward; what on_last_stage returns is collected as it is.
+        gather_over: the context group, where the view's loss positions count the hidden states of
+            all its ranks; forward only.
     Returns:
         On the last stage what on_last_stage reported for each microbatch, in order; elsewhere [].
     Collectives: point to point between stages; under sequence parallelism an all-gather of the
-        final hidden states over tp_group; with a backward also Megatron's gradient reductions.
+        final hidden states over tp_group, and one over gather_over; with a backward also Megatron's
+        gradient reductions.
     """
 
     def forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -51,6 +56,8 @@ def run_schedule(
                 output_SBH = gather_from_sequence_parallel_region(
                     output_SBH, tensor_parallel_output_grad=False
                 )
+            if gather_over is not None and gather_over.size() > 1:
+                output_SBH = gather_from_sequence_parallel_region(output_SBH, group=gather_over)
             hidden_TH = output_SBH.flatten(0, 1).index_select(0, view.hidden_index_T)
             result = on_last_stage(hidden_TH, item)
             if non_loss_data:

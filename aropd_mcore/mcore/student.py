@@ -153,7 +153,7 @@ class Student:
         for report in reports:
             total += torch.stack([report[name] for name in names])
         if runtime.is_last_stage:
-            dist.all_reduce(total, group=runtime.dp_group)
+            dist.all_reduce(total, group=runtime.dp_cp_group)
         dist.broadcast(total, src=runtime.last_stage_rank, group=runtime.pp_group)
         return dict(zip(names, total.cpu(), strict=True))
 

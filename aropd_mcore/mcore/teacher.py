@@ -9,6 +9,7 @@ from torch import Tensor
 from aropd_mcore.config import TeacherConfig
 from aropd_mcore.convert.source import TEACHER_PREFIX
 from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
 
@@ -20,7 +21,11 @@ class Teacher:
     """
 
     def __init__(
-        self, config: TeacherConfig, student: HiddenStateGPT, model: HiddenStateGPT | None
+        self,
+        config: TeacherConfig,
+        runtime: Runtime,
+        student: HiddenStateGPT,
+        model: HiddenStateGPT | None,
     ):
         """
         Args:
@@ -29,6 +34,7 @@ class Teacher:
         """
         assert (model is None) == (config.kind == "live")
         self.config = config
+        self._context_group = runtime.cp_group
         self.model = student
         self._student = student
         self._master: dict[str, Tensor] = {}
@@ -52,7 +58,7 @@ class Teacher:
         Returns:
             For each microbatch the final hidden states at its loss tokens, [T, H] a view, in the
             model's dtype; None on stages before the last. Without gradient.
-        Collectives: the schedule's point-to-point sends.
+        Collectives: the schedule's.
         """
         views = [view for m in microbatches for view in (m.partial, m.full)]
         hidden = run_schedule(
@@ -62,6 +68,7 @@ class Teacher:
             on_last_stage=lambda hidden_TH, _: hidden_TH,
             num_microbatches=len(views),
             forward_only=True,
+            gather_over=self._context_group,
         )
         if not hidden:
             return [None] * len(microbatches)

@@ -134,7 +134,7 @@ def export_hf(
     source, target = Path(source_hf_dir), Path(out_dir)
     refuse_existing(target)
     dist.barrier()  # before the first rank can make it
-    if runtime.dp_rank == 0 or runtime.ep_size > 1:
+    if runtime.dp_cp_group.rank() == 0 or runtime.ep_size > 1:
         dtype = dtype or model.config.params_dtype
         tensors = iter_hf_tensors(model, runtime, values)
         if runtime.rank == 0:  # the first in every group

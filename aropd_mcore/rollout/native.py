@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
@@ -57,9 +58,22 @@ class NativeEngine:
                 model has not, or leaves no room for max_response_tokens.
             FloatingPointError: the model's logits are not finite.
         Collectives: the model's over tp_group and pp_group, a gather of logits and a broadcast of
-            tokens for every token; none over dp_group.
+            tokens for every token; over cp_group, whose ranks share out the prompts, an all-gather
+            of the rollouts; none over dp_group.
         """
         self._check(prompts, seeds, sampling)
+        group = self.runtime.cp_group
+        share = slice(group.rank(), None, group.size())
+        mine = self._generate_share(prompts[share], seeds[share], sampling)
+        if group.size() == 1:
+            return mine
+        shares: list[list[Rollout]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(shares, mine, group=group)
+        return [shares[i % group.size()][i // group.size()] for i in range(len(prompts))]
+
+    def _generate_share(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> list[Rollout]:
         rollouts = []
         for start in range(0, len(prompts), self.batch_size):
             batch = slice(start, start + self.batch_size)

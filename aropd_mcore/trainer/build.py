@@ -35,7 +35,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
     teacher = engine = None
     if config.objective.name == "aropd":
         own = None if config.teacher.kind == "live" else load_model(config, runtime)
-        teacher = Teacher(config.teacher, student=model, model=own)
+        teacher = Teacher(config.teacher, runtime, student=model, model=own)
         engine = NativeEngine(
             model,
             runtime,

@@ -139,7 +139,10 @@ def _headline(run: Run, first_step: int) -> str:
     config, runtime = run.config, run.runtime
     dtype = str(runtime.dtype(config.model.dtype)).removeprefix("torch.")
     sequence = " + SP" if runtime.sequence_parallel else ""
-    layout = f"TP {runtime.tp_size}{sequence} x PP {runtime.pp_size} x DP {runtime.dp_size}"
+    context = f" x CP {runtime.cp_size}" if runtime.cp_size > 1 else ""
+    layout = (
+        f"TP {runtime.tp_size}{sequence} x PP {runtime.pp_size}{context} x DP {runtime.dp_size}"
+    )
     rows = f"{len(run.dataset)} rows"
     if run.dataset.num_bad_rows:
         rows += f" ({run.dataset.num_bad_rows} left out, first: {run.dataset.bad_rows[0]})"

@@ -13,6 +13,7 @@ class Layout:
     world_size: int
     tensor: int
     pipeline: int
+    context: int
     data: int
     microbatches_per_step: int
     """On each data-parallel rank."""
@@ -33,11 +34,12 @@ def plan(config: Config, world_size: int) -> Layout:
     check_layout(architecture, tensor=parallel.tensor, pipeline=parallel.pipeline)
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
-    model_size = parallel.tensor * parallel.pipeline
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise ConfigError(
             f"{world_size} processes are not a multiple of parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline} = {model_size}"
+            f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
+            f"= {model_size}"
         )
     data = world_size // model_size
     num_microbatches, rest = divmod(training.global_batch_size, data * training.micro_batch_size)
@@ -57,6 +59,7 @@ def plan(config: Config, world_size: int) -> Layout:
         world_size,
         parallel.tensor,
         parallel.pipeline,
+        parallel.context,
         data,
         num_microbatches,
         architecture.num_parameters,

@@ -10,6 +10,7 @@ import torch
 
 from aropd_mcore.config import Config
 from aropd_mcore.data.collate import collate, num_loss_tokens
+from aropd_mcore.data.context import share_of_rank
 from aropd_mcore.data.dataset import RowDataset, step_positions
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore.optim import UpdateResult
@@ -146,4 +147,5 @@ def microbatches_of(
         length_multiple=run.runtime.length_multiple,
         with_teacher=run.teacher is not None,
     )
-    return [microbatch.to(run.runtime.device) for microbatch in microbatches]
+    context = run.runtime.cp_size, run.runtime.cp_rank
+    return [share_of_rank(m, *context).to(run.runtime.device) for m in microbatches]

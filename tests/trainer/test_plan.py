@@ -22,7 +22,7 @@ def test_layout(tmp_path: Path):
     run = config(tmp_path, "mistral", views={"max_prompt_tokens": 32}, parallel={"pipeline": 2})
     found = plan(run, 4)
     assert found == Layout(
-        4, 1, 2, data=2, microbatches_per_step=2, num_parameters=found.num_parameters
+        4, 1, 2, 1, data=2, microbatches_per_step=2, num_parameters=found.num_parameters
     )
 
 

@@ -35,6 +35,11 @@ class Layout(NamedTuple):
     tensor: int
     pipeline: int
     sequence: bool = False
+    context: int = 1
+
+    @property
+    def replica_size(self) -> int:
+        return self.tensor * self.pipeline * self.context
 
 
 ONE = Layout(1, 1)
@@ -84,7 +89,13 @@ CASES = [
         "ema",
         {"objective": AROPD, "optimizer": {"warmup_ratio": 0.25}},
         num_steps=4,
-        layouts=[*LAYOUTS, Layout(2, 2, sequence=True), Layout(4, 1, sequence=True)],
+        layouts=[
+            *LAYOUTS,
+            Layout(2, 2, sequence=True),
+            Layout(4, 1, sequence=True),
+            Layout(1, 1, context=4),
+            Layout(2, 1, sequence=True, context=2),
+        ],
     ),
     Case(
         "live",
@@ -97,7 +108,7 @@ CASES = [
         },
         tie=True,
         num_microbatches=2,
-        layouts=[*LAYOUTS, Layout(2, 2, sequence=True)],
+        layouts=[*LAYOUTS, Layout(2, 2, sequence=True), Layout(1, 2, context=2)],
     ),
     Case(
         "frozen",
@@ -110,7 +121,7 @@ CASES = [
         family="qwen3",
         num_microbatches=4,
         global_batch_size=16,
-        layouts=[*LAYOUTS, Layout(2, 1, sequence=True)],
+        layouts=[*LAYOUTS, Layout(2, 1, sequence=True), Layout(1, 1, context=2)],
     ),
     Case(
         "sft",
@@ -126,7 +137,13 @@ CASES = [
         family="qwen3_moe",
         num_steps=2,
         num_microbatches=2,
-        layouts=[Layout(1, 2), ONE, Layout(2, 1, sequence=True), Layout(2, 2, sequence=True)],
+        layouts=[
+            Layout(1, 2),
+            ONE,
+            Layout(2, 1, sequence=True),
+            Layout(2, 2, sequence=True),
+            Layout(1, 1, context=2),
+        ],
     ),
     Case(
         "partial-opd",
@@ -179,7 +196,10 @@ def take_steps(root: Path, cases: list[Case], layouts: list[Layout] | None) -> R
     for case in cases:
         for layout in layouts or case.layouts:
             rt = runtime.start(
-                tensor=layout.tensor, pipeline=layout.pipeline, sequence_parallel=layout.sequence
+                tensor=layout.tensor,
+                pipeline=layout.pipeline,
+                context=layout.context,
+                sequence_parallel=layout.sequence,
             )
             config = case.config(root, layout, rt.dp_size)
             results[case.name, layout] = steps_of(config, case, rt)
@@ -303,11 +323,11 @@ def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, l
     ranks = [results[name, layout] for results in on_four_ranks]
     for rank in ranks:
         check(name, rank, oracle[name])
-        share = len(on_one_rank[name].samples[0]) * layout.tensor * layout.pipeline // 4
+        share = len(on_one_rank[name].samples[0]) * layout.replica_size // 4
         mine = slice(rank.dp_rank * share, (rank.dp_rank + 1) * share)
         assert rank.samples == [step[mine] for step in on_one_rank[name].samples]
     replicas = [rank for rank in ranks if rank.student is not None]
-    assert len(replicas) == 4 // (layout.tensor * layout.pipeline)
+    assert len(replicas) == 4 // (layout.tensor * layout.pipeline)  # a context rank has all weights
     for replica in replicas[1:]:
         for name, tensor in replicas[0].student.items():
             assert torch.equal(replica.student[name], tensor), f"{name}: replicas drift apart"

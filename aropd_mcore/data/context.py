@@ -1,0 +1,72 @@
+"""Context parallelism: which positions of a sequence, and which loss tokens, a rank holds.
+
+A sequence is cut into 2 x size chunks, and rank r holds chunks r and 2 x size - 1 - r, one after
+the other: under a causal mask all ranks then have the same work (Megatron's layout,
+get_batch_on_this_cp_rank in megatron/core/utils.py).
+
+Shape letters: B samples, S padded sequence, T loss tokens of a microbatch.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from aropd_mcore.types import Microbatch, ViewBatch
+
+
+def positions_of_rank(length: int, size: int, rank: int) -> Tensor:
+    """int64 [length / size]: the positions that a rank holds, in the order in which it does.
+
+    Args:
+        length: of the whole sequence, a multiple of 2 x size, or of 1 for size 1.
+    """
+    if size == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).view(2 * size, -1)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
+    """A context rank's share of a microbatch: of each view its positions, and of the loss tokens
+    those that the student's hidden states on this rank predict.
+
+    The student's hidden_index_T then speaks of this rank's own hidden states, [S / size * B]. The
+    privileged views have the response at other positions, so at other ranks: their indices speak of
+    the hidden states of all ranks, one rank after another, [size * S / size * B].
+    """
+    if size == 1:
+        return microbatch
+    rows_T = _gathered_rows(microbatch.student, size)
+    num_local = microbatch.student.tokens_BS.numel() // size
+    mine_T = rows_T // num_local == rank
+
+    def teacher_share(view: ViewBatch | None) -> ViewBatch | None:
+        if view is None:
+            return None
+        return ViewBatch(_tokens(view, size, rank), _gathered_rows(view, size)[mine_T])
+
+    return replace(
+        microbatch,
+        student=ViewBatch(_tokens(microbatch.student, size, rank), rows_T[mine_T] % num_local),
+        partial=teacher_share(microbatch.partial),
+        full=teacher_share(microbatch.full),
+        response_ids_T=microbatch.response_ids_T[mine_T],
+        sample_T=microbatch.sample_T[mine_T],
+        offset_T=microbatch.offset_T[mine_T],
+        token_weights_T=microbatch.token_weights_T[mine_T],
+    )
+
+
+def _tokens(view: ViewBatch, size: int, rank: int) -> Tensor:
+    return view.tokens_BS[:, positions_of_rank(view.tokens_BS.size(1), size, rank)].contiguous()
+
+
+def _gathered_rows(view: ViewBatch, size: int) -> Tensor:
+    """hidden_index_T where the ranks' hidden states stand one after another, not by position."""
+    num_samples, length = view.tokens_BS.shape
+    order_S = torch.cat([positions_of_rank(length, size, rank) for rank in range(size)])
+    place_of_S = torch.empty_like(order_S)
+    place_of_S[order_S] = torch.arange(length)
+    position_T, sample_T = view.hidden_index_T // num_samples, view.hidden_index_T % num_samples
+    return place_of_S[position_T] * num_samples + sample_T
