@@ -125,15 +125,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_here(config: Config) -> int:
     from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import TrainingStopped, train
 
-    here = runtime.start(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        context=config.parallel.context,
-        sequence_parallel=config.parallel.sequence,
-        seed=config.training.seed,
-    )
+    here = start_runtime(config)
     try:
         train(config, here)
     except TrainingStopped as stopped:

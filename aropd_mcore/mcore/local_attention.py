@@ -47,6 +47,10 @@ class LocalCoreAttention(torch.nn.Module):
         """attention_mask: bool [B or 1, 1, S, S], True where not allowed; None is causal."""
         num_positions, batch_size = query.shape[:2]
         visible = None if attention_mask is None else ~attention_mask
+        num_cached = key.size(0) - num_positions  # of cached decoding, before the queries
+        if visible is None and num_cached > 0:
+            visible = torch.ones(num_positions, key.size(0), dtype=torch.bool, device=query.device)
+            visible = visible.tril(num_cached)
         if self.group.size() > 1:
             assert attention_mask is None, "a mask of one's own has no place in a split sequence"
             visible = self._visible(num_positions, query.device)

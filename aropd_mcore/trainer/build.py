@@ -7,6 +7,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
+from aropd_mcore.mcore import runtime as mcore_runtime
 from aropd_mcore.mcore.model import HiddenStateGPT, build_model
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
@@ -16,6 +17,18 @@ from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.trainer.plan import plan
 from aropd_mcore.trainer.step import Run
+
+
+def start_runtime(config: Config) -> Runtime:
+    """Join the job's processes in the layout that the config asks for; as `mcore.runtime.start`."""
+    parallel = config.parallel
+    return mcore_runtime.start(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        sequence_parallel=parallel.sequence,
+        seed=config.training.seed,
+    )
 
 
 def build_run(config: Config, runtime: Runtime) -> Run:

@@ -28,15 +28,11 @@ NOT_REPEATABLE = ("seconds/", "tokens_per_second")
 def train_on_ranks(path: Path, overrides: list[str]) -> None:
     """`aropd train` as one rank of the test's own processes."""
     from aropd_mcore.config import load_config
-    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import train
 
     config = load_config(path, overrides)
-    parallel = config.parallel
-    rt = runtime.start(
-        tensor=parallel.tensor, pipeline=parallel.pipeline, seed=config.training.seed
-    )
-    train(config, rt)
+    train(config, start_runtime(config))
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +99,13 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
     out = halfway(unbroken, path.parent / "other-layout")
     run_ranks(
         train_on_ranks,
-        2,
+        4,
         path,
         [
             f"output_dir={out}",
             "parallel.tensor=2",
+            "parallel.sequence=true",
+            "parallel.context=2",
             "checkpoint.save_every_steps=1",
             "checkpoint.keep_last=2",
         ],
