@@ -45,6 +45,10 @@ class ParallelConfig(Section):
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""
 
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on. Updated
+    parameters are gathered at once in any case: the teacher and the rollouts read them next."""
+
     @model_validator(mode="after")
     def _tensor_ranks_to_split_over(self) -> "ParallelConfig":
         if self.sequence and self.tensor == 1:

@@ -197,6 +197,13 @@ def test_shipped_yaml_loads(example):
     load_config(example)
 
 
+def test_sequence_parallelism_needs_tensor_ranks(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("parallel: {sequence: true}")
+    with pytest.raises(ConfigError, match=r"parallel: sequence splits tokens .* tensor is 1"):
+        load_config(path)
+
+
 def test_there_are_shipped_examples():
     assert EXAMPLES
 

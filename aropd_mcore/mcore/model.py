@@ -220,11 +220,11 @@ def _share_experts_over_tokens(model: HiddenStateGPT) -> None:
     """Mark experts that are whole on every tensor rank, which gives them its own tokens alone.
 
     Their gradients have to be summed over tp_group and counted once in the norm, as the norms'
-    weights are. Megatron sees to that only for experts that are shared out (`allreduce` in
-    tensor_parallel/layers.py, ColumnParallelLinear); others it takes for split over tensor ranks.
+    weights are. megatron-core 0.19 sees to that, and says so by `allreduce` (use_expert_pgs in
+    tensor_parallel/layers.py, ColumnParallelLinear); 0.16 takes them for split over tensor ranks.
     """
     for name, weight in model.named_parameters():
-        if ".experts." in name:
+        if ".experts." in name and getattr(weight, "allreduce", True):
             weight.sequence_parallel = True  # type: ignore[attr-defined]
             weight.tensor_model_parallel = False  # type: ignore[attr-defined]
 

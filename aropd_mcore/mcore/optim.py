@@ -49,11 +49,19 @@ class Optimizer:
     so Megatron sums them over microbatches and data-parallel ranks and divides by nothing.
     """
 
-    def __init__(self, model: HiddenStateGPT, config: OptimizerConfig, *, num_steps: int):
+    def __init__(
+        self,
+        model: HiddenStateGPT,
+        config: OptimizerConfig,
+        *,
+        num_steps: int,
+        overlap_grad_reduce: bool = False,
+    ):
         """
         Args:
             model: the student; its parameters become views into DDP's buffers.
             num_steps: updates of the whole run, for the schedule.
+            overlap_grad_reduce: reduce gradients while the last microbatch's backward goes on.
         """
         self.clip_grad = config.clip_grad
         self.ddp = DistributedDataParallel(
@@ -61,6 +69,7 @@ class Optimizer:
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=True,
+                overlap_grad_reduce=overlap_grad_reduce,
                 average_in_collective=False,
             ),
             model,
@@ -94,6 +103,8 @@ class Optimizer:
             part.init_state_fn(part.optimizer, part.config)
         model.config.grad_scale_func = self.inner.scale_loss
         model.config.finalize_model_grads_func = _finalize_summed_grads
+        if overlap_grad_reduce:
+            model.config.no_sync_func = self.ddp.no_sync  # of all microbatches but the last
         warmup_steps = int(config.warmup_ratio * num_steps)
         self.scheduler = OptimizerParamScheduler(
             self.inner,

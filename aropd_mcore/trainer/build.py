@@ -55,7 +55,12 @@ def build_run(config: Config, runtime: Runtime) -> Run:
             eos_token_ids=eos_token_ids(config.model.path, tokenizer),
             batch_size=config.rollout.batch_size,
         )
-    optimizer = Optimizer(model, config.optimizer, num_steps=num_steps)
+    optimizer = Optimizer(
+        model,
+        config.optimizer,
+        num_steps=num_steps,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+    )
     return Run(
         config=config,
         runtime=runtime,

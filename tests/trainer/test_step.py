@@ -133,7 +133,7 @@ CASES = [
     ),
     Case(
         "experts",
-        {"objective": AROPD},
+        {"objective": AROPD, "parallel": {"overlap_grad_reduce": True}},
         family="qwen3_moe",
         num_steps=2,
         num_microbatches=2,
@@ -144,6 +144,15 @@ CASES = [
             Layout(2, 2, sequence=True),
             Layout(1, 1, context=2),
         ],
+    ),
+    Case(
+        # From the second step on: Megatron learns the order of the gradients in the first.
+        "overlap",
+        {"objective": AROPD, "parallel": {"overlap_grad_reduce": True}},
+        tie=True,
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[Layout(2, 1, sequence=True), Layout(1, 2), ONE],
     ),
     Case(
         "partial-opd",
@@ -214,6 +223,10 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
     from aropd_mcore.trainer.step import train_step
 
     run = build_run(config, rt)
+    settings = run.student.model.config
+    assert (settings.recompute_granularity or "none") == config.training.recompute
+    overlaps = run.student.optimizer.ddp.ddp_config.overlap_grad_reduce
+    assert overlaps == config.parallel.overlap_grad_reduce
     samples, metrics = [], []
     for step in range(case.num_steps):
         result = train_step(run, step)
