@@ -220,11 +220,13 @@ def _share_experts_over_tokens(model: HiddenStateGPT) -> None:
     """Mark experts that are whole on every tensor rank, which gives them its own tokens alone.
 
     Their gradients have to be summed over tp_group and counted once in the norm, as the norms'
-    weights are. megatron-core 0.19 sees to that, and says so by `allreduce` (use_expert_pgs in
-    tensor_parallel/layers.py, ColumnParallelLinear); 0.16 takes them for split over tensor ranks.
+    weights are. megatron-core 0.16 takes them for split over tensor ranks instead; 0.19 gives them
+    an optimizer of their own (`allreduce` in tensor_parallel/layers.py, ColumnParallelLinear),
+    which is right as well, but whose state other layouts could not read.
     """
     for name, weight in model.named_parameters():
-        if ".experts." in name and getattr(weight, "allreduce", True):
+        if ".experts." in name:
+            weight.allreduce = True  # type: ignore[attr-defined]
             weight.sequence_parallel = True  # type: ignore[attr-defined]
             weight.tensor_model_parallel = False  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ for message in (
     ".torch.distributed.* is deprecated",
     ".load_state_dict. is deprecated",
     "Please use DTensor instead",
+    ".sequence_parallel. is set to .True., but tensor",  # of experts, whole on every tensor rank
 ):
     warnings.filterwarnings("ignore", message=message)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)  # its deprecations, on every rank
