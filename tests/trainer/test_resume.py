@@ -19,7 +19,7 @@ import torch
 from aropd_mcore.mcore.checkpoint import newest
 from tests.conftest import REPO
 from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.tiny_runs import write_model, write_run
 
 NOT_REPEATABLE = ("seconds/", "tokens_per_second")
 """Metrics of the machine, not of the run."""
@@ -117,6 +117,19 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
     assert saved_steps(out) == [3, 4], "keep_last 2 keeps the newest two"
     tracker = out / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() == "4"
+
+
+def test_experts_move_from_tensor_ranks_to_one_rank(tmp_path):
+    path = write_run(tmp_path, checkpoint={"save_every_steps": 2})
+    model = write_model(tmp_path / "experts", "qwen3_moe")
+    layout = [f"model.path={model}", "parallel.tensor=2", "parallel.sequence=true"]
+    run_ranks(train_on_ranks, 2, path, layout)
+    out = halfway(tmp_path / "out", tmp_path / "on-one-rank")
+    run_ranks(train_on_ranks, 1, path, [f"model.path={model}", f"output_dir={out}"])
+    lines, expected = repeatable(read_lines(out)), repeatable(read_lines(tmp_path / "out"))
+    assert len(lines) == 4
+    for line, other in zip(lines, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
 
 
 def test_new_settings_hold_from_the_resumed_step_on(path, unbroken):
