@@ -44,7 +44,6 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""
-
     overlap_grad_reduce: bool = False
     """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on. Updated
     parameters are gathered at once in any case: the teacher and the rollouts read them next."""

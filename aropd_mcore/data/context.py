@@ -19,7 +19,7 @@ def positions_of_rank(length: int, size: int, rank: int) -> Tensor:
     """int64 [length / size]: the positions that a rank holds, in the order in which it does.
 
     Args:
-        length: of the whole sequence, a multiple of 2 x size, or of 1 for size 1.
+        length: of the whole sequence; over several ranks a multiple of 2 x size.
     """
     if size == 1:
         return torch.arange(length)

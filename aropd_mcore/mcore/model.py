@@ -129,7 +129,6 @@ def model_config(
         qk_layernorm=architecture.family.has_qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        attention_softmax_in_fp32=True,
         tensor_model_parallel_size=runtime.tp_size,
         pipeline_model_parallel_size=runtime.pp_size,
         virtual_pipeline_model_parallel_size=runtime.vp_size if runtime.vp_size > 1 else None,
@@ -156,9 +155,7 @@ def model_config(
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
-        masked_softmax_fusion=False,  # of the local spec, and needs Apex
         gradient_accumulation_fusion=False,  # needs Apex
-        persist_layer_norm=False,  # the local spec's norm refuses it
     )
 
 

@@ -249,11 +249,11 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 
 def train_and_export(overrides: list[str]) -> None:
-    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import train
 
     config = load_config(EXAMPLE / "tiny.yaml", overrides)
-    here = runtime.start(seed=config.training.seed)
+    here = start_runtime(config)
     train(config, here)
     if here.rank == 0:
         exported = Path(f"{config.output_dir}-hf")

@@ -22,7 +22,7 @@ from aropd_mcore.mcore import checkpoint, runtime
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import export_hf
 from aropd_mcore.rollout.native import NativeEngine
-from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import Run, StepResult, train_step
 from aropd_mcore.types import Rollout
 from tests.ranks import run_ranks
@@ -47,8 +47,7 @@ def path(tmp_path_factory) -> Path:
 
 def build(path: Path, *overrides: str) -> Run:
     config = load_config(path, list(overrides))
-    rt = runtime.start(tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-    return build_run(config, rt)
+    return build_run(config, start_runtime(config))
 
 
 def step(run: Run, number: int) -> tuple[StepResult, float]:

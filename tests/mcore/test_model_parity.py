@@ -225,6 +225,7 @@ def _check_sizes() -> None:
         ({"tensor": 2, "expert": 3}, "tensor 2 .* experts shared by 3 ranks; .* multiple of 6$"),
         ({"pipeline": 2, "expert": 2}, "start a multiple of 4$"),
         ({"virtual_pipeline": 2}, "2 chunks on each .* parallel.pipeline is 1$"),
+        ({"sequence_parallel": True}, "splits tokens over tensor ranks; tensor is 1$"),
     ):
         with pytest.raises(ValueError, match=message):
             runtime.start(**sizes)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -200,18 +201,13 @@ Results = dict[tuple[str, Layout], RankSteps]
 def take_steps(root: Path, cases: list[Case], layouts: list[Layout] | None) -> Results:
     """On every rank: each case on each of its layouts, or on the given ones."""
     from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import start_runtime
 
     results = {}
     for case in cases:
         for layout in layouts or case.layouts:
-            rt = runtime.start(
-                tensor=layout.tensor,
-                pipeline=layout.pipeline,
-                context=layout.context,
-                sequence_parallel=layout.sequence,
-            )
-            config = case.config(root, layout, rt.dp_size)
-            results[case.name, layout] = steps_of(config, case, rt)
+            config = case.config(root, layout, dist.get_world_size() // layout.replica_size)
+            results[case.name, layout] = steps_of(config, case, start_runtime(config))
             runtime.stop()
             gc.collect()  # models in cycles, which hold the groups, and those their threads
     return results
