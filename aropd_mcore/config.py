@@ -39,6 +39,9 @@ class ParallelConfig(Section):
     """Tensor-parallel size (TP)."""
     pipeline: Positive = 1
     """Pipeline-parallel size (PP). Data parallelism takes the processes that are left."""
+    virtual_pipeline: Positive = 1
+    """Model chunks on each pipeline stage (VPP), interleaved over the layers: a smaller bubble for
+    more communication between stages."""
     context: Positive = 1
     """Context-parallel size (CP): ranks that share out the positions of each sequence."""
     sequence: bool = False
@@ -49,9 +52,14 @@ class ParallelConfig(Section):
     parameters are gathered at once in any case: the teacher and the rollouts read them next."""
 
     @model_validator(mode="after")
-    def _tensor_ranks_to_split_over(self) -> "ParallelConfig":
+    def _something_to_split_over(self) -> "ParallelConfig":
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence splits tokens over tensor ranks, and tensor is 1")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"virtual_pipeline {self.virtual_pipeline} interleaves over pipeline stages, and "
+                "pipeline is 1"
+            )
         return self
 
 

@@ -103,7 +103,8 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
     if same_layout:
         state["rng"] = _rng_state(runtime)
     loaded = _load_sharded(path, state)
-    student.model.load_state_dict(loaded["model"])
+    for index, chunk in enumerate(student.model):
+        chunk.load_state_dict(loaded["model"][str(index)])
     student.optimizer.load_state_dict(loaded)
     if teacher is not None:
         teacher.load_state_dict(loaded["teacher"])
@@ -165,6 +166,7 @@ def _layout(runtime: Runtime) -> dict[str, int]:
     return {
         "tensor": runtime.tp_size,
         "pipeline": runtime.pp_size,
+        "virtual_pipeline": runtime.vp_size,
         "context": runtime.cp_size,
         "data": runtime.dp_size,
     }

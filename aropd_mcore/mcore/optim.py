@@ -1,6 +1,8 @@
 """Megatron's DDP and distributed optimizer, with clipping and the learning-rate schedule."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from aropd_mcore.config import OptimizerConfig
 from aropd_mcore.mcore import adam
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 
 adam.install()
 
@@ -51,7 +53,7 @@ class Optimizer:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
+        model: StageModel,
         config: OptimizerConfig,
         *,
         num_steps: int,
@@ -64,16 +66,19 @@ class Optimizer:
             overlap_grad_reduce: reduce gradients while the last microbatch's backward goes on.
         """
         self.clip_grad = config.clip_grad
-        self.ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True,
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=overlap_grad_reduce,
-                average_in_collective=False,
-            ),
-            model,
-        )
+        self.ddp_chunks = [
+            DistributedDataParallel(
+                model.config,
+                DistributedDataParallelConfig(
+                    use_distributed_optimizer=True,
+                    grad_reduce_in_fp32=True,
+                    overlap_grad_reduce=overlap_grad_reduce,
+                    average_in_collective=False,
+                ),
+                chunk,
+            )
+            for chunk in model
+        ]
         bf16 = model.config.params_dtype == torch.bfloat16
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -93,7 +98,7 @@ class Optimizer:
         with torch.no_grad():
             inner = get_megatron_optimizer(
                 megatron_config,
-                [self.ddp],
+                list(self.ddp_chunks),
                 config_overrides=get_standard_config_overrides(megatron_config),
             )
         assert isinstance(inner, ChainedOptimizer)
@@ -104,7 +109,7 @@ class Optimizer:
         model.config.grad_scale_func = self.inner.scale_loss
         model.config.finalize_model_grads_func = _finalize_summed_grads
         if overlap_grad_reduce:
-            model.config.no_sync_func = self.ddp.no_sync  # of all microbatches but the last
+            model.config.no_sync_func = self._no_sync
         warmup_steps = int(config.warmup_ratio * num_steps)
         self.scheduler = OptimizerParamScheduler(
             self.inner,
@@ -123,8 +128,17 @@ class Optimizer:
             override_opt_param_scheduler=True,
         )
 
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """Backwards of all microbatches but the last, which is when gradients are reduced."""
+        with ExitStack() as stack:
+            for chunk in self.ddp_chunks:
+                stack.enter_context(chunk.no_sync())
+            yield
+
     def zero_grad(self) -> None:
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp_chunks:
+            chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """A thin hold on Megatron's pipeline schedules."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +13,24 @@ from aropd_mcore.types import ViewBatch
 
 
 def run_schedule(
-    model: Any,
-    inputs: Iterable[Any],
+    chunks: Sequence[Any],
+    inputs: Sequence[Any],
     view_of: Callable[[Any], ViewBatch],
     on_last_stage: Callable[[Tensor, Any], Any],
     *,
-    num_microbatches: int,
     forward_only: bool,
     gather_over: dist.ProcessGroup | None = None,
 ) -> list[Any]:
     """Send microbatches through the pipeline; 1F1B with backward, or forward only.
 
     Args:
-        model: the model chunk of this stage (under DDP when there is a backward).
+        chunks: of the model on this stage (each under DDP when there is a backward); over several,
+            the schedule is interleaved.
         inputs: one item a microbatch, the same on every stage.
         view_of: the sequences of an item that the model reads.
         on_last_stage: called as (hidden_TH, item) on the last stage with the final hidden states at
             the view's loss positions, [T, H]; with a backward it returns (loss, report), the
             loss a scalar that is summed over microbatches.
-        num_microbatches: number of items.
         forward_only: no backward; what on_last_stage returns is collected as it is.
         gather_over: the context group, where the view's loss positions count the hidden states of
             all its ranks; forward only.
@@ -51,7 +50,7 @@ def run_schedule(
         hidden_SBH = stage(view.tokens_BS, position_ids.expand_as(view.tokens_BS), None)
 
         def finish(output_SBH: Tensor, non_loss_data: bool = False) -> Any:
-            if model.config.sequence_parallel:
+            if stage.config.sequence_parallel:
                 # The loss gives every tensor rank the whole gradient: each keeps its own tokens'.
                 output_SBH = gather_from_sequence_parallel_region(
                     output_SBH, tensor_parallel_output_grad=False
@@ -71,9 +70,10 @@ def run_schedule(
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(inputs),
-            model=model,
-            num_microbatches=num_microbatches,
+            # Each chunk goes through all the items by itself.
+            data_iterator=[iter(inputs) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(inputs),
             # Stages tell each other the shapes (variable_seq_lengths); these only have to exist.
             seq_length=1,
             micro_batch_size=1,

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aropd_mcore.config import ObjectiveConfig
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
@@ -39,7 +39,7 @@ class Student:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
+        model: StageModel,
         optimizer: Optimizer,
         objective: ObjectiveConfig,
         runtime: Runtime,
@@ -79,11 +79,10 @@ class Student:
         self.model.train()
         self.optimizer.zero_grad()
         reports = run_schedule(
-            self.optimizer.ddp,
-            zip(microbatches, teacher_outputs, strict=True),
+            self.optimizer.ddp_chunks,
+            list(zip(microbatches, teacher_outputs, strict=True)),
             view_of=lambda item: item[0].student,
             on_last_stage=loss_of,
-            num_microbatches=len(microbatches),
             forward_only=False,
         )
         return self._add_up(reports)

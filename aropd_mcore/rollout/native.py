@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore.decode import decoding
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.rollout.sampling import sample, uniform_numbers
 from aropd_mcore.types import Rollout
@@ -30,7 +30,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
+        model: StageModel,
         runtime: Runtime,
         *,
         eos_token_ids: Sequence[int],

@@ -31,7 +31,12 @@ def plan(config: Config, world_size: int) -> Layout:
     """
     parallel, training = config.parallel, config.training
     architecture = read_architecture(config.model.path)
-    check_layout(architecture, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    check_layout(
+        architecture,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+    )
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
     model_size = parallel.tensor * parallel.pipeline * parallel.context
@@ -47,6 +52,13 @@ def plan(config: Config, world_size: int) -> Layout:
         raise ConfigError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of "
             f"{data} data-parallel ranks x training.micro_batch_size {training.micro_batch_size}"
+        )
+    if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
+        raise ConfigError(
+            f"{num_microbatches} microbatches a step on each data-parallel rank are not a multiple "
+            f"of parallel.pipeline {parallel.pipeline}, as parallel.virtual_pipeline "
+            f"{parallel.virtual_pipeline} needs; change training.global_batch_size or "
+            "training.micro_batch_size"
         )
     if config.prompts_per_step % data:
         raise ConfigError(

@@ -201,7 +201,7 @@ def model_is_left_as_it_was(folder: Path) -> None:
 
     # Training meets the rotary tables that sampling left in Megatron's cache.
     engine.generate([PROMPTS[2][:-1]], SEEDS[:1], SamplingConfig(max_response_tokens=1))
-    assert not model.rotary_pos_emb(len(PROMPTS[2])).is_inference()
+    assert not model[0].rotary_pos_emb(len(PROMPTS[2])).is_inference()
     first = gradient()
     engine.generate(PROMPTS, SEEDS, RANDOM)
     assert torch.equal(gradient(), first)

@@ -37,6 +37,7 @@ class Layout(NamedTuple):
     pipeline: int
     sequence: bool = False
     context: int = 1
+    virtual_pipeline: int = 1
 
     @property
     def replica_size(self) -> int:
@@ -90,12 +91,14 @@ CASES = [
         "ema",
         {"objective": AROPD, "optimizer": {"warmup_ratio": 0.25}},
         num_steps=4,
+        num_microbatches=2,
         layouts=[
             *LAYOUTS,
             Layout(2, 2, sequence=True),
             Layout(4, 1, sequence=True),
             Layout(1, 1, context=4),
             Layout(2, 1, sequence=True, context=2),
+            Layout(1, 2, virtual_pipeline=2),
         ],
     ),
     Case(
@@ -109,7 +112,12 @@ CASES = [
         },
         tie=True,
         num_microbatches=2,
-        layouts=[*LAYOUTS, Layout(2, 2, sequence=True), Layout(1, 2, context=2)],
+        layouts=[
+            *LAYOUTS,
+            Layout(2, 2, sequence=True),
+            Layout(1, 2, context=2),
+            Layout(2, 2, sequence=True, virtual_pipeline=2),
+        ],
     ),
     Case(
         "frozen",
@@ -153,7 +161,12 @@ CASES = [
         tie=True,
         num_steps=2,
         num_microbatches=2,
-        layouts=[Layout(2, 1, sequence=True), Layout(1, 2), ONE],
+        layouts=[
+            Layout(2, 1, sequence=True),
+            Layout(1, 2),
+            ONE,
+            Layout(1, 2, virtual_pipeline=2),
+        ],
     ),
     Case(
         "partial-opd",
@@ -221,7 +234,7 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
     run = build_run(config, rt)
     settings = run.student.model.config
     assert (settings.recompute_granularity or "none") == config.training.recompute
-    overlaps = run.student.optimizer.ddp.ddp_config.overlap_grad_reduce
+    overlaps = run.student.optimizer.ddp_chunks[0].ddp_config.overlap_grad_reduce
     assert overlaps == config.parallel.overlap_grad_reduce
     samples, metrics = [], []
     for step in range(case.num_steps):
