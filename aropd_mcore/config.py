@@ -44,6 +44,9 @@ class ParallelConfig(Section):
     more communication between stages."""
     context: Positive = 1
     """Context-parallel size (CP): ranks that share out the positions of each sequence."""
+    expert: Positive = 1
+    """Expert-parallel size (EP): ranks of a stage, tensor ranks first and then replicas, that share
+    out the experts of each layer."""
     sequence: bool = False
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""

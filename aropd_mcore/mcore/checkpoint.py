@@ -168,6 +168,7 @@ def _layout(runtime: Runtime) -> dict[str, int]:
         "pipeline": runtime.pp_size,
         "virtual_pipeline": runtime.vp_size,
         "context": runtime.cp_size,
+        "expert": runtime.ep_size,
         "data": runtime.dp_size,
     }
 

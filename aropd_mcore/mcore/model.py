@@ -249,25 +249,29 @@ def build_model(
     vp_stages = range(runtime.vp_size) if runtime.vp_size > 1 else [None]
     chunks = [HiddenStateGPT(architecture, config, runtime, stage) for stage in vp_stages]
     model = StageModel(architecture, config, chunks)
-    if runtime.sequence_parallel and runtime.ep_size == 1:
-        _share_experts_over_tokens(model)
+    _mark_experts(model, runtime)
     # The local spec's norms are created in fp32 and on the CPU, whatever params_dtype says.
     return model.to(device=runtime.device, dtype=dtype)
 
 
-def _share_experts_over_tokens(model: StageModel) -> None:
-    """Mark experts that are whole on every tensor rank, which gives them its own tokens alone.
+def _mark_experts(model: StageModel, runtime: Runtime) -> None:
+    """Say of the experts' weights how their gradients are summed and counted in the norm.
 
-    Their gradients have to be summed over tp_group and counted once in the norm, as the norms'
-    weights are. megatron-core 0.16 takes them for split over tensor ranks instead; 0.19 gives them
-    an optimizer of their own (`allreduce` in tensor_parallel/layers.py, ColumnParallelLinear),
-    which is right as well, but whose state other layouts could not read.
+    An expert lies whole on one rank. Where expert ranks share experts out, each rank's are its own,
+    and all count; megatron-core 0.16 would count those of the first tensor rank alone. Where every
+    tensor rank has all of them and gives them its own tokens, their gradients have to be summed
+    over tp_group and counted once, as the norms' weights are; megatron-core 0.16 takes them for
+    split over tensor ranks instead, and 0.19 gives them an optimizer of their own (`allreduce` in
+    tensor_parallel/layers.py, ColumnParallelLinear).
     """
+    is_shared_out = runtime.ep_size > 1
     for name, weight in model.named_parameters():
         if ".experts." in name:
-            weight.allreduce = True  # type: ignore[attr-defined]
-            weight.sequence_parallel = True  # type: ignore[attr-defined]
-            weight.tensor_model_parallel = False  # type: ignore[attr-defined]
+            weight.allreduce = not is_shared_out  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = is_shared_out  # type: ignore[attr-defined]
+            weight.sequence_parallel = (  # type: ignore[attr-defined]
+                runtime.sequence_parallel and not is_shared_out
+            )
 
 
 def _leave_as_it_is(weight: Tensor) -> Tensor:

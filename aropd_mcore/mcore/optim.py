@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import (
@@ -27,9 +27,6 @@ from aropd_mcore.mcore import adam
 from aropd_mcore.mcore.model import StageModel
 
 adam.install()
-
-_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
-"""What a parameter group holds of the config; weight decay is the scheduler's."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +152,10 @@ class Optimizer:
         grad_norm = float(self.inner.get_grad_norm())
         applied = math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
-            parameters: list[Tensor] = [*self.inner.get_parameters()]
-            if self.clip_grad > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+            for part in self.inner.chained_optimizers:
+                parameters: list[Tensor] = [*part.get_parameters()]
+                if self.clip_grad > 0 and parameters:
+                    clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
             self.inner.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, applied, lr)
@@ -172,26 +170,35 @@ class Optimizer:
     ) -> dict[str, Any]:
         """Optimizer state for dist_checkpointing, and the schedule's position.
 
+        Of Megatron's own state only the tensors, so that one optimizer reads what two have written:
+        experts that ranks share out (EP) have an optimizer of their own.
+
         Args:
             model_state: the student's sharded state dict; metadata: the same at save and load.
         """
+        parts = [
+            part.sharded_state_dict(model_state, is_loading, metadata=metadata)
+            for part in self.inner.chained_optimizers
+        ]
         return {
-            "optimizer": self.inner.sharded_state_dict(
-                model_state, is_loading=is_loading, metadata=metadata
-            ),
+            "optimizer": {str(i): _tensors(part) for i, part in enumerate(parts)},
+            "num_updates": self.inner.param_groups[0].get("step", 0),
             "opt_param_scheduler": self.scheduler.state_dict(),
         }
 
     @torch.no_grad()  # fp32 parameters are leaves that the load writes into
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over moments, fp32 values and the schedule's position; settings stay this run's."""
-        # A checkpoint's groups hold the settings of the run that wrote it, too; megatron-core 0.19
-        # even finds groups by them. All of a run's groups have the same.
-        settings = {name: self.inner.param_groups[0][name] for name in _SETTINGS}
-        for group in state["optimizer"]["optimizer"]["param_groups"]:
-            group.update(settings)
-        self.inner.load_state_dict(state["optimizer"])
+        for i, part in enumerate(self.inner.chained_optimizers):
+            own = cast(dict[str, Any], part.state_dict())
+            for group in own["optimizer"]["param_groups"]:
+                group["step"] = state["num_updates"]
+            part.load_state_dict(own | state["optimizer"][str(i)])
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: state[key] for key in ("param_state", "param_state_sharding_type")}
 
 
 def _finalize_summed_grads(

@@ -27,6 +27,7 @@ def start_runtime(config: Config) -> Runtime:
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
+        expert=parallel.expert,
         sequence_parallel=parallel.sequence,
         seed=config.training.seed,
     )

@@ -36,6 +36,7 @@ def plan(config: Config, world_size: int) -> Layout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
+        expert=parallel.expert,
     )
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
@@ -45,6 +46,11 @@ def plan(config: Config, world_size: int) -> Layout:
             f"{world_size} processes are not a multiple of parallel.tensor {parallel.tensor} x "
             f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
             f"= {model_size}"
+        )
+    if world_size // parallel.pipeline % parallel.expert:
+        raise ConfigError(
+            f"the {world_size // parallel.pipeline} processes of a pipeline stage are not a "
+            f"multiple of parallel.expert {parallel.expert}, which share out the experts"
         )
     data = world_size // model_size
     num_microbatches, rest = divmod(training.global_batch_size, data * training.micro_batch_size)

@@ -159,8 +159,8 @@ def test_exports_give_transformers_the_trained_models(path, tmp_path):
     assert found["student"] != pytest.approx(found["teacher"], abs=1e-3), "the same model twice"
     summary = inspect(tmp_path)
     assert (summary.step, summary.has_teacher, summary.has_optimizer) == (3, True, True)
-    sizes = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 1, "context": 1, "data": 1}
-    assert summary.layout == sizes
+    sizes = {name: size for name, size in summary.layout.items() if size > 1}
+    assert sizes == {"tensor": 2, "pipeline": 2}
     assert not verify(open_source(tmp_path), open_source(tmp_path, who="teacher")).same
 
 

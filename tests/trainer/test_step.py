@@ -10,6 +10,7 @@ its sign. UPDATE bounds the error of every weight as a share of the largest lear
 """
 
 import gc
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class Layout(NamedTuple):
     sequence: bool = False
     context: int = 1
     virtual_pipeline: int = 1
+    expert: int = 1
 
     @property
     def replica_size(self) -> int:
@@ -152,6 +154,11 @@ CASES = [
             Layout(2, 1, sequence=True),
             Layout(2, 2, sequence=True),
             Layout(1, 1, context=2),
+            Layout(1, 1, expert=4),
+            Layout(1, 2, virtual_pipeline=2, expert=2),
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(2, 1, sequence=True, expert=4),
+            Layout(1, 1, context=2, expert=2),
         ],
     ),
     Case(
@@ -349,7 +356,9 @@ def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, l
         mine = slice(rank.dp_rank * share, (rank.dp_rank + 1) * share)
         assert rank.samples == [step[mine] for step in on_one_rank[name].samples]
     replicas = [rank for rank in ranks if rank.student is not None]
-    assert len(replicas) == 4 // (layout.tensor * layout.pipeline)  # a context rank has all weights
+    # A context rank has all weights; tensor ranks, or ranks that share experts, have them together.
+    num_holders = layout.pipeline * math.lcm(layout.tensor, layout.expert)
+    assert len(replicas) == 4 // num_holders
     for replica in replicas[1:]:
         for name, tensor in replicas[0].student.items():
             assert torch.equal(replica.student[name], tensor), f"{name}: replicas drift apart"
