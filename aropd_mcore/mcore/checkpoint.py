@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.source import TRACKER
+from aropd_mcore.mcore.optim import STATE_FORMAT
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
@@ -149,8 +150,7 @@ def _sharded_state(
     student: Student, teacher: Teacher | None, runtime: Runtime, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
-        # The one optimizer format that survives a change of TP, PP and DP.
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": STATE_FORMAT,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": runtime.dp_cp_group,

@@ -28,6 +28,9 @@ from aropd_mcore.mcore.model import StageModel
 
 adam.install()
 
+STATE_FORMAT = "fully_reshardable"
+"""Of the optimizer's tensors in a checkpoint: the one that survives a change of layout."""
+
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -181,7 +184,7 @@ class Optimizer:
             for part in self.inner.chained_optimizers
         ]
         return {
-            "optimizer": {str(i): _tensors(part) for i, part in enumerate(parts)},
+            "optimizer": {str(i): part["param_state"] for i, part in enumerate(parts)},
             "num_updates": self.inner.param_groups[0].get("step", 0),
             "opt_param_scheduler": self.scheduler.state_dict(),
         }
@@ -193,12 +196,10 @@ class Optimizer:
             own = cast(dict[str, Any], part.state_dict())
             for group in own["optimizer"]["param_groups"]:
                 group["step"] = state["num_updates"]
-            part.load_state_dict(own | state["optimizer"][str(i)])
+            own["param_state"] = state["optimizer"][str(i)]
+            own["param_state_sharding_type"] = STATE_FORMAT
+            part.load_state_dict(own)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: state[key] for key in ("param_state", "param_state_sharding_type")}
 
 
 def _finalize_summed_grads(
