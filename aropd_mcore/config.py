@@ -191,7 +191,12 @@ class TrainingConfig(Section):
     global_batch_size: Positive = 32
     """Responses in an optimizer update, over all ranks."""
     micro_batch_size: Positive = 1
-    """Responses that go through the pipeline together."""
+    """Responses that go through the pipeline together, padded to the longest of them."""
+    packing: bool = False
+    """Pack responses one behind another instead, as many as max_tokens_per_microbatch holds, and
+    balance them over data-parallel ranks by tokens; micro_batch_size is not used then."""
+    max_tokens_per_microbatch: Positive | None = None
+    """With packing: the most tokens that a microbatch has in any of the three views."""
     recompute: Recompute = "none"
     """Activations that the backward computes again instead of keeping them: `selective`, those of
     core attention; `full`, all but each layer's input."""
@@ -204,6 +209,8 @@ class TrainingConfig(Section):
     def _one_length(self) -> "TrainingConfig":
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give exactly one of num_steps and num_epochs")
+        if self.packing == (self.max_tokens_per_microbatch is None):
+            raise ValueError("max_tokens_per_microbatch belongs to packing; give both or neither")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "

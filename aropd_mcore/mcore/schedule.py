@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -45,9 +46,14 @@ def run_schedule(
         item = next(iterator)
         view = view_of(item)
         # Right padding under a causal mask is never seen by a real token: no mask is needed, and
-        # positions count from the start of each row, as the prompt does.
+        # positions count from the start of each row, or packed sample, as the prompt does.
         position_ids = torch.arange(view.tokens_BS.size(1), device=view.tokens_BS.device)
-        hidden_SBH = stage(view.tokens_BS, position_ids.expand_as(view.tokens_BS), None)
+        hidden_SBH = stage(
+            view.tokens_BS,
+            position_ids.expand_as(view.tokens_BS),
+            None,
+            packed_seq_params=_packed_seq_params(view),
+        )
 
         def finish(output_SBH: Tensor, non_loss_data: bool = False) -> Any:
             if stage.config.sequence_parallel:
@@ -80,3 +86,16 @@ def run_schedule(
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def _packed_seq_params(view: ViewBatch) -> PackedSeqParams | None:
+    if view.bounds is None:
+        return None
+    longest = int(view.bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=view.bounds,
+        cu_seqlens_kv=view.bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -53,14 +53,14 @@ class Student:
         self,
         microbatches: Sequence[Microbatch],
         teacher: Teacher | None,
-        teacher_outputs: Sequence[TeacherOutput | None],
+        teacher_outputs: Sequence[TeacherOutput | None] | None,
     ) -> TokenSums:
         """Accumulate the gradient of the global loss over all microbatches.
 
         Args:
             microbatches: this data-parallel rank's; their token weights are globally normalized.
             teacher: whose head turns its hidden states into logits; None for `sft`.
-            teacher_outputs: of `Teacher.score`, one a microbatch.
+            teacher_outputs: of `Teacher.score`, one a microbatch; None for `sft`.
         Returns:
             Sums over the global batch's loss tokens, the same on every rank.
         Collectives: those of the schedule and of the loss; then one all-reduce of the sums over the
@@ -80,7 +80,7 @@ class Student:
         self.optimizer.zero_grad()
         reports = run_schedule(
             self.optimizer.ddp_chunks,
-            list(zip(microbatches, teacher_outputs, strict=True)),
+            list(zip(microbatches, teacher_outputs or [None] * len(microbatches), strict=True)),
             view_of=lambda item: item[0].student,
             on_last_stage=loss_of,
             forward_only=False,

@@ -86,6 +86,7 @@ class Case:
         return root / f"{self.family}-{'tied' if self.tie else 'untied'}-{len(self.eos_ids)}-eos"
 
 
+PACKED = {"packing": True, "max_tokens_per_microbatch": 240}
 AROPD = {"residual_clip": 0.5, "hindsight_gap": 0.5, "hindsight_floor": 0.2}
 CASES = [
     Case(
@@ -173,6 +174,33 @@ CASES = [
             Layout(1, 2),
             ONE,
             Layout(1, 2, virtual_pipeline=2),
+        ],
+    ),
+    Case(
+        "packed",
+        {"objective": AROPD, "training": PACKED},
+        family="qwen3",
+        num_steps=2,
+        layouts=[
+            Layout(1, 1),
+            Layout(2, 1, sequence=True, context=2),
+            Layout(1, 2, virtual_pipeline=2),
+            Layout(1, 1, context=4),
+            Layout(2, 2, sequence=True),
+        ],
+    ),
+    Case(
+        "packed-experts",
+        {
+            "objective": AROPD | {"reduction": "token_mean"},
+            "teacher": {"kind": "live"},
+            "training": PACKED | {"recompute": "full"},
+        },
+        family="qwen3_moe",
+        layouts=[
+            Layout(1, 1, expert=4),
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 1, context=2, expert=2),
         ],
     ),
     Case(
@@ -396,6 +424,7 @@ OF_ANOTHER_TEST = {
     "step_skipped",
     "num_cut_tokens",
     "num_response_tokens",
+    "padding_fraction",
     "premature_answer_rate",
     "tokens_per_second",
     "truncation_rate",
