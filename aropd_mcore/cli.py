@@ -13,7 +13,7 @@ from aropd_mcore.config import Config, dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
 
 if TYPE_CHECKING:
-    from aropd_mcore.trainer.plan import Layout
+    from aropd_mcore.plan.layout import Layout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _show_views(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from aropd_mcore.trainer.plan import plan
+    from aropd_mcore.plan.layout import plan
 
     config = load_config(args.config, args.overrides)
     num_local = args.nproc_per_node or _default_num_processes(config)
