@@ -219,10 +219,11 @@ def chunk_tokens(setup: Setup) -> int:
 def _optimizer(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
     parts: dict[str, float] = {}
     if setup.device == "cpu":
-        # mcore.adam forms all denominators at once.
+        # mcore.adam forms all denominators at once; then gloo gathers the weights into a copy.
         shared, experts = sharing_ranks(setup)
         on_rank = parameters.shared / shared + parameters.experts / experts
-        parts["update's denominators"] = on_rank * FP32
+        gathered = parameters.total * setup.dtype_bytes if shared > 1 else 0
+        parts["denominators or gathered weights"] = max(on_rank * FP32, gathered)
     if setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32:
         parts["teacher's fp32 copy"] = largest_weight(setup, stage) * FP32
     return parts
