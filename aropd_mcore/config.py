@@ -39,8 +39,14 @@ class ParallelConfig(Section):
     """Tensor-parallel size (TP)."""
     pipeline: Positive = 1
     """Pipeline-parallel size (PP). Data parallelism takes the processes that are left."""
+    virtual_pipeline: Positive = 1
+    """Model chunks on each pipeline stage (VPP), interleaved over the layers: a smaller bubble for
+    more communication between stages."""
     context: Positive = 1
     """Context-parallel size (CP): ranks that share out the positions of each sequence."""
+    expert: Positive = 1
+    """Expert-parallel size (EP): ranks of a stage, tensor ranks first and then replicas, that share
+    out the experts of each layer."""
     sequence: bool = False
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""
@@ -49,9 +55,14 @@ class ParallelConfig(Section):
     parameters are gathered at once in any case: the teacher and the rollouts read them next."""
 
     @model_validator(mode="after")
-    def _tensor_ranks_to_split_over(self) -> "ParallelConfig":
+    def _something_to_split_over(self) -> "ParallelConfig":
         if self.sequence and self.tensor == 1:
             raise ValueError("sequence splits tokens over tensor ranks, and tensor is 1")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"virtual_pipeline {self.virtual_pipeline} interleaves over pipeline stages, and "
+                "pipeline is 1"
+            )
         return self
 
 
@@ -180,7 +191,12 @@ class TrainingConfig(Section):
     global_batch_size: Positive = 32
     """Responses in an optimizer update, over all ranks."""
     micro_batch_size: Positive = 1
-    """Responses that go through the pipeline together."""
+    """Responses that go through the pipeline together, padded to the longest of them."""
+    packing: bool = False
+    """Pack responses one behind another instead, as many as max_tokens_per_microbatch holds, and
+    balance them over data-parallel ranks by tokens; micro_batch_size is not used then."""
+    max_tokens_per_microbatch: Positive | None = None
+    """With packing: the most tokens that a microbatch has in any of the three views."""
     recompute: Recompute = "none"
     """Activations that the backward computes again instead of keeping them: `selective`, those of
     core attention; `full`, all but each layer's input."""
@@ -193,6 +209,8 @@ class TrainingConfig(Section):
     def _one_length(self) -> "TrainingConfig":
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give exactly one of num_steps and num_epochs")
+        if self.packing == (self.max_tokens_per_microbatch is None):
+            raise ValueError("max_tokens_per_microbatch belongs to packing; give both or neither")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "

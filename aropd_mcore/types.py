@@ -1,6 +1,6 @@
 """What travels between the rooms: plain, frozen records.
 
-    Row -> Views -> Rollout -> Microbatch -> TeacherOutput
+    Row -> Views -> Rollout -> Sample -> Microbatch -> TeacherOutput
 
 Shape letters: B samples of a microbatch, S padded sequence, T loss tokens of a microbatch
 (flattened over its samples), H hidden.
@@ -54,17 +54,37 @@ class Rollout:
     """The sampling weights: the number of training steps behind their last update."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What training needs of a rollout: its three prompts, the response and its weight."""
+
+    student_ids: tuple[int, ...]
+    partial_ids: tuple[int, ...]
+    full_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    token_weight: float
+    """Of each of its loss tokens; globally normalized."""
+
+
 class ViewBatch(NamedTuple):
-    """One of a microbatch's three padded sequences: prompt and response, padded on the right."""
+    """One of a microbatch's three views: prompts and responses, padded on the right, or packed."""
 
     tokens_BS: Tensor
-    """int64 [B, S]."""
+    """int64 [B, S]; [1, S] where samples are packed one behind another."""
     hidden_index_T: Tensor
     """int64 [T]: index into the flattened [S * B] hidden states (Megatron's [S, B, H] order) of
     the position that predicts each loss token."""
+    bounds: Tensor | None = None
+    """int32 [B + 1]: where each packed sample begins, and where the last one ends; over all context
+    ranks. None where samples are padded."""
 
     def to(self, device: torch.device) -> "ViewBatch":
-        return ViewBatch(*(t.to(device, non_blocking=True) for t in self))
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in self._asdict().items()
+            if tensor is not None
+        }
+        return self._replace(**moved)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Rollouts -> Microbatches: the same response tokens, aligned across the three sequences.
+"""Samples -> Microbatches: the same response tokens, aligned across the three sequences.
 
-Shape letters: N samples of this rank, B samples of a microbatch, S padded sequence, R padded
+Shape letters: B samples of a microbatch, S tokens of a padded or packed sequence, R padded
 response, T loss tokens of a microbatch.
 """
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from aropd_mcore.types import Microbatch, Rollout, ViewBatch, Views
+from aropd_mcore.data.packing import Groups
+from aropd_mcore.types import Microbatch, Rollout, Sample, ViewBatch
 
 
 def num_loss_tokens(rollouts: Sequence[Rollout], skip_response_tokens: int) -> Tensor:
@@ -21,84 +22,81 @@ def num_loss_tokens(rollouts: Sequence[Rollout], skip_response_tokens: int) -> T
 
 
 def collate(
-    views: Sequence[Views],
-    rollouts: Sequence[Rollout],
-    weights_N: Tensor,
+    samples: Sequence[Sample],
+    groups: Groups,
     *,
     skip_response_tokens: int,
-    micro_batch_size: int,
     pad_token_id: int,
     length_multiple: int = 1,
+    segment_multiple: int | None = None,
     with_teacher: bool = True,
 ) -> list[Microbatch]:
-    """Splice each response behind the three prompts of its row, and pad into microbatches.
+    """Splice each response behind the three prompts of its row, and lay out the microbatches.
 
-    Response token j of sample b, behind a prompt of P tokens, is predicted at position P - 1 + j:
-    its hidden state is row (P - 1 + j) * B + b of the flattened [S * B] hidden states. Each view
-    has an S of its own; the T loss tokens (j >= skip_response_tokens) come in the same order,
-    by sample and then by j, for all of them.
+    Padded, a microbatch of B samples is B rows of S tokens, and response token j of sample b,
+    behind a prompt of P tokens, is predicted by row (P - 1 + j) * B + b of the flattened [S * B]
+    hidden states. Packed, its samples stand one behind another in one row, sample b from position
+    start_b on, and that row is start_b + P - 1 + j. Each view has lengths of its own; the T loss
+    tokens (j >= skip_response_tokens) come in the same order, by sample and then by j, in all.
 
     Args:
-        views, rollouts: N of each, in the same order; consecutive micro_batch_size of them make a
-            microbatch, the last of which may be smaller.
-        weights_N: fp32 [N], the weight of each of a sample's loss tokens.
+        groups: the samples of each microbatch. One without samples has a token that nobody counts.
         length_multiple: S is padded to a multiple of it.
+        segment_multiple: pack, with each sample's tokens padded to a multiple of it; None: pad.
         with_teacher: False leaves the partial and full views out.
 
     Returns:
         CPU tensors; T is 0 where no response reaches skip_response_tokens.
     """
-    assert len(views) == len(rollouts) == weights_N.numel()
-    return [
-        _microbatch(
-            views[start : start + micro_batch_size],
-            [rollout.response_ids for rollout in rollouts[start : start + micro_batch_size]],
-            weights_N[start : start + micro_batch_size],
-            skip_response_tokens,
-            pad_token_id,
-            length_multiple,
-            with_teacher,
-        )
-        for start in range(0, len(views), micro_batch_size)
-    ]
+    filler = Sample((pad_token_id,), (pad_token_id,), (pad_token_id,), (), 0.0)
 
+    def microbatch(members: Sequence[Sample]) -> Microbatch:
+        responses = [sample.response_ids for sample in members]
+        lengths_B = torch.tensor([len(response) for response in responses])
+        offsets_R = torch.arange(int(lengths_B.max()))
+        counted_BR = (offsets_R >= skip_response_tokens) & (offsets_R < lengths_B[:, None])
+        sample_T, offset_T = counted_BR.nonzero(as_tuple=True)
 
-def _microbatch(
-    views: Sequence[Views],
-    responses: Sequence[tuple[int, ...]],
-    weights_B: Tensor,
-    skip: int,
-    pad_token_id: int,
-    length_multiple: int,
-    with_teacher: bool,
-) -> Microbatch:
-    lengths_B = torch.tensor([len(response) for response in responses])
-    offsets_R = torch.arange(int(lengths_B.max()))
-    counted_BR = (offsets_R >= skip) & (offsets_R < lengths_B[:, None])
-    sample_T, offset_T = counted_BR.nonzero(as_tuple=True)
+        def view_batch(prompts: Sequence[tuple[int, ...]]) -> ViewBatch:
+            prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
+            position_T = prompt_lengths_B[sample_T] - 1 + offset_T
+            sequences = [p + response for p, response in zip(prompts, responses, strict=True)]
+            if segment_multiple is None:
+                tokens_BS = _pad(sequences, pad_token_id, length_multiple)
+                return ViewBatch(tokens_BS, position_T * len(prompts) + sample_T)
+            tokens_1S, bounds = _pack(sequences, pad_token_id, segment_multiple, length_multiple)
+            return ViewBatch(tokens_1S, bounds[sample_T] + position_T, bounds)
 
-    def view_batch(prompts: Sequence[tuple[int, ...]]) -> ViewBatch:
-        sequences = [p + response for p, response in zip(prompts, responses, strict=True)]
-        prompt_lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-        position_T = prompt_lengths_B[sample_T] - 1 + offset_T
-        tokens_BS = _pad(sequences, pad_token_id)
-        missing = -tokens_BS.size(1) % length_multiple
-        return ViewBatch(
-            functional.pad(tokens_BS, (0, missing), value=pad_token_id),
-            position_T * len(prompts) + sample_T,
+        return Microbatch(
+            student=view_batch([sample.student_ids for sample in members]),
+            partial=view_batch([s.partial_ids for s in members]) if with_teacher else None,
+            full=view_batch([s.full_ids for s in members]) if with_teacher else None,
+            response_ids_T=_pad(responses, pad_token_id, 1)[sample_T, offset_T],
+            sample_T=sample_T,
+            offset_T=offset_T,
+            token_weights_T=torch.tensor([s.token_weight for s in members])[sample_T],
         )
 
-    return Microbatch(
-        student=view_batch([view.student_ids for view in views]),
-        partial=view_batch([view.partial_ids for view in views]) if with_teacher else None,
-        full=view_batch([view.full_ids for view in views]) if with_teacher else None,
-        response_ids_T=_pad(responses, pad_token_id)[sample_T, offset_T],
-        sample_T=sample_T,
-        offset_T=offset_T,
-        token_weights_T=weights_B.float()[sample_T],
-    )
+    return [microbatch([samples[i] for i in group] or [filler]) for group in groups]
 
 
-def _pad(sequences: Sequence[tuple[int, ...]], pad_token_id: int) -> Tensor:
+def _pad(sequences: Sequence[tuple[int, ...]], pad_token_id: int, multiple: int) -> Tensor:
     rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
-    return pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    tokens_BS = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    return functional.pad(tokens_BS, (0, -tokens_BS.size(1) % multiple), value=pad_token_id)
+
+
+def _pack(
+    sequences: Sequence[tuple[int, ...]], pad_token_id: int, segment_multiple: int, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """int64 [1, S], and int32 [B + 1]: where each sequence begins, and where the last one ends.
+
+    Padding stands at the end of the sequence before it: behind all that could see it.
+    """
+    tokens, bounds = [], [0]
+    for ids in sequences:
+        tokens += [*ids, *[pad_token_id] * (-len(ids) % segment_multiple)]
+        bounds.append(len(tokens))
+    tokens += [pad_token_id] * (-len(tokens) % multiple)
+    bounds[-1] = len(tokens)
+    return torch.tensor([tokens]), torch.tensor(bounds, dtype=torch.int32)

@@ -1,13 +1,15 @@
 """Context parallelism: which positions of a sequence, and which loss tokens, a rank holds.
 
-A sequence is cut into 2 x size chunks, and rank r holds chunks r and 2 x size - 1 - r, one after
-the other: under a causal mask all ranks then have the same work (Megatron's layout,
-get_batch_on_this_cp_rank in megatron/core/utils.py).
+Each sequence, packed ones too, is cut into 2 x size chunks, and rank r holds chunks r and
+2 x size - 1 - r, one after the other: under a causal mask all ranks then have the same work
+(Megatron's layout, get_batch_on_this_cp_rank in megatron/core/utils.py).
 
 Shape letters: B samples, S padded sequence, T loss tokens of a microbatch.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,16 +17,20 @@ from torch import Tensor
 from aropd_mcore.types import Microbatch, ViewBatch
 
 
-def positions_of_rank(length: int, size: int, rank: int) -> Tensor:
+def positions_of_rank(bounds: Sequence[int], size: int, rank: int) -> Tensor:
     """int64 [length / size]: the positions that a rank holds, in the order in which it does.
 
     Args:
-        length: of the whole sequence; over several ranks a multiple of 2 x size.
+        bounds: where each of the sequences that stand one behind another begins, and where the last
+            one ends; over several ranks each length is a multiple of 2 x size.
     """
     if size == 1:
-        return torch.arange(length)
-    chunks = torch.arange(length).view(2 * size, -1)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+        return torch.arange(bounds[0], bounds[-1])
+    held = []
+    for start, end in pairwise(bounds):
+        chunks = torch.arange(start, end).view(2 * size, -1)
+        held += [chunks[rank], chunks[2 * size - 1 - rank]]
+    return torch.cat(held)
 
 
 def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
@@ -37,18 +43,20 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
     """
     if size == 1:
         return microbatch
-    rows_T = _gathered_rows(microbatch.student, size)
-    num_local = microbatch.student.tokens_BS.numel() // size
+    student = microbatch.student
+    rows_T = _gathered_rows(student, size)
+    num_local = student.tokens_BS.numel() // size
     mine_T = rows_T // num_local == rank
 
     def teacher_share(view: ViewBatch | None) -> ViewBatch | None:
         if view is None:
             return None
-        return ViewBatch(_tokens(view, size, rank), _gathered_rows(view, size)[mine_T])
+        tokens_BS = _tokens(view, size, rank)
+        return ViewBatch(tokens_BS, _gathered_rows(view, size)[mine_T], view.bounds)
 
     return replace(
         microbatch,
-        student=ViewBatch(_tokens(microbatch.student, size, rank), rows_T[mine_T] % num_local),
+        student=ViewBatch(_tokens(student, size, rank), rows_T[mine_T] % num_local, student.bounds),
         partial=teacher_share(microbatch.partial),
         full=teacher_share(microbatch.full),
         response_ids_T=microbatch.response_ids_T[mine_T],
@@ -58,14 +66,19 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
     )
 
 
+def _bounds(view: ViewBatch) -> list[int]:
+    return [0, view.tokens_BS.size(1)] if view.bounds is None else view.bounds.tolist()
+
+
 def _tokens(view: ViewBatch, size: int, rank: int) -> Tensor:
-    return view.tokens_BS[:, positions_of_rank(view.tokens_BS.size(1), size, rank)].contiguous()
+    return view.tokens_BS[:, positions_of_rank(_bounds(view), size, rank)].contiguous()
 
 
 def _gathered_rows(view: ViewBatch, size: int) -> Tensor:
     """hidden_index_T where the ranks' hidden states stand one after another, not by position."""
     num_samples, length = view.tokens_BS.shape
-    order_S = torch.cat([positions_of_rank(length, size, rank) for rank in range(size)])
+    bounds = _bounds(view)
+    order_S = torch.cat([positions_of_rank(bounds, size, rank) for rank in range(size)])
     place_of_S = torch.empty_like(order_S)
     place_of_S[order_S] = torch.arange(length)
     position_T, sample_T = view.hidden_index_T // num_samples, view.hidden_index_T % num_samples

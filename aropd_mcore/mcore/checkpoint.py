@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.source import TRACKER
+from aropd_mcore.mcore.optim import STATE_FORMAT
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
@@ -103,7 +104,8 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
     if same_layout:
         state["rng"] = _rng_state(runtime)
     loaded = _load_sharded(path, state)
-    student.model.load_state_dict(loaded["model"])
+    for index, chunk in enumerate(student.model):
+        chunk.load_state_dict(loaded["model"][str(index)])
     student.optimizer.load_state_dict(loaded)
     if teacher is not None:
         teacher.load_state_dict(loaded["teacher"])
@@ -148,8 +150,7 @@ def _sharded_state(
     student: Student, teacher: Teacher | None, runtime: Runtime, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
-        # The one optimizer format that survives a change of TP, PP and DP.
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": STATE_FORMAT,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": runtime.dp_cp_group,
@@ -165,7 +166,9 @@ def _layout(runtime: Runtime) -> dict[str, int]:
     return {
         "tensor": runtime.tp_size,
         "pipeline": runtime.pp_size,
+        "virtual_pipeline": runtime.vp_size,
         "context": runtime.cp_size,
+        "expert": runtime.ep_size,
         "data": runtime.dp_size,
     }
 

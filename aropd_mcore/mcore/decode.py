@@ -25,13 +25,13 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn import functional
 
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 
 
 @contextmanager
 def decoding(
-    model: HiddenStateGPT, runtime: Runtime, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: StageModel, runtime: Runtime, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Iterator["Decoder"]:
     """A Decoder for this batch of prompts; on leaving, the model is as it was before.
 
@@ -40,7 +40,7 @@ def decoding(
     long as the Decoder. The mode is torch.no_grad and not inference_mode: Megatron keeps rotary
     tables in a cache, and its fused rotary embedding cannot save an inference tensor for backward.
     """
-    attentions: list[Any] = [layer.self_attention for layer in model.decoder.layers]
+    attentions: list[Any] = [layer.self_attention for layer in model.layers]
     stock = [attention.core_attention for attention in attentions]
     was_training = model.training
     model.eval()
@@ -63,12 +63,12 @@ class Decoder:
     (`share`), so that ranks cannot come to differ by a kernel that sums in another order.
     """
 
-    def __init__(self, model: HiddenStateGPT, runtime: Runtime, batch: "_Batch"):
+    def __init__(self, model: StageModel, runtime: Runtime, batch: "_Batch"):
         self.model = model
         self.runtime = runtime
         self._batch = batch
         # `packed_seq`: of all positions, not of this context rank's.
-        self._angles = model.rotary_pos_emb(batch.max_length, packed_seq=True)
+        self._angles = next(iter(model)).rotary_pos_emb(batch.max_length, packed_seq=True)
 
     @property
     def samples(self) -> bool:
@@ -116,34 +116,43 @@ class Decoder:
         Under sequence parallelism N is padded to a multiple of the tensor ranks, and each holds its
         part of them between matrix products and from stage to stage.
         """
-        model, runtime, num_tokens = self.model, self.runtime, tokens_N.numel()
+        runtime, num_tokens = self.runtime, tokens_N.numel()
         padding = (0, -num_tokens % runtime.sequence_size)
         tokens_N = functional.pad(tokens_N, padding)
         positions_N = functional.pad(self._batch.positions_N, padding)
         hidden_N1H = None
-        if runtime.is_first_stage:
-            hidden_N1H = model.embedding(tokens_N[None], positions_N[None])
-        else:
-            received_N1H = torch.empty(
-                (tokens_N.numel() // runtime.sequence_size, 1, model.config.hidden_size),
-                dtype=model.config.pipeline_dtype,
-                device=runtime.device,
+        for chunk in self.model:
+            if chunk.pre_process:
+                hidden_N1H = chunk.embedding(tokens_N[None], positions_N[None])
+            else:
+                chunk.decoder.set_input_tensor(self._receive(tokens_N.numel()))
+            hidden_N1H = chunk.decoder(
+                hidden_states=hidden_N1H,
+                attention_mask=None,
+                rotary_pos_emb=self._angles[positions_N],
             )
-            before = dist.get_global_rank(runtime.pp_group, runtime.pp_rank - 1)
-            dist.recv(received_N1H, before, group=runtime.pp_group)
-            model.decoder.set_input_tensor(received_N1H)
-        hidden_N1H = model.decoder(
-            hidden_states=hidden_N1H,
-            attention_mask=None,
-            rotary_pos_emb=self._angles[positions_N],
-        )
+            if not chunk.post_process:
+                after = (runtime.pp_rank + 1) % runtime.pp_size
+                after = dist.get_global_rank(runtime.pp_group, after)
+                dist.send(hidden_N1H, after, group=runtime.pp_group)
         if not runtime.is_last_stage:
-            after = dist.get_global_rank(runtime.pp_group, runtime.pp_rank + 1)
-            dist.send(hidden_N1H, after, group=runtime.pp_group)
             return None
+        assert hidden_N1H is not None
         if runtime.sequence_parallel:
             hidden_N1H = gather_from_sequence_parallel_region(hidden_N1H)
         return hidden_N1H[:num_tokens].squeeze(1)
+
+    def _receive(self, num_tokens: int) -> Tensor:
+        """What the stage before made of `num_tokens` tokens."""
+        runtime, config = self.runtime, self.model.config
+        hidden_N1H = torch.empty(
+            (num_tokens // runtime.sequence_size, 1, config.hidden_size),
+            dtype=config.pipeline_dtype,
+            device=runtime.device,
+        )
+        before = dist.get_global_rank(runtime.pp_group, (runtime.pp_rank - 1) % runtime.pp_size)
+        dist.recv(hidden_N1H, before, group=runtime.pp_group)
+        return hidden_N1H
 
     def _logits(self, hidden_BH: Tensor | None) -> Tensor | None:
         if hidden_BH is None:

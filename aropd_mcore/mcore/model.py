@@ -1,8 +1,8 @@
 """From an HF config.json to Megatron's GPTModel, in the shard of this rank."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -101,6 +101,46 @@ class HiddenStateGPT(GPTModel):
         return weight
 
 
+class StageModel(torch.nn.ModuleList):
+    """What this rank holds of the model: its pipeline stage's chunks, one unless interleaved.
+
+    A token passes chunk 0 of every stage, then chunk 1 of every stage, and so on. Chunks come in
+    that order; parameters are named by chunk: `0.decoder.layers.0...`.
+    """
+
+    def __init__(
+        self, architecture: Architecture, config: TransformerConfig, chunks: list[HiddenStateGPT]
+    ):
+        super().__init__(chunks)
+        self.architecture = architecture
+        self.config = config
+        self.vocab_size = architecture.vocab_size
+        self.max_sequence_length = architecture.max_position_embeddings
+
+    def __iter__(self) -> Iterator[HiddenStateGPT]:
+        return cast(Iterator[HiddenStateGPT], super().__iter__())
+
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder layers of all chunks, in the order in which a token passes them."""
+        return [layer for chunk in self for layer in chunk.decoder.layers]
+
+    def head_weight(self) -> Tensor:
+        """As HiddenStateGPT.head_weight; last stage only."""
+        return cast(HiddenStateGPT, self[-1]).head_weight()
+
+    def sharded_state_dict(self, prefix: str = "", *, metadata: dict[str, Any]) -> dict[str, Any]:
+        """For dist_checkpointing, chunk by chunk: `{"0": its tensors by their local names, ...}`.
+
+        A tensor's key in the checkpoint, which begins with `prefix`, counts layers over the whole
+        model, so that any layout reads it.
+        """
+        return {
+            str(index): chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
+            for index, chunk in enumerate(self)
+        }
+
+
 def model_config(
     architecture: Architecture,
     runtime: Runtime,
@@ -140,6 +180,10 @@ def model_config(
         **(_routing_settings(architecture.routing) if architecture.routing else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        # Interleaved, stages exchange what they have as soon as they have it. Batched, as Megatron
+        # does it by default, the exchange gives wrong data on gloo, and no error.
+        overlap_p2p_comm=runtime.vp_size > 1,
+        batch_p2p_comm=runtime.vp_size == 1,
         bf16=dtype == torch.bfloat16,
         # Microbatches differ in length. Megatron asks for this dispatcher then, experts or not.
         variable_seq_lengths=True,
@@ -177,9 +221,8 @@ def build_model(
     runtime: Runtime,
     *,
     dtype: torch.dtype,
-    vp_stage: int | None = None,
     recompute: Recompute = "none",
-) -> HiddenStateGPT:
+) -> StageModel:
     """The model that an HF config describes, this rank's shard of it, on runtime.device.
 
     Its weights are uninitialized memory: load them (weights.load_hf_weights, or a checkpoint).
@@ -187,16 +230,13 @@ def build_model(
     Args:
         hf: an HF folder, a config.json, or its parsed contents.
         dtype: of every parameter; activations follow.
-        vp_stage: which of this stage's runtime.vp_size chunks to build, in the order in which a
-            token passes them; None where the stage is one chunk.
         recompute: what a backward computes again: nothing, core attention, or every layer.
     Raises:
         CheckpointError: the config cannot be used.
         ValueError: the runtime's layout does not divide the model.
     Collectives: with tied embeddings over several stages, Megatron's constructor sums the two
-        copies; every rank must build its chunks, in order.
+        copies; every rank must build its own.
     """
-    assert (vp_stage is None) == (runtime.vp_size == 1)
     architecture = read_architecture(hf)
     check_layout(
         architecture,
@@ -206,26 +246,32 @@ def build_model(
         expert=runtime.ep_size,
     )
     config = model_config(architecture, runtime, dtype=dtype, recompute=recompute)
-    model = HiddenStateGPT(architecture, config, runtime, vp_stage)
-    if runtime.sequence_parallel and runtime.ep_size == 1:
-        _share_experts_over_tokens(model)
+    vp_stages = range(runtime.vp_size) if runtime.vp_size > 1 else [None]
+    chunks = [HiddenStateGPT(architecture, config, runtime, stage) for stage in vp_stages]
+    model = StageModel(architecture, config, chunks)
+    _mark_experts(model, runtime)
     # The local spec's norms are created in fp32 and on the CPU, whatever params_dtype says.
     return model.to(device=runtime.device, dtype=dtype)
 
 
-def _share_experts_over_tokens(model: HiddenStateGPT) -> None:
-    """Mark experts that are whole on every tensor rank, which gives them its own tokens alone.
+def _mark_experts(model: StageModel, runtime: Runtime) -> None:
+    """Say of the experts' weights how their gradients are summed and counted in the norm.
 
-    Their gradients have to be summed over tp_group and counted once in the norm, as the norms'
-    weights are. megatron-core 0.16 takes them for split over tensor ranks instead; 0.19 gives them
-    an optimizer of their own (`allreduce` in tensor_parallel/layers.py, ColumnParallelLinear),
-    which is right as well, but whose state other layouts could not read.
+    An expert lies whole on one rank. Where expert ranks share experts out, each rank's are its own,
+    and all count; megatron-core 0.16 would count those of the first tensor rank alone. Where every
+    tensor rank has all of them and gives them its own tokens, their gradients have to be summed
+    over tp_group and counted once, as the norms' weights are; megatron-core 0.16 takes them for
+    split over tensor ranks instead, and 0.19 gives them an optimizer of their own (`allreduce` in
+    tensor_parallel/layers.py, ColumnParallelLinear).
     """
+    is_shared_out = runtime.ep_size > 1
     for name, weight in model.named_parameters():
         if ".experts." in name:
-            weight.allreduce = True  # type: ignore[attr-defined]
-            weight.sequence_parallel = True  # type: ignore[attr-defined]
-            weight.tensor_model_parallel = False  # type: ignore[attr-defined]
+            weight.allreduce = not is_shared_out  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = is_shared_out  # type: ignore[attr-defined]
+            weight.sequence_parallel = (  # type: ignore[attr-defined]
+                runtime.sequence_parallel and not is_shared_out
+            )
 
 
 def _leave_as_it_is(weight: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Megatron's DDP and distributed optimizer, with clipping and the learning-rate schedule."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import (
@@ -22,12 +24,12 @@ from torch import Tensor
 
 from aropd_mcore.config import OptimizerConfig
 from aropd_mcore.mcore import adam
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 
 adam.install()
 
-_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
-"""What a parameter group holds of the config; weight decay is the scheduler's."""
+STATE_FORMAT = "fully_reshardable"
+"""Of the optimizer's tensors in a checkpoint: the one that survives a change of layout."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Optimizer:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
+        model: StageModel,
         config: OptimizerConfig,
         *,
         num_steps: int,
@@ -64,16 +66,19 @@ class Optimizer:
             overlap_grad_reduce: reduce gradients while the last microbatch's backward goes on.
         """
         self.clip_grad = config.clip_grad
-        self.ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True,
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=overlap_grad_reduce,
-                average_in_collective=False,
-            ),
-            model,
-        )
+        self.ddp_chunks = [
+            DistributedDataParallel(
+                model.config,
+                DistributedDataParallelConfig(
+                    use_distributed_optimizer=True,
+                    grad_reduce_in_fp32=True,
+                    overlap_grad_reduce=overlap_grad_reduce,
+                    average_in_collective=False,
+                ),
+                chunk,
+            )
+            for chunk in model
+        ]
         bf16 = model.config.params_dtype == torch.bfloat16
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -93,7 +98,7 @@ class Optimizer:
         with torch.no_grad():
             inner = get_megatron_optimizer(
                 megatron_config,
-                [self.ddp],
+                list(self.ddp_chunks),
                 config_overrides=get_standard_config_overrides(megatron_config),
             )
         assert isinstance(inner, ChainedOptimizer)
@@ -104,7 +109,7 @@ class Optimizer:
         model.config.grad_scale_func = self.inner.scale_loss
         model.config.finalize_model_grads_func = _finalize_summed_grads
         if overlap_grad_reduce:
-            model.config.no_sync_func = self.ddp.no_sync  # of all microbatches but the last
+            model.config.no_sync_func = self._no_sync
         warmup_steps = int(config.warmup_ratio * num_steps)
         self.scheduler = OptimizerParamScheduler(
             self.inner,
@@ -123,8 +128,17 @@ class Optimizer:
             override_opt_param_scheduler=True,
         )
 
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """Backwards of all microbatches but the last, which is when gradients are reduced."""
+        with ExitStack() as stack:
+            for chunk in self.ddp_chunks:
+                stack.enter_context(chunk.no_sync())
+            yield
+
     def zero_grad(self) -> None:
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp_chunks:
+            chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
     @torch.no_grad()
@@ -141,9 +155,10 @@ class Optimizer:
         grad_norm = float(self.inner.get_grad_norm())
         applied = math.isfinite(loss) and math.isfinite(grad_norm)
         if applied:
-            parameters: list[Tensor] = [*self.inner.get_parameters()]
-            if self.clip_grad > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+            for part in self.inner.chained_optimizers:
+                parameters: list[Tensor] = [*part.get_parameters()]
+                if self.clip_grad > 0 and parameters:
+                    clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
             self.inner.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, applied, lr)
@@ -158,25 +173,32 @@ class Optimizer:
     ) -> dict[str, Any]:
         """Optimizer state for dist_checkpointing, and the schedule's position.
 
+        Of Megatron's own state only the tensors, so that one optimizer reads what two have written:
+        experts that ranks share out (EP) have an optimizer of their own.
+
         Args:
             model_state: the student's sharded state dict; metadata: the same at save and load.
         """
+        parts = [
+            part.sharded_state_dict(model_state, is_loading, metadata=metadata)
+            for part in self.inner.chained_optimizers
+        ]
         return {
-            "optimizer": self.inner.sharded_state_dict(
-                model_state, is_loading=is_loading, metadata=metadata
-            ),
+            "optimizer": {str(i): part["param_state"] for i, part in enumerate(parts)},
+            "num_updates": self.inner.param_groups[0].get("step", 0),
             "opt_param_scheduler": self.scheduler.state_dict(),
         }
 
     @torch.no_grad()  # fp32 parameters are leaves that the load writes into
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over moments, fp32 values and the schedule's position; settings stay this run's."""
-        # A checkpoint's groups hold the settings of the run that wrote it, too; megatron-core 0.19
-        # even finds groups by them. All of a run's groups have the same.
-        settings = {name: self.inner.param_groups[0][name] for name in _SETTINGS}
-        for group in state["optimizer"]["optimizer"]["param_groups"]:
-            group.update(settings)
-        self.inner.load_state_dict(state["optimizer"])
+        for i, part in enumerate(self.inner.chained_optimizers):
+            own = cast(dict[str, Any], part.state_dict())
+            for group in own["optimizer"]["param_groups"]:
+                group["step"] = state["num_updates"]
+            own["param_state"] = state["optimizer"][str(i)]
+            own["param_state_sharding_type"] = STATE_FORMAT
+            part.load_state_dict(own)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
 
 

@@ -25,6 +25,7 @@ import os  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from datetime import timedelta  # noqa: E402
+from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -108,10 +109,14 @@ class Runtime:
         return self.tp_size if self.sequence_parallel else 1
 
     @property
+    def segment_multiple(self) -> int:
+        """What a packed sample's length must be a multiple of (data.context)."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
     def length_multiple(self) -> int:
-        """What a padded sequence's length must be a multiple of."""
-        chunks = 2 * self.cp_size if self.cp_size > 1 else 1  # data.context
-        return chunks * self.sequence_size
+        """What the length of a sequence in the model must be a multiple of."""
+        return self.segment_multiple * self.sequence_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -135,6 +140,17 @@ class Runtime:
         parts = [torch.empty_like(mine) for _ in range(self.dp_size)]
         dist.all_gather(parts, mine, group=self.dp_group)
         return torch.cat(parts).cpu()
+
+    def concatenate_over_data(self, local: list[Any]) -> list[Any]:
+        """The lists of all ranks of dp_group, of any lengths, one after another in rank order.
+
+        Collectives: one all-gather of pickled objects over dp_group.
+        """
+        if self.dp_size == 1:
+            return local
+        parts: list[list[Any]] = [[] for _ in range(self.dp_size)]
+        dist.all_gather_object(parts, local, group=self.dp_group)
+        return [item for part in parts for item in part]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a config's `bf16`, `fp32` or `auto` means here."""

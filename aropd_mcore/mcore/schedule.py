@@ -1,10 +1,11 @@
 """A thin hold on Megatron's pipeline schedules."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -13,25 +14,24 @@ from aropd_mcore.types import ViewBatch
 
 
 def run_schedule(
-    model: Any,
-    inputs: Iterable[Any],
+    chunks: Sequence[Any],
+    inputs: Sequence[Any],
     view_of: Callable[[Any], ViewBatch],
     on_last_stage: Callable[[Tensor, Any], Any],
     *,
-    num_microbatches: int,
     forward_only: bool,
     gather_over: dist.ProcessGroup | None = None,
 ) -> list[Any]:
     """Send microbatches through the pipeline; 1F1B with backward, or forward only.
 
     Args:
-        model: the model chunk of this stage (under DDP when there is a backward).
+        chunks: of the model on this stage (each under DDP when there is a backward); over several,
+            the schedule is interleaved.
         inputs: one item a microbatch, the same on every stage.
         view_of: the sequences of an item that the model reads.
         on_last_stage: called as (hidden_TH, item) on the last stage with the final hidden states at
             the view's loss positions, [T, H]; with a backward it returns (loss, report), the
             loss a scalar that is summed over microbatches.
-        num_microbatches: number of items.
         forward_only: no backward; what on_last_stage returns is collected as it is.
         gather_over: the context group, where the view's loss positions count the hidden states of
             all its ranks; forward only.
@@ -46,12 +46,17 @@ def run_schedule(
         item = next(iterator)
         view = view_of(item)
         # Right padding under a causal mask is never seen by a real token: no mask is needed, and
-        # positions count from the start of each row, as the prompt does.
+        # positions count from the start of each row, or packed sample, as the prompt does.
         position_ids = torch.arange(view.tokens_BS.size(1), device=view.tokens_BS.device)
-        hidden_SBH = stage(view.tokens_BS, position_ids.expand_as(view.tokens_BS), None)
+        hidden_SBH = stage(
+            view.tokens_BS,
+            position_ids.expand_as(view.tokens_BS),
+            None,
+            packed_seq_params=_packed_seq_params(view),
+        )
 
         def finish(output_SBH: Tensor, non_loss_data: bool = False) -> Any:
-            if model.config.sequence_parallel:
+            if stage.config.sequence_parallel:
                 # The loss gives every tensor rank the whole gradient: each keeps its own tokens'.
                 output_SBH = gather_from_sequence_parallel_region(
                     output_SBH, tensor_parallel_output_grad=False
@@ -71,12 +76,26 @@ def run_schedule(
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(inputs),
-            model=model,
-            num_microbatches=num_microbatches,
+            # Each chunk goes through all the items by itself.
+            data_iterator=[iter(inputs) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(inputs),
             # Stages tell each other the shapes (variable_seq_lengths); these only have to exist.
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def _packed_seq_params(view: ViewBatch) -> PackedSeqParams | None:
+    if view.bounds is None:
+        return None
+    longest = int(view.bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=view.bounds,
+        cu_seqlens_kv=view.bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

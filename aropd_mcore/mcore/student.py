@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aropd_mcore.config import ObjectiveConfig
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
@@ -39,7 +39,7 @@ class Student:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
+        model: StageModel,
         optimizer: Optimizer,
         objective: ObjectiveConfig,
         runtime: Runtime,
@@ -53,14 +53,14 @@ class Student:
         self,
         microbatches: Sequence[Microbatch],
         teacher: Teacher | None,
-        teacher_outputs: Sequence[TeacherOutput | None],
+        teacher_outputs: Sequence[TeacherOutput | None] | None,
     ) -> TokenSums:
         """Accumulate the gradient of the global loss over all microbatches.
 
         Args:
             microbatches: this data-parallel rank's; their token weights are globally normalized.
             teacher: whose head turns its hidden states into logits; None for `sft`.
-            teacher_outputs: of `Teacher.score`, one a microbatch.
+            teacher_outputs: of `Teacher.score`, one a microbatch; None for `sft`.
         Returns:
             Sums over the global batch's loss tokens, the same on every rank.
         Collectives: those of the schedule and of the loss; then one all-reduce of the sums over the
@@ -79,11 +79,10 @@ class Student:
         self.model.train()
         self.optimizer.zero_grad()
         reports = run_schedule(
-            self.optimizer.ddp,
-            zip(microbatches, teacher_outputs, strict=True),
+            self.optimizer.ddp_chunks,
+            list(zip(microbatches, teacher_outputs or [None] * len(microbatches), strict=True)),
             view_of=lambda item: item[0].student,
             on_last_stage=loss_of,
-            num_microbatches=len(microbatches),
             forward_only=False,
         )
         return self._add_up(reports)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aropd_mcore.config import TeacherConfig
 from aropd_mcore.convert.source import TEACHER_PREFIX
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
@@ -24,8 +24,8 @@ class Teacher:
         self,
         config: TeacherConfig,
         runtime: Runtime,
-        student: HiddenStateGPT,
-        model: HiddenStateGPT | None,
+        student: StageModel,
+        model: StageModel | None,
     ):
         """
         Args:
@@ -62,11 +62,10 @@ class Teacher:
         """
         views = [view for m in microbatches for view in (m.partial, m.full)]
         hidden = run_schedule(
-            self.model,
+            list(self.model),
             views,
             view_of=_is_a_view,
             on_last_stage=lambda hidden_TH, _: hidden_TH,
-            num_microbatches=len(views),
             forward_only=True,
             gather_over=self._context_group,
         )
@@ -96,22 +95,30 @@ class Teacher:
         """
         if self.model is self._student:
             return {}
-        state = self.model.sharded_state_dict(prefix=TEACHER_PREFIX, metadata=metadata)
+        state = self.model.sharded_state_dict(TEACHER_PREFIX, metadata=metadata)
         for name, average in self._master.items():
-            state[TEACHER_PREFIX + name].data = average
-            state[TEACHER_PREFIX + name].dtype = average.dtype
+            chunk, key = _entry(name)
+            state[chunk][key].data = average
+            state[chunk][key].dtype = average.dtype
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over tensors that a checkpoint's load filled in for `sharded_state_dict`."""
         if self.model is self._student:
             return
         for name, p in self.model.named_parameters():
-            loaded = state[TEACHER_PREFIX + name]
+            chunk, key = _entry(name)
+            loaded = state[chunk][key]
             p.copy_(loaded)
             if name in self._master:
                 self._master[name].copy_(loaded)
+
+
+def _entry(parameter: str) -> tuple[str, str]:
+    """Where a parameter stands in `Teacher.sharded_state_dict`: its chunk, and its key there."""
+    chunk, _, name = parameter.partition(".")
+    return chunk, TEACHER_PREFIX + name
 
 
 def _is_a_view(view: ViewBatch) -> ViewBatch:

@@ -6,6 +6,7 @@ A rank holds a part of each of its stage's dense weights, and some of its expert
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import merge, split
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 
 _NUMBERED = re.compile(
@@ -29,11 +30,10 @@ _NUMBERED = re.compile(
 
 
 @torch.no_grad()
-def load_hf_weights(model: HiddenStateGPT, hf_dir: Path | str, runtime: Runtime) -> None:
+def load_hf_weights(model: StageModel, hf_dir: Path | str, runtime: Runtime) -> None:
     """Load an HF folder into this rank's shard of the model, reading only what the shard holds.
 
-    The model may be one of its stage's chunks. Values are cast to its dtype; rows of the padded
-    vocabulary become zero.
+    Values are cast to its dtype; rows of the padded vocabulary become zero.
 
     Raises:
         CheckpointError: files that cannot be read; a tensor that is missing, unexpected, or of the
@@ -55,7 +55,7 @@ def load_hf_weights(model: HiddenStateGPT, hf_dir: Path | str, runtime: Runtime)
 
 
 def iter_hf_tensors(
-    model: HiddenStateGPT, runtime: Runtime, values: Mapping[str, Tensor] | None = None
+    model: StageModel, runtime: Runtime, values: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Every tensor of the HF checkpoint, whole, one after another in the order of `hf_shapes`.
 
@@ -65,17 +65,10 @@ def iter_hf_tensors(
     Yields:
         (HF name, tensor): the tensor on runtime.device at the rank of the first stage that is first
             of its tensor and expert ranks, None on the others. A tied head is not repeated.
-    Raises:
-        ValueError: the model is one of several chunks.
     Collectives: for each tensor a gather over tp_group, or for an expert's a send within ep_group,
         on its stage, and then a send to the first stage. Every rank of a model replica must iterate
         to the end. Replicas are independent, unless experts are shared: then all must iterate.
     """
-    if runtime.vp_size > 1:
-        raise ValueError(
-            f"the {runtime.vp_size} chunks of a stage cannot be gathered; save a checkpoint and "
-            "export that"
-        )
     architecture = model.architecture
     own_names = _own_names(model, runtime)
     if values is None:
@@ -108,7 +101,7 @@ def iter_hf_tensors(
 
 
 def export_hf(
-    model: HiddenStateGPT,
+    model: StageModel,
     source_hf_dir: Path | str,
     out_dir: Path | str,
     runtime: Runtime,
@@ -127,7 +120,6 @@ def export_hf(
         values: see `iter_hf_tensors`.
     Raises:
         CheckpointError: out_dir exists.
-        ValueError: see `iter_hf_tensors`.
     Collectives: those of `iter_hf_tensors` on the first replica, or on all where they share
         experts, and barriers of the whole job.
     """
@@ -150,24 +142,27 @@ def export_hf(
     dist.barrier()
 
 
-def _own_names(model: HiddenStateGPT, runtime: Runtime) -> dict[str, str]:
+def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
     """Table name -> the model's own name, of each parameter on this rank.
 
-    The table numbers layers and experts over the whole model and knows no fused norms.
+    The table numbers layers and experts over the whole model and knows no chunks and fused norms.
     """
     table = list(model.architecture.weights())
     unfused = {weight.fused_name: weight.name for weight in table if weight.fused_name}
     first_expert = runtime.ep_rank * _num_own_experts(model.architecture, runtime)
 
-    def number(own: re.Match[str]) -> str:
-        layer = int(model.decoder.layers[int(own["layer"])].layer_number) - 1  # type: ignore[arg-type]
-        expert = f"{own['to_expert']}{first_expert + int(own['expert'])}" if own["expert"] else ""
-        return f"{own['to_layer']}{layer}{expert}"
-
     names = {}
-    for own, _ in model.named_parameters():
-        name = _NUMBERED.sub(number, own)
-        names[unfused.get(name, name)] = own
+    for index, chunk in enumerate(model):
+
+        def number(own: re.Match[str], layers: Any = chunk.decoder.layers) -> str:
+            layer = layers[int(own["layer"])].layer_number - 1
+            to_expert, expert = own["to_expert"], own["expert"]
+            expert = f"{to_expert}{first_expert + int(expert)}" if expert else ""
+            return f"{own['to_layer']}{layer}{expert}"
+
+        for own, _ in chunk.named_parameters():
+            name = _NUMBERED.sub(number, own)
+            names[unfused.get(name, name)] = f"{index}.{own}"
     unknown = names.keys() - {weight.name for weight in table}
     assert not unknown, f"parameters without a table row: {sorted(unknown)}"
     return names
@@ -176,7 +171,8 @@ def _own_names(model: HiddenStateGPT, runtime: Runtime) -> dict[str, str]:
 def _stage(weight: Weight, architecture: Architecture, runtime: Runtime) -> int:
     """The pipeline stage that a weight is read from; a tied embedding is on two."""
     if weight.layer is not None:
-        return weight.layer * runtime.pp_size // architecture.num_layers
+        num_chunks = runtime.pp_size * runtime.vp_size
+        return weight.layer * num_chunks // architecture.num_layers % runtime.pp_size
     return 0 if weight.name == EMBEDDING.name else runtime.pp_size - 1
 
 
@@ -184,7 +180,7 @@ def _num_own_experts(architecture: Architecture, runtime: Runtime) -> int:
     return architecture.sizes["experts"] // runtime.ep_size
 
 
-def _local_kv_heads(model: HiddenStateGPT, runtime: Runtime) -> int:
+def _local_kv_heads(model: StageModel, runtime: Runtime) -> int:
     return model.architecture.num_kv_heads // runtime.tp_size
 
 

@@ -15,8 +15,8 @@ class Layout:
     pipeline: int
     context: int
     data: int
-    microbatches_per_step: int
-    """On each data-parallel rank."""
+    microbatches_per_step: int | None
+    """On each data-parallel rank; None where they are packed, as many as are needed."""
     num_parameters: int
 
 
@@ -33,7 +33,13 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
     """
     parallel, training = config.parallel, config.training
     architecture = architecture or read_architecture(config.model.path)
-    check_layout(architecture, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    check_layout(
+        architecture,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        expert=parallel.expert,
+    )
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
     model_size = parallel.tensor * parallel.pipeline * parallel.context
@@ -43,13 +49,15 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
             f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
             f"= {model_size}"
         )
-    data = world_size // model_size
-    num_microbatches, rest = divmod(training.global_batch_size, data * training.micro_batch_size)
-    if rest:
+    if world_size // parallel.pipeline % parallel.expert:
         raise ConfigError(
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of "
-            f"{data} data-parallel ranks x training.micro_batch_size {training.micro_batch_size}"
+            f"the {world_size // parallel.pipeline} processes of a pipeline stage are not a "
+            f"multiple of parallel.expert {parallel.expert}, which share out the experts"
         )
+    data = world_size // model_size
+    num_microbatches = None
+    if not training.packing:
+        num_microbatches = _num_microbatches(config, data)
     if config.prompts_per_step % data:
         raise ConfigError(
             f"training.global_batch_size {training.global_batch_size} / "
@@ -66,6 +74,24 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
         num_microbatches,
         architecture.num_parameters,
     )
+
+
+def _num_microbatches(config: Config, data: int) -> int:
+    parallel, training = config.parallel, config.training
+    num_microbatches, rest = divmod(training.global_batch_size, data * training.micro_batch_size)
+    if rest:
+        raise ConfigError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of "
+            f"{data} data-parallel ranks x training.micro_batch_size {training.micro_batch_size}"
+        )
+    if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
+        raise ConfigError(
+            f"{num_microbatches} microbatches a step on each data-parallel rank are not a multiple "
+            f"of parallel.pipeline {parallel.pipeline}, as parallel.virtual_pipeline "
+            f"{parallel.virtual_pipeline} needs; change training.global_batch_size or "
+            "training.micro_batch_size"
+        )
+    return num_microbatches
 
 
 def _check_experts(config: Config, architecture: Architecture) -> None:
@@ -88,4 +114,13 @@ def _check_lengths(config: Config, architecture: Architecture) -> None:
             f"{prompt + response} tokens are more than the {architecture.max_position_embeddings} "
             "that the model sees (max_position_embeddings or sliding_window in its config.json); "
             "lower one of the two"
+        )
+    budget = config.training.max_tokens_per_microbatch
+    # Context and tensor ranks share out the tokens: a packed sequence is padded for them.
+    rounding = 2 * config.parallel.context * (config.parallel.tensor + 1)
+    if budget is not None and prompt + response + rounding > budget:
+        raise ConfigError(
+            f"training.max_tokens_per_microbatch {budget} does not hold the longest sequence: "
+            f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response}, and up to "
+            f"{rounding} of padding"
         )

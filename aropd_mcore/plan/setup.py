@@ -5,7 +5,7 @@ from typing import Literal
 
 from aropd_mcore.config import Config, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
-from aropd_mcore.plan.layout import plan
+from aropd_mcore.plan.layout import Layout, plan
 
 Device = Literal["gpu", "cpu"]
 """`gpu`: Transformer Engine's layers, NCCL. `cpu`: Megatron's local layers, gloo."""
@@ -116,19 +116,22 @@ def setup_of(
     """
     architecture = architecture or read_architecture(config.model.path)
     layout = plan(config, world_size, architecture)
-    dtype = config.model.dtype
+    parallel, training, dtype = config.parallel, config.training, config.model.dtype
     is_fp32 = dtype == "fp32" or (dtype == "auto" and device == "cpu")
     is_sft = config.objective.name == "sft"
     return Setup(
         architecture,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
         context=layout.context,
+        expert=parallel.expert,
         data=layout.data,
-        sequence=config.parallel.sequence,
-        recompute=config.training.recompute,
-        micro_batch_size=config.training.micro_batch_size,
-        num_microbatches=layout.microbatches_per_step,
+        sequence=parallel.sequence,
+        recompute=training.recompute,
+        micro_batch_size=training.micro_batch_size,
+        max_tokens_per_microbatch=training.max_tokens_per_microbatch,
+        num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
         teacher=None if is_sft else config.teacher.kind,
         fp32_master=config.teacher.fp32_master,
         dtype_bytes=4 if is_fp32 else 2,
@@ -136,7 +139,19 @@ def setup_of(
         response_tokens=config.rollout.max_response_tokens,
         rollout_batch_size=config.rollout.batch_size,
         chunk_tokens=config.objective.chunk_tokens,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         device=device,
         gpus_per_node=gpus_per_node,
     )
+
+
+def _num_packed(config: Config, layout: Layout) -> int:
+    """Microbatches that responses of full length are packed into, on each data-parallel rank."""
+    budget = config.training.max_tokens_per_microbatch
+    longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
+    assert budget is not None and longest <= budget
+    responses = config.training.global_batch_size // layout.data
+    count = -(-responses // (budget // longest))
+    # The interleaved schedule takes as many at a time as there are stages.
+    multiple = layout.pipeline if config.parallel.virtual_pipeline > 1 else 1
+    return count + -count % multiple

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore.decode import decoding
-from aropd_mcore.mcore.model import HiddenStateGPT
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.rollout.sampling import sample, uniform_numbers
 from aropd_mcore.types import Rollout
@@ -30,7 +30,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
+        model: StageModel,
         runtime: Runtime,
         *,
         eos_token_ids: Sequence[int],
@@ -59,7 +59,8 @@ class NativeEngine:
             FloatingPointError: the model's logits are not finite.
         Collectives: the model's over tp_group and pp_group, a gather of logits and a broadcast of
             tokens for every token; over cp_group, whose ranks share out the prompts, an all-gather
-            of the rollouts; none over dp_group.
+            of the rollouts; none over dp_group, but where replicas share experts: then all of them
+            must call together, and they decode until the last is done.
         """
         self._check(prompts, seeds, sampling)
         group = self.runtime.cp_group
@@ -74,11 +75,23 @@ class NativeEngine:
     def _generate_share(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Rollout]:
+        starts = range(0, len(prompts), self.batch_size)
         rollouts = []
-        for start in range(0, len(prompts), self.batch_size):
+        for start in starts:
             batch = slice(start, start + self.batch_size)
             rollouts += self._generate_batch(prompts[batch], seeds[batch], sampling)
+        for _ in range(self._over_replicas(len(starts), dist.ReduceOp.MAX) - len(starts)):
+            self._generate_batch([(0,)], [0], sampling)  # for the experts here: others' go on
         return rollouts
+
+    def _over_replicas(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
+        """`value` reduced over the replicas that have to decode in step: those that share experts,
+        whose every forward is a collective."""
+        if self.runtime.ep_size == 1:
+            return value
+        reduced = torch.tensor(value, device=self.runtime.device)
+        dist.all_reduce(reduced, op, group=self.runtime.dp_cp_group)
+        return int(reduced)
 
     def _generate_batch(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
@@ -97,7 +110,8 @@ class NativeEngine:
                 decoder.share(tokens_TB[t])
                 is_last_TB[t] = torch.isin(tokens_TB[t], self._eos_token_ids)
                 done_B = done_B | is_last_TB[t]
-                if t + 1 == limit or done_B.all():
+                is_done = self._over_replicas(int(done_B.all()), dist.ReduceOp.MIN)
+                if t + 1 == limit or is_done:
                     break
                 logits_BV = decoder.step(tokens_TB[t])
             decoder.share(logprobs_TB)

@@ -8,7 +8,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
-from aropd_mcore.mcore.model import HiddenStateGPT, build_model
+from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
@@ -25,7 +25,9 @@ def start_runtime(config: Config) -> Runtime:
     return mcore_runtime.start(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
+        expert=parallel.expert,
         sequence_parallel=parallel.sequence,
         seed=config.training.seed,
     )
@@ -75,7 +77,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
     )
 
 
-def load_model(config: Config, runtime: Runtime) -> HiddenStateGPT:
+def load_model(config: Config, runtime: Runtime) -> StageModel:
     """This rank's shard of the model at config.model.path, with its HF weights."""
     model = build_model(
         config.model.path,

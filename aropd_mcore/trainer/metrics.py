@@ -115,7 +115,7 @@ def _premature(tokenizer: Any, response_ids: tuple[int, ...], answer: str) -> bo
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
     """Everything a step reports; `seconds/...` and `tokens_per_second` depend on the machine.
 
-    Collectives: one all-gather over the data-parallel ranks; every rank must call it.
+    Collectives: two all-gathers over the data-parallel ranks; every rank must call it.
     """
     metrics = {
         "step": step,
@@ -125,6 +125,9 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
         "grad_norm": result.update.grad_norm,
         "step_skipped": int(not result.update.applied),
     }
+    counts = torch.tensor([[result.num_tokens, result.num_padding_tokens]])
+    num_tokens, num_padding = runtime.gather_over_data(counts).sum(0).tolist()
+    metrics["padding_fraction"] = num_padding / num_tokens
     seconds = sum(result.seconds.values())
     metrics["tokens_per_second"] = metrics["num_response_tokens"] / seconds
     metrics |= {f"seconds/{phase}": value for phase, value in result.seconds.items()}

@@ -6,21 +6,17 @@ Source: METHOD sections 2 to 4; AR-OPD, arXiv:2606.10385.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from aropd_mcore.config import Config
-from aropd_mcore.data.collate import collate, num_loss_tokens
-from aropd_mcore.data.context import share_of_rank
 from aropd_mcore.data.dataset import RowDataset, step_positions
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore.optim import UpdateResult
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student, TokenSums
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.numerics import sample_token_weights
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.timing import Timer
-from aropd_mcore.types import Microbatch, Rollout, Views
+from aropd_mcore.types import Rollout, Views
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,10 @@ class StepResult:
     views: Sequence[Views]
     rollouts: Sequence[Rollout]
     """Of this data-parallel rank, one for each of `views`."""
+    num_tokens: int
+    """That this data-parallel rank's models have read, in all views."""
+    num_padding_tokens: int
+    """Of them, those that are padding."""
     sums: TokenSums
     update: UpdateResult
     seconds: dict[str, float]
@@ -64,15 +64,15 @@ def train_step(run: Run, step: int) -> StepResult:
         rollouts = respond(run, views, seeds)
 
     # Every loss token's weight in the global loss; then three sequences and one response a sample.
-    microbatches = microbatches_of(run, views, rollouts)
+    batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
 
     # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
     with timer("teacher"):
-        outputs = run.teacher.score(microbatches) if run.teacher else [None] * len(microbatches)
+        outputs = run.teacher.score(batch.microbatches) if run.teacher else None
 
     # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
     with timer("student"):
-        sums = run.student.forward_backward(microbatches, run.teacher, outputs)
+        sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
 
     with timer("optimizer"):
         update = run.student.optimizer.step(loss=float(sums["loss"].sum()))
@@ -85,7 +85,15 @@ def train_step(run: Run, step: int) -> StepResult:
             if run.engine:
                 run.engine.sync(weight_version=step + 1)
 
-    return StepResult(views, rollouts, sums, update, timer.seconds)
+    return StepResult(
+        views,
+        rollouts,
+        batch.num_tokens,
+        batch.num_padding_tokens,
+        sums,
+        update,
+        timer.seconds,
+    )
 
 
 def views_of_step(run: Run, step: int) -> tuple[list[Views], list[int]]:
@@ -121,31 +129,3 @@ def respond(run: Run, views: Sequence[Views], seeds: Sequence[int]) -> list[Roll
         Rollout(ids[:limit], logprobs=(), finished=len(ids) <= limit, weight_version=0)
         for ids in oracle
     ]
-
-
-def microbatches_of(
-    run: Run, views: Sequence[Views], rollouts: Sequence[Rollout]
-) -> list[Microbatch]:
-    """This rank's share of the global batch, on its device, with globally normalized weights.
-
-    Collectives: one all-reduce over the data-parallel ranks.
-    """
-    objective = run.config.objective
-    weights = sample_token_weights(
-        num_loss_tokens(rollouts, objective.skip_response_tokens),
-        torch.tensor([v.row.sample_weight for v in views]),
-        reduction=objective.reduction,
-        dp_group=run.runtime.dp_group,
-    )
-    microbatches = collate(
-        views,
-        rollouts,
-        weights,
-        skip_response_tokens=objective.skip_response_tokens,
-        micro_batch_size=run.config.training.micro_batch_size,
-        pad_token_id=run.pad_token_id,
-        length_multiple=run.runtime.length_multiple,
-        with_teacher=run.teacher is not None,
-    )
-    context = run.runtime.cp_size, run.runtime.cp_rank
-    return [share_of_rank(m, *context).to(run.runtime.device) for m in microbatches]

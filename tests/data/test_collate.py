@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aropd_mcore.data.collate import collate, num_loss_tokens
-from aropd_mcore.types import Rollout, Row, Views
+from aropd_mcore.data.packing import consecutive
+from aropd_mcore.types import Rollout, Sample
 
 PAD = 999  # No sampled id: a padded position that were counted would show.
 ids = st.lists(st.integers(0, 50), min_size=1, max_size=9).map(tuple)
@@ -19,17 +20,10 @@ samples = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(samples, st.integers(0, 4), st.integers(1, 4))
 def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_size):
-    views = [Views(Row("q", "z", "a"), *prompts) for *prompts, _ in samples]
     rollouts = [Rollout(response, (), True, 0) for *_, response in samples]
-    weights_N = torch.arange(1.0, len(samples) + 1)
-    microbatches = collate(
-        views,
-        rollouts,
-        weights_N,
-        skip_response_tokens=skip,
-        micro_batch_size=micro_batch_size,
-        pad_token_id=PAD,
-    )
+    views = [Sample(*texts, n + 1.0) for n, texts in enumerate(samples)]
+    groups = consecutive(len(samples), micro_batch_size)
+    microbatches = collate(views, groups, skip_response_tokens=skip, pad_token_id=PAD)
 
     seen = []
     for number, microbatch in enumerate(microbatches):
@@ -76,18 +70,48 @@ def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_
 
 
 def test_without_a_teacher_and_without_loss_tokens():
-    views = [Views(Row("q", "z", "a"), (1, 2), (3,), (4,))]
+    samples = [Sample((1, 2), (3,), (4,), (5, 6), 1.0)]
     (microbatch,) = collate(
-        views,
-        [Rollout((5, 6), (), True, 0)],
-        torch.ones(1),
-        skip_response_tokens=3,
-        micro_batch_size=4,
-        pad_token_id=PAD,
-        with_teacher=False,
+        samples, [[0]], skip_response_tokens=3, pad_token_id=PAD, with_teacher=False
     )
     assert microbatch.partial is None and microbatch.full is None
     assert microbatch.student.tokens_BS.tolist() == [[1, 2, 5, 6]]
     for tensor in (microbatch.student.hidden_index_T, microbatch.response_ids_T):
         assert tensor.shape == (0,) and tensor.dtype == torch.int64
     assert microbatch.token_weights_T.dtype == torch.float32
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples, st.integers(0, 4), st.integers(1, 3), st.integers(1, 3))
+def test_packed_and_padded_microbatches_count_the_same_tokens(samples, skip, segment, sequence):
+    members = [Sample(*texts, n + 1.0) for n, texts in enumerate(samples)]
+    groups = [list(range(len(samples)))[::-1], []]
+    both = [
+        collate(
+            members,
+            groups,
+            skip_response_tokens=skip,
+            pad_token_id=PAD,
+            length_multiple=segment * sequence,
+            segment_multiple=multiple,
+        )
+        for multiple in (None, segment)
+    ]
+    for padded, packed in zip(*both, strict=True):
+        for name in ("response_ids_T", "sample_T", "offset_T", "token_weights_T"):
+            assert torch.equal(getattr(packed, name), getattr(padded, name))
+        for name in ("student", "partial", "full"):
+            batch = getattr(packed, name)
+            tokens_S = batch.tokens_BS.squeeze(0)
+            assert len(tokens_S) % (segment * sequence) == 0
+            assert torch.equal(tokens_S[batch.hidden_index_T + 1], packed.response_ids_T)
+            starts, ends = batch.bounds[:-1], batch.bounds[1:]
+            for t, b in enumerate(packed.sample_T):
+                assert starts[b] <= batch.hidden_index_T[t] < ends[b]
+            # Row for row the sequences are the padded ones.
+            for row, start, end in zip(getattr(padded, name).tokens_BS, starts, ends, strict=True):
+                real = tokens_S[start:end]
+                real = real[real != PAD]
+                assert torch.equal(real, row[row != PAD])
+                assert start % segment == 0 and end % segment == 0
+    assert both[1][1].response_ids_T.numel() == 0

@@ -5,31 +5,32 @@ import torch
 
 from aropd_mcore.data.collate import collate
 from aropd_mcore.data.context import positions_of_rank, share_of_rank
-from aropd_mcore.types import Rollout, Row, Views
+from aropd_mcore.types import Sample
 
 
 def test_positions_pair_early_chunks_with_late_ones():
-    assert positions_of_rank(8, 2, 0).tolist() == [0, 1, 6, 7]
-    assert positions_of_rank(8, 2, 1).tolist() == [2, 3, 4, 5]
-    assert positions_of_rank(3, 1, 0).tolist() == [0, 1, 2]
+    assert positions_of_rank([0, 8], 2, 0).tolist() == [0, 1, 6, 7]
+    assert positions_of_rank([0, 8], 2, 1).tolist() == [2, 3, 4, 5]
+    assert positions_of_rank([0, 3], 1, 0).tolist() == [0, 1, 2]
+    assert positions_of_rank([0, 4, 12], 2, 0).tolist() == [0, 3, 4, 5, 10, 11]
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_every_loss_token_finds_its_hidden_states_in_all_views(size):
+def test_every_loss_token_finds_its_hidden_states_in_all_views(size, packing):
     """Token ids stand for hidden states, flattened alike: a rank holds those of its positions."""
     responses = [(70, 71, 72, 73), (80,), tuple(range(90, 107))]
     views = [
-        Views(Row("q", "z", "a"), (n, n + 1), tuple(range(20, 25 + n)), tuple(range(40, 52)))
+        Sample((n, n + 1), tuple(range(20, 25 + n)), tuple(range(40, 52)), responses[n], n + 1.0)
         for n in range(3)
     ]
     (whole,) = collate(
         views,
-        [Rollout(ids, (), True, 0) for ids in responses],
-        torch.tensor([1.0, 2.0, 3.0]),
+        [[0, 1, 2]],
         skip_response_tokens=0,
-        micro_batch_size=3,
         pad_token_id=0,
         length_multiple=2 * size,
+        segment_multiple=2 * size if packing else None,
     )
     shares = [share_of_rank(whole, size, rank) for rank in range(size)]
     found = []

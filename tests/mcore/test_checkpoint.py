@@ -114,7 +114,7 @@ def check_bf16(path: Path, folder: Path) -> None:
         expected = EMA_RATE * (students[name].detach().float() - was.float())
         # What lerp rounds is of the size of the weight, not of the step.
         torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-7, msg=name)
-    first = "decoder.layers.0.mlp.linear_fc1.weight"
+    first = "0.decoder.layers.0.mlp.linear_fc1.weight"
     assert (average[first] != start[first].float()).float().mean() > 0.5, "the average stood still"
     still = (teacher_of(run).model.get_parameter(first) == start[first]).float().mean()
     assert still > 0.9, "in bf16 alone this step should have vanished"
@@ -159,7 +159,8 @@ def test_exports_give_transformers_the_trained_models(path, tmp_path):
     assert found["student"] != pytest.approx(found["teacher"], abs=1e-3), "the same model twice"
     summary = inspect(tmp_path)
     assert (summary.step, summary.has_teacher, summary.has_optimizer) == (3, True, True)
-    assert summary.layout == {"tensor": 2, "pipeline": 2, "context": 1, "data": 1}
+    sizes = {name: size for name, size in summary.layout.items() if size > 1}
+    assert sizes == {"tensor": 2, "pipeline": 2}
     assert not verify(open_source(tmp_path), open_source(tmp_path, who="teacher")).same
 
 

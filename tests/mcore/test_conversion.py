@@ -104,20 +104,18 @@ def load_and_save(case: Case, rt, out: Path, metadata: dict | None) -> None:
     from aropd_mcore.mcore.model import build_model
     from aropd_mcore.mcore.weights import load_hf_weights
 
-    stages = range(rt.vp_size) if rt.vp_size > 1 else [None]
-    chunks = [build_model(case.hf, rt, dtype=case.dtype, vp_stage=stage) for stage in stages]
-    straight = []
-    for chunk in chunks:
-        load_hf_weights(chunk, case.hf, rt)
-        straight.append({name: p.clone() for name, p in chunk.named_parameters()})
-        for p in chunk.parameters():
-            p.fill_(torch.nan)
+    model = build_model(case.hf, rt, dtype=case.dtype)
+    load_hf_weights(model, case.hf, rt)
+    straight = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.fill_(torch.nan)
+    chunks = list(model)
     states = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     loaded = dist_checkpointing.load(states, str(case.megatron / "iter_0000000"))
-    for i, (chunk, expected) in enumerate(zip(chunks, straight, strict=True)):
+    for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"])
-        for name, p in chunk.named_parameters():
-            assert torch.equal(p, expected[name]), (case.name, rt, name)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, straight[name]), (case.name, rt, name)
     if rt.rank == 0:
         out.mkdir()
     dist.barrier()

@@ -8,7 +8,7 @@ tests/convert/test_architecture.py demands of every family that convert/mapping.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -103,8 +103,6 @@ def test_logits_greedy_tokens_and_round_trip(world_size: int, cases: list[Case],
 
     for layout in LAYOUTS[world_size]:
         for case in _cases_of(layout, cases):
-            if layout.virtual_pipeline > 1:
-                continue
             folder = tmp_path / _export_name(layout, case)
             _assert_bitwise(folder, case.folder)
             for name in ("config.json", "generation_config.json"):
@@ -116,7 +114,7 @@ def _cases_of(layout: Layout, cases: list[Case]) -> list[Case]:
 
 
 def _export_name(layout: Layout, case: Case) -> str:
-    return f"tp{layout.tensor}-pp{layout.pipeline}-ep{layout.expert}-{case.name}"
+    return "-".join(map(str, (*layout, case.name)))
 
 
 def _visit(cases: list[Case], layouts: list[Layout], out: Path) -> dict[tuple, torch.Tensor]:
@@ -128,13 +126,12 @@ def _visit(cases: list[Case], layouts: list[Layout], out: Path) -> dict[tuple, t
     for layout in layouts:
         rt = runtime.start(**layout._asdict())
         for case in _cases_of(layout, cases):
-            chunks = _load(case.folder, rt)
+            model = _load(case.folder, rt)
             # Replicas have the rows in other orders: where they share experts, tokens that come
             # back to the wrong rank make a difference.
             mine = case.tokens_BS.roll(rt.dp_rank, 0)
-            results[layout, case.name] = _logits(chunks, mine, rt).roll(-rt.dp_rank, 0)
-            if layout.virtual_pipeline == 1:
-                export_hf(chunks[0], case.folder, out / _export_name(layout, case), rt)
+            results[layout, case.name] = _logits(model, mine, rt).roll(-rt.dp_rank, 0)
+            export_hf(model, case.folder, out / _export_name(layout, case), rt)
         runtime.stop()
     return results
 
@@ -162,7 +159,7 @@ def _export_variants(folder: Path) -> None:
 
     rt = runtime.start(tensor=2, pipeline=2)
     source = folder / "source"
-    [model] = _load(source, rt, torch.bfloat16)
+    model = _load(source, rt, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     export_hf(model, source, folder / "bf16", rt)
     export_hf(model, source, folder / "fp32", rt, dtype=torch.float32)
@@ -181,7 +178,7 @@ def _check_padding_and_cache(folder: Path) -> None:
     from aropd_mcore.mcore import runtime
 
     rt = runtime.start(tensor=2)
-    [model] = _load(folder, rt)
+    [model] = _load(folder, rt)  # of chunks
     from megatron.core.inference.contexts import StaticInferenceContext  # after the CPU mode
 
     assert (model.vocab_size, model.padded_vocab_size) == (70, 128)
@@ -209,7 +206,6 @@ def test_unusable_folders_fail_alike_on_every_rank(tmp_path: Path):
     odd = {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
     save_tiny_model("llama", tmp_path / "odd", hidden_size=48, **odd)
     save_tiny_model("llama", tmp_path / "other", num_hidden_layers=2)
-    save_tiny_model("llama", tmp_path / "even")
     run_ranks(_check_errors, 2, tmp_path)
 
 
@@ -234,7 +230,7 @@ def _check_sizes() -> None:
 def _check_errors(folder: Path) -> None:
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.model import build_model
-    from aropd_mcore.mcore.weights import iter_hf_tensors, load_hf_weights
+    from aropd_mcore.mcore.weights import load_hf_weights
 
     rt = runtime.start(tensor=2)
     with pytest.raises(ValueError, match="size 2 does not divide the model's 3 key/value heads"):
@@ -253,10 +249,7 @@ def _check_errors(folder: Path) -> None:
     runtime.stop()
     rt = runtime.start(pipeline=2, virtual_pipeline=2)
     with pytest.raises(ValueError, match=r"2 x 2 chunks on each stage does not divide .* 2 layers"):
-        build_model(folder / "other", rt, dtype=torch.float32, vp_stage=0)
-    chunk = _load(folder / "even", rt)[0]
-    with pytest.raises(ValueError, match="the 2 chunks of a stage cannot be gathered"):
-        next(iter_hf_tensors(chunk, rt))
+        build_model(folder / "other", rt, dtype=torch.float32)
 
 
 def test_checkpoints_have_the_names_of_the_table(tmp_path: Path):
@@ -269,7 +262,7 @@ def test_checkpoints_have_the_names_of_the_table(tmp_path: Path):
 def _check_checkpoint_names(folder: Path) -> None:
     from aropd_mcore.mcore import runtime
 
-    [model] = _load(folder, runtime.start())
+    [model] = _load(folder, runtime.start())  # of chunks
     found = {tensor.key for tensor in model.sharded_state_dict().values()}
     # A tensor is one of all layers, or of all their experts, so numbers are no part of its name.
     in_table = {
@@ -280,39 +273,36 @@ def _check_checkpoint_names(folder: Path) -> None:
     assert {name for name in found if not name.endswith("_extra_state")} == in_table
 
 
-def _load(folder: Path, rt, dtype: torch.dtype = torch.float32) -> list:
-    """This rank's chunks of the model."""
+def _load(folder: Path, rt, dtype: torch.dtype = torch.float32) -> Any:
     from aropd_mcore.mcore.model import build_model
     from aropd_mcore.mcore.weights import load_hf_weights
 
-    chunks = []
-    for vp_stage in range(rt.vp_size) if rt.vp_size > 1 else [None]:
-        chunks.append(build_model(folder, rt, dtype=dtype, vp_stage=vp_stage).eval())
-        load_hf_weights(chunks[-1], folder, rt)
-    return chunks
+    model = build_model(folder, rt, dtype=dtype).eval()
+    load_hf_weights(model, folder, rt)
+    return model
 
 
 @torch.no_grad()
-def _logits(chunks: list, tokens_BS: torch.Tensor, rt) -> torch.Tensor:
+def _logits(model: Any, tokens_BS: torch.Tensor, rt) -> torch.Tensor:
     """Whole, unpadded logits [B, S, V] on every rank, by plain sends from chunk to chunk."""
     batch, length = tokens_BS.shape
     before, after = (
         dist.get_global_rank(rt.pp_group, (rt.pp_rank + step) % rt.pp_size) for step in (-1, 1)
     )
     hidden = torch.empty(length, batch, TINY["hidden_size"])
-    for chunk in chunks:
+    for chunk in model:
         if not chunk.pre_process:
             dist.recv(hidden, before, group=rt.pp_group)
             chunk.set_input_tensor(hidden)
         hidden = chunk(tokens_BS, torch.arange(length).expand(batch, length), None)
         if not chunk.post_process:
             dist.send(hidden, after, group=rt.pp_group)
-    logits = torch.empty(batch, length, chunks[-1].vocab_size)
+    logits = torch.empty(batch, length, model.vocab_size)
     if rt.is_last_stage:
-        shard = (hidden @ chunks[-1].head_weight().T).transpose(0, 1).contiguous()
+        shard = (hidden @ model.head_weight().T).transpose(0, 1).contiguous()
         shards = [torch.empty_like(shard) for _ in range(rt.tp_size)]
         dist.all_gather(shards, shard, group=rt.tp_group)
-        logits = torch.cat(shards, dim=-1)[..., : chunks[-1].vocab_size].contiguous()
+        logits = torch.cat(shards, dim=-1)[..., : model.vocab_size].contiguous()
     dist.broadcast(logits, rt.last_stage_rank, group=rt.pp_group)
     return logits
 

@@ -201,7 +201,7 @@ def model_is_left_as_it_was(folder: Path) -> None:
 
     # Training meets the rotary tables that sampling left in Megatron's cache.
     engine.generate([PROMPTS[2][:-1]], SEEDS[:1], SamplingConfig(max_response_tokens=1))
-    assert not model.rotary_pos_emb(len(PROMPTS[2])).is_inference()
+    assert not model[0].rotary_pos_emb(len(PROMPTS[2])).is_inference()
     first = gradient()
     engine.generate(PROMPTS, SEEDS, RANDOM)
     assert torch.equal(gradient(), first)
@@ -214,7 +214,7 @@ def model_is_left_as_it_was(folder: Path) -> None:
     assert [r.response_ids for r in after] != [r.response_ids for r in before]
     assert {r.weight_version for r in before} == {0} and {r.weight_version for r in after} == {3}
 
-    model.decoder.layers[1].mlp.linear_fc2.weight.data[0, 0] = torch.nan
+    model[0].decoder.layers[1].mlp.linear_fc2.weight.data[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite at weight version 3"):
         engine.generate(PROMPTS, SEEDS, RANDOM)
     assert list(model.modules()) == modules

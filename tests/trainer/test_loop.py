@@ -97,7 +97,7 @@ def poisoned_teacher(run) -> Iterator[None]:
 @contextmanager
 def infinite_gradient(run) -> Iterator[None]:
     """What an overflow in one rank's backward leaves behind: the loss is finite, a gradient not."""
-    parameter = run.student.model.decoder.final_layernorm.weight
+    parameter = run.student.model[-1].decoder.final_layernorm.weight
     scale = math.inf if run.runtime.rank == 1 else 1.0
     hook = parameter.register_hook(lambda grad: grad * scale)
     yield

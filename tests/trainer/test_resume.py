@@ -119,17 +119,22 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
     assert tracker.read_text() == "4"
 
 
-def test_experts_move_from_tensor_ranks_to_one_rank(tmp_path):
-    path = write_run(tmp_path, checkpoint={"save_every_steps": 2})
-    model = write_model(tmp_path / "experts", "qwen3_moe")
-    layout = [f"model.path={model}", "parallel.tensor=2", "parallel.sequence=true"]
-    run_ranks(train_on_ranks, 2, path, layout)
-    out = halfway(tmp_path / "out", tmp_path / "on-one-rank")
-    run_ranks(train_on_ranks, 1, path, [f"model.path={model}", f"output_dir={out}"])
-    lines, expected = repeatable(read_lines(out)), repeatable(read_lines(tmp_path / "out"))
-    assert len(lines) == 4
-    for line, other in zip(lines, expected, strict=True):
-        assert line == pytest.approx(other, rel=1e-4)
+def test_experts_move_between_layouts(tmp_path):
+    """From tensor ranks, with one optimizer, to expert ranks, with two, and to a rank alone."""
+    path = write_run(tmp_path, checkpoint={"save_every_steps": 1, "keep_last": 4})
+    model = f"model.path={write_model(tmp_path / 'experts', 'qwen3_moe')}"
+    run_ranks(train_on_ranks, 2, path, [model, "parallel.tensor=2", "parallel.sequence=true"])
+    expected = repeatable(read_lines(tmp_path / "out"))
+    assert len(expected) == 4
+
+    shared_out = checkpoint_of(tmp_path / "out", 1, tmp_path / "shared-out")
+    layout = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.expert=2"]
+    run_ranks(train_on_ranks, 4, path, [model, f"output_dir={shared_out}", *layout])
+    alone = checkpoint_of(shared_out, 2, tmp_path / "alone")
+    run_ranks(train_on_ranks, 1, path, [model, f"output_dir={alone}"])
+    for out in (shared_out, alone):
+        for line, other in zip(repeatable(read_lines(out)), expected, strict=True):
+            assert line == pytest.approx(other, rel=1e-4)
 
 
 def test_new_settings_hold_from_the_resumed_step_on(path, unbroken):
@@ -143,9 +148,14 @@ def test_new_settings_hold_from_the_resumed_step_on(path, unbroken):
 
 def halfway(unbroken: Path, out: Path) -> Path:
     """`out`, with the unbroken run's checkpoint of step 2 and all its metrics."""
-    checkpoint = "checkpoints/iter_0000002"
-    shutil.copytree(unbroken / checkpoint, out / checkpoint)
-    shutil.copy(unbroken / "metrics.jsonl", out)
+    return checkpoint_of(unbroken, 2, out)
+
+
+def checkpoint_of(run: Path, step: int, out: Path) -> Path:
+    """`out`, with the run's checkpoint of a step and all its metrics."""
+    checkpoint = f"checkpoints/iter_{step:07d}"
+    shutil.copytree(run / checkpoint, out / checkpoint)
+    shutil.copy(run / "metrics.jsonl", out)
     return out
 
 

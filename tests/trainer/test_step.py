@@ -10,6 +10,7 @@ its sign. UPDATE bounds the error of every weight as a share of the largest lear
 """
 
 import gc
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ class Layout(NamedTuple):
     pipeline: int
     sequence: bool = False
     context: int = 1
+    virtual_pipeline: int = 1
+    expert: int = 1
 
     @property
     def replica_size(self) -> int:
@@ -83,6 +86,7 @@ class Case:
         return root / f"{self.family}-{'tied' if self.tie else 'untied'}-{len(self.eos_ids)}-eos"
 
 
+PACKED = {"packing": True, "max_tokens_per_microbatch": 240}
 AROPD = {"residual_clip": 0.5, "hindsight_gap": 0.5, "hindsight_floor": 0.2}
 CASES = [
     Case(
@@ -90,12 +94,14 @@ CASES = [
         "ema",
         {"objective": AROPD, "optimizer": {"warmup_ratio": 0.25}},
         num_steps=4,
+        num_microbatches=2,
         layouts=[
             *LAYOUTS,
             Layout(2, 2, sequence=True),
             Layout(4, 1, sequence=True),
             Layout(1, 1, context=4),
             Layout(2, 1, sequence=True, context=2),
+            Layout(1, 2, virtual_pipeline=2),
         ],
     ),
     Case(
@@ -109,7 +115,12 @@ CASES = [
         },
         tie=True,
         num_microbatches=2,
-        layouts=[*LAYOUTS, Layout(2, 2, sequence=True), Layout(1, 2, context=2)],
+        layouts=[
+            *LAYOUTS,
+            Layout(2, 2, sequence=True),
+            Layout(1, 2, context=2),
+            Layout(2, 2, sequence=True, virtual_pipeline=2),
+        ],
     ),
     Case(
         "frozen",
@@ -144,6 +155,11 @@ CASES = [
             Layout(2, 1, sequence=True),
             Layout(2, 2, sequence=True),
             Layout(1, 1, context=2),
+            Layout(1, 1, expert=4),
+            Layout(1, 2, virtual_pipeline=2, expert=2),
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(2, 1, sequence=True, expert=4),
+            Layout(1, 1, context=2, expert=2),
         ],
     ),
     Case(
@@ -153,7 +169,39 @@ CASES = [
         tie=True,
         num_steps=2,
         num_microbatches=2,
-        layouts=[Layout(2, 1, sequence=True), Layout(1, 2), ONE],
+        layouts=[
+            Layout(2, 1, sequence=True),
+            Layout(1, 2),
+            ONE,
+            Layout(1, 2, virtual_pipeline=2),
+        ],
+    ),
+    Case(
+        "packed",
+        {"objective": AROPD, "training": PACKED},
+        family="qwen3",
+        num_steps=2,
+        layouts=[
+            Layout(1, 1),
+            Layout(2, 1, sequence=True, context=2),
+            Layout(1, 2, virtual_pipeline=2),
+            Layout(1, 1, context=4),
+            Layout(2, 2, sequence=True),
+        ],
+    ),
+    Case(
+        "packed-experts",
+        {
+            "objective": AROPD | {"reduction": "token_mean"},
+            "teacher": {"kind": "live"},
+            "training": PACKED | {"recompute": "full"},
+        },
+        family="qwen3_moe",
+        layouts=[
+            Layout(1, 1, expert=4),
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 1, context=2, expert=2),
+        ],
     ),
     Case(
         "partial-opd",
@@ -221,7 +269,7 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
     run = build_run(config, rt)
     settings = run.student.model.config
     assert (settings.recompute_granularity or "none") == config.training.recompute
-    overlaps = run.student.optimizer.ddp.ddp_config.overlap_grad_reduce
+    overlaps = run.student.optimizer.ddp_chunks[0].ddp_config.overlap_grad_reduce
     assert overlaps == config.parallel.overlap_grad_reduce
     samples, metrics = [], []
     for step in range(case.num_steps):
@@ -336,7 +384,9 @@ def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, l
         mine = slice(rank.dp_rank * share, (rank.dp_rank + 1) * share)
         assert rank.samples == [step[mine] for step in on_one_rank[name].samples]
     replicas = [rank for rank in ranks if rank.student is not None]
-    assert len(replicas) == 4 // (layout.tensor * layout.pipeline)  # a context rank has all weights
+    # A context rank has all weights; tensor ranks, or ranks that share experts, have them together.
+    num_holders = layout.pipeline * math.lcm(layout.tensor, layout.expert)
+    assert len(replicas) == 4 // num_holders
     for replica in replicas[1:]:
         for name, tensor in replicas[0].student.items():
             assert torch.equal(replica.student[name], tensor), f"{name}: replicas drift apart"
@@ -374,6 +424,7 @@ OF_ANOTHER_TEST = {
     "step_skipped",
     "num_cut_tokens",
     "num_response_tokens",
+    "padding_fraction",
     "premature_answer_rate",
     "tokens_per_second",
     "truncation_rate",

@@ -1,0 +1,91 @@
+"""From rollouts to what the models read: weights, microbatches, and this rank's share of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aropd_mcore.config import Config
+from aropd_mcore.data.collate import collate, num_loss_tokens
+from aropd_mcore.data.context import share_of_rank
+from aropd_mcore.data.packing import consecutive, packed
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.numerics import sample_token_weights
+from aropd_mcore.types import Microbatch, Rollout, Sample, Views
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's microbatches on this rank, on its device."""
+
+    microbatches: list[Microbatch]
+    num_tokens: int
+    """In all views, over this data-parallel rank's context ranks, padding included."""
+    num_padding_tokens: int
+
+
+def form_batch(
+    config: Config,
+    runtime: Runtime,
+    views: Sequence[Views],
+    rollouts: Sequence[Rollout],
+    pad_token_id: int,
+) -> Batch:
+    """This rank's share of the global batch, with globally normalized weights.
+
+    Padded, a data-parallel rank trains on what it has sampled itself; packed, on samples that are
+    shared out anew by their tokens.
+
+    Collectives: one all-reduce over the data-parallel ranks; with packing also an all-gather.
+    """
+    objective, training = config.objective, config.training
+    with_teacher = objective.name == "aropd"
+    weights = sample_token_weights(
+        num_loss_tokens(rollouts, objective.skip_response_tokens),
+        torch.tensor([v.row.sample_weight for v in views]),
+        reduction=objective.reduction,
+        dp_group=runtime.dp_group,
+    )
+    samples = [
+        Sample(v.student_ids, v.partial_ids, v.full_ids, rollout.response_ids, weight)
+        for v, rollout, weight in zip(views, rollouts, weights.tolist(), strict=True)
+    ]
+    if training.packing:
+        assert training.max_tokens_per_microbatch is not None
+        samples = runtime.concatenate_over_data(samples)
+        groups = packed(
+            [_lengths(s, with_teacher, runtime.segment_multiple) for s in samples],
+            num_ranks=runtime.dp_size,
+            # The end of a microbatch may be padded further.
+            budget=training.max_tokens_per_microbatch - runtime.length_multiple + 1,
+            count_multiple=runtime.pp_size if runtime.vp_size > 1 else 1,
+        )[runtime.dp_rank]
+    else:
+        groups = consecutive(len(samples), training.micro_batch_size)
+    microbatches = collate(
+        samples,
+        groups,
+        skip_response_tokens=objective.skip_response_tokens,
+        pad_token_id=pad_token_id,
+        length_multiple=runtime.length_multiple,
+        segment_multiple=runtime.segment_multiple if training.packing else None,
+        with_teacher=with_teacher,
+    )
+    all_views = [v for m in microbatches for v in (m.student, m.partial, m.full) if v is not None]
+    num_tokens = sum(view.tokens_BS.numel() for view in all_views)
+    num_real = sum(sum(_lengths(samples[i], with_teacher, 1)) for group in groups for i in group)
+    context = runtime.cp_size, runtime.cp_rank
+    return Batch(
+        [share_of_rank(m, *context).to(runtime.device) for m in microbatches],
+        num_tokens,
+        num_tokens - num_real,
+    )
+
+
+def _lengths(sample: Sample, with_teacher: bool, multiple: int) -> tuple[int, ...]:
+    """Tokens of the sample in each view, rounded up to `multiple`."""
+    prompts = [sample.student_ids]
+    if with_teacher:
+        prompts += [sample.partial_ids, sample.full_ids]
+    lengths = [len(prompt) + len(sample.response_ids) for prompt in prompts]
+    return tuple(length + -length % multiple for length in lengths)
