@@ -83,6 +83,8 @@ LAYOUTS = {
     "DP 2, live teacher": Layout(2, {"teacher": {"kind": "live"}}),
     "DP 2, experts": Layout(2, {}, "moe"),
     "TP 2 + SP, experts": Layout(2, {"parallel": {"tensor": 2, "sequence": True}}, "moe"),
+    "EP 2": Layout(2, {"parallel": {"expert": 2}}, "moe"),
+    "PP 2 x VPP 2": Layout(2, {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
 }
 CONFIG: dict[str, Any] = {
     "output_dir": "unused",
@@ -109,8 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{row['planned'] / 1e6:7.1f} MB{row['planned'] / row['measured']:8.3f}",
                 flush=True,
             )
-            if row["phase"] == "peak":
-                print(end="", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0
