@@ -151,9 +151,6 @@ def backward_working_set(setup: Setup) -> float:
     """
     s, width = sizes_of(setup, setup.microbatch_tokens), setup.dtype_bytes
     residual = s.local_tokens * s.hidden + s.tokens * s.hidden
-    if s.ffn:
-        mlp = s.tokens * 2 * s.ffn
-    else:
-        mlp = s.local_tokens * s.experts_per_token * 2 * s.hidden
+    mlp = s.tokens * 2 * s.ffn + s.local_tokens * s.experts_per_token * 2 * s.hidden
     gathered = s.tokens * s.hidden if setup.sequence and setup.device == "gpu" else 0
     return (residual + mlp + gathered) * width

@@ -193,9 +193,7 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     if setup.pipeline > 1:
         sends = setup.num_microbatches * (passes - (setup.recompute == "full"))
         between = _bandwidth(setup, setup.world_size, rates)
-        seconds += (
-            sends * setup.virtual_pipeline * layer_bytes / setup.sequence_size / between
-        )
+        seconds += sends * setup.virtual_pipeline * layer_bytes / setup.sequence_size / between
     parameters = max(
         (rank_parameters(setup, stage) for stage in range(setup.pipeline)), key=lambda p: p.total
     )

@@ -87,7 +87,9 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
     config, gpus = job.config, job.num_gpus
 
     def changes(section: str, key: str, values: list[Any]) -> list[Change]:
-        return [(f"{section}.{key}={_yaml(value)}", gpus, {section: {key: value}}) for value in values]
+        keys = [f"{section}.{key}={_yaml(value)}" for value in values]
+        sections = [{section: {key: value}} for value in values]
+        return [(text, gpus, section) for text, section in zip(keys, sections, strict=True)]
 
     parallel, training = config.parallel, config.training
     sizes = {"tensor": job.gpus_per_node, "pipeline": gpus, "context": job.gpus_per_node}
@@ -132,8 +134,13 @@ def sweep(job: Job) -> list[Estimate]:
         [n for n in _powers(min(sequences, 32)) if sequences % n == 0],
     ):
         for sequence in (False, True) if tensor > 1 else (False,):
-            layout = dict(tensor=tensor, pipeline=pipeline, context=context, sequence=sequence)
-            training = dict(recompute=recompute, micro_batch_size=micro_batch_size)
+            layout = {
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "context": context,
+                "sequence": sequence,
+            }
+            training = {"recompute": recompute, "micro_batch_size": micro_batch_size}
             try:
                 estimate = job.estimate(parallel=layout, training=training)
             except ValueError:

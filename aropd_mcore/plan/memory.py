@@ -175,9 +175,7 @@ def _student(setup: Setup, stage: int) -> dict[str, float]:
     if stage == 0:
         # The embedding's gradient is as large as the embedding; by then the first microbatch's
         # activations are gone.
-        gradient = {
-            "embedding's gradient": float(vocabulary_parameters(setup) * setup.dtype_bytes)
-        }
+        gradient = {"embedding's gradient": float(vocabulary_parameters(setup) * setup.dtype_bytes)}
         choices.append((activations - a_microbatch, gradient))
     activations, working = max(choices, key=lambda pair: pair[0] + sum(pair[1].values()))
     return {**_hidden_states(setup, stage), "activations": activations, **working}

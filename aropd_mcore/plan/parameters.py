@@ -83,5 +83,3 @@ def largest_weight(setup: Setup, stage: int) -> int:
 
 def _size(row: TableRow, architecture: Architecture) -> int:
     return sum(prod(architecture.sizes[name] for name in shape) for shape in row.hf.values())
-
-

@@ -54,9 +54,7 @@ def test_activations_of_a_layer_of_seven_billion():
 )
 def test_microbatches_in_flight(sizes: tuple[int, int, int], stage: int, expected: float):
     pipeline, virtual, number = sizes
-    setup = Setup(
-        SEVEN_B, pipeline=pipeline, virtual_pipeline=virtual, num_microbatches=number
-    )
+    setup = Setup(SEVEN_B, pipeline=pipeline, virtual_pipeline=virtual, num_microbatches=number)
     assert microbatches_in_flight(setup, stage) == expected
 
 

@@ -85,7 +85,8 @@ LAYOUTS = [
 
 
 def test_built_models_have_as_many():
-    for (name, layout), counts in zip(LAYOUTS, zip(*run_ranks(_count, 4), strict=True), strict=True):
+    counted_by_layout = zip(*run_ranks(_count, 4), strict=True)
+    for (name, layout), counts in zip(LAYOUTS, counted_by_layout, strict=True):
         size = layout.get("tensor", 1) * layout.get("pipeline", 1)
         setup = Setup(read_architecture(MODELS[name]), **layout, data=4 // size)
         for stage, counted in counts:

@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +24,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from torch.multiprocessing.spawn import start_processes
 
 from aropd_mcore.config import Config
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.memory import Memory, stage_memory
-from aropd_mcore.plan.setup import Setup, setup_of
+from aropd_mcore.plan.setup import setup_of
 from aropd_mcore.types import Row, Views
 
 DENSE: dict[str, Any] = {
@@ -97,7 +96,7 @@ CONFIG: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Peak memory beside the plan's.")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args(argv)
@@ -135,7 +134,9 @@ def measure(name: str, *, phases: bool = False) -> list[dict[str, Any]]:
     for stage in range(setup.pipeline):
         planned = stage_memory(setup, stage)
         ranks = [rank for rank in found if rank["stage"] == stage]
-        measured = {phase: max(rank["bytes"][phase] for rank in ranks) for phase in ranks[0]["bytes"]}
+        measured = {
+            phase: max(rank["bytes"][phase] for rank in ranks) for phase in ranks[0]["bytes"]
+        }
         for phase, size in measured.items():
             if phase == "peak" or phases:
                 rows.append(
@@ -245,9 +246,7 @@ def _build(config: Config, runtime: Any, hf: dict[str, Any]) -> Any:
     from aropd_mcore.trainer.step import Run
 
     def random_model() -> Any:
-        model = build_model(
-            hf, runtime, dtype=torch.float32, recompute=config.training.recompute
-        )
+        model = build_model(hf, runtime, dtype=torch.float32, recompute=config.training.recompute)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
