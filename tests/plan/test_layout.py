@@ -44,3 +44,36 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
     plan(config(tmp_path, "mixtral", parallel={"tensor": 2, "sequence": True}), 2)
     with pytest.raises(ConfigError, match=r"parallel.tensor is 2; .*\(MixtralForCausalLM\)"):
         plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {
+                "parallel": {"pipeline": 2, "virtual_pipeline": 2},
+                "training": {"micro_batch_size": 8},
+            },
+            r"^1 microbatches a step .* not a multiple of parallel.pipeline 2, as .*virtual_pipe",
+        ),
+        (
+            {"parallel": {"expert": 4}},
+            r"^the 2 processes of a pipeline stage are not a multiple of parallel.expert 4",
+        ),
+        (
+            {"training": {"packing": True, "max_tokens_per_microbatch": 140}},
+            r"max_tokens_per_microbatch 140 does not hold .* 128 \+ .* 16, and up to 4 of padding",
+        ),
+    ],
+    ids=["virtual pipeline", "experts", "packing"],
+)
+def test_what_does_not_fit(tmp_path: Path, sections, message):
+    world_size = 2
+    with pytest.raises(ConfigError, match=message):
+        plan(config(tmp_path, "qwen3_moe", **sections), world_size)
+
+
+def test_packed_microbatches_are_counted_later(tmp_path: Path):
+    packing = {"packing": True, "max_tokens_per_microbatch": 200, "micro_batch_size": 8}
+    found = plan(config(tmp_path, "llama", training=packing), 2)
+    assert found.microbatches_per_step is None
