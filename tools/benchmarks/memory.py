@@ -1,6 +1,6 @@
 """Peak memory of real training steps on CPU ranks, beside what `aropd plan` says of them.
 
-    python tools/benchmarks/memory.py [--layout NAME ...] [--json FILE]
+    python tools/benchmarks/memory.py [--layout NAME ...] [--phases] [--json FILE]
 
 Each layout is a job of its own over gloo, with a random model and responses of full length. What a
 rank had resident after its imports and a tiny run is its baseline; its peak is the kernel's figure
@@ -98,12 +98,13 @@ CONFIG: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Peak memory beside the plan's.")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--phases", action="store_true", help="each phase as well as the peak")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args(argv)
     print(f"{'layout':28}{'stage':>6}{'phase':>10}{'measured':>11}{'planned':>10}{'ratio':>8}")
     rows = []
     for name in args.layout:
-        for row in measure(name):
+        for row in measure(name, phases=args.phases):
             rows.append(row)
             print(
                 f"{name:28}{row['stage']:6}{row['phase']:>10}{row['measured'] / 1e6:8.1f} MB"
