@@ -2,6 +2,7 @@
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make test-vllm    a converted model served by a real vLLM, installed into .venv-vllm (3.4 GB)
+# make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm lint clean
+.PHONY: demo demo-compare test test-latest test-vllm bench-memory lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -24,6 +25,9 @@ demo-compare: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench-memory: $(VENV)/.installed-dev
+	$(BIN)/python tools/benchmarks/memory.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

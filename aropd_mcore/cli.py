@@ -13,7 +13,7 @@ from aropd_mcore.config import Config, dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
 
 if TYPE_CHECKING:
-    from aropd_mcore.trainer.plan import Layout
+    from aropd_mcore.plan.layout import Layout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.run is _train:
+    if args.run in (_train, _plan):
         # argparse takes the overrides before the first option, and hands back those behind it.
         late = [text for text in rest if "=" in text and not text.startswith("-")]
         args.overrides += late
@@ -81,6 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a run, before it is launched",
+        description="From the config alone: parameters, memory by part and phase, time by part, "
+        "pipeline bubble, whether it fits, and what would make it fit.",
+    )
+    plan.add_argument("config", type=Path, help="YAML file")
+    plan.add_argument("overrides", nargs="*", help="such as parallel.tensor=4")
+    size = plan.add_mutually_exclusive_group()
+    size.add_argument("--nodes", type=_positive, default=1, help="(default: %(default)s)")
+    size.add_argument("--gpus", type=_positive, help="in place of --nodes")
+    plan.add_argument("--gpus-per-node", type=_positive, default=8, help="(default: %(default)s)")
+    plan.add_argument("--memory", type=float, default=80.0, help="GB a GPU (default: %(default)s)")
+    plan.add_argument("--sweep", action="store_true", help="the layouts that fit, fastest first")
+    plan.set_defaults(run=_plan)
+
     convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
     add_commands(convert.add_subparsers(required=True, metavar="COMMAND"))
     return parser
@@ -110,8 +126,30 @@ def _show_views(args: argparse.Namespace) -> None:
     Console().print(render_views(builder, rows[args.row]))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from aropd_mcore.plan.fit import job_of
+    from aropd_mcore.plan.render import render_plan, render_sweep
+
+    job = job_of(
+        load_config(args.config, args.overrides),
+        args.gpus or args.nodes * args.gpus_per_node,
+        gpus_per_node=args.gpus_per_node,
+        memory_bytes=args.memory * 1e9,
+    )
+    Console(soft_wrap=True).print(render_sweep(job) if args.sweep else render_plan(job))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
+    return number
+
+
 def _train(args: argparse.Namespace) -> int:
-    from aropd_mcore.trainer.plan import plan
+    from aropd_mcore.plan.layout import plan
 
     config = load_config(args.config, args.overrides)
     num_local = args.nproc_per_node or _default_num_processes(config)

@@ -14,8 +14,8 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_hf_weights
+from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.native import NativeEngine
-from aropd_mcore.trainer.plan import plan
 from aropd_mcore.trainer.step import Run
 
 

@@ -20,17 +20,19 @@ class Layout:
     num_parameters: int
 
 
-def plan(config: Config, world_size: int) -> Layout:
+def plan(config: Config, world_size: int, architecture: Architecture | None = None) -> Layout:
     """Check that the model and the batch can be shared by `world_size` processes.
 
     The command line calls it before it starts any process.
 
+    Args:
+        architecture: of config.model.path, where it was read already.
     Raises:
         ValueError: what does not divide, and what would; sequences longer than the model's
             positions; a model that cannot be trained so.
     """
     parallel, training = config.parallel, config.training
-    architecture = read_architecture(config.model.path)
+    architecture = architecture or read_architecture(config.model.path)
     check_layout(
         architecture,
         tensor=parallel.tensor,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from aropd_mcore.config import Config, ConfigError
-from aropd_mcore.trainer.plan import Layout, plan
+from aropd_mcore.plan.layout import Layout, plan
 from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import tiny_config
 

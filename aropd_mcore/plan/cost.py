@@ -1,0 +1,210 @@
+"""Time of a step, from counted operations and a table of assumed rates.
+
+FLOPs are exact for the architecture: products of all weights a token passes, and causal attention.
+Rates are a GPU's peaks times an efficiency; nothing of it is fitted to a run. So compare layouts by
+these times, and expect a real step to differ from them.
+"""
+
+from dataclasses import dataclass
+
+from aropd_mcore.convert.architecture import Architecture
+from aropd_mcore.plan.memory import sharing_ranks
+from aropd_mcore.plan.parameters import rank_parameters
+from aropd_mcore.plan.setup import Setup
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one GPU: peaks a second, and the share of each that is reached."""
+
+    bf16_flops: float = 989e12
+    fp8_flops: float = 1979e12
+    memory_bytes: float = 3.35e12
+    nvlink_bytes: float = 450e9
+    """In each direction."""
+    network_bytes: float = 50e9
+    matmul_efficiency: float = 0.6
+    attention_efficiency: float = 0.45
+    memory_efficiency: float = 0.6
+    nvlink_efficiency: float = 0.7
+    network_efficiency: float = 0.8
+    launch_seconds: float = 1.5e-4
+    """The least that a layer takes for a token of a rollout: about 30 kernels, launched eagerly."""
+
+
+H100 = Rates()
+"""NVIDIA H100 SXM data sheet: dense bf16 and fp8, HBM3, NVLink 4 (900 GB/s both ways); InfiniBand
+NDR, 400 Gbit/s a GPU. Efficiencies are assumptions."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step; communication is what adds to the arithmetic, overlapped by nothing."""
+
+    rollout: float
+    teacher: float
+    student: float
+    optimizer: float
+    communication: float
+    teacher_bubble: float
+    """Of the teacher's time, the share in which a stage waits for another."""
+    student_bubble: float
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.teacher + self.student + self.optimizer + self.communication
+
+
+def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int]:
+    """Of all layers over one sequence: of products with weights, and of causal attention.
+
+    A product of [T, a] and [a, b] is 2 T a b. Position i attends to i + 1 keys, with 2 D FLOPs for
+    a score and 2 D for its value, in every head.
+    """
+    sizes, routing = architecture.sizes, architecture.routing
+    hidden, q, kv = sizes["hidden"], sizes["q"], sizes["kv"]
+    weights = hidden * (q + 2 * kv) + q * hidden
+    if routing:
+        weights += hidden * routing.num_experts
+        weights += routing.experts_per_token * 3 * hidden * routing.ffn_hidden_size
+    else:
+        weights += 3 * hidden * sizes["ffn"]
+    attention = 2 * q * num_tokens * (num_tokens + 1)
+    layers = architecture.num_layers
+    return layers * 2 * weights * num_tokens, layers * attention
+
+
+def loss_flops(setup: Setup) -> int:
+    """Of a microbatch on all tensor and context ranks together: logits of three streams (sft: of
+    one), and the student's two gradients."""
+    sizes, products = setup.architecture.sizes, 5 if setup.teacher else 3
+    return 2 * products * setup.loss_tokens * setup.context * sizes["hidden"] * sizes["vocab"]
+
+
+def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: int) -> float:
+    """(pp - 1) / (vpp m + pp - 1): of a pipelined pass, the share in which a stage has no work."""
+    return (pipeline - 1) / (virtual_pipeline * num_microbatches + pipeline - 1)
+
+
+def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
+    num_microbatches = setup.num_microbatches
+    student_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_microbatches)
+    teacher_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, 2 * num_microbatches)
+    forward, attention = _stage_forward(setup, rates)
+    backward = 2 * forward
+    if setup.recompute == "full":
+        backward += forward
+    elif setup.recompute == "selective":
+        backward += attention
+    # The last stage has the loss besides, and the others wait for it.
+    share = setup.tensor * setup.context
+    loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
+    teacher = 2 * num_microbatches * forward / (1 - teacher_bubble) if setup.teacher else 0.0
+    return StepTime(
+        rollout=_rollout_seconds(setup, rates) if setup.teacher else 0.0,
+        teacher=teacher,
+        student=num_microbatches * (forward + backward + loss) / (1 - student_bubble),
+        optimizer=_optimizer_seconds(setup, rates),
+        communication=_communication_seconds(setup, rates),
+        teacher_bubble=teacher_bubble,
+        student_bubble=student_bubble,
+    )
+
+
+def _stage_forward(setup: Setup, rates: Rates) -> tuple[float, float]:
+    """Seconds of a microbatch's forward on one stage, and of its attention alone."""
+    products, attention = forward_flops(setup.architecture, setup.sequence_tokens)
+    share = setup.microbatch_sequences / (setup.tensor * setup.context * setup.pipeline)
+    flops = rates.fp8_flops if setup.fp8 else rates.bf16_flops
+    of_attention = attention * share / (rates.bf16_flops * rates.attention_efficiency)
+    return products * share / (flops * rates.matmul_efficiency) + of_attention, of_attention
+
+
+def _rollout_seconds(setup: Setup, rates: Rates) -> float:
+    """The native engine: a batch after another, its prompts in one forward and then a token of
+    every row at a time; stages work one after another, so a token passes all of the model's layers.
+
+    A token costs the reading of the weights that the batch touches and of the KV cache, or the
+    launches, whichever takes longer.
+    """
+    architecture, rows = setup.architecture, setup.decoded_together
+    batches = -(-setup.num_responses // (setup.context * rows))
+    products, attention = forward_flops(architecture, setup.prompt_tokens)
+    prompts = rows * (
+        products / (rates.bf16_flops * rates.matmul_efficiency)
+        + attention / (rates.bf16_flops * rates.attention_efficiency)
+    )
+    sizes = architecture.sizes
+    read = sum(_touched_parameters(setup, stage, rows) for stage in range(setup.pipeline))
+    cached = rows * (setup.prompt_tokens + setup.response_tokens / 2)
+    keys_values = 2 * cached * sizes["kv"] / setup.tensor * architecture.num_layers
+    bandwidth = rates.memory_bytes * rates.memory_efficiency
+    reading = (read + keys_values) * setup.dtype_bytes / bandwidth
+    a_token = max(reading, architecture.num_layers * rates.launch_seconds)
+    return batches * (prompts / setup.tensor + setup.response_tokens * a_token)
+
+
+def _touched_parameters(setup: Setup, stage: int, rows: int) -> float:
+    """Of a rank, those that `rows` tokens pass, if each chooses its experts independently."""
+    parameters, routing = rank_parameters(setup, stage), setup.architecture.routing
+    if routing is None:
+        return parameters.total
+    of_expert = 3 * routing.ffn_hidden_size * setup.architecture.hidden_size
+    on_rank = setup.layers_per_stage * of_expert * routing.num_experts // setup.expert
+    untouched = (1 - routing.experts_per_token / routing.num_experts) ** rows
+    return parameters.total - on_rank * untouched
+
+
+def _optimizer_seconds(setup: Setup, rates: Rates) -> float:
+    """Bytes read and written: gradient, main weight, two moments, weight; then the average's."""
+    parameters = max(
+        (rank_parameters(setup, stage) for stage in range(setup.pipeline)), key=lambda p: p.total
+    )
+    shared, experts = sharing_ranks(setup)
+    on_rank = parameters.shared / shared + parameters.experts / experts
+    num_bytes = on_rank * (4 + 8 + 16 + setup.dtype_bytes)
+    num_bytes += parameters.total * 4  # the norm of the gradients, and their zeros
+    if setup.teacher == "ema":
+        num_bytes += parameters.total * (2 * setup.dtype_bytes + 8)
+    return num_bytes / (rates.memory_bytes * rates.memory_efficiency)
+
+
+def _communication_seconds(setup: Setup, rates: Rates) -> float:
+    """Rings and all-to-alls of the teacher's, the student's and the optimizer's part of a step."""
+    tensor, context, expert = setup.tensor, setup.context, setup.expert
+    tokens, width = setup.microbatch_tokens, setup.dtype_bytes
+    architecture = setup.architecture
+    layer_bytes = tokens * architecture.hidden_size * width
+
+    def ring(num_bytes: float, ranks: int, span: int) -> float:
+        """Seconds of an all-gather or a reduce-scatter of num_bytes over ranks within `span`."""
+        return num_bytes * (ranks - 1) / ranks / _bandwidth(setup, span, rates)
+
+    # Two all-reduces a layer, each a reduce-scatter and an all-gather.
+    a_pass = 4 * ring(layer_bytes, tensor, tensor)
+    kv = architecture.num_kv_heads * architecture.head_dim // tensor
+    a_pass += ring(2 * tokens * context * kv * width, context, tensor * context)
+    if architecture.routing:
+        sent = layer_bytes / setup.sequence_size * architecture.routing.experts_per_token
+        a_pass += 2 * ring(sent, expert, expert)
+    # Forward and backward of the student, two forwards of the teacher, a second forward.
+    passes = 2 + (2 if setup.teacher else 0) + (setup.recompute == "full")
+    seconds = setup.num_microbatches * passes * setup.layers_per_stage * a_pass
+    if setup.pipeline > 1:
+        sends = setup.num_microbatches * (passes - (setup.recompute == "full"))
+        between = _bandwidth(setup, setup.world_size, rates)
+        seconds += sends * setup.virtual_pipeline * layer_bytes / setup.sequence_size / between
+    parameters = max(
+        (rank_parameters(setup, stage) for stage in range(setup.pipeline)), key=lambda p: p.total
+    )
+    # Gradients are summed in fp32, and weights gathered in their own dtype.
+    ranks = setup.data * context
+    exchanged = parameters.total * (4 + width)
+    return seconds + ring(exchanged, ranks, tensor * ranks)
+
+
+def _bandwidth(setup: Setup, span: int, rates: Rates) -> float:
+    """Bytes a second between neighbours among `span` consecutive ranks."""
+    if span <= setup.gpus_per_node:
+        return rates.nvlink_bytes * rates.nvlink_efficiency
+    return rates.network_bytes * rates.network_efficiency

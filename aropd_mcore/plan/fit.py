@@ -1,0 +1,163 @@
+"""Whether a job fits into its GPUs; what would make it fit; the layouts that do."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, get_args
+
+from aropd_mcore.config import Config, Recompute
+from aropd_mcore.convert.architecture import Architecture, read_architecture
+from aropd_mcore.plan.cost import StepTime, step_time
+from aropd_mcore.plan.memory import Memory, worst_stage
+from aropd_mcore.plan.setup import Setup, setup_of
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A job, and what is planned for it."""
+
+    setup: Setup
+    memory: Memory
+    time: StepTime
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a job fit, as it is given to `aropd plan`."""
+
+    change: str
+    peak: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration and its machines."""
+
+    config: Config
+    num_gpus: int
+    gpus_per_node: int
+    memory_bytes: float
+    """Of a GPU."""
+    architecture: Architecture
+
+    def estimate(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Estimate:
+        """Of the job, with other values in sections of its configuration.
+
+        Raises:
+            ValueError: the model or the batch cannot be shared so.
+        """
+        setup = setup_of(
+            _changed(self.config, changes),
+            num_gpus or self.num_gpus,
+            gpus_per_node=self.gpus_per_node,
+            architecture=self.architecture,
+        )
+        return Estimate(setup, worst_stage(setup), step_time(setup))
+
+    def fits(self, estimate: Estimate) -> bool:
+        return estimate.memory.peak <= self.memory_bytes
+
+
+def job_of(config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float) -> Job:
+    architecture = read_architecture(config.model.path)
+    return Job(config, num_gpus, gpus_per_node, memory_bytes, architecture)
+
+
+def remedies(job: Job) -> list[Remedy]:
+    """Single changes that suffice, the least of each kind; least memory last."""
+    found = []
+    for kind in _candidates(job):
+        for change, num_gpus, changes in kind:
+            try:
+                estimate = job.estimate(num_gpus, **changes)
+            except ValueError:  # the model or the batch does not divide
+                continue
+            if job.fits(estimate):
+                found.append(Remedy(change, estimate.memory.peak))
+                break
+    return sorted(found, key=lambda remedy: -remedy.peak)
+
+
+Change = tuple[str, int, dict[str, dict[str, Any]]]
+"""How it is given, number of GPUs, values by section."""
+
+
+def _candidates(job: Job) -> Iterator[list[Change]]:
+    """Kinds of change; of each the smallest first."""
+    config, gpus = job.config, job.num_gpus
+
+    def changes(section: str, key: str, values: list[Any]) -> list[Change]:
+        keys = [f"{section}.{key}={_yaml(value)}" for value in values]
+        sections = [{section: {key: value}} for value in values]
+        return [(text, gpus, section) for text, section in zip(keys, sections, strict=True)]
+
+    parallel, training = config.parallel, config.training
+    sizes = {"tensor": job.gpus_per_node, "pipeline": gpus, "context": job.gpus_per_node}
+    for key, largest in sizes.items():
+        yield changes("parallel", key, _doublings(getattr(parallel, key), largest))
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield changes("parallel", "sequence", [True])
+    if training.recompute != "full":
+        yield changes("training", "recompute", ["full"])
+    yield changes("training", "micro_batch_size", _halvings(training.micro_batch_size))
+    if config.objective.name == "aropd":
+        kinds = {"ema": ["frozen", "live"], "frozen": ["live"], "live": []}
+        for kind in kinds[config.teacher.kind]:
+            yield changes("teacher", "kind", [kind])
+        yield changes("rollout", "batch_size", _halvings(config.rollout.batch_size))
+    yield [(f"--gpus {number}", number, {}) for number in _doublings(gpus, 16 * gpus)]
+
+
+def _doublings(number: int, largest: int) -> list[int]:
+    return [n for n in (number * 2**k for k in range(1, 11)) if n <= largest]
+
+
+def _halvings(number: int) -> list[int]:
+    return [number // 2**k for k in range(1, number.bit_length())]
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def sweep(job: Job) -> list[Estimate]:
+    """Every layout of the job's GPUs that fits, the shortest step first; of equal ones the one
+    with less memory."""
+    fitting = []
+    gpus, per_node = job.num_gpus, job.gpus_per_node
+    sequences = job.config.training.global_batch_size
+    for tensor, pipeline, context, recompute, micro_batch_size in product(
+        [n for n in _powers(per_node) if gpus % n == 0],
+        [n for n in range(1, gpus + 1) if gpus % n == 0],
+        [n for n in _powers(per_node) if gpus % n == 0],
+        get_args(Recompute),
+        [n for n in _powers(min(sequences, 32)) if sequences % n == 0],
+    ):
+        for sequence in (False, True) if tensor > 1 else (False,):
+            layout = {
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "context": context,
+                "sequence": sequence,
+            }
+            training = {"recompute": recompute, "micro_batch_size": micro_batch_size}
+            try:
+                estimate = job.estimate(parallel=layout, training=training)
+            except ValueError:
+                continue
+            if job.fits(estimate):
+                fitting.append(estimate)
+    return sorted(fitting, key=lambda e: (e.time.total, e.memory.peak))
+
+
+def _powers(largest: int) -> list[int]:
+    return [2**k for k in range(largest.bit_length())]
+
+
+def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
+    """Unchecked: callers give values that are in range; layouts are checked by `setup_of`."""
+    sections = {
+        section: getattr(config, section).model_copy(update=values)
+        for section, values in changes.items()
+    }
+    return config.model_copy(update=sections)

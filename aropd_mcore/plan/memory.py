@@ -1,0 +1,236 @@
+"""Memory of one rank, by part and by phase.
+
+State stands all the time. The phases of a step follow one another, and each holds something of its
+own on top of it: a rank's peak is its state and its largest phase.
+
+    rollout     KV cache, the prompts' forward, the sampler's logits
+    teacher     a layer's forward; the hidden states that it leaves for the loss
+    student     those hidden states, activations in flight, and the larger of the loss's buffers and
+                a layer's backward
+    optimizer   copies that the update and the moving average make
+    checkpoint  on a GPU: one kind of optimizer state gathered over the ranks that share it
+"""
+
+from dataclasses import dataclass
+
+from aropd_mcore.numerics.chunks import LOGITS_BYTES
+from aropd_mcore.numerics.passes import BLOCK_ELEMENTS
+from aropd_mcore.plan.activations import (
+    backward_working_set,
+    forward_working_set,
+    layer_input,
+    saved_by_layer,
+    saved_without_recompute,
+)
+from aropd_mcore.plan.parameters import (
+    Parameters,
+    largest_weight,
+    layer_parameters,
+    rank_parameters,
+    vocabulary_columns,
+    vocabulary_parameters,
+)
+from aropd_mcore.plan.setup import Setup
+
+FP32 = 4
+
+GPU_OVERHEAD = 4_000_000_000
+"""Bytes that no tensor of ours takes: CUDA context and kernels about 1 GB, NCCL's buffers for the
+job's groups about 2 GB, workspaces of cuBLAS and Transformer Engine about 1 GB. Assumed, not
+measured."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of every rank of one pipeline stage, in bytes."""
+
+    stage: int
+    parameters: Parameters
+    state: dict[str, float]
+    phases: dict[str, dict[str, float]]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> float:
+        return self.at(self.peak_phase)
+
+    def at(self, phase: str) -> float:
+        return sum(self.state.values()) + sum(self.phases[phase].values())
+
+
+def worst_stage(setup: Setup) -> Memory:
+    """The stage with the largest peak. Stages between first and last differ by what is in flight:
+    the earlier one has more."""
+    stages = {0, min(1, setup.pipeline - 1), setup.pipeline - 1}
+    return max((stage_memory(setup, stage) for stage in sorted(stages)), key=lambda m: m.peak)
+
+
+def stage_memory(setup: Setup, stage: int) -> Memory:
+    parameters = rank_parameters(setup, stage)
+    phases = {"rollout": _rollout(setup, stage), "teacher": _teacher(setup, stage)}
+    if setup.teacher is None:
+        phases = {}
+    phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, parameters, stage)}
+    if setup.device == "gpu":
+        phases["checkpoint"] = _checkpoint(setup, parameters)
+    return Memory(stage, parameters, _state(setup, parameters, stage), phases)
+
+
+def microbatches_in_flight(setup: Setup, stage: int) -> float:
+    """Whose activations a stage holds at its peak, in microbatches of all of the stage's layers.
+
+    1F1B: pipeline - stage. Interleaved: Megatron's warm-up, and the one that follows it, counted in
+    model chunks (pipeline_parallel/schedules.py, get_pp_rank_microbatches).
+    """
+    behind, chunks = setup.pipeline - stage - 1, setup.virtual_pipeline
+    if chunks == 1:
+        return min(behind + 1, setup.num_microbatches)
+    warm_up = 2 * behind + (chunks - 1) * setup.pipeline
+    return min(warm_up + 1, setup.num_microbatches * chunks) / chunks
+
+
+def sharing_ranks(setup: Setup) -> tuple[int, int]:
+    """Ranks that share out the optimizer state of ordinary parameters, and of experts."""
+    shared = setup.data * setup.context
+    return shared, max(shared * setup.tensor // setup.expert, 1)
+
+
+def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
+    width, total = setup.dtype_bytes, parameters.total
+    shared, experts = sharing_ranks(setup)
+    on_rank = parameters.shared / shared + parameters.experts / experts
+    state: dict[str, float] = {
+        "weights": total * width,
+        # In an fp32 model the optimizer updates the parameters themselves.
+        "fp32 main weights": on_rank * FP32 if width < FP32 else 0,
+        "gradients": total * FP32,
+        "optimizer moments": 2 * on_rank * FP32,
+    }
+    if setup.teacher in ("ema", "frozen"):
+        state["teacher weights"] = total * width
+        if setup.teacher_weights == "host":
+            is_last = stage == setup.pipeline - 1
+            head = vocabulary_parameters(setup) if is_last else 0
+            state["teacher weights"] = (2 * layer_parameters(setup).total + head) * width
+        if setup.teacher == "ema" and setup.fp32_master and width < FP32:
+            state["teacher fp32 master"] = total * FP32
+    if setup.sequence and setup.device == "cpu":
+        # Megatron's local linear layers gather their input into a buffer that is kept.
+        tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.teacher else 0)
+        state["gather buffer"] = tokens * setup.architecture.hidden_size * width
+    if setup.device == "gpu":
+        state["fixed overhead"] = GPU_OVERHEAD
+    return state
+
+
+def _prompt_tokens(setup: Setup) -> int:
+    """Of a rollout batch; they go through the model together."""
+    return setup.decoded_together * setup.prompt_tokens
+
+
+def _rollout(setup: Setup, stage: int) -> dict[str, float]:
+    architecture, rows = setup.architecture, setup.decoded_together
+    kv = architecture.num_kv_heads * architecture.head_dim // setup.tensor
+    positions = rows * (setup.prompt_tokens + setup.response_tokens)
+    parts: dict[str, float] = {
+        "KV cache": 2 * setup.layers_per_stage * positions * kv * setup.dtype_bytes,
+        "prompts' forward": forward_working_set(setup, _prompt_tokens(setup)),
+    }
+    if stage == setup.pipeline - 1:
+        # Logits, shifted and exponentiated in fp32, their running sum in fp64.
+        parts["sampler"] = rows * architecture.vocab_size * (3 * FP32 + 8)
+    return parts
+
+
+def _teacher(setup: Setup, stage: int) -> dict[str, float]:
+    parts = {"forward": forward_working_set(setup, setup.microbatch_tokens)}
+    return parts | _hidden_states(setup, stage)
+
+
+def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
+    """Both views' final hidden states at the loss tokens of a whole step, on the last stage."""
+    if stage < setup.pipeline - 1 or setup.teacher is None:
+        return {}
+    kept = 1 if setup.teacher_hidden_states == "host" else setup.num_microbatches
+    size = 2 * kept * setup.loss_tokens * setup.architecture.hidden_size * setup.dtype_bytes
+    return {"teacher hidden states": size}
+
+
+def _student(setup: Setup, stage: int) -> dict[str, float]:
+    in_flight = microbatches_in_flight(setup, stage)
+    is_last = stage == setup.pipeline - 1
+    a_microbatch = setup.layers_per_stage * sum(saved_by_layer(setup).values())
+    # What a stage sends on, it keeps; the last one has the final norm, like half of a layer's.
+    a_microbatch += layer_input(setup) * (2 if is_last and setup.device == "cpu" else 1)
+    activations = in_flight * a_microbatch
+    working = {"a layer's backward": backward_working_set(setup)}
+    if setup.recompute == "full":
+        working["a layer's activations"] = sum(saved_without_recompute(setup).values())
+    choices = [(activations, working)]
+    if is_last:
+        choices.append((activations, _loss(setup)))
+    if stage == 0:
+        # The embedding's gradient is as large as the embedding; by then the first microbatch's
+        # activations are gone.
+        gradient = {"embedding's gradient": float(vocabulary_parameters(setup) * setup.dtype_bytes)}
+        choices.append((activations - a_microbatch, gradient))
+    activations, working = max(choices, key=lambda pair: pair[0] + sum(pair[1].values()))
+    return {**_hidden_states(setup, stage), "activations": activations, **working}
+
+
+def _loss(setup: Setup) -> dict[str, float]:
+    """numerics.chunks: logits of a chunk of tokens in every stream, and the gradients of both."""
+    hidden, width, columns = (
+        setup.architecture.hidden_size,
+        setup.dtype_bytes,
+        vocabulary_columns(setup),
+    )
+    streams = 3 if setup.teacher else 1
+    tokens, chunk = setup.loss_tokens, chunk_tokens(setup)
+    logits = streams * chunk * columns * width
+    if setup.device == "cpu":
+        rows = max(min(BLOCK_ELEMENTS["cpu"] // columns, chunk), 1)
+        logits += 6 * rows * columns * FP32  # numerics.passes: temporaries
+    gathered = setup.microbatch_tokens * hidden * width if setup.sequence else 0
+    # Student's hidden states at the loss tokens, their gradient in fp32; a chunk's of each.
+    return {
+        "loss chunk": logits,
+        "loss hidden states": tokens * hidden * (width + FP32)
+        + chunk * hidden * (streams * width + FP32)
+        + gathered,
+    }
+
+
+def chunk_tokens(setup: Setup) -> int:
+    """As numerics.chunks.auto_chunk_tokens, and no more than there are."""
+    chunk = setup.chunk_tokens
+    if chunk == "auto":
+        budget = LOGITS_BYTES["cuda" if setup.device == "gpu" else "cpu"]
+        token_bytes = (3 if setup.teacher else 1) * vocabulary_columns(setup) * setup.dtype_bytes
+        chunk = max(budget // token_bytes // 64 * 64, 64)
+    return max(min(chunk, setup.loss_tokens), 1)
+
+
+def _optimizer(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    if setup.device == "cpu":
+        # mcore.adam forms all denominators at once; then gloo gathers the weights into a copy.
+        shared, experts = sharing_ranks(setup)
+        on_rank = parameters.shared / shared + parameters.experts / experts
+        gathered = parameters.total * setup.dtype_bytes if shared > 1 else 0
+        parts["denominators or gathered weights"] = max(on_rank * FP32, gathered)
+    if setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32:
+        parts["teacher's fp32 copy"] = largest_weight(setup, stage) * FP32
+    return parts
+
+
+def _checkpoint(setup: Setup, parameters: Parameters) -> dict[str, float]:
+    """Weights, first and second moments are gathered one after another, ordinary parameters' and
+    experts' too: the shards, the gathered list, and the copy that NCCL's all-gather makes of it
+    (megatron-core optimizer/distrib_optimizer.py, get_parameter_state_dp_zero)."""
+    shared, experts = sharing_ranks(setup)
+    pairs = ((parameters.shared, shared), (parameters.experts, experts))
+    return {"gathered state": max(number * (2 + 1 / ranks) for number, ranks in pairs) * FP32}

@@ -1,0 +1,133 @@
+"""The planner's words and tables."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from aropd_mcore.plan.cost import H100
+from aropd_mcore.plan.fit import Estimate, Job, Remedy, remedies, sweep
+from aropd_mcore.plan.setup import Setup
+
+GB = 1e9
+SWEEP_ROWS = 20
+
+
+def render_plan(job: Job) -> RenderableType:
+    """Parameters, memory, time and bubble of a job; whether it fits, and else what would."""
+    estimate = job.estimate()
+    parts: list[RenderableType] = [_headline(estimate), _memory_table(estimate)]
+    parts += [_verdict(job, estimate), "", _time_table(estimate), _assumptions(estimate.setup)]
+    if not job.fits(estimate):
+        parts += ["", *_what_would_fit(job, remedies(job))]
+    return Group(*parts)
+
+
+def render_sweep(job: Job) -> RenderableType:
+    """The fitting layouts, the shortest step first."""
+    found = sweep(job)
+    if not found:
+        return f"no layout of {job.num_gpus} GPUs fits into {job.memory_bytes / GB:g} GB each"
+    table = Table(title=f"{len(found)} layouts fit; the {SWEEP_ROWS} with the shortest step")
+    names = ("TP", "PP", "CP", "DP", "SP", "recompute", "micro batch", "peak GB", "in", "step s")
+    for name in names:
+        table.add_column(name, justify="right")
+    for estimate in found[:SWEEP_ROWS]:
+        setup = estimate.setup
+        sizes = (setup.tensor, setup.pipeline, setup.context, setup.data)
+        table.add_row(
+            *map(str, sizes),
+            "yes" if setup.sequence else "no",
+            setup.recompute,
+            str(setup.micro_batch_size),
+            f"{estimate.memory.peak / GB:.1f}",
+            estimate.memory.peak_phase,
+            f"{estimate.time.total:.1f}",
+        )
+    return Group(table, _assumptions(found[0].setup))
+
+
+def _headline(estimate: Estimate) -> str:
+    setup, memory = estimate.setup, estimate.memory
+    architecture = setup.architecture
+    experts = f" x EP {setup.expert}" if setup.expert > 1 else ""
+    chunks = f" x VPP {setup.virtual_pipeline}" if setup.virtual_pipeline > 1 else ""
+    return (
+        f"{setup.world_size} GPUs: TP {setup.tensor}{' + SP' if setup.sequence else ''} x "
+        f"PP {setup.pipeline}{chunks} x CP {setup.context}{experts} x DP {setup.data}; "
+        f"{setup.num_microbatches} microbatches of {setup.micro_batch_size}, recompute "
+        f"{setup.recompute}\n"
+        f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on a "
+        f"rank of stage {memory.stage}, the one with the largest peak"
+    )
+
+
+def _memory_table(estimate: Estimate) -> Table:
+    memory = estimate.memory
+    table = Table(title=f"Memory of a GPU of stage {memory.stage}, GB")
+    table.add_column("phase")
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    table.add_column("with the state", justify="right")
+    for part, size in memory.state.items():
+        table.add_row("always", part, f"{size / GB:.2f}", "")
+    table.add_row("", "state", "", f"{sum(memory.state.values()) / GB:.1f}", end_section=True)
+    for phase, parts in memory.phases.items():
+        for part, size in parts.items():
+            table.add_row(phase, part, f"{size / GB:.2f}", "")
+        mark = "  peak" if phase == memory.peak_phase else ""
+        table.add_row(phase, "together", "", f"{memory.at(phase) / GB:.1f}{mark}", end_section=True)
+    return table
+
+
+def _verdict(job: Job, estimate: Estimate) -> str:
+    peak, room = estimate.memory.peak / GB, job.memory_bytes / GB
+    how = "fits" if job.fits(estimate) else "does not fit"
+    return (
+        f"{how} into {room:g} GB: the peak is {peak:.1f} GB, in the phase "
+        f"{estimate.memory.peak_phase!r}, on stage {estimate.memory.stage}"
+    )
+
+
+def _time_table(estimate: Estimate) -> Table:
+    time = estimate.time
+    table = Table(title="A step, seconds")
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    table.add_column("bubble", justify="right")
+    for name in ("rollout", "teacher", "student", "optimizer", "communication"):
+        bubble = getattr(time, f"{name}_bubble", None)
+        shown = "" if bubble is None else f"{bubble:.1%}"
+        table.add_row(name, f"{getattr(time, name):.2f}", shown)
+    table.add_row("step", f"{time.total:.2f}", "")
+    return table
+
+
+def _assumptions(setup: Setup) -> str:
+    return (
+        f"Upper bound: every prompt has {setup.prompt_tokens} tokens "
+        f"(views.max_prompt_tokens) and every response {setup.response_tokens} "
+        "(rollout.max_response_tokens). Tokens fall on experts evenly.\n"
+        f"Times are not measured: an H100 SXM's peaks ({H100.bf16_flops / 1e12:g} TFLOP/s dense "
+        f"bf16, {H100.memory_bytes / 1e12:g} TB/s, NVLink {H100.nvlink_bytes / 1e9:g} GB/s, "
+        f"network {H100.network_bytes / 1e9:g} GB/s a GPU) times assumed efficiencies "
+        f"(products {H100.matmul_efficiency:g}, attention {H100.attention_efficiency:g}, memory "
+        f"{H100.memory_efficiency:g}, NVLink {H100.nvlink_efficiency:g}, network "
+        f"{H100.network_efficiency:g}); communication overlaps nothing."
+    )
+
+
+def _what_would_fit(job: Job, found: list[Remedy]) -> list[str]:
+    if found:
+        return ["Each of these alone would make it fit:"] + [
+            f"  {remedy.change}  (peak {remedy.peak / GB:.1f} GB)" for remedy in found
+        ]
+    layouts = sweep(job)
+    if not layouts:
+        return [f"No single change makes it fit, and no layout of {job.num_gpus} GPUs does."]
+    best = layouts[0].setup
+    return [
+        "No single change makes it fit; of the layouts that do, the one with the shortest step:",
+        f"  parallel.tensor={best.tensor} parallel.pipeline={best.pipeline} "
+        f"parallel.context={best.context} parallel.sequence={str(best.sequence).lower()} "
+        f"training.recompute={best.recompute} training.micro_batch_size={best.micro_batch_size}  "
+        f"(peak {layouts[0].memory.peak / GB:.1f} GB)",
+    ]

@@ -1,0 +1,157 @@
+"""A job as the planner sees it: the numbers that memory and time are made of."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aropd_mcore.config import Config, Recompute
+from aropd_mcore.convert.architecture import Architecture, read_architecture
+from aropd_mcore.plan.layout import Layout, plan
+
+Device = Literal["gpu", "cpu"]
+"""`gpu`: Transformer Engine's layers, NCCL. `cpu`: Megatron's local layers, gloo."""
+Place = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, its layout and its step. Every sequence counts at full length: an upper bound."""
+
+    architecture: Architecture
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks on each stage."""
+    context: int = 1
+    expert: int = 1
+    """Ranks of a stage that share out its experts."""
+    data: int = 1
+    sequence: bool = False
+    recompute: Recompute = "none"
+    micro_batch_size: int = 1
+    num_microbatches: int = 1
+    """Of a step, on each data-parallel rank."""
+    teacher: Literal["ema", "frozen", "live"] | None = "ema"
+    """None for `sft`."""
+    fp32_master: bool = True
+    """The teacher's moving average is kept in fp32."""
+    dtype_bytes: int = 2
+    fp8: bool = False
+    """Matrix products of the layers run in fp8; their weights stay in bf16."""
+    prompt_tokens: int = 1024
+    response_tokens: int = 1024
+    rollout_batch_size: int = 32
+    chunk_tokens: int | Literal["auto"] = "auto"
+    max_tokens_per_microbatch: int | None = None
+    """With packed sequences: what replaces micro_batch_size times the longest sequence."""
+    teacher_hidden_states: Place = "device"
+    teacher_weights: Place = "device"
+    """`host`: streamed to the device layer by layer, two layers at a time."""
+    overlap_grad_reduce: bool = False
+    device: Device = field(default="gpu", kw_only=True)
+    gpus_per_node: int = field(default=8, kw_only=True)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def sequence_size(self) -> int:
+        """Tensor ranks that share out the tokens between matrix products."""
+        return self.tensor if self.sequence else 1
+
+    @property
+    def layers_per_stage(self) -> int:
+        return self.architecture.num_layers // self.pipeline
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Prompt and response; padded to what context and tensor ranks share out."""
+        chunks = 2 * self.context if self.context > 1 else 1  # data.context
+        multiple = chunks * self.sequence_size
+        return -(-(self.prompt_tokens + self.response_tokens) // multiple) * multiple
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """On one context rank."""
+        tokens = self.max_tokens_per_microbatch or self.micro_batch_size * self.sequence_tokens
+        return tokens // self.context
+
+    @property
+    def microbatch_sequences(self) -> float:
+        """Responses in a microbatch, of the largest size."""
+        if self.max_tokens_per_microbatch is None:
+            return self.micro_batch_size
+        return self.max_tokens_per_microbatch / self.sequence_tokens
+
+    @property
+    def loss_tokens(self) -> int:
+        """Of a microbatch, on one context rank if they fall evenly."""
+        return round(self.microbatch_sequences * self.response_tokens) // self.context
+
+    @property
+    def num_responses(self) -> int:
+        """Of a step, on each data-parallel rank."""
+        return round(self.num_microbatches * self.microbatch_sequences)
+
+    @property
+    def decoded_together(self) -> int:
+        """Prompts of a rollout batch; context ranks share out the prompts."""
+        return min(self.rollout_batch_size, -(-self.num_responses // self.context))
+
+
+def setup_of(
+    config: Config,
+    world_size: int,
+    *,
+    gpus_per_node: int = 8,
+    device: Device = "gpu",
+    architecture: Architecture | None = None,
+) -> Setup:
+    """What a run's configuration comes to on `world_size` processes.
+
+    Args:
+        architecture: of config.model.path, where it was read already.
+    Raises:
+        ValueError: as `layout.plan`.
+    """
+    architecture = architecture or read_architecture(config.model.path)
+    layout = plan(config, world_size, architecture)
+    parallel, training, dtype = config.parallel, config.training, config.model.dtype
+    is_fp32 = dtype == "fp32" or (dtype == "auto" and device == "cpu")
+    is_sft = config.objective.name == "sft"
+    return Setup(
+        architecture,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=layout.context,
+        expert=parallel.expert,
+        data=layout.data,
+        sequence=parallel.sequence,
+        recompute=training.recompute,
+        micro_batch_size=training.micro_batch_size,
+        max_tokens_per_microbatch=training.max_tokens_per_microbatch,
+        num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
+        teacher=None if is_sft else config.teacher.kind,
+        fp32_master=config.teacher.fp32_master,
+        dtype_bytes=4 if is_fp32 else 2,
+        prompt_tokens=config.views.max_prompt_tokens,
+        response_tokens=config.rollout.max_response_tokens,
+        rollout_batch_size=config.rollout.batch_size,
+        chunk_tokens=config.objective.chunk_tokens,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        device=device,
+        gpus_per_node=gpus_per_node,
+    )
+
+
+def _num_packed(config: Config, layout: Layout) -> int:
+    """Microbatches that responses of full length are packed into, on each data-parallel rank."""
+    budget = config.training.max_tokens_per_microbatch
+    longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
+    assert budget is not None and longest <= budget
+    responses = config.training.global_batch_size // layout.data
+    count = -(-responses // (budget // longest))
+    # The interleaved schedule takes as many at a time as there are stages.
+    multiple = layout.pipeline if config.parallel.virtual_pipeline > 1 else 1
+    return count + -count % multiple

@@ -1,0 +1,45 @@
+"""FLOPs and bubbles against numbers worked out by hand."""
+
+import pytest
+
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_flops, step_time
+from aropd_mcore.plan.setup import Setup
+from tests.plan.test_parameters import MODELS
+
+
+def test_flops_of_a_dense_model():
+    """Four layers; q 64, k and v 32 each; MLP 96.
+
+    A token and layer: 64 (64 + 2 32) + 64 64 + 3 64 96 = 30,720 weights. Ten tokens see
+    1 + ... + 10 = 55 keys, at 4 x 64 FLOPs a key.
+    """
+    products, attention = forward_flops(read_architecture(MODELS["qwen2"]), 10)
+    assert products == 4 * 2 * 30_720 * 10
+    assert attention == 4 * 55 * 4 * 64
+
+
+def test_flops_of_experts_are_those_of_the_chosen():
+    """q 8 x 24 = 192, kv 96; router 4; two experts of 40 columns."""
+    products, _ = forward_flops(read_architecture(MODELS["qwen3_moe"]), 1)
+    assert products == 4 * 2 * (64 * (192 + 2 * 96) + 192 * 64 + 64 * 4 + 2 * 3 * 64 * 40)
+
+
+def test_flops_of_the_loss():
+    setup = Setup(read_architecture(MODELS["qwen2"]), micro_batch_size=2, response_tokens=10)
+    assert loss_flops(setup) == 5 * 2 * 20 * 64 * 509
+
+
+@pytest.mark.parametrize(
+    "sizes, fraction", [((1, 1, 8), 0), ((4, 1, 8), 3 / 11), ((4, 2, 8), 3 / 19), ((2, 1, 1), 0.5)]
+)
+def test_bubble(sizes: tuple[int, int, int], fraction: float):
+    assert bubble_fraction(*sizes) == pytest.approx(fraction)
+
+
+def test_bubbles_of_student_and_teacher():
+    """The teacher sends twice as many microbatches; both wait longer for it than without stages."""
+    setup = Setup(read_architecture(MODELS["qwen2"]), pipeline=4, num_microbatches=8)
+    found = step_time(setup)
+    assert found.student_bubble == pytest.approx(3 / 11)
+    assert found.teacher_bubble == pytest.approx(3 / 19)

@@ -1,0 +1,89 @@
+"""The memory model, against real steps and against numbers worked out by hand."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.memory import microbatches_in_flight, stage_memory
+from aropd_mcore.plan.setup import Setup
+from tests.conftest import REPO
+
+SEVEN_B = read_architecture(REPO / "examples" / "clusters" / "Qwen2.5-7B-Instruct")
+
+
+def test_state_of_a_rank():
+    """bf16: 2 + 4 of gradients + 12 / ranks of optimizer + 6 of the teacher, bytes a parameter."""
+    setup = Setup(SEVEN_B, tensor=4, data=2, num_microbatches=8)
+    found = stage_memory(setup, 0)
+    a_parameter = {
+        "weights": 2,
+        "fp32 main weights": 2,
+        "gradients": 4,
+        "optimizer moments": 4,
+        "teacher weights": 2,
+        "teacher fp32 master": 4,
+    }
+    state = dict(found.state)
+    state.pop("fixed overhead")
+    assert state == {part: size * found.parameters.total for part, size in a_parameter.items()}
+
+
+def test_activations_of_a_layer_of_seven_billion():
+    """Transformer Engine, bf16, TP 1: norms 4 x 3,584; q, k, v 4,608, rotated 4,096, out 3,584; MLP
+    3 x 18,944 numbers a token, and 2 + 28 statistics in fp32. Of 28 layers and the output."""
+    setup = Setup(SEVEN_B, num_microbatches=1, micro_batch_size=1)
+    a_layer = 2 * (4 * 3584 + 4608 + 4096 + 3584 + 3 * 18944) + 4 * (2 + 28)
+    found = stage_memory(setup, 0).phases["student"]["activations"]
+    assert found == 2048 * (28 * a_layer + 2 * 3584)
+    full = stage_memory(replace(setup, recompute="full"), 0).phases["student"]
+    assert full["activations"] == 2048 * 29 * 2 * 3584
+
+
+@pytest.mark.parametrize(
+    "sizes, stage, expected",
+    [
+        ((4, 1, 8), 0, 4),
+        ((4, 1, 8), 3, 1),
+        ((4, 1, 2), 0, 2),
+        # warm-up 2 x 3 + 4 chunks, and one: of two chunks a microbatch
+        ((4, 2, 8), 0, 11 / 2),
+        ((4, 2, 8), 3, 5 / 2),
+    ],
+)
+def test_microbatches_in_flight(sizes: tuple[int, int, int], stage: int, expected: float):
+    pipeline, virtual, number = sizes
+    setup = Setup(SEVEN_B, pipeline=pipeline, virtual_pipeline=virtual, num_microbatches=number)
+    assert microbatches_in_flight(setup, stage) == expected
+
+
+def test_kv_cache_and_hidden_states():
+    """28 layers x 512 key/value numbers, twice; 32 rows of 2,048 positions over 4 tensor ranks."""
+    setup = Setup(SEVEN_B, tensor=4, num_microbatches=32)
+    phases = stage_memory(setup, 0).phases
+    assert phases["rollout"]["KV cache"] == 2 * 28 * 32 * 2048 * 512 / 4 * 2
+    assert phases["teacher"]["teacher hidden states"] == 2 * 32 * 1024 * 3584 * 2
+    on_host = stage_memory(replace(setup, teacher_hidden_states="host"), 0).phases["teacher"]
+    assert on_host["teacher hidden states"] == 2 * 1024 * 3584 * 2
+
+
+def test_experts_share_their_optimizer_with_the_ranks_that_hold_the_same():
+    """64 expert ranks among 128 of a stage: two ranks hold the same experts."""
+    moe = read_architecture(REPO / "examples" / "clusters" / "Qwen3-235B-A22B")
+    setup = Setup(moe, tensor=4, sequence=True, pipeline=2, expert=64, data=32)
+    found = stage_memory(setup, 0)
+    assert found.parameters.experts == 47 * 2 * 3 * 4096 * 1536
+    on_rank = found.parameters.shared / 32 + found.parameters.experts / 2
+    assert found.state["optimizer moments"] == 8 * on_rank
+
+
+def test_planned_is_what_real_steps_need(monkeypatch: pytest.MonkeyPatch):
+    """Within 10 % on two layouts; `make bench-memory` is about all of them."""
+    monkeypatch.syspath_prepend(str(REPO / "tools" / "benchmarks"))
+    sys.modules.pop("memory", None)
+    import memory  # pyright: ignore[reportMissingImports]
+
+    for name in ("TP 2 + SP", "PP 2, recompute full"):
+        for row in memory.measure(name):
+            assert abs(row["planned"] / row["measured"] - 1) < 0.1, row
