@@ -11,7 +11,9 @@ its sign. UPDATE bounds the error of every weight as a share of the largest lear
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,7 +167,18 @@ CASES = [
         family="qwen3_moe",
         num_steps=3,
         num_microbatches=2,
-        layouts=_every_layout(experts=True),
+        layouts=[
+            Layout(1, 2),
+            ONE,
+            Layout(2, 1, sequence=True),
+            Layout(2, 2, sequence=True),
+            Layout(1, 1, context=2),
+            Layout(1, 1, expert=4),
+            Layout(1, 2, virtual_pipeline=2, expert=2),
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(2, 1, sequence=True, expert=4),
+            Layout(1, 1, context=2, expert=2),
+        ],
     ),
     Case(
         # From the second step on: Megatron learns the order of the gradients in the first.
@@ -186,7 +199,16 @@ CASES = [
         {"objective": AROPD, "training": PACKED | {"recompute": "full"}},
         family="qwen3",
         num_steps=3,
-        layouts=_every_layout(experts=False),
+        layouts=[
+            ONE,
+            Layout(4, 1),
+            Layout(1, 4),
+            Layout(2, 2, sequence=True),
+            Layout(1, 2, virtual_pipeline=2),
+            Layout(1, 2, context=2, virtual_pipeline=2),
+            Layout(1, 1, context=4),
+            Layout(2, 1, sequence=True, context=2),
+        ],
     ),
     Case(
         "packed-experts",
@@ -357,8 +379,9 @@ def oracle_steps(root: Path, case: Case, steps: RankSteps) -> list[OracleStep]:
 
 
 @pytest.fixture(scope="module")
-def on_four_ranks(root) -> list[Results]:
-    return run_ranks(take_steps, 4, root, CASES, None, timeout=900.0)
+def on_four_ranks(root) -> Callable[[str], list[Results]]:
+    """The results of a case on all its layouts, by rank; taken when first asked for."""
+    return cache(lambda name: run_ranks(take_steps, 4, root, [BY_NAME[name]], None, timeout=400.0))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -372,7 +395,7 @@ def test_one_rank_equals_the_oracle(on_one_rank, oracle, name):
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, layout):
-    ranks = [results[name, layout] for results in on_four_ranks]
+    ranks = [results[name, layout] for results in on_four_ranks(name)]
     for rank in ranks:
         check(name, rank, oracle[name])
         share = len(on_one_rank[name].samples[0]) * layout.replica_size // 4
