@@ -178,15 +178,18 @@ def _train_here(config: Config) -> int:
 
 
 def _print_plan(config: Config, layout: "Layout") -> int:
-    context = f" x CP {layout.context}" if layout.context > 1 else ""
+    from aropd_mcore.plan.layout import describe
+
+    training = config.training
+    microbatches = f"{layout.microbatches_per_step} microbatches of {training.micro_batch_size}"
+    if training.packing:
+        microbatches = f"microbatches of up to {training.max_tokens_per_microbatch} tokens a view"
     print(dump_config(config))
     print(
-        f"# {layout.world_size} processes: TP {layout.tensor} x PP {layout.pipeline}{context} x "
-        f"DP {layout.data}; {layout.num_parameters:,} parameters, about "
-        f"{layout.num_parameters // (layout.tensor * layout.pipeline):,} a rank\n"
-        f"# a step: {config.prompts_per_step} prompts, "
-        f"{config.training.global_batch_size} responses, {layout.microbatches_per_step} "
-        f"microbatches of {config.training.micro_batch_size} on each data-parallel rank"
+        f"# {layout.world_size} processes: {describe(config.parallel, layout.data)}; "
+        f"{layout.num_parameters:,} parameters\n"
+        f"# a step: {config.prompts_per_step} prompts, {training.global_batch_size} responses, "
+        f"{microbatches} on each data-parallel rank"
     )
     return 0
 

@@ -206,6 +206,9 @@ class Oracle:
         return report
 
 
+_MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
 def _weights(model) -> dict[str, Tensor]:
     weights = {}
     for name, weight in model.named_parameters():
@@ -217,4 +220,9 @@ def _weights(model) -> dict[str, Tensor]:
             parts = expert.chunk(2) if fused == "gate_up_proj" else [expert]
             for part, tensor in zip(fused.removesuffix("_proj").split("_"), parts, strict=True):
                 weights[f"{layer}.experts.{index}.{part}_proj.weight"] = tensor
+    if model.config.model_type == "mixtral":  # whose files kept the names of their first release
+        return {
+            ".".join(_MIXTRAL.get(part, part) for part in name.split(".")): weight
+            for name, weight in weights.items()
+        }
     return weights

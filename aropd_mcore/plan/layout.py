@@ -1,6 +1,7 @@
 """How a job's processes share the model and the batch; no process group, no Megatron."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
@@ -18,6 +19,34 @@ class Layout:
     microbatches_per_step: int | None
     """On each data-parallel rank; None where they are packed, as many as are needed."""
     num_parameters: int
+
+
+class Sizes(Protocol):
+    """What config.ParallelConfig and plan.setup.Setup both have."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def sequence(self) -> bool: ...
+    @property
+    def pipeline(self) -> int: ...
+    @property
+    def virtual_pipeline(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def expert(self) -> int: ...
+
+
+def describe(sizes: Sizes, data: int) -> str:
+    """Such as `TP 4 + SP x PP 2 x VPP 2 x DP 2, EP 8`; CP, VPP and EP of 1 go without saying."""
+    parts = [f"TP {sizes.tensor}{' + SP' if sizes.sequence else ''}", f"PP {sizes.pipeline}"]
+    if sizes.virtual_pipeline > 1:
+        parts.append(f"VPP {sizes.virtual_pipeline}")
+    if sizes.context > 1:
+        parts.append(f"CP {sizes.context}")
+    parts.append(f"DP {data}")
+    return " x ".join(parts) + (f", EP {sizes.expert}" if sizes.expert > 1 else "")
 
 
 def plan(config: Config, world_size: int, architecture: Architecture | None = None) -> Layout:

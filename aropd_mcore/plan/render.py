@@ -5,6 +5,7 @@ from rich.table import Table
 
 from aropd_mcore.plan.cost import H100
 from aropd_mcore.plan.fit import Estimate, Job, Remedy, remedies, sweep
+from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.setup import Setup
 
 GB = 1e9
@@ -48,11 +49,8 @@ def render_sweep(job: Job) -> RenderableType:
 def _headline(estimate: Estimate) -> str:
     setup, memory = estimate.setup, estimate.memory
     architecture = setup.architecture
-    experts = f" x EP {setup.expert}" if setup.expert > 1 else ""
-    chunks = f" x VPP {setup.virtual_pipeline}" if setup.virtual_pipeline > 1 else ""
     return (
-        f"{setup.world_size} GPUs: TP {setup.tensor}{' + SP' if setup.sequence else ''} x "
-        f"PP {setup.pipeline}{chunks} x CP {setup.context}{experts} x DP {setup.data}; "
+        f"{setup.world_size} GPUs: {describe(setup, setup.data)}; "
         f"{setup.num_microbatches} microbatches of {setup.micro_batch_size}, recompute "
         f"{setup.recompute}\n"
         f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on a "

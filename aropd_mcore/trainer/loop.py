@@ -14,6 +14,7 @@ from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.mcore import checkpoint
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.plan.layout import describe
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
 from aropd_mcore.trainer.step import Run, StepResult, train_step
@@ -138,11 +139,7 @@ class Reporter:
 def _headline(run: Run, first_step: int) -> str:
     config, runtime = run.config, run.runtime
     dtype = str(runtime.dtype(config.model.dtype)).removeprefix("torch.")
-    sequence = " + SP" if runtime.sequence_parallel else ""
-    context = f" x CP {runtime.cp_size}" if runtime.cp_size > 1 else ""
-    layout = (
-        f"TP {runtime.tp_size}{sequence} x PP {runtime.pp_size}{context} x DP {runtime.dp_size}"
-    )
+    layout = describe(config.parallel, runtime.dp_size)
     rows = f"{len(run.dataset)} rows"
     if run.dataset.num_bad_rows:
         rows += f" ({run.dataset.num_bad_rows} left out, first: {run.dataset.bad_rows[0]})"
