@@ -116,20 +116,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(name: str, *, phases: bool = False) -> list[dict[str, Any]]:
+def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict[str, Any]]:
     """Measured and planned bytes of a layout, a row a pipeline stage: the rank with the most.
 
     Args:
         phases: a row a phase as well.
+        responses: of a step; fewer take less time.
     """
     layout = LAYOUTS[name]
-    config = _config(layout)
+    config = _config(layout, responses)
     setup = setup_of(config, layout.ranks, device="cpu", architecture=_architecture(layout.model))
     # Read by the C library at a process's start: freed blocks go back to the system at once.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, (name, folder), nprocs=layout.ranks, start_method="spawn")
+        start_processes(_rank, (name, folder, responses), nprocs=layout.ranks, start_method="spawn")
         found = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank*.json"))]
     rows = []
     for stage in range(setup.pipeline):
@@ -158,8 +159,8 @@ def _planned(memory: Memory, phase: str) -> float:
     return memory.peak if phase == "peak" else memory.at(phase)
 
 
-def _config(layout: Layout) -> Config:
-    tree = dict(CONFIG)
+def _config(layout: Layout, responses: int) -> Config:
+    tree = {**CONFIG, "training": {**CONFIG["training"], "global_batch_size": responses}}
     for section, values in layout.overrides.items():
         tree[section] = {**tree.get(section, {}), **values}
     return Config.model_validate(tree)
@@ -176,9 +177,9 @@ def _architecture(model: str) -> Architecture:
 # --- on the ranks --------------------------------------------------------------------------------
 
 
-def _rank(rank: int, name: str, folder: str) -> None:
+def _rank(rank: int, name: str, folder: str, responses: int) -> None:
     layout = LAYOUTS[name]
-    config = _config(layout)
+    config = _config(layout, responses)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
