@@ -85,7 +85,16 @@ class Student:
             on_last_stage=loss_of,
             forward_only=False,
         )
+        self._let_go_of_the_graph()
         return self._add_up(reports)
+
+    def _let_go_of_the_graph(self) -> None:
+        """Experts' dispatchers keep the last microbatch's routing, and by its grad_fn the graph,
+        which ends in DDP's hooks: a cycle that Python cannot collect."""
+        for layer in self.model.layers:
+            dispatcher = getattr(layer.mlp, "token_dispatcher", None)
+            if dispatcher is not None:
+                dispatcher.probs = None
 
     def _anchored_residual(
         self,
