@@ -77,12 +77,14 @@ class ViewBatch(NamedTuple):
     bounds: Tensor | None = None
     """int32 [B + 1]: where each packed sample begins, and where the last one ends; over all context
     ranks. None where samples are padded."""
+    longest: int = 0
+    """Tokens of the longest packed sample, for which the device need not be asked."""
 
     def to(self, device: torch.device) -> "ViewBatch":
         moved = {
-            name: tensor.to(device, non_blocking=True)
-            for name, tensor in self._asdict().items()
-            if tensor is not None
+            name: part.to(device, non_blocking=True)
+            for name, part in self._asdict().items()
+            if isinstance(part, Tensor)
         }
         return self._replace(**moved)
 

@@ -65,7 +65,8 @@ def collate(
                 tokens_BS = _pad(sequences, pad_token_id, length_multiple)
                 return ViewBatch(tokens_BS, position_T * len(prompts) + sample_T)
             tokens_1S, bounds = _pack(sequences, pad_token_id, segment_multiple, length_multiple)
-            return ViewBatch(tokens_1S, bounds[sample_T] + position_T, bounds)
+            longest = int(bounds.diff().max())
+            return ViewBatch(tokens_1S, bounds[sample_T] + position_T, bounds, longest)
 
         return Microbatch(
             student=view_batch([sample.student_ids for sample in members]),

@@ -51,12 +51,16 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
     def teacher_share(view: ViewBatch | None) -> ViewBatch | None:
         if view is None:
             return None
-        tokens_BS = _tokens(view, size, rank)
-        return ViewBatch(tokens_BS, _gathered_rows(view, size)[mine_T], view.bounds)
+        return view._replace(
+            tokens_BS=_tokens(view, size, rank),
+            hidden_index_T=_gathered_rows(view, size)[mine_T],
+        )
 
     return replace(
         microbatch,
-        student=ViewBatch(_tokens(student, size, rank), rows_T[mine_T] % num_local, student.bounds),
+        student=student._replace(
+            tokens_BS=_tokens(student, size, rank), hidden_index_T=rows_T[mine_T] % num_local
+        ),
         partial=teacher_share(microbatch.partial),
         full=teacher_share(microbatch.full),
         response_ids_T=microbatch.response_ids_T[mine_T],

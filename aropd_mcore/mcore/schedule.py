@@ -91,11 +91,10 @@ def run_schedule(
 def _packed_seq_params(view: ViewBatch) -> PackedSeqParams | None:
     if view.bounds is None:
         return None
-    longest = int(view.bounds.diff().max())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=view.bounds,
         cu_seqlens_kv=view.bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=view.longest,
+        max_seqlen_kv=view.longest,
     )

@@ -99,7 +99,8 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
         yield changes("parallel", "sequence", [True])
     if training.recompute != "full":
         yield changes("training", "recompute", ["full"])
-    yield changes("training", "micro_batch_size", _halvings(training.micro_batch_size))
+    size = "max_tokens_per_microbatch" if training.packing else "micro_batch_size"
+    yield changes("training", size, _halvings(getattr(training, size)))
     if config.objective.name == "aropd":
         kinds = {"ema": ["frozen", "live"], "frozen": ["live"], "live": []}
         for kind in kinds[config.teacher.kind]:
@@ -125,13 +126,12 @@ def sweep(job: Job) -> list[Estimate]:
     with less memory."""
     fitting = []
     gpus, per_node = job.num_gpus, job.gpus_per_node
-    sequences = job.config.training.global_batch_size
     for tensor, pipeline, context, recompute, micro_batch_size in product(
         [n for n in _powers(per_node) if gpus % n == 0],
         [n for n in range(1, gpus + 1) if gpus % n == 0],
         [n for n in _powers(per_node) if gpus % n == 0],
         get_args(Recompute),
-        [n for n in _powers(min(sequences, 32)) if sequences % n == 0],
+        _micro_batch_sizes(job.config),
     ):
         for sequence in (False, True) if tensor > 1 else (False,):
             layout = {
@@ -148,6 +148,15 @@ def sweep(job: Job) -> list[Estimate]:
             if job.fits(estimate):
                 fitting.append(estimate)
     return sorted(fitting, key=lambda e: (e.time.total, e.memory.peak))
+
+
+def _micro_batch_sizes(config: Config) -> list[int]:
+    """To try; packed microbatches go by their tokens instead, and stay as they are configured."""
+    training = config.training
+    if training.packing:
+        return [training.micro_batch_size]
+    responses = training.global_batch_size
+    return [n for n in _powers(min(responses, 32)) if responses % n == 0]
 
 
 def _powers(largest: int) -> list[int]:

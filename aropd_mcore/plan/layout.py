@@ -21,7 +21,7 @@ class Layout:
     num_parameters: int
 
 
-class Sizes(Protocol):
+class ParallelSizes(Protocol):
     """What config.ParallelConfig and plan.setup.Setup both have."""
 
     @property
@@ -38,7 +38,7 @@ class Sizes(Protocol):
     def expert(self) -> int: ...
 
 
-def describe(sizes: Sizes, data: int) -> str:
+def describe(sizes: ParallelSizes, data: int) -> str:
     """Such as `TP 4 + SP x PP 2 x VPP 2 x DP 2, EP 8`; CP, VPP and EP of 1 go without saying."""
     parts = [f"TP {sizes.tensor}{' + SP' if sizes.sequence else ''}", f"PP {sizes.pipeline}"]
     if sizes.virtual_pipeline > 1:

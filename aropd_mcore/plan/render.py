@@ -49,10 +49,12 @@ def render_sweep(job: Job) -> RenderableType:
 def _headline(estimate: Estimate) -> str:
     setup, memory = estimate.setup, estimate.memory
     architecture = setup.architecture
+    size = str(setup.micro_batch_size)
+    if setup.max_tokens_per_microbatch is not None:
+        size = f"up to {setup.max_tokens_per_microbatch} tokens a view"
     return (
         f"{setup.world_size} GPUs: {describe(setup, setup.data)}; "
-        f"{setup.num_microbatches} microbatches of {setup.micro_batch_size}, recompute "
-        f"{setup.recompute}\n"
+        f"{setup.num_microbatches} microbatches of {size}, recompute {setup.recompute}\n"
         f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on a "
         f"rank of stage {memory.stage}, the one with the largest peak"
     )
