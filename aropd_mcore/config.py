@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 Recompute = Literal["none", "selective", "full"]
+Place = Literal["device", "host"]
+Fp8Format = Literal["hybrid", "e4m3"]
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -32,6 +35,53 @@ class ModelConfig(Section):
     """HF folder: config.json, safetensors and tokenizer. The student's and the teacher's start."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Parameters and activations; `auto` is bf16 on a GPU and fp32 without one."""
+
+
+class PrecisionConfig(Section):
+    """FP8 through Transformer Engine, on GPUs. Weights stay in bf16 with fp32 main weights and
+    gradients; embedding, norms, attention scores and the output head stay in bf16; the loss and
+    log-probs are always computed in fp32."""
+
+    fp8: Fp8Format | None = None
+    """Format of the student's matrix products, in training and in native rollouts: `hybrid` is e4m3
+    forward and e5m2 for gradients; `e4m3` is e4m3 for both. null: bf16."""
+    teacher_fp8: Fp8Format | Literal["as_student"] | None = "as_student"
+    """Format of the teacher's products."""
+    fp8_recipe: Fp8Recipe = "tensorwise"
+    """How a tensor is scaled into fp8's range: by its own largest value (`tensorwise`), by the
+    largest one of the step before (`delayed`), in blocks of 128 (`blockwise`, from Hopper on), or
+    in blocks of 32 (`mxfp8`, from Blackwell on)."""
+    bf16_first_layers: Annotated[int, Field(ge=0)] = 0
+    """Layers at the start of the model whose products stay in bf16. Not with `delayed`."""
+    bf16_last_layers: Annotated[int, Field(ge=0)] = 0
+    """The same at its end."""
+
+    @property
+    def of_teacher(self) -> "PrecisionConfig":
+        """The settings under which the teacher is the student."""
+        fp8 = self.fp8 if self.teacher_fp8 == "as_student" else self.teacher_fp8
+        return self.model_copy(update={"fp8": fp8, "teacher_fp8": "as_student"})
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.fp8 is not None or self.of_teacher.fp8 is not None
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sizes of a product, its number of tokens among them, must be multiples of."""
+        if not self.has_fp8:
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
+
+    @model_validator(mode="after")
+    def _layers_by_themselves(self) -> "PrecisionConfig":
+        bf16_layers = self.bf16_first_layers + self.bf16_last_layers
+        if bf16_layers and self.fp8_recipe == "delayed":
+            raise ValueError(
+                "bf16_first_layers and bf16_last_layers need a recipe that scales layer by layer; "
+                "fp8_recipe delayed collects its statistics over all layers"
+            )
+        return self
 
 
 class ParallelConfig(Section):
@@ -160,6 +210,19 @@ class TeacherConfig(Section):
     """Alpha: teacher <- (1 - alpha) teacher + alpha student, after every step."""
     fp32_master: bool = True
     """Keep the moving average in fp32 when the model is bf16, where steps of alpha would vanish."""
+    weights: Place = "device"
+    """Where the teacher's weights and its fp32 average are outside of its own phase. `host`: in
+    pinned memory; the weights visit the device while the teacher scores, and only the output head,
+    which the loss needs, stays."""
+    hidden_states: Place = "device"
+    """Where both views' final hidden states of a step's loss tokens wait for the loss. `host`: in
+    pinned memory, a microbatch's at a time on the device."""
+
+    @model_validator(mode="after")
+    def _weights_of_its_own(self) -> "TeacherConfig":
+        if self.kind == "live" and self.weights == "host":
+            raise ValueError("weights: a live teacher is the student itself, on the device")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -243,6 +306,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     views: ViewsConfig = ViewsConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -258,6 +322,18 @@ class Config(Section):
             raise ValueError(
                 f"training.global_batch_size {self.training.global_batch_size} is not a multiple "
                 f"of rollout.rollouts_per_prompt {self.rollout.rollouts_per_prompt}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_of_bf16(self) -> "Config":
+        precision = self.precision
+        if precision.has_fp8 and self.model.dtype == "fp32":
+            raise ValueError("precision: fp8 products are of bf16 tensors, and model.dtype is fp32")
+        if self.teacher.kind == "live" and precision.of_teacher.fp8 != precision.fp8:
+            raise ValueError(
+                f"precision.teacher_fp8 is {precision.teacher_fp8}: a live teacher is the student "
+                f"itself, with precision.fp8 {precision.fp8}"
             )
         return self
 

@@ -123,3 +123,6 @@ class TeacherOutput(NamedTuple):
 
     partial_hidden_TH: Tensor
     full_hidden_TH: Tensor
+
+    def to(self, device: torch.device) -> "TeacherOutput":
+        return TeacherOutput(*(hidden_TH.to(device, non_blocking=True) for hidden_TH in self))

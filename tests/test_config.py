@@ -135,6 +135,17 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
             "(top level)",
             "training.global_batch_size 32 is not a multiple of rollout.rollouts_per_prompt 5",
         ),
+        (
+            "precision={fp8: hybrid, fp8_recipe: delayed, bf16_last_layers: 1}",
+            "precision",
+            "bf16_first_layers and bf16_last_layers need a recipe that scales layer by layer; "
+            "fp8_recipe delayed collects its statistics over all layers",
+        ),
+        (
+            "teacher={kind: live, weights: host}",
+            "teacher",
+            "weights: a live teacher is the student itself, on the device",
+        ),
         ("optimizer.lr=.nan", "optimizer.lr", "Input should be a finite number, found nan"),
         (
             "objective.residual_clip=.inf",
@@ -202,6 +213,16 @@ def test_sequence_parallelism_needs_tensor_ranks(tmp_path: Path):
     path.write_text("parallel: {sequence: true}")
     with pytest.raises(ConfigError, match=r"parallel: sequence splits tokens .* tensor is 1"):
         load_config(path)
+
+
+def test_fp8_is_of_bf16_and_a_live_teacher_is_the_student(path):
+    load_config(path, ["precision.teacher_fp8=e4m3"])
+    for overrides, message in (
+        (["precision.fp8=e4m3", "model.dtype=fp32"], "fp8 products are of bf16 tensors"),
+        (["precision.teacher_fp8=e4m3", "teacher.kind=live"], "teacher_fp8 is e4m3: a live"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, overrides)
 
 
 def test_there_are_shipped_examples():

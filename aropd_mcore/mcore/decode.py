@@ -48,6 +48,9 @@ def decoding(
     try:
         for attention in attentions:
             attention.core_attention = _CachedAttention(batch, model.config.softmax_scale)
+        for chunk in model:
+            # Transformer Engine keeps weights that it cast to fp8, until told that they changed.
+            chunk.set_is_first_microbatch()
         with torch.no_grad():
             yield Decoder(model, runtime, batch)
     finally:
@@ -113,11 +116,11 @@ class Decoder:
     def _forward(self, tokens_N: Tensor) -> Tensor | None:
         """Final hidden states [N, H] on the last stage, None elsewhere; waits for the stage before.
 
-        Under sequence parallelism N is padded to a multiple of the tensor ranks, and each holds its
-        part of them between matrix products and from stage to stage.
+        N is padded to what products in fp8 need. Under sequence parallelism each tensor rank holds
+        its part of them between matrix products and from stage to stage.
         """
         runtime, num_tokens = self.runtime, tokens_N.numel()
-        padding = (0, -num_tokens % runtime.sequence_size)
+        padding = (0, -num_tokens % (runtime.token_multiple * runtime.sequence_size))
         tokens_N = functional.pad(tokens_N, padding)
         positions_N = functional.pad(self._batch.positions_N, padding)
         hidden_N1H = None

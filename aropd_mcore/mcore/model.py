@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from aropd_mcore.config import Recompute
+from aropd_mcore.config import PrecisionConfig, Recompute
 from aropd_mcore.convert.architecture import (
     Architecture,
     Routing,
@@ -29,9 +29,13 @@ from aropd_mcore.convert.architecture import (
     read_architecture,
 )
 from aropd_mcore.convert.tensors import padded_vocab_size
+from aropd_mcore.mcore.fp8 import fp8_settings
 from aropd_mcore.mcore.local_attention import LocalCoreAttention
 from aropd_mcore.mcore.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
+
+BF16 = PrecisionConfig()
+"""No product in fp8."""
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -147,6 +151,7 @@ def model_config(
     *,
     dtype: torch.dtype,
     recompute: Recompute = "none",
+    precision: PrecisionConfig = BF16,
 ) -> TransformerConfig:
     """Megatron's settings for a model and this runtime.
 
@@ -177,6 +182,7 @@ def model_config(
         sequence_parallel=runtime.sequence_parallel,
         context_parallel_size=runtime.cp_size,
         **_RECOMPUTE[recompute],
+        **fp8_settings(precision),
         **(_routing_settings(architecture.routing) if architecture.routing else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -222,6 +228,7 @@ def build_model(
     *,
     dtype: torch.dtype,
     recompute: Recompute = "none",
+    precision: PrecisionConfig = BF16,
 ) -> StageModel:
     """The model that an HF config describes, this rank's shard of it, on runtime.device.
 
@@ -231,6 +238,7 @@ def build_model(
         hf: an HF folder, a config.json, or its parsed contents.
         dtype: of every parameter; activations follow.
         recompute: what a backward computes again: nothing, core attention, or every layer.
+        precision: of the layers' products (fp8.check_fp8 says whether it can run here).
     Raises:
         CheckpointError: the config cannot be used.
         ValueError: the runtime's layout does not divide the model.
@@ -245,7 +253,9 @@ def build_model(
         virtual_pipeline=runtime.vp_size,
         expert=runtime.ep_size,
     )
-    config = model_config(architecture, runtime, dtype=dtype, recompute=recompute)
+    config = model_config(
+        architecture, runtime, dtype=dtype, recompute=recompute, precision=precision
+    )
     vp_stages = range(runtime.vp_size) if runtime.vp_size > 1 else [None]
     chunks = [HiddenStateGPT(architecture, config, runtime, stage) for stage in vp_stages]
     model = StageModel(architecture, config, chunks)

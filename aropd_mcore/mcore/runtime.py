@@ -54,6 +54,8 @@ class Runtime:
     """Model chunks on each pipeline stage; more than one in the interleaved layout."""
     sequence_parallel: bool
     """Whether, between the layers' matrix products, each tensor rank holds a part of the tokens."""
+    token_multiple: int = 1
+    """What a rank's number of tokens must be a multiple of; more than 1 for products in fp8."""
 
     @property
     def rank(self) -> int:
@@ -116,7 +118,8 @@ class Runtime:
     @property
     def length_multiple(self) -> int:
         """What the length of a sequence in the model must be a multiple of."""
-        return self.segment_multiple * self.sequence_size
+        a_rank = math.lcm(self.token_multiple, 2 if self.cp_size > 1 else 1)
+        return a_rank * self.cp_size * self.sequence_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -167,6 +170,7 @@ def start(
     context: int = 1,
     expert: int = 1,
     sequence_parallel: bool = False,
+    token_multiple: int = 1,
     seed: int = 1234,
     timeout: timedelta | None = None,
 ) -> Runtime:
@@ -181,6 +185,7 @@ def start(
         virtual_pipeline: chunks that each stage holds, interleaved over the layers.
         expert: ranks of a stage that share out its experts.
         sequence_parallel: split the tokens over the tensor ranks where weights are not split.
+        token_multiple: see Runtime.
         seed: the same on every rank.
         timeout: of collectives; torch's default if None.
     Raises:
@@ -231,6 +236,7 @@ def start(
         ep_group=_own(parallel_state.get_expert_model_parallel_group()),
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
+        token_multiple=token_multiple,
     )
 
 

@@ -74,6 +74,8 @@ class Student:
             if self.objective.name == "sft":
                 return self._cross_entropy(hidden_TH, microbatch)
             assert teacher is not None and teacher_output is not None
+            # From the host, if it waited there.
+            teacher_output = teacher_output.to(hidden_TH.device)
             return self._anchored_residual(hidden_TH, microbatch, teacher, teacher_output)
 
         self.model.train()

@@ -1,6 +1,7 @@
 """The teacher: the same model seen through the two privileged views."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ class Teacher:
     """Scores microbatches under both views; follows the student as the config says.
 
     `ema` and `frozen` own a second model, sharded like the student; `live` is the student's own.
+    With config.weights "host" the second model's parameters, but its output head, and the fp32
+    average lie in pinned memory of the host; `score` brings the parameters to the device and lets
+    them go. On a CPU host and device are one, and nothing is copied.
     """
 
     def __init__(
@@ -34,18 +38,27 @@ class Teacher:
         """
         assert (model is None) == (config.kind == "live")
         self.config = config
-        self._context_group = runtime.cp_group
+        self._runtime = runtime
         self.model = student
         self._student = student
         self._master: dict[str, Tensor] = {}
         if model is not None:
             self.model = model.eval().requires_grad_(False)
+        on_host = config.weights == "host"
         if config.kind == "ema" and config.fp32_master:
             self._master = {
-                name: p.detach().float()
+                name: _pinned(p.float()) if on_host else p.detach().float()
                 for name, p in self.model.named_parameters()
                 if p.dtype != torch.float32
             }
+        self._visitors: list[torch.nn.Parameter] = []
+        """Parameters that are on the device while the teacher scores, and else on the host."""
+        if on_host:
+            head = self.model.head_weight() if runtime.is_last_stage else None
+            self._visitors = [p for p in self.model.parameters() if p is not head]
+            for p in self._visitors:
+                p.data = _pinned(p.data)
+            _finish_copies()
 
     @property
     def head_weight(self) -> Tensor:
@@ -57,18 +70,22 @@ class Teacher:
 
         Returns:
             For each microbatch the final hidden states at its loss tokens, [T, H] a view, in the
-            model's dtype; None on stages before the last. Without gradient.
+            model's dtype, where config.hidden_states says; None on stages before the last. Without
+            gradient.
         Collectives: the schedule's.
         """
+        on_host = self.config.hidden_states == "host"
         views = [view for m in microbatches for view in (m.partial, m.full)]
-        hidden = run_schedule(
-            list(self.model),
-            views,
-            view_of=_is_a_view,
-            on_last_stage=lambda hidden_TH, _: hidden_TH,
-            forward_only=True,
-            gather_over=self._context_group,
-        )
+        with self._weights_on_device():
+            hidden = run_schedule(
+                list(self.model),
+                views,
+                view_of=_is_a_view,
+                on_last_stage=lambda hidden_TH, _: _pinned(hidden_TH) if on_host else hidden_TH,
+                forward_only=True,
+                gather_over=self._runtime.cp_group,
+            )
+        _finish_copies()
         if not hidden:
             return [None] * len(microbatches)
         return [TeacherOutput(*pair) for pair in zip(hidden[::2], hidden[1::2], strict=True)]
@@ -77,16 +94,36 @@ class Teacher:
     def follow(self) -> None:
         """After an optimizer step: teacher <- (1 - alpha) teacher + alpha student, shard by shard.
 
-        Source: METHOD section 4. No collective: both models are sharded alike.
+        Source: METHOD section 4. No collective: both models are sharded alike. What is on the host
+        comes to the device and goes back, a parameter at a time.
         """
         if self.config.kind != "ema":
             return
         students = dict(self._student.named_parameters())
         for name, p in self.model.named_parameters():
-            average = self._master.get(name, p)
-            average.lerp_(students[name].to(average.dtype), self.config.ema_rate)
+            average, student = self._master.get(name, p), students[name]
+            here = average.to(student.device, non_blocking=True)
+            here.lerp_(student.to(here.dtype), self.config.ema_rate)
+            if here is not average:
+                average.copy_(here, non_blocking=True)
             if average is not p:
-                p.copy_(average)
+                p.copy_(here, non_blocking=True)
+        _finish_copies()
+
+    @contextmanager
+    def _weights_on_device(self) -> Iterator[None]:
+        on_host = [p.data for p in self._visitors]
+        for p in self._visitors:
+            p.data = p.data.to(self._runtime.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for p, weight in zip(self._visitors, on_host, strict=True):
+                p.data = weight
+            if on_host:
+                for module in self.model.modules():
+                    # Transformer Engine's copies of them in fp8 (pytorch/module/base.py).
+                    getattr(module, "_fp8_workspaces", {}).clear()
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """The teacher's tensors under the prefix `teacher.`, fp32 where there is a master.
@@ -107,18 +144,32 @@ class Teacher:
         """Take over tensors that a checkpoint's load filled in for `sharded_state_dict`."""
         if self.model is self._student:
             return
-        for name, p in self.model.named_parameters():
+        for index, chunk in enumerate(self.model):
+            tensors = state[str(index)].items()
+            # Statistics of fp8's delayed scaling too, which are no parameters.
+            chunk.load_state_dict({key.removeprefix(TEACHER_PREFIX): t for key, t in tensors})
+        for name, average in self._master.items():
             chunk, key = _entry(name)
-            loaded = state[chunk][key]
-            p.copy_(loaded)
-            if name in self._master:
-                self._master[name].copy_(loaded)
+            average.copy_(state[chunk][key])
 
 
 def _entry(parameter: str) -> tuple[str, str]:
     """Where a parameter stands in `Teacher.sharded_state_dict`: its chunk, and its key there."""
     chunk, _, name = parameter.partition(".")
     return chunk, TEACHER_PREFIX + name
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy on the host that the GPU writes by itself, whole after `_finish_copies`; on a CPU the
+    tensor as it is."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _finish_copies() -> None:
+    torch.cuda.current_stream().synchronize()
 
 
 def _is_a_view(view: ViewBatch) -> ViewBatch:

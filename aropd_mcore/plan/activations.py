@@ -5,6 +5,7 @@ saves, tensor by tensor. `cpu` is Megatron's local layer spec with this package'
 `torch.autograd.graph.saved_tensors_hooks` shows it. `gpu` is Transformer Engine's spec: Korthikanti
 et al., arXiv:2205.05198, for RMSNorm without dropout, flash attention, a fused SwiGLU, and norms
 fused into the linear layer behind them (which keeps the norm's output for its weight's gradient).
+In fp8 what a product keeps of its input is a byte a number, beside what others keep of it.
 
 Letters: H hidden, q and kv all query and all key/value heads' dimensions of a rank, F the MLP's
 columns of a rank, k experts a token, E an expert's columns.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from aropd_mcore.plan.setup import Setup
 
 FP32 = 4
+FP8 = 1
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,15 @@ def layer_input(setup: Setup) -> float:
 def saved_without_recompute(setup: Setup) -> dict[str, float]:
     s, width = sizes_of(setup, setup.microbatch_tokens), setup.dtype_bytes
     local = setup.device == "cpu"
+    of_product = FP8 if setup.fp8 else width
     # Input and output; without fusion also the normalized input, which the weight multiplies.
-    norm = s.local_tokens * ((3 if local else 2) * s.hidden * width + FP32)
+    norm = s.local_tokens * (s.hidden * ((2 if local else 1) * width + of_product) + FP32)
     parts = {
         "norms": 2 * norm,
         # The product's output lives on as the values, a view of it.
         "queries, keys, values": s.tokens * (s.q + 2 * s.kv) * width,
         "rotated queries and keys": s.tokens * (s.q + s.kv) * width,
-        "attention output": s.tokens * s.q * width,
+        "attention output": s.tokens * s.q * (width + (FP8 if setup.fp8 else 0)),
     }
     if setup.architecture.family.has_qk_norm:
         # A copy of the queries, which the view of keys does not need; and, without fusion, both
@@ -93,7 +96,7 @@ def saved_without_recompute(setup: Setup) -> dict[str, float]:
     if setup.architecture.routing:
         return parts | _experts(setup, s, width)
     # gate | up; without fusion silu(gate), up + 0 (Megatron's offset); and their product.
-    parts["MLP"] = s.tokens * (5 if local else 3) * s.ffn * width
+    parts["MLP"] = s.tokens * s.ffn * ((4 if local else 2) * width + of_product)
     return parts
 
 

@@ -23,18 +23,20 @@ class Rates:
     nvlink_bytes: float = 450e9
     """In each direction."""
     network_bytes: float = 50e9
+    host_bytes: float = 64e9
     matmul_efficiency: float = 0.6
     attention_efficiency: float = 0.45
     memory_efficiency: float = 0.6
     nvlink_efficiency: float = 0.7
     network_efficiency: float = 0.8
+    host_efficiency: float = 0.8
     launch_seconds: float = 1.5e-4
     """The least that a layer takes for a token of a rollout: about 30 kernels, launched eagerly."""
 
 
 H100 = Rates()
 """NVIDIA H100 SXM data sheet: dense bf16 and fp8, HBM3, NVLink 4 (900 GB/s both ways); InfiniBand
-NDR, 400 Gbit/s a GPU. Efficiencies are assumptions."""
+NDR, 400 Gbit/s a GPU; PCIe 5 x16 to the host. Efficiencies are assumptions."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     num_microbatches = setup.num_microbatches
     student_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_microbatches)
     teacher_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, 2 * num_microbatches)
-    forward, attention = _stage_forward(setup, rates)
+    forward, attention = _stage_forward(setup, rates, setup.fp8)
+    teacher_forward, _ = _stage_forward(setup, rates, setup.teacher_fp8)
     backward = 2 * forward
     if setup.recompute == "full":
         backward += forward
@@ -99,10 +102,10 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     # The last stage has the loss besides, and the others wait for it.
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
-    teacher = 2 * num_microbatches * forward / (1 - teacher_bubble) if setup.teacher else 0.0
+    teacher = 2 * num_microbatches * teacher_forward / (1 - teacher_bubble)
     return StepTime(
         rollout=_rollout_seconds(setup, rates) if setup.teacher else 0.0,
-        teacher=teacher,
+        teacher=teacher if setup.teacher else 0.0,
         student=num_microbatches * (forward + backward + loss) / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),
         communication=_communication_seconds(setup, rates),
@@ -111,11 +114,11 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     )
 
 
-def _stage_forward(setup: Setup, rates: Rates) -> tuple[float, float]:
+def _stage_forward(setup: Setup, rates: Rates, fp8: bool) -> tuple[float, float]:
     """Seconds of a microbatch's forward on one stage, and of its attention alone."""
     products, attention = forward_flops(setup.architecture, setup.sequence_tokens)
     share = setup.microbatch_sequences / (setup.tensor * setup.context * setup.pipeline)
-    flops = rates.fp8_flops if setup.fp8 else rates.bf16_flops
+    flops = rates.fp8_flops if fp8 else rates.bf16_flops
     of_attention = attention * share / (rates.bf16_flops * rates.attention_efficiency)
     return products * share / (flops * rates.matmul_efficiency) + of_attention, of_attention
 
@@ -200,7 +203,13 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     # Gradients are summed in fp32, and weights gathered in their own dtype.
     ranks = setup.data * context
     exchanged = parameters.total * (4 + width)
-    return seconds + ring(exchanged, ranks, tensor * ranks)
+    seconds += ring(exchanged, ranks, tensor * ranks)
+    if setup.hosts_weights:
+        # In for the teacher's phase; the average in and out, and the weights that follow it.
+        average = 4 + 4 + width if setup.teacher == "ema" else 0
+        moved = parameters.total * (width + average)
+        seconds += moved / (rates.host_bytes * rates.host_efficiency)
+    return seconds
 
 
 def _bandwidth(setup: Setup, span: int, rates: Rates) -> float:

@@ -71,6 +71,7 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
     )
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
+    _check_fp8(config, architecture)
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise ConfigError(
@@ -134,6 +135,35 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
         )
 
 
+def _check_fp8(config: Config, architecture: Architecture) -> None:
+    """Every size of a product on a rank is a multiple of what fp8 needs."""
+    precision, tensor = config.precision, config.parallel.tensor
+    multiple, named = precision.size_multiple, architecture.sizes
+    routing = architecture.routing
+    sizes = {
+        "hidden_size": named["hidden"],
+        f"query columns / parallel.tensor {tensor}": named["q"] // tensor,
+        f"key columns / parallel.tensor {tensor}": named["kv"] // tensor,
+    }
+    if routing:
+        sizes["columns of an expert"] = routing.ffn_hidden_size
+    else:
+        sizes[f"intermediate_size / parallel.tensor {tensor}"] = named["ffn"] // tensor
+    for name, size in sizes.items():
+        if size % multiple:
+            raise ConfigError(
+                f"{name} = {size} is not a multiple of {multiple}, as products in fp8 "
+                f"(precision.fp8_recipe {precision.fp8_recipe}) need"
+            )
+    a_stage = architecture.num_layers // config.parallel.pipeline
+    for name in ("bf16_first_layers", "bf16_last_layers"):
+        if getattr(precision, name) > a_stage:
+            raise ConfigError(
+                f"precision.{name} {getattr(precision, name)} is more than the {a_stage} layers of "
+                "a pipeline stage"
+            )
+
+
 def _check_lengths(config: Config, architecture: Architecture) -> None:
     """The longest sequence is a prompt, of any of the three views, with a response behind it."""
     prompt, response = config.views.max_prompt_tokens, config.rollout.max_response_tokens
@@ -147,6 +177,7 @@ def _check_lengths(config: Config, architecture: Architecture) -> None:
     budget = config.training.max_tokens_per_microbatch
     # Context and tensor ranks share out the tokens: a packed sequence is padded for them.
     rounding = 2 * config.parallel.context * (config.parallel.tensor + 1)
+    rounding *= config.precision.size_multiple
     if budget is not None and prompt + response + rounding > budget:
         raise ConfigError(
             f"training.max_tokens_per_microbatch {budget} does not hold the longest sequence: "

@@ -70,7 +70,7 @@ def worst_stage(setup: Setup) -> Memory:
 
 def stage_memory(setup: Setup, stage: int) -> Memory:
     parameters = rank_parameters(setup, stage)
-    phases = {"rollout": _rollout(setup, stage), "teacher": _teacher(setup, stage)}
+    phases = {"rollout": _rollout(setup, stage), "teacher": _teacher(setup, parameters, stage)}
     if setup.teacher is None:
         phases = {}
     phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, parameters, stage)}
@@ -102,6 +102,7 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
     width, total = setup.dtype_bytes, parameters.total
     shared, experts = sharing_ranks(setup)
     on_rank = parameters.shared / shared + parameters.experts / experts
+    layers = layer_parameters(setup).total * setup.layers_per_stage
     state: dict[str, float] = {
         "weights": total * width,
         # In an fp32 model the optimizer updates the parameters themselves.
@@ -110,13 +111,16 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         "optimizer moments": 2 * on_rank * FP32,
     }
     if setup.teacher in ("ema", "frozen"):
-        state["teacher weights"] = total * width
-        if setup.teacher_weights == "host":
-            is_last = stage == setup.pipeline - 1
-            head = vocabulary_parameters(setup) if is_last else 0
-            state["teacher weights"] = (2 * layer_parameters(setup).total + head) * width
-        if setup.teacher == "ema" and setup.fp32_master and width < FP32:
+        visiting = _visiting_parameters(setup, parameters, stage)
+        state["teacher weights"] = (total - visiting) * width
+        has_master = setup.teacher == "ema" and setup.fp32_master and width < FP32
+        if has_master and not setup.hosts_weights:
             state["teacher fp32 master"] = total * FP32
+    if setup.fp8:
+        # Transformer Engine keeps each weight as a product reads it, and transposed.
+        state["weights in fp8"] = 2 * layers
+    if setup.teacher_fp8 and setup.teacher != "live" and not setup.hosts_weights:
+        state["teacher weights in fp8"] = layers
     if setup.sequence and setup.device == "cpu":
         # Megatron's local linear layers gather their input into a buffer that is kept.
         tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.teacher else 0)
@@ -145,8 +149,22 @@ def _rollout(setup: Setup, stage: int) -> dict[str, float]:
     return parts
 
 
-def _teacher(setup: Setup, stage: int) -> dict[str, float]:
+def _visiting_parameters(setup: Setup, parameters: Parameters, stage: int) -> int:
+    """Of a teacher, on the device while it scores alone: with weights on the host, all but the
+    output head."""
+    if not setup.hosts_weights:
+        return 0
+    is_last = stage == setup.pipeline - 1
+    return parameters.total - (vocabulary_parameters(setup) if is_last else 0)
+
+
+def _teacher(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
     parts = {"forward": forward_working_set(setup, setup.microbatch_tokens)}
+    if setup.hosts_weights:
+        visiting = _visiting_parameters(setup, parameters, stage)
+        parts["teacher weights"] = visiting * setup.dtype_bytes
+        if setup.teacher_fp8:
+            parts["teacher weights in fp8"] = layer_parameters(setup).total * setup.layers_per_stage
     return parts | _hidden_states(setup, stage)
 
 
@@ -154,7 +172,8 @@ def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
     """Both views' final hidden states at the loss tokens of a whole step, on the last stage."""
     if stage < setup.pipeline - 1 or setup.teacher is None:
         return {}
-    kept = 1 if setup.teacher_hidden_states == "host" else setup.num_microbatches
+    on_host = setup.teacher_hidden_states == "host" and setup.device == "gpu"
+    kept = 1 if on_host else setup.num_microbatches
     size = 2 * kept * setup.loss_tokens * setup.architecture.hidden_size * setup.dtype_bytes
     return {"teacher hidden states": size}
 
@@ -223,7 +242,9 @@ def _optimizer(setup: Setup, parameters: Parameters, stage: int) -> dict[str, fl
         gathered = parameters.total * setup.dtype_bytes if shared > 1 else 0
         parts["denominators or gathered weights"] = max(on_rank * FP32, gathered)
     if setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32:
-        parts["teacher's fp32 copy"] = largest_weight(setup, stage) * FP32
+        # Of the student's weight; from the host the average's too.
+        copies = 2 if setup.hosts_weights else 1
+        parts["teacher's fp32 copy"] = copies * largest_weight(setup, stage) * FP32
     return parts
 
 

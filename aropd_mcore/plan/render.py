@@ -107,11 +107,13 @@ def _assumptions(setup: Setup) -> str:
         f"(views.max_prompt_tokens) and every response {setup.response_tokens} "
         "(rollout.max_response_tokens). Tokens fall on experts evenly.\n"
         f"Times are not measured: an H100 SXM's peaks ({H100.bf16_flops / 1e12:g} TFLOP/s dense "
-        f"bf16, {H100.memory_bytes / 1e12:g} TB/s, NVLink {H100.nvlink_bytes / 1e9:g} GB/s, "
-        f"network {H100.network_bytes / 1e9:g} GB/s a GPU) times assumed efficiencies "
-        f"(products {H100.matmul_efficiency:g}, attention {H100.attention_efficiency:g}, memory "
+        f"bf16, {H100.fp8_flops / 1e12:g} fp8, {H100.memory_bytes / 1e12:g} TB/s, NVLink "
+        f"{H100.nvlink_bytes / 1e9:g} GB/s, network {H100.network_bytes / 1e9:g} GB/s a GPU, host "
+        f"{H100.host_bytes / 1e9:g} GB/s) times assumed efficiencies (products "
+        f"{H100.matmul_efficiency:g}, attention {H100.attention_efficiency:g}, memory "
         f"{H100.memory_efficiency:g}, NVLink {H100.nvlink_efficiency:g}, network "
-        f"{H100.network_efficiency:g}); communication overlaps nothing."
+        f"{H100.network_efficiency:g}, host {H100.host_efficiency:g}); communication overlaps "
+        "nothing."
     )
 
 

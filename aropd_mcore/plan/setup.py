@@ -1,15 +1,15 @@
 """A job as the planner sees it: the numbers that memory and time are made of."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aropd_mcore.config import Config, Recompute
+from aropd_mcore.config import Config, Place, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.layout import Layout, plan
 
 Device = Literal["gpu", "cpu"]
 """`gpu`: Transformer Engine's layers, NCCL. `cpu`: Megatron's local layers, gloo."""
-Place = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Setup:
     """The teacher's moving average is kept in fp32."""
     dtype_bytes: int = 2
     fp8: bool = False
-    """Matrix products of the layers run in fp8; their weights stay in bf16."""
+    """The student's products run in fp8; weights stay in bf16."""
+    teacher_fp8: bool = False
+    size_multiple: int = 1
+    """Of a rank's tokens, in fp8."""
     prompt_tokens: int = 1024
     response_tokens: int = 1024
     rollout_batch_size: int = 32
@@ -45,7 +48,7 @@ class Setup:
     """With packed sequences: what replaces micro_batch_size times the longest sequence."""
     teacher_hidden_states: Place = "device"
     teacher_weights: Place = "device"
-    """`host`: streamed to the device layer by layer, two layers at a time."""
+    """`host`: on the device while the teacher scores, but for the output head."""
     overlap_grad_reduce: bool = False
     device: Device = field(default="gpu", kw_only=True)
     gpus_per_node: int = field(default=8, kw_only=True)
@@ -53,6 +56,11 @@ class Setup:
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def hosts_weights(self) -> bool:
+        """Whether the teacher's weights visit the device; a CPU's memory is host and device."""
+        return self.teacher_weights == "host" and self.device == "gpu"
 
     @property
     def sequence_size(self) -> int:
@@ -65,9 +73,9 @@ class Setup:
 
     @property
     def sequence_tokens(self) -> int:
-        """Prompt and response; padded to what context and tensor ranks share out."""
-        chunks = 2 * self.context if self.context > 1 else 1  # data.context
-        multiple = chunks * self.sequence_size
+        """Prompt and response; padded to what context and tensor ranks share out, and fp8 needs."""
+        a_rank = math.lcm(self.size_multiple, 2 if self.context > 1 else 1)  # data.context
+        multiple = a_rank * self.context * self.sequence_size
         return -(-(self.prompt_tokens + self.response_tokens) // multiple) * multiple
 
     @property
@@ -116,7 +124,8 @@ def setup_of(
     """
     architecture = architecture or read_architecture(config.model.path)
     layout = plan(config, world_size, architecture)
-    parallel, training, dtype = config.parallel, config.training, config.model.dtype
+    parallel, training, precision = config.parallel, config.training, config.precision
+    dtype = config.model.dtype
     is_fp32 = dtype == "fp32" or (dtype == "auto" and device == "cpu")
     is_sft = config.objective.name == "sft"
     return Setup(
@@ -134,7 +143,12 @@ def setup_of(
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
         teacher=None if is_sft else config.teacher.kind,
         fp32_master=config.teacher.fp32_master,
+        teacher_hidden_states=config.teacher.hidden_states,
+        teacher_weights=config.teacher.weights,
         dtype_bytes=4 if is_fp32 else 2,
+        fp8=precision.fp8 is not None,
+        teacher_fp8=not is_sft and precision.of_teacher.fp8 is not None,
+        size_multiple=precision.size_multiple,
         prompt_tokens=config.views.max_prompt_tokens,
         response_tokens=config.rollout.max_response_tokens,
         rollout_batch_size=config.rollout.batch_size,

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config import Config, ConfigError, PrecisionConfig
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
@@ -20,7 +21,12 @@ from aropd_mcore.trainer.step import Run
 
 
 def start_runtime(config: Config) -> Runtime:
-    """Join the job's processes in the layout that the config asks for; as `mcore.runtime.start`."""
+    """Join the job's processes in the layout that the config asks for; as `mcore.runtime.start`.
+
+    Raises:
+        ConfigError: also for products in fp8, where this machine has none.
+    """
+    check_fp8(config.precision)
     parallel = config.parallel
     return mcore_runtime.start(
         tensor=parallel.tensor,
@@ -29,6 +35,7 @@ def start_runtime(config: Config) -> Runtime:
         context=parallel.context,
         expert=parallel.expert,
         sequence_parallel=parallel.sequence,
+        token_multiple=config.precision.size_multiple,
         seed=config.training.seed,
     )
 
@@ -46,10 +53,12 @@ def build_run(config: Config, runtime: Runtime) -> Run:
     )
     num_steps = config.training.num_steps or _steps_of_epochs(config, len(dataset))
 
-    model = load_model(config, runtime)
+    model = load_model(config, runtime, config.precision)
     teacher = engine = None
     if config.objective.name == "aropd":
-        own = None if config.teacher.kind == "live" else load_model(config, runtime)
+        own = None
+        if config.teacher.kind != "live":
+            own = load_model(config, runtime, config.precision.of_teacher)
         teacher = Teacher(config.teacher, runtime, student=model, model=own)
         engine = NativeEngine(
             model,
@@ -77,13 +86,14 @@ def build_run(config: Config, runtime: Runtime) -> Run:
     )
 
 
-def load_model(config: Config, runtime: Runtime) -> StageModel:
+def load_model(config: Config, runtime: Runtime, precision: PrecisionConfig) -> StageModel:
     """This rank's shard of the model at config.model.path, with its HF weights."""
     model = build_model(
         config.model.path,
         runtime,
         dtype=runtime.dtype(config.model.dtype),
         recompute=config.training.recompute,
+        precision=precision,
     )
     load_hf_weights(model, config.model.path, runtime)
     return model

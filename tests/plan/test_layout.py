@@ -13,9 +13,10 @@ from tests.tiny_runs import tiny_config
 
 def config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
     save_tiny_model(family, folder)
-    return Config.model_validate(
-        tiny_config(folder, folder / "rows.jsonl", folder / "out", **sections)
-    )
+    model = sections.pop("model", {})
+    tree = tiny_config(folder, folder / "rows.jsonl", folder / "out", **sections)
+    tree["model"] |= model
+    return Config.model_validate(tree)
 
 
 def test_layout(tmp_path: Path):
@@ -64,8 +65,12 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
             {"training": {"packing": True, "max_tokens_per_microbatch": 140}},
             r"max_tokens_per_microbatch 140 does not hold .* 128 \+ .* 16, and up to 4 of padding",
         ),
+        (
+            {"precision": {"fp8": "hybrid"}, "model": {"dtype": "bf16"}},
+            r"columns of an expert = 40 is not a multiple of 16, as products in fp8 \(.*tensorwise",
+        ),
     ],
-    ids=["virtual pipeline", "experts", "packing"],
+    ids=["virtual pipeline", "experts", "packing", "fp8"],
 )
 def test_what_does_not_fit(tmp_path: Path, sections, message):
     world_size = 2

@@ -68,6 +68,35 @@ def test_kv_cache_and_hidden_states():
     assert on_host["teacher hidden states"] == 2 * 1024 * 3584 * 2
 
 
+def test_teacher_on_the_host():
+    """What is left on the device is the head; in its phase the weights are there, not the fp32
+    average."""
+    setup = Setup(SEVEN_B, tensor=4, pipeline=2, num_microbatches=8)
+    head = 152_064 * 3584 // 4 * 2
+    for stage, left in ((0, 0), (1, head)):
+        here = stage_memory(setup, stage)
+        host = stage_memory(replace(setup, teacher_weights="host"), stage)
+        weights = here.parameters.total * 2
+        assert host.state["teacher weights"] == left
+        assert host.phases["teacher"]["teacher weights"] == weights - left
+        assert here.at("student") - host.at("student") == 3 * weights - left
+
+
+def test_fp8():
+    """Of 28 layers of 233,057,792 parameters: twice in fp8 for the student, once for the teacher. A
+    token's norms and the product of gate and up are kept in a byte a number, the attention's output
+    in one more."""
+    setup = Setup(SEVEN_B, num_microbatches=1)
+    fp8 = replace(setup, fp8=True, teacher_fp8=True, size_multiple=16)
+    found = stage_memory(fp8, 0)
+    assert found.state["weights in fp8"] == 2 * 28 * 233_057_792
+    assert found.state["teacher weights in fp8"] == 28 * 233_057_792
+    plain = stage_memory(setup, 0).phases["student"]["activations"]
+    saved = plain - found.phases["student"]["activations"]
+    assert saved == 2048 * 28 * (2 * 3584 + 18944 - 3584)
+    assert replace(fp8, prompt_tokens=1025).sequence_tokens == 2064
+
+
 def test_experts_share_their_optimizer_with_the_ranks_that_hold_the_same():
     """64 expert ranks among 128 of a stage: two ranks hold the same experts."""
     moe = read_architecture(REPO / "examples" / "clusters" / "Qwen3-235B-A22B")

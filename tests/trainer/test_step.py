@@ -183,7 +183,11 @@ CASES = [
     Case(
         # From the second step on: Megatron learns the order of the gradients in the first.
         "overlap",
-        {"objective": AROPD, "parallel": {"overlap_grad_reduce": True}},
+        {
+            "objective": AROPD,
+            "parallel": {"overlap_grad_reduce": True},
+            "teacher": {"weights": "host", "hidden_states": "host"},
+        },
         tie=True,
         num_steps=2,
         num_microbatches=2,

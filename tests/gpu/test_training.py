@@ -1,0 +1,230 @@
+"""Training on a GPU: Transformer Engine's layers, flash attention, FP8, a teacher on the host.
+
+Each run takes ten steps from the same weights on the same responses: the oracle's (`sft`), or those
+that the bf16 run has sampled (`aropd`). So losses differ by the arithmetic alone, and by what it
+has done to the weights since. The bands bound that difference at every step, as a share of the bf16
+run's loss. On a CPU bf16 is off fp32 by at most 0.7 % (`sft`) and 6 % (`aropd`, a KL of 0.1 nats
+between nearly equal models, to which every rounding adds; hence also its low learning rate).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aropd_mcore.config import Config, ConfigError, PrecisionConfig
+from aropd_mcore.mcore.fp8 import check_fp8
+from aropd_mcore.types import Rollout
+from tests.tiny_runs import tiny_config, write_model, write_rows
+
+pytestmark = pytest.mark.gpu
+
+NUM_STEPS = 10
+BF16_BAND = {"sft": 0.02, "aropd": 0.1}
+"""Of bf16 against fp32, and of packed against padded bf16."""
+FP8_BAND = {"sft": 0.05, "aropd": 0.25}
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "sft": {"objective": {"name": "sft"}, "optimizer": {"lr": 1e-3}},
+    "aropd": {"optimizer": {"lr": 1e-6}},
+}
+BOTH = pytest.mark.parametrize("method", METHODS)
+RECIPES = ["tensorwise", "delayed", "blockwise", "mxfp8"]
+FAMILIES = {
+    # Head dimensions that flash attention has, and sizes that FP8 has.
+    "qwen2": {"head_dim": 64},
+    "qwen3_moe": {"head_dim": 64, "moe_intermediate_size": 128},
+}
+PACKED = {"packing": True, "max_tokens_per_microbatch": 800}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def transformer_engine() -> Iterator[None]:
+    """Installed, and without its slow attention: what has no flash or fused kernel fails."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    pytest.importorskip("transformer_engine.pytorch")
+    os.environ["NVTE_UNFUSED_ATTN"] = "0"
+    yield
+    del os.environ["NVTE_UNFUSED_ATTN"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    write_rows(folder / "rows.jsonl")
+    for family, settings in FAMILIES.items():
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "initializer_range": 0.05}
+        write_model(folder / family, family, **sizes | settings)
+    return folder
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a run did."""
+
+    losses: list[float]
+    rollouts: list[list[Rollout]]
+    """By step."""
+    teacher: dict[str, torch.Tensor]
+    """Its weights at the end; none for `sft`."""
+
+
+@pytest.fixture(scope="module")
+def bf16(root) -> dict[tuple[str, str], Steps]:
+    return {(f, method): take_steps(root, f, method) for f in FAMILIES for method in METHODS}
+
+
+class Replay:
+    """RolloutEngine that repeats the responses of another run."""
+
+    def __init__(self, rollouts: Sequence[list[Rollout]]):
+        self._rollouts = iter(rollouts)
+
+    def generate(self, *_: Any) -> list[Rollout]:
+        return next(self._rollouts)
+
+    def sync(self, weight_version: int) -> None:
+        pass
+
+
+def take_steps(
+    root: Path,
+    family: str,
+    method: str,
+    replay: Steps | None = None,
+    dtype: str = "bf16",
+    **sections: dict[str, Any],
+) -> Steps:
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+
+    config = config_of(root, family, dtype, METHODS[method] | sections)
+    run = build_run(config, start_runtime(config))
+    try:
+        if replay is not None and run.engine is not None:
+            run = replace(run, engine=Replay(replay.rollouts))
+        results = [train_step(run, step) for step in range(NUM_STEPS)]
+        teacher = run.teacher.model.named_parameters() if run.teacher else ()
+        return Steps(
+            [float(result.sums["loss"].sum()) for result in results],
+            [list(result.rollouts) for result in results],
+            {name: p.cpu() for name, p in teacher},
+        )
+    finally:
+        runtime.stop()
+
+
+def config_of(root: Path, family: str, dtype: str, sections: dict[str, dict[str, Any]]) -> Config:
+    sections["training"] = {"num_steps": NUM_STEPS} | sections.get("training", {})
+    tree = tiny_config(root / family, root / "rows.jsonl", root / "out", **sections)
+    tree["model"]["dtype"] = dtype
+    return Config.model_validate(tree)
+
+
+def check(found: Steps, expected: Steps, band: float) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=band)
+    assert expected.losses[0] > 0.01, "nothing to compare"
+
+
+@BOTH
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformer_engine_is_the_local_layers(root, bf16, family, method, monkeypatch):
+    """Its layers in bf16, against Megatron's local ones with torch's attention, in fp32."""
+    from aropd_mcore.mcore import model
+
+    monkeypatch.setattr(model, "HAVE_TE", False)
+    expected = bf16[family, method]
+    check(take_steps(root, family, method, expected, "fp32"), expected, BF16_BAND[method])
+
+
+@BOTH
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_padded(root, bf16, family, method):
+    """Flash attention over packed sequences."""
+    expected = bf16[family, method]
+    found = take_steps(root, family, method, expected, training=PACKED)
+    check(found, expected, BF16_BAND[method])
+
+
+@BOTH
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_is_near_bf16(root, bf16, family, method, recipe):
+    precision = {"fp8": "hybrid", "fp8_recipe": recipe}
+    expected = bf16[family, method]
+    try:
+        check_fp8(PrecisionConfig.model_validate(precision))
+    except ConfigError as error:
+        pytest.skip(str(error))  # this GPU lacks the format
+    found = take_steps(root, family, method, expected, precision=precision, training=PACKED)
+    check(found, expected, FP8_BAND[method])
+    assert found.losses != expected.losses, "nothing was in fp8"
+
+
+def test_fp8_teacher_of_a_bf16_student(root, bf16):
+    precision = {"teacher_fp8": "e4m3", "bf16_first_layers": 1, "bf16_last_layers": 1}
+    expected = bf16["qwen2", "aropd"]
+    found = take_steps(root, "qwen2", "aropd", expected, precision=precision)
+    check(found, expected, FP8_BAND["aropd"])
+    assert found.losses != expected.losses, "nothing was in fp8"
+
+
+def test_rollouts_in_fp8_follow_the_weights(root):
+    """Transformer Engine keeps its fp8 copies of the weights: after an update the engine samples
+    from new ones, as it does when there are none."""
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+
+    sections = {"precision": {"fp8": "hybrid"}, "optimizer": {"lr": 1e-2}}
+    config = config_of(root, "qwen2", "bf16", sections)
+    run = build_run(config, start_runtime(config))
+    try:
+        prompts, seeds = [(40, 41, 42)] * 4, [1, 2, 3, 4]
+        before = run.engine.generate(prompts, seeds, config.rollout)
+        train_step(run, 0)
+        after = run.engine.generate(prompts, seeds, config.rollout)
+        assert [r.logprobs for r in after] != [r.logprobs for r in before]
+        for chunk in run.student.model:
+            for module in chunk.modules():
+                getattr(module, "_fp8_workspaces", {}).clear()
+        again = run.engine.generate(prompts, seeds, config.rollout)
+        assert [r.logprobs for r in again] == [r.logprobs for r in after]
+    finally:
+        runtime.stop()
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen"])
+def test_teacher_on_the_host_is_the_teacher_on_the_device(root, bf16, kind):
+    """Bit by bit: the same arithmetic on the same numbers."""
+    replay = bf16["qwen2", "aropd"]
+    on_host = {"kind": kind, "weights": "host", "hidden_states": "host"}
+    expected = take_steps(root, "qwen2", "aropd", replay, teacher={"kind": kind})
+    found = take_steps(root, "qwen2", "aropd", replay, teacher=on_host)
+    assert found.losses == expected.losses
+    assert found.teacher.keys() == expected.teacher.keys()
+    for name, weight in expected.teacher.items():
+        assert torch.equal(found.teacher[name], weight), name
+
+
+def test_teacher_on_the_host_frees_the_device(root):
+    """Between its phases only the output head is left there."""
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = config_of(root, "qwen2", "bf16", {"teacher": {"weights": "host"}})
+    run = build_run(config, start_runtime(config))
+    try:
+        assert run.teacher is not None
+        on_device = [n for n, p in run.teacher.model.named_parameters() if p.is_cuda]
+        assert on_device == ["0.output_layer.weight"]
+        assert all(not average.is_cuda for average in run.teacher._master.values())
+        assert all(average.is_pinned() for average in run.teacher._master.values())
+    finally:
+        runtime.stop()

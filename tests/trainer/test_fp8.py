@@ -1,0 +1,137 @@
+"""FP8 without a GPU: what is refused, and what it asks of everything around the products.
+
+The products themselves are tested on a GPU, in tests/gpu.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aropd_mcore.cli import main
+from aropd_mcore.config import PrecisionConfig
+from tests.ranks import run_ranks
+from tests.tiny_runs import write_run
+
+PACKED = ["training.packing=true", "training.max_tokens_per_microbatch=400"]
+LAYOUTS = [
+    ([], 1),
+    (["parallel.tensor=2", "parallel.sequence=true"], 2),
+    (["parallel.context=2", *PACKED], 2),
+    (["parallel.pipeline=2", *PACKED], 2),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("fp8"), objective={"residual_clip": 0.5})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_fp8_is_refused_without_a_gpu(path, capsys):
+    """When a run starts; a dry run on a login node is about another machine."""
+    fp8 = ["precision.fp8=hybrid", "model.dtype=bf16", "views.max_prompt_tokens=64"]
+    assert main(["train", str(path), *fp8, "--nproc-per-node", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "precision.fp8 hybrid needs a GPU, and torch sees none on this machine" in said
+    assert main(["train", str(path), *fp8, "--nproc-per-node", "1", "--dry-run"]) == 0
+
+
+def test_transformer_engine_is_asked_for(monkeypatch):
+    from aropd_mcore.mcore import fp8
+
+    monkeypatch.setattr(fp8, "HAVE_TE", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"fp8 e4m3 needs Transformer Engine.*aropd-mcore\[gpu\]"):
+        fp8.check_fp8(PrecisionConfig(teacher_fp8="e4m3"))
+    fp8.check_fp8(PrecisionConfig())
+
+
+def test_megatron_settings():
+    """First and last layers in bf16; a teacher of its own format."""
+    from aropd_mcore.convert.architecture import read_architecture
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.mcore.model import model_config
+    from tests.conftest import REPO
+
+    architecture = read_architecture(REPO / "examples" / "clusters" / "Qwen2.5-7B-Instruct")
+    precision = PrecisionConfig(
+        fp8="hybrid", teacher_fp8=None, fp8_recipe="blockwise", bf16_last_layers=2
+    )
+    here = runtime.start()
+    try:
+        student, teacher = (
+            model_config(architecture, here, dtype=torch.bfloat16, precision=p)
+            for p in (precision, precision.of_teacher)
+        )
+    finally:
+        runtime.stop(leave_job=True)
+    assert (student.fp8, student.fp8_recipe) == ("hybrid", "blockwise")
+    assert student.first_last_layers_bf16
+    assert (student.num_layers_at_start_in_bf16, student.num_layers_at_end_in_bf16) == (0, 2)
+    assert teacher.fp8 is None
+
+
+@pytest.mark.parametrize(("overrides", "num_ranks"), LAYOUTS, ids=["one", "SP", "CP", "PP"])
+def test_padding_for_fp8_changes_nothing(path, overrides, num_ranks):
+    """A rank's tokens in every product are a multiple of 16, while decoding too; the rollouts, the
+    loss and the gradient are as without."""
+    for plain, padded in run_ranks(steps_with_and_without_padding, num_ranks, path, overrides):
+        assert plain["responses"] == padded["responses"]
+        assert all(size % 16 == 0 for size in padded["sizes"])
+        assert any(size % 16 for size in plain["sizes"])
+        assert padded["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert padded["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+
+
+def steps_with_and_without_padding(path: Path, overrides: list[str]) -> list[dict]:
+    from aropd_mcore.config import load_config
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+
+    config = load_config(path, overrides)
+    found = []
+    for multiple in (1, 16):
+        run = build_run(config, replace(start_runtime(config), token_multiple=multiple))
+        sizes: set[int] = set()
+
+        def note_size(_module, _args, kwargs, sizes=sizes) -> None:
+            sizes.add(kwargs["hidden_states"].shape[:2].numel())
+
+        for layer in run.student.model.layers:
+            layer.register_forward_pre_hook(note_size, with_kwargs=True)
+        result = train_step(run, 0)
+        found.append(
+            {
+                "sizes": sizes,
+                "responses": [rollout.response_ids for rollout in result.rollouts],
+                "loss": float(result.sums["loss"].sum()),
+                "grad_norm": result.update.grad_norm,
+            }
+        )
+        runtime.stop()
+    return found
+
+
+def test_decoding_casts_the_weights_anew(path):
+    """Transformer Engine keeps its fp8 copies of the weights until it is told; an update is none of
+    its business. Its layers have the flag that Megatron sets for it; here a layer is given one."""
+    run_ranks(flags_while_decoding, 1, path)
+
+
+def flags_while_decoding(path: Path) -> None:
+    from aropd_mcore.config import load_config
+    from aropd_mcore.mcore.decode import decoding
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = load_config(path)
+    run = build_run(config, start_runtime(config))
+    model = run.student.model
+    model.config.fp8 = "hybrid"
+    layers = [layer.self_attention.linear_qkv for layer in model.layers]
+    for layer in layers:
+        layer.is_first_microbatch = False
+    with decoding(model, run.runtime, [(1, 2)], 4):
+        assert all(layer.is_first_microbatch for layer in layers)
