@@ -170,7 +170,11 @@ class RolloutConfig(SamplingConfig):
     rollouts_per_prompt: Positive = 1
     """Responses sampled for each row."""
     batch_size: Positive = 32
-    """Sequences decoded together on one model replica."""
+    """Sequences decoded together on one model replica at most; where one ends, a waiting prompt
+    takes its place."""
+    kv_cache_tokens: Positive | None = None
+    """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
+    the longest prompt with max_response_tokens is long. null: batch_size of them."""
 
 
 class ObjectiveConfig(Section):

@@ -1,21 +1,21 @@
 """Cached decoding: the model's own forward, token by token, on any tensor x pipeline layout.
 
-Tokens go through the layers packed: the N tokens of a forward, whichever rows of the batch they
-belong to, are N positions of one sequence, [N, 1, H]. Everything but core attention looks at one
-token at a time, and rotary angles are given per token, so core attention alone has to know of rows
-and of the past; while decoding it is replaced by one that keeps each row's keys and values.
+Tokens go through the layers packed: the N tokens of a forward, whichever rows they belong to, are N
+positions of one sequence, [N, 1, H]. Everything but core attention looks at one token at a time,
+and rotary angles are given per token, so core attention alone has to know of rows and of the past;
+while decoding it is replaced by one that keeps each row's keys and values.
 
-So no padding goes through the model, rows of different lengths stand side by side, and each counts
-its positions from 0 as it does in training. Megatron's StaticInferenceContext holds all rows at one
-length instead: prompts padded in front, which Transformer Engine's attention does not mask past the
-first forward (transformer/attention.py, AttnMaskType.no_mask), and all keys rotated anew for every
-token.
+So no padding goes through the model, rows of different lengths stand side by side, new rows' whole
+prompts beside the next tokens of old ones, and each row counts its positions from 0 as it does in
+training. Megatron's StaticInferenceContext holds all rows at one length instead: prompts padded in
+front, which Transformer Engine's attention does not mask past the first forward
+(transformer/attention.py, AttnMaskType.no_mask), and all keys rotated anew for every token.
 
 Shape letters: N tokens of a forward, B rows, S longest prompt, L keys in view, H hidden, D head
 dimension, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,31 +28,39 @@ from torch.nn import functional
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 
+BUCKET_SPREAD = 4 / 3
+"""Prompts attend together, padded to the longest of them, if it is at most this much longer than
+the shortest."""
+
 
 @contextmanager
 def decoding(
-    model: StageModel, runtime: Runtime, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: StageModel, runtime: Runtime, *, num_rows: int, max_length: int
 ) -> Iterator["Decoder"]:
-    """A Decoder for this batch of prompts; on leaving, the model is as it was before.
+    """A Decoder for up to num_rows rows at a time; on leaving, the model is as it was before.
 
     In between the model is in evaluation mode, without gradient and without its own core attention.
-    The cache, 2 x B x (longest prompt + max_new_tokens) x KV heads x D numbers a layer, lives as
-    long as the Decoder. The mode is torch.no_grad and not inference_mode: Megatron keeps rotary
-    tables in a cache, and its fused rotary embedding cannot save an inference tensor for backward.
+    The cache, 2 x num_rows x max_length x KV heads x D numbers a layer, lives as long as the
+    Decoder. The mode is torch.no_grad and not inference_mode: Megatron keeps rotary tables in a
+    cache, and its fused rotary embedding cannot save an inference tensor for backward.
+
+    Args:
+        max_length: tokens of the longest row at its end.
     """
     attentions: list[Any] = [layer.self_attention for layer in model.layers]
     stock = [attention.core_attention for attention in attentions]
     was_training = model.training
     model.eval()
-    batch = _Batch(prompts, max_new_tokens, runtime.device)
+    rows = _Rows(num_rows, max_length)
+    caches = [_CachedAttention(rows, model.config.softmax_scale) for _ in attentions]
     try:
-        for attention in attentions:
-            attention.core_attention = _CachedAttention(batch, model.config.softmax_scale)
+        for attention, cache in zip(attentions, caches, strict=True):
+            attention.core_attention = cache
         for chunk in model:
             # Transformer Engine keeps weights that it cast to fp8, until told that they changed.
             chunk.set_is_first_microbatch()
         with torch.no_grad():
-            yield Decoder(model, runtime, batch)
+            yield Decoder(model, runtime, rows, caches)
     finally:
         for attention, core_attention in zip(attentions, stock, strict=True):
             attention.core_attention = core_attention
@@ -60,46 +68,61 @@ def decoding(
 
 
 class Decoder:
-    """Logits of a batch's next tokens, forward by forward: `prefill` once, then `step`.
+    """Logits of the next tokens of rows that come and go.
 
     Logits are gathered on one rank of the replica, the one that samples: what it draws is broadcast
     (`share`), so that ranks cannot come to differ by a kernel that sums in another order.
     """
 
-    def __init__(self, model: StageModel, runtime: Runtime, batch: "_Batch"):
+    def __init__(
+        self,
+        model: StageModel,
+        runtime: Runtime,
+        rows: "_Rows",
+        caches: list["_CachedAttention"],
+    ):
         self.model = model
         self.runtime = runtime
-        self._batch = batch
+        self._rows = rows
+        self._caches = caches
         # `packed_seq`: of all positions, not of this context rank's.
-        self._angles = next(iter(model)).rotary_pos_emb(batch.max_length, packed_seq=True)
+        self._angles = next(iter(model)).rotary_pos_emb(rows.max_length, packed_seq=True)
 
     @property
     def samples(self) -> bool:
         """Whether this rank is the one that gets the logits."""
         return self.runtime.is_last_stage and self.runtime.tp_rank == 0
 
-    def prefill(self) -> Tensor | None:
-        """The whole prompts: logits of each row's first response token.
-
-        Returns:
-            [B, vocab_size] fp32 on the rank that samples, None on the others.
-        Collectives: as in `step`.
-        """
-        hidden_NH = self._forward(self._batch.prompt_tokens_N)
-        return self._logits(None if hidden_NH is None else hidden_NH[self._batch.last_B])
-
-    def step(self, tokens_B: Tensor) -> Tensor | None:
-        """One more token on every row: logits of the token after it.
+    def forward(self, tokens_B: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """One more token on every row that is there, and new rows behind them with their prompts.
 
         Args:
-            tokens_B: int64 [B], the same on every rank of the replica.
+            tokens_B: int64, one a row, on the device and the same on every rank of the replica.
+            prompts: of the new rows; neighbours of similar lengths attend together.
         Returns:
-            [B, vocab_size] fp32 on the rank that samples, None on the others.
+            Logits of the token after each row, the new ones too: [B, vocab_size] fp32 on the rank
+            that samples, None on the others.
         Collectives: the model's own over tp_group; hidden states stage to stage over pp_group; a
             gather of [B, V / tp] over the last stage's tp_group.
         """
-        self._batch.advance()
-        return self._logits(self._forward(tokens_B))
+        new = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
+        self._rows.advance([len(prompt) for prompt in prompts], self.runtime.device)
+        hidden_NH = self._forward(torch.cat([tokens_B, new.to(tokens_B.device)]))
+        return self._logits(None if hidden_NH is None else hidden_NH[self._rows.last_B])
+
+    def drop(self, done: Set[int]) -> list[int]:
+        """Let rows go. The last of those that stay take their places.
+
+        Returns:
+            Which row, as they were counted before, stands at each place now.
+        """
+        order = self._rows.drop(done)
+        moved = [(place, row) for place, row in enumerate(order) if place != row]
+        if moved:
+            places, rows = map(list, zip(*moved, strict=True))
+            for cache in self._caches:
+                cache.move(rows, places)
+        return order
 
     def share(self, tensor: Tensor) -> None:
         """Give `tensor` the sampling rank's values on every rank of the replica, in place.
@@ -122,7 +145,7 @@ class Decoder:
         runtime, num_tokens = self.runtime, tokens_N.numel()
         padding = (0, -num_tokens % (runtime.token_multiple * runtime.sequence_size))
         tokens_N = functional.pad(tokens_N, padding)
-        positions_N = functional.pad(self._batch.positions_N, padding)
+        positions_N = functional.pad(self._rows.positions_N, padding)
         hidden_N1H = None
         for chunk in self.model:
             if chunk.pre_process:
@@ -170,35 +193,61 @@ class Decoder:
         return logits_BV[:, : self.model.vocab_size].float() if self.samples else None
 
 
-class _Batch:
-    """Where the tokens of the current forward stand; one object for all layers' attention."""
+class _Rows:
+    """Which rows there are, and where the tokens of the current forward stand in them; one object
+    for all layers' attention."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device):
-        lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-        positions_N = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-        rows_N = torch.arange(len(prompts)).repeat_interleave(lengths_B)
-        tokens_N = torch.tensor([token for prompt in prompts for token in prompt])
-        self.num_rows = len(prompts)
-        self.length = int(lengths_B.max())
-        """Keys in view: the longest row so far."""
-        self.max_length = self.length + max_new_tokens
-        self.prompt_tokens_N = tokens_N.to(device)
-        self.rows_N = rows_N.to(device)
-        self.positions_N = positions_N.to(device)
-        self.last_B = (lengths_B.cumsum(0) - 1).to(device)
-        """Index of each prompt's last token among the N."""
-        self.visible_B11L: Tensor | None = None
-        """Once there is one token a row: which keys it sees. Before: causal."""
+    def __init__(self, num_rows: int, max_length: int):
+        self.num_rows = num_rows
+        self.max_length = max_length
+        self.lengths: list[int] = []
+        """Tokens of each row, those of the current forward included."""
+        self.num_old = 0
+        """Rows that the current forward adds one token to; those behind them are new."""
+        self.buckets: list[range] = []
+        """The new rows, in runs of similar lengths."""
+        self.rows_N = self.positions_N = self.last_B = torch.empty(0)
+        """Row and position of each token, and each row's last token among the N."""
+        self.visible_B11L = torch.empty(0)
+        """Of the old rows: which keys their one token sees."""
 
-    def advance(self) -> None:
-        """From the prompts, or from one token a row, to the next token of every row."""
-        if self.visible_B11L is None:
-            self.rows_N = self.rows_N[self.last_B]
-            self.positions_N = self.positions_N[self.last_B]
-        self.positions_N = self.positions_N + 1
-        self.length += 1
-        keys_L = torch.arange(self.length, device=self.positions_N.device)
-        self.visible_B11L = keys_L <= self.positions_N[:, None, None, None]
+    def advance(self, prompt_lengths: list[int], device: torch.device) -> None:
+        """A token more on each row; new rows of these lengths behind them."""
+        self.num_old = len(self.lengths)
+        self.buckets = [
+            range(run.start + self.num_old, run.stop + self.num_old)
+            for run in _runs_of_similar(prompt_lengths)
+        ]
+        starts_B = torch.tensor([*self.lengths, *[0] * len(prompt_lengths)])
+        counts_B = torch.tensor([1] * self.num_old + prompt_lengths)
+        ends_B = counts_B.cumsum(0)
+        rows_N = torch.arange(len(counts_B)).repeat_interleave(counts_B)
+        positions_N = torch.arange(len(rows_N)) + (starts_B - ends_B + counts_B)[rows_N]
+        self.lengths = (starts_B + counts_B).tolist()
+        assert len(self.lengths) <= self.num_rows and max(self.lengths) <= self.max_length
+        self.rows_N, self.positions_N = rows_N.to(device), positions_N.to(device)
+        self.last_B = (ends_B - 1).to(device)
+        if self.num_old:
+            keys_L = torch.arange(max(self.lengths[: self.num_old]), device=device)
+            self.visible_B11L = keys_L <= self.positions_N[: self.num_old, None, None, None]
+
+    def drop(self, done: Set[int]) -> list[int]:
+        """As Decoder.drop."""
+        num_left = len(self.lengths) - len(done)
+        movers = iter([row for row in range(num_left, len(self.lengths)) if row not in done])
+        order = [next(movers) if place in done else place for place in range(num_left)]
+        self.lengths = [self.lengths[row] for row in order]
+        return order
+
+
+def _runs_of_similar(lengths: Sequence[int]) -> Iterator[range]:
+    """Runs of neighbours whose longest is at most BUCKET_SPREAD times their shortest."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        run = lengths[start : end + 1]
+        if end == len(lengths) or max(run) > BUCKET_SPREAD * min(run):
+            yield range(start, end)
+            start = end
 
 
 class _CachedAttention(torch.nn.Module):
@@ -208,45 +257,73 @@ class _CachedAttention(torch.nn.Module):
     them; the result is [N, 1, heads x D], and zeros for the padding.
     """
 
-    def __init__(self, batch: _Batch, scale: float | None):
+    def __init__(self, rows: _Rows, scale: float | None):
         super().__init__()
-        self.batch = batch
+        self.rows = rows
         self.scale = scale
         self.keys_BGLD = self.values_BGLD = torch.empty(0)
+
+    def move(self, rows: list[int], places: list[int]) -> None:
+        """What is cached of `rows`, to `places`."""
+        for cache_BGLD in (self.keys_BGLD, self.values_BGLD):
+            cache_BGLD[places] = cache_BGLD[rows]
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_masks: Any, **_mask_settings: Any
     ) -> Tensor:
-        batch = self.batch
-        place = (batch.rows_N, slice(None), batch.positions_N)
-        num_tokens = batch.positions_N.numel()  # what follows them is padding
-        (num_padded, _, num_heads, head_dim), num_groups = query.shape, key.size(2)
-        query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
+        rows = self.rows
+        place = (rows.rows_N, slice(None), rows.positions_N)
+        num_tokens = rows.positions_N.numel()  # what follows them is padding
+        num_padded, _, num_heads, head_dim = query.shape
+        query_NMD, key, value = (part[:num_tokens].squeeze(1) for part in (query, key, value))
         if not self.keys_BGLD.numel():
             # Zeros: the causal mask gives what is not written yet no weight, but 0 x NaN is NaN.
-            shape = (batch.num_rows, num_groups, batch.max_length, head_dim)
+            shape = (rows.num_rows, key.size(1), rows.max_length, head_dim)
             self.keys_BGLD, self.values_BGLD = key.new_zeros(shape), value.new_zeros(shape)
-        self.keys_BGLD[place] = key.squeeze(1)
-        self.values_BGLD[place] = value.squeeze(1)
-        keys, values = self.keys_BGLD[:, :, : batch.length], self.values_BGLD[:, :, : batch.length]
+        self.keys_BGLD[place] = key
+        self.values_BGLD[place] = value
 
-        if batch.visible_B11L is not None:
-            # The query heads that share a KV head see the same keys: they are its queries.
-            query_BGRD = query.reshape(num_tokens, num_groups, -1, head_dim)
-            context = functional.scaled_dot_product_attention(
-                query_BGRD, keys, values, attn_mask=batch.visible_B11L, scale=self.scale
-            )
-        else:
-            query_BSMD = query.new_zeros((batch.num_rows, batch.length, num_heads, head_dim))
-            query_BSMD[batch.rows_N, batch.positions_N] = query.squeeze(1)
-            context_BMSD = functional.scaled_dot_product_attention(
-                query_BSMD.transpose(1, 2),
-                keys,
-                values,
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=num_heads > num_groups,
-            )
-            context = context_BMSD[place]
-        context = context.reshape(num_tokens, 1, num_heads * head_dim)
+        parts = [self._old(query_NMD[: rows.num_old])] if rows.num_old else []
+        start = rows.num_old
+        for bucket in rows.buckets:
+            lengths = rows.lengths[bucket.start : bucket.stop]
+            parts.append(self._new(query_NMD[start : start + sum(lengths)], bucket, lengths))
+            start += sum(lengths)
+        context = torch.cat(parts).reshape(num_tokens, 1, num_heads * head_dim)
         return functional.pad(context, (0, 0, 0, 0, 0, num_padded - num_tokens))
+
+    def _old(self, query_BMD: Tensor) -> Tensor:
+        """One token a row. The query heads that share a KV head see the same keys: they are its
+        queries."""
+        visible_B11L = self.rows.visible_B11L
+        num_rows, num_keys = visible_B11L.size(0), visible_B11L.size(-1)
+        keys, values = (c[:num_rows, :, :num_keys] for c in (self.keys_BGLD, self.values_BGLD))
+        context_BGRD = functional.scaled_dot_product_attention(
+            query_BMD.unflatten(1, (keys.size(1), -1)),
+            keys,
+            values,
+            attn_mask=visible_B11L,
+            scale=self.scale,
+        )
+        return context_BGRD.flatten(1, 2)
+
+    def _new(self, query_NMD: Tensor, bucket: range, lengths: list[int]) -> Tensor:
+        """Whole prompts, padded to the longest of the bucket."""
+        longest = max(lengths)
+        counted_BS = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        counted_BS = counted_BS.to(query_NMD.device)
+        query_BSMD = query_NMD.new_zeros((len(lengths), longest, *query_NMD.shape[1:]))
+        query_BSMD[counted_BS] = query_NMD
+        keys, values = (
+            cache[bucket.start : bucket.stop, :, :longest]
+            for cache in (self.keys_BGLD, self.values_BGLD)
+        )
+        context_BMSD = functional.scaled_dot_product_attention(
+            query_BSMD.transpose(1, 2),
+            keys,
+            values,
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query_NMD.size(1) > keys.size(1),
+        )
+        return context_BMSD.transpose(1, 2)[counted_BS]

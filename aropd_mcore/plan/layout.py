@@ -174,6 +174,12 @@ def _check_lengths(config: Config, architecture: Architecture) -> None:
             "that the model sees (max_position_embeddings or sliding_window in its config.json); "
             "lower one of the two"
         )
+    cached = config.rollout.kv_cache_tokens
+    if cached is not None and prompt + response > cached:
+        raise ConfigError(
+            f"rollout.kv_cache_tokens {cached} does not hold the longest sequence: "
+            f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response}"
+        )
     budget = config.training.max_tokens_per_microbatch
     # Context and tensor ranks share out the tokens: a packed sequence is padded for them.
     rounding = 2 * config.parallel.context * (config.parallel.tensor + 1)

@@ -43,6 +43,7 @@ class Setup:
     prompt_tokens: int = 1024
     response_tokens: int = 1024
     rollout_batch_size: int = 32
+    kv_cache_tokens: int | None = None
     chunk_tokens: int | Literal["auto"] = "auto"
     max_tokens_per_microbatch: int | None = None
     """With packed sequences: what replaces micro_batch_size times the longest sequence."""
@@ -103,8 +104,11 @@ class Setup:
 
     @property
     def decoded_together(self) -> int:
-        """Prompts of a rollout batch; context ranks share out the prompts."""
-        return min(self.rollout_batch_size, -(-self.num_responses // self.context))
+        """Rows of the KV cache that are in use; context ranks share out the prompts."""
+        rows = min(self.rollout_batch_size, -(-self.num_responses // self.context))
+        if self.kv_cache_tokens is not None:
+            rows = min(rows, self.kv_cache_tokens // (self.prompt_tokens + self.response_tokens))
+        return rows
 
 
 def setup_of(
@@ -152,6 +156,7 @@ def setup_of(
         prompt_tokens=config.views.max_prompt_tokens,
         response_tokens=config.rollout.max_response_tokens,
         rollout_batch_size=config.rollout.batch_size,
+        kv_cache_tokens=config.rollout.kv_cache_tokens,
         chunk_tokens=config.objective.chunk_tokens,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         device=device,

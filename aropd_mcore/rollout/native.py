@@ -25,7 +25,9 @@ class NativeEngine:
     Args:
         model: this rank's shard, without DDP around it. Its weights are read at every call.
         eos_token_ids: any of them ends a response.
-        batch_size: prompts decoded together; bounds the KV cache.
+        batch_size: rows decoded together at most.
+        kv_cache_tokens: tokens that the KV cache holds at most, on each model replica: fewer rows
+            are decoded together where prompts are long. None: batch_size rows of any length.
     """
 
     def __init__(
@@ -35,10 +37,12 @@ class NativeEngine:
         *,
         eos_token_ids: Sequence[int],
         batch_size: int,
+        kv_cache_tokens: int | None = None,
     ):
         self.model = model
         self.runtime = runtime
         self.batch_size = batch_size
+        self.kv_cache_tokens = kv_cache_tokens
         self.weight_version = 0
         self._eos_token_ids = torch.tensor(
             list(eos_token_ids), dtype=torch.int64, device=runtime.device
@@ -55,7 +59,8 @@ class NativeEngine:
 
         Raises:
             ValueError: seeds and prompts differ in number; a prompt is empty, has an id that the
-                model has not, or leaves no room for max_response_tokens.
+                model has not, or leaves no room for max_response_tokens, in the model's positions
+                or in kv_cache_tokens.
             FloatingPointError: the model's logits are not finite.
         Collectives: the model's over tp_group and pp_group, a gather of logits and a broadcast of
             tokens for every token; over cp_group, whose ranks share out the prompts, an all-gather
@@ -75,66 +80,66 @@ class NativeEngine:
     def _generate_share(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Rollout]:
-        starts = range(0, len(prompts), self.batch_size)
-        rollouts = []
-        for start in starts:
-            batch = slice(start, start + self.batch_size)
-            rollouts += self._generate_batch(prompts[batch], seeds[batch], sampling)
-        for _ in range(self._over_replicas(len(starts), dist.ReduceOp.MAX) - len(starts)):
-            self._generate_batch([(0,)], [0], sampling)  # for the experts here: others' go on
-        return rollouts
+        """Rows leave as soon as they are done, and waiting prompts take their places."""
+        limit = sampling.max_response_tokens
+        max_length = max(map(len, prompts), default=1) + limit
+        num_rows = self._rows_in_cache(max_length)
+        made = _Responses(seeds, limit, self._eos_token_ids)
+        # Of similar length one after another, and the longest first: they attend together.
+        waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        running: list[int] = []
+        with decoding(
+            self.model, self.runtime, num_rows=num_rows, max_length=max_length
+        ) as decoder:
+            while self._anywhere(bool(running or waiting)):
+                free = num_rows - len(running)
+                new, waiting = waiting[:free], waiting[free:]
+                if not running and not new:  # for the experts here: other replicas go on
+                    decoder.forward(made.next_tokens([]), [(0,)])
+                    decoder.drop({0})
+                    continue
+                logits_BV = decoder.forward(
+                    made.next_tokens(running), [prompts[index] for index in new]
+                )
+                running += new
+                tokens_B = made.draw(running, logits_BV, sampling)
+                decoder.share(tokens_B)
+                done = made.add(running, tokens_B)
+                if done:
+                    running = [running[row] for row in decoder.drop(done)]
+            decoder.share(made.logprobs_RT)
+        return self._rollouts(made)
 
-    def _over_replicas(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
-        """`value` reduced over the replicas that have to decode in step: those that share experts,
+    def _rows_in_cache(self, max_length: int) -> int:
+        if self.kv_cache_tokens is None:
+            return self.batch_size
+        if max_length > self.kv_cache_tokens:
+            raise ValueError(
+                f"a prompt with its response takes up to {max_length} tokens, and "
+                f"rollout.kv_cache_tokens {self.kv_cache_tokens} holds fewer"
+            )
+        return min(self.batch_size, self.kv_cache_tokens // max_length)
+
+    def _anywhere(self, here: bool) -> bool:
+        """`here` on any of the replicas that have to decode in step: those that share experts,
         whose every forward is a collective."""
         if self.runtime.ep_size == 1:
-            return value
-        reduced = torch.tensor(value, device=self.runtime.device)
-        dist.all_reduce(reduced, op, group=self.runtime.dp_cp_group)
-        return int(reduced)
+            return here
+        found = torch.tensor(int(here), device=self.runtime.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.runtime.dp_cp_group)
+        return bool(found)
 
-    def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> list[Rollout]:
-        device, limit = self.runtime.device, sampling.max_response_tokens
-        uniforms_TB = uniform_numbers(seeds, limit).T.to(device)
-        tokens_TB = torch.zeros((limit, len(prompts)), dtype=torch.int64, device=device)
-        logprobs_TB = torch.zeros((limit, len(prompts)), device=device)
-        is_last_TB = torch.zeros_like(tokens_TB, dtype=torch.bool)
-        with decoding(self.model, self.runtime, prompts, limit) as decoder:
-            logits_BV = decoder.prefill()
-            done_B = is_last_TB[0]
-            for t in range(limit):
-                if logits_BV is not None:
-                    tokens_TB[t], logprobs_TB[t] = sample(logits_BV, uniforms_TB[t], sampling)
-                decoder.share(tokens_TB[t])
-                is_last_TB[t] = torch.isin(tokens_TB[t], self._eos_token_ids)
-                done_B = done_B | is_last_TB[t]
-                is_done = self._over_replicas(int(done_B.all()), dist.ReduceOp.MIN)
-                if t + 1 == limit or is_done:
-                    break
-                logits_BV = decoder.step(tokens_TB[t])
-            decoder.share(logprobs_TB)
-        return self._rollouts(tokens_TB.T, logprobs_TB.T, is_last_TB.T)
-
-    def _rollouts(
-        self, tokens_BT: Tensor, logprobs_BT: Tensor, is_last_BT: Tensor
-    ) -> list[Rollout]:
-        finished_B = is_last_BT.any(1)
-        lengths_B = torch.where(finished_B, is_last_BT.int().argmax(1) + 1, tokens_BT.size(1))
-        if not logprobs_BT.isfinite().all():
+    def _rollouts(self, made: "_Responses") -> list[Rollout]:
+        if not made.logprobs_RT.isfinite().all():
             raise FloatingPointError(
                 f"the model's logits are not finite at weight version {self.weight_version}; "
                 f"its weights must have overflowed"
             )
+        columns = made.tokens_RT.tolist(), made.logprobs_RT.tolist()
         return [
-            Rollout(tuple(tokens[:length]), tuple(logprobs[:length]), finished, self.weight_version)
-            for tokens, logprobs, length, finished in zip(
-                tokens_BT.tolist(),
-                logprobs_BT.tolist(),
-                lengths_B.tolist(),
-                finished_B.tolist(),
-                strict=True,
+            Rollout(tuple(tokens[:length]), tuple(logprobs[:length]), ended, self.weight_version)
+            for tokens, logprobs, length, ended in zip(
+                *columns, made.lengths, made.ended, strict=True
             )
         ]
 
@@ -158,3 +163,53 @@ class NativeEngine:
                     f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
                     f"model's vocabulary has {self.model.vocab_size}; is the tokenizer the model's?"
                 )
+
+
+class _Responses:
+    """What has been sampled so far of every prompt, R of them, running or not."""
+
+    def __init__(self, seeds: Sequence[int], limit: int, eos_token_ids: Tensor):
+        device, shape = eos_token_ids.device, (len(seeds), limit)
+        self.tokens_RT = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logprobs_RT = torch.zeros(shape, device=device)
+        """On the rank that samples, until it shares them."""
+        self.lengths = [0] * len(seeds)
+        self.ended = [False] * len(seeds)
+        """By EOS."""
+        self._limit = limit
+        self._eos_token_ids = eos_token_ids
+        self._uniforms_RT = uniform_numbers(seeds, limit).to(device)
+
+    def next_tokens(self, running: list[int]) -> Tensor:
+        """int64 [B]: the last token of each running row, which the model has not read yet."""
+        rows, columns = self._places(running)
+        return self.tokens_RT[rows, columns - 1]
+
+    def draw(
+        self, running: list[int], logits_BV: Tensor | None, sampling: SamplingConfig
+    ) -> Tensor:
+        """int64 [B]: the next token of each running row; zeros where there are no logits."""
+        rows, columns = self._places(running)
+        if logits_BV is None:
+            return torch.zeros_like(rows)
+        uniforms_B = self._uniforms_RT[rows, columns]
+        tokens_B, self.logprobs_RT[rows, columns] = sample(logits_BV, uniforms_B, sampling)
+        return tokens_B
+
+    def add(self, running: list[int], tokens_B: Tensor) -> set[int]:
+        """Put a token behind each running row; which of them, by their places, are done."""
+        self.tokens_RT[self._places(running)] = tokens_B
+        done = set()
+        ends = torch.isin(tokens_B, self._eos_token_ids).tolist()
+        for place, (row, is_end) in enumerate(zip(running, ends, strict=True)):
+            self.lengths[row] += 1
+            self.ended[row] = is_end
+            if is_end or self.lengths[row] == self._limit:
+                done.add(place)
+        return done
+
+    def _places(self, running: list[int]) -> tuple[Tensor, Tensor]:
+        """Row and next column of each running row."""
+        columns = [self.lengths[row] for row in running]
+        places = torch.tensor([running, columns], dtype=torch.int64, device=self.tokens_RT.device)
+        return places[0], places[1]

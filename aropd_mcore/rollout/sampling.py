@@ -19,7 +19,7 @@ def uniform_numbers(seeds: Sequence[int], num_tokens: int) -> Tensor:
     looks at 32, and the stream is the same on every machine.
     """
     rows = [np.random.Generator(np.random.Philox(key=seed)).random(num_tokens) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.array(rows).reshape(len(seeds), num_tokens))
 
 
 def sample(

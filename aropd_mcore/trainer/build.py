@@ -65,6 +65,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
             runtime,
             eos_token_ids=eos_token_ids(config.model.path, tokenizer),
             batch_size=config.rollout.batch_size,
+            kv_cache_tokens=config.rollout.kv_cache_tokens,
         )
     optimizer = Optimizer(
         model,

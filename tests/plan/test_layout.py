@@ -66,11 +66,15 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
             r"max_tokens_per_microbatch 140 does not hold .* 128 \+ .* 16, and up to 4 of padding",
         ),
         (
+            {"rollout": {"kv_cache_tokens": 140}},
+            r"^rollout.kv_cache_tokens 140 does not hold the longest sequence: .* 128 \+ .* 16$",
+        ),
+        (
             {"precision": {"fp8": "hybrid"}, "model": {"dtype": "bf16"}},
             r"columns of an expert = 40 is not a multiple of 16, as products in fp8 \(.*tensorwise",
         ),
     ],
-    ids=["virtual pipeline", "experts", "packing", "fp8"],
+    ids=["virtual pipeline", "experts", "packing", "KV cache", "fp8"],
 )
 def test_what_does_not_fit(tmp_path: Path, sections, message):
     world_size = 2

@@ -63,6 +63,8 @@ def test_kv_cache_and_hidden_states():
     setup = Setup(SEVEN_B, tensor=4, num_microbatches=32)
     phases = stage_memory(setup, 0).phases
     assert phases["rollout"]["KV cache"] == 2 * 28 * 32 * 2048 * 512 / 4 * 2
+    bounded = stage_memory(replace(setup, kv_cache_tokens=5 * 2048 + 2047), 0).phases["rollout"]
+    assert bounded["KV cache"] == phases["rollout"]["KV cache"] * 5 / 32
     assert phases["teacher"]["teacher hidden states"] == 2 * 32 * 1024 * 3584 * 2
     on_host = stage_memory(replace(setup, teacher_hidden_states="host"), 0).phases["teacher"]
     assert on_host["teacher hidden states"] == 2 * 1024 * 3584 * 2

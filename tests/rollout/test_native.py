@@ -35,6 +35,7 @@ class Job:
     sampling: SamplingConfig
     rows: tuple[int, ...] = tuple(range(len(PROMPTS)))
     batch_size: int = 8
+    kv_cache_tokens: int | None = None
     eos: tuple[int, ...] = EOS
 
 
@@ -45,6 +46,7 @@ JOBS = (
     Job(RANDOM, batch_size=2),
     Job(RANDOM, rows=(4, 2, 0, 1, 3), batch_size=3),
     Job(RANDOM, rows=(3,)),
+    Job(RANDOM, kv_cache_tokens=2 * (19 + 24) + 42),  # two rows of the longest, and not three
 )
 
 
@@ -62,7 +64,11 @@ def generate_all(folder: Path, layouts: list[tuple[int, int]], jobs: tuple[Job, 
         model, runtime = load(folder, tensor, pipeline)
         for job in jobs:
             engine: RolloutEngine = NativeEngine(
-                model, runtime, eos_token_ids=job.eos, batch_size=job.batch_size
+                model,
+                runtime,
+                eos_token_ids=job.eos,
+                batch_size=job.batch_size,
+                kv_cache_tokens=job.kv_cache_tokens,
             )
             prompts, seeds = [PROMPTS[row] for row in job.rows], [SEEDS[row] for row in job.rows]
             results.append(engine.generate(prompts, seeds, job.sampling))
@@ -144,8 +150,11 @@ def test_samples_do_not_depend_on_their_batch(on_one_rank):
 def test_a_response_ends_with_the_first_eos_or_at_the_limit(folders, on_one_rank):
     free = on_one_rank["qwen2"][1]
     # Tokens that sampling comes upon early in some rows and not in others.
-    eos = (free[0].response_ids[3], free[2].response_ids[0])
-    [stopped] = run_ranks(generate_all, 1, folders["qwen2"], [(1, 1)], (Job(RANDOM, eos=eos),))[0]
+    eos = (free[0].response_ids[3], free[2].response_ids[0], free[4].response_ids[9])
+    # In two places, from which rows leave at different times, and others enter beside old ones.
+    jobs = (Job(RANDOM, eos=eos), Job(RANDOM, eos=eos, batch_size=2))
+    stopped, one_by_one = run_ranks(generate_all, 1, folders["qwen2"], [(1, 1)], jobs)[0]
+    assert_same(one_by_one, stopped)
     for short, long in zip(stopped, free, strict=True):
         hits = [t for t, token in enumerate(long.response_ids) if token in eos]
         length = hits[0] + 1 if hits else RANDOM.max_response_tokens

@@ -133,5 +133,5 @@ def flags_while_decoding(path: Path) -> None:
     layers = [layer.self_attention.linear_qkv for layer in model.layers]
     for layer in layers:
         layer.is_first_microbatch = False
-    with decoding(model, run.runtime, [(1, 2)], 4):
+    with decoding(model, run.runtime, num_rows=1, max_length=4):
         assert all(layer.is_first_microbatch for layer in layers)
