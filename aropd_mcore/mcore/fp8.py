@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core import fp8_utils
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from aropd_mcore.config import ConfigError, PrecisionConfig
@@ -37,15 +38,13 @@ def check_fp8(precision: PrecisionConfig) -> None:
             f"{asked} needs Transformer Engine, which is not installed; "
             "pip install 'aropd-mcore[gpu]'"
         )
-    from transformer_engine.pytorch.fp8 import (  # pyright: ignore[reportMissingImports]
-        FP8GlobalStateManager,
-    )
-
+    # Transformer Engine has moved it; Megatron knows where it is.
+    state = fp8_utils.FP8GlobalStateManager
     is_available = {
-        "tensorwise": FP8GlobalStateManager.is_fp8_available,
-        "delayed": FP8GlobalStateManager.is_fp8_available,
-        "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
-        "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
+        "tensorwise": state.is_fp8_available,
+        "delayed": state.is_fp8_available,
+        "blockwise": state.is_fp8_block_scaling_available,
+        "mxfp8": state.is_mxfp8_available,
     }[precision.fp8_recipe]
     available, reason = is_available()
     if not available:
