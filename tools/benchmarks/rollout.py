@@ -1,0 +1,170 @@
+"""Speed of the native engine: beside the loop that reads the prefix again for every token, by the
+number of tokens made, and with rows that leave and enter beside batch after batch.
+
+    python tools/benchmarks/rollout.py [--tensor N --pipeline N] [--model HF_CONFIG] [--repeats 5]
+
+One process (or torchrun's, for N ranks), a random model, greedy tokens; on a GPU in bf16. Methods
+take turns, repetition by repetition; times are medians, and compared within the run.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aropd_mcore.config import SamplingConfig
+from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.model import StageModel, build_model
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.native import NativeEngine
+
+MODEL: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+}
+ROWS, PROMPT, NEW = 16, 64, 128
+MEAN_RESPONSE = 32
+"""Of the responses that end by themselves."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Speed of the native rollout engine.")
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--model", type=Path, help="an HF config.json (default: a small one)")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args(argv)
+    hf = json.loads(args.model.read_text()) if args.model else MODEL
+    runtime = mcore_runtime.start(tensor=args.tensor, pipeline=args.pipeline)
+    model = random_model(hf, runtime)
+    figures = measure(model, runtime, repeats=args.repeats)
+    if runtime.rank == 0:
+        print(report(figures))
+    mcore_runtime.stop(leave_job=True)
+    return 0
+
+
+def random_model(hf: dict[str, Any], runtime: Runtime) -> StageModel:
+    model = build_model(hf, runtime, dtype=runtime.dtype("auto"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    return model
+
+
+def measure(model: StageModel, runtime: Runtime, *, repeats: int, scale: int = 1) -> dict[str, Any]:
+    """Median seconds of each method.
+
+    Args:
+        scale: divides the numbers of tokens, for a quick look.
+    """
+    prompts = random_prompts(ROWS, PROMPT // scale, model.vocab_size)
+    new = NEW // scale
+    methods: dict[str, Callable[[], Any]] = {
+        f"made {n}": partial(generate, model, runtime, prompts, n) for n in (new, 2 * new, 4 * new)
+    }
+    if runtime.world_size == 1:
+        methods["prefix again"] = partial(read_prefix_again, model, prompts, new)
+        expected = read_prefix_again(model, prompts, new)
+        assert generate(model, runtime, prompts, new) == expected, "the two must do the same"
+    # One token in MEAN_RESPONSE ends a response, and sampling draws nearly evenly.
+    eos = range(0, model.vocab_size, MEAN_RESPONSE)
+    many = random_prompts(4 * ROWS, PROMPT // scale, model.vocab_size)
+    engine = NativeEngine(model, runtime, eos_token_ids=eos, batch_size=ROWS)
+    sampling = SamplingConfig(max_response_tokens=4 * new)
+    methods["rows leave and enter"] = partial(sample, engine, many, sampling)
+    methods["batch after batch"] = partial(batch_after_batch, engine, many, sampling)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    num_tokens = sum(map(len, sample(engine, many, sampling)))
+    for _ in range(repeats):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            method()
+            if runtime.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {"seconds": medians, "new": new, "num_sampled": num_tokens}
+
+
+def random_prompts(number: int, length: int, vocab_size: int) -> list[list[int]]:
+    numbers = random.Random(0)
+    return [[numbers.randrange(vocab_size) for _ in range(length)] for _ in range(number)]
+
+
+def generate(
+    model: StageModel, runtime: Runtime, prompts: list[list[int]], new: int
+) -> list[list[int]]:
+    engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=len(prompts))
+    return sample(engine, prompts, SamplingConfig(max_response_tokens=new, temperature=0))
+
+
+def sample(
+    engine: NativeEngine, prompts: list[list[int]], sampling: SamplingConfig, first: int = 0
+) -> list[list[int]]:
+    seeds = range(first, first + len(prompts))
+    return [list(r.response_ids) for r in engine.generate(prompts, list(seeds), sampling)]
+
+
+def batch_after_batch(
+    engine: NativeEngine, prompts: list[list[int]], sampling: SamplingConfig
+) -> None:
+    for start in range(0, len(prompts), ROWS):
+        sample(engine, prompts[start : start + ROWS], sampling, first=start)
+
+
+@torch.no_grad()
+def read_prefix_again(model: StageModel, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Greedy tokens by a forward over everything so far for each of them."""
+    model.eval()
+    weight: Tensor = model.head_weight()
+    tokens_BS = torch.tensor(prompts, device=weight.device)
+    for _ in range(new):
+        positions_BS = torch.arange(tokens_BS.size(1), device=weight.device).expand_as(tokens_BS)
+        hidden_BH = model[0](tokens_BS, positions_BS, None)[-1]
+        logits_BV = functional.linear(hidden_BH, weight)[:, : model.vocab_size]
+        tokens_BS = torch.cat([tokens_BS, logits_BV.argmax(-1, keepdim=True)], dim=1)
+    return tokens_BS[:, len(prompts[0]) :].tolist()
+
+
+def report(figures: dict[str, Any]) -> str:
+    seconds, new = figures["seconds"], figures["new"]
+    base = seconds[f"made {new}"]
+    lines = [f"{'':24}{'seconds':>9}{'tokens/s':>10}"]
+    for name, median in seconds.items():
+        made = figures["num_sampled"]
+        if name.startswith(("made", "prefix")):
+            made = ROWS * (int(name.removeprefix("made ")) if name.startswith("made") else new)
+        lines.append(f"{name:24}{median:9.2f}{made / median:10.0f}")
+    if "prefix again" in seconds:
+        lines.append(f"the engine / the prefix again:    {seconds['prefix again'] / base:.1f} x")
+    for factor in (2, 4):
+        a_token = seconds[f"made {factor * new}"] / base / factor
+        lines.append(f"a token of {factor * new} / of {new}: {a_token:.2f} x the time")
+    leaving = seconds["batch after batch"] / seconds["rows leave and enter"]
+    lines.append(f"rows leave and enter / batches:   {leaving:.2f} x")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
