@@ -140,6 +140,11 @@ class ObjectiveConfig(Section):
     """Mean over a response's tokens, then over responses; or mean over all tokens. Global."""
     skip_response_tokens: Annotated[int, Field(ge=0)] = 3
     """The first tokens of each response that the loss leaves out."""
+    router_aux_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    """Mixture-of-experts models: times the load-balancing loss of each router in the student view,
+    added to what is minimized (METHOD section 3, Routers). 0: none."""
+    router_z_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    """The same of the loss that keeps routers' logits small."""
     chunk_tokens: Positive | Literal["auto"] = "auto"
     """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
     a GPU, 128 MiB on a CPU."""
@@ -151,6 +156,10 @@ class ObjectiveConfig(Section):
     """Tau, nats: a sampled token counts as hindsight when log f - log p exceeds this ..."""
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Epsilon: ... and the partial view gives it less than this probability."""
+
+    @property
+    def has_router_losses(self) -> bool:
+        return self.router_aux_loss_coeff > 0 or self.router_z_loss_coeff > 0
 
 
 class TeacherConfig(Section):

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -85,6 +86,15 @@ class HiddenStateGPT(GPTModel):
         self.architecture = architecture
         self.vocab_size = architecture.vocab_size
         self.padded_vocab_size = padded
+
+    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        # GPTModel splits the mask over tensor ranks where it splits the embedded tokens, and leaves
+        # it whole on later stages (models/gpt/gpt_model.py, _preprocess).
+        split_here = self.config.sequence_parallel and not self.pre_process
+        if padding_mask is not None and split_here:
+            mine_SB = scatter_to_sequence_parallel_region(padding_mask.T.contiguous())
+            padding_mask = mine_SB.T.contiguous()
+        return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden_states

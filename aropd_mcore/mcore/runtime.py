@@ -38,9 +38,9 @@ class Runtime:
 
     The model is sharded over tp_group (tensor) and pp_group (pipeline stages). Ranks with the same
     shard are joined by cp_group (context) where they share out the positions of the same sequences,
-    by dp_group where each has sequences of its own, and all of them by dp_cp_group. The experts of
-    a layer are the exception: ep_group, ranks of one stage in a row, shares them out whole, across
-    tensor ranks first and then across replicas.
+    by dp_group where each has sequences of its own, and all of them by dp_cp_group; tp_cp_group has
+    the tokens of the same sequences. The experts of a layer are the exception: ep_group, ranks of
+    one stage in a row, shares them out whole, across tensor ranks first and then across replicas.
     """
 
     device: torch.device
@@ -49,6 +49,7 @@ class Runtime:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    tp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     vp_size: int
     """Model chunks on each pipeline stage; more than one in the interleaved layout."""
@@ -228,6 +229,7 @@ def start(
         cp_group=_own(parallel_state.get_context_parallel_group()),
         dp_group=_own(parallel_state.get_data_parallel_group()),
         dp_cp_group=_own(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        tp_cp_group=_own(parallel_state.get_tensor_and_context_parallel_group()),
         ep_group=_own(parallel_state.get_expert_model_parallel_group()),
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,

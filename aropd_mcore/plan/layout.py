@@ -124,6 +124,13 @@ def _num_microbatches(config: Config, data: int) -> int:
 
 
 def _check_experts(config: Config, architecture: Architecture) -> None:
+    objective = config.objective
+    if objective.has_router_losses and not architecture.routing:
+        raise ConfigError(
+            f"objective.router_aux_loss_coeff is {objective.router_aux_loss_coeff:g} and "
+            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}; a model without "
+            f"experts ({architecture.family.architecture}) has no routers; both must be 0"
+        )
     # Megatron trains experts on tensor ranks with sequence parallelism alone
     # (transformer/moe/moe_layer.py, MoELayer.forward).
     if architecture.routing and config.parallel.tensor > 1 and not config.parallel.sequence:

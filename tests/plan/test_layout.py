@@ -46,6 +46,13 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
         plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)
 
 
+def test_router_losses_need_routers(tmp_path: Path):
+    losses = {"objective": {"router_z_loss_coeff": 0.001}}
+    plan(config(tmp_path, "mixtral", **losses), 1)
+    with pytest.raises(ConfigError, match=r"router_z_loss_coeff 0.001; .*\(Qwen2ForCausalLM\)"):
+        plan(config(tmp_path, "qwen2", **losses), 1)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
