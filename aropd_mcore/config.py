@@ -47,6 +47,9 @@ class ParallelConfig(Section):
     expert: Positive = 1
     """Expert-parallel size (EP): ranks of a stage, tensor ranks first and then replicas, that share
     out the experts of each layer."""
+    expert_tensor: Positive = 1
+    """Expert tensor-parallel size (ETP): ranks in a row that share out the matrices of each expert.
+    For experts that are too large for one rank; else expert moves less data."""
     sequence: bool = False
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""

@@ -24,6 +24,8 @@ class Setup:
     context: int = 1
     expert: int = 1
     """Ranks of a stage that share out its experts."""
+    expert_tensor: int = 1
+    """Ranks of a stage that share out each expert's matrices."""
     data: int = 1
     sequence: bool = False
     recompute: Recompute = "none"
@@ -53,6 +55,11 @@ class Setup:
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that the experts of a layer are spread over."""
+        return self.expert * self.expert_tensor
 
     @property
     def sequence_size(self) -> int:
@@ -126,6 +133,7 @@ def setup_of(
         virtual_pipeline=parallel.virtual_pipeline,
         context=layout.context,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         data=layout.data,
         sequence=parallel.sequence,
         recompute=training.recompute,

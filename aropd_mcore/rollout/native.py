@@ -87,7 +87,7 @@ class NativeEngine:
     def _over_replicas(self, value: int, op: dist.ReduceOp.RedOpType) -> int:
         """`value` reduced over the replicas that have to decode in step: those that share experts,
         whose every forward is a collective."""
-        if self.runtime.ep_size == 1:
+        if not self.runtime.shares_experts:
             return value
         reduced = torch.tensor(value, device=self.runtime.device)
         dist.all_reduce(reduced, op, group=self.runtime.dp_cp_group)

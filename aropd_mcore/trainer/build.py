@@ -28,6 +28,7 @@ def start_runtime(config: Config) -> Runtime:
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         sequence_parallel=parallel.sequence,
         seed=config.training.seed,
     )

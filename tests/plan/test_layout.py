@@ -68,11 +68,15 @@ def test_router_losses_need_routers(tmp_path: Path):
             r"^the 2 processes of a pipeline stage are not a multiple of parallel.expert 4",
         ),
         (
+            {"parallel": {"expert": 2, "expert_tensor": 2}},
+            r"not a multiple of parallel.expert 2 x parallel.expert_tensor 2, which share out",
+        ),
+        (
             {"training": {"packing": True, "max_tokens_per_microbatch": 140}},
             r"max_tokens_per_microbatch 140 does not hold .* 128 \+ .* 16, and up to 4 of padding",
         ),
     ],
-    ids=["virtual pipeline", "experts", "packing"],
+    ids=["virtual pipeline", "experts", "cut experts", "packing"],
 )
 def test_what_does_not_fit(tmp_path: Path, sections, message):
     world_size = 2

@@ -43,6 +43,7 @@ class Layout(NamedTuple):
     context: int = 1
     virtual_pipeline: int = 1
     expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def replica_size(self) -> int:
@@ -181,6 +182,11 @@ CASES = [
             Layout(2, 1, sequence=True, expert=2),
             Layout(2, 1, sequence=True, expert=4),
             Layout(1, 1, context=2, expert=2),
+            Layout(2, 1, sequence=True, expert_tensor=2),
+            Layout(2, 1, sequence=True, expert=2, expert_tensor=2),
+            Layout(4, 1, sequence=True, expert_tensor=2),
+            Layout(1, 1, expert=2, expert_tensor=2),
+            Layout(1, 2, virtual_pipeline=2, expert_tensor=2),
         ],
     ),
     Case(
@@ -466,7 +472,8 @@ def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, l
         assert rank.samples == [step[mine] for step in on_one_rank[name].samples]
     replicas = [rank for rank in ranks if rank.student is not None]
     # A context rank has all weights; tensor ranks, or ranks that share experts, have them together.
-    num_holders = layout.pipeline * math.lcm(layout.tensor, layout.expert)
+    num_sharing = layout.expert * layout.expert_tensor
+    num_holders = layout.pipeline * math.lcm(layout.tensor, num_sharing)
     assert len(replicas) == 4 // num_holders
     for replica in replicas[1:]:
         for name, tensor in replicas[0].student.items():
