@@ -97,6 +97,9 @@ class ParallelConfig(Section):
     expert: Positive = 1
     """Expert-parallel size (EP): ranks of a stage, tensor ranks first and then replicas, that share
     out the experts of each layer."""
+    expert_tensor: Positive = 1
+    """Expert tensor-parallel size (ETP): ranks in a row that share out the matrices of each expert.
+    For experts that are too large for one rank; else expert moves less data."""
     sequence: bool = False
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""
@@ -194,6 +197,11 @@ class ObjectiveConfig(Section):
     """Mean over a response's tokens, then over responses; or mean over all tokens. Global."""
     skip_response_tokens: Annotated[int, Field(ge=0)] = 3
     """The first tokens of each response that the loss leaves out."""
+    router_aux_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    """Mixture-of-experts models: times the load-balancing loss of each router in the student view,
+    added to what is minimized (METHOD section 3, Routers). 0: none."""
+    router_z_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
+    """The same of the loss that keeps routers' logits small."""
     chunk_tokens: Positive | Literal["auto"] = "auto"
     """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
     a GPU, 128 MiB on a CPU."""
@@ -205,6 +213,10 @@ class ObjectiveConfig(Section):
     """Tau, nats: a sampled token counts as hindsight when log f - log p exceeds this ..."""
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Epsilon: ... and the partial view gives it less than this probability."""
+
+    @property
+    def has_router_losses(self) -> bool:
+        return self.router_aux_loss_coeff > 0 or self.router_z_loss_coeff > 0
 
 
 class TeacherConfig(Section):

@@ -79,6 +79,8 @@ class ViewBatch(NamedTuple):
     ranks. None where samples are padded."""
     longest: int = 0
     """Tokens of the longest packed sample, for which the device need not be asked."""
+    padding_BS: Tensor | None = None
+    """bool [B, S]: True where there is no real token; where routers have losses (mcore.router)."""
 
     def to(self, device: torch.device) -> "ViewBatch":
         moved = {

@@ -21,6 +21,19 @@ def target_logprobs(
     return torch.log_softmax(partial_logprobs + scale * residual, -1)
 
 
+def load_balancing_loss(router_logits: Tensor, num_chosen: int) -> Tensor:
+    """E sum_e f_e P_e of one microbatch's tokens, [T, E]; METHOD section 3, Routers."""
+    num_tokens, num_experts = router_logits.shape
+    chosen = router_logits.detach().topk(num_chosen).indices
+    shares = torch.bincount(chosen.flatten(), minlength=num_experts) / (num_tokens * num_chosen)
+    return num_experts * (shares * torch.softmax(router_logits, -1).mean(0)).sum()
+
+
+def z_loss(router_logits: Tensor) -> Tensor:
+    """mean_t (logsumexp_e h_te)^2 of one microbatch's tokens, [T, E]; METHOD section 3, Routers."""
+    return torch.logsumexp(router_logits, -1).square().mean()
+
+
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 

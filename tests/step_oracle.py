@@ -67,6 +67,8 @@ class Method:
     eps: float
     weight_decay: float
     clip_grad: float
+    router_aux: float = 0.0
+    router_z: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,21 @@ class Oracle:
             eps=method.eps,
         )
         self.num_done = 0
+        self._router_inputs: list[Tensor] = []
+        for module in self._routers:
+            module.register_forward_hook(lambda _, args, __: self._router_inputs.append(args[0]))
 
-    def step(self, samples: Sequence[Sample]) -> OracleStep:
+    @property
+    def _routers(self) -> list[torch.nn.Module]:
+        return [m for name, m in self.student.named_modules() if name.endswith("mlp.gate")]
+
+    def step(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]] = ()) -> OracleStep:
+        """
+        Args:
+            groups: the samples of each microbatch, on which the routers' losses depend.
+        """
         method = self.method
+        self._router_inputs.clear()
         losses, metrics, offsets = [], [], []
         for sample in samples:
             loss_T, metrics_T = self._sft(sample) if method.sft else self._aropd(sample)
@@ -114,9 +128,17 @@ class Oracle:
             metrics.append(metrics_T)
             offsets.append(torch.arange(method.skip, method.skip + len(loss_T)))
         loss = oracles.reduced_loss(losses, [s.weight for s in samples], method.reduction)
+        minimized, routers = loss, {}
+        if method.router_aux or method.router_z:
+            aux, z = self._router_losses(len(samples), groups)
+            minimized = loss + method.router_aux * aux + method.router_z * z
+            routers = {
+                "router_aux_loss": float(aux.detach()) / len(self._routers),
+                "router_z_loss": float(z.detach()) / len(self._routers),
+            }
 
         self.optimizer.zero_grad()
-        loss.backward()
+        minimized.backward()
         weights = list(self.student.parameters())
         grads = [w.grad for w in weights if w.grad is not None]
         assert len(grads) == len(weights)
@@ -136,6 +158,7 @@ class Oracle:
 
         report = {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": lr}
         joined = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+        report |= routers
         report |= self._means(joined, torch.cat(offsets))
         return OracleStep(report, _weights(self.student), _weights(self.teacher))
 
@@ -180,6 +203,27 @@ class Oracle:
         """[T, V] in fp64: what predicts each response token that the loss counts."""
         tokens = torch.tensor([[*prompt, *response]])
         return model(tokens).logits[0, len(prompt) - 1 : -1][self.method.skip :]
+
+    def _router_losses(
+        self, num_samples: int, groups: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over layers of the means over microbatches, weighted by tokens; no padding here."""
+        routers = self._routers
+        # Sample by sample, and of each layer by layer: passes with a graph are the student's.
+        inputs = [x.flatten(0, -2) for x in self._router_inputs if x.requires_grad]
+        assert len(inputs) == num_samples * len(routers)
+        num_tokens = sum(len(x) for x in inputs) // len(routers)
+        num_chosen = self.student.config.num_experts_per_tok
+        aux, z = torch.zeros(2, dtype=torch.float64)
+        for layer, router in enumerate(routers):
+            logits = [x @ router.weight.T for x in inputs[layer :: len(routers)]]
+            assert sorted(i for group in groups for i in group) == list(range(num_samples))
+            for group in groups:
+                together = torch.cat([logits[i] for i in group])
+                share = len(together) / num_tokens
+                aux = aux + share * oracles.load_balancing_loss(together, num_chosen)
+                z = z + share * oracles.z_loss(together)
+        return aux, z
 
     def _lr(self) -> float:
         """Linear warm-up from 0, then a cosine to min_lr; METHOD section 6."""

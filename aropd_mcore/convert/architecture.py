@@ -181,12 +181,13 @@ def check_layout(
     pipeline: int = 1,
     virtual_pipeline: int = 1,
     expert: int = 1,
+    expert_tensor: int = 1,
 ) -> None:
     """Raise ValueError if the model cannot be cut so, naming what would do.
 
     Heads, key/value heads and MLP columns are cut over tensor-parallel ranks, layers over pipeline
-    stages (and `virtual_pipeline` chunks on each), experts over expert-parallel ranks. The
-    vocabulary is padded, so it never stands in the way.
+    stages (and `virtual_pipeline` chunks on each), experts over expert-parallel ranks and their
+    columns over `expert_tensor` ranks. The vocabulary is padded, so it never stands in the way.
     """
     cut = {
         "key/value heads": architecture.num_kv_heads,
@@ -214,6 +215,13 @@ def check_layout(
         raise ValueError(
             f"expert-parallel size {expert} does not divide {has}; sizes that work: "
             f"{_divisors(num_experts)}"
+        )
+    columns = architecture.routing.ffn_hidden_size if architecture.routing else 1
+    if columns % expert_tensor:
+        has = f"an expert's {columns} columns" if architecture.routing else "a dense model"
+        raise ValueError(
+            f"expert tensor-parallel size {expert_tensor} does not divide {has}; sizes that work: "
+            f"{_divisors(columns)}"
         )
 
 

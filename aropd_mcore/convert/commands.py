@@ -68,6 +68,7 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         ("pipeline", "pipeline stages"),
         ("virtual-pipeline", "chunks on each stage"),
         ("expert", "expert-parallel ranks"),
+        ("expert-tensor", "ranks that share out each expert"),
     ):
         layout.add_argument(f"--{name}", type=_size, default=1, help=f"{what} (default: 1)")
     _add_allow_pickle(parser)
@@ -177,6 +178,7 @@ def _import(args: argparse.Namespace) -> None:
         pipeline=args.pipeline,
         virtual_pipeline=args.virtual_pipeline,
         expert=args.expert,
+        expert_tensor=args.expert_tensor,
     )
     import_hf(source, args.mcore_dir, tensor_parallel=args.tensor, overwrite=args.overwrite)
     for name in source.left_aside:

@@ -117,13 +117,13 @@ def read_part(
     tp_rank: int,
     buffer: Buffer | None = None,
 ) -> Tensor:
-    """A tensor-parallel rank's part of an HF tensor; zero rows pad a vocabulary, experts are whole.
+    """A tensor-parallel rank's part of an HF tensor; zero rows pad a vocabulary.
 
     Args:
         buffer: to read into; the part has memory of its own if None.
     """
     dim = weight.kind.split_dim
-    if dim is None or weight.expert is not None:
+    if dim is None:
         return hf.read(name, buffer)
     size = weight.hf[name][dim]
     padded = padded_vocab_size(size, tp_size) if weight.kind is Kind.VOCAB else size

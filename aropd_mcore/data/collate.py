@@ -30,6 +30,7 @@ def collate(
     length_multiple: int = 1,
     segment_multiple: int | None = None,
     with_teacher: bool = True,
+    with_padding: bool = False,
 ) -> list[Microbatch]:
     """Splice each response behind the three prompts of its row, and lay out the microbatches.
 
@@ -44,6 +45,7 @@ def collate(
         length_multiple: S is padded to a multiple of it.
         segment_multiple: pack, with each sample's tokens padded to a multiple of it; None: pad.
         with_teacher: False leaves the partial and full views out.
+        with_padding: say of the student view which of its tokens are padding.
 
     Returns:
         CPU tensors; T is 0 where no response reaches skip_response_tokens.
@@ -68,8 +70,12 @@ def collate(
             longest = int(bounds.diff().max())
             return ViewBatch(tokens_1S, bounds[sample_T] + position_T, bounds, longest)
 
+        student = view_batch([sample.student_ids for sample in members])
+        if with_padding:
+            real_B = [len(s.student_ids) + len(s.response_ids) for s in members if s is not filler]
+            student = student._replace(padding_BS=_padding(student, real_B))
         return Microbatch(
-            student=view_batch([sample.student_ids for sample in members]),
+            student=student,
             partial=view_batch([s.partial_ids for s in members]) if with_teacher else None,
             full=view_batch([s.full_ids for s in members]) if with_teacher else None,
             response_ids_T=_pad(responses, pad_token_id, 1)[sample_T, offset_T],
@@ -85,6 +91,15 @@ def _pad(sequences: Sequence[tuple[int, ...]], pad_token_id: int, multiple: int)
     rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
     tokens_BS = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
     return functional.pad(tokens_BS, (0, -tokens_BS.size(1) % multiple), value=pad_token_id)
+
+
+def _padding(view: ViewBatch, real_B: Sequence[int]) -> Tensor:
+    """bool [B, S], or [1, S] packed: True but for the first real_B tokens of each sample."""
+    padding_BS = torch.ones_like(view.tokens_BS, dtype=torch.bool)
+    for sample, num_real in enumerate(real_B):
+        row, start = (sample, 0) if view.bounds is None else (0, int(view.bounds[sample]))
+        padding_BS[row, start : start + num_real] = False
+    return padding_BS
 
 
 def _pack(

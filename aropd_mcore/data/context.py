@@ -52,14 +52,18 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
         if view is None:
             return None
         return view._replace(
-            tokens_BS=_tokens(view, size, rank),
+            tokens_BS=_of_rank(view.tokens_BS, view, size, rank),
             hidden_index_T=_gathered_rows(view, size)[mine_T],
         )
 
     return replace(
         microbatch,
         student=student._replace(
-            tokens_BS=_tokens(student, size, rank), hidden_index_T=rows_T[mine_T] % num_local
+            tokens_BS=_of_rank(student.tokens_BS, student, size, rank),
+            hidden_index_T=rows_T[mine_T] % num_local,
+            padding_BS=None
+            if student.padding_BS is None
+            else _of_rank(student.padding_BS, student, size, rank),
         ),
         partial=teacher_share(microbatch.partial),
         full=teacher_share(microbatch.full),
@@ -74,8 +78,8 @@ def _bounds(view: ViewBatch) -> list[int]:
     return [0, view.tokens_BS.size(1)] if view.bounds is None else view.bounds.tolist()
 
 
-def _tokens(view: ViewBatch, size: int, rank: int) -> Tensor:
-    return view.tokens_BS[:, positions_of_rank(_bounds(view), size, rank)].contiguous()
+def _of_rank(values_BS: Tensor, view: ViewBatch, size: int, rank: int) -> Tensor:
+    return values_BS[:, positions_of_rank(_bounds(view), size, rank)].contiguous()
 
 
 def _gathered_rows(view: ViewBatch, size: int) -> Tensor:

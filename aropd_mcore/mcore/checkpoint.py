@@ -169,6 +169,7 @@ def _layout(runtime: Runtime) -> dict[str, int]:
         "virtual_pipeline": runtime.vp_size,
         "context": runtime.cp_size,
         "expert": runtime.ep_size,
+        "expert_tensor": runtime.etp_size,
         "data": runtime.dp_size,
     }
 

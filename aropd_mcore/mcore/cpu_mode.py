@@ -22,6 +22,7 @@ def install() -> None:
     _streams()
     _random_state()
     _experts()
+    _uneven_gather()
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
@@ -112,3 +113,22 @@ def _experts() -> None:
         return value.numpy() if as_numpy and torch.is_tensor(value) else value
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_asked
+
+
+def _uneven_gather() -> None:
+    # tensor_parallel/mappings.py:150 torch.distributed.all_gather of parts of different lengths,
+    # which gloo does not have: the tokens that ranks send to an expert they share out.
+    from megatron.core.tensor_parallel import mappings
+
+    plain_gather = mappings._gather_along_first_dim
+
+    def gather(mine: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return plain_gather(mine, group, sizes, *args)
+        padded = mine.new_zeros(max(sizes), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    mappings._gather_along_first_dim = gather

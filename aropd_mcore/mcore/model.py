@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -89,6 +90,15 @@ class HiddenStateGPT(GPTModel):
         self.architecture = architecture
         self.vocab_size = architecture.vocab_size
         self.padded_vocab_size = padded
+
+    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        # GPTModel splits the mask over tensor ranks where it splits the embedded tokens, and leaves
+        # it whole on later stages (models/gpt/gpt_model.py, _preprocess).
+        split_here = self.config.sequence_parallel and not self.pre_process
+        if padding_mask is not None and split_here:
+            mine_SB = scatter_to_sequence_parallel_region(padding_mask.T.contiguous())
+            padding_mask = mine_SB.T.contiguous()
+        return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden_states
@@ -178,7 +188,7 @@ def model_config(
         pipeline_model_parallel_size=runtime.pp_size,
         virtual_pipeline_model_parallel_size=runtime.vp_size if runtime.vp_size > 1 else None,
         expert_model_parallel_size=runtime.ep_size,
-        expert_tensor_parallel_size=1,  # as in runtime.start
+        expert_tensor_parallel_size=runtime.etp_size,
         sequence_parallel=runtime.sequence_parallel,
         context_parallel_size=runtime.cp_size,
         **_RECOMPUTE[recompute],
@@ -252,6 +262,7 @@ def build_model(
         pipeline=runtime.pp_size,
         virtual_pipeline=runtime.vp_size,
         expert=runtime.ep_size,
+        expert_tensor=runtime.etp_size,
     )
     config = model_config(
         architecture, runtime, dtype=dtype, recompute=recompute, precision=precision
@@ -267,14 +278,14 @@ def build_model(
 def _mark_experts(model: StageModel, runtime: Runtime) -> None:
     """Say of the experts' weights how their gradients are summed and counted in the norm.
 
-    An expert lies whole on one rank. Where expert ranks share experts out, each rank's are its own,
-    and all count; megatron-core 0.16 would count those of the first tensor rank alone. Where every
-    tensor rank has all of them and gives them its own tokens, their gradients have to be summed
-    over tp_group and counted once, as the norms' weights are; megatron-core 0.16 takes them for
-    split over tensor ranks instead, and 0.19 gives them an optimizer of their own (`allreduce` in
+    Where ranks share experts or their matrices out, each rank's are its own, and all count;
+    megatron-core 0.16 would count those of the first tensor rank alone. Where every tensor rank has
+    all of them, whole, and gives them its own tokens, their gradients have to be summed over
+    tp_group and counted once, as the norms' weights are; megatron-core 0.16 takes them for split
+    over tensor ranks instead, and 0.19 gives them an optimizer of their own (`allreduce` in
     tensor_parallel/layers.py, ColumnParallelLinear).
     """
-    is_shared_out = runtime.ep_size > 1
+    is_shared_out = runtime.shares_experts
     for name, weight in model.named_parameters():
         if ".experts." in name:
             weight.allreduce = not is_shared_out  # type: ignore[attr-defined]

@@ -38,9 +38,10 @@ class Runtime:
 
     The model is sharded over tp_group (tensor) and pp_group (pipeline stages). Ranks with the same
     shard are joined by cp_group (context) where they share out the positions of the same sequences,
-    by dp_group where each has sequences of its own, and all of them by dp_cp_group. The experts of
-    a layer are the exception: ep_group, ranks of one stage in a row, shares them out whole, across
-    tensor ranks first and then across replicas.
+    by dp_group where each has sequences of its own, and all of them by dp_cp_group; tp_cp_group has
+    the tokens of the same sequences. The experts of a layer are the exception, shared out across
+    tensor ranks of a stage first and then across its replicas: etp_group, ranks in a row, cuts each
+    expert's matrices, and ep_group, ranks with the same part of them, shares experts out.
     """
 
     device: torch.device
@@ -49,7 +50,9 @@ class Runtime:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    tp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
+    etp_group: dist.ProcessGroup
     vp_size: int
     """Model chunks on each pipeline stage; more than one in the interleaved layout."""
     sequence_parallel: bool
@@ -104,6 +107,19 @@ class Runtime:
     @property
     def ep_rank(self) -> int:
         return self.ep_group.rank()
+
+    @property
+    def etp_size(self) -> int:
+        return self.etp_group.size()
+
+    @property
+    def etp_rank(self) -> int:
+        return self.etp_group.rank()
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether a rank has but a part of its layers' experts, or of each of them."""
+        return self.ep_size * self.etp_size > 1
 
     @property
     def sequence_size(self) -> int:
@@ -169,6 +185,7 @@ def start(
     virtual_pipeline: int = 1,
     context: int = 1,
     expert: int = 1,
+    expert_tensor: int = 1,
     sequence_parallel: bool = False,
     token_multiple: int = 1,
     seed: int = 1234,
@@ -184,6 +201,7 @@ def start(
             parallelism takes the rest.
         virtual_pipeline: chunks that each stage holds, interleaved over the layers.
         expert: ranks of a stage that share out its experts.
+        expert_tensor: ranks of a stage that share out the matrices of each expert.
         sequence_parallel: split the tokens over the tensor ranks where weights are not split.
         token_multiple: see Runtime.
         seed: the same on every rank.
@@ -211,7 +229,15 @@ def start(
                 world_size=1,
                 timeout=timeout,
             )
-    _check_sizes(dist.get_world_size(), tensor, pipeline, virtual_pipeline, context, expert)
+    _check_sizes(
+        dist.get_world_size(),
+        tensor,
+        pipeline,
+        virtual_pipeline,
+        context,
+        expert,
+        expert_tensor,
+    )
     if sequence_parallel and tensor == 1:
         raise ValueError("sequence parallelism splits tokens over tensor ranks; tensor is 1")
     parallel_state.initialize_model_parallel(
@@ -220,9 +246,7 @@ def start(
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         context_parallel_size=context,
         expert_model_parallel_size=expert,
-        # An expert lies whole on one rank: cut over tensor ranks, small experts leave matrices too
-        # thin to be worth it, and their all-to-all does not work on gloo.
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=expert_tensor,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
@@ -233,7 +257,9 @@ def start(
         cp_group=_own(parallel_state.get_context_parallel_group()),
         dp_group=_own(parallel_state.get_data_parallel_group()),
         dp_cp_group=_own(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        tp_cp_group=_own(parallel_state.get_tensor_and_context_parallel_group()),
         ep_group=_own(parallel_state.get_expert_model_parallel_group()),
+        etp_group=_own(parallel_state.get_expert_tensor_parallel_group()),
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
         token_multiple=token_multiple,
@@ -241,11 +267,18 @@ def start(
 
 
 def _check_sizes(
-    world_size: int, tensor: int, pipeline: int, virtual_pipeline: int, context: int, expert: int
+    world_size: int,
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: int,
+    context: int,
+    expert: int,
+    expert_tensor: int,
 ) -> None:
-    replica = math.lcm(tensor * context, expert) * pipeline
+    sharing = expert * expert_tensor
+    replica = math.lcm(tensor * context, sharing) * pipeline
     if world_size % replica:
-        experts = f", their experts shared by {expert} ranks" if expert > 1 else ""
+        experts = f", their experts shared by {sharing} ranks" if sharing > 1 else ""
         raise ValueError(
             f"{world_size} processes cannot be split into model replicas of "
             f"parallel.tensor {tensor} x parallel.pipeline {pipeline} x parallel.context "

@@ -53,6 +53,7 @@ def run_schedule(
             position_ids.expand_as(view.tokens_BS),
             None,
             packed_seq_params=_packed_seq_params(view),
+            padding_mask=view.padding_BS,
         )
 
         def finish(output_SBH: Tensor, non_loss_data: bool = False) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from aropd_mcore.config import ObjectiveConfig
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.optim import Optimizer
+from aropd_mcore.mcore.router import RouterLosses
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.mcore.teacher import Teacher
@@ -18,7 +19,7 @@ from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenSums = dict[str, Tensor]
 """name -> fp64 [position buckets]: a metric summed over loss tokens; `num_tokens` and, in its first
-bucket, the weighted `loss` among them."""
+bucket, the weighted `loss` and the routers' losses among them."""
 
 _AROPD_SUMS = ("loss", "num_tokens", "hindsight_token_rate")
 _METRIC_SUMS = (
@@ -48,6 +49,9 @@ class Student:
         self.optimizer = optimizer
         self.objective = objective
         self.runtime = runtime
+        self._router_losses = None
+        if objective.has_router_losses:
+            self._router_losses = RouterLosses(model, objective, runtime)
 
     def forward_backward(
         self,
@@ -55,7 +59,7 @@ class Student:
         teacher: Teacher | None,
         teacher_outputs: Sequence[TeacherOutput | None] | None,
     ) -> TokenSums:
-        """Accumulate the gradient of the global loss over all microbatches.
+        """Accumulate the gradient of the global loss, and of the routers', over all microbatches.
 
         Args:
             microbatches: this data-parallel rank's; their token weights are globally normalized.
@@ -63,8 +67,8 @@ class Student:
             teacher_outputs: of `Teacher.score`, one a microbatch; None for `sft`.
         Returns:
             Sums over the global batch's loss tokens, the same on every rank.
-        Collectives: those of the schedule and of the loss; then one all-reduce of the sums over the
-            data-parallel ranks and one broadcast from the last stage.
+        Collectives: those of the schedule and of the losses; then one all-reduce of the sums over
+            the data-parallel ranks and one broadcast from the last stage.
         """
 
         def loss_of(
@@ -80,6 +84,8 @@ class Student:
 
         self.model.train()
         self.optimizer.zero_grad()
+        if self._router_losses:
+            self._router_losses.start_step([m.student for m in microbatches])
         reports = run_schedule(
             self.optimizer.ddp_chunks,
             list(zip(microbatches, teacher_outputs or [None] * len(microbatches), strict=True)),
@@ -88,7 +94,12 @@ class Student:
             forward_only=False,
         )
         self._let_go_of_the_graph()
-        return self._add_up(reports)
+        sums = self._add_up(reports)
+        if self._router_losses:
+            for name, value in self._router_losses.finish_step().items():
+                sums[name] = torch.zeros_like(sums["loss"])
+                sums[name][0] = value
+        return sums
 
     def _let_go_of_the_graph(self) -> None:
         """Experts' dispatchers keep the last microbatch's routing, and by its grad_fn the graph,

@@ -1,6 +1,6 @@
 """HF tensors to this rank's shards, and back.
 
-A rank holds a part of each of its stage's dense weights, and some of its experts whole.
+A rank holds a part of each of its stage's dense weights, and some of its experts, or parts of them.
 """
 
 import re
@@ -46,9 +46,9 @@ def load_hf_weights(model: StageModel, hf_dir: Path | str, runtime: Runtime) -> 
     for weight in model.architecture.weights():
         if weight.name not in own_names:
             continue  # another rank's
+        group = _tensor_group(weight, runtime)
         parts = [
-            read_part(checkpoint, weight, name, runtime.tp_size, runtime.tp_rank)
-            for name in weight.hf
+            read_part(checkpoint, weight, name, group.size(), group.rank()) for name in weight.hf
         ]
         shard = merge(weight.kind, parts, num_kv_heads=_local_kv_heads(model, runtime))
         parameters[own_names[weight.name]].copy_(shard)
@@ -65,9 +65,10 @@ def iter_hf_tensors(
     Yields:
         (HF name, tensor): the tensor on runtime.device at the rank of the first stage that is first
             of its tensor and expert ranks, None on the others. A tied head is not repeated.
-    Collectives: for each tensor a gather over tp_group, or for an expert's a send within ep_group,
-        on its stage, and then a send to the first stage. Every rank of a model replica must iterate
-        to the end. Replicas are independent, unless experts are shared: then all must iterate.
+    Collectives: for each tensor a gather over tp_group, or for an expert's one over etp_group and a
+        send within ep_group, on its stage, and then a send to the first stage. Every rank of a
+        model replica must iterate to the end. Replicas are independent, unless experts are shared:
+        then all must iterate.
     """
     architecture = model.architecture
     own_names = _own_names(model, runtime)
@@ -87,14 +88,11 @@ def iter_hf_tensors(
                 head_dim=architecture.head_dim,
             )
         for (name, shape), part in zip(weight.hf.items(), parts, strict=True):
-            if weight.expert is None:
-                full = _gather_part(part, weight.kind, shape[0], runtime)
-            elif runtime.pp_rank == stage:
+            full = _gather_part(part, weight.kind, shape[0], _tensor_group(weight, runtime))
+            if weight.expert is not None and runtime.pp_rank == stage and runtime.etp_rank == 0:
                 owner = weight.expert // _num_own_experts(architecture, runtime)
-                full = _move_to_first(part, owner, runtime.ep_group, shape, dtype, device)
-            else:
-                full = None
-            if runtime.tp_rank == runtime.ep_rank == 0:
+                full = _move_to_first(full, owner, runtime.ep_group, shape, dtype, device)
+            if runtime.tp_rank == runtime.ep_rank == runtime.etp_rank == 0:
                 yield name, _move_to_first(full, stage, runtime.pp_group, shape, dtype, device)
             else:
                 yield name, None
@@ -126,7 +124,7 @@ def export_hf(
     source, target = Path(source_hf_dir), Path(out_dir)
     refuse_existing(target)
     dist.barrier()  # before the first rank can make it
-    if runtime.dp_cp_group.rank() == 0 or runtime.ep_size > 1:
+    if runtime.dp_cp_group.rank() == 0 or runtime.shares_experts:
         dtype = dtype or model.config.params_dtype
         tensors = iter_hf_tensors(model, runtime, values)
         if runtime.rank == 0:  # the first in every group
@@ -176,6 +174,11 @@ def _stage(weight: Weight, architecture: Architecture, runtime: Runtime) -> int:
     return 0 if weight.name == EMBEDDING.name else runtime.pp_size - 1
 
 
+def _tensor_group(weight: Weight, runtime: Runtime) -> dist.ProcessGroup:
+    """The ranks that a weight is cut over."""
+    return runtime.tp_group if weight.expert is None else runtime.etp_group
+
+
 def _num_own_experts(architecture: Architecture, runtime: Runtime) -> int:
     return architecture.sizes["experts"] // runtime.ep_size
 
@@ -184,20 +187,22 @@ def _local_kv_heads(model: StageModel, runtime: Runtime) -> int:
     return model.architecture.num_kv_heads // runtime.tp_size
 
 
-def _gather_part(part: Tensor | None, kind: Kind, num_rows: int, runtime: Runtime) -> Tensor | None:
-    """The whole HF tensor at tensor rank 0 of the stage that holds it; None elsewhere."""
+def _gather_part(
+    part: Tensor | None, kind: Kind, num_rows: int, group: dist.ProcessGroup
+) -> Tensor | None:
+    """The whole HF tensor at the first rank of the group that holds it; None elsewhere."""
     dim = kind.split_dim
-    if part is None or (dim is None and runtime.tp_rank > 0):
+    if part is None or (dim is None and group.rank() > 0):
         return None
-    if dim is None or runtime.tp_size == 1:
+    if dim is None or group.size() == 1:
         return part[:num_rows]  # without the padded vocabulary
     part = part.contiguous()
-    root = dist.get_global_rank(runtime.tp_group, 0)
-    if runtime.tp_rank > 0:
-        dist.gather(part, dst=root, group=runtime.tp_group)
+    root = dist.get_global_rank(group, 0)
+    if group.rank() > 0:
+        dist.gather(part, dst=root, group=group)
         return None
-    parts = [torch.empty_like(part) for _ in range(runtime.tp_size)]
-    dist.gather(part, parts, dst=root, group=runtime.tp_group)
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.gather(part, parts, dst=root, group=group)
     return torch.cat(parts, dim)[:num_rows]
 
 

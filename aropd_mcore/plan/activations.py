@@ -126,7 +126,8 @@ def _experts(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
     columns = 6 if setup.device == "cpu" else 3
     return {
         "router": router,
-        "expert inputs": chosen * s.hidden * width,
+        # Cut over ranks, an expert gets the tokens of all of them and has fewer columns.
+        "expert inputs": chosen * setup.expert_tensor * s.hidden * width,
         "experts": chosen * columns * s.expert_ffn * width,
     }
 
@@ -141,7 +142,7 @@ def forward_working_set(setup: Setup, tokens: float) -> float:
     else:
         chosen = s.local_tokens * s.experts_per_token
         # Tokens as they are sent, as the experts get them and as they come back.
-        mlp = chosen * 3 * s.hidden
+        mlp = chosen * (1 + 2 * setup.expert_tensor) * s.hidden
     gathered = s.tokens * s.hidden if setup.sequence and setup.device == "gpu" else 0
     return (residual + max(attention, mlp) + gathered) * width
 

@@ -153,7 +153,7 @@ def _touched_parameters(setup: Setup, stage: int, rows: int) -> float:
     if routing is None:
         return parameters.total
     of_expert = 3 * routing.ffn_hidden_size * setup.architecture.hidden_size
-    on_rank = setup.layers_per_stage * of_expert * routing.num_experts // setup.expert
+    on_rank = setup.layers_per_stage * of_expert * routing.num_experts // setup.expert_ranks
     untouched = (1 - routing.experts_per_token / routing.num_experts) ** rows
     return parameters.total - on_rank * untouched
 
@@ -189,7 +189,10 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     a_pass += ring(2 * tokens * context * kv * width, context, tensor * context)
     if architecture.routing:
         sent = layer_bytes / setup.sequence_size * architecture.routing.experts_per_token
-        a_pass += 2 * ring(sent, expert, expert)
+        a_pass += 2 * ring(sent, expert, setup.expert_ranks)
+        # An expert's tensor ranks gather what each of them got, and sum what comes of it.
+        etp = setup.expert_tensor
+        a_pass += 2 * ring(sent * etp, etp, etp)
     # Forward and backward of the student, two forwards of the teacher, a second forward.
     passes = 2 + (2 if setup.teacher else 0) + (setup.recompute == "full")
     seconds = setup.num_microbatches * passes * setup.layers_per_stage * a_pass

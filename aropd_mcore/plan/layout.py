@@ -36,17 +36,22 @@ class ParallelSizes(Protocol):
     def context(self) -> int: ...
     @property
     def expert(self) -> int: ...
+    @property
+    def expert_tensor(self) -> int: ...
 
 
 def describe(sizes: ParallelSizes, data: int) -> str:
-    """Such as `TP 4 + SP x PP 2 x VPP 2 x DP 2, EP 8`; CP, VPP and EP of 1 go without saying."""
+    """Such as `TP 4 + SP x PP 2 x VPP 2 x DP 2, EP 8`; CP, VPP, EP and ETP of 1 are not said."""
     parts = [f"TP {sizes.tensor}{' + SP' if sizes.sequence else ''}", f"PP {sizes.pipeline}"]
     if sizes.virtual_pipeline > 1:
         parts.append(f"VPP {sizes.virtual_pipeline}")
     if sizes.context > 1:
         parts.append(f"CP {sizes.context}")
     parts.append(f"DP {data}")
-    return " x ".join(parts) + (f", EP {sizes.expert}" if sizes.expert > 1 else "")
+    experts = [f"EP {sizes.expert}"] if sizes.expert > 1 else []
+    if sizes.expert_tensor > 1:
+        experts.append(f"ETP {sizes.expert_tensor}")
+    return " x ".join(parts) + (f", {' x '.join(experts)}" if experts else "")
 
 
 def plan(config: Config, world_size: int, architecture: Architecture | None = None) -> Layout:
@@ -68,6 +73,7 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
     )
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
@@ -79,10 +85,12 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
             f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
             f"= {model_size}"
         )
-    if world_size // parallel.pipeline % parallel.expert:
+    if world_size // parallel.pipeline % (parallel.expert * parallel.expert_tensor):
+        cut = f" x parallel.expert_tensor {parallel.expert_tensor}"
         raise ConfigError(
             f"the {world_size // parallel.pipeline} processes of a pipeline stage are not a "
-            f"multiple of parallel.expert {parallel.expert}, which share out the experts"
+            f"multiple of parallel.expert {parallel.expert}"
+            f"{cut if parallel.expert_tensor > 1 else ''}, which share out the experts"
         )
     data = world_size // model_size
     num_microbatches = None
@@ -125,6 +133,13 @@ def _num_microbatches(config: Config, data: int) -> int:
 
 
 def _check_experts(config: Config, architecture: Architecture) -> None:
+    objective = config.objective
+    if objective.has_router_losses and not architecture.routing:
+        raise ConfigError(
+            f"objective.router_aux_loss_coeff is {objective.router_aux_loss_coeff:g} and "
+            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}; a model without "
+            f"experts ({architecture.family.architecture}) has no routers; both must be 0"
+        )
     # Megatron trains experts on tensor ranks with sequence parallelism alone
     # (transformer/moe/moe_layer.py, MoELayer.forward).
     if architecture.routing and config.parallel.tensor > 1 and not config.parallel.sequence:
@@ -146,7 +161,9 @@ def _check_fp8(config: Config, architecture: Architecture) -> None:
         f"key columns / parallel.tensor {tensor}": named["kv"] // tensor,
     }
     if routing:
-        sizes["columns of an expert"] = routing.ffn_hidden_size
+        cut = config.parallel.expert_tensor
+        name = f"columns of an expert / parallel.expert_tensor {cut}"
+        sizes[name] = routing.ffn_hidden_size // cut
     else:
         sizes[f"intermediate_size / parallel.tensor {tensor}"] = named["ffn"] // tensor
     for name, size in sizes.items():

@@ -95,7 +95,7 @@ def microbatches_in_flight(setup: Setup, stage: int) -> float:
 def sharing_ranks(setup: Setup) -> tuple[int, int]:
     """Ranks that share out the optimizer state of ordinary parameters, and of experts."""
     shared = setup.data * setup.context
-    return shared, max(shared * setup.tensor // setup.expert, 1)
+    return shared, max(shared * setup.tensor // setup.expert_ranks, 1)
 
 
 def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:

@@ -53,11 +53,11 @@ def layer_parameters(setup: Setup) -> Parameters:
     for row in setup.architecture.family.layer_rows:
         size = _size(row, setup.architecture)
         if "{expert}" in row.name:
-            found += Parameters(0, size * setup.architecture.sizes["experts"] // setup.expert)
+            found += Parameters(0, size * setup.architecture.sizes["experts"] // setup.expert_ranks)
         else:
             found += Parameters(size if row.kind is Kind.REPLICATED else size // setup.tensor)
-    # With one expert rank, experts are parameters like any others.
-    return found if setup.expert > 1 else Parameters(found.total)
+    # On one rank, experts are parameters like any others.
+    return found if setup.expert_ranks > 1 else Parameters(found.total)
 
 
 def vocabulary_parameters(setup: Setup) -> int:
@@ -72,11 +72,11 @@ def vocabulary_columns(setup: Setup) -> int:
 
 def largest_weight(setup: Setup, stage: int) -> int:
     """Parameters of the largest single tensor of a rank."""
-    rows = [
-        _size(row, setup.architecture)
-        // (1 if "{expert}" in row.name or row.kind is Kind.REPLICATED else setup.tensor)
-        for row in setup.architecture.family.layer_rows
-    ]
+    rows = []
+    for row in setup.architecture.family.layer_rows:
+        ranks = setup.expert_tensor if "{expert}" in row.name else setup.tensor
+        cut = 1 if row.kind is Kind.REPLICATED else ranks
+        rows.append(_size(row, setup.architecture) // cut)
     has_vocabulary = stage in (0, setup.pipeline - 1)
     return max(*rows, vocabulary_parameters(setup) if has_vocabulary else 0)
 

@@ -24,6 +24,8 @@ class Setup:
     context: int = 1
     expert: int = 1
     """Ranks of a stage that share out its experts."""
+    expert_tensor: int = 1
+    """Ranks of a stage that share out each expert's matrices."""
     data: int = 1
     sequence: bool = False
     recompute: Recompute = "none"
@@ -62,6 +64,11 @@ class Setup:
     def hosts_weights(self) -> bool:
         """Whether the teacher's weights visit the device; a CPU's memory is host and device."""
         return self.teacher_weights == "host" and self.device == "gpu"
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that the experts of a layer are spread over."""
+        return self.expert * self.expert_tensor
 
     @property
     def sequence_size(self) -> int:
@@ -139,6 +146,7 @@ def setup_of(
         virtual_pipeline=parallel.virtual_pipeline,
         context=layout.context,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         data=layout.data,
         sequence=parallel.sequence,
         recompute=training.recompute,

@@ -123,7 +123,7 @@ class NativeEngine:
     def _anywhere(self, here: bool) -> bool:
         """`here` on any of the replicas that have to decode in step: those that share experts,
         whose every forward is a collective."""
-        if self.runtime.ep_size == 1:
+        if not self.runtime.shares_experts:
             return here
         found = torch.tensor(int(here), device=self.runtime.device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.runtime.dp_cp_group)

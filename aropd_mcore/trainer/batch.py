@@ -70,6 +70,7 @@ def form_batch(
         length_multiple=runtime.length_multiple,
         segment_multiple=runtime.segment_multiple if training.packing else None,
         with_teacher=with_teacher,
+        with_padding=objective.has_router_losses,
     )
     all_views = [v for m in microbatches for v in (m.student, m.partial, m.full) if v is not None]
     num_tokens = sum(view.tokens_BS.numel() for view in all_views)

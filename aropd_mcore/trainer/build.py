@@ -34,6 +34,7 @@ def start_runtime(config: Config) -> Runtime:
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         sequence_parallel=parallel.sequence,
         token_multiple=config.precision.size_multiple,
         seed=config.training.seed,

@@ -27,11 +27,12 @@ BY_POSITION = (
     "kl_target_student",
     "hindsight_token_rate",
 )
+_NORMALIZED = ("loss", "router_aux_loss", "router_z_loss")
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
 def token_metrics(sums: TokenSums) -> Metrics:
-    """Means over the global batch's loss tokens, and by position bucket.
+    """Means over the global batch's loss tokens, and by position bucket; routers' as they come.
 
     `residual_uptake` is KL(p || s) - KL(f || s) and `residual_capture_ratio` its share of
     KL(f || p). A bucket without tokens is left out.
@@ -41,10 +42,10 @@ def token_metrics(sums: TokenSums) -> Metrics:
     metrics = {
         name: float(values.sum()) / total
         for name, values in sums.items()
-        if name not in ("loss", "num_tokens")
+        if name not in (*_NORMALIZED, "num_tokens")
     }
     metrics = {
-        "loss": float(sums["loss"].sum()),
+        **{name: float(sums[name].sum()) for name in _NORMALIZED if name in sums},
         "num_loss_tokens": int(num_tokens.sum()),
     } | metrics
     if "kl_full_partial" in metrics:

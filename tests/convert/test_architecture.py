@@ -282,3 +282,9 @@ def test_layouts():
         match=r"expert-parallel size 3 does not divide the model's 8 experts; .*work: 1, 2, 4, 8$",
     ):
         check_layout(moe, expert=3)
+    with pytest.raises(
+        ValueError, match=r"expert tensor-parallel size 3 does not divide an expert's 14336 columns"
+    ):
+        check_layout(moe, expert_tensor=3)
+    with pytest.raises(ValueError, match=r"tensor-parallel size 2 does not divide a dense model"):
+        check_layout(architecture, expert_tensor=2)

@@ -94,6 +94,7 @@ def test_packed_and_padded_microbatches_count_the_same_tokens(samples, skip, seg
             pad_token_id=PAD,
             length_multiple=segment * sequence,
             segment_multiple=multiple,
+            with_padding=True,
         )
         for multiple in (None, segment)
     ]
@@ -114,4 +115,8 @@ def test_packed_and_padded_microbatches_count_the_same_tokens(samples, skip, seg
                 real = real[real != PAD]
                 assert torch.equal(real, row[row != PAD])
                 assert start % segment == 0 and end % segment == 0
+    for microbatches in both:
+        for microbatch in microbatches:
+            student = microbatch.student  # no sample has the padding's id
+            assert torch.equal(student.padding_BS, student.tokens_BS == PAD)
     assert both[1][1].response_ids_T.numel() == 0

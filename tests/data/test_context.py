@@ -21,7 +21,9 @@ def test_every_loss_token_finds_its_hidden_states_in_all_views(size, packing):
     """Token ids stand for hidden states, flattened alike: a rank holds those of its positions."""
     responses = [(70, 71, 72, 73), (80,), tuple(range(90, 107))]
     views = [
-        Sample((n, n + 1), tuple(range(20, 25 + n)), tuple(range(40, 52)), responses[n], n + 1.0)
+        Sample(
+            (n + 1, n + 2), tuple(range(20, 25 + n)), tuple(range(40, 52)), responses[n], n + 1.0
+        )
         for n in range(3)
     ]
     (whole,) = collate(
@@ -31,10 +33,12 @@ def test_every_loss_token_finds_its_hidden_states_in_all_views(size, packing):
         pad_token_id=0,
         length_multiple=2 * size,
         segment_multiple=2 * size if packing else None,
+        with_padding=True,
     )
     shares = [share_of_rank(whole, size, rank) for rank in range(size)]
     found = []
     for share in shares:
+        assert torch.equal(share.student.padding_BS, share.student.tokens_BS == 0)
         student = share.student.tokens_BS.T.flatten()[share.student.hidden_index_T]
         rows = list(zip(share.sample_T.tolist(), share.offset_T.tolist(), strict=True))
         assert student.tolist() == [_before(views[n].student_ids, responses[n], j) for n, j in rows]

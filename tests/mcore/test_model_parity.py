@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     pipeline: int
     expert: int = 1
     virtual_pipeline: int = 1
+    expert_tensor: int = 1
 
 
 LAYOUTS = {  # by world size
@@ -39,6 +40,8 @@ LAYOUTS = {  # by world size
         Layout(1, 2),
         Layout(1, 2, virtual_pipeline=2),
         Layout(1, 1, expert=2),
+        Layout(2, 1, expert_tensor=2),
+        Layout(1, 1, expert_tensor=2),
         Layout(2, 1, expert=2),
     ],
     4: [
@@ -49,6 +52,9 @@ LAYOUTS = {  # by world size
         Layout(2, 1, expert=2),
         Layout(2, 1, expert=4),  # over tensor ranks and replicas
         Layout(2, 2, expert=2),
+        Layout(2, 1, expert=2, expert_tensor=2),
+        Layout(4, 1, expert_tensor=2),
+        Layout(1, 2, expert_tensor=2),
     ],
 }
 
@@ -110,7 +116,8 @@ def test_logits_greedy_tokens_and_round_trip(world_size: int, cases: list[Case],
 
 
 def _cases_of(layout: Layout, cases: list[Case]) -> list[Case]:
-    return [case for case in cases if case.has_experts or layout.expert == 1]
+    shares_experts = layout.expert * layout.expert_tensor > 1
+    return [case for case in cases if case.has_experts or not shares_experts]
 
 
 def _export_name(layout: Layout, case: Case) -> str:

@@ -47,6 +47,13 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
         plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)
 
 
+def test_router_losses_need_routers(tmp_path: Path):
+    losses = {"objective": {"router_z_loss_coeff": 0.001}}
+    plan(config(tmp_path, "mixtral", **losses), 1)
+    with pytest.raises(ConfigError, match=r"router_z_loss_coeff 0.001; .*\(Qwen2ForCausalLM\)"):
+        plan(config(tmp_path, "qwen2", **losses), 1)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -62,6 +69,10 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
             r"^the 2 processes of a pipeline stage are not a multiple of parallel.expert 4",
         ),
         (
+            {"parallel": {"expert": 2, "expert_tensor": 2}},
+            r"not a multiple of parallel.expert 2 x parallel.expert_tensor 2, which share out",
+        ),
+        (
             {"training": {"packing": True, "max_tokens_per_microbatch": 140}},
             r"max_tokens_per_microbatch 140 does not hold .* 128 \+ .* 16, and up to 4 of padding",
         ),
@@ -71,10 +82,10 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
         ),
         (
             {"precision": {"fp8": "hybrid"}, "model": {"dtype": "bf16"}},
-            r"columns of an expert = 40 is not a multiple of 16, as products in fp8 \(.*tensorwise",
+            r"parallel.expert_tensor 1 = 40 is not a multiple of 16, as .* fp8 \(.*tensorwise",
         ),
     ],
-    ids=["virtual pipeline", "experts", "packing", "KV cache", "fp8"],
+    ids=["virtual pipeline", "experts", "cut experts", "packing", "KV cache", "fp8"],
 )
 def test_what_does_not_fit(tmp_path: Path, sections, message):
     world_size = 2

@@ -81,6 +81,7 @@ LAYOUTS = [
     ("qwen3", {"tensor": 4}),
     ("qwen3_moe", {"tensor": 2, "sequence": True, "pipeline": 2}),
     ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 4}),
+    ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}),
 ]
 
 

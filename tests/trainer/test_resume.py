@@ -121,7 +121,8 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
 
 
 def test_experts_move_between_layouts(tmp_path):
-    """From tensor ranks, with one optimizer, to expert ranks, with two, and to a rank alone."""
+    """From tensor ranks, with one optimizer, to expert ranks, with two, which then cut each expert
+    as well, and to a rank alone."""
     path = write_run(tmp_path, checkpoint={"save_every_steps": 1, "keep_last": 4})
     model = f"model.path={write_model(tmp_path / 'experts', 'qwen3_moe')}"
     run_ranks(train_on_ranks, 2, path, [model, "parallel.tensor=2", "parallel.sequence=true"])
@@ -131,9 +132,12 @@ def test_experts_move_between_layouts(tmp_path):
     shared_out = checkpoint_of(tmp_path / "out", 1, tmp_path / "shared-out")
     layout = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.expert=2"]
     run_ranks(train_on_ranks, 4, path, [model, f"output_dir={shared_out}", *layout])
-    alone = checkpoint_of(shared_out, 2, tmp_path / "alone")
+    cut = checkpoint_of(shared_out, 2, tmp_path / "cut")
+    layout = ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert_tensor=2"]
+    run_ranks(train_on_ranks, 4, path, [model, f"output_dir={cut}", *layout, "parallel.expert=2"])
+    alone = checkpoint_of(cut, 3, tmp_path / "alone")
     run_ranks(train_on_ranks, 1, path, [model, f"output_dir={alone}"])
-    for out in (shared_out, alone):
+    for out in (shared_out, cut, alone):
         assert_same_in_any_layout(read_lines(out), expected)
 
 

@@ -43,6 +43,7 @@ class Layout(NamedTuple):
     context: int = 1
     virtual_pipeline: int = 1
     expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def replica_size(self) -> int:
@@ -89,6 +90,8 @@ class Case:
     global_batch_size: int = 8
     eos_ids: tuple[int, ...] = tuple(EOS_IDS)
     layouts: list[Layout] = field(default_factory=lambda: LAYOUTS)
+    groups: tuple[tuple[int, ...], ...] = ()
+    """The samples of each microbatch, the same in every layout; where routers have losses."""
 
     def config(self, root: Path, layout: Layout, dp_size: int) -> Config:
         """The run; root holds the models and the rows."""
@@ -112,6 +115,7 @@ class Case:
 
 
 PACKED = {"packing": True, "max_tokens_per_microbatch": 240}
+ROUTERS = {"router_aux_loss_coeff": 0.5, "router_z_loss_coeff": 0.05}
 AROPD = {"residual_clip": 0.5, "hindsight_gap": 0.5, "hindsight_floor": 0.2}
 CASES = [
     Case(
@@ -178,6 +182,11 @@ CASES = [
             Layout(2, 1, sequence=True, expert=2),
             Layout(2, 1, sequence=True, expert=4),
             Layout(1, 1, context=2, expert=2),
+            Layout(2, 1, sequence=True, expert_tensor=2),
+            Layout(2, 1, sequence=True, expert=2, expert_tensor=2),
+            Layout(4, 1, sequence=True, expert_tensor=2),
+            Layout(1, 1, expert=2, expert_tensor=2),
+            Layout(1, 2, virtual_pipeline=2, expert_tensor=2),
         ],
     ),
     Case(
@@ -223,6 +232,64 @@ CASES = [
         family="mixtral",
         num_steps=3,
         layouts=_every_layout(experts=True),
+    ),
+    Case(
+        # Pairs of samples of different lengths: with real padding.
+        "routers",
+        {
+            "objective": AROPD | ROUTERS,
+            "training": {"micro_batch_size": 2, "recompute": "full"},
+        },
+        family="qwen3_moe",
+        num_steps=2,
+        groups=((0, 1), (2, 3), (4, 5), (6, 7)),
+        layouts=[
+            ONE,
+            Layout(2, 1, sequence=True),
+            Layout(4, 1, sequence=True, expert=2),
+            Layout(2, 2, sequence=True, expert=2),
+            Layout(1, 1, context=2, expert=4),
+            Layout(1, 2, virtual_pipeline=2, expert=2),
+            Layout(2, 1, sequence=True, context=2),
+            Layout(1, 2, context=2),
+        ],
+    ),
+    Case(
+        # One sample a microbatch, since two do not fit. Interleaved, a rank has three samples and a
+        # fourth microbatch of nothing but padding.
+        "packed-routers",
+        {
+            "objective": AROPD | ROUTERS | {"router_z_loss_coeff": 0.0},
+            "training": PACKED | {"max_tokens_per_microbatch": 160},
+            "views": {"teacher_template": "{question}\n" + 2 * "read this first " + "{trace}"},
+        },
+        family="mixtral",
+        num_steps=2,
+        global_batch_size=6,
+        groups=((0,), (1,), (2,), (3,), (4,), (5,)),
+        layouts=[
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 2, virtual_pipeline=2),
+            Layout(1, 1, context=2, expert=4),
+            Layout(2, 1, sequence=True, context=2, expert=2),
+        ],
+    ),
+    Case(
+        # All samples in one microbatch, with padding between them in some layouts.
+        "packed-sft-routers",
+        {
+            "objective": {"name": "sft"} | ROUTERS,
+            "training": PACKED | {"max_tokens_per_microbatch": 1000},
+        },
+        family="qwen3_moe",
+        groups=((0, 1, 2, 3, 4, 5, 6, 7),),
+        layouts=[
+            Layout(4, 1, sequence=True, expert=4),
+            Layout(2, 2, sequence=True),
+            Layout(1, 2, context=2),
+            Layout(1, 1, context=4, expert=2),
+            Layout(2, 1, sequence=True, context=2),
+        ],
     ),
     Case(
         "partial-opd",
@@ -377,9 +444,11 @@ def oracle_steps(root: Path, case: Case, steps: RankSteps) -> list[OracleStep]:
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         clip_grad=optimizer.clip_grad,
+        router_aux=objective.router_aux_loss_coeff,
+        router_z=objective.router_z_loss_coeff,
     )
     plain = Oracle(case.model(root), method)
-    return [plain.step(samples) for samples in steps.samples]
+    return [plain.step(samples, case.groups) for samples in steps.samples]
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +476,8 @@ def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, l
         assert rank.samples == [step[mine] for step in on_one_rank[name].samples]
     replicas = [rank for rank in ranks if rank.student is not None]
     # A context rank has all weights; tensor ranks, or ranks that share experts, have them together.
-    num_holders = layout.pipeline * math.lcm(layout.tensor, layout.expert)
+    num_sharing = layout.expert * layout.expert_tensor
+    num_holders = layout.pipeline * math.lcm(layout.tensor, num_sharing)
     assert len(replicas) == 4 // num_holders
     for replica in replicas[1:]:
         for name, tensor in replicas[0].student.items():
@@ -440,6 +510,7 @@ def check(case: str, rank: RankSteps, expected: list[OracleStep]) -> None:
 NOT_REPORTED = {
     "partial-opd": ("kl_", "entropy_", "residual_", "clip_fraction", "topk_overlap"),
     "full-opd": ("topk_overlap",),
+    "packed-routers": ("router_z_loss",),
 }
 OF_ANOTHER_TEST = {
     "step",
@@ -460,6 +531,7 @@ def test_the_cases_are_worth_comparing(root, on_one_rank, oracle):
     shortest = min(len(sample.response) for sample in on_one_rank["frozen"].samples[0])
     assert shortest <= BY_NAME["frozen"].sections["objective"]["skip_response_tokens"]
     assert len({sample.weight for sample in on_one_rank["live"].samples[0]}) > 2
+    assert on_one_rank["routers"].metrics[0]["padding_fraction"] > 0.1
     first = oracle["ema"][0].metrics
     for name in ("clip_fraction", "hindsight_token_rate", "topk_overlap"):
         assert 0.01 < first[name] < 0.99, name
