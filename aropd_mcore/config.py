@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
+PrivilegedView = Literal["partial", "full"]
 Recompute = Literal["none", "selective", "full"]
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -144,13 +145,33 @@ class ObjectiveConfig(Section):
     """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
     a GPU, 128 MiB on a CPU."""
     metrics: bool = True
-    """Report the entropies, the divergences between the views and so on, from the same pass."""
+    """Report the entropies, the divergences between the views and so on, from the same pass. They
+    need both of the teacher's views. Without them Full and Partial OPD read the view that is their
+    target alone: half of the teacher's work, and a product less in the loss."""
     topk_overlap: bool = True
     """Among the metrics `topk_overlap`, which costs more than all others together."""
     hindsight_gap: float = 2.0
     """Tau, nats: a sampled token counts as hindsight when log f - log p exceeds this ..."""
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Epsilon: ... and the partial view gives it less than this probability."""
+
+    @property
+    def views(self) -> tuple[PrivilegedView, ...]:
+        """The teacher's views that are read: they are rendered, scored and projected."""
+        if self.name == "sft":
+            return ()
+        alone = target_view(self.residual_scale, self.residual_clip)
+        return ("partial", "full") if self.metrics or alone is None else (alone,)
+
+
+def target_view(residual_scale: float, residual_clip: float | None) -> PrivilegedView | None:
+    """The view that is the target by itself, whatever the other one says; None: it takes both.
+
+    Source: METHOD section 3, its identities: lambda = 0 gives p, lambda = 1 without clip gives f.
+    """
+    if residual_scale == 0:
+        return "partial"
+    return "full" if residual_scale == 1 and residual_clip is None else None
 
 
 class TeacherConfig(Section):

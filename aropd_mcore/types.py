@@ -99,8 +99,9 @@ class Microbatch:
 
     student: ViewBatch
     partial: ViewBatch | None
-    """None for objectives without a teacher."""
+    """None where the objective does not read this view (ObjectiveConfig.views)."""
     full: ViewBatch | None
+    """Likewise."""
     response_ids_T: Tensor
     """int64 [T]: the sampled token at each loss position."""
     sample_T: Tensor
@@ -119,7 +120,10 @@ class Microbatch:
 
 
 class TeacherOutput(NamedTuple):
-    """The teacher's final hidden states at a microbatch's loss tokens; last stage only."""
+    """The teacher's final hidden states at a microbatch's loss tokens; last stage only.
 
-    partial_hidden_TH: Tensor
-    full_hidden_TH: Tensor
+    None for a view that the microbatch does not have.
+    """
+
+    partial_hidden_TH: Tensor | None
+    full_hidden_TH: Tensor | None

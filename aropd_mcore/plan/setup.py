@@ -32,6 +32,8 @@ class Setup:
     """Of a step, on each data-parallel rank."""
     teacher: Literal["ema", "frozen", "live"] | None = "ema"
     """None for `sft`."""
+    num_views: int = 2
+    """Of the teacher, that the objective reads; 0 for `sft`."""
     fp32_master: bool = True
     """The teacher's moving average is kept in fp32."""
     dtype_bytes: int = 2
@@ -118,7 +120,7 @@ def setup_of(
     layout = plan(config, world_size, architecture)
     parallel, training, dtype = config.parallel, config.training, config.model.dtype
     is_fp32 = dtype == "fp32" or (dtype == "auto" and device == "cpu")
-    is_sft = config.objective.name == "sft"
+    num_views = len(config.objective.views)
     return Setup(
         architecture,
         tensor=layout.tensor,
@@ -132,7 +134,8 @@ def setup_of(
         micro_batch_size=training.micro_batch_size,
         max_tokens_per_microbatch=training.max_tokens_per_microbatch,
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
-        teacher=None if is_sft else config.teacher.kind,
+        teacher=config.teacher.kind if num_views else None,
+        num_views=num_views,
         fp32_master=config.teacher.fp32_master,
         dtype_bytes=4 if is_fp32 else 2,
         prompt_tokens=config.views.max_prompt_tokens,
