@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from random_runs import WARM_UP, build_run, peaks_of_a_step
+from random_runs import build_run, peaks_of_a_step
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from aropd_mcore.config import Config
@@ -59,12 +59,10 @@ def measure_seconds(
 def measure_bytes(folder: str, methods: Mapping[str, Config], hf: Mapping[str, Any]) -> None:
     """State, and peak of each phase, of one method after another."""
     from aropd_mcore.trainer.build import start_runtime
-    from aropd_mcore.trainer.step import train_step
 
     first = next(iter(methods.values()))
     runtime = start_runtime(first)
-    # What the first step of a process leaves behind is not the run's.
-    train_step(build_run(first, runtime, {**hf, **WARM_UP}), 0)
+    peaks_of_a_step(first, runtime, hf)  # leaves pages of libraries behind, which are not the run's
     _leave(folder, {name: peaks_of_a_step(c, runtime, hf) for name, c in methods.items()})
 
 
