@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ METHODS: dict[str, dict[str, Any]] = {
 PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
 PARTS = ("steps", "forward", "bubble")
 FACTORS = (1, 2, 4)
+MICROBATCHES = (2, 8)
 STAGE_SECONDS = 0.1
-"""Of a stage's forward in the bubble's measurement, where ranks would compete for cores."""
+"""The bubble is measured with these numbers, and with forwards of a stage that take so long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,43 +265,47 @@ def print_forward(found: dict[str, dict[str, int]]) -> None:
     print(flush=True)
 
 
-def measure_bubbles(args: argparse.Namespace) -> Any:
+def measure_bubbles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """With stages that take a fixed time, and where there are cores or GPUs enough, as they are."""
     places = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     for pipeline in (2, 4):
-        for num_microbatches in (2, 8):
-            for stage_seconds in (STAGE_SECONDS, 0.0):
-                if places < pipeline and (stage_seconds == 0 or torch.cuda.is_available()):
-                    continue
-                yield _bubble(args, pipeline, num_microbatches, stage_seconds)
+        for stage_seconds in (STAGE_SECONDS, 0.0):
+            # Ranks that sleep can share a core, but not a GPU.
+            if pipeline <= places or (stage_seconds and not torch.cuda.is_available()):
+                yield from _bubbles(args, pipeline, stage_seconds)
 
 
-def _bubble(
-    args: argparse.Namespace, pipeline: int, num_microbatches: int, stage_seconds: float
-) -> dict[str, Any]:
+def _bubbles(
+    args: argparse.Namespace, pipeline: int, stage_seconds: float
+) -> Iterator[dict[str, Any]]:
+    configs = [_pipelined(args.config, pipeline, number) for number in MICROBATCHES]
+    hf = SMALL_STAGES if stage_seconds else args.hf
+    ranks = _job(measure_bubble, pipeline, configs, hf, stage_seconds, args.repeats)
+    for number, stages in zip(MICROBATCHES, zip(*ranks, strict=True), strict=True):
+        rounds = zip(*(stage["idle"] for stage in stages), strict=True)
+        idle = [statistics.mean(of_stages) for of_stages in rounds]
+        yield {
+            "pipeline": pipeline,
+            "microbatches": number,
+            "views": stages[0]["views"],
+            "stage_seconds": stage_seconds,
+            "measured": statistics.median(idle),
+            "from": min(idle),
+            "to": max(idle),
+            "expected": bubble_fraction(pipeline, 1, 2 * number),
+        }
+
+
+def _pipelined(config: Config, pipeline: int, num_microbatches: int) -> Config:
     one_each = {"global_batch_size": num_microbatches, "micro_batch_size": 1, "packing": False}
-    config = changed(
-        args.config,
+    return changed(
+        config,
         objective={"name": "aropd"},
         training=one_each | {"max_tokens_per_microbatch": None},
         rollout={"rollouts_per_prompt": 1},
         parallel={"tensor": 1, "pipeline": pipeline, "virtual_pipeline": 1, "context": 1}
         | {"expert": 1, "sequence": False},
     )
-    hf = SMALL_STAGES if stage_seconds else args.hf
-    ranks = _job(measure_bubble, pipeline, config, hf, stage_seconds, args.repeats)
-    rounds = zip(*(rank["idle"] for rank in ranks), strict=True)
-    idle = [statistics.mean(stages) for stages in rounds]
-    return {
-        "pipeline": pipeline,
-        "microbatches": num_microbatches,
-        "views": ranks[0]["views"],
-        "stage_seconds": stage_seconds,
-        "measured": statistics.median(idle),
-        "from": min(idle),
-        "to": max(idle),
-        "expected": bubble_fraction(pipeline, 1, 2 * num_microbatches),
-    }
 
 
 def print_bubble(rows: list[dict[str, Any]]) -> None:

@@ -96,22 +96,24 @@ def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
 
 
 def measure_bubble(
-    folder: str, config: Config, hf: Mapping[str, Any], stage_seconds: float, repeats: int
+    folder: str,
+    configs: Sequence[Config],
+    hf: Mapping[str, Any],
+    stage_seconds: float,
+    repeats: int,
 ) -> None:
-    """Of Teacher.score, the share of the time in which a stage is not in its forward; all stages.
+    """Of Teacher.score, the share of the time in which this stage is not in its forward.
 
     Args:
+        configs: differ in their batch.
         stage_seconds: what a forward of a stage takes at least: it sleeps for the rest.
     """
     from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.step import respond, views_of_step
 
-    runtime = start_runtime(config)
-    run = build_run(config, runtime, hf)
-    views, _ = views_of_step(run, 0)
-    rollouts = respond(replace(run, engine=None), views, [])
-    microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
+    runtime = start_runtime(configs[0])
+    run = build_run(configs[0], runtime, hf)
     busy: list[float] = []
 
     def timed(forward: Any) -> Any:
@@ -128,15 +130,22 @@ def measure_bubble(
     assert run.teacher is not None
     for chunk in run.teacher.model:
         chunk.forward = timed(chunk.forward)
-    shares = []
-    for _ in range(1 + repeats):
-        busy.clear()
-        dist.barrier()
-        start = time.perf_counter()
-        run.teacher.score(microbatches)
-        dist.barrier()  # a stage that is done waits for the last one
-        shares.append(1 - sum(busy) / (time.perf_counter() - start))
-    _leave(folder, {"idle": shares[1:], "views": len(busy)})
+    found = []
+    for config in configs:
+        of_batch = replace(run, config=config, engine=None)
+        views, _ = views_of_step(of_batch, 0)
+        rollouts = respond(of_batch, views, [])
+        microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
+        idle = []
+        for _ in range(1 + repeats):
+            busy.clear()
+            dist.barrier()
+            start = time.perf_counter()
+            run.teacher.score(microbatches)
+            dist.barrier()  # a stage that is done waits for the last one
+            idle.append(1 - sum(busy) / (time.perf_counter() - start))
+        found.append({"idle": idle[1:], "views": len(busy)})
+    _leave(folder, found)
 
 
 def _leave(folder: str, found: Any) -> None:
