@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
+PrivilegedView = Literal["partial", "full"]
 Recompute = Literal["none", "selective", "full"]
 Place = Literal["device", "host"]
 Fp8Format = Literal["hybrid", "e4m3"]
@@ -206,7 +207,9 @@ class ObjectiveConfig(Section):
     """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
     a GPU, 128 MiB on a CPU."""
     metrics: bool = True
-    """Report the entropies, the divergences between the views and so on, from the same pass."""
+    """Report the entropies, the divergences between the views and so on, from the same pass. They
+    need both of the teacher's views. Without them Full and Partial OPD read the view that is their
+    target alone: half of the teacher's work, and a product less in the loss."""
     topk_overlap: bool = True
     """Among the metrics `topk_overlap`, which costs more than all others together."""
     hindsight_gap: float = 2.0
@@ -217,6 +220,24 @@ class ObjectiveConfig(Section):
     @property
     def has_router_losses(self) -> bool:
         return self.router_aux_loss_coeff > 0 or self.router_z_loss_coeff > 0
+
+    @property
+    def views(self) -> tuple[PrivilegedView, ...]:
+        """The teacher's views that are read: they are rendered, scored and projected."""
+        if self.name == "sft":
+            return ()
+        alone = target_view(self.residual_scale, self.residual_clip)
+        return ("partial", "full") if self.metrics or alone is None else (alone,)
+
+
+def target_view(residual_scale: float, residual_clip: float | None) -> PrivilegedView | None:
+    """The view that is the target by itself, whatever the other one says; None: it takes both.
+
+    Source: METHOD section 3, its identities: lambda = 0 gives p, lambda = 1 without clip gives f.
+    """
+    if residual_scale == 0:
+        return "partial"
+    return "full" if residual_scale == 1 and residual_clip is None else None
 
 
 class TeacherConfig(Section):

@@ -101,8 +101,9 @@ class Microbatch:
 
     student: ViewBatch
     partial: ViewBatch | None
-    """None for objectives without a teacher."""
+    """None where the objective does not read this view (ObjectiveConfig.views)."""
     full: ViewBatch | None
+    """Likewise."""
     response_ids_T: Tensor
     """int64 [T]: the sampled token at each loss position."""
     sample_T: Tensor
@@ -121,10 +122,13 @@ class Microbatch:
 
 
 class TeacherOutput(NamedTuple):
-    """The teacher's final hidden states at a microbatch's loss tokens; last stage only."""
+    """The teacher's final hidden states at a microbatch's loss tokens; last stage only.
 
-    partial_hidden_TH: Tensor
-    full_hidden_TH: Tensor
+    None for a view that the microbatch does not have.
+    """
+
+    partial_hidden_TH: Tensor | None
+    full_hidden_TH: Tensor | None
 
     def to(self, device: torch.device) -> "TeacherOutput":
-        return TeacherOutput(*(hidden_TH.to(device, non_blocking=True) for hidden_TH in self))
+        return TeacherOutput(*(h if h is None else h.to(device, non_blocking=True) for h in self))

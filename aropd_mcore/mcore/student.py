@@ -21,7 +21,7 @@ TokenSums = dict[str, Tensor]
 """name -> fp64 [position buckets]: a metric summed over loss tokens; `num_tokens` and, in its first
 bucket, the weighted `loss` and the routers' losses among them."""
 
-_AROPD_SUMS = ("loss", "num_tokens", "hindsight_token_rate")
+_AROPD_SUMS = ("loss", "num_tokens")
 _METRIC_SUMS = (
     "clip_fraction",
     "entropy_full",
@@ -117,6 +117,7 @@ class Student:
         teacher_output: TeacherOutput,
     ) -> tuple[Tensor, TokenSums]:
         objective = self.objective
+        has_both = len(objective.views) == 2
         loss, metrics = fused_linear_anchored_residual_kl(
             hidden_TH,
             self.model.head_weight(),
@@ -134,14 +135,15 @@ class Student:
             main_grad_VH=_main_grad(self.model.head_weight()),
             with_metrics=objective.metrics,
             with_topk=objective.topk_overlap,
-            sampled_ids_T=microbatch.response_ids_T,
+            sampled_ids_T=microbatch.response_ids_T if has_both else None,
         )
-        metrics["hindsight_token_rate"] = hindsight_tokens(
-            metrics["logprob_full"],
-            metrics["logprob_partial"],
-            gap=objective.hindsight_gap,
-            floor=objective.hindsight_floor,
-        )
+        if has_both:
+            metrics["hindsight_token_rate"] = hindsight_tokens(
+                metrics["logprob_full"],
+                metrics["logprob_partial"],
+                gap=objective.hindsight_gap,
+                floor=objective.hindsight_floor,
+            )
         return loss, self._token_sums(loss, metrics, microbatch)
 
     def _cross_entropy(self, hidden_TH: Tensor, microbatch: Microbatch) -> tuple[Tensor, TokenSums]:
@@ -182,10 +184,14 @@ class Student:
     def _sum_names(self) -> tuple[str, ...]:
         if self.objective.name == "sft":
             return _SFT_SUMS
-        if not self.objective.metrics:
-            return _AROPD_SUMS
-        topk = ("topk_overlap",) if self.objective.topk_overlap else ()
-        return (*_AROPD_SUMS, *_METRIC_SUMS, *topk)
+        names = _AROPD_SUMS
+        if len(self.objective.views) == 2:
+            names += ("hindsight_token_rate",)
+        if self.objective.metrics:
+            names += _METRIC_SUMS
+            if self.objective.topk_overlap:
+                names += ("topk_overlap",)
+        return names
 
     @property
     def _tp_group(self) -> dist.ProcessGroup | None:
