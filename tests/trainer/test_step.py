@@ -324,6 +324,7 @@ def take(run: "Run", steps: range) -> RankSteps:
             ]
         )
         metrics.append(step_metrics(step, result, run.view_builder.tokenizer, rt))
+    run.student.optimizer.finish_param_gather()
     return RankSteps(
         rt.dp_rank,
         samples,
@@ -359,10 +360,11 @@ def on_one_rank(root) -> dict[str, RankSteps]:
 
 @pytest.fixture(scope="module")
 def oracle(root, on_one_rank) -> dict[str, list[OracleStep]]:
-    return {case.name: oracle_steps(root, case, on_one_rank[case.name]) for case in CASES}
+    return {case.name: oracle_steps(root, case, on_one_rank[case.name].samples) for case in CASES}
 
 
-def oracle_steps(root: Path, case: Case, steps: RankSteps) -> list[OracleStep]:
+def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[OracleStep]:
+    """After each step on its samples."""
     config = case.config(root, ONE, 1)
     objective, optimizer = config.objective, config.optimizer
     assert config.training.num_steps
@@ -388,7 +390,7 @@ def oracle_steps(root: Path, case: Case, steps: RankSteps) -> list[OracleStep]:
         clip_grad=optimizer.clip_grad,
     )
     plain = Oracle(case.model(root), method)
-    return [plain.step(samples) for samples in steps.samples]
+    return [plain.step(of_a_step) for of_a_step in samples]
 
 
 @pytest.fixture(scope="module")
