@@ -105,8 +105,11 @@ class ParallelConfig(Section):
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on. Updated
-    parameters are gathered at once in any case: the teacher and the rollouts read them next."""
+    """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters over data-parallel ranks bucket by bucket while the next forward
+    goes on. With objective.name `sft` alone, and with overlap_grad_reduce: in `aropd` the teacher
+    and the rollouts read all parameters right after the update."""
 
     @model_validator(mode="after")
     def _something_to_split_over(self) -> "ParallelConfig":
@@ -117,6 +120,8 @@ class ParallelConfig(Section):
                 f"virtual_pipeline {self.virtual_pipeline} interleaves over pipeline stages, and "
                 "pipeline is 1"
             )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce, which is false")
         return self
 
 
@@ -371,6 +376,16 @@ class Config(Section):
             raise ValueError(
                 f"precision.teacher_fp8 is {precision.teacher_fp8}: a live teacher is the student "
                 f"itself, with precision.fp8 {precision.fp8}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nobody_reads_parameters_early(self) -> "Config":
+        if self.parallel.overlap_param_gather and self.objective.name != "sft":
+            raise ValueError(
+                "parallel.overlap_param_gather is true, and objective.name is "
+                f"{self.objective.name!r}, whose teacher and rollouts read all parameters right "
+                "after the update; it is for 'sft'"
             )
         return self
 

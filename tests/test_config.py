@@ -168,6 +168,17 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
             "teacher",
             "weights: a live teacher is the student itself, on the device",
         ),
+        (
+            "parallel.overlap_param_gather=true",
+            "parallel",
+            "overlap_param_gather needs overlap_grad_reduce, which is false",
+        ),
+        (
+            "parallel={overlap_param_gather: true, overlap_grad_reduce: true}",
+            "(top level)",
+            "parallel.overlap_param_gather is true, and objective.name is 'aropd', whose teacher "
+            "and rollouts read all parameters right after the update; it is for 'sft'",
+        ),
         ("optimizer.lr=.nan", "optimizer.lr", "Input should be a finite number, found nan"),
         (
             "objective.residual_clip=.inf",

@@ -73,6 +73,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         config.optimizer,
         num_steps=num_steps,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     return Run(
         config=config,
