@@ -112,6 +112,9 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
         for kind in kinds[config.teacher.kind]:
             yield changes("teacher", "kind", [kind])
         yield changes("rollout", "batch_size", _halvings(config.rollout.batch_size))
+        if config.teacher.kind != "live":
+            yield changes("teacher", "weights", ["host"])
+        yield changes("teacher", "hidden_states", ["host"])
     yield [(f"--gpus {number}", number, {}) for number in _doublings(gpus, 16 * gpus)]
 
 
