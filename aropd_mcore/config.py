@@ -173,6 +173,9 @@ class SamplingConfig(Section):
     """Sample from the k likeliest tokens; 0 is all of them."""
 
 
+ImportanceLevel = Literal["sequence", "token"]
+
+
 class RolloutConfig(SamplingConfig):
     engine: Literal["native"] = "native"
     """Who samples: `native` is the student's own forward with a KV cache."""
@@ -184,6 +187,19 @@ class RolloutConfig(SamplingConfig):
     kv_cache_tokens: Positive | None = None
     """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
     the longest prompt with max_response_tokens is long. null: batch_size of them."""
+    importance: ImportanceLevel | Literal["auto", "off"] = "auto"
+    """Truncated importance sampling, where the engine's log-probs differ from the trainer's: a
+    response's loss times the mean of its tokens' ratios (`sequence`), or each token's times its
+    own (`token`). `auto`: off for the native engine, whose ratios are 1 up to rounding."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Largest ratio that counts."""
+
+    @property
+    def importance_level(self) -> ImportanceLevel | None:
+        """None: no ratios are taken."""
+        if self.importance == "auto":
+            return None if self.engine == "native" else "sequence"
+        return None if self.importance == "off" else self.importance
 
 
 class ObjectiveConfig(Section):

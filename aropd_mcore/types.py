@@ -64,6 +64,8 @@ class Sample:
     response_ids: tuple[int, ...]
     token_weight: float
     """Of each of its loss tokens; globally normalized."""
+    logprobs: tuple[float, ...] = ()
+    """Of the response's tokens under the weights that sampled it, where they are wanted."""
 
 
 class ViewBatch(NamedTuple):
@@ -113,6 +115,14 @@ class Microbatch:
     token_weights_T: Tensor
     """fp32 [T]: globally normalized; the weighted sum of per-token losses over all microbatches
     and data-parallel ranks is the loss."""
+    engine_logprobs_T: Tensor | None = None
+    """fp32 [T]: of the sampled tokens under the weights that sampled them, where they are wanted:
+    for importance weights."""
+
+    @property
+    def num_samples(self) -> int:
+        bounds = self.student.bounds
+        return self.student.tokens_BS.size(0) if bounds is None else bounds.numel() - 1
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch with every tensor on `device`."""

@@ -32,6 +32,7 @@ def collate(
     segment_multiple: int | None = None,
     views: Sequence[PrivilegedView] = ("partial", "full"),
     with_padding: bool = False,
+    with_logprobs: bool = False,
 ) -> list[Microbatch]:
     """Splice each response behind the three prompts of its row, and lay out the microbatches.
 
@@ -47,6 +48,7 @@ def collate(
         segment_multiple: pack, with each sample's tokens padded to a multiple of it; None: pad.
         views: those of the teacher; a microbatch does not have the others.
         with_padding: say of the student view which of its tokens are padding.
+        with_logprobs: keep the log-probs that the samples were sampled with.
 
     Returns:
         CPU tensors; T is 0 where no response reaches skip_response_tokens.
@@ -75,6 +77,10 @@ def collate(
         if with_padding:
             real_B = [len(s.student_ids) + len(s.response_ids) for s in members if s is not filler]
             student = student._replace(padding_BS=_padding(student, real_B))
+        logprobs_T = None
+        if with_logprobs:
+            rows = [torch.tensor(sample.logprobs) for sample in members]
+            logprobs_T = pad_sequence(rows, batch_first=True)[sample_T, offset_T]
         return Microbatch(
             student=student,
             partial=view_batch([s.partial_ids for s in members]) if "partial" in views else None,
@@ -83,6 +89,7 @@ def collate(
             sample_T=sample_T,
             offset_T=offset_T,
             token_weights_T=torch.tensor([s.token_weight for s in members])[sample_T],
+            engine_logprobs_T=logprobs_T,
         )
 
     return [microbatch([samples[i] for i in group] or [filler]) for group in groups]

@@ -46,8 +46,8 @@ def form_batch(
         dp_group=runtime.dp_group,
     )
     samples = [
-        Sample(v.student_ids, v.partial_ids, v.full_ids, rollout.response_ids, weight)
-        for v, rollout, weight in zip(views, rollouts, weights.tolist(), strict=True)
+        Sample(v.student_ids, v.partial_ids, v.full_ids, r.response_ids, weight, r.logprobs)
+        for v, r, weight in zip(views, rollouts, weights.tolist(), strict=True)
     ]
     if training.packing:
         assert training.max_tokens_per_microbatch is not None
@@ -70,6 +70,7 @@ def form_batch(
         segment_multiple=runtime.segment_multiple if training.packing else None,
         views=objective.views,
         with_padding=objective.has_router_losses,
+        with_logprobs=len(objective.views) > 0 and config.rollout.importance_level is not None,
     )
     all_views = [v for m in microbatches for v in (m.student, m.partial, m.full) if v is not None]
     num_tokens = sum(view.tokens_BS.numel() for view in all_views)

@@ -81,7 +81,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         num_steps=num_steps,
         dataset=dataset,
         view_builder=view_builder,
-        student=Student(model, optimizer, config.objective, runtime),
+        student=Student(model, optimizer, config.objective, config.rollout, runtime),
         teacher=teacher,
         engine=engine,
         # Any token serves: padding stands behind everything that could see it.

@@ -124,7 +124,7 @@ def build_run(
         num_steps=1000,
         dataset=SimpleNamespace(row_at=lambda *_, **__: Row("", "", "")),  # type: ignore[arg-type]
         view_builder=_Views(config, hf["vocab_size"], prompt_tokens or {}),  # type: ignore[arg-type]
-        student=Student(model, optimizer, config.objective, runtime),
+        student=Student(model, optimizer, config.objective, config.rollout, runtime),
         teacher=teacher,
         engine=engine,
         pad_token_id=0,

@@ -34,7 +34,9 @@ def measure_seconds(
     run = build_run(first, runtime, hf)
     runs = {}
     for name, config in methods.items():
-        student = Student(run.student.model, run.student.optimizer, config.objective, runtime)
+        student = Student(
+            run.student.model, run.student.optimizer, config.objective, config.rollout, runtime
+        )
         distils = config.objective.name == "aropd"
         runs[name] = replace(
             run,
