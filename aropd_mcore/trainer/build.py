@@ -16,7 +16,10 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.step import Run
+
+_PROBE_TOKENS = 128
 
 
 def start_runtime(config: Config) -> Runtime:
@@ -51,12 +54,13 @@ def build_run(config: Config, runtime: Runtime) -> Run:
     if config.objective.name == "aropd":
         own = None if config.teacher.kind == "live" else load_model(config, runtime)
         teacher = Teacher(config.teacher, runtime, student=model, model=own)
-        engine = NativeEngine(
-            model,
-            runtime,
-            eos_token_ids=eos_token_ids(config.model.path, tokenizer),
-            batch_size=config.rollout.batch_size,
-        )
+        ends = eos_token_ids(config.model.path, tokenizer)
+        if config.rollout.engine == "vllm":
+            probe = probe_ids(dataset, view_builder)
+            engine = VllmEngine(model, runtime, config, eos_token_ids=ends, probe_ids=probe)
+        else:
+            batch_size = config.rollout.batch_size
+            engine = NativeEngine(model, runtime, eos_token_ids=ends, batch_size=batch_size)
     optimizer = Optimizer(
         model,
         config.optimizer,
@@ -87,6 +91,15 @@ def load_model(config: Config, runtime: Runtime) -> StageModel:
     )
     load_hf_weights(model, config.model.path, runtime)
     return model
+
+
+def probe_ids(dataset: RowDataset, view_builder: ViewBuilder) -> tuple[int, ...]:
+    """A real sequence for the proof that an engine has the trainer's weights: the end of a prompt,
+    and its oracle's response."""
+    row = dataset[0]
+    prompt = view_builder.build(row).student_ids
+    ids = prompt[-_PROBE_TOKENS // 2 :] + view_builder.oracle_response_ids(row)
+    return ids[:_PROBE_TOKENS]
 
 
 def usable_rows(dataset: RowDataset, view_builder: ViewBuilder, config: Config) -> RowDataset:

@@ -1,0 +1,329 @@
+"""Several vLLM servers as one: load spread, failures tried again, everyone on the same weights.
+
+A server is *ready* when it holds the weights that are wanted now and a probe has shown it. Whatever
+goes wrong with a server makes it unready; it is then waited for, restarted if the run owns it,
+given the weights again and probed, while the others go on. After too many failures in a row it is
+left out until the next sync.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from aropd_mcore.config import SamplingConfig, VllmConfig
+from aropd_mcore.rollout.engine import RolloutFailed
+from aropd_mcore.rollout.vllm_api import Api, RefusedByServer, ServerError, check_version
+from aropd_mcore.rollout.vllm_process import ServerProcess
+from aropd_mcore.types import Rollout
+
+BACKOFF_SECONDS = 0.5
+"""Before the second try; twice as long before each further one."""
+_POLL_SECONDS = 0.25
+_HANGING_SECONDS = 30.0
+"""A server of ours that was up once and is silent for so long is started again."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What servers have to hold."""
+
+    version: int
+    """Training steps behind them."""
+    label: str
+    """Their name at the servers: no two runs, and no two starts of one, give the same."""
+    folder: Path | None
+    """Where a server can load them; None where they are sent instead."""
+    probe_logprobs: Sequence[float]
+    """The trainer's, of the probe's tokens but the first."""
+
+
+class Server:
+    """One server, as it was last seen."""
+
+    def __init__(self, name: str, key: str | None, *, start: Callable[[], tuple] | None = None):
+        """
+        Args:
+            name: its URL, or what to call it where the run starts it.
+            start: starts it, and returns its URL and process; None where somebody else does.
+        """
+        self.name = name
+        self.key = key
+        self.url = name
+        self.process: ServerProcess | None = None
+        self._start = start
+        self.is_ready = False
+        self.was_ready = False
+        """Since it was started."""
+        self.num_in_flight = 0
+        self.num_failures = 0
+        """In a row."""
+        self.last_error: ServerError | None = None
+
+    def start(self) -> None:
+        """Start it if it is ours and does not run."""
+        if self._start and not (self.process and self.process.is_running):
+            self.was_ready = False
+            self.url, self.process = self._start()
+
+    def failed(self, error: ServerError) -> None:
+        self.is_ready = False
+        self.num_failures += 1
+        self.last_error = error
+
+    def is_lost(self, retries: int) -> bool:
+        refused = isinstance(self.last_error, RefusedByServer) and self.num_failures > 0
+        return not self.is_ready and (refused or self.num_failures > retries)
+
+
+class Servers:
+    """See the module. Used by one process, and by one thread at a time."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        config: VllmConfig,
+        *,
+        batch_size: int,
+        eos_token_ids: Sequence[int],
+        probe_ids: Sequence[int],
+        tolerance: float,
+    ):
+        """
+        Args:
+            batch_size: requests at a time on one server.
+            probe_ids: tokens that the trainer and the servers score after each sync.
+            tolerance: nats, of the mean absolute difference of their log-probs.
+        """
+        self.servers = servers
+        self._config = config
+        self._batch_size = batch_size
+        self._eos_token_ids = eos_token_ids
+        self._probe_ids = probe_ids
+        self._tolerance = tolerance
+        self._wanted: Weights | None = None
+
+    def sync(self, weights: Weights) -> None:
+        """Give the servers these weights. One that fails is seen to in the next `generate`.
+
+        The first time, they are waited for until they are up.
+
+        Raises:
+            RolloutFailed: a server's log-probs are not the trainer's.
+        """
+        asyncio.run(self._sync(weights))
+
+    async def _sync(self, weights: Weights) -> None:
+        wait = self._config.start_timeout if self._wanted is None else 0.0
+        chosen = [s for s in self.servers if s.is_ready or self._wanted is None]
+        self._wanted = weights
+        for server in self.servers:
+            server.is_ready, server.num_failures = False, 0
+        async with _client() as http:
+            await asyncio.gather(*(self._try_once(http, server, wait) for server in chosen))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        on_response: Callable[[int, int], None],
+    ) -> list[Rollout]:
+        """A response to each prompt, in their order.
+
+        Args:
+            on_response: told how many responses there are, of how many, after each.
+        Raises:
+            RolloutFailed: no server is left; one answers with other weights; or a response failed
+                more often than it may.
+        """
+        return asyncio.run(self._generate(prompts, seeds, sampling, on_response))
+
+    async def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        on_response: Callable[[int, int], None],
+    ) -> list[Rollout]:
+        done: dict[int, Rollout] = {}
+        todo = deque(range(len(prompts)))
+        failed_on: list[list[Server]] = [[] for _ in prompts]
+        responses: dict[asyncio.Task, tuple[int, Server]] = {}
+        repairs: dict[asyncio.Task, Server] = {}
+        async with _client() as http:
+            try:
+                while len(done) < len(prompts):
+                    for server in self.servers:
+                        if not self._is_settled(server) and server not in repairs.values():
+                            repairs[asyncio.create_task(self._repair(http, server))] = server
+                    for index in self._startable(todo, failed_on):
+                        server = self._choose(failed_on[index])
+                        if server is None:
+                            continue
+                        todo.remove(index)
+                        server.num_in_flight += 1
+                        call = self._respond(http, server, prompts[index], seeds[index], sampling)
+                        responses[asyncio.create_task(call)] = index, server
+                    if not responses and not repairs:
+                        raise RolloutFailed(self._nobody_left())
+                    finished, _ = await asyncio.wait(
+                        [*responses, *repairs], return_when=asyncio.FIRST_COMPLETED
+                    )
+                    for task in finished:
+                        if task in repairs:
+                            del repairs[task]
+                            task.result()
+                            continue
+                        index, server = responses.pop(task)
+                        server.num_in_flight -= 1
+                        try:
+                            done[index] = task.result()
+                        except ServerError as error:
+                            self._note_failure(server, error, failed_on[index])
+                            todo.append(index)
+                        else:
+                            server.num_failures = 0
+                            on_response(len(done), len(prompts))
+            finally:
+                for server in self.servers:
+                    server.num_in_flight = 0
+                for task in (*responses, *repairs):
+                    task.cancel()
+                await asyncio.gather(*responses, *repairs, return_exceptions=True)
+        return [done[index] for index in range(len(prompts))]
+
+    def _startable(self, todo: Sequence[int], failed_on: list[list[Server]]) -> list[int]:
+        """Responses that may start now, no more than there is room for."""
+        room = sum(self._room(server) for server in self.servers if server.is_ready)
+        startable = []
+        for index in todo:
+            if len(startable) == room:
+                break
+            if self._choose(failed_on[index]):
+                startable.append(index)
+        return startable
+
+    def _room(self, server: Server) -> int:
+        return max(self._batch_size - server.num_in_flight, 0)
+
+    def _choose(self, failed_on: list[Server]) -> Server | None:
+        """The ready server with the fewest requests that has room, and has failed this response no
+        more often than any other that may still take it."""
+        left = [s for s in self.servers if not s.is_lost(self._config.retries)]
+        fewest = min((failed_on.count(s) for s in left), default=0)
+        able = [s for s in left if s.is_ready and self._room(s) and failed_on.count(s) == fewest]
+        return min(able, key=lambda server: server.num_in_flight, default=None)
+
+    def _note_failure(self, server: Server, error: ServerError, failed_on: list[Server]) -> None:
+        """One response failed; the server is unready, which it counts once for all in flight."""
+        failed_on.append(server)
+        if server.is_ready:
+            server.failed(error)
+        if len(failed_on) > self._config.retries * len(self.servers):
+            raise RolloutFailed(
+                f"a response failed {len(failed_on)} times, the last time at {server.name}: {error}"
+            )
+
+    async def _respond(
+        self,
+        http: httpx.AsyncClient,
+        server: Server,
+        prompt: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig,
+    ) -> Rollout:
+        assert self._wanted is not None, "sync comes first"
+        ids, logprobs = await self._api(http, server).generate(
+            prompt,
+            seed,
+            sampling,
+            eos_token_ids=self._eos_token_ids,
+            weight_version=self._wanted.label,
+        )
+        is_finished = ids[-1] in self._eos_token_ids
+        return Rollout(tuple(ids), tuple(logprobs), is_finished, self._wanted.version)
+
+    def _is_settled(self, server: Server) -> bool:
+        """Ready, or given up."""
+        return server.is_ready or server.is_lost(self._config.retries)
+
+    async def _repair(self, http: httpx.AsyncClient, server: Server) -> None:
+        """Try until the server is ready, or lost."""
+        while not self._is_settled(server):
+            if server.num_failures:
+                await asyncio.sleep(BACKOFF_SECONDS * 2 ** (server.num_failures - 1))
+            await self._try_once(http, server, self._config.start_timeout)
+
+    async def _try_once(self, http: httpx.AsyncClient, server: Server, wait: float) -> None:
+        try:
+            await self._make_ready(http, server, wait)
+        except ServerError as error:
+            server.failed(error)
+        else:
+            server.is_ready = server.was_ready = True
+
+    async def _make_ready(self, http: httpx.AsyncClient, server: Server, wait: float) -> None:
+        """Up, of a known version, with the wanted weights, and proved to have them."""
+        weights = self._wanted
+        assert weights is not None, "sync comes first"
+        if server.process and server.num_failures > 1:  # it runs, and is of no use
+            await asyncio.to_thread(server.process.stop)
+        server.start()
+        api = self._api(http, server)
+        if server.process and server.was_ready:
+            wait = min(wait, _HANGING_SECONDS)
+        await _until_healthy(api, server, wait)
+        if await api.weight_version() != weights.label:
+            check_version(await api.vllm_version())
+            if weights.folder is None:
+                raise ServerError("it lost its weights, and gets new ones with the next step")
+            await api.pause()
+            await api.load_weights(weights.folder)
+            await api.resume(weights.label)
+        self._prove(server, weights, await api.score(self._probe_ids))
+
+    def _prove(self, server: Server, weights: Weights, logprobs: Sequence[float]) -> None:
+        """Raise RolloutFailed unless a server's log-probs of the probe are the trainer's."""
+        pairs = list(zip(weights.probe_logprobs, logprobs, strict=True))
+        difference = sum(abs(ours - theirs) for ours, theirs in pairs) / len(pairs)
+        if not difference <= self._tolerance:
+            ours, theirs = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+            raise RolloutFailed(
+                f"{server.name} does not sample from the weights of step {weights.version}: over "
+                f"a probe of {len(pairs)} tokens the mean log-prob is {ours:.6f} in training and "
+                f"{theirs:.6f} there, {difference:.2g} apart on the average of the tokens; "
+                f"rollout.vllm.probe_tolerance is {self._tolerance:g}"
+            )
+
+    def _api(self, http: httpx.AsyncClient, server: Server) -> Api:
+        return Api(http, server.url, server.key, self._config.request_timeout)
+
+    def _nobody_left(self) -> str:
+        errors = (f"{server.name}: {server.last_error}" for server in self.servers)
+        return "no vLLM server is left:\n" + "\n".join(errors)
+
+    def close(self) -> None:
+        """End the servers that were started here."""
+        for server in self.servers:
+            if server.process:
+                server.process.stop()
+
+
+def _client() -> httpx.AsyncClient:
+    # Straight to the servers, whatever proxies the environment names, and all at once.
+    return httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None))
+
+
+async def _until_healthy(api: Api, server: Server, wait: float) -> None:
+    deadline = time.monotonic() + wait
+    while not await api.is_healthy():
+        if server.process and not server.process.is_running:
+            raise ServerError(server.process.why_ended())
+        if time.monotonic() >= deadline:
+            raise ServerError("it does not answer" + (f" after {wait:g} s" if wait else ""))
+        await asyncio.sleep(_POLL_SECONDS)
