@@ -21,12 +21,15 @@ UNLOADED = -9.0
 """A log-prob under the weights that it started with."""
 
 
-def response_to(prompt: Sequence[int], seed: int, limit: int) -> list[int]:
-    """What it samples: a function of prompt and seed; two in three end by EOS."""
+def response_to(
+    prompt: Sequence[int], seed: int, limit: int, stop_ids: Sequence[int] = (EOS,)
+) -> list[int]:
+    """What it samples: a function of prompt and seed; most end by one of stop_ids."""
     length = seed % (limit + limit // 2) + 1
-    ids = [10 + (sum(prompt) + seed + 7 * i) % 200 for i in range(min(length, limit))]
+    others = [id for id in range(10, 210) if id not in stop_ids]
+    ids = [others[(sum(prompt) + seed + 7 * i) % len(others)] for i in range(min(length, limit))]
     if length <= limit:
-        ids[-1] = EOS
+        ids[-1] = stop_ids[0]
     return ids
 
 
@@ -146,7 +149,8 @@ class FakeVllm:
             self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
         self.hold.wait()
         params = body["sampling_params"]
-        ids = response_to(body["token_ids"], params["seed"], params["max_tokens"])
+        limit, stop_ids = params["max_tokens"], params["stop_token_ids"]
+        ids = response_to(body["token_ids"], params["seed"], limit, stop_ids)
         choice = {
             "token_ids": ids,
             "logprobs": {"content": [{"token_id": i, "logprob": -i / 100} for i in ids]},
