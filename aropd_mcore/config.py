@@ -131,7 +131,8 @@ class VllmConfig(Section):
     arguments: list[str] = []
     """More arguments for started servers, such as --tensor-parallel-size=2."""
     sync: Literal["disk", "nccl"] = "disk"
-    """How weights reach the servers after each step: through weights_dir, or from GPU to GPU."""
+    """How weights reach the servers after each step: through weights_dir; or from GPU to GPU, where
+    a server that had to be started again waits for the next step."""
     weights_dir: Path | None = None
     """Folder that every server sees under this path; null: output_dir/vllm-weights."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None

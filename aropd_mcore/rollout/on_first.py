@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -24,32 +25,39 @@ def on_first_rank(work: Callable[[], T]) -> T:
             of ours: raised as it is on the first rank, and as a RuntimeError on the others.
     Collectives: broadcasts of an object over the whole job; every rank must call it.
     """
-    outcome: list[tuple[Any, Exception | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((work(), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    is_first = dist.get_rank() == 0
-    # A daemon: an interrupted run must not wait for it.
-    thread = threading.Thread(target=run, daemon=True)
-    if is_first:
-        thread.start()
+    future = in_background(work) if dist.get_rank() == 0 else None
     told: list[Any] = [None]
     while told[0] is None:
-        if is_first:
-            thread.join(HEARTBEAT_SECONDS)
-            told[0] = _to_tell(*outcome[0]) if outcome else None
+        if future is not None:
+            wait([future], HEARTBEAT_SECONDS)
+            told[0] = _to_tell(future) if future.done() else None
         dist.broadcast_object_list(told, src=0)
-    result, error = outcome[0] if is_first else told[0]
+    if future is not None:
+        return future.result()
+    result, error = told[0]
     if error is not None:
         raise error
     return result
 
 
-def _to_tell(result: Any, error: Exception | None) -> tuple[Any, Exception | None]:
-    if error is None or isinstance(error, RolloutFailed | ValueError):
-        return result, error
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """`work()` in a thread that nobody has to wait for, not even an interrupted run."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _to_tell(future: Future[Any]) -> tuple[Any, BaseException | None]:
+    error = future.exception()
+    if error is None:
+        return future.result(), None
+    if isinstance(error, RolloutFailed | ValueError):
+        return None, error
     return None, RuntimeError(f"on the first rank: {type(error).__name__}: {error}")

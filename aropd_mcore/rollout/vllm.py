@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aropd_mcore.config import Config, SamplingConfig
+from aropd_mcore.config import Config, ConfigError, SamplingConfig
 from aropd_mcore.convert.folders import copy_companions, new_folder
 from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.tensor_bytes import TensorInfo
@@ -21,6 +21,7 @@ from aropd_mcore.mcore.weights import gather_hf
 from aropd_mcore.rollout.engine import RolloutFailed, check_prompts
 from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
+from aropd_mcore.rollout.vllm_nccl import send_weights
 from aropd_mcore.rollout.vllm_process import new_key, start_server
 from aropd_mcore.rollout.vllm_servers import Server, Servers, Weights
 from aropd_mcore.types import Rollout
@@ -37,8 +38,9 @@ class VllmEngine:
     `generate`, each replica with prompts of its own.
 
     After each update the weights are gathered tensor by tensor, so that no rank ever holds the
-    model whole, written as an HF folder that the servers load, and proved: trainer and servers
-    score the same tokens. A response is only taken when the server says that these weights made it.
+    model whole, written as an HF folder that the servers load, or sent to them; and proved: trainer
+    and servers score the same tokens. A response is only taken when the server says that these
+    weights made it.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class VllmEngine:
         probe_ids: Sequence[int],
     ):
         """Starts the servers that are the run's own, and does not wait for them.
+
+        ConfigError: rollout.vllm.sync is nccl, and there is no GPU.
 
         Args:
             model: this rank's shard, without DDP around it. Its weights are read by `sync`.
@@ -67,6 +71,11 @@ class VllmEngine:
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
         self._servers: Servers | None = None
+        if config.rollout.vllm.sync == "nccl" and runtime.device.type != "cuda":
+            raise ConfigError(
+                "rollout.vllm.sync: found nccl, which sends weights from GPU to GPU, and this run "
+                "is on the CPU; expected disk"
+            )
         if runtime.rank == 0:
             self._servers = self._make_servers(eos_token_ids)
 
@@ -120,8 +129,7 @@ class VllmEngine:
                 vocab_size=self.model.vocab_size,
                 max_sequence_length=self.model.max_sequence_length,
             )
-        assert self._servers is not None, "on the first rank"
-        return self._servers.generate(
+        return self._first.generate(
             [prompt for prompts, _ in calls for prompt in prompts],
             [seed for _, seeds in calls for seed in seeds],
             sampling,
@@ -130,23 +138,37 @@ class VllmEngine:
 
     def _sync(self) -> None:
         version = self.weight_version
+        is_sent = self._config.rollout.vllm.sync == "nccl"
         folder = (self._folder / f"step-{version:07d}").absolute()
-        gather_hf(self.model, self.runtime, partial(self._write, folder))
         weights = Weights(
             version=version,
             label=f"{version}-{secrets.token_hex(4)}",
-            folder=folder,
+            folder=None if is_sent else folder,
             probe_logprobs=sequence_logprobs(self.model, self.runtime, self._probe_ids).tolist(),
         )
-
-        def hand_on() -> None:
-            assert self._servers is not None, "on the first rank"
-            self._servers.sync(weights)
+        if is_sent:
+            on_first_rank(lambda: self._first.prepare())
+            # Labels are made on every rank; it is the first one's that counts.
+            gather_hf(self.model, self.runtime, partial(self._send, weights.label))
+        else:
+            gather_hf(self.model, self.runtime, partial(self._write, folder))
+        on_first_rank(lambda: self._first.sync(weights))
+        if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
-                if old.name != folder.name:
+                if old != weights.folder:
                     shutil.rmtree(old)
 
-        on_first_rank(hand_on)
+    def _send(self, label: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """On the first rank: the tensors to every server that is up."""
+        send_weights(
+            tensors,
+            self.model.architecture.hf_shapes,
+            self.model.config.params_dtype,
+            self._first,
+            self.runtime.device,
+            label=label,
+            timeout=self._config.rollout.vllm.request_timeout,
+        )
 
     def _write(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """On the first rank: the tensors as an HF folder, which appears when it is whole."""
@@ -159,6 +181,11 @@ class VllmEngine:
         with new_folder(folder) as partial_folder:
             write_safetensors(partial_folder, infos, tensors)
             copy_companions(self._config.model.path, partial_folder, dtype)
+
+    @property
+    def _first(self) -> Servers:
+        assert self._servers is not None, "on the first rank alone"
+        return self._servers
 
     def _make_servers(self, eos_token_ids: Sequence[int]) -> Servers:
         rollout, vllm = self._config.rollout, self._config.rollout.vllm

@@ -106,6 +106,9 @@ class Servers:
         self._probe_ids = probe_ids
         self._tolerance = tolerance
         self._wanted: Weights | None = None
+        self._is_first_sync = True
+        self._receivers: list[tuple[Server, int]] = []
+        """Who takes part in the next transfer, and with how many workers."""
 
     def sync(self, weights: Weights) -> None:
         """Give the servers these weights. One that fails is seen to in the next `generate`.
@@ -118,13 +121,83 @@ class Servers:
         asyncio.run(self._sync(weights))
 
     async def _sync(self, weights: Weights) -> None:
-        wait = self._config.start_timeout if self._wanted is None else 0.0
-        chosen = [s for s in self.servers if s.is_ready or self._wanted is None]
+        wait = self._first_wait()
+        chosen = [s for s in self.servers if s.is_ready or self._is_first_sync]
+        self._is_first_sync = False
         self._wanted = weights
         for server in self.servers:
             server.is_ready, server.num_failures = False, 0
         async with _client() as http:
             await asyncio.gather(*(self._try_once(http, server, wait) for server in chosen))
+
+    def _first_wait(self) -> float:
+        return self._config.start_timeout if self._is_first_sync else 0.0
+
+    def prepare(self) -> None:
+        """Before a transfer: pause every server that is up, and count its workers."""
+        asyncio.run(self._prepare())
+
+    async def _prepare(self) -> None:
+        self._receivers = []
+        async with _client() as http:
+            await asyncio.gather(*(self._pause(http, server) for server in self.servers))
+
+    async def _pause(self, http: httpx.AsyncClient, server: Server) -> None:
+        try:
+            server.start()
+            api = self._api(http, server)
+            await _until_healthy(api, server, self._first_wait())
+            check_version(await api.vllm_version())
+            await api.pause()
+            self._receivers.append((server, await api.num_workers()))
+        except ServerError as error:
+            server.failed(error)
+
+    @property
+    def num_workers(self) -> int:
+        """Of all servers that take part in the next transfer."""
+        return sum(count for _, count in self._receivers)
+
+    def receive(
+        self,
+        unique_id_base64: str,
+        names: Sequence[str],
+        dtype: str,
+        shapes: Sequence[tuple[int, ...]],
+        label: str,
+    ) -> None:
+        """Have the prepared servers join rank 0's communicator, take what it sends, and go on.
+
+        Raises:
+            ServerError: one of them failed; it names the server.
+        """
+        asyncio.run(self._receive(unique_id_base64, names, dtype, shapes, label))
+
+    async def _receive(
+        self,
+        unique_id_base64: str,
+        names: Sequence[str],
+        dtype: str,
+        shapes: Sequence[tuple[int, ...]],
+        label: str,
+    ) -> None:
+        async def receive(server: Server, first_rank: int) -> None:
+            api = self._api(http, server)
+            try:
+                await api.join_nccl(unique_id_base64, first_rank, self.num_workers + 1)
+                await api.receive_weights(names, dtype, shapes)
+                await api.leave_nccl()
+                await api.resume(label)
+            except ServerError as error:
+                server.failed(error)
+                raise ServerError(f"{server.name}: {error}") from error
+
+        first_rank, calls = 1, []
+        async with _client() as http:
+            for server, count in self._receivers:
+                calls.append(receive(server, first_rank))
+                first_rank += count
+            await asyncio.gather(*calls)
 
     def generate(
         self,
@@ -281,7 +354,7 @@ class Servers:
         if await api.weight_version() != weights.label:
             check_version(await api.vllm_version())
             if weights.folder is None:
-                raise ServerError("it lost its weights, and gets new ones with the next step")
+                raise RefusedByServer("it has no weights, and gets new ones after the next step")
             await api.pause()
             await api.load_weights(weights.folder)
             await api.resume(weights.label)

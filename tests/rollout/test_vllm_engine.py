@@ -4,6 +4,7 @@ The servers are fakes in the test's process, which sample by a formula and score
 """
 
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aropd_mcore.config import Config, SamplingConfig, load_config
+from aropd_mcore.config import Config, ConfigError, SamplingConfig, load_config
+from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.types import Rollout
@@ -134,6 +136,57 @@ def check_errors(path: Path) -> None:
     engine.sync(2)
     assert len(engine.generate([[10, 11]], [1], SAMPLING)) == 1
     os.environ.pop("VLLM_API_KEY")
+
+
+def test_nccl_is_for_gpus(tmp_path, fakes):
+    path = config_of(tmp_path, fakes)
+    run_ranks(check_refusal, 1, path)
+
+
+def check_refusal(path: Path) -> None:
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = load_config(path, ["rollout.vllm.sync=nccl"])
+    with pytest.raises(ConfigError, match=r"rollout\.vllm\.sync: found nccl"):
+        build_run(config, start_runtime(config))
+
+
+def test_the_gather_holds_few_tensors_at_a_time(tmp_path):
+    write_model(tmp_path)
+    run_ranks(check_gather, 4, tmp_path)
+
+
+def check_gather(folder: Path) -> None:
+    from aropd_mcore.convert.hf_io import HFWeights
+    from aropd_mcore.mcore import runtime as mcore_runtime
+    from aropd_mcore.mcore.model import build_model
+    from aropd_mcore.mcore.weights import gather_hf, load_hf_weights
+
+    runtime = mcore_runtime.start(tensor=2, pipeline=2)
+    model = build_model(folder, runtime, dtype=torch.float32)
+    load_hf_weights(model, folder, runtime)
+    original = HFWeights(folder)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    names = []
+
+    def consume(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        assert runtime.rank == 0
+        for name, tensor in tensors:
+            assert torch.equal(tensor, original.read(name))
+            names.append(name)
+            alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
+            assert len(alive) <= 2  # this one, and the one before
+
+    gather_hf(model, runtime, consume)
+    assert runtime.rank or names == list(model.architecture.hf_shapes)
+
+    def fail(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        next(tensors)
+        raise OSError("the disk is full")
+
+    with pytest.raises((OSError, CheckpointError), match="the disk is full"):
+        gather_hf(model, runtime, fail)
+    gather_hf(model, runtime, consume)  # the ranks are in step
 
 
 def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
