@@ -23,7 +23,8 @@ from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
 from aropd_mcore.rollout.vllm_process import new_key, start_server
-from aropd_mcore.rollout.vllm_servers import Server, Servers, Weights
+from aropd_mcore.rollout.vllm_servers import Servers, Weights
+from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}

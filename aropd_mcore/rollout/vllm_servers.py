@@ -8,7 +8,6 @@ left out until the next sync.
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import httpx
 from aropd_mcore.config import SamplingConfig, VllmConfig
 from aropd_mcore.rollout.engine import RolloutFailed
 from aropd_mcore.rollout.vllm_api import Api, RefusedByServer, ServerError, check_version
-from aropd_mcore.rollout.vllm_process import ServerProcess
+from aropd_mcore.rollout.vllm_spread import Server, spread
 from aropd_mcore.types import Rollout
 
 BACKOFF_SECONDS = 0.5
@@ -40,44 +39,6 @@ class Weights:
     """Where a server can load them; None where they are sent instead."""
     probe_logprobs: Sequence[float]
     """The trainer's, of the probe's tokens but the first."""
-
-
-class Server:
-    """One server, as it was last seen."""
-
-    def __init__(self, name: str, key: str | None, *, start: Callable[[], tuple] | None = None):
-        """
-        Args:
-            name: its URL, or what to call it where the run starts it.
-            start: starts it, and returns its URL and process; None where somebody else does.
-        """
-        self.name = name
-        self.key = key
-        self.url = name
-        self.process: ServerProcess | None = None
-        self._start = start
-        self.is_ready = False
-        self.was_ready = False
-        """Since it was started."""
-        self.num_in_flight = 0
-        self.num_failures = 0
-        """In a row."""
-        self.last_error: ServerError | None = None
-
-    def start(self) -> None:
-        """Start it if it is ours and does not run."""
-        if self._start and not (self.process and self.process.is_running):
-            self.was_ready = False
-            self.url, self.process = self._start()
-
-    def failed(self, error: ServerError) -> None:
-        self.is_ready = False
-        self.num_failures += 1
-        self.last_error = error
-
-    def is_lost(self, retries: int) -> bool:
-        refused = isinstance(self.last_error, RefusedByServer) and self.num_failures > 0
-        return not self.is_ready and (refused or self.num_failures > retries)
 
 
 class Servers:
@@ -223,83 +184,15 @@ class Servers:
         sampling: SamplingConfig,
         on_response: Callable[[int, int], None],
     ) -> list[Rollout]:
-        done: dict[int, Rollout] = {}
-        todo = deque(range(len(prompts)))
-        failed_on: list[list[Server]] = [[] for _ in prompts]
-        responses: dict[asyncio.Task, tuple[int, Server]] = {}
-        repairs: dict[asyncio.Task, Server] = {}
         async with _client() as http:
-            try:
-                while len(done) < len(prompts):
-                    for server in self.servers:
-                        if not self._is_settled(server) and server not in repairs.values():
-                            repairs[asyncio.create_task(self._repair(http, server))] = server
-                    for index in self._startable(todo, failed_on):
-                        server = self._choose(failed_on[index])
-                        if server is None:
-                            continue
-                        todo.remove(index)
-                        server.num_in_flight += 1
-                        call = self._respond(http, server, prompts[index], seeds[index], sampling)
-                        responses[asyncio.create_task(call)] = index, server
-                    if not responses and not repairs:
-                        raise RolloutFailed(self._nobody_left())
-                    finished, _ = await asyncio.wait(
-                        [*responses, *repairs], return_when=asyncio.FIRST_COMPLETED
-                    )
-                    for task in finished:
-                        if task in repairs:
-                            del repairs[task]
-                            task.result()
-                            continue
-                        index, server = responses.pop(task)
-                        server.num_in_flight -= 1
-                        try:
-                            done[index] = task.result()
-                        except ServerError as error:
-                            self._note_failure(server, error, failed_on[index])
-                            todo.append(index)
-                        else:
-                            server.num_failures = 0
-                            on_response(len(done), len(prompts))
-            finally:
-                for server in self.servers:
-                    server.num_in_flight = 0
-                for task in (*responses, *repairs):
-                    task.cancel()
-                await asyncio.gather(*responses, *repairs, return_exceptions=True)
-        return [done[index] for index in range(len(prompts))]
-
-    def _startable(self, todo: Sequence[int], failed_on: list[list[Server]]) -> list[int]:
-        """Responses that may start now, no more than there is room for."""
-        room = sum(self._room(server) for server in self.servers if server.is_ready)
-        startable = []
-        for index in todo:
-            if len(startable) == room:
-                break
-            if self._choose(failed_on[index]):
-                startable.append(index)
-        return startable
-
-    def _room(self, server: Server) -> int:
-        return max(self._batch_size - server.num_in_flight, 0)
-
-    def _choose(self, failed_on: list[Server]) -> Server | None:
-        """The ready server with the fewest requests that has room, and has failed this response no
-        more often than any other that may still take it."""
-        left = [s for s in self.servers if not s.is_lost(self._config.retries)]
-        fewest = min((failed_on.count(s) for s in left), default=0)
-        able = [s for s in left if s.is_ready and self._room(s) and failed_on.count(s) == fewest]
-        return min(able, key=lambda server: server.num_in_flight, default=None)
-
-    def _note_failure(self, server: Server, error: ServerError, failed_on: list[Server]) -> None:
-        """One response failed; the server is unready, which it counts once for all in flight."""
-        failed_on.append(server)
-        if server.is_ready:
-            server.failed(error)
-        if len(failed_on) > self._config.retries * len(self.servers):
-            raise RolloutFailed(
-                f"a response failed {len(failed_on)} times, the last time at {server.name}: {error}"
+            return await spread(
+                range(len(prompts)),
+                self.servers,
+                lambda i, server: self._respond(http, server, prompts[i], seeds[i], sampling),
+                lambda server: self._repair(http, server),
+                batch_size=self._batch_size,
+                retries=self._config.retries,
+                on_response=on_response,
             )
 
     async def _respond(
@@ -321,13 +214,9 @@ class Servers:
         is_finished = ids[-1] in self._eos_token_ids
         return Rollout(tuple(ids), tuple(logprobs), is_finished, self._wanted.version)
 
-    def _is_settled(self, server: Server) -> bool:
-        """Ready, or given up."""
-        return server.is_ready or server.is_lost(self._config.retries)
-
     async def _repair(self, http: httpx.AsyncClient, server: Server) -> None:
         """Try until the server is ready, or lost."""
-        while not self._is_settled(server):
+        while not server.is_settled(self._config.retries):
             if server.num_failures:
                 await asyncio.sleep(BACKOFF_SECONDS * 2 ** (server.num_failures - 1))
             await self._try_once(http, server, self._config.start_timeout)
@@ -375,10 +264,6 @@ class Servers:
 
     def _api(self, http: httpx.AsyncClient, server: Server) -> Api:
         return Api(http, server.url, server.key, self._config.request_timeout)
-
-    def _nobody_left(self) -> str:
-        errors = (f"{server.name}: {server.last_error}" for server in self.servers)
-        return "no vLLM server is left:\n" + "\n".join(errors)
 
     def close(self) -> None:
         """End the servers that were started here."""

@@ -13,7 +13,8 @@ import pytest
 from aropd_mcore.config import SamplingConfig, VllmConfig
 from aropd_mcore.rollout import vllm_servers
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
-from aropd_mcore.rollout.vllm_servers import Server, Servers, Weights
+from aropd_mcore.rollout.vllm_servers import Servers, Weights
+from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 from tests.rollout.fake_vllm import EOS, FakeVllm, response_to
 
