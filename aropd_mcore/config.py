@@ -115,7 +115,7 @@ class SamplingConfig(Section):
 
 
 class VllmConfig(Section):
-    urls: list[str] = []
+    urls: list[Annotated[str, Field(pattern=r"^https?://")]] = []
     """Servers that somebody else started (`aropd serve`), such as http://node7:8000; the key that
     they ask for is read from $VLLM_API_KEY. Empty: the run starts servers of its own."""
     servers: Positive = 1

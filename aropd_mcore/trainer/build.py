@@ -56,7 +56,8 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         teacher = Teacher(config.teacher, runtime, student=model, model=own)
         ends = eos_token_ids(config.model.path, tokenizer)
         if config.rollout.engine == "vllm":
-            probe = probe_ids(dataset, view_builder)
+            longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
+            probe = probe_ids(dataset, view_builder, min(longest, _PROBE_TOKENS))
             engine = VllmEngine(model, runtime, config, eos_token_ids=ends, probe_ids=probe)
         else:
             batch_size = config.rollout.batch_size
@@ -93,13 +94,12 @@ def load_model(config: Config, runtime: Runtime) -> StageModel:
     return model
 
 
-def probe_ids(dataset: RowDataset, view_builder: ViewBuilder) -> tuple[int, ...]:
+def probe_ids(dataset: RowDataset, view_builder: ViewBuilder, num_tokens: int) -> tuple[int, ...]:
     """A real sequence for the proof that an engine has the trainer's weights: the end of a prompt,
-    and its oracle's response."""
+    and its oracle's response; no more than num_tokens."""
     row = dataset[0]
-    prompt = view_builder.build(row).student_ids
-    ids = prompt[-_PROBE_TOKENS // 2 :] + view_builder.oracle_response_ids(row)
-    return ids[:_PROBE_TOKENS]
+    prompt = view_builder.build(row).student_ids[-(num_tokens // 2) :]
+    return (prompt + view_builder.oracle_response_ids(row))[:num_tokens]
 
 
 def usable_rows(dataset: RowDataset, view_builder: ViewBuilder, config: Config) -> RowDataset:
