@@ -82,6 +82,7 @@ def test_each_replica_gets_its_rollouts_of_the_weights_it_has(tmp_path, fakes, f
 
 def check_rollouts(path: Path) -> None:
     os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.rollout import on_first
     from aropd_mcore.trainer.build import build_run, start_runtime
 
     config = load_config(path)
@@ -89,6 +90,7 @@ def check_rollouts(path: Path) -> None:
     engine = build_run(config, runtime).engine
     assert engine is not None
     rank = runtime.dp_rank
+    usual, on_first.HEARTBEAT_SECONDS = on_first.HEARTBEAT_SECONDS, 0.001
     for version in (0, 1):
         with torch.no_grad():  # "a step", the same on every rank
             for chunk in engine.model:  # type: ignore[attr-defined]
@@ -99,6 +101,7 @@ def check_rollouts(path: Path) -> None:
         engine.sync(version)
         rollouts = engine.generate(prompts_of(rank), seeds_of(rank), SAMPLING)
         assert rollouts == expected(config, rank, version)
+    on_first.HEARTBEAT_SECONDS = usual
     os.environ.pop("VLLM_API_KEY")
 
 

@@ -5,6 +5,7 @@ One function on two tensor-parallel ranks, since a server takes a minute to star
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,17 @@ def check_run(path: Path) -> None:
     finally:
         processes = processes_of(engine)
         engine.close()
-    assert not any(process.is_running() for process in processes)
+    deadline = time.monotonic() + 20
+    while left := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def check_same_as_native(config: Config, run: Any, version: int) -> None:
