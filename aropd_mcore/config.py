@@ -134,7 +134,8 @@ class VllmConfig(Section):
     """How weights reach the servers after each step: through weights_dir; or from GPU to GPU, where
     a server that had to be started again waits for the next step."""
     weights_dir: Path | None = None
-    """Folder that every server sees under this path; null: output_dir/vllm-weights."""
+    """Folder that every server sees under this path; in it vllm-weights is the run's own. null:
+    output_dir."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Nats: how far a server's log-probs may be from the trainer's after a sync, on the average of
     a probe's tokens. null: 1e-3 in fp32, 0.1 in bf16."""

@@ -68,7 +68,7 @@ class VllmEngine:
         self.on_response: Callable[[int, int], None] = lambda num_done, num_all: None
         """Called on the first rank with how many responses there are, of how many."""
         self._config = config
-        self._folder = config.rollout.vllm.weights_dir or config.output_dir / "vllm-weights"
+        self._folder = (config.rollout.vllm.weights_dir or config.output_dir) / "vllm-weights"
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
         self._servers: Servers | None = None
@@ -173,8 +173,7 @@ class VllmEngine:
 
     def _write(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """On the first rank: the tensors as an HF folder, which appears when it is whole."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._folder.chmod(0o700)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # of the run before, from the same step
         dtype = self.model.config.params_dtype
         shapes = self.model.architecture.hf_shapes
