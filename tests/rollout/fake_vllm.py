@@ -37,7 +37,8 @@ class FakeVllm:
     """The server, in threads of this process.
 
     Attributes that a test may set:
-        faults: what to do wrong with the next requests for a response, in turn; see `_generate`.
+        faults: what to do wrong with the next requests for a response, in turn ("": nothing), and
+            always: with all others; see `_generate`.
         hold: while it is cleared, responses wait.
         loads: False makes it keep its old weights and claim the new ones.
         processed: take log-probs after the sampling settings.
@@ -150,7 +151,9 @@ class FakeVllm:
         self.hold.wait()
         params = body["sampling_params"]
         limit, stop_ids = params["max_tokens"], params["stop_token_ids"]
-        ids = response_to(body["token_ids"], params["seed"], limit, stop_ids)
+        # Whoever takes the answer of a fault takes another one than the right one.
+        seed = params["seed"] + bool(fault)
+        ids = response_to(body["token_ids"], seed, limit, stop_ids)
         choice = {
             "token_ids": ids,
             "logprobs": {"content": [{"token_id": i, "logprob": -i / 100} for i in ids]},
@@ -160,7 +163,7 @@ class FakeVllm:
         with self._lock:
             self._at_a_time -= 1
         match fault:
-            case None:
+            case None | "":
                 self.responses += 1
             case "garbage":
                 return self._reply(handler, 200, b"<html>bad gateway</html>")
