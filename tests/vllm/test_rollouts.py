@@ -137,6 +137,7 @@ def kill_after_first_response(engine: Any) -> None:
 
     def on_response(num_done: int, num_all: int) -> None:
         if num_done == 1:
+            engine.on_response = lambda *_: None  # once
             [server] = psutil.Process(engine._servers.servers[0].process._process.pid).children()
             server.send_signal(signal.SIGKILL)
 
