@@ -42,7 +42,9 @@ class FakeVllm:
         hold: while it is cleared, responses wait.
         loads: False makes it keep its old weights and claim the new ones.
         processed: take log-probs after the sampling settings.
-    and look at: responses (how many it gave), most_at_a_time, loaded (folders, in order).
+        num_workers, sent_value: of a transfer.
+    and look at: responses (how many it gave), most_at_a_time, loaded (folders, in order), joined
+    (communicators, in order).
     """
 
     def __init__(self, *, key: str | None = None, version: str = "0.32.0", port: int = 0):
@@ -54,6 +56,8 @@ class FakeVllm:
         self.loads, self.processed = True, False
         self.responses = self.most_at_a_time = self._at_a_time = 0
         self.loaded: list[Path] = []
+        self.num_workers, self.sent_value = 1, UNLOADED
+        self.joined: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self.start()
 
@@ -125,6 +129,13 @@ class FakeVllm:
         if path == "/update_weight_version":
             assert self.is_paused
             self.label = body["new_version"]
+        if path == "/get_world_size":
+            return {"world_size": self.num_workers}
+        if path == "/init_weight_transfer_engine":
+            self.joined.append(body["init_info"])
+        if path == "/update_weights":
+            assert self.is_paused
+            self.value = self.sent_value
         if path == "/collective_rpc":
             assert self.is_paused and body["method"] == "reload_weights"
             folder = Path(body["kwargs"]["weights_path"])

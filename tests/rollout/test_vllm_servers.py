@@ -219,6 +219,39 @@ def test_a_server_that_cannot_be_used_is_not_tried_for_long(fakes, tmp_path, set
         generate(servers)
 
 
+def test_who_takes_part_in_a_transfer(fakes):
+    """The HTTP side; NCCL itself is for GPUs. A server that starts anew waits for the next one."""
+    first, second = fakes(), fakes()
+    second.num_workers = 2
+    servers = servers_of([first, second])
+
+    def transfer(version: int) -> None:
+        for fake in (first, second):
+            fake.sent_value = -1.0 - version
+        servers.prepare()
+        servers.receive("an id", ["a", "b"], "bfloat16", [(2, 3), (4,)], f"{version}-run")
+        probe = [-1.0 - version] * (len(PROBE) - 1)
+        servers.sync(Weights(version, f"{version}-run", None, probe))
+
+    transfer(0)
+    assert generate(servers) == expected(0)
+    first.die()
+    first.start()
+    served = first.responses + 4  # it is asked before it is found out; that is refused
+    assert generate(servers) == expected(0)
+    assert first.responses <= served
+
+    transfer(1)
+    assert generate(servers) == expected(1)
+    assert first.responses > served
+    whom = sorted((first, second), key=lambda fake: fake.joined[0]["rank_offset"])
+    offsets = [fake.joined[0]["rank_offset"] for fake in whom]
+    assert offsets == [1, 1 + whom[0].num_workers]
+    assert [fake.joined[0]["world_size"] for fake in whom] == [4, 4]
+    assert len(first.joined) == len(second.joined) == 2
+    assert first.loaded == second.loaded == []
+
+
 # --- servers that the run starts: this fake as a program, in place of an interpreter with vLLM ---
 
 
