@@ -20,6 +20,9 @@ EOS = 3
 UNLOADED = -9.0
 """A log-prob under the weights that it started with."""
 
+_LOADING = threading.Lock()
+"""transformers patches itself and torch while it loads a model; two loads at a time leave that."""
+
 
 def response_to(
     prompt: Sequence[int], seed: int, limit: int, stop_ids: Sequence[int] = (EOS,)
@@ -151,7 +154,8 @@ class FakeVllm:
             import torch
             from transformers import AutoModelForCausalLM
 
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            with _LOADING:
+                self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         assert not self.is_paused
