@@ -53,8 +53,6 @@ def _train(run: Run) -> None:
     if newest is not None:
         progress = checkpoint.load(newest, run.student, run.teacher, runtime)
         first_step, num_skipped = progress["step"], progress["num_skipped_in_a_row"]
-    if run.engine:
-        run.engine.sync(weight_version=first_step)
     num_saved = first_step
 
     def save(num_done: int) -> None:
@@ -72,6 +70,8 @@ def _train(run: Run) -> None:
         num_saved = num_done
 
     with Reporter(run, first_step) as reporter:
+        if run.engine:
+            run.engine.sync(weight_version=first_step)
         for step in range(first_step, run.num_steps):
             try:
                 result = train_step(run, step)
