@@ -53,14 +53,13 @@ class VllmEngine:
         eos_token_ids: Sequence[int],
         probe_ids: Sequence[int],
     ):
-        """Starts the servers that are the run's own, and does not wait for them.
-
-        ConfigError: rollout.vllm.sync is nccl, and there is no GPU.
-
+        """
         Args:
             model: this rank's shard, without DDP around it. Its weights are read by `sync`.
             eos_token_ids: any of them ends a response.
             probe_ids: a sequence of the run's kind, two tokens or more, for the proof of each sync.
+        Raises:
+            ConfigError: rollout.vllm.sync is nccl, and there is no GPU.
         """
         self.model = model
         self.runtime = runtime
@@ -81,7 +80,8 @@ class VllmEngine:
             self._servers = self._make_servers(eos_token_ids)
 
     def sync(self, weight_version: int) -> None:
-        """As RolloutEngine.sync. The first call waits until the servers are up.
+        """As RolloutEngine.sync. The first call starts the servers that are the run's own, and
+        waits until all are up.
 
         Collectives: mcore.weights.gather_hf's, those of mcore.logprobs.sequence_logprobs, and
             broadcasts over the job.
@@ -157,7 +157,7 @@ class VllmEngine:
         if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
                 if old != weights.folder:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)  # or the next time
 
     def _send(self, label: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """On the first rank: the tensors to every server that is up."""
@@ -200,8 +200,6 @@ class VllmEngine:
                 )
                 for index in range(vllm.servers)
             ]
-            for server in servers:
-                server.start()
         return Servers(
             servers,
             vllm,

@@ -36,7 +36,10 @@ class Server:
         """Start it if it is ours and does not run."""
         if self._start and not (self.process and self.process.is_running):
             self.was_ready = False
-            self.url, self.process = self._start()
+            try:
+                self.url, self.process = self._start()
+            except OSError as error:
+                raise ServerError(f"it cannot be started: {error}") from error
 
     def failed(self, error: ServerError) -> None:
         self.is_ready = False
