@@ -1,7 +1,7 @@
 # make demo         watch a sharded Megatron-Core model learn by AR-OPD (about 4 minutes on 2 cores)
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
-# make test-vllm    a converted model served by a real vLLM, installed into .venv-vllm (3.4 GB)
+# make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base

@@ -176,14 +176,58 @@ class SamplingConfig(Section):
 ImportanceLevel = Literal["sequence", "token"]
 
 
+class VllmConfig(Section):
+    urls: list[Annotated[str, Field(pattern=r"^https?://")]] = []
+    """Servers that somebody else started (`aropd serve`), such as http://node7:8000; the key that
+    they ask for is read from $VLLM_API_KEY. Empty: the run starts servers of its own."""
+    servers: Positive = 1
+    """Servers that the run starts on the first rank's machine; they end with it."""
+    python: Path | None = None
+    """Interpreter that has vLLM, which may live in an environment of its own; null: the run's."""
+    devices: list[str] = []
+    """CUDA_VISIBLE_DEVICES of each started server, such as "6,7"; empty: what the run sees."""
+    host: str = "127.0.0.1"
+    """Address that started servers listen on. They ask for a key, whatever it is."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Of the first started server, the next ones take the following; 0 is any that is free."""
+    arguments: list[str] = []
+    """More arguments for started servers, such as --tensor-parallel-size=2."""
+    sync: Literal["disk", "nccl"] = "disk"
+    """How weights reach the servers after each step: through weights_dir; or from GPU to GPU, where
+    a server that had to be started again waits for the next step."""
+    weights_dir: Path | None = None
+    """Folder that every server sees under this path; in it vllm-weights is the run's own. null:
+    output_dir."""
+    probe_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Nats: how far a server's log-probs may be from the trainer's after a sync, on the average of
+    a probe's tokens. null: 1e-3 in fp32, 0.1 in bf16."""
+    request_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for a response, or for a server to load weights."""
+    start_timeout: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds for a server to come up, or to come back."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Failures of a response that are tried again, and of a server in a row before it is left out
+    until the next step."""
+
+    @model_validator(mode="after")
+    def _devices_of_each(self) -> "VllmConfig":
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(
+                f"devices names {len(self.devices)} servers' devices, and servers is {self.servers}"
+            )
+        if self.urls and self.devices:
+            raise ValueError("devices are of servers that the run starts, and urls names others")
+        return self
+
+
 class RolloutConfig(SamplingConfig):
-    engine: Literal["native"] = "native"
-    """Who samples: `native` is the student's own forward with a KV cache."""
+    engine: Literal["native", "vllm"] = "native"
+    """Who samples: `native` is the student's own forward with a KV cache; `vllm`, vLLM servers."""
     rollouts_per_prompt: Positive = 1
     """Responses sampled for each row."""
     batch_size: Positive = 32
     """Sequences decoded together on one model replica at most; where one ends, a waiting prompt
-    takes its place."""
+    takes its place. With vLLM, on one server."""
     kv_cache_tokens: Positive | None = None
     """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
     the longest prompt with max_response_tokens is long. null: batch_size of them."""
@@ -193,6 +237,8 @@ class RolloutConfig(SamplingConfig):
     own (`token`). `auto`: off for the native engine, whose ratios are 1 up to rounding."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
     """Largest ratio that counts."""
+
+    vllm: VllmConfig = VllmConfig()
 
     @property
     def importance_level(self) -> ImportanceLevel | None:

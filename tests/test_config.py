@@ -136,6 +136,16 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
             "Input should be 'kl_target_student', 'kl_student_target' or 'jsd', found 'kl'",
         ),
         (
+            "rollout.vllm.urls=[node7:8000]",
+            "rollout.vllm.urls.0",
+            "String should match pattern '^https?://', found 'node7:8000'",
+        ),
+        (
+            "rollout.vllm.devices=['0', '1', '2']",
+            "rollout.vllm",
+            "devices names 3 servers' devices, and servers is 1",
+        ),
+        (
             "data.train=[]",
             "data.train",
             "List should have at least 1 item after validation, not 0, found []",

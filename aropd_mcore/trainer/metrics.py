@@ -116,7 +116,7 @@ def _premature(tokenizer: Any, response_ids: tuple[int, ...], answer: str) -> bo
 
 
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Everything a step reports; `seconds/...` and `tokens_per_second` depend on the machine.
+    """Everything a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
 
     Collectives: two all-gathers over the data-parallel ranks; every rank must call it.
     """
@@ -133,6 +133,10 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
     metrics["padding_fraction"] = num_padding / num_tokens
     seconds = sum(result.seconds.values())
     metrics["tokens_per_second"] = metrics["num_response_tokens"] / seconds
+    if any(rollout.logprobs for rollout in result.rollouts):  # sampled, and not the oracle's
+        metrics["rollout_tokens_per_second"] = (
+            metrics["num_response_tokens"] / result.seconds["rollout"]
+        )
     metrics |= {f"seconds/{phase}": value for phase, value in result.seconds.items()}
     return metrics
 
