@@ -237,8 +237,20 @@ class RolloutConfig(SamplingConfig):
     own (`token`). `auto`: off for the native engine, whose ratios are 1 up to rounding."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
     """Largest ratio that counts."""
+    async_steps: Literal[0, 1] = 0
+    """1: a step's responses are sampled while the step before it trains, by weights that are one
+    update older; with vLLM alone. A run that is resumed samples its first step anew."""
 
     vllm: VllmConfig = VllmConfig()
+
+    @model_validator(mode="after")
+    def _somebody_else_samples(self) -> "RolloutConfig":
+        if self.async_steps and self.engine == "native":
+            raise ValueError(
+                "async_steps 1 samples while the model trains, and with engine native the model "
+                "itself samples; it is for engine vllm"
+            )
+        return self
 
     @property
     def importance_level(self) -> ImportanceLevel | None:

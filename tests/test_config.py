@@ -189,6 +189,12 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
             "parallel.overlap_param_gather is true, and objective.name is 'aropd', whose teacher "
             "and rollouts read all parameters right after the update; it is for 'sft'",
         ),
+        (
+            "rollout.async_steps=1",
+            "rollout",
+            "async_steps 1 samples while the model trains, and with engine native the model itself "
+            "samples; it is for engine vllm",
+        ),
         ("optimizer.lr=.nan", "optimizer.lr", "Input should be a finite number, found nan"),
         (
             "objective.residual_clip=.inf",

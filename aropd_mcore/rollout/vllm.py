@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import gather_hf
 from aropd_mcore.rollout.engine import RolloutFailed, check_prompts
-from aropd_mcore.rollout.on_first import on_first_rank
+from aropd_mcore.rollout.on_first import in_background, on_first_rank
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
 from aropd_mcore.rollout.vllm_process import new_key, start_server
@@ -70,6 +71,12 @@ class VllmEngine:
         self._folder = (config.rollout.vllm.weights_dir or config.output_dir) / "vllm-weights"
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
+        self.has_begun = False
+        """Whether there are responses that `finish` has not fetched."""
+        self._begun: Future[list[Rollout]] | None = None
+        """On the first rank: those of all replicas."""
+        self._share = slice(0)
+        """This replica's among them."""
         self._servers: Servers | None = None
         if config.rollout.vllm.sync == "nccl" and runtime.device.type != "cuda":
             raise ConfigError(
@@ -81,11 +88,13 @@ class VllmEngine:
 
     def sync(self, weight_version: int) -> None:
         """As RolloutEngine.sync. The first call starts the servers that are the run's own, and
-        waits until all are up.
+        waits until all are up. What is being sampled with the weights before is waited for.
 
         Collectives: mcore.weights.gather_hf's, those of mcore.logprobs.sequence_logprobs, and
             broadcasts over the job.
         """
+        if self.has_begun:
+            on_first_rank(self._wait)
         self.weight_version = weight_version
         try:
             self._sync()
@@ -102,20 +111,51 @@ class VllmEngine:
     ) -> list[Rollout]:
         """As RolloutEngine.generate.
 
-        Collectives: an all-gather over dp_group and broadcasts over the job: all ranks must call.
+        Collectives: those of `begin` and of `finish`.
         """
-        if self._trouble is not None:
-            raise self._trouble
+        self.begin(prompts, seeds, sampling)
+        return self.finish()
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> None:
+        """Have the servers sample, and do not wait for it; arguments as RolloutEngine.generate.
+
+        What goes wrong is raised by `finish`.
+
+        Collectives: an all-gather over dp_group; every rank of the job must call it.
+        """
         # All data-parallel ranks' calls, each known to every rank.
         calls = self.runtime.concatenate_over_data([(prompts, seeds)])
-        everything = on_first_rank(partial(self._generate, calls, sampling))
         start = sum(len(prompts) for prompts, _ in calls[: self.runtime.dp_rank])
-        return everything[start : start + len(prompts)]
+        self._share = slice(start, start + len(prompts))
+        self.has_begun = self._trouble is None
+        if self.has_begun and self.runtime.rank == 0:
+            self._begun = in_background(partial(self._generate, calls, sampling))
+
+    def finish(self) -> list[Rollout]:
+        """What `begin` has asked for, as RolloutEngine.generate gives it.
+
+        Collectives: broadcasts over the job: all ranks must call.
+        """
+        if not self.has_begun:
+            assert self._trouble is not None, "begin comes first"
+            raise self._trouble
+        self.has_begun = False
+        return on_first_rank(self._wait_for_result)[self._share]
 
     def close(self) -> None:
         """End the servers that the run has started."""
         if self._servers:
             self._servers.close()
+
+    def _wait(self) -> None:
+        assert self._begun is not None, "on the first rank alone"
+        wait([self._begun])
+
+    def _wait_for_result(self) -> list[Rollout]:
+        assert self._begun is not None, "on the first rank alone"
+        return self._begun.result()
 
     def _generate(
         self,

@@ -118,7 +118,7 @@ def _premature(tokenizer: Any, response_ids: tuple[int, ...], answer: str) -> bo
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
     """Everything a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
 
-    Collectives: two all-gathers over the data-parallel ranks; every rank must call it.
+    Collectives: up to three all-gathers over the data-parallel ranks; every rank must call it.
     """
     metrics = {
         "step": step,
@@ -134,6 +134,8 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
     seconds = sum(result.seconds.values())
     metrics["tokens_per_second"] = metrics["num_response_tokens"] / seconds
     if any(rollout.logprobs for rollout in result.rollouts):  # sampled, and not the oracle's
+        versions = torch.tensor([[r.weight_version] for r in result.rollouts], dtype=torch.float64)
+        metrics["rollout_staleness"] = step - float(runtime.gather_over_data(versions).mean())
         metrics["rollout_tokens_per_second"] = (
             metrics["num_response_tokens"] / result.seconds["rollout"]
         )

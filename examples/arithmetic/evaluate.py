@@ -45,7 +45,7 @@ def evaluate(config_path: Path, rows: Path, model: Path, here: Runtime) -> dict[
     )
     run = build_run(config, here)
     views, seeds = views_of_step(run, 0)
-    rollouts = respond(run, views, seeds)
+    rollouts = respond(run, 0, views, seeds)
     microbatches = form_batch(config, here, views, rollouts, run.pad_token_id).microbatches
     assert run.teacher is not None
     sums = run.student.forward_backward(microbatches, run.teacher, run.teacher.score(microbatches))

@@ -192,6 +192,53 @@ def check_gather(folder: Path) -> None:
     gather_hf(model, runtime, consume)  # the ranks are in step
 
 
+def test_one_step_ahead(tmp_path, fakes):
+    """Responses are asked for while the step before trains. The fakes' do not depend on weights, so
+    training goes as it does when they are waited for; but their weights are a step older."""
+    training = {"num_steps": 4, "global_batch_size": 4, "micro_batch_size": 2}
+    path = config_of(tmp_path, fakes, parallel={"tensor": 2}, training=training)
+    waited_for, ahead = run_ranks(both_ways, 2, path)[0]
+    assert [metrics.pop("rollout_staleness") for metrics in waited_for] == [0, 0, 0, 0]
+    assert [metrics.pop("rollout_staleness") for metrics in ahead] == [0, 1, 1, 1]
+    assert ahead == waited_for
+    assert all(metrics["engine_gap"] > 0 for metrics in ahead), "importance weights are on"
+
+
+def both_ways(path: Path) -> list[list[dict[str, Any]]]:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.rollout.vllm import VllmEngine
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.metrics import step_metrics
+    from aropd_mcore.trainer.step import train_step
+
+    found = []
+    for async_steps in (0, 1):
+        config = load_config(path, [f"rollout.async_steps={async_steps}"])
+        run = build_run(config, start_runtime(config))
+        engine, forward_backward = run.engine, run.student.forward_backward
+        assert isinstance(engine, VllmEngine)
+        in_flight = []
+
+        def noted(*args, engine=engine, forward_backward=forward_backward, in_flight=in_flight):
+            in_flight.append(engine.has_begun)
+            return forward_backward(*args)
+
+        run.student.forward_backward = noted  # type: ignore[method-assign]
+        engine.sync(0)
+        steps = []
+        for step in range(4):
+            result = train_step(run, step)
+            metrics = step_metrics(step, result, run.view_builder.tokenizer, run.runtime)
+            timed = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
+            steps.append({k: v for k, v in metrics.items() if not k.startswith(timed)})
+        assert in_flight == [async_steps == 1] * 3 + [False]
+        found.append(steps)
+        runtime.stop()
+    os.environ.pop("VLLM_API_KEY")
+    return found
+
+
 def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
     path = config_of(
         tmp_path,

@@ -627,6 +627,8 @@ OF_ANOTHER_TEST = {
     "num_response_tokens",
     "padding_fraction",
     "premature_answer_rate",
+    "rollout_staleness",
+    "rollout_tokens_per_second",
     "tokens_per_second",
     "truncation_rate",
 }

@@ -78,7 +78,7 @@ def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
     runtime = start_runtime(config)
     run = build_run(config, runtime, hf, PROMPTS)
     views, _ = views_of_step(run, 0)
-    rollouts = respond(replace(run, engine=None), views, [])  # a random response, not sampled
+    rollouts = respond(replace(run, engine=None), 0, views, [])  # a random response, not sampled
     microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
     assert run.teacher is not None and len(microbatches) == 1
     with _counter() as teacher:
@@ -136,7 +136,7 @@ def measure_bubble(
     for config in configs:
         of_batch = replace(run, config=config, engine=None)
         views, _ = views_of_step(of_batch, 0)
-        rollouts = respond(of_batch, views, [])
+        rollouts = respond(of_batch, 0, views, [])
         microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
         idle = []
         for _ in range(1 + repeats):
