@@ -106,7 +106,7 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
     return StepTime(
-        rollout=_rollout_seconds(setup, rates) if setup.teacher else 0.0,
+        rollout=_rollout_seconds(setup, rates) if setup.samples else 0.0,
         teacher=num_scored * teacher_forward / (1 - teacher_bubble),
         student=num_microbatches * (forward + backward + loss) / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),

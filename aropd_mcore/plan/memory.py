@@ -70,9 +70,11 @@ def worst_stage(setup: Setup) -> Memory:
 
 def stage_memory(setup: Setup, stage: int) -> Memory:
     parameters = rank_parameters(setup, stage)
-    phases = {"rollout": _rollout(setup, stage), "teacher": _teacher(setup, parameters, stage)}
-    if setup.teacher is None:
-        phases = {}
+    phases: dict[str, dict[str, float]] = {}
+    if setup.samples:
+        phases["rollout"] = _rollout(setup, stage)
+    if setup.teacher is not None:
+        phases["teacher"] = _teacher(setup, parameters, stage)
     phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, parameters, stage)}
     if setup.device == "gpu":
         phases["checkpoint"] = _checkpoint(setup, parameters)
@@ -123,7 +125,7 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         state["teacher weights in fp8"] = layers
     if setup.sequence and setup.device == "cpu":
         # Megatron's local linear layers gather their input into a buffer that is kept.
-        tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.teacher else 0)
+        tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
         state["gather buffer"] = tokens * setup.architecture.hidden_size * width
     if setup.device == "gpu":
         state["fixed overhead"] = GPU_OVERHEAD

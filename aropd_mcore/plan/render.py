@@ -118,7 +118,8 @@ def _assumptions(setup: Setup) -> str:
     return (
         f"Upper bound: every prompt has {setup.prompt_tokens} tokens "
         f"(views.max_prompt_tokens) and every response {setup.response_tokens} "
-        "(rollout.max_response_tokens). Tokens fall on experts evenly.\n"
+        "(rollout.max_response_tokens). Tokens fall on experts evenly."
+        f"{'' if setup.samples or setup.teacher is None else ' vLLM servers are not planned.'}\n"
         f"Times are not measured: an H100 SXM's peaks ({H100.bf16_flops / 1e12:g} TFLOP/s dense "
         f"bf16, {H100.fp8_flops / 1e12:g} fp8, {H100.memory_bytes / 1e12:g} TB/s, NVLink "
         f"{H100.nvlink_bytes / 1e9:g} GB/s, network {H100.network_bytes / 1e9:g} GB/s a GPU, host "

@@ -46,6 +46,8 @@ class Setup:
     """Of a rank's tokens, in fp8."""
     prompt_tokens: int = 1024
     response_tokens: int = 1024
+    samples: bool = True
+    """Rollouts are the model's own; False: servers', which are not planned."""
     rollout_batch_size: int = 32
     kv_cache_tokens: int | None = None
     chunk_tokens: int | Literal["auto"] = "auto"
@@ -166,6 +168,7 @@ def setup_of(
         size_multiple=precision.size_multiple,
         prompt_tokens=config.views.max_prompt_tokens,
         response_tokens=config.rollout.max_response_tokens,
+        samples=num_views > 0 and config.rollout.engine == "native",
         rollout_batch_size=config.rollout.batch_size,
         kv_cache_tokens=config.rollout.kv_cache_tokens,
         chunk_tokens=config.objective.chunk_tokens,

@@ -65,6 +65,7 @@ def test_kv_cache_and_hidden_states():
     assert phases["rollout"]["KV cache"] == 2 * 28 * 32 * 2048 * 512 / 4 * 2
     bounded = stage_memory(replace(setup, kv_cache_tokens=5 * 2048 + 2047), 0).phases["rollout"]
     assert bounded["KV cache"] == phases["rollout"]["KV cache"] * 5 / 32
+    assert "rollout" not in stage_memory(replace(setup, samples=False), 0).phases
     assert phases["teacher"]["teacher hidden states"] == 2 * 32 * 1024 * 3584 * 2
     one_view = stage_memory(replace(setup, num_views=1), 0).phases
     assert one_view["teacher"]["teacher hidden states"] == 32 * 1024 * 3584 * 2
