@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aropd_mcore.config import Config, ConfigError, SamplingConfig
+from aropd_mcore.config import ConfigError, SamplingConfig
 from aropd_mcore.convert.folders import copy_companions, new_folder
 from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.tensor_bytes import TensorInfo
@@ -23,7 +23,7 @@ from aropd_mcore.rollout.engine import RolloutFailed, check_prompts
 from aropd_mcore.rollout.on_first import in_background, on_first_rank
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
-from aropd_mcore.rollout.vllm_process import new_key, start_server
+from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 from aropd_mcore.rollout.vllm_servers import Servers, Weights
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
@@ -49,7 +49,7 @@ class VllmEngine:
         self,
         model: StageModel,
         runtime: Runtime,
-        config: Config,
+        serving: Serving,
         *,
         eos_token_ids: Sequence[int],
         probe_ids: Sequence[int],
@@ -67,8 +67,9 @@ class VllmEngine:
         self.weight_version = 0
         self.on_response: Callable[[int, int], None] = lambda num_done, num_all: None
         """Called on the first rank with how many responses there are, of how many."""
-        self._config = config
-        self._folder = (config.rollout.vllm.weights_dir or config.output_dir) / "vllm-weights"
+        self._serving = serving
+        vllm = serving.rollout.vllm
+        self._folder = (vllm.weights_dir or serving.folder) / "vllm-weights"
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
         self.has_begun = False
@@ -78,7 +79,7 @@ class VllmEngine:
         self._share = slice(0)
         """This replica's among them."""
         self._servers: Servers | None = None
-        if config.rollout.vllm.sync == "nccl" and runtime.device.type != "cuda":
+        if vllm.sync == "nccl" and runtime.device.type != "cuda":
             raise ConfigError(
                 "rollout.vllm.sync: found nccl, which sends weights from GPU to GPU, and this run "
                 "is on the CPU; expected disk"
@@ -179,7 +180,7 @@ class VllmEngine:
 
     def _sync(self) -> None:
         version = self.weight_version
-        is_sent = self._config.rollout.vllm.sync == "nccl"
+        is_sent = self._serving.rollout.vllm.sync == "nccl"
         folder = (self._folder / f"step-{version:07d}").absolute()
         weights = Weights(
             version=version,
@@ -208,7 +209,7 @@ class VllmEngine:
             self._first,
             self.runtime.device,
             label=label,
-            timeout=self._config.rollout.vllm.request_timeout,
+            timeout=self._serving.rollout.vllm.request_timeout,
         )
 
     def _write(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -220,7 +221,7 @@ class VllmEngine:
         infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
         with new_folder(folder) as partial_folder:
             write_safetensors(partial_folder, infos, tensors)
-            copy_companions(self._config.model.path, partial_folder, dtype)
+            copy_companions(self._serving.model, partial_folder, dtype)
 
     @property
     def _first(self) -> Servers:
@@ -228,7 +229,7 @@ class VllmEngine:
         return self._servers
 
     def _make_servers(self, eos_token_ids: Sequence[int]) -> Servers:
-        rollout, vllm = self._config.rollout, self._config.rollout.vllm
+        rollout, vllm = self._serving.rollout, self._serving.rollout.vllm
         if vllm.urls:
             key = os.environ.get(KEY_VARIABLE)
             servers = [Server(url, key) for url in vllm.urls]
@@ -236,7 +237,7 @@ class VllmEngine:
             key = new_key()
             servers = [
                 Server(
-                    f"server {index}", key, start=partial(start_server, self._config, key, index)
+                    f"server {index}", key, start=partial(start_server, self._serving, key, index)
                 )
                 for index in range(vllm.servers)
             ]

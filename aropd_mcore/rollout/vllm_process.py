@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config import Config, ConfigError, RolloutConfig
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.rollout.vllm_api import HERE, KEY_VARIABLE, server_command, server_environment
 
@@ -62,36 +63,55 @@ class ServerProcess:
             self._process.wait()
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What servers sample with, and where they are started from."""
+
+    rollout: RolloutConfig
+    model: Path
+    """HF folder, whole: what a server is started with."""
+    dtype: str
+    """As model.dtype in a run's config."""
+    max_prompt_tokens: int
+    folder: Path
+    """Of the servers' logs and, unless rollout.vllm.weights_dir is another, the weights."""
+
+
+def serving_of(config: Config) -> Serving:
+    """What a run asks for."""
+    model, longest = config.model, config.views.max_prompt_tokens
+    return Serving(config.rollout, model.path, model.dtype, longest, config.output_dir)
+
+
 def server_launch(
-    config: Config, key: str, index: int, port: int
+    serving: Serving, key: str, index: int, port: int
 ) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of server `index` of a run.
+    """Command and environment of server `index`.
 
     Raises:
         ValueError: the model's config.json cannot be read.
     """
-    vllm, views = config.rollout.vllm, config.views
-    longest = views.max_prompt_tokens + config.rollout.max_response_tokens
-    room = read_architecture(config.model.path).max_position_embeddings
-    dtype = config.model.dtype
+    vllm, dtype = serving.rollout.vllm, serving.dtype
+    longest = serving.max_prompt_tokens + serving.rollout.max_response_tokens
+    room = read_architecture(serving.model).max_position_embeddings
     if dtype == "auto":
         dtype = "bf16" if torch.cuda.is_available() else "fp32"
     command = server_command(
-        vllm, config.model.path, dtype=dtype, max_length=min(longest, room), port=port
+        vllm, serving.model, dtype=dtype, max_length=min(longest, room), port=port
     )
     devices = vllm.devices[index] if vllm.devices else None
     return command, server_environment(vllm, key, devices=devices)
 
 
-def start_server(config: Config, key: str, index: int) -> tuple[str, ServerProcess]:
-    """Start server `index` of a run: its URL and its process, not yet up.
+def start_server(serving: Serving, key: str, index: int) -> tuple[str, ServerProcess]:
+    """Start server `index`: its URL and its process, not yet up.
 
-    It prints into output_dir/vllm-INDEX.log.
+    It prints into vllm-INDEX.log of the folder.
     """
-    host, port = config.rollout.vllm.host, config.rollout.vllm.port
+    host, port = serving.rollout.vllm.host, serving.rollout.vllm.port
     port = port + index if port else _free_port(host)
-    command, environment = server_launch(config, key, index, port)
-    log = config.output_dir / f"vllm-{index}.log"
+    command, environment = server_launch(serving, key, index, port)
+    log = serving.folder / f"vllm-{index}.log"
     return f"http://{host}:{port}", ServerProcess(command, environment, log)
 
 
@@ -106,7 +126,7 @@ def serve(config: Config) -> NoReturn:
     if not vllm.port:
         raise ConfigError("rollout.vllm.port: required to serve by hand, such as 8000; found 0")
     key = os.environ.get(KEY_VARIABLE) or new_key()
-    command, environment = server_launch(config, key, 0, vllm.port)
+    command, environment = server_launch(serving_of(config), key, 0, vllm.port)
     print(f"serving {config.model.path} at http://{vllm.host}:{vllm.port}")
     if KEY_VARIABLE not in os.environ:
         print(f"the run has to know the key: export {KEY_VARIABLE}={key}")

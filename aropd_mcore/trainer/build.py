@@ -18,6 +18,7 @@ from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.vllm import VllmEngine
+from aropd_mcore.rollout.vllm_process import serving_of
 from aropd_mcore.trainer.step import Run
 
 _PROBE_TOKENS = 128
@@ -68,7 +69,9 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         if config.rollout.engine == "vllm":
             longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
             probe = probe_ids(dataset, view_builder, min(longest, _PROBE_TOKENS))
-            engine = VllmEngine(model, runtime, config, eos_token_ids=ends, probe_ids=probe)
+            engine = VllmEngine(
+                model, runtime, serving_of(config), eos_token_ids=ends, probe_ids=probe
+            )
         else:
             engine = NativeEngine(
                 model,
