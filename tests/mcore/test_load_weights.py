@@ -95,6 +95,7 @@ def test_imports_of_any_padding_load_and_other_models_do_not(tmp_path):
             "llama",
             tmp_path / name,
             num_hidden_layers=layers,
+            hidden_size=96,
             num_attention_heads=6,
             num_key_value_heads=3,
             head_dim=16,
