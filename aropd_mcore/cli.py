@@ -341,7 +341,7 @@ def _generate_here(job: "Job") -> int:
 
     here = start_runtime(job)
     generate(job, here)
-    if here.rank == 0 and job.output.exists():
+    if here.rank == 0:
         print(f"{job.prompts} -> {job.output}")
     runtime.stop(leave_job=True)
     return 0
