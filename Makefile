@@ -1,8 +1,9 @@
 # make demo         watch a sharded Megatron-Core model learn by AR-OPD (about 4 minutes on 2 cores)
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
-# make test-vllm    a converted model served by a real vLLM, installed into .venv-vllm (3.4 GB)
+# make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
+# make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm bench-memory lint clean
+.PHONY: demo demo-compare test test-latest test-vllm bench-memory bench-step lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -28,6 +29,9 @@ test: lint
 
 bench-memory: $(VENV)/.installed-dev
 	$(BIN)/python tools/benchmarks/memory.py
+
+bench-step: $(VENV)/.installed-dev
+	$(BIN)/python tools/benchmarks/step.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

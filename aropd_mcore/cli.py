@@ -70,7 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
-    if args.run in (_train, _plan):
+    if args.run in (_train, _plan, _serve):
         # argparse takes the overrides before the first option, and hands back those behind it.
         late = [text for text in rest if "=" in text and not text.startswith("-")]
         args.overrides += late
@@ -128,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=float, default=80.0, help="GB a GPU (default: %(default)s)")
     plan.add_argument("--sweep", action="store_true", help="the layouts that fit, fastest first")
     plan.set_defaults(run=_plan)
+
+    serve = commands.add_parser(
+        "serve",
+        help="start a vLLM server for a run by hand",
+        description="The server that the run would start itself, in the foreground; the run finds "
+        "it under rollout.vllm.urls. It asks for the key in $VLLM_API_KEY.",
+    )
+    serve.add_argument("config", type=Path, help="YAML file")
+    serve.add_argument("overrides", nargs="*", help="such as rollout.vllm.port=8000")
+    serve.set_defaults(run=_serve)
 
     _add_generate(commands)
 
@@ -286,6 +296,12 @@ def _train_here(config: Config) -> int:
         return 3
     runtime.stop(leave_job=True)
     return 0
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from aropd_mcore.rollout.vllm_process import serve
+
+    serve(load_config(args.config, args.overrides))
 
 
 def _print_plan(config: Config, layout: "Layout") -> int:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
+PrivilegedView = Literal["partial", "full"]
 Recompute = Literal["none", "selective", "full"]
 Place = Literal["device", "host"]
 Fp8Format = Literal["hybrid", "e4m3"]
@@ -107,8 +108,11 @@ class ParallelConfig(Section):
     """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
     weights. Saves activations; experts with parallel.tensor > 1 need it."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on. Updated
-    parameters are gathered at once in any case: the teacher and the rollouts read them next."""
+    """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters over data-parallel ranks bucket by bucket while the next forward
+    goes on. With objective.name `sft` alone, and with overlap_grad_reduce: in `aropd` the teacher
+    and the rollouts read all parameters right after the update."""
 
     @model_validator(mode="after")
     def _something_to_split_over(self) -> "ParallelConfig":
@@ -119,6 +123,8 @@ class ParallelConfig(Section):
                 f"virtual_pipeline {self.virtual_pipeline} interleaves over pipeline stages, and "
                 "pipeline is 1"
             )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce, which is false")
         return self
 
 
@@ -170,17 +176,91 @@ class SamplingConfig(Section):
     """Sample from the k likeliest tokens; 0 is all of them."""
 
 
+ImportanceLevel = Literal["sequence", "token"]
+
+
+class VllmConfig(Section):
+    urls: list[Annotated[str, Field(pattern=r"^https?://")]] = []
+    """Servers that somebody else started (`aropd serve`), such as http://node7:8000; the key that
+    they ask for is read from $VLLM_API_KEY. Empty: the run starts servers of its own."""
+    servers: Positive = 1
+    """Servers that the run starts on the first rank's machine; they end with it."""
+    python: Path | None = None
+    """Interpreter that has vLLM, which may live in an environment of its own; null: the run's."""
+    devices: list[str] = []
+    """CUDA_VISIBLE_DEVICES of each started server, such as "6,7"; empty: what the run sees."""
+    host: str = "127.0.0.1"
+    """Address that started servers listen on. They ask for a key, whatever it is."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Of the first started server, the next ones take the following; 0 is any that is free."""
+    arguments: list[str] = []
+    """More arguments for started servers, such as --tensor-parallel-size=2."""
+    sync: Literal["disk", "nccl"] = "disk"
+    """How weights reach the servers after each step: through weights_dir; or from GPU to GPU, where
+    a server that had to be started again waits for the next step."""
+    weights_dir: Path | None = None
+    """Folder that every server sees under this path; in it vllm-weights is the run's own. null:
+    output_dir."""
+    probe_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Nats: how far a server's log-probs may be from the trainer's after a sync, on the average of
+    a probe's tokens. null: 1e-3 in fp32, 0.1 in bf16."""
+    request_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for a response, or for a server to load weights."""
+    start_timeout: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds for a server to come up, or to come back."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Failures of a response that are tried again, and of a server in a row before it is left out
+    until the next step."""
+
+    @model_validator(mode="after")
+    def _devices_of_each(self) -> "VllmConfig":
+        if self.devices and len(self.devices) != self.servers:
+            raise ValueError(
+                f"devices names {len(self.devices)} servers' devices, and servers is {self.servers}"
+            )
+        if self.urls and self.devices:
+            raise ValueError("devices are of servers that the run starts, and urls names others")
+        return self
+
+
 class RolloutConfig(SamplingConfig):
-    engine: Literal["native"] = "native"
-    """Who samples: `native` is the student's own forward with a KV cache."""
+    engine: Literal["native", "vllm"] = "native"
+    """Who samples: `native` is the student's own forward with a KV cache; `vllm`, vLLM servers."""
     rollouts_per_prompt: Positive = 1
     """Responses sampled for each row."""
     batch_size: Positive = 32
     """Sequences decoded together on one model replica at most; where one ends, a waiting prompt
-    takes its place."""
+    takes its place. With vLLM, on one server."""
     kv_cache_tokens: Positive | None = None
     """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
     the longest prompt with max_response_tokens is long. null: batch_size of them."""
+    importance: ImportanceLevel | Literal["auto", "off"] = "auto"
+    """Truncated importance sampling, where the engine's log-probs differ from the trainer's: a
+    response's loss times the mean of its tokens' ratios (`sequence`), or each token's times its
+    own (`token`). `auto`: off for the native engine, whose ratios are 1 up to rounding."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Largest ratio that counts."""
+    async_steps: Literal[0, 1] = 0
+    """1: a step's responses are sampled while the step before it trains, by weights that are one
+    update older; with vLLM alone. A run that is resumed samples its first step anew."""
+
+    vllm: VllmConfig = VllmConfig()
+
+    @model_validator(mode="after")
+    def _somebody_else_samples(self) -> "RolloutConfig":
+        if self.async_steps and self.engine == "native":
+            raise ValueError(
+                "async_steps 1 samples while the model trains, and with engine native the model "
+                "itself samples; it is for engine vllm"
+            )
+        return self
+
+    @property
+    def importance_level(self) -> ImportanceLevel | None:
+        """None: no ratios are taken."""
+        if self.importance == "auto":
+            return None if self.engine == "native" else "sequence"
+        return None if self.importance == "off" else self.importance
 
 
 class ObjectiveConfig(Section):
@@ -209,7 +289,9 @@ class ObjectiveConfig(Section):
     """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
     a GPU, 128 MiB on a CPU."""
     metrics: bool = True
-    """Report the entropies, the divergences between the views and so on, from the same pass."""
+    """Report the entropies, the divergences between the views and so on, from the same pass. They
+    need both of the teacher's views. Without them Full and Partial OPD read the view that is their
+    target alone: half of the teacher's work, and a product less in the loss."""
     topk_overlap: bool = True
     """Among the metrics `topk_overlap`, which costs more than all others together."""
     hindsight_gap: float = 2.0
@@ -220,6 +302,24 @@ class ObjectiveConfig(Section):
     @property
     def has_router_losses(self) -> bool:
         return self.router_aux_loss_coeff > 0 or self.router_z_loss_coeff > 0
+
+    @property
+    def views(self) -> tuple[PrivilegedView, ...]:
+        """The teacher's views that are read: they are rendered, scored and projected."""
+        if self.name == "sft":
+            return ()
+        alone = target_view(self.residual_scale, self.residual_clip)
+        return ("partial", "full") if self.metrics or alone is None else (alone,)
+
+
+def target_view(residual_scale: float, residual_clip: float | None) -> PrivilegedView | None:
+    """The view that is the target by itself, whatever the other one says; None: it takes both.
+
+    Source: METHOD section 3, its identities: lambda = 0 gives p, lambda = 1 without clip gives f.
+    """
+    if residual_scale == 0:
+        return "partial"
+    return "full" if residual_scale == 1 and residual_clip is None else None
 
 
 class TeacherConfig(Section):
@@ -353,6 +453,16 @@ class Config(Section):
             raise ValueError(
                 f"precision.teacher_fp8 is {precision.teacher_fp8}: a live teacher is the student "
                 f"itself, with precision.fp8 {precision.fp8}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nobody_reads_parameters_early(self) -> "Config":
+        if self.parallel.overlap_param_gather and self.objective.name != "sft":
+            raise ValueError(
+                "parallel.overlap_param_gather is true, and objective.name is "
+                f"{self.objective.name!r}, whose teacher and rollouts read all parameters right "
+                "after the update; it is for 'sft'"
             )
         return self
 

@@ -64,6 +64,8 @@ class Sample:
     response_ids: tuple[int, ...]
     token_weight: float
     """Of each of its loss tokens; globally normalized."""
+    logprobs: tuple[float, ...] = ()
+    """Of the response's tokens under the weights that sampled it, where they are wanted."""
 
 
 class ViewBatch(NamedTuple):
@@ -101,8 +103,9 @@ class Microbatch:
 
     student: ViewBatch
     partial: ViewBatch | None
-    """None for objectives without a teacher."""
+    """None where the objective does not read this view (ObjectiveConfig.views)."""
     full: ViewBatch | None
+    """Likewise."""
     response_ids_T: Tensor
     """int64 [T]: the sampled token at each loss position."""
     sample_T: Tensor
@@ -112,6 +115,14 @@ class Microbatch:
     token_weights_T: Tensor
     """fp32 [T]: globally normalized; the weighted sum of per-token losses over all microbatches
     and data-parallel ranks is the loss."""
+    engine_logprobs_T: Tensor | None = None
+    """fp32 [T]: of the sampled tokens under the weights that sampled them, where they are wanted:
+    for importance weights."""
+
+    @property
+    def num_samples(self) -> int:
+        bounds = self.student.bounds
+        return self.student.tokens_BS.size(0) if bounds is None else bounds.numel() - 1
 
     def to(self, device: torch.device) -> "Microbatch":
         """The same microbatch with every tensor on `device`."""
@@ -121,10 +132,13 @@ class Microbatch:
 
 
 class TeacherOutput(NamedTuple):
-    """The teacher's final hidden states at a microbatch's loss tokens; last stage only."""
+    """The teacher's final hidden states at a microbatch's loss tokens; last stage only.
 
-    partial_hidden_TH: Tensor
-    full_hidden_TH: Tensor
+    None for a view that the microbatch does not have.
+    """
+
+    partial_hidden_TH: Tensor | None
+    full_hidden_TH: Tensor | None
 
     def to(self, device: torch.device) -> "TeacherOutput":
-        return TeacherOutput(*(hidden_TH.to(device, non_blocking=True) for hidden_TH in self))
+        return TeacherOutput(*(h if h is None else h.to(device, non_blocking=True) for h in self))

@@ -42,6 +42,8 @@ class Sample:
     full: tuple[int, ...]
     response: tuple[int, ...]
     weight: float
+    engine_logprobs: tuple[float, ...] = ()
+    """Of the response, by whoever sampled it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class Method:
     clip_grad: float
     router_aux: float = 0.0
     router_z: float = 0.0
+    importance: str | None = None
+    """`sequence` or `token`."""
+    cap: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,16 @@ class Oracle:
         log_f, log_p = metrics.pop("logprob_full"), metrics.pop("logprob_partial")
         hindsight = (log_f - log_p > method.gap) & (log_p.exp() < method.floor)
         metrics["hindsight_token_rate"] = hindsight.double()
-        metrics.pop("logprob_student")
+        log_s = metrics.pop("logprob_student")
+        if method.importance is not None:
+            log_engine = torch.tensor(sample.engine_logprobs[method.skip :], dtype=torch.float64)
+            ratio = (log_s - log_engine).exp()
+            weights = ratio.clamp(max=method.cap)
+            losses = losses * (weights if method.importance == "token" else weights.mean())
+            metrics["engine_gap"] = (log_s - log_engine).abs()
+            metrics["importance_ratio"] = ratio
+            metrics["importance_capped"] = (ratio > method.cap).double()
+            metrics["kl_engine_student"] = log_engine - log_s
         return losses, metrics
 
     def _sft(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
@@ -238,6 +252,8 @@ class Oracle:
         """METHOD section 7, means over the global batch's loss tokens."""
         report = {name: float(values.mean()) for name, values in metrics.items()}
         report["num_loss_tokens"] = len(offsets)
+        for name in metrics.keys() & {"engine_gap", "importance_ratio"}:
+            report[f"{name}_max"] = float(metrics[name].max())
         if self.method.sft:
             return report
         report["residual_uptake"] = report["kl_partial_student"] - report["kl_full_student"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,35 @@ def test_what_one_rank_alone_met_is_said_by_that_rank(monkeypatch, capsys, tmp_p
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith("aropd: error on rank 3: ")
+
+
+def test_serve_starts_what_a_run_would_start_itself(tmp_path):
+    """In place of an interpreter with vLLM, one that only shows what it was given."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "$@"\necho "$CUDA_VISIBLE_DEVICES $RANK"\n')
+    interpreter.chmod(0o700)
+    path = write_run(
+        tmp_path,
+        rollout={
+            "max_response_tokens": 16,
+            "vllm": {"python": str(interpreter), "devices": ["6,7"], "arguments": ["--some=flag"]},
+        },
+    )
+    command = [sys.executable, "-m", "aropd_mcore.cli", "serve", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "VLLM_API_KEY": "a key", "RANK": "3"}
+    start = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=60)
+
+    done = start([*command, "rollout.vllm.port=8123"])
+    assert done.returncode == 0, done.stderr
+    said, arguments, rest = done.stdout.splitlines()
+    assert said.endswith("at http://127.0.0.1:8123")
+    assert "--max-model-len 144 --tokens-only --logprobs-mode raw_logprobs" in arguments
+    assert "--host 127.0.0.1 --port 8123 --middleware aropd_guard.Guard --some=flag" in arguments
+    assert rest == "6,7 "
+    assert "a key" not in done.stdout
+
+    done = start(command)
+    assert done.returncode == 2 and "rollout.vllm.port: required" in done.stderr
 
 
 def test_show_views_prints_the_three_views_of_a_row(run, capsys):

@@ -8,8 +8,11 @@ import yaml
 from pydantic import BaseModel
 
 from aropd_mcore.config import Config, ConfigError, dump_config, load_config
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.setup import setup_of
 from tests.conftest import REPO
 
+CLUSTERS = REPO / "examples" / "clusters"
 EXAMPLES = sorted((REPO / "examples").rglob("*.yaml"))
 SMALLEST = {
     "output_dir": "runs/one",
@@ -43,6 +46,25 @@ def test_defaults_are_the_reference_settings(path):
     assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio) == (2e-5, "cosine", 0.1)
     assert (optimizer.min_lr, optimizer.clip_grad) == (0.0, 1.0)
     assert (config.teacher.kind, config.teacher.ema_rate) == ("ema", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "views"),
+    [
+        ("", ("partial", "full")),
+        ("metrics=false", ("partial", "full")),
+        ("residual_scale=0", ("partial", "full")),
+        ("residual_scale=0 metrics=false", ("partial",)),
+        ("residual_scale=1 metrics=false", ("partial", "full")),
+        ("residual_scale=1 residual_clip=null metrics=false", ("full",)),
+        ("name=sft", ()),
+    ],
+)
+def test_views_that_are_read(path, overrides, views):
+    config = load_config(path, [f"objective.{override}" for override in overrides.split()])
+    assert config.objective.views == views
+    setup = setup_of(config, 1, architecture=read_architecture(CLUSTERS / "Qwen2.5-7B-Instruct"))
+    assert (setup.num_views, setup.teacher) == (len(views), "ema" if views else None)
 
 
 def test_overrides_are_yaml_at_dotted_keys(path):
@@ -114,6 +136,16 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
             "Input should be 'kl_target_student', 'kl_student_target' or 'jsd', found 'kl'",
         ),
         (
+            "rollout.vllm.urls=[node7:8000]",
+            "rollout.vllm.urls.0",
+            "String should match pattern '^https?://', found 'node7:8000'",
+        ),
+        (
+            "rollout.vllm.devices=['0', '1', '2']",
+            "rollout.vllm",
+            "devices names 3 servers' devices, and servers is 1",
+        ),
+        (
             "data.train=[]",
             "data.train",
             "List should have at least 1 item after validation, not 0, found []",
@@ -145,6 +177,23 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
             "teacher={kind: live, weights: host}",
             "teacher",
             "weights: a live teacher is the student itself, on the device",
+        ),
+        (
+            "parallel.overlap_param_gather=true",
+            "parallel",
+            "overlap_param_gather needs overlap_grad_reduce, which is false",
+        ),
+        (
+            "parallel={overlap_param_gather: true, overlap_grad_reduce: true}",
+            "(top level)",
+            "parallel.overlap_param_gather is true, and objective.name is 'aropd', whose teacher "
+            "and rollouts read all parameters right after the update; it is for 'sft'",
+        ),
+        (
+            "rollout.async_steps=1",
+            "rollout",
+            "async_steps 1 samples while the model trains, and with engine native the model itself "
+            "samples; it is for engine vllm",
         ),
         ("optimizer.lr=.nan", "optimizer.lr", "Input should be a finite number, found nan"),
         (

@@ -118,7 +118,7 @@ class Architecture:
         """Every tensor of the HF checkpoint, once, with its shape."""
         return {name: shape for weight in self.weights() for name, shape in weight.hf.items()}
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.hf_shapes.values())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from aropd_mcore.config import PrivilegedView
 from aropd_mcore.data.packing import Groups
 from aropd_mcore.types import Microbatch, Rollout, Sample, ViewBatch
 
@@ -29,8 +30,9 @@ def collate(
     pad_token_id: int,
     length_multiple: int = 1,
     segment_multiple: int | None = None,
-    with_teacher: bool = True,
+    views: Sequence[PrivilegedView] = ("partial", "full"),
     with_padding: bool = False,
+    with_logprobs: bool = False,
 ) -> list[Microbatch]:
     """Splice each response behind the three prompts of its row, and lay out the microbatches.
 
@@ -44,8 +46,9 @@ def collate(
         groups: the samples of each microbatch. One without samples has a token that nobody counts.
         length_multiple: S is padded to a multiple of it.
         segment_multiple: pack, with each sample's tokens padded to a multiple of it; None: pad.
-        with_teacher: False leaves the partial and full views out.
+        views: those of the teacher; a microbatch does not have the others.
         with_padding: say of the student view which of its tokens are padding.
+        with_logprobs: keep the log-probs that the samples were sampled with.
 
     Returns:
         CPU tensors; T is 0 where no response reaches skip_response_tokens.
@@ -74,14 +77,19 @@ def collate(
         if with_padding:
             real_B = [len(s.student_ids) + len(s.response_ids) for s in members if s is not filler]
             student = student._replace(padding_BS=_padding(student, real_B))
+        logprobs_T = None
+        if with_logprobs:
+            rows = [torch.tensor(sample.logprobs) for sample in members]
+            logprobs_T = pad_sequence(rows, batch_first=True)[sample_T, offset_T]
         return Microbatch(
             student=student,
-            partial=view_batch([s.partial_ids for s in members]) if with_teacher else None,
-            full=view_batch([s.full_ids for s in members]) if with_teacher else None,
+            partial=view_batch([s.partial_ids for s in members]) if "partial" in views else None,
+            full=view_batch([s.full_ids for s in members]) if "full" in views else None,
             response_ids_T=_pad(responses, pad_token_id, 1)[sample_T, offset_T],
             sample_T=sample_T,
             offset_T=offset_T,
             token_weights_T=torch.tensor([s.token_weight for s in members])[sample_T],
+            engine_logprobs_T=logprobs_T,
         )
 
     return [microbatch([samples[i] for i in group] or [filler]) for group in groups]

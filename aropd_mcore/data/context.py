@@ -56,6 +56,7 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
             hidden_index_T=_gathered_rows(view, size)[mine_T],
         )
 
+    logprobs_T = microbatch.engine_logprobs_T
     return replace(
         microbatch,
         student=student._replace(
@@ -71,6 +72,7 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
         sample_T=microbatch.sample_T[mine_T],
         offset_T=microbatch.offset_T[mine_T],
         token_weights_T=microbatch.token_weights_T[mine_T],
+        engine_logprobs_T=None if logprobs_T is None else logprobs_T[mine_T],
     )
 
 

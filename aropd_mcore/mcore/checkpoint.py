@@ -70,6 +70,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    student.optimizer.finish_param_gather()
     state = _sharded_state(student, teacher, runtime, is_loading=False)
     state["progress"] = dict(progress)
     state["layout"] = _layout(runtime)

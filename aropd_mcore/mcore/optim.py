@@ -58,13 +58,17 @@ class Optimizer:
         *,
         num_steps: int,
         overlap_grad_reduce: bool = False,
+        overlap_param_gather: bool = False,
     ):
         """
         Args:
             model: the student; its parameters become views into DDP's buffers.
             num_steps: updates of the whole run, for the schedule.
             overlap_grad_reduce: reduce gradients while the last microbatch's backward goes on.
+            overlap_param_gather: gather updated parameters while the next forward goes on; whoever
+                reads them otherwise calls finish_param_gather first.
         """
+        self.overlap_param_gather = overlap_param_gather
         self.clip_grad = config.clip_grad
         self.ddp_chunks = [
             DistributedDataParallel(
@@ -73,12 +77,15 @@ class Optimizer:
                     use_distributed_optimizer=True,
                     grad_reduce_in_fp32=True,
                     overlap_grad_reduce=overlap_grad_reduce,
+                    overlap_param_gather=overlap_param_gather,
                     average_in_collective=False,
                 ),
                 chunk,
             )
             for chunk in model
         ]
+        for chunk in self.ddp_chunks:
+            _count_padding(chunk)
         bf16 = model.config.params_dtype == torch.bfloat16
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -92,6 +99,7 @@ class Optimizer:
             bf16=bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=overlap_param_gather,
         )
         # Without a graph: an fp32 model's shards are views of its parameters, and their grad_fn
         # would tie optimizer, DDP and its groups in a cycle that Python cannot collect.
@@ -147,8 +155,8 @@ class Optimizer:
 
         Args:
             loss: the global loss, the same on every rank; not finite means no update.
-        Collectives: the gradient norm over the model's ranks, the all-gather of updated
-            parameters over the data-parallel ranks.
+        Collectives: the gradient norm over the model's ranks; without overlap_param_gather the
+            all-gather of updated parameters over the data-parallel ranks.
         """
         lr = self.lr
         self.inner.prepare_grads()
@@ -160,8 +168,28 @@ class Optimizer:
                 if self.clip_grad > 0 and parameters:
                     clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
             self.inner.step_with_ready_grads()
+            for group in self._bucket_groups():
+                # DDP forgets the last gather with the gradients, and a save comes before that.
+                group.param_gather_dispatched = False
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, applied, lr)
+
+    def finish_param_gather(self) -> None:
+        """Have all updated parameters on this rank. With overlap_param_gather a forward has only
+        those of the modules that it called, which the output head is not among; else nothing to do.
+
+        Collectives: for each bucket not asked for yet an all-gather over the data-parallel ranks.
+        """
+        if self.overlap_param_gather:
+            for group in self._bucket_groups():
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def _bucket_groups(self) -> list[Any]:
+        return [
+            group
+            for chunk in self.ddp_chunks
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        ]
 
     @property
     def lr(self) -> float:
@@ -200,6 +228,22 @@ class Optimizer:
             own["param_state_sharding_type"] = STATE_FORMAT
             part.load_state_dict(own)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
+
+
+def _count_padding(chunk: Any) -> None:
+    """Count the padding behind each bucket of DDP's buffers as a part of the bucket.
+
+    Megatron gathers a buffer's state for a checkpoint without the padding between its buckets, and
+    then takes each parameter's from where it starts with the padding: behind a padded bucket the
+    checkpoint holds a neighbour's numbers (megatron-core 0.16.1 and 0.19,
+    optimizer/distrib_optimizer.py, get_parameter_state_dp_zero and
+    sharded_param_state_fully_reshardable). A tied embedding on several stages, or
+    overlap_grad_reduce, makes several buckets.
+    """
+    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _finalize_summed_grads(

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aropd_mcore.config import ObjectiveConfig
+from aropd_mcore.config import ObjectiveConfig, RolloutConfig
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.router import RouterLosses
@@ -15,13 +15,18 @@ from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.numerics import fused_linear_anchored_residual_kl, fused_linear_cross_entropy
 from aropd_mcore.numerics.diagnostics import POSITION_BUCKETS, hindsight_tokens, sum_by_position
+from aropd_mcore.numerics.importance import (
+    IMPORTANCE_MAXIMA,
+    IMPORTANCE_MEANS,
+    importance_weights,
+)
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenSums = dict[str, Tensor]
-"""name -> fp64 [position buckets]: a metric summed over loss tokens; `num_tokens` and, in its first
-bucket, the weighted `loss` and the routers' losses among them."""
+"""name -> fp64 [position buckets]: a metric summed over loss tokens; `num_tokens` and, in their
+first bucket, the weighted `loss`, the routers' losses and maxima among them."""
 
-_AROPD_SUMS = ("loss", "num_tokens", "hindsight_token_rate")
+_AROPD_SUMS = ("loss", "num_tokens")
 _METRIC_SUMS = (
     "clip_fraction",
     "entropy_full",
@@ -43,11 +48,13 @@ class Student:
         model: StageModel,
         optimizer: Optimizer,
         objective: ObjectiveConfig,
+        rollout: RolloutConfig,
         runtime: Runtime,
     ):
         self.model = model
         self.optimizer = optimizer
         self.objective = objective
+        self.rollout = rollout
         self.runtime = runtime
         self._router_losses = None
         if objective.has_router_losses:
@@ -75,6 +82,7 @@ class Student:
             hidden_TH: Tensor, item: tuple[Microbatch, TeacherOutput | None]
         ) -> tuple[Tensor, TokenSums]:
             microbatch, teacher_output = item
+            self.optimizer.finish_param_gather()  # the head, which no module's forward asks for
             if self.objective.name == "sft":
                 return self._cross_entropy(hidden_TH, microbatch)
             assert teacher is not None and teacher_output is not None
@@ -117,13 +125,15 @@ class Student:
         teacher_output: TeacherOutput,
     ) -> tuple[Tensor, TokenSums]:
         objective = self.objective
+        has_both = len(objective.views) == 2
+        token_weights_T, mismatch = self._importance(hidden_TH, microbatch)
         loss, metrics = fused_linear_anchored_residual_kl(
             hidden_TH,
             self.model.head_weight(),
             teacher_output.partial_hidden_TH,
             teacher_output.full_hidden_TH,
             teacher.head_weight,
-            microbatch.token_weights_T,
+            token_weights_T,
             residual_scale=objective.residual_scale,
             residual_clip=objective.residual_clip,
             divergence=objective.divergence,
@@ -134,15 +144,48 @@ class Student:
             main_grad_VH=_main_grad(self.model.head_weight()),
             with_metrics=objective.metrics,
             with_topk=objective.topk_overlap,
-            sampled_ids_T=microbatch.response_ids_T,
+            sampled_ids_T=microbatch.response_ids_T if has_both else None,
         )
-        metrics["hindsight_token_rate"] = hindsight_tokens(
-            metrics["logprob_full"],
-            metrics["logprob_partial"],
-            gap=objective.hindsight_gap,
-            floor=objective.hindsight_floor,
+        if has_both:
+            metrics["hindsight_token_rate"] = hindsight_tokens(
+                metrics["logprob_full"],
+                metrics["logprob_partial"],
+                gap=objective.hindsight_gap,
+                floor=objective.hindsight_floor,
+            )
+        return loss, self._token_sums(loss, metrics | mismatch, microbatch)
+
+    @torch.no_grad()
+    def _importance(
+        self, hidden_TH: Tensor, microbatch: Microbatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The token weights, times what the engine's mismatch asks for, and its metrics.
+
+        The weights have to be known before the loss is: the output layer is applied once more.
+        """
+        level, engine_logprobs_T = self.rollout.importance_level, microbatch.engine_logprobs_T
+        if level is None:
+            return microbatch.token_weights_T, {}
+        assert engine_logprobs_T is not None
+        _, metrics = fused_linear_cross_entropy(
+            hidden_TH.detach(),
+            self.model.head_weight().detach(),
+            microbatch.response_ids_T,
+            microbatch.token_weights_T,
+            vocab_size=self.model.vocab_size,
+            tp_group=self._tp_group,
+            chunk_tokens=self.objective.chunk_tokens,
         )
-        return loss, self._token_sums(loss, metrics, microbatch)
+        weights_T, mismatch = importance_weights(
+            metrics["logprob_student"],
+            engine_logprobs_T,
+            microbatch.sample_T,
+            num_samples=microbatch.num_samples,
+            cap=self.rollout.importance_cap,
+            level=level,
+            cp_group=self.runtime.cp_group,
+        )
+        return microbatch.token_weights_T * weights_T, mismatch
 
     def _cross_entropy(self, hidden_TH: Tensor, microbatch: Microbatch) -> tuple[Tensor, TokenSums]:
         loss, metrics = fused_linear_cross_entropy(
@@ -163,18 +206,29 @@ class Student:
     ) -> TokenSums:
         names = [name for name in self._sum_names if name in metrics]
         sums = sum_by_position({name: metrics[name] for name in names}, microbatch.offset_T)
-        sums["loss"] = torch.zeros_like(sums["num_tokens"])
-        sums["loss"][0] = loss.detach()
+        numbers = {"loss": loss.detach()}
+        for name in self._max_names:
+            values_T = metrics[name.removesuffix("_max")]
+            numbers[name] = values_T.max() if values_T.numel() else torch.zeros(())
+        for name, number in numbers.items():
+            sums[name] = torch.zeros_like(sums["num_tokens"])
+            sums[name][0] = number
         return sums
 
     def _add_up(self, reports: list[TokenSums]) -> TokenSums:
-        names, runtime = self._sum_names, self.runtime
+        runtime, num_sums = self.runtime, len(self._sum_names)
+        names = self._sum_names + self._max_names
         shape = (len(names), len(POSITION_BUCKETS))
         total = torch.zeros(shape, dtype=torch.float64, device=runtime.device)
+        sums, maxima = total[:num_sums], total[num_sums:]
         for report in reports:
-            total += torch.stack([report[name] for name in names])
+            sums += torch.stack([report[name] for name in self._sum_names])
+            for k, name in enumerate(self._max_names):
+                maxima[k].clamp_(min=report[name])
         if runtime.is_last_stage:
-            dist.all_reduce(total, group=runtime.dp_cp_group)
+            dist.all_reduce(sums, group=runtime.dp_cp_group)
+            if self._max_names:
+                dist.all_reduce(maxima, dist.ReduceOp.MAX, group=runtime.dp_cp_group)
         dist.broadcast(total, src=runtime.last_stage_rank, group=runtime.pp_group)
         return dict(zip(names, total.cpu(), strict=True))
 
@@ -182,10 +236,19 @@ class Student:
     def _sum_names(self) -> tuple[str, ...]:
         if self.objective.name == "sft":
             return _SFT_SUMS
-        if not self.objective.metrics:
-            return _AROPD_SUMS
-        topk = ("topk_overlap",) if self.objective.topk_overlap else ()
-        return (*_AROPD_SUMS, *_METRIC_SUMS, *topk)
+        names = _AROPD_SUMS
+        if len(self.objective.views) == 2:
+            names += ("hindsight_token_rate",)
+        if self.objective.metrics:
+            names += _METRIC_SUMS
+            if self.objective.topk_overlap:
+                names += ("topk_overlap",)
+        return names if self.rollout.importance_level is None else names + IMPORTANCE_MEANS
+
+    @property
+    def _max_names(self) -> tuple[str, ...]:
+        is_off = self.objective.name == "sft" or self.rollout.importance_level is None
+        return () if is_off else IMPORTANCE_MAXIMA
 
     @property
     def _tp_group(self) -> dist.ProcessGroup | None:

@@ -16,7 +16,7 @@ from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
 
 
 class Teacher:
-    """Scores microbatches under both views; follows the student as the config says.
+    """Scores microbatches under its views; follows the student as the config says.
 
     `ema` and `frozen` own a second model, sharded like the student; `live` is the student's own.
     With config.weights "host" the second model's parameters, but its output head, and the fp32
@@ -66,16 +66,16 @@ class Teacher:
         return self.model.head_weight().detach()
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherOutput | None]:
-        """Both views of every microbatch in one forward-only pass of the pipeline.
+        """The privileged views of every microbatch in one forward-only pass of the pipeline.
 
         Returns:
-            For each microbatch the final hidden states at its loss tokens, [T, H] a view, in the
-            model's dtype, where config.hidden_states says; None on stages before the last. Without
-            gradient.
+            For each microbatch the final hidden states at its loss tokens, [T, H] for each view
+            that it has, in the model's dtype, where config.hidden_states says; None on stages
+            before the last. Without gradient.
         Collectives: the schedule's.
         """
         on_host = self.config.hidden_states == "host"
-        views = [view for m in microbatches for view in (m.partial, m.full)]
+        views = [view for m in microbatches for view in (m.partial, m.full) if view is not None]
         with self._weights_on_device():
             hidden = run_schedule(
                 list(self.model),
@@ -88,7 +88,12 @@ class Teacher:
         _finish_copies()
         if not hidden:
             return [None] * len(microbatches)
-        return [TeacherOutput(*pair) for pair in zip(hidden[::2], hidden[1::2], strict=True)]
+        in_order = iter(hidden)
+
+        def next_of(view: ViewBatch | None) -> Tensor | None:
+            return None if view is None else next(in_order)
+
+        return [TeacherOutput(next_of(m.partial), next_of(m.full)) for m in microbatches]
 
     @torch.no_grad()
     def follow(self) -> None:

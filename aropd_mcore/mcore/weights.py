@@ -4,7 +4,7 @@ A rank holds a part of each of its stage's dense weights, and some of its expert
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,40 @@ def iter_hf_tensors(
                 yield name, None
 
 
+def gather_hf(
+    model: StageModel,
+    runtime: Runtime,
+    consume: Callable[[Iterator[tuple[str, Tensor]]], None],
+    values: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Hand every tensor of the HF checkpoint, one whole tensor at a time, to `consume`.
+
+    Args:
+        consume: called on the job's first rank alone, with `iter_hf_tensors`' tensors.
+        values: see `iter_hf_tensors`.
+    Raises:
+        Whatever consume raises, on the first rank; CheckpointError, with its words, on the others.
+    Collectives: those of `iter_hf_tensors` on the first replica, or on all where they share
+        experts; then a broadcast of objects over the job, which every rank waits for.
+    """
+    error: Exception | None = None
+    if runtime.dp_cp_group.rank() == 0 or runtime.shares_experts:
+        tensors = iter_hf_tensors(model, runtime, values)
+        if runtime.rank == 0:  # the first in every group
+            try:
+                consume((name, tensor) for name, tensor in tensors if tensor is not None)
+            except Exception as raised:
+                error = raised
+        for _ in tensors:  # to the end, whatever happened: the other ranks take part in each
+            pass
+    told = [None if error is None else str(error)]
+    dist.broadcast_object_list(told, src=0)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        raise CheckpointError(told[0])
+
+
 def export_hf(
     model: StageModel,
     source_hf_dir: Path | str,
@@ -122,26 +156,22 @@ def export_hf(
         values: see `iter_hf_tensors`.
     Raises:
         CheckpointError: out_dir exists.
-    Collectives: those of `iter_hf_tensors` on the first replica, or on all where they share
-        experts, and barriers of the whole job.
+        Those of `gather_hf`: what went wrong while the first rank wrote.
+    Collectives: a barrier of the whole job, and those of `gather_hf`.
     """
     source, target = Path(source_hf_dir), Path(out_dir)
+    dtype = dtype or model.config.params_dtype
     refuse_existing(target)
     dist.barrier()  # before the first rank can make it
-    if runtime.dp_cp_group.rank() == 0 or runtime.shares_experts:
-        dtype = dtype or model.config.params_dtype
-        tensors = iter_hf_tensors(model, runtime, values)
-        if runtime.rank == 0:  # the first in every group
-            whole = ((name, tensor) for name, tensor in tensors if tensor is not None)
-            with new_folder(target) as folder:
-                shapes = model.architecture.hf_shapes
-                infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
-                write_safetensors(folder, infos, whole)
-                copy_companions(source, folder, dtype)
-        else:
-            for _ in tensors:
-                pass
-    dist.barrier()
+
+    def write(tensors: Iterator[tuple[str, Tensor]]) -> None:
+        with new_folder(target) as folder:
+            shapes = model.architecture.hf_shapes
+            infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
+            write_safetensors(folder, infos, tensors)
+            copy_companions(source, folder, dtype)
+
+    gather_hf(model, runtime, write, values)
 
 
 def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """The arguments of the losses, checked: what was found and what is expected."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,17 @@ def check_head(
             raise ValueError(
                 f"student_hidden_TH is {student_TH.dtype} and {name} is {tensor.dtype}: "
                 "expected one dtype"
+            )
+
+
+def check_views(hidden: Mapping[str, Tensor | None], target_view: str | None) -> None:
+    """Both privileged views' hidden states, or those of the one that is the target by itself."""
+    for view, hidden_TH in hidden.items():
+        if hidden_TH is None and target_view in (None, view):
+            raise ValueError(
+                f"{view}_hidden_TH is None: expected the hidden states of both views, or without "
+                "metrics and sampled ids, for residual_scale 0, of the partial view, or for "
+                "residual_scale 1 and no residual_clip, of the full view"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from aropd_mcore.config import Divergence
-from aropd_mcore.numerics.checks import check_head, check_ids
+from aropd_mcore.numerics.checks import check_head, check_ids, check_views
 from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
 from aropd_mcore.numerics.cross_entropy import cross_entropies, write_cross_entropy_gradient
 from aropd_mcore.numerics.kl import Wanted, join, passes_for, token_groups, token_losses
@@ -26,8 +26,8 @@ from aropd_mcore.numerics.vocab_shard import vocab_shard
 def fused_linear_anchored_residual_kl(
     student_hidden_TH: Tensor,
     student_weight_VH: Tensor,
-    partial_hidden_TH: Tensor,
-    full_hidden_TH: Tensor,
+    partial_hidden_TH: Tensor | None,
+    full_hidden_TH: Tensor | None,
     teacher_weight_VH: Tensor,
     token_weights_T: Tensor,
     *,
@@ -65,7 +65,9 @@ def fused_linear_anchored_residual_kl(
         student_weight_VH: this rank's shard of the output layer, [V_padded / tp, H], of the
             hidden states' dtype; rows at or past vocab_size count as absent and get gradient 0.
         partial_hidden_TH: the teacher's, given the partial view (the anchor); [T, H'].
-        full_hidden_TH: the teacher's, given the full view; [T, H'].
+        full_hidden_TH: the teacher's, given the full view; [T, H']. Where the target is one of the
+            two views (lambda = 0: the partial one; lambda = 1 without clip: the full one), the
+            other may be None and is then not projected: without metrics and sampled ids.
         teacher_weight_VH: this rank's shard of the teacher's output layer, [V_padded / tp, H'].
             Where it is the student's (a `live` teacher), one product serves all three.
         token_weights_T: [T]; 0 takes a token out of the loss and of the gradient.
@@ -83,9 +85,9 @@ def fused_linear_anchored_residual_kl(
         loss: scalar, fp32 (fp64 for fp64), the same on every rank of tp_group.
         metrics: those of the logits form, and loss_T; detached, [T] each, not weighted.
     Raises:
-        ValueError: as the logits form; hidden states and weights that do not fit together;
-            chunk_tokens below 1; sequence_parallel without tp_group; a main_grad_VH of another
-            shape or dtype.
+        ValueError: as the logits form; hidden states and weights that do not fit together; None
+            for a view that is needed; chunk_tokens below 1; sequence_parallel without tp_group; a
+            main_grad_VH of another shape or dtype.
         RuntimeError: backward with create_graph=True; with main_grad_VH, backward from anything
             but 1 x the loss.
     Collectives: forward those of the logits form a chunk, and one all-reduce a chunk of the
@@ -94,13 +96,15 @@ def fused_linear_anchored_residual_kl(
         none.
     """
     objective = Objective(residual_scale, residual_clip, divergence, jsd_weight)
-    streams = [
-        Stream(student_hidden_TH, student_weight_VH),
-        Stream(partial_hidden_TH, teacher_weight_VH),
-        Stream(full_hidden_TH, teacher_weight_VH),
-    ]
-    for view, stream in zip(Views._fields, streams, strict=True):
-        check_head(view, *stream, *streams[0])
+    privileged = {"partial": partial_hidden_TH, "full": full_hidden_TH}
+    reported = with_metrics or sampled_ids_T is not None
+    check_views(privileged, None if reported else objective.target_view)
+    streams = [Stream(student_hidden_TH, student_weight_VH)]
+    check_head("student", *streams[0], *streams[0])
+    for view, hidden_TH in privileged.items():
+        if hidden_TH is not None:
+            streams.append(Stream(hidden_TH, teacher_weight_VH))
+            check_head(view, *streams[-1], *streams[0])
     num_tokens = token_weights_T.numel()
     shard = vocab_shard(student_weight_VH.size(0), vocab_size=vocab_size, tp_group=tp_group)
     if sampled_ids_T is not None:
@@ -109,7 +113,8 @@ def fused_linear_anchored_residual_kl(
     def chunk_losses(
         logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
     ) -> dict[str, Tensor]:
-        views, parts = Views(*logits), []
+        # One view stands for both: the target takes it from either place.
+        views, parts = Views(logits[0], logits[1], logits[-1]), []
         run = passes_for(views)
         wanted = Wanted(ids_T, with_metrics, with_metrics and with_topk)
         for group in token_groups(run, views.student.size(0), shard):

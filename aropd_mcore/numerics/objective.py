@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from aropd_mcore.config import Divergence
+from aropd_mcore.config import Divergence, PrivilegedView, target_view
 from aropd_mcore.numerics.residual import check_residual
 
 
@@ -23,6 +23,11 @@ class Objective:
             raise ValueError(f"divergence {self.divergence!r}: expected one of {known}")
         if not 0 < self.jsd_weight < 1:
             raise ValueError(f"jsd_weight {self.jsd_weight}: expected 0 < jsd_weight < 1")
+
+    @property
+    def target_view(self) -> PrivilegedView | None:
+        """The view that is the target by itself; None: it takes both."""
+        return target_view(self.residual_scale, self.residual_clip)
 
     @property
     def student_share(self) -> float:

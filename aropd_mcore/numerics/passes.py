@@ -39,9 +39,12 @@ class Views(NamedTuple):
     student: Tensor
     partial: Tensor
     full: Tensor
+    """The partial view's tensor itself where one view stands for both: read once, not twice."""
 
     def rows(self, tokens: slice) -> "Views":
-        return Views(*(view_TV[tokens] for view_TV in self))
+        student_TV, partial_TV = self.student[tokens], self.partial[tokens]
+        is_one = self.full is self.partial
+        return Views(student_TV, partial_TV, partial_TV if is_one else self.full[tokens])
 
 
 class Softmax(NamedTuple):
@@ -101,11 +104,15 @@ class TorchPasses:
         """
 
         def statistics(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> list[Tensor]:
-            maxima = [_row_max(view_TV[tokens]) for view_TV in views]
-            sums, shifted, weights = [], [], []
-            for k, (view_TV, max_T) in enumerate(zip(views, maxima, strict=True)):
+            maxima, sums, shifted, weights = [], [], [], []
+            for k, view_TV in enumerate(views):
+                if k and view_TV is views[k - 1]:
+                    for numbers in (maxima, sums, shifted, weights):
+                        numbers.append(numbers[-1])
+                    continue
+                maxima.append(_row_max(view_TV[tokens]))
                 own = k if moments else 0  # without moments a view leaves its numbers alone
-                shifted.append(torch.sub(view_TV[tokens], max_T[:, None], out=buffers[own]))
+                shifted.append(torch.sub(view_TV[tokens], maxima[-1][:, None], out=buffers[own]))
                 e, scale_T = exp_rows(shifted[-1], careful, out=buffers[3 + own])
                 weights.append((e, scale_T))
                 sums.append(e.sum(-1) * scale_T)
@@ -287,11 +294,12 @@ def _expectation(weights_TV: Tensor, scale_T: Tensor, values_TV: Tensor, careful
 def _log_views(
     views: Views, softmax: Softmax, tokens: slice, buffers: Sequence[Tensor]
 ) -> list[Tensor]:
-    """log s, log p, log f in the first three buffers."""
-    return [
-        softmax.log_probs(k, view_TV[tokens], tokens, out=buffers[k])
-        for k, view_TV in enumerate(views)
-    ]
+    """log s, log p, log f in the first three buffers; log p is log f where one view is both."""
+    rows = views.rows(tokens)
+    log_s, log_p = (softmax.log_probs(k, rows[k], tokens, out=buffers[k]) for k in (0, 1))
+    if rows.full is rows.partial:
+        return [log_s, log_p, log_p]
+    return [log_s, log_p, softmax.log_probs(2, rows.full, tokens, out=buffers[2])]
 
 
 def _log_target(

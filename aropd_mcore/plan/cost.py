@@ -77,9 +77,9 @@ def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int
 
 
 def loss_flops(setup: Setup) -> int:
-    """Of a microbatch on all tensor and context ranks together: logits of three streams (sft: of
-    one), and the student's two gradients."""
-    sizes, products = setup.architecture.sizes, 5 if setup.teacher else 3
+    """Of a microbatch on all tensor and context ranks together: the logits of the student and of
+    the teacher's views, and the student's two gradients."""
+    sizes, products = setup.architecture.sizes, 3 + setup.num_views
     return 2 * products * setup.loss_tokens * setup.context * sizes["hidden"] * sizes["vocab"]
 
 
@@ -91,7 +91,10 @@ def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: int)
 def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     num_microbatches = setup.num_microbatches
     student_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_microbatches)
-    teacher_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, 2 * num_microbatches)
+    num_scored = setup.num_views * num_microbatches
+    teacher_bubble = 0.0
+    if num_scored:
+        teacher_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_scored)
     forward, attention = _stage_forward(setup, rates, setup.fp8)
     teacher_forward, _ = _stage_forward(setup, rates, setup.teacher_fp8)
     backward = 2 * forward
@@ -102,10 +105,9 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     # The last stage has the loss besides, and the others wait for it.
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
-    teacher = 2 * num_microbatches * teacher_forward / (1 - teacher_bubble)
     return StepTime(
-        rollout=_rollout_seconds(setup, rates) if setup.teacher else 0.0,
-        teacher=teacher if setup.teacher else 0.0,
+        rollout=_rollout_seconds(setup, rates) if setup.samples else 0.0,
+        teacher=num_scored * teacher_forward / (1 - teacher_bubble),
         student=num_microbatches * (forward + backward + loss) / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),
         communication=_communication_seconds(setup, rates),
@@ -193,8 +195,8 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
         # An expert's tensor ranks gather what each of them got, and sum what comes of it.
         etp = setup.expert_tensor
         a_pass += 2 * ring(sent * etp, etp, etp)
-    # Forward and backward of the student, two forwards of the teacher, a second forward.
-    passes = 2 + (2 if setup.teacher else 0) + (setup.recompute == "full")
+    # Forward and backward of the student, the teacher's views, a second forward.
+    passes = 2 + setup.num_views + (setup.recompute == "full")
     seconds = setup.num_microbatches * passes * setup.layers_per_stage * a_pass
     if setup.pipeline > 1:
         sends = setup.num_microbatches * (passes - (setup.recompute == "full"))

@@ -46,16 +46,20 @@ class Job:
         Raises:
             ValueError: the model or the batch cannot be shared so.
         """
-        setup = setup_of(
+        setup = self.setup(num_gpus, **changes)
+        return Estimate(setup, worst_stage(setup), step_time(setup))
+
+    def setup(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Setup:
+        """What `estimate` is made from; raises as it does."""
+        return setup_of(
             _changed(self.config, changes),
             num_gpus or self.num_gpus,
             gpus_per_node=self.gpus_per_node,
             architecture=self.architecture,
         )
-        return Estimate(setup, worst_stage(setup), step_time(setup))
 
-    def fits(self, estimate: Estimate) -> bool:
-        return estimate.memory.peak <= self.memory_bytes
+    def fits(self, memory: Memory) -> bool:
+        return memory.peak <= self.memory_bytes
 
 
 def job_of(config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float) -> Job:
@@ -72,7 +76,7 @@ def remedies(job: Job) -> list[Remedy]:
                 estimate = job.estimate(num_gpus, **changes)
             except ValueError:  # the model or the batch does not divide
                 continue
-            if job.fits(estimate):
+            if job.fits(estimate.memory):
                 found.append(Remedy(change, estimate.memory.peak))
                 break
     return sorted(found, key=lambda remedy: -remedy.peak)
@@ -87,7 +91,7 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
     config, gpus = job.config, job.num_gpus
 
     def changes(section: str, key: str, values: list[Any]) -> list[Change]:
-        keys = [f"{section}.{key}={_yaml(value)}" for value in values]
+        keys = [f"{section}.{key}={yaml_value(value)}" for value in values]
         sections = [{section: {key: value}} for value in values]
         return [(text, gpus, section) for text, section in zip(keys, sections, strict=True)]
 
@@ -95,6 +99,8 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
     sizes = {"tensor": job.gpus_per_node, "pipeline": gpus, "context": job.gpus_per_node}
     for key, largest in sizes.items():
         yield changes("parallel", key, _doublings(getattr(parallel, key), largest))
+    more_experts = [n for n in _expert_sizes(job) if n > parallel.expert]
+    yield changes("parallel", "expert", more_experts)
     if parallel.tensor > 1 and not parallel.sequence:
         yield changes("parallel", "sequence", [True])
     if training.recompute != "full":
@@ -106,6 +112,9 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
         for kind in kinds[config.teacher.kind]:
             yield changes("teacher", "kind", [kind])
         yield changes("rollout", "batch_size", _halvings(config.rollout.batch_size))
+        if config.teacher.kind != "live":
+            yield changes("teacher", "weights", ["host"])
+        yield changes("teacher", "hidden_states", ["host"])
     yield [(f"--gpus {number}", number, {}) for number in _doublings(gpus, 16 * gpus)]
 
 
@@ -117,7 +126,8 @@ def _halvings(number: int) -> list[int]:
     return [number // 2**k for k in range(1, number.bit_length())]
 
 
-def _yaml(value: Any) -> str:
+def yaml_value(value: Any) -> str:
+    """As an override gives it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -125,29 +135,45 @@ def sweep(job: Job) -> list[Estimate]:
     """Every layout of the job's GPUs that fits, the shortest step first; of equal ones the one
     with less memory."""
     fitting = []
-    gpus, per_node = job.num_gpus, job.gpus_per_node
-    for tensor, pipeline, context, recompute, micro_batch_size in product(
-        [n for n in _powers(per_node) if gpus % n == 0],
-        [n for n in range(1, gpus + 1) if gpus % n == 0],
-        [n for n in _powers(per_node) if gpus % n == 0],
-        get_args(Recompute),
-        _micro_batch_sizes(job.config),
+    for layout, recompute, micro_batch_size in product(
+        _layouts(job), get_args(Recompute), _micro_batch_sizes(job.config)
     ):
-        for sequence in (False, True) if tensor > 1 else (False,):
-            layout = {
-                "tensor": tensor,
-                "pipeline": pipeline,
-                "context": context,
-                "sequence": sequence,
-            }
-            training = {"recompute": recompute, "micro_batch_size": micro_batch_size}
-            try:
-                estimate = job.estimate(parallel=layout, training=training)
-            except ValueError:
-                continue
-            if job.fits(estimate):
-                fitting.append(estimate)
+        training = {"recompute": recompute, "micro_batch_size": micro_batch_size}
+        try:
+            setup = job.setup(parallel=layout, training=training)
+        except ValueError:  # heads or batch do not divide; experts on tensor ranks without SP
+            continue
+        memory = worst_stage(setup)
+        if job.fits(memory):
+            fitting.append(Estimate(setup, memory, step_time(setup)))
     return sorted(fitting, key=lambda e: (e.time.total, e.memory.peak))
+
+
+def _layouts(job: Job) -> Iterator[dict[str, Any]]:
+    """Values of the section `parallel` that the GPUs, the layers and the experts divide into."""
+    gpus, num_layers = job.num_gpus, job.architecture.num_layers
+    within_a_node = _powers(job.gpus_per_node)
+    for pipeline in _divisors(num_layers):
+        chunks = _divisors(num_layers // pipeline) if pipeline > 1 else [1]
+        for tensor, context, virtual_pipeline, expert in product(
+            within_a_node, within_a_node, chunks, _expert_sizes(job)
+        ):
+            if gpus % (tensor * pipeline * context) or gpus // pipeline % expert:
+                continue
+            for sequence in (False, True) if tensor > 1 else (False,):
+                yield {
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "virtual_pipeline": virtual_pipeline,
+                    "context": context,
+                    "expert": expert,
+                    "sequence": sequence,
+                }
+
+
+def _expert_sizes(job: Job) -> list[int]:
+    routing = job.architecture.routing
+    return _divisors(routing.num_experts if routing else 1)
 
 
 def _micro_batch_sizes(config: Config) -> list[int]:
@@ -157,6 +183,10 @@ def _micro_batch_sizes(config: Config) -> list[int]:
         return [training.micro_batch_size]
     responses = training.global_batch_size
     return [n for n in _powers(min(responses, 32)) if responses % n == 0]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _powers(largest: int) -> list[int]:

@@ -70,9 +70,11 @@ def worst_stage(setup: Setup) -> Memory:
 
 def stage_memory(setup: Setup, stage: int) -> Memory:
     parameters = rank_parameters(setup, stage)
-    phases = {"rollout": _rollout(setup, stage), "teacher": _teacher(setup, parameters, stage)}
-    if setup.teacher is None:
-        phases = {}
+    phases: dict[str, dict[str, float]] = {}
+    if setup.samples:
+        phases["rollout"] = _rollout(setup, stage)
+    if setup.teacher is not None:
+        phases["teacher"] = _teacher(setup, parameters, stage)
     phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, parameters, stage)}
     if setup.device == "gpu":
         phases["checkpoint"] = _checkpoint(setup, parameters)
@@ -123,7 +125,7 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         state["teacher weights in fp8"] = layers
     if setup.sequence and setup.device == "cpu":
         # Megatron's local linear layers gather their input into a buffer that is kept.
-        tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.teacher else 0)
+        tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
         state["gather buffer"] = tokens * setup.architecture.hidden_size * width
     if setup.device == "gpu":
         state["fixed overhead"] = GPU_OVERHEAD
@@ -169,13 +171,13 @@ def _teacher(setup: Setup, parameters: Parameters, stage: int) -> dict[str, floa
 
 
 def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
-    """Both views' final hidden states at the loss tokens of a whole step, on the last stage."""
+    """The views' final hidden states at the loss tokens of a whole step, on the last stage."""
     if stage < setup.pipeline - 1 or setup.teacher is None:
         return {}
     on_host = setup.teacher_hidden_states == "host" and setup.device == "gpu"
     kept = 1 if on_host else setup.num_microbatches
-    size = 2 * kept * setup.loss_tokens * setup.architecture.hidden_size * setup.dtype_bytes
-    return {"teacher hidden states": size}
+    states = setup.num_views * kept * setup.loss_tokens
+    return {"teacher hidden states": states * setup.architecture.hidden_size * setup.dtype_bytes}
 
 
 def _student(setup: Setup, stage: int) -> dict[str, float]:
@@ -207,7 +209,7 @@ def _loss(setup: Setup) -> dict[str, float]:
         setup.dtype_bytes,
         vocabulary_columns(setup),
     )
-    streams = 3 if setup.teacher else 1
+    streams = 1 + setup.num_views
     tokens, chunk = setup.loss_tokens, chunk_tokens(setup)
     logits = streams * chunk * columns * width
     if setup.device == "cpu":
@@ -228,7 +230,7 @@ def chunk_tokens(setup: Setup) -> int:
     chunk = setup.chunk_tokens
     if chunk == "auto":
         budget = LOGITS_BYTES["cuda" if setup.device == "gpu" else "cpu"]
-        token_bytes = (3 if setup.teacher else 1) * vocabulary_columns(setup) * setup.dtype_bytes
+        token_bytes = (1 + setup.num_views) * vocabulary_columns(setup) * setup.dtype_bytes
         chunk = max(budget // token_bytes // 64 * 64, 64)
     return max(min(chunk, setup.loss_tokens), 1)
 

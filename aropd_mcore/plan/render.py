@@ -3,8 +3,9 @@
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from aropd_mcore.config import Config
 from aropd_mcore.plan.cost import H100
-from aropd_mcore.plan.fit import Estimate, Job, Remedy, remedies, sweep
+from aropd_mcore.plan.fit import Estimate, Job, Remedy, remedies, sweep, yaml_value
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.setup import Setup
 
@@ -17,7 +18,7 @@ def render_plan(job: Job) -> RenderableType:
     estimate = job.estimate()
     parts: list[RenderableType] = [_headline(estimate), _memory_table(estimate)]
     parts += [_verdict(job, estimate), "", _time_table(estimate), _assumptions(estimate.setup)]
-    if not job.fits(estimate):
+    if not job.fits(estimate.memory):
         parts += ["", *_what_would_fit(job, remedies(job))]
     return Group(*parts)
 
@@ -27,22 +28,34 @@ def render_sweep(job: Job) -> RenderableType:
     found = sweep(job)
     if not found:
         return f"no layout of {job.num_gpus} GPUs fits into {job.memory_bytes / GB:g} GB each"
-    table = Table(title=f"{len(found)} layouts fit; the {SWEEP_ROWS} with the shortest step")
-    names = ("TP", "PP", "CP", "DP", "SP", "recompute", "micro batch", "peak GB", "in", "step s")
-    for name in names:
+    table = Table(
+        title=f"{len(found)} layouts fit; the {SWEEP_ROWS} with the shortest step",
+        collapse_padding=True,  # for 80 columns
+        pad_edge=False,
+    )
+    shown = found[:SWEEP_ROWS]
+    setups = [estimate.setup for estimate in shown]
+    columns = {
+        "TP": [setup.tensor for setup in setups],
+        "PP": [setup.pipeline for setup in setups],
+        "VPP": [setup.virtual_pipeline for setup in setups],
+        "CP": [setup.context for setup in setups],
+        "EP": [setup.expert for setup in setups],
+        "DP": [setup.data for setup in setups],
+        "SP": ["yes" if setup.sequence else "no" for setup in setups],
+        "recompute": [setup.recompute for setup in setups],
+        "micro\nbatch": [setup.micro_batch_size for setup in setups],
+        "peak\nGB": [f"{estimate.memory.peak / GB:.1f}" for estimate in shown],
+        "in": [estimate.memory.peak_phase for estimate in shown],
+        "step\ns": [f"{estimate.time.total:.1f}" for estimate in shown],
+    }
+    for name in ("VPP", "EP"):  # 1 goes without saying
+        if set(columns[name]) == {1}:
+            del columns[name]
+    for name in columns:
         table.add_column(name, justify="right")
-    for estimate in found[:SWEEP_ROWS]:
-        setup = estimate.setup
-        sizes = (setup.tensor, setup.pipeline, setup.context, setup.data)
-        table.add_row(
-            *map(str, sizes),
-            "yes" if setup.sequence else "no",
-            setup.recompute,
-            str(setup.micro_batch_size),
-            f"{estimate.memory.peak / GB:.1f}",
-            estimate.memory.peak_phase,
-            f"{estimate.time.total:.1f}",
-        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(str, row))
     return Group(table, _assumptions(found[0].setup))
 
 
@@ -80,7 +93,7 @@ def _memory_table(estimate: Estimate) -> Table:
 
 def _verdict(job: Job, estimate: Estimate) -> str:
     peak, room = estimate.memory.peak / GB, job.memory_bytes / GB
-    how = "fits" if job.fits(estimate) else "does not fit"
+    how = "fits" if job.fits(estimate.memory) else "does not fit"
     return (
         f"{how} into {room:g} GB: the peak is {peak:.1f} GB, in the phase "
         f"{estimate.memory.peak_phase!r}, on stage {estimate.memory.stage}"
@@ -105,7 +118,8 @@ def _assumptions(setup: Setup) -> str:
     return (
         f"Upper bound: every prompt has {setup.prompt_tokens} tokens "
         f"(views.max_prompt_tokens) and every response {setup.response_tokens} "
-        "(rollout.max_response_tokens). Tokens fall on experts evenly.\n"
+        "(rollout.max_response_tokens). Tokens fall on experts evenly."
+        f"{'' if setup.samples or setup.teacher is None else ' vLLM servers are not planned.'}\n"
         f"Times are not measured: an H100 SXM's peaks ({H100.bf16_flops / 1e12:g} TFLOP/s dense "
         f"bf16, {H100.fp8_flops / 1e12:g} fp8, {H100.memory_bytes / 1e12:g} TB/s, NVLink "
         f"{H100.nvlink_bytes / 1e9:g} GB/s, network {H100.network_bytes / 1e9:g} GB/s a GPU, host "
@@ -125,11 +139,26 @@ def _what_would_fit(job: Job, found: list[Remedy]) -> list[str]:
     layouts = sweep(job)
     if not layouts:
         return [f"No single change makes it fit, and no layout of {job.num_gpus} GPUs does."]
-    best = layouts[0].setup
+    best = layouts[0]
     return [
         "No single change makes it fit; of the layouts that do, the one with the shortest step:",
-        f"  parallel.tensor={best.tensor} parallel.pipeline={best.pipeline} "
-        f"parallel.context={best.context} parallel.sequence={str(best.sequence).lower()} "
-        f"training.recompute={best.recompute} training.micro_batch_size={best.micro_batch_size}  "
-        f"(peak {layouts[0].memory.peak / GB:.1f} GB)",
+        f"  {' '.join(_changes(job.config, best.setup))}  (peak {best.memory.peak / GB:.1f} GB)",
     ]
+
+
+def _changes(config: Config, setup: Setup) -> list[str]:
+    """What turns the configuration into the one that was planned for, as `aropd plan` takes it."""
+    changes = []
+    for name, section, keys in (
+        (
+            "parallel",
+            config.parallel,
+            ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence"),
+        ),
+        ("training", config.training, ("recompute", "micro_batch_size")),
+    ):
+        for key in keys:
+            value = getattr(setup, key)
+            if value != getattr(section, key):
+                changes.append(f"{name}.{key}={yaml_value(value)}")
+    return changes

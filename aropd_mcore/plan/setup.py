@@ -34,6 +34,8 @@ class Setup:
     """Of a step, on each data-parallel rank."""
     teacher: Literal["ema", "frozen", "live"] | None = "ema"
     """None for `sft`."""
+    num_views: int = 2
+    """Of the teacher, that the objective reads; 0 for `sft`."""
     fp32_master: bool = True
     """The teacher's moving average is kept in fp32."""
     dtype_bytes: int = 2
@@ -44,6 +46,8 @@ class Setup:
     """Of a rank's tokens, in fp8."""
     prompt_tokens: int = 1024
     response_tokens: int = 1024
+    samples: bool = True
+    """Rollouts are the model's own; False: servers', which are not planned."""
     rollout_batch_size: int = 32
     kv_cache_tokens: int | None = None
     chunk_tokens: int | Literal["auto"] = "auto"
@@ -138,7 +142,7 @@ def setup_of(
     parallel, training, precision = config.parallel, config.training, config.precision
     dtype = config.model.dtype
     is_fp32 = dtype == "fp32" or (dtype == "auto" and device == "cpu")
-    is_sft = config.objective.name == "sft"
+    num_views = len(config.objective.views)
     return Setup(
         architecture,
         tensor=layout.tensor,
@@ -153,16 +157,18 @@ def setup_of(
         micro_batch_size=training.micro_batch_size,
         max_tokens_per_microbatch=training.max_tokens_per_microbatch,
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
-        teacher=None if is_sft else config.teacher.kind,
+        teacher=config.teacher.kind if num_views else None,
+        num_views=num_views,
         fp32_master=config.teacher.fp32_master,
         teacher_hidden_states=config.teacher.hidden_states,
         teacher_weights=config.teacher.weights,
         dtype_bytes=4 if is_fp32 else 2,
         fp8=precision.fp8 is not None,
-        teacher_fp8=not is_sft and precision.of_teacher.fp8 is not None,
+        teacher_fp8=num_views > 0 and precision.of_teacher.fp8 is not None,
         size_multiple=precision.size_multiple,
         prompt_tokens=config.views.max_prompt_tokens,
         response_tokens=config.rollout.max_response_tokens,
+        samples=num_views > 0 and config.rollout.engine == "native",
         rollout_batch_size=config.rollout.batch_size,
         kv_cache_tokens=config.rollout.kv_cache_tokens,
         chunk_tokens=config.objective.chunk_tokens,

@@ -8,6 +8,13 @@ from aropd_mcore.config import SamplingConfig
 from aropd_mcore.types import Rollout
 
 
+class RolloutFailed(RuntimeError):
+    """Nobody is left who could sample, or what they sample cannot be trusted; the message says why.
+
+    Raised on every rank alike, by `generate`, and before anything of the run has changed.
+    """
+
+
 class RolloutEngine(Protocol):
     """Samples responses from the student's current weights."""
 
@@ -25,12 +32,49 @@ class RolloutEngine(Protocol):
             sampling: how, and how long.
         Raises:
             ValueError: a prompt cannot be continued, or seeds and prompts differ in number.
+            RolloutFailed: no response can be had, for now or for good.
         """
         ...
 
     def sync(self, weight_version: int) -> None:
-        """Sample from the student's weights as they are now: those of this many training steps."""
+        """Sample from the student's weights as they are now: those of this many training steps.
+
+        Called before the first `generate`, and after every update. What goes wrong is raised by the
+        next `generate`: the step that led here is whole.
+        """
         ...
+
+    def close(self) -> None:
+        """End what the engine has started."""
+        ...
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+) -> None:
+    """Raise ValueError where `generate` cannot continue a prompt."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+    room = max_sequence_length - sampling.max_response_tokens
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; it needs at least one token")
+        if len(prompt) > room:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, and with max_response_tokens "
+                f"{sampling.max_response_tokens} exceeds the model's "
+                f"{max_sequence_length} positions; shorten one of the two"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(
+                f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
+                f"model's vocabulary has {vocab_size}; is the tokenizer the model's?"
+            )
 
 
 def rollout_seed(seed: int, position: int, sample: int) -> int:

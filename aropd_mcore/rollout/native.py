@@ -10,6 +10,7 @@ from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore.decode import decoding
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.engine import check_prompts
 from aropd_mcore.rollout.sampling import sample, uniform_numbers
 from aropd_mcore.types import Rollout
 
@@ -52,6 +53,9 @@ class NativeEngine:
         """Note how many updates the weights have seen; they are the student's own."""
         self.weight_version = weight_version
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Rollout]:
@@ -67,7 +71,13 @@ class NativeEngine:
             of the rollouts; none over dp_group, but where replicas share experts: then all of them
             must call together, and they decode until the last is done.
         """
-        self._check(prompts, seeds, sampling)
+        check_prompts(
+            prompts,
+            seeds,
+            sampling,
+            vocab_size=self.model.vocab_size,
+            max_sequence_length=self.model.max_sequence_length,
+        )
         group = self.runtime.cp_group
         share = slice(group.rank(), None, group.size())
         mine = self._generate_share(prompts[share], seeds[share], sampling)
@@ -142,27 +152,6 @@ class NativeEngine:
                 *columns, made.lengths, made.ended, strict=True
             )
         ]
-
-    def _check(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> None:
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
-        room = self.model.max_sequence_length - sampling.max_response_tokens
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty; it needs at least one token")
-            if len(prompt) > room:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens, and with max_response_tokens "
-                    f"{sampling.max_response_tokens} exceeds the model's "
-                    f"{self.model.max_sequence_length} positions; shorten one of the two"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < self.model.vocab_size:
-                raise ValueError(
-                    f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
-                    f"model's vocabulary has {self.model.vocab_size}; is the tokenizer the model's?"
-                )
 
 
 class _Responses:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aropd_mcore.config import Config
+from aropd_mcore.config import Config, PrivilegedView
 from aropd_mcore.data.collate import collate, num_loss_tokens
 from aropd_mcore.data.context import share_of_rank
 from aropd_mcore.data.packing import consecutive, packed
@@ -39,7 +39,6 @@ def form_batch(
     Collectives: one all-reduce over the data-parallel ranks; with packing also an all-gather.
     """
     objective, training = config.objective, config.training
-    with_teacher = objective.name == "aropd"
     weights = sample_token_weights(
         num_loss_tokens(rollouts, objective.skip_response_tokens),
         torch.tensor([v.row.sample_weight for v in views]),
@@ -47,14 +46,14 @@ def form_batch(
         dp_group=runtime.dp_group,
     )
     samples = [
-        Sample(v.student_ids, v.partial_ids, v.full_ids, rollout.response_ids, weight)
-        for v, rollout, weight in zip(views, rollouts, weights.tolist(), strict=True)
+        Sample(v.student_ids, v.partial_ids, v.full_ids, r.response_ids, weight, r.logprobs)
+        for v, r, weight in zip(views, rollouts, weights.tolist(), strict=True)
     ]
     if training.packing:
         assert training.max_tokens_per_microbatch is not None
         samples = runtime.concatenate_over_data(samples)
         groups = packed(
-            [_lengths(s, with_teacher, runtime.segment_multiple) for s in samples],
+            [_lengths(s, objective.views, runtime.segment_multiple) for s in samples],
             num_ranks=runtime.dp_size,
             # The end of a microbatch may be padded further.
             budget=training.max_tokens_per_microbatch - runtime.length_multiple + 1,
@@ -69,12 +68,13 @@ def form_batch(
         pad_token_id=pad_token_id,
         length_multiple=runtime.length_multiple,
         segment_multiple=runtime.segment_multiple if training.packing else None,
-        with_teacher=with_teacher,
+        views=objective.views,
         with_padding=objective.has_router_losses,
+        with_logprobs=len(objective.views) > 0 and config.rollout.importance_level is not None,
     )
     all_views = [v for m in microbatches for v in (m.student, m.partial, m.full) if v is not None]
     num_tokens = sum(view.tokens_BS.numel() for view in all_views)
-    num_real = sum(sum(_lengths(samples[i], with_teacher, 1)) for group in groups for i in group)
+    num_real = sum(sum(_lengths(samples[i], objective.views, 1)) for group in groups for i in group)
     context = runtime.cp_size, runtime.cp_rank
     return Batch(
         [share_of_rank(m, *context).to(runtime.device) for m in microbatches],
@@ -83,10 +83,9 @@ def form_batch(
     )
 
 
-def _lengths(sample: Sample, with_teacher: bool, multiple: int) -> tuple[int, ...]:
-    """Tokens of the sample in each view, rounded up to `multiple`."""
-    prompts = [sample.student_ids]
-    if with_teacher:
-        prompts += [sample.partial_ids, sample.full_ids]
+def _lengths(sample: Sample, views: Sequence[PrivilegedView], multiple: int) -> tuple[int, ...]:
+    """Tokens of the sample in the student's view and in `views`, rounded up to `multiple`."""
+    privileged = {"partial": sample.partial_ids, "full": sample.full_ids}
+    prompts = [sample.student_ids, *(privileged[view] for view in views)]
     lengths = [len(prompt) + len(sample.response_ids) for prompt in prompts]
     return tuple(length + -length % multiple for length in lengths)

@@ -17,7 +17,10 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.step import Run
+
+_PROBE_TOKENS = 128
 
 
 def start_runtime(config: Config) -> Runtime:
@@ -61,18 +64,25 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         if config.teacher.kind != "live":
             own = load_model(config, runtime, config.precision.of_teacher)
         teacher = Teacher(config.teacher, runtime, student=model, model=own)
-        engine = NativeEngine(
-            model,
-            runtime,
-            eos_token_ids=eos_token_ids(config.model.path, tokenizer),
-            batch_size=config.rollout.batch_size,
-            kv_cache_tokens=config.rollout.kv_cache_tokens,
-        )
+        ends = eos_token_ids(config.model.path, tokenizer)
+        if config.rollout.engine == "vllm":
+            longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
+            probe = probe_ids(dataset, view_builder, min(longest, _PROBE_TOKENS))
+            engine = VllmEngine(model, runtime, config, eos_token_ids=ends, probe_ids=probe)
+        else:
+            engine = NativeEngine(
+                model,
+                runtime,
+                eos_token_ids=ends,
+                batch_size=config.rollout.batch_size,
+                kv_cache_tokens=config.rollout.kv_cache_tokens,
+            )
     optimizer = Optimizer(
         model,
         config.optimizer,
         num_steps=num_steps,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     return Run(
         config=config,
@@ -80,7 +90,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         num_steps=num_steps,
         dataset=dataset,
         view_builder=view_builder,
-        student=Student(model, optimizer, config.objective, runtime),
+        student=Student(model, optimizer, config.objective, config.rollout, runtime),
         teacher=teacher,
         engine=engine,
         # Any token serves: padding stands behind everything that could see it.
@@ -99,6 +109,14 @@ def load_model(config: Config, runtime: Runtime, precision: PrecisionConfig) -> 
     )
     load_hf_weights(model, config.model.path, runtime)
     return model
+
+
+def probe_ids(dataset: RowDataset, view_builder: ViewBuilder, num_tokens: int) -> tuple[int, ...]:
+    """A real sequence for the proof that an engine has the trainer's weights: the end of a prompt,
+    and its oracle's response; no more than num_tokens."""
+    row = dataset[0]
+    prompt = view_builder.build(row).student_ids[-(num_tokens // 2) :]
+    return (prompt + view_builder.oracle_response_ids(row))[:num_tokens]
 
 
 def usable_rows(dataset: RowDataset, view_builder: ViewBuilder, config: Config) -> RowDataset:

@@ -15,6 +15,8 @@ from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.mcore import checkpoint
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
+from aropd_mcore.rollout.engine import RolloutFailed
+from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
 from aropd_mcore.trainer.step import Run, StepResult, train_step
@@ -31,22 +33,57 @@ def train(config: Config, runtime: Runtime) -> None:
     model's config and tokenizer, which an export needs.
 
     Raises:
-        TrainingStopped: too many steps in a row had a non-finite loss or gradient.
+        TrainingStopped: too many steps in a row had a non-finite loss or gradient; or there is
+            nobody left who could sample: the steps so far are saved first.
     Collectives: every rank of the job must call it.
     """
     run = build_run(config, runtime)
+    try:
+        _train(run)
+    finally:
+        if run.engine:
+            run.engine.close()
+
+
+def _train(run: Run) -> None:
+    config, runtime = run.config, run.runtime
     folder = config.output_dir / "checkpoints"
     num_skipped, first_step = 0, 0
     newest = checkpoint.newest(folder)
     if newest is not None:
         progress = checkpoint.load(newest, run.student, run.teacher, runtime)
         first_step, num_skipped = progress["step"], progress["num_skipped_in_a_row"]
-        if run.engine:
-            run.engine.sync(weight_version=first_step)
+    num_saved = first_step
+
+    def save(num_done: int) -> None:
+        nonlocal num_saved
+        with reporter.saving():
+            checkpoint.save(
+                folder,
+                num_done,
+                run.student,
+                run.teacher,
+                {"step": num_done, "num_skipped_in_a_row": num_skipped},
+                runtime,
+                keep_last=config.checkpoint.keep_last,
+            )
+        num_saved = num_done
 
     with Reporter(run, first_step) as reporter:
+        if run.engine:
+            run.engine.sync(weight_version=first_step)
         for step in range(first_step, run.num_steps):
-            result = train_step(run, step)
+            try:
+                result = train_step(run, step)
+            except RolloutFailed as failed:
+                # Of this step nothing has happened yet.
+                if num_saved < step:
+                    save(step)
+                last = checkpoint.newest(folder)
+                raise TrainingStopped(
+                    f"no rollouts for step {step}: {failed}\nThe last checkpoint is "
+                    f"{last or 'none'}; the same command goes on from there."
+                ) from failed
             num_skipped = 0 if result.update.applied else num_skipped + 1
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
             reporter.report(step_metrics(step, result, run.view_builder.tokenizer, runtime))
@@ -54,16 +91,7 @@ def train(config: Config, runtime: Runtime) -> None:
                 raise TrainingStopped(_why_stopped(result, step, num_skipped, folder))
             num_done = step + 1
             if num_done == run.num_steps or num_done % config.checkpoint.save_every_steps == 0:
-                with reporter.saving():
-                    checkpoint.save(
-                        folder,
-                        num_done,
-                        run.student,
-                        run.teacher,
-                        {"step": num_done, "num_skipped_in_a_row": num_skipped},
-                        runtime,
-                        keep_last=config.checkpoint.keep_last,
-                    )
+                save(num_done)
 
 
 def _why_stopped(result: StepResult, step: int, num_skipped: int, folder: Path) -> str:
@@ -87,7 +115,7 @@ class Reporter:
         self._save_seconds: float | None = None
         self._console = Console(file=sys.stdout, soft_wrap=True)
         self._progress = Progress(
-            TextColumn("step"),
+            TextColumn("{task.fields[what]}"),
             MofNCompleteColumn(),
             BarColumn(),
             TimeRemainingColumn(),
@@ -107,8 +135,11 @@ class Reporter:
             self._log = MetricsLog(config, first_step=self._first_step)
             self._console.print(_headline(self._run, self._first_step))
             self._task = self._progress.add_task(
-                "", total=self._run.num_steps, completed=self._first_step
+                "", total=self._run.num_steps, completed=self._first_step, what="step"
             )
+            if isinstance(self._run.engine, VllmEngine):
+                self._rollouts = self._progress.add_task("", total=None, what="rollout")
+                self._run.engine.on_response = self._show_rollouts
         self._progress.start()
         return self
 
@@ -128,6 +159,9 @@ class Reporter:
         self._progress.update(self._task, advance=1, description=line)
         if self._progress.disable:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
+
+    def _show_rollouts(self, num_done: int, num_all: int) -> None:
+        self._progress.update(self._rollouts, completed=num_done, total=num_all)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from aropd_mcore.config import Config, dump_config
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import TokenSums
 from aropd_mcore.numerics.diagnostics import POSITION_BUCKETS
+from aropd_mcore.numerics.importance import IMPORTANCE_MAXIMA
 from aropd_mcore.trainer.step import StepResult
 
 Metrics = dict[str, Any]
@@ -27,12 +28,13 @@ BY_POSITION = (
     "kl_target_student",
     "hindsight_token_rate",
 )
-_NORMALIZED = ("loss", "router_aux_loss", "router_z_loss")
+_AS_THEY_COME = ("loss", "router_aux_loss", "router_z_loss", *IMPORTANCE_MAXIMA)
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
 def token_metrics(sums: TokenSums) -> Metrics:
-    """Means over the global batch's loss tokens, and by position bucket; routers' as they come.
+    """Means over the global batch's loss tokens, and by position bucket; the routers' losses and
+    maxima as they come.
 
     `residual_uptake` is KL(p || s) - KL(f || s) and `residual_capture_ratio` its share of
     KL(f || p). A bucket without tokens is left out.
@@ -42,10 +44,10 @@ def token_metrics(sums: TokenSums) -> Metrics:
     metrics = {
         name: float(values.sum()) / total
         for name, values in sums.items()
-        if name not in (*_NORMALIZED, "num_tokens")
+        if name not in (*_AS_THEY_COME, "num_tokens")
     }
     metrics = {
-        **{name: float(sums[name].sum()) for name in _NORMALIZED if name in sums},
+        **{name: float(sums[name].sum()) for name in _AS_THEY_COME if name in sums},
         "num_loss_tokens": int(num_tokens.sum()),
     } | metrics
     if "kl_full_partial" in metrics:
@@ -114,9 +116,9 @@ def _premature(tokenizer: Any, response_ids: tuple[int, ...], answer: str) -> bo
 
 
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Everything a step reports; `seconds/...` and `tokens_per_second` depend on the machine.
+    """Everything a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
 
-    Collectives: two all-gathers over the data-parallel ranks; every rank must call it.
+    Collectives: up to three all-gathers over the data-parallel ranks; every rank must call it.
     """
     metrics = {
         "step": step,
@@ -131,6 +133,12 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
     metrics["padding_fraction"] = num_padding / num_tokens
     seconds = sum(result.seconds.values())
     metrics["tokens_per_second"] = metrics["num_response_tokens"] / seconds
+    if any(rollout.logprobs for rollout in result.rollouts):  # sampled, and not the oracle's
+        versions = torch.tensor([[r.weight_version] for r in result.rollouts], dtype=torch.float64)
+        metrics["rollout_staleness"] = step - float(runtime.gather_over_data(versions).mean())
+        metrics["rollout_tokens_per_second"] = (
+            metrics["num_response_tokens"] / result.seconds["rollout"]
+        )
     metrics |= {f"seconds/{phase}": value for phase, value in result.seconds.items()}
     return metrics
 

@@ -14,6 +14,7 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student, TokenSums
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.timing import Timer
 from aropd_mcore.types import Rollout, Views
@@ -61,7 +62,7 @@ def train_step(run: Run, step: int) -> StepResult:
 
     # y ~ student(. | x), or for sft the oracle's own response.
     with timer("rollout"):
-        rollouts = respond(run, views, seeds)
+        rollouts = respond(run, step, views, seeds)
 
     # Every loss token's weight in the global loss; then three sequences and one response a sample.
     batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
@@ -119,10 +120,20 @@ def views_of_step(run: Run, step: int) -> tuple[list[Views], list[int]]:
     return views, seeds
 
 
-def respond(run: Run, views: Sequence[Views], seeds: Sequence[int]) -> list[Rollout]:
-    """A response to every student prompt."""
+def respond(run: Run, step: int, views: Sequence[Views], seeds: Sequence[int]) -> list[Rollout]:
+    """A response to every student prompt; with rollout.async_steps the next step's are begun."""
     if run.engine is not None:
-        return run.engine.generate([v.student_ids for v in views], seeds, run.config.rollout)
+        prompts, sampling = [v.student_ids for v in views], run.config.rollout
+        if sampling.async_steps == 0:
+            return run.engine.generate(prompts, seeds, sampling)
+        assert isinstance(run.engine, VllmEngine)
+        if not run.engine.has_begun:  # the first step
+            run.engine.begin(prompts, seeds, sampling)
+        rollouts = run.engine.finish()
+        if step + 1 < run.num_steps:
+            next_views, next_seeds = views_of_step(run, step + 1)
+            run.engine.begin([v.student_ids for v in next_views], next_seeds, sampling)
+        return rollouts
     limit = run.config.rollout.max_response_tokens
     oracle = [run.view_builder.oracle_response_ids(v.row) for v in views]
     return [

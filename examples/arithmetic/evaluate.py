@@ -8,9 +8,10 @@ from aropd_mcore.config import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.metrics import token_metrics
-from aropd_mcore.trainer.step import microbatches_of, respond, views_of_step
+from aropd_mcore.trainer.step import respond, views_of_step
 
 
 def main() -> None:
@@ -44,10 +45,12 @@ def evaluate(config_path: Path, rows: Path, model: Path, here: Runtime) -> dict[
     )
     run = build_run(config, here)
     views, seeds = views_of_step(run, 0)
-    rollouts = respond(run, views, seeds)
-    microbatches = microbatches_of(run, views, rollouts)
+    rollouts = respond(run, 0, views, seeds)
+    microbatches = form_batch(config, here, views, rollouts, run.pad_token_id).microbatches
+    assert run.teacher is not None
     sums = run.student.forward_backward(microbatches, run.teacher, run.teacher.score(microbatches))
-    responses = [run.view_builder.tokenizer.decode(r.response_ids[:-1]) for r in rollouts]
+    decode = run.view_builder.tokenizer.decode
+    responses = [str(decode(list(r.response_ids[:-1]))) for r in rollouts]
     num_right = sum(
         response.rpartition(";")[2] == view.row.answer
         for response, view in zip(responses, views, strict=True)

@@ -62,7 +62,7 @@ def random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausa
         tie_word_embeddings=True,
         # For sequences of 80 tokens rather than 32,768, and for a width of 128: with Qwen2's own
         # 1,000,000 and 0.02, learning to look up a digit takes several times as many steps.
-        rope_theta=100.0,
+        rope_theta=100.0,  # pyright: ignore[reportCallIssue] # among the rope's parameters
         initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

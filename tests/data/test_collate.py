@@ -71,14 +71,23 @@ def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_
 
 def test_without_a_teacher_and_without_loss_tokens():
     samples = [Sample((1, 2), (3,), (4,), (5, 6), 1.0)]
-    (microbatch,) = collate(
-        samples, [[0]], skip_response_tokens=3, pad_token_id=PAD, with_teacher=False
-    )
+    (microbatch,) = collate(samples, [[0]], skip_response_tokens=3, pad_token_id=PAD, views=())
     assert microbatch.partial is None and microbatch.full is None
     assert microbatch.student.tokens_BS.tolist() == [[1, 2, 5, 6]]
     for tensor in (microbatch.student.hidden_index_T, microbatch.response_ids_T):
         assert tensor.shape == (0,) and tensor.dtype == torch.int64
     assert microbatch.token_weights_T.dtype == torch.float32
+
+
+def test_one_view_is_what_it_is_among_both():
+    samples = [Sample((1, 2), (3,), (4, 4), (5, 6), 1.0)]
+    kwargs = {"skip_response_tokens": 0, "pad_token_id": PAD}
+    (both,) = collate(samples, [[0]], **kwargs)
+    for view, other in (("partial", "full"), ("full", "partial")):
+        (alone,) = collate(samples, [[0]], **kwargs, views=(view,))
+        assert getattr(alone, other) is None
+        for found, expected in zip(getattr(alone, view), getattr(both, view), strict=True):
+            assert torch.equal(found, expected) if torch.is_tensor(found) else found == expected
 
 
 @settings(max_examples=150, deadline=None)

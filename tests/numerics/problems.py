@@ -23,6 +23,14 @@ EVERY_SETTING = [
     for divergence in ("kl_target_student", "kl_student_target", "jsd")
 ]
 
+ONE_VIEW = [
+    setting
+    for setting in EVERY_SETTING
+    if setting.residual_scale == 0
+    or (setting.residual_scale == 1 and setting.residual_clip is None)
+]
+"""The target is one view alone."""
+
 
 @dataclass(frozen=True)
 class Problem:

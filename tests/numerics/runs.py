@@ -36,6 +36,24 @@ def run_fused(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> 
     )
 
 
+def run_one_view(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> Result:
+    """The fused form, with the view alone that is the target; it has nothing to report."""
+    is_partial = settings.residual_scale == 0
+    return fused_linear_anchored_residual_kl(
+        problem.student_hidden,
+        problem.student_weight,
+        problem.partial_hidden if is_partial else None,
+        None if is_partial else problem.full_hidden,
+        problem.teacher_weight,
+        problem.token_weights,
+        vocab_size=problem.vocab_size,
+        with_metrics=False,
+        tp_group=tp_group,
+        **asdict(settings),
+        **kwargs,
+    )
+
+
 def run_logits_form(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> Result:
     """With an output layer of plain autograd around it."""
     loss_T, metrics = vocab_parallel_anchored_residual_kl(

@@ -81,6 +81,8 @@ CASES = [
     (logits_form, {"sampled_ids_T": torch.tensor([0, 9, 1])}, "holds 9: .*vocab_size 9"),
     (logits_form, {"sampled_ids_T": IDS.int()}, r"sampled_ids_T is torch\.int32 \(3,\)"),
     (fused, {"full_hidden_TH": torch.zeros(2, 4)}, r"full_hidden_TH .*\(2, 4\): expected \(3, 4\)"),
+    (fused, {"partial_hidden_TH": None, "with_metrics": False}, "partial_hidden_TH is None"),
+    (fused, {"full_hidden_TH": None, "residual_scale": 0.0}, "without metrics and sampled ids"),
     (fused, {"student_weight_VH": torch.zeros(10, 5)}, r"student_hidden_TH .*expected \(3, 5\)"),
     (fused, {"teacher_weight_VH": torch.zeros(8, 4)}, r"teacher_weight_VH .*expected \(10, 4\)"),
     (fused, {"student_hidden_TH": torch.zeros(3, 4).bfloat16()}, "expected one dtype"),
@@ -104,6 +106,20 @@ def test_errors(call, changes, message):
     call()
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+def test_a_view_that_is_no_target_cannot_be_the_only_one():
+    alone = {"with_metrics": False, "residual_scale": 1.0}
+    fused(**alone, residual_clip=None, partial_hidden_TH=None)
+    fused(**alone | {"residual_scale": 0.0}, full_hidden_TH=None)
+    for changes in (
+        {"residual_clip": None, "full_hidden_TH": None},
+        {"residual_clip": 9.0, "partial_hidden_TH": None},
+        {"residual_scale": 0.0, "partial_hidden_TH": None},
+        {"residual_clip": None, "partial_hidden_TH": None, "sampled_ids_T": IDS},
+    ):
+        with pytest.raises(ValueError, match="hidden_TH is None: expected"):
+            fused(**alone | changes)
 
 
 def test_dense_target_wants_one_shape():

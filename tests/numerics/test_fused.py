@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from aropd_mcore.numerics import chunks
 from tests.numerics.problems import Settings, make_problem, oracle_answer
-from tests.numerics.runs import counted_collectives, run_cross_entropy, run_fused
+from tests.numerics.runs import counted_collectives, run_cross_entropy, run_fused, run_one_view
 from tests.ranks import run_ranks
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
@@ -127,6 +128,28 @@ def test_a_live_teachers_head_is_projected_once(live, products):
     assert mm.call_count == products
     expected = oracle_answer(apart.shard(0, 1), Settings())
     assert_close(problem.student_weight.grad, expected.grad_weight, **CLOSE)
+
+
+def add_product_flops(_sum, left, right, **_) -> int:
+    return mm_flop(left, right)
+
+
+def test_one_view_is_one_product_and_one_softmax_less():
+    """Four products in place of five, and of the softmaxes those of student, target and log u, and
+    the gradient's two."""
+    problem = make_problem().shard(0, 1)
+    product = 2 * 13 * 8 * 45
+    settings = Settings(residual_scale=0)
+    for run, num_products, num_softmaxes in ((run_fused, 5, 6), (run_one_view, 4, 5)):
+        counter = FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.addmm_: add_product_flops}
+        )
+        kwargs = {"with_metrics": False} if run is run_fused else {}
+        softmax = mock.patch.object(torch, "softmax", wraps=torch.softmax)
+        with counter, softmax as softmaxes:
+            run(problem, settings, **kwargs)[0].backward()
+        assert counter.get_total_flops() == num_products * product
+        assert softmaxes.call_count == num_softmaxes
 
 
 def test_auto_chunk(monkeypatch):

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from aropd_mcore.numerics.kl import add_up_target, add_up_views
 from aropd_mcore.numerics.objective import Objective
 from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, Views
-from tests.numerics.problems import EVERY_SETTING, Settings, make_problem
+from tests.numerics.problems import EVERY_SETTING, ONE_VIEW, Settings, make_problem
 from tests.numerics.runs import run_fused, run_logits_form
 from tests.numerics.test_loss import check
 
@@ -103,6 +103,11 @@ class TestInterpreted:
             view[5] = -torch.inf
         for scale, clip in ((0.8, 5.0), (1.0, None), (1.4, None)):
             compare(views, Settings(scale, clip, divergence))
+
+    def test_one_view_for_both(self):
+        student, partial, _ = random_views(3, 1024 + 45)
+        for settings in ONE_VIEW:
+            compare(Views(student, partial, partial), settings, with_metrics=False)
 
     def test_other_strides(self):
         for views in (

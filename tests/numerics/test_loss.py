@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from aropd_mcore.numerics import vocab_parallel_anchored_residual_kl
 from tests.numerics.problems import (
     EVERY_SETTING,
+    ONE_VIEW,
     Problem,
     Settings,
     make_problem,
@@ -21,6 +22,7 @@ from tests.numerics.runs import (
     run_cross_entropy,
     run_fused,
     run_logits_form,
+    run_one_view,
 )
 from tests.ranks import run_ranks
 
@@ -35,8 +37,9 @@ def expected_collectives(run, problem: Problem, settings: Settings | None, kwarg
         if settings is None:
             calls.append(("all_gather", 4 * size))
         else:
-            # 3 maxima, 3 sums, 6 moments; 2 x 16 tops; 3 sampled logits
-            calls += [("all_gather", 47 * size), ("all_gather", 6 * size)]
+            # 3 maxima, 3 sums; 6 moments; 2 x 16 tops; 3 sampled logits
+            of_views = 6 if run is run_one_view else 47
+            calls += [("all_gather", of_views * size), ("all_gather", 6 * size)]
             if settings.divergence == "jsd":
                 calls.append(("all_gather", 2 * size))
         if run is not run_logits_form:
@@ -67,8 +70,9 @@ def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs
     close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
     assert loss.dtype == torch.float32
     assert_close(loss, expected.loss, **close)
-    assert metrics.keys() == expected.metrics.keys() | {"loss_T"}
-    for name, values in (expected.metrics | {"loss_T": expected.loss_T}).items():
+    reported = {} if run is run_one_view else expected.metrics
+    assert metrics.keys() == reported.keys() | {"loss_T"}
+    for name, values in (reported | {"loss_T": expected.loss_T}).items():
         assert metrics[name].dtype == torch.float32 and not metrics[name].requires_grad
         assert_close(metrics[name], values, **close)
     # It sums over the vocabulary: an fp32 matrix product over Qwen2's 151,936 terms was seen to be
@@ -86,6 +90,7 @@ def check_everything(large_vocabulary: bool) -> list[float]:
     masked = replace(problem, token_weights=torch.zeros_like(problem.token_weights))
     cases = [(run_logits_form, problem, settings, {}) for settings in EVERY_SETTING]
     cases += [(run_fused, problem, settings, {"chunk_tokens": 8}) for settings in EVERY_SETTING]
+    cases += [(run_one_view, problem, settings, {"chunk_tokens": 8}) for settings in ONE_VIEW]
     cases += [
         (run_cross_entropy, problem, None, {"chunk_tokens": 8}),
         (run_fused, problem, Settings(), {"chunk_tokens": 100}),
@@ -97,6 +102,7 @@ def check_everything(large_vocabulary: bool) -> list[float]:
     for run, settings in ((run_logits_form, Settings()), (run_fused, Settings())):
         cases += [(run, no_tokens, settings, {}), (run, masked, settings, {})]
     cases.append((run_cross_entropy, no_tokens, None, {}))
+    cases.append((run_one_view, no_tokens, ONE_VIEW[0], {}))
     if large_vocabulary:  # Qwen2's, padded
         large = make_problem(3, vocab_size=151_936, padded_vocab_size=152_064)
         cases.append((run_fused, large, Settings(), {"chunk_tokens": 2}))

@@ -1,5 +1,7 @@
 """FLOPs and bubbles against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from aropd_mcore.convert.architecture import read_architecture
@@ -28,6 +30,7 @@ def test_flops_of_experts_are_those_of_the_chosen():
 def test_flops_of_the_loss():
     setup = Setup(read_architecture(MODELS["qwen2"]), micro_batch_size=2, response_tokens=10)
     assert loss_flops(setup) == 5 * 2 * 20 * 64 * 509
+    assert loss_flops(replace(setup, num_views=1)) == 4 * 2 * 20 * 64 * 509
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,9 @@ def test_bubbles_of_student_and_teacher():
     found = step_time(setup)
     assert found.student_bubble == pytest.approx(3 / 11)
     assert found.teacher_bubble == pytest.approx(3 / 19)
+    one_view = step_time(replace(setup, num_views=1))
+    assert one_view.teacher_bubble == pytest.approx(3 / 11)
+    # Of 8 + 3 microbatches' time where both views take 16 + 3.
+    assert one_view.teacher / found.teacher == pytest.approx(11 / 19)
+    sft = step_time(replace(setup, teacher=None, num_views=0))
+    assert sft.teacher == sft.teacher_bubble == 0

@@ -1,14 +1,22 @@
 """Remedies that work, layouts in their order, and the command's words."""
 
 import json
+import re
+from itertools import product
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from aropd_mcore.cli import main
-from aropd_mcore.config import load_config
+from aropd_mcore.config import Config, load_config
 from aropd_mcore.plan.fit import job_of, remedies, sweep
+from aropd_mcore.plan.layout import plan
+from aropd_mcore.plan.memory import worst_stage
+from aropd_mcore.plan.setup import Setup, setup_of
 from tests.conftest import REPO
+from tests.tiny_models import save_tiny_model
+from tests.tiny_runs import tiny_config
 
 CLUSTERS = REPO / "examples" / "clusters"
 GPUS = {
@@ -74,6 +82,86 @@ def test_sweep_is_sorted_and_fits(monkeypatch: pytest.MonkeyPatch, capsys):
     assert (4, 1, 1, 2) in layouts and (8, 1, 1, 1) not in layouts  # 4 key/value heads
     assert main(["plan", str(path), "--sweep"]) == 0
     assert f"{len(found)} layouts fit" in capsys.readouterr().out
+
+
+PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence")
+TRAINING = ("recompute", "micro_batch_size")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_sweep_lists_every_layout_that_fits(family: str, tmp_path: Path):
+    """All settings that the config and `plan` accept, tried one by one: with 4 key/value heads, 4
+    layers and 4 experts, on 8 GPUs."""
+    save_tiny_model(family, tmp_path, max_position_embeddings=4096)
+    tree = tiny_config(tmp_path, tmp_path / "rows.jsonl", tmp_path / "out")
+    tree["views"] = {"max_prompt_tokens": 2048}
+    tree["rollout"] = {"max_response_tokens": 2048}
+    peaks = {}
+    sizes = (1, 2, 4, 8)
+    for values in product(
+        *(sizes, sizes, sizes, sizes, sizes, (False, True)),
+        *(("none", "selective", "full"), sizes),
+    ):
+        parallel = dict(zip(PARALLEL, values, strict=False))
+        training = dict(zip(TRAINING, values[len(PARALLEL) :], strict=True))
+        try:
+            config = Config.model_validate(
+                {**tree, "parallel": parallel, "training": tree["training"] | training}
+            )
+            peaks[values] = worst_stage(setup_of(config, 8)).peak
+        except (ValidationError, ValueError):
+            continue
+    assert any(values[PARALLEL.index("virtual_pipeline")] == 2 for values in peaks)
+    assert any(values[PARALLEL.index("expert")] == 4 for values in peaks) == (family == "mixtral")
+    room = sorted(peaks.values())[len(peaks) // 2]
+    job = job_of(Config.model_validate(tree), 8, gpus_per_node=8, memory_bytes=room)
+    found = [_settings(estimate.setup) for estimate in sweep(job)]
+    assert len(found) == len(set(found))
+    assert set(found) == {values for values, peak in peaks.items() if peak <= room}
+
+
+def _settings(setup: Setup) -> tuple:
+    return tuple(getattr(setup, name) for name in PARALLEL + TRAINING)
+
+
+def test_experts_shared_out_are_a_remedy_and_in_the_sweep(monkeypatch, capsys):
+    """235B parameters, 227B of them experts': a rank of two stages without a share of them holds
+    more than 100 GB of weights alone."""
+    monkeypatch.chdir(REPO)
+    path = CLUSTERS / "qwen3-235b-a22b-256xh100.yaml"
+    machines = {"gpus_per_node": 8, "memory_bytes": 80e9}
+    whole = job_of(load_config(path, ["parallel.expert=1"]), 256, **machines)
+    assert whole.estimate().memory.state["weights"] > 100e9
+    assert "parallel.expert=64" in [remedy.change for remedy in remedies(whole)]
+
+    best = sweep(whole)[0].setup
+    assert best.expert > 1
+    values = [f"parallel.{name}={str(getattr(best, name)).lower()}" for name in PARALLEL]
+    values += [f"training.{name}={getattr(best, name)}" for name in TRAINING]
+    plan(load_config(path, values), 256)
+    # What is suggested are overrides of this configuration: every one that differs, and no other.
+    nothing_helps = ["parallel.expert=1", "parallel.pipeline=1"]
+    assert main(["plan", str(path), "--gpus", "256", *nothing_helps]) == 0
+    suggestion = capsys.readouterr().out.splitlines()[-1]
+    expected = {v for v in values if v not in ("parallel.tensor=4", "parallel.sequence=true")}
+    unchanged = {"parallel.virtual_pipeline=1", "training.recompute=none"}
+    overrides = suggestion.split("(")[0].split()
+    assert set(overrides) == expected - unchanged
+    assert main(["plan", str(path), "--gpus", "256", *nothing_helps, *overrides]) == 0
+    assert "\nfits into 80 GB" in capsys.readouterr().out
+
+
+def test_sweep_shows_the_columns_that_say_something(monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    for name, machines, columns in (
+        ("qwen3-235b-a22b-256xh100.yaml", ["--gpus", "256"], "TP PP VPP CP EP DP SP"),
+        ("qwen2.5-7b-8xh100.yaml", ["--gpus", "1", "--memory", "400"], "TP PP CP DP SP"),
+    ):
+        assert main(["plan", str(CLUSTERS / name), *machines, "--sweep"]) == 0
+        printed = capsys.readouterr().out
+        header = [line for line in printed.splitlines() if line.startswith("┃")]
+        assert set(re.findall("[CDESTV]?[CDEPT]P|SP", "".join(header))) == set(columns.split())
+        assert "…" not in printed
 
 
 @pytest.mark.parametrize(

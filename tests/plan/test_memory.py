@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from aropd_mcore.convert.architecture import read_architecture
-from aropd_mcore.plan.memory import microbatches_in_flight, stage_memory
+from aropd_mcore.plan.memory import chunk_tokens, microbatches_in_flight, stage_memory
 from aropd_mcore.plan.setup import Setup
 from tests.conftest import REPO
 
@@ -65,7 +65,13 @@ def test_kv_cache_and_hidden_states():
     assert phases["rollout"]["KV cache"] == 2 * 28 * 32 * 2048 * 512 / 4 * 2
     bounded = stage_memory(replace(setup, kv_cache_tokens=5 * 2048 + 2047), 0).phases["rollout"]
     assert bounded["KV cache"] == phases["rollout"]["KV cache"] * 5 / 32
+    assert "rollout" not in stage_memory(replace(setup, samples=False), 0).phases
     assert phases["teacher"]["teacher hidden states"] == 2 * 32 * 1024 * 3584 * 2
+    one_view = stage_memory(replace(setup, num_views=1), 0).phases
+    assert one_view["teacher"]["teacher hidden states"] == 32 * 1024 * 3584 * 2
+    # Logits of two streams in place of three, in chunks that are longer by half.
+    large = replace(setup, tensor=1, micro_batch_size=4)
+    assert (chunk_tokens(large), chunk_tokens(replace(large, num_views=1))) == (1152, 1728)
     on_host = stage_memory(replace(setup, teacher_hidden_states="host"), 0).phases["teacher"]
     assert on_host["teacher hidden states"] == 2 * 1024 * 3584 * 2
 

@@ -21,7 +21,7 @@ from tests.conftest import REPO
 from tests.ranks import run_ranks
 from tests.tiny_runs import write_model, write_run
 
-NOT_REPEATABLE = ("seconds/", "tokens_per_second")
+NOT_REPEATABLE = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
 """Metrics of the machine, not of the run."""
 OF_THE_LAYOUT = ("padding_fraction",)
 """Metrics of how a layout forms microbatches: another pads otherwise."""

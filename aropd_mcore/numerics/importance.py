@@ -1,0 +1,59 @@
+"""Truncated importance sampling: rollouts that an engine sampled from not quite these weights.
+
+Shape letters: T loss tokens of a microbatch on this rank, B its samples.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aropd_mcore.config import ImportanceLevel
+
+IMPORTANCE_MEANS = ("engine_gap", "importance_ratio", "importance_capped", "kl_engine_student")
+IMPORTANCE_MAXIMA = ("engine_gap_max", "importance_ratio_max")
+
+
+def importance_weights(
+    student_logprobs_T: Tensor,
+    engine_logprobs_T: Tensor,
+    sample_T: Tensor,
+    *,
+    num_samples: int,
+    cap: float,
+    level: ImportanceLevel,
+    cp_group: dist.ProcessGroup,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What each token's loss is multiplied by.
+
+        ratio_t = exp(log s(y_t) - log engine(y_t))
+        token:     w_t = min(ratio_t, cap)
+        sequence:  w_t = mean over the loss tokens u of the same response of min(ratio_u, cap)
+
+    Source: METHOD section 3, engine mismatch; the means over sampled tokens estimate what they are
+    named for: E_engine[log engine - log s] is KL(engine || s).
+
+    Args:
+        student_logprobs_T, engine_logprobs_T: of the sampled tokens, fp32, nats.
+        sample_T: int64, the sample of each token, below num_samples.
+        cp_group: ranks that share out the tokens of the same samples.
+    Returns:
+        fp32 [T], without gradient; and per-token metrics by name, [T] each.
+    Collectives: for `sequence` over several context ranks one all-reduce of 2 B numbers.
+    """
+    gap_T = (student_logprobs_T - engine_logprobs_T).detach().float()
+    ratio_T = gap_T.exp()
+    capped_T = ratio_T.clamp(max=cap)
+    metrics = {
+        "engine_gap": gap_T.abs(),
+        "importance_ratio": ratio_T,
+        "importance_capped": (ratio_T > cap).float(),
+        "kl_engine_student": -gap_T,
+    }
+    if level == "token":
+        return capped_T, metrics
+    sums_2B = torch.zeros((2, num_samples), device=gap_T.device)
+    sums_2B[0].index_add_(0, sample_T, capped_T)
+    sums_2B[1].index_add_(0, sample_T, torch.ones_like(capped_T))
+    if cp_group.size() > 1:
+        dist.all_reduce(sums_2B, group=cp_group)
+    return (sums_2B[0] / sums_2B[1])[sample_T], metrics

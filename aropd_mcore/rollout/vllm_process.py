@@ -1,0 +1,126 @@
+"""A vLLM server that this process has started, and that ends with it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.rollout.vllm_api import HERE, KEY_VARIABLE, server_command, server_environment
+
+_TAIL_LINES = 30
+_STOP_SECONDS = 30.0
+
+
+class ServerProcess:
+    """The server's process, under a watchdog that ends it when this process is gone."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
+        """
+        Args:
+            log: what the server prints is appended to it.
+        """
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        watchdog = [sys.executable, "-I", str(HERE / "aropd_watchdog.py"), str(os.getpid())]
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*watchdog, *command],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the terminal's Ctrl-C is the run's to answer
+            )
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def why_ended(self) -> str:
+        """The exit code, and the end of the log."""
+        lines = self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        end = "\n  ".join(lines)
+        return f"it ended with code {self._process.returncode}; the end of {self.log}:\n  {end}"
+
+    def stop(self) -> None:
+        """End it, and wait until it is gone."""
+        if self.is_running:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def server_launch(
+    config: Config, key: str, index: int, port: int
+) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of server `index` of a run.
+
+    Raises:
+        ValueError: the model's config.json cannot be read.
+    """
+    vllm, views = config.rollout.vllm, config.views
+    longest = views.max_prompt_tokens + config.rollout.max_response_tokens
+    room = read_architecture(config.model.path).max_position_embeddings
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bf16" if torch.cuda.is_available() else "fp32"
+    command = server_command(
+        vllm, config.model.path, dtype=dtype, max_length=min(longest, room), port=port
+    )
+    devices = vllm.devices[index] if vllm.devices else None
+    return command, server_environment(vllm, key, devices=devices)
+
+
+def start_server(config: Config, key: str, index: int) -> tuple[str, ServerProcess]:
+    """Start server `index` of a run: its URL and its process, not yet up.
+
+    It prints into output_dir/vllm-INDEX.log.
+    """
+    host, port = config.rollout.vllm.host, config.rollout.vllm.port
+    port = port + index if port else _free_port(host)
+    command, environment = server_launch(config, key, index, port)
+    log = config.output_dir / f"vllm-{index}.log"
+    return f"http://{host}:{port}", ServerProcess(command, environment, log)
+
+
+def serve(config: Config) -> NoReturn:
+    """Become the first server of a run; the key is $VLLM_API_KEY, or a new one, which is printed.
+
+    Raises:
+        ConfigError: rollout.vllm.port is not chosen.
+        OSError: there is no such interpreter.
+    """
+    vllm = config.rollout.vllm
+    if not vllm.port:
+        raise ConfigError("rollout.vllm.port: required to serve by hand, such as 8000; found 0")
+    key = os.environ.get(KEY_VARIABLE) or new_key()
+    command, environment = server_launch(config, key, 0, vllm.port)
+    print(f"serving {config.model.path} at http://{vllm.host}:{vllm.port}")
+    if KEY_VARIABLE not in os.environ:
+        print(f"the run has to know the key: export {KEY_VARIABLE}={key}")
+    sys.stdout.flush()
+    os.execvpe(command[0], command, environment)
+
+
+def _free_port(host: str) -> int:
+    """A port that nobody listens on now. Whoever is late starts again with another one."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def new_key() -> str:
+    """A key for servers of this run."""
+    return secrets.token_urlsafe(32)

@@ -1,0 +1,48 @@
+"""Truncated importance sampling, by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from aropd_mcore.numerics.importance import importance_weights
+from tests.ranks import run_ranks
+
+LOG = math.log
+STUDENT = [LOG(0.5), LOG(0.5), LOG(0.2), LOG(0.1)]
+ENGINE = [LOG(0.5), LOG(0.1), LOG(0.4), LOG(0.2)]  # ratios 1, 5, 1/2, 1/2
+SAMPLES = [0, 0, 0, 2]
+EXPECTED = {"token": [1, 2, 0.5, 0.5], "sequence": [3.5 / 3, 3.5 / 3, 3.5 / 3, 0.5]}
+
+
+def weights_of_share(level: str) -> list[list[float]]:
+    """This rank's share of the tokens: every other one."""
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    weights_T, metrics = importance_weights(
+        torch.tensor(STUDENT[share], requires_grad=True),
+        torch.tensor(ENGINE[share]),
+        torch.tensor(SAMPLES[share]),
+        num_samples=3,
+        cap=2.0,
+        level=level,  # type: ignore[arg-type]
+        cp_group=dist.group.WORLD,  # type: ignore[arg-type]
+    )
+    assert not weights_T.requires_grad
+    return [weights_T.tolist(), *(metrics[name].tolist() for name in sorted(metrics))]
+
+
+@pytest.mark.parametrize("level", EXPECTED)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ratios_are_capped_and_then_averaged(level, num_ranks):
+    parts = run_ranks(weights_of_share, num_ranks, level)
+    names = ["weights", "engine_gap", "importance_capped", "importance_ratio", "kl_engine_student"]
+    found = {name: [0.0] * 4 for name in names}
+    for rank, columns in enumerate(parts):
+        for name, values in zip(names, columns, strict=True):
+            found[name][rank::num_ranks] = values
+    assert found["weights"] == pytest.approx(EXPECTED[level])
+    assert found["engine_gap"] == pytest.approx([0, LOG(5), LOG(2), LOG(2)])
+    assert found["importance_ratio"] == pytest.approx([1, 5, 0.5, 0.5])
+    assert found["importance_capped"] == [0, 1, 0, 0]
+    assert found["kl_engine_student"] == pytest.approx([0, -LOG(5), LOG(2), LOG(2)])

@@ -1,0 +1,262 @@
+"""A server that speaks vLLM's protocol as rollout/vllm_api.py uses it, and fails as it is told.
+
+Its "model" is a number in the folder that it is told to load, or a real one, by transformers. Run
+as a program it takes vLLM's own arguments: an interpreter for `rollout.vllm.python`.
+"""
+
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+EOS = 3
+UNLOADED = -9.0
+"""A log-prob under the weights that it started with."""
+
+_LOADING = threading.Lock()
+"""transformers patches itself and torch while it loads a model; two loads at a time leave that."""
+
+
+def response_to(
+    prompt: Sequence[int], seed: int, limit: int, stop_ids: Sequence[int] = (EOS,)
+) -> list[int]:
+    """What it samples: a function of prompt and seed; most end by one of stop_ids."""
+    length = seed % (limit + limit // 2) + 1
+    others = [id for id in range(10, 210) if id not in stop_ids]
+    ids = [others[(sum(prompt) + seed + 7 * i) % len(others)] for i in range(min(length, limit))]
+    if length <= limit:
+        ids[-1] = stop_ids[0]
+    return ids
+
+
+class FakeVllm:
+    """The server, in threads of this process.
+
+    Attributes that a test may set:
+        faults: what to do wrong with the next requests for a response, in turn ("": nothing), and
+            always: with all others; see `_generate`.
+        hold: while it is cleared, responses wait.
+        loads: False makes it keep its old weights and claim the new ones.
+        processed: take log-probs after the sampling settings.
+        num_workers, sent_value: of a transfer.
+    and look at: responses (how many it gave), most_at_a_time, loaded (folders, in order), joined
+    (communicators, in order).
+    """
+
+    def __init__(self, *, key: str | None = None, version: str = "0.32.0", port: int = 0):
+        self.key, self.version, self.port = key, version, port
+        self.faults: list[str] = []
+        self.always: str | None = None
+        self.hold = threading.Event()
+        self.hold.set()
+        self.loads, self.processed = True, False
+        self.responses = self.most_at_a_time = self._at_a_time = 0
+        self.loaded: list[Path] = []
+        self.num_workers, self.sent_value = 1, UNLOADED
+        self.joined: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self.start()
+
+    def start(self) -> None:
+        """Begin to serve, with the weights of a new server."""
+        self.label, self.is_paused, self.value, self.model = "default", False, UNLOADED, None
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                fake._answer(self, {})
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                fake._answer(self, json.loads(body or b"{}"))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 256
+
+            def handle_error(self, *_: Any) -> None:
+                """Connections break here on purpose."""
+
+        self._http = Server(("127.0.0.1", self.port), Handler)
+        self.port = self._http.server_address[1]
+        self._connections: list[socket.socket] = []
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def die(self) -> None:
+        """Break every connection, and take no more."""
+        self._http.shutdown()
+        self._http.server_close()
+        for connection in self._connections:
+            # Reset, as a killed process's are.
+            linger = struct.pack("ii", 1, 0)
+            try:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        self._connections.append(handler.connection)
+        path = handler.path.partition("?")[0]
+        if self.key and handler.headers.get("Authorization") != f"Bearer {self.key}":
+            return self._reply(handler, 401, {"error": "unauthorized"})
+        if path == "/inference/v1/generate":
+            if "prompt_logprobs" in body["sampling_params"]:
+                return self._reply(handler, 200, self._score(body))
+            return self._generate(handler, body)
+        return self._reply(handler, 200, self._control(path, body))
+
+    def _control(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path == "/version":
+            return {"version": self.version}
+        if path == "/weight_info":
+            return {"weight_version": self.label}
+        if path in ("/pause", "/resume"):
+            self.is_paused = path == "/pause"
+        if path == "/update_weight_version":
+            assert self.is_paused
+            self.label = body["new_version"]
+        if path == "/get_world_size":
+            return {"world_size": self.num_workers}
+        if path == "/init_weight_transfer_engine":
+            self.joined.append(body["init_info"])
+        if path == "/update_weights":
+            assert self.is_paused
+            self.value = self.sent_value
+        if path == "/collective_rpc":
+            assert self.is_paused and body["method"] == "reload_weights"
+            folder = Path(body["kwargs"]["weights_path"])
+            self.loaded.append(folder)
+            if self.loads:
+                self._load(folder)
+        return {"success": True}
+
+    def _load(self, folder: Path) -> None:
+        if (folder / "value").exists():
+            self.value = float((folder / "value").read_text())
+        else:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            with _LOADING:
+                self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        assert not self.is_paused
+        with self._lock:
+            fault = self.faults.pop(0) if self.faults else self.always
+            self._at_a_time += 1
+            self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
+        self.hold.wait()
+        params = body["sampling_params"]
+        limit, stop_ids = params["max_tokens"], params["stop_token_ids"]
+        # Whoever takes the answer of a fault takes another one than the right one.
+        seed = params["seed"] + bool(fault)
+        ids = response_to(body["token_ids"], seed, limit, stop_ids)
+        choice = {
+            "token_ids": ids,
+            "logprobs": {"content": [{"token_id": i, "logprob": -i / 100} for i in ids]},
+            "weight_versions": [{"version": self.label, "start": 0, "end": len(ids)}],
+        }
+        answer: Any = {"choices": [choice]}
+        with self._lock:
+            self._at_a_time -= 1
+        match fault:
+            case None | "":
+                self.responses += 1
+            case "garbage":
+                return self._reply(handler, 200, b"<html>bad gateway</html>")
+            case "not an object":
+                answer = ["unexpected"]
+            case "error":
+                return self._reply(handler, 500, {"error": {"message": "EngineCore died"}})
+            case "none":
+                answer["choices"] = []
+            case "two":
+                answer["choices"] *= 2
+            case "fewer":
+                choice["token_ids"] = ids = [11]
+                choice["logprobs"]["content"] = [{"token_id": 11, "logprob": -1.0}]
+            case "beyond its end":
+                content = choice["logprobs"]["content"]
+                choice["token_ids"] = [EOS, *ids]
+                choice["logprobs"]["content"] = [{"token_id": EOS, "logprob": -1.0}, *content]
+            case "log-probs of others":
+                choice["logprobs"]["content"][0]["token_id"] += 1
+            case "no log-prob":
+                choice["logprobs"]["content"][-1]["logprob"] = -9999.0
+            case "other weights":
+                choice["weight_versions"].append({"version": "7-other", "start": 1, "end": 2})
+            case "slow":
+                time.sleep(3)
+            case "hang up":
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                return None
+            case "die":
+                return self.die()
+            case "restart":
+                self.die()
+                return self.start()
+            case "exit":
+                os._exit(9)
+        return self._reply(handler, 200, answer)
+
+    def _score(self, body: dict[str, Any]) -> dict[str, Any]:
+        [last] = body["sampling_params"]["allowed_token_ids"]
+        ids = [*body["token_ids"], last]
+        if self.model is None:
+            logprobs = [self.value] * (len(ids) - 1)
+        else:
+            import torch
+
+            with torch.no_grad():
+                logits = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            logprobs = logits[range(len(ids) - 1), ids[1:]].tolist()
+        places = [None] + [
+            {str(id): {"logprob": value}}
+            for id, value in zip(ids[1:-1], logprobs[:-1], strict=True)
+        ]
+        content = [{"token_id": last, "logprob": 0.0 if self.processed else logprobs[-1]}]
+        choice = {"token_ids": [last], "logprobs": {"content": content}}
+        return {"choices": [choice], "prompt_logprobs": places}
+
+    def _reply(self, handler: BaseHTTPRequestHandler, status: int, content: Any) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+def main() -> None:
+    """As `python -m vllm.entrypoints.openai.api_server`."""
+    arguments = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
+    print("arguments", sys.argv[1:], flush=True)
+    if "--refuse" in sys.argv:
+        sys.exit("unrecognized arguments: --refuse")
+    fake = FakeVllm(key=os.environ["VLLM_API_KEY"], port=int(arguments["--port"]))
+    marker = Path(arguments["--exit-once"]) if "--exit-once" in arguments else None
+    if marker and not marker.exists():
+        marker.touch()
+        fake.faults = ["", "exit"]
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

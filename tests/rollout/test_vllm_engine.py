@@ -1,0 +1,284 @@
+"""The vLLM engine on every rank of a job: weights out, rollouts in, errors on all ranks alike.
+
+The servers are fakes in the test's process, which sample by a formula and score by transformers.
+"""
+
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from aropd_mcore.config import Config, ConfigError, SamplingConfig, load_config
+from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
+from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
+from aropd_mcore.types import Rollout
+from tests.ranks import run_ranks
+from tests.rollout.fake_vllm import FakeVllm, response_to
+from tests.tiny_runs import write_model, write_run
+
+KEY = "a key"
+SAMPLING = SamplingConfig(max_response_tokens=10)
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeVllm]]:
+    fakes = [FakeVllm(key=KEY), FakeVllm(key=KEY)]
+    yield fakes
+    for fake in fakes:
+        fake.die()
+
+
+def config_of(folder: Path, fakes: list[FakeVllm], **sections: dict[str, Any]) -> Path:
+    vllm = {"urls": [fake.url for fake in fakes], "retries": 1, "start_timeout": 1.0}
+    rollout = {"engine": "vllm", "max_response_tokens": 10, "vllm": vllm}
+    return write_run(folder, **{"rollout": rollout, **sections})
+
+
+def prompts_of(dp_rank: int) -> list[list[int]]:
+    """Other prompts on each data-parallel rank, and another number of them."""
+    return [[10 + dp_rank, 30 + i, 31] for i in range(5 + dp_rank)]
+
+
+def seeds_of(dp_rank: int) -> list[int]:
+    return [rollout_seed(dp_rank, i, 0) for i in range(5 + dp_rank)]
+
+
+def expected(config: Config, dp_rank: int, version: int) -> list[Rollout]:
+    """What a fake samples."""
+    ends = eos_token_ids(config.model.path, load_tokenizer(config.model.path))
+    rollouts = []
+    for prompt, seed in zip(prompts_of(dp_rank), seeds_of(dp_rank), strict=True):
+        ids = response_to(prompt, seed, SAMPLING.max_response_tokens, ends)
+        logprobs = tuple(-id / 100 for id in ids)
+        rollouts.append(Rollout(tuple(ids), logprobs, ids[-1] in ends, version))
+    return rollouts
+
+
+LAYOUTS = (
+    ("qwen2", {"tensor": 2}),  # and two replicas
+    ("qwen2", {"pipeline": 2, "virtual_pipeline": 2, "context": 2}),
+    ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 4}),
+)
+
+
+@pytest.mark.parametrize(("family", "parallel"), LAYOUTS)
+def test_each_replica_gets_its_rollouts_of_the_weights_it_has(tmp_path, fakes, family, parallel):
+    path = config_of(tmp_path, fakes, parallel=parallel)
+    write_model(tmp_path / "model", family)
+    run_ranks(check_rollouts, 4, path)
+    for fake in fakes:
+        assert [folder.name for folder in fake.loaded] == ["step-0000000", "step-0000001"]
+        assert fake.responses > 0
+    root = tmp_path / "out" / "vllm-weights"
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in root.iterdir()] == ["step-0000001"], "older ones are gone"
+
+
+def check_rollouts(path: Path) -> None:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.rollout import on_first
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = load_config(path)
+    runtime = start_runtime(config)
+    engine = build_run(config, runtime).engine
+    assert engine is not None
+    rank = runtime.dp_rank
+    usual, on_first.HEARTBEAT_SECONDS = on_first.HEARTBEAT_SECONDS, 0.001
+    for version in (0, 1):
+        with torch.no_grad():  # "a step", the same on every rank
+            for chunk in engine.model:  # type: ignore[attr-defined]
+                for parameter in chunk.parameters():
+                    parameter.mul_(1 - 0.1 * version)
+        # The fakes score the probe with the weights that they were handed: TP, PP, CP and EP are
+        # put together as they should, or this fails.
+        engine.sync(version)
+        rollouts = engine.generate(prompts_of(rank), seeds_of(rank), SAMPLING)
+        assert rollouts == expected(config, rank, version)
+    on_first.HEARTBEAT_SECONDS = usual
+    os.environ.pop("VLLM_API_KEY")
+
+
+def test_what_goes_wrong_goes_wrong_on_every_rank(tmp_path, fakes):
+    path = config_of(tmp_path, fakes, parallel={"tensor": 2})
+    run_ranks(check_errors, 4, path)
+
+
+def check_errors(path: Path) -> None:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = load_config(path)
+    runtime = start_runtime(config)
+    engine = build_run(config, runtime).engine
+    assert engine is not None
+    engine.sync(0)
+
+    # One replica's prompt has a token that the model has not.
+    prompts = [[10, 9999 if runtime.dp_rank else 11]]
+    with pytest.raises(ValueError, match="token ids from 10 to 9999"):
+        engine.generate(prompts, [1], SAMPLING)
+
+    # The disk refuses the weights of one step: it is said when rollouts are asked for.
+    if runtime.rank == 0:
+        folder = config.output_dir / "vllm-weights" / ".step-0000001.partial"
+        folder.write_text("in the way")
+    dist.barrier()
+    engine.sync(1)
+    with pytest.raises(RolloutFailed, match="the weights of step 1 could not be handed on: "):
+        engine.generate([[10, 11]], [1], SAMPLING)
+    if runtime.rank == 0:
+        folder.unlink()
+    dist.barrier()
+    engine.sync(2)
+    assert len(engine.generate([[10, 11]], [1], SAMPLING)) == 1
+    os.environ.pop("VLLM_API_KEY")
+
+
+def test_nccl_is_for_gpus(tmp_path, fakes):
+    path = config_of(tmp_path, fakes)
+    run_ranks(check_refusal, 1, path)
+
+
+def check_refusal(path: Path) -> None:
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = load_config(path, ["rollout.vllm.sync=nccl"])
+    with pytest.raises(ConfigError, match=r"rollout\.vllm\.sync: found nccl"):
+        build_run(config, start_runtime(config))
+
+
+def test_the_gather_holds_few_tensors_at_a_time(tmp_path):
+    write_model(tmp_path)
+    run_ranks(check_gather, 4, tmp_path)
+
+
+def check_gather(folder: Path) -> None:
+    from aropd_mcore.convert.hf_io import HFWeights
+    from aropd_mcore.mcore import runtime as mcore_runtime
+    from aropd_mcore.mcore.model import build_model
+    from aropd_mcore.mcore.weights import gather_hf, load_hf_weights
+
+    runtime = mcore_runtime.start(tensor=2, pipeline=2)
+    model = build_model(folder, runtime, dtype=torch.float32)
+    load_hf_weights(model, folder, runtime)
+    original = HFWeights(folder)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    names = []
+
+    def consume(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        assert runtime.rank == 0
+        for name, tensor in tensors:
+            assert torch.equal(tensor, original.read(name))
+            names.append(name)
+            alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
+            assert len(alive) <= 2  # this one, and the one before
+
+    gather_hf(model, runtime, consume)
+    assert runtime.rank or names == list(model.architecture.hf_shapes)
+
+    def fail(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        next(tensors)
+        raise OSError("the disk is full")
+
+    with pytest.raises((OSError, CheckpointError), match="the disk is full"):
+        gather_hf(model, runtime, fail)
+    gather_hf(model, runtime, consume)  # the ranks are in step
+
+
+def test_one_step_ahead(tmp_path, fakes):
+    """Responses are asked for while the step before trains. The fakes' do not depend on weights, so
+    training goes as it does when they are waited for; but their weights are a step older."""
+    training = {"num_steps": 4, "global_batch_size": 4, "micro_batch_size": 2}
+    path = config_of(tmp_path, fakes, parallel={"tensor": 2}, training=training)
+    waited_for, ahead = run_ranks(both_ways, 2, path)[0]
+    assert [metrics.pop("rollout_staleness") for metrics in waited_for] == [0, 0, 0, 0]
+    assert [metrics.pop("rollout_staleness") for metrics in ahead] == [0, 1, 1, 1]
+    assert ahead == waited_for
+    assert all(metrics["engine_gap"] > 0 for metrics in ahead), "importance weights are on"
+
+
+def both_ways(path: Path) -> list[list[dict[str, Any]]]:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.rollout.vllm import VllmEngine
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.metrics import step_metrics
+    from aropd_mcore.trainer.step import train_step
+
+    found = []
+    for async_steps in (0, 1):
+        config = load_config(path, [f"rollout.async_steps={async_steps}"])
+        run = build_run(config, start_runtime(config))
+        engine, forward_backward = run.engine, run.student.forward_backward
+        assert isinstance(engine, VllmEngine)
+        in_flight = []
+
+        def noted(*args, engine=engine, forward_backward=forward_backward, in_flight=in_flight):
+            in_flight.append(engine.has_begun)
+            return forward_backward(*args)
+
+        run.student.forward_backward = noted  # type: ignore[method-assign]
+        engine.sync(0)
+        steps = []
+        for step in range(4):
+            result = train_step(run, step)
+            metrics = step_metrics(step, result, run.view_builder.tokenizer, run.runtime)
+            timed = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
+            steps.append({k: v for k, v in metrics.items() if not k.startswith(timed)})
+        assert in_flight == [async_steps == 1] * 3 + [False]
+        found.append(steps)
+        runtime.stop()
+    os.environ.pop("VLLM_API_KEY")
+    return found
+
+
+def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
+    path = config_of(
+        tmp_path,
+        fakes,
+        parallel={"tensor": 2},
+        checkpoint={"save_every_steps": 100},
+        training={"num_steps": 5, "global_batch_size": 4, "micro_batch_size": 2},
+    )
+    # Two steps of 4 responses; each server then dies at what would be the third step's.
+    for fake in fakes:
+        fake.faults = [""] * 4 + ["die"]
+    run_ranks(check_stop, 2, path)
+
+    for fake in fakes:
+        fake.start()
+    run_ranks(check_goes_on, 2, path)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 5 and all("rollout_tokens_per_second" in line for line in lines)
+    assert fakes[0].loaded[-1].name == "step-0000005"
+
+
+def check_stop(path: Path) -> None:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.mcore import checkpoint
+    from aropd_mcore.trainer.build import start_runtime
+    from aropd_mcore.trainer.loop import TrainingStopped, train
+
+    config = load_config(path)
+    runtime = start_runtime(config)
+    with pytest.raises(TrainingStopped, match="no rollouts for step 2: no vLLM server") as stopped:
+        train(config, runtime)
+    newest = checkpoint.newest(config.output_dir / "checkpoints")
+    assert newest is not None and newest.name == "iter_0000002"
+    assert all(url in str(stopped.value) for url in (*config.rollout.vllm.urls, str(newest)))
+
+
+def check_goes_on(path: Path) -> None:
+    from aropd_mcore.trainer.build import start_runtime
+    from aropd_mcore.trainer.loop import train
+
+    config = load_config(path)
+    train(config, start_runtime(config))
+    os.environ.pop("VLLM_API_KEY")

@@ -1,0 +1,342 @@
+"""Servers that fail in every way that they can, spoken to over HTTP: a fake for each."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from aropd_mcore.config import SamplingConfig, VllmConfig
+from aropd_mcore.rollout import vllm_servers
+from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
+from aropd_mcore.rollout.vllm_servers import Servers, Weights
+from aropd_mcore.rollout.vllm_spread import Server
+from aropd_mcore.types import Rollout
+from tests.rollout.fake_vllm import EOS, FakeVllm, response_to
+
+SAMPLING = SamplingConfig(max_response_tokens=12)
+PROMPTS = [[20 + i, 21, 22 + 3 * i] for i in range(24)]
+SEEDS = [rollout_seed(5, i, 0) for i in range(24)]
+PROBE = (30, 31, 32, 33)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(vllm_servers, "BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(vllm_servers, "_POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def fakes() -> Iterator[Callable[..., FakeVllm]]:
+    made = []
+
+    def make(**settings) -> FakeVllm:
+        made.append(FakeVllm(**settings))
+        return made[-1]
+
+    yield make
+    for fake in made:
+        fake.hold.set()
+        fake.die()
+
+
+def servers_of(
+    fakes: Sequence[FakeVllm], *, batch_size: int = 4, key: str | None = None, **settings
+) -> Servers:
+    settings = {"start_timeout": 5.0, "request_timeout": 1.0, "retries": 2, **settings}
+    return Servers(
+        [Server(fake.url, key) for fake in fakes],
+        VllmConfig(**settings),
+        batch_size=batch_size,
+        eos_token_ids=(EOS,),
+        probe_ids=PROBE,
+        tolerance=1e-3,
+    )
+
+
+def weights(root: Path, version: int) -> Weights:
+    """A folder of "weights" under which every token has the log-prob -1 / (version + 1)."""
+    value = -1 / (version + 1)
+    folder = root / f"step-{version}"
+    folder.mkdir(exist_ok=True)
+    (folder / "value").write_text(str(value))
+    return Weights(version, f"{version}-run", folder, [value] * (len(PROBE) - 1))
+
+
+def generate(servers: Servers) -> list[Rollout]:
+    counts = []
+    rollouts = servers.generate(PROMPTS, SEEDS, SAMPLING, lambda *count: counts.append(count))
+    # Each response was counted once, when it came.
+    assert counts == [(n, len(PROMPTS)) for n in range(1, len(PROMPTS) + 1)]
+    return rollouts
+
+
+def expected(version: int) -> list[Rollout]:
+    """What a fake samples, in the order of the prompts."""
+    limit = SAMPLING.max_response_tokens
+    responses = [response_to(p, s, limit) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    return [
+        Rollout(tuple(ids), tuple(-id / 100 for id in ids), ids[-1] == EOS, version)
+        for ids in responses
+    ]
+
+
+def test_the_servers_that_are_free_get_the_work(fakes, tmp_path):
+    busy, free = fakes(), fakes()
+    servers = servers_of([busy, free], request_timeout=30)
+    servers.sync(weights(tmp_path, 0))
+    busy.hold.clear()
+    counts = []
+
+    def on_response(num_done: int, num_all: int) -> None:
+        counts.append(num_done)
+        if num_done == num_all - 4:  # all but those that the busy one holds
+            busy.hold.set()
+
+    assert servers.generate(PROMPTS, SEEDS, SAMPLING, on_response) == expected(0)
+    assert (busy.responses, free.responses) == (4, 20)
+    assert busy.most_at_a_time == 4 and free.most_at_a_time <= 4
+
+
+FAULTS = (
+    "garbage",
+    "not an object",
+    "error",
+    "none",
+    "two",
+    "fewer",
+    "beyond its end",
+    "log-probs of others",
+    "no log-prob",
+    "other weights",
+    "slow",
+    "hang up",
+    "restart",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_another_try_and_nothing_else(fakes, tmp_path, fault):
+    """One server alone: the others of its batch are kept, and it is asked again."""
+    fake = fakes()
+    servers = servers_of([fake])
+    servers.sync(weights(tmp_path, 3))
+    fake.faults = ["", "", fault]
+    assert generate(servers) == expected(3)
+    # Who forgets what it was given is given it again before it serves.
+    assert len(fake.loaded) == (2 if fault == "restart" else 1)
+    servers.sync(weights(tmp_path, 4))
+    assert generate(servers) == expected(4)
+
+
+def test_the_dead_are_left_out_and_taken_back_with_new_weights(fakes, tmp_path):
+    mortal, other = fakes(), fakes()
+    servers = servers_of([mortal, other])
+    servers.sync(weights(tmp_path, 0))
+    mortal.faults = ["", "", "die"]
+    assert generate(servers) == expected(0)
+    assert other.responses >= len(PROMPTS) - 6
+
+    servers.sync(weights(tmp_path, 1))  # does not wait for it
+    assert generate(servers) == expected(1)
+    assert [folder.name for folder in mortal.loaded] == ["step-0"]
+
+    mortal.start()
+    servers.sync(weights(tmp_path, 2))
+    other.hold.clear()
+    served_before = mortal.responses
+
+    def on_response(num_done: int, num_all: int) -> None:
+        other.hold.set()  # not before the one that came back has answered
+
+    assert servers.generate(PROMPTS, SEEDS, SAMPLING, on_response) == expected(2)
+    assert mortal.loaded[-1].name == "step-2"
+    assert mortal.responses > served_before
+
+
+def test_a_server_that_only_does_harm_is_left_out(fakes, tmp_path):
+    bad, good = fakes(), fakes()
+    servers = servers_of([bad, good])
+    servers.sync(weights(tmp_path, 0))
+    bad.always = "garbage"
+    assert generate(servers) == expected(0)
+    assert bad.responses == 0
+
+
+def test_when_none_is_left_each_is_named_with_its_last_error(fakes, tmp_path):
+    first, second = fakes(), fakes()
+    servers = servers_of([first, second], start_timeout=0.2)
+    servers.sync(weights(tmp_path, 0))
+    first.faults, second.always = ["die"], "error"
+    with pytest.raises(RolloutFailed) as failed:
+        generate(servers)
+    message = str(failed.value)
+    assert f"{first.url}: it does not answer after 0.2 s" in message
+    assert f"{second.url}: /inference/v1/generate: answered 500: " in message
+    assert "EngineCore died" in message
+
+
+def test_a_response_that_fails_everywhere_ends_the_run(fakes, tmp_path):
+    fake = fakes()
+    servers = servers_of([fake], batch_size=1)
+    servers.sync(weights(tmp_path, 0))
+    fake.faults = ["none"] * 3
+    with pytest.raises(RolloutFailed, match=r"a response failed 3 times, .*returned 0 responses"):
+        servers.generate(PROMPTS[:1], SEEDS[:1], SAMPLING, lambda *_: None)
+
+
+@pytest.mark.parametrize("lie", ["it kept the old weights", "log-probs after sampling settings"])
+def test_weights_that_are_not_the_trainers_end_the_run_with_both_numbers(fakes, tmp_path, lie):
+    honest, liar = fakes(), fakes()
+    servers = servers_of([honest, liar])
+    servers.sync(weights(tmp_path, 0))
+    assert generate(servers) == expected(0)
+    keeps = lie == "it kept the old weights"
+    liar.loads, liar.processed = not keeps, not keeps
+    why = rf"{liar.url} does not sample from .* step 1"
+    with pytest.raises(RolloutFailed, match=why) as failed:
+        servers.sync(weights(tmp_path, 1))
+    theirs = "-1.000000" if keeps else "-0.333333"
+    assert f"-0.500000 in training and {theirs} there" in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"version": "0.31.4"}, "it runs vLLM 0.31.4; supported are 0.32 and later, before 0.33"),
+        ({"version": "1.0"}, "it runs vLLM 1.0; supported"),
+        ({"key": "another"}, "/health: answered 401"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_not_tried_for_long(fakes, tmp_path, settings, message):
+    servers = servers_of([fakes(**settings)], key="mine", retries=1000)
+    servers.sync(weights(tmp_path, 0))
+    with pytest.raises(RolloutFailed, match=message):
+        generate(servers)
+
+
+def test_who_takes_part_in_a_transfer(fakes):
+    """The HTTP side; NCCL itself is for GPUs. A server that starts anew waits for the next one."""
+    first, second = fakes(), fakes()
+    second.num_workers = 2
+    servers = servers_of([first, second])
+
+    def transfer(version: int) -> None:
+        for fake in (first, second):
+            fake.sent_value = -1.0 - version
+        servers.prepare()
+        servers.receive("an id", ["a", "b"], "bfloat16", [(2, 3), (4,)], f"{version}-run")
+        probe = [-1.0 - version] * (len(PROBE) - 1)
+        servers.sync(Weights(version, f"{version}-run", None, probe))
+
+    transfer(0)
+    assert generate(servers) == expected(0)
+    first.die()
+    first.start()
+    served = first.responses + 4  # it is asked before it is found out; that is refused
+    assert generate(servers) == expected(0)
+    assert first.responses <= served
+
+    transfer(1)
+    assert generate(servers) == expected(1)
+    assert first.responses > served
+    whom = sorted((first, second), key=lambda fake: fake.joined[0]["rank_offset"])
+    offsets = [fake.joined[0]["rank_offset"] for fake in whom]
+    assert offsets == [1, 1 + whom[0].num_workers]
+    assert [fake.joined[0]["world_size"] for fake in whom] == [4, 4]
+    assert len(first.joined) == len(second.joined) == 2
+    assert first.loaded == second.loaded == []
+
+
+# --- servers that the run starts: this fake as a program, in place of an interpreter with vLLM ---
+
+
+def owned_config(tmp_path: Path, *arguments: str):
+    from aropd_mcore.config import load_config
+    from tests.conftest import REPO
+    from tests.tiny_runs import write_run
+
+    interpreter = tmp_path / "python"
+    interpreter.write_text(
+        f"#!/bin/sh\nPYTHONPATH={REPO} exec {sys.executable} -m tests.rollout.fake_vllm $@\n"
+    )
+    interpreter.chmod(0o700)
+    vllm = {"python": str(interpreter), "arguments": list(arguments)}
+    return load_config(write_run(tmp_path, rollout={"engine": "vllm", "vllm": vllm}))
+
+
+def owned_servers(config) -> Servers:
+    from functools import partial
+
+    from aropd_mcore.rollout.vllm_process import new_key, start_server
+
+    key = new_key()
+    return Servers(
+        [Server("server 0", key, start=partial(start_server, config, key, 0))],
+        config.rollout.vllm,
+        batch_size=4,
+        eos_token_ids=(EOS,),
+        probe_ids=PROBE,
+        tolerance=1e-3,
+    )
+
+
+def test_a_server_of_ours_that_dies_is_started_again_with_its_weights(tmp_path):
+    config = owned_config(tmp_path, "--exit-once", str(tmp_path / "has-died"))
+    servers = owned_servers(config)
+    try:
+        servers.sync(weights(tmp_path, 0))
+        assert generate(servers) == expected(0)
+        assert (tmp_path / "has-died").exists()
+        log = (tmp_path / "out" / "vllm-0.log").read_text()
+        assert log.count("'--logprobs-mode', 'raw_logprobs'") == 2, "two starts"
+        assert "VLLM_API_KEY" not in log and servers.servers[0].key not in log
+    finally:
+        servers.close()
+    process = servers.servers[0].process
+    assert process is not None and not process.is_running
+
+
+def test_a_server_of_ours_that_does_not_start_says_why(tmp_path):
+    servers = owned_servers(owned_config(tmp_path, "--refuse"))
+    servers.sync(weights(tmp_path, 0))
+    with pytest.raises(RolloutFailed, match=r"code 1; the end of .*vllm-0\.log:") as failed:
+        generate(servers)
+    assert "unrecognized arguments: --refuse" in str(failed.value)
+
+
+def test_servers_die_with_the_run_however_it_dies(tmp_path):
+    """kill -9 of a process that has started a server; the server's own child goes too."""
+    watched = tmp_path / "watched"
+    one = f"echo $$ >>{watched}; exec sleep 600"
+    command = f"sh -c '{one}' & {one}"
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from aropd_mcore.rollout.vllm_process import ServerProcess\n"
+        f"ServerProcess(['sh', '-c', sys.argv[1]], os.environ, Path({str(tmp_path / 'log')!r}))\n"
+        "time.sleep(600)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program, command])
+    deadline = time.monotonic() + 60
+    while len(pids := watched.read_text().split() if watched.exists() else []) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    while alive := [pid for pid in pids if is_alive(int(pid))]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # What is dead and not waited for still has its number.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

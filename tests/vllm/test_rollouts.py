@@ -1,0 +1,166 @@
+"""A run with a real vLLM that it starts itself: weights, tokens, log-probs, and a kill.
+
+One function on two tensor-parallel ranks, since a server takes a minute to start.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from aropd_mcore.config import Config, SamplingConfig, load_config
+from aropd_mcore.rollout import vllm_api
+from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
+from tests.ranks import run_ranks
+from tests.tiny_runs import write_model, write_run
+
+pytestmark = pytest.mark.vllm
+
+NUM_STEPS = 3
+GREEDY = SamplingConfig(temperature=0, max_response_tokens=16)
+RANDOM = SamplingConfig(temperature=1.3, top_p=0.9, top_k=40, max_response_tokens=16)
+PROMPTS = [[(31 * i + 7 * j * j) % 250 for j in range(n)] for i, n in enumerate((7, 1, 19, 4))]
+SEEDS = [rollout_seed(1, position, 0) for position in range(len(PROMPTS))]
+START_SECONDS = 300.0
+
+
+@pytest.mark.timeout(900)
+def test_a_run_with_vllm(tmp_path):
+    vllm = {
+        "python": os.environ["AROPD_VLLM_PYTHON"],
+        "arguments": ["--enforce-eager"],
+        "start_timeout": START_SECONDS,
+    }
+    path = write_run(
+        tmp_path,
+        parallel={"tensor": 2},
+        training={"num_steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
+        rollout={"temperature": 0, "max_response_tokens": 16, "batch_size": 3, "vllm": vllm},
+    )
+    # Heads of 32 are the smallest that vLLM's attention on CPU takes.
+    write_model(tmp_path / "model", hidden_size=256, num_attention_heads=8)
+    run_ranks(check_run, 2, path, timeout=850)
+
+
+def check_run(path: Path) -> None:
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    from aropd_mcore.mcore import runtime as mcore_runtime
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+
+    config = load_config(path)
+    run = build_run(config, start_runtime(config))
+    expected = [float(train_step(run, step).sums["loss"].sum()) for step in range(NUM_STEPS)]
+    mcore_runtime.stop()
+
+    config = load_config(path, ["rollout.engine=vllm"])
+    run = build_run(config, start_runtime(config))
+    engine: Any = run.engine
+    try:
+        engine.sync(0)
+        losses = []
+        for step in range(NUM_STEPS):
+            check_same_as_native(config, run, step)
+            if step == NUM_STEPS - 1:
+                kill_after_first_response(engine)
+            result = train_step(run, step)
+            losses.append(float(result.sums["loss"].sum()))
+            assert all(r.weight_version == step for r in result.rollouts)
+        assert losses == pytest.approx(expected, abs=1e-3)
+        check_same_as_native(config, run, NUM_STEPS)
+        if run.runtime.rank == 0:
+            log = (config.output_dir / "vllm-0.log").read_text(errors="replace")
+            assert log.count("Started server process") == 2, "it was killed once"
+            check_key_is_asked_for(engine)
+
+        # A server that says it has loaded what it was given, and has not.
+        if run.runtime.rank == 0:
+            engine._servers.servers[0].num_failures = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vllm_api.Api, "load_weights", load_nothing)
+            train_step(run, NUM_STEPS)
+        with pytest.raises(RolloutFailed, match="server 0 does not sample from the weights of"):
+            train_step(run, NUM_STEPS + 1)
+    finally:
+        processes = processes_of(engine)
+        engine.close()
+    deadline = time.monotonic() + 20
+    while left := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def check_same_as_native(config: Config, run: Any, version: int) -> None:
+    """Greedy tokens are the native engine's; sampled ones have the trainer's log-probs."""
+    from aropd_mcore.data.tokenizer import eos_token_ids
+    from aropd_mcore.mcore.logprobs import sequence_logprobs
+    from aropd_mcore.rollout.native import NativeEngine
+
+    model = run.student.model
+    ends = eos_token_ids(config.model.path, run.view_builder.tokenizer)
+    native = NativeEngine(model, run.runtime, eos_token_ids=ends, batch_size=8)
+    native.sync(version)
+    ours = run.engine.generate(PROMPTS, SEEDS, GREEDY)
+    theirs = native.generate(PROMPTS, SEEDS, GREEDY)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.response_ids == their.response_ids and our.finished == their.finished
+        assert our.weight_version == their.weight_version == version
+        assert our.logprobs == pytest.approx(their.logprobs, abs=1e-3)
+
+    sampled = run.engine.generate(PROMPTS, SEEDS, RANDOM)
+    for prompt, rollout in zip(PROMPTS, sampled, strict=True):
+        logprobs = sequence_logprobs(model, run.runtime, [*prompt, *rollout.response_ids])
+        ours = torch.tensor(rollout.logprobs)
+        torch.testing.assert_close(ours, logprobs[len(prompt) - 1 :], rtol=0, atol=1e-3)
+    # The same seeds, alone and in another order: the same responses.
+    again = run.engine.generate(PROMPTS[::-1], SEEDS[::-1], RANDOM)[::-1]
+    assert [r.response_ids for r in again] == [r.response_ids for r in sampled]
+    other = run.engine.generate(PROMPTS, [seed + 1 for seed in SEEDS], RANDOM)
+    assert [r.response_ids for r in other] != [r.response_ids for r in sampled]
+
+
+def kill_after_first_response(engine: Any) -> None:
+    """SIGKILL to the server, while it has three of a batch in flight, and more wait."""
+
+    def on_response(num_done: int, num_all: int) -> None:
+        if num_done == 1:
+            engine.on_response = lambda *_: None  # once
+            [server] = psutil.Process(engine._servers.servers[0].process._process.pid).children()
+            server.send_signal(signal.SIGKILL)
+
+    engine.on_response = on_response
+
+
+def processes_of(engine: Any) -> list[psutil.Process]:
+    if engine._servers is None:
+        return []
+    watchdog = psutil.Process(engine._servers.servers[0].process._process.pid)
+    return [watchdog, *watchdog.children(recursive=True)]
+
+
+async def load_nothing(self: vllm_api.Api, folder: Path) -> None:
+    pass
+
+
+def check_key_is_asked_for(engine: Any) -> None:
+    """At every endpoint, those of the development mode among them."""
+    server = engine._servers.servers[0]
+    with httpx.Client(trust_env=False, base_url=server.url) as http:
+        call = {"method": "reload_weights"}
+        assert http.post("/collective_rpc", json=call).status_code == 401
+        assert http.get("/health").status_code == 401
+        key = {"Authorization": f"Bearer {server.key}"}
+        assert http.get("/health", headers=key).status_code == 200

@@ -1,0 +1,224 @@
+"""Runs without files, for benchmarks: a random model, prompts and responses of full length.
+
+Imports torch and the configuration alone; what needs Megatron is imported on the ranks.
+"""
+
+import ctypes
+import gc
+import os
+import random
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from aropd_mcore.config import Config
+from aropd_mcore.types import Row, Views
+
+DENSE: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+WARM_UP = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 512}
+"""What makes a config.json one of a tiny model."""
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment in which the C library gives freed blocks back to the system at once; it reads it
+when a process starts."""
+
+
+def on_ranks(
+    function: Callable[..., None], num_ranks: int, folder: str, *args: Any, exact_memory: bool
+) -> None:
+    """`function(folder, *args)` on every rank of a job of its own; what it finds it leaves there.
+
+    Args:
+        folder: empty.
+        exact_memory: with GIVE_BACK, which makes a step slower.
+    """
+    added = GIVE_BACK if exact_memory else {}
+    before = {name: os.environ.get(name) for name in added}
+    os.environ |= added
+    try:
+        start_processes(
+            _rank, (num_ranks, function, folder, *args), nprocs=num_ranks, start_method="spawn"
+        )
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _rank(
+    rank: int, num_ranks: int, function: Callable[..., None], folder: str, *args: Any
+) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(minutes=5),
+    )
+    function(folder, *args)
+    dist.barrier()
+    os._exit(0)  # megatron's groups end with the process
+
+
+def build_run(
+    config: Config,
+    runtime: Any,
+    hf: Mapping[str, Any],
+    prompt_tokens: Mapping[str, int] | None = None,
+) -> Any:
+    """As trainer.build.build_run, without files. Responses never end before their limit.
+
+    Args:
+        hf: contents of a config.json.
+        prompt_tokens: of each view (student, partial, full); those left out have
+            views.max_prompt_tokens.
+    """
+    from aropd_mcore.mcore.model import build_model
+    from aropd_mcore.mcore.optim import Optimizer
+    from aropd_mcore.mcore.student import Student
+    from aropd_mcore.mcore.teacher import Teacher
+    from aropd_mcore.rollout.native import NativeEngine
+    from aropd_mcore.trainer.step import Run
+
+    def random_model() -> Any:
+        dtype = runtime.dtype(config.model.dtype)
+        model = build_model(hf, runtime, dtype=dtype, recompute=config.training.recompute)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02)
+        return model
+
+    model = random_model()
+    teacher = engine = None
+    if config.objective.name == "aropd":
+        own = None if config.teacher.kind == "live" else random_model()
+        teacher = Teacher(config.teacher, runtime, student=model, model=own)
+        batch_size = config.rollout.batch_size
+        engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
+    overlap = config.parallel.overlap_grad_reduce
+    optimizer = Optimizer(model, config.optimizer, num_steps=1000, overlap_grad_reduce=overlap)
+    return Run(
+        config=config,
+        runtime=runtime,
+        num_steps=1000,
+        dataset=SimpleNamespace(row_at=lambda *_, **__: Row("", "", "")),  # type: ignore[arg-type]
+        view_builder=_Views(config, hf["vocab_size"], prompt_tokens or {}),  # type: ignore[arg-type]
+        student=Student(model, optimizer, config.objective, config.rollout, runtime),
+        teacher=teacher,
+        engine=engine,
+        pad_token_id=0,
+    )
+
+
+class _Views:
+    """Random prompts, and a random response for `sft`."""
+
+    def __init__(self, config: Config, vocab_size: int, prompt_tokens: Mapping[str, int]):
+        self._tokens, self._vocab_size = random.Random(0), vocab_size
+        limit = config.views.max_prompt_tokens
+        self._lengths = [prompt_tokens.get(view, limit) for view in ("student", "partial", "full")]
+        self._response_tokens = config.rollout.max_response_tokens
+
+    def build(self, row: Row) -> Views:
+        student, partial, full = map(self._random, self._lengths)
+        return Views(row, student, partial, full)
+
+    def oracle_response_ids(self, _row: Row) -> tuple[int, ...]:
+        return self._random(self._response_tokens)
+
+    def _random(self, length: int) -> tuple[int, ...]:
+        return tuple(self._tokens.randrange(self._vocab_size) for _ in range(length))
+
+
+class Phases:
+    """The largest memory of each phase of a step, by the calls that begin them.
+
+    On a GPU what torch has allocated; on a CPU what is resident, by the kernel's VmHWM.
+    """
+
+    def __init__(self, run: Any):
+        self.peaks: dict[str, int] = {}
+        self._phase = ""
+        student, optimizer = run.student, run.student.optimizer
+        optimizer.step = self._begins("optimizer", optimizer.step)
+        student.forward_backward = self._begins("student", student.forward_backward)
+        if run.teacher:
+            run.teacher.score = self._begins("teacher", run.teacher.score)
+            run.engine.generate = self._begins("rollout", run.engine.generate)
+
+    def _begins(self, phase: str, call: Any) -> Any:
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            self.finish()
+            self._phase = phase
+            _reset_peak()
+            return call(*args, **kwargs)
+
+        return measured
+
+    def finish(self) -> dict[str, int]:
+        if self._phase:
+            self.peaks[self._phase] = _peak()
+        return self.peaks
+
+
+def peaks_of_a_step(config: Config, runtime: Any, hf: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of a run on this rank: its `state`, each phase of a step with it, and the `peak`."""
+    from aropd_mcore.trainer.step import train_step
+
+    baseline = settle()
+    run = build_run(config, runtime, hf)
+    train_step(run, 0)  # buffers that stay are there from now on
+    found = {"state": settle() - baseline}
+    phases = Phases(run)
+    train_step(run, 1)
+    found |= {name: peak - baseline for name, peak in phases.finish().items()}
+    return found | {"peak": max(found.values())}
+
+
+def settle() -> int:
+    """Bytes that are held with nothing freed kept back; the peak starts from there."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+    _reset_peak()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    return int(status[name].split()[0]) * 1024
