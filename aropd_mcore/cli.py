@@ -6,14 +6,49 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from aropd_mcore import __version__
-from aropd_mcore.config import Config, dump_config, load_config
+from aropd_mcore.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    dump_config,
+    load_config,
+)
 from aropd_mcore.convert.commands import add_commands
 
 if TYPE_CHECKING:
     from aropd_mcore.plan.layout import Layout
+    from aropd_mcore.rollout.job import Job
+
+_GENERATE = """\
+Write responses of a student, a teacher or any other checkpoint, as JSONL.
+
+A line of FILE (JSONL or Parquet) has one of
+  question      as training data: with its `system`, rendered as the student's view in training
+  messages      chat turns, each with `role` and `content`
+  prompt_ids    token ids
+and any other fields, which go into its output lines as they are. An output line is a response: the
+fields of its prompt, then sample, text, response_ids (with the EOS), logprobs (with --logprobs),
+finish_reason (stop: an EOS; length: --max-response-tokens) and, of a training checkpoint,
+weight_version, its training steps. Order and seeds are those of the prompts, whatever the layout.
+
+Of a run's checkpoint, questions are rendered by the views of its config.yaml, where
+views.on_long_prompt: cut shortens long ones; their lines say num_cut_tokens. Any other prompt that
+does not fit is an error, and every prompt is checked before the first response.
+
+Responses gather in OUTPUT.partial until all are there. After an interruption the same command goes
+on where it stopped. Under torchrun this process is one rank of the job; otherwise it starts the
+processes itself. Those beyond one model replica are further replicas, which share out the prompts.
+"""
+_GENERATE_EXAMPLES = """\
+examples:
+  %(prog)s --checkpoint runs/mine --prompts test.jsonl --output out.jsonl --temperature 0
+  %(prog)s --checkpoint runs/mine --who teacher --prompts test.jsonl --output teacher.jsonl
+  %(prog)s --checkpoint Qwen2.5-7B-Instruct --prompts test.jsonl --output base.jsonl --samples 4
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.run in (_train, _plan, _serve):
         # argparse takes the overrides before the first option, and hands back those behind it.
         late = [text for text in rest if "=" in text and not text.startswith("-")]
@@ -71,11 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
-    train.add_argument(
-        "--nproc-per-node",
-        type=int,
-        help="processes to start (default: one a GPU; without GPUs one model replica's)",
-    )
+    _add_num_processes(train)
     train.add_argument(
         "--dry-run", action="store_true", help="check the config and print the plan, start nothing"
     )
@@ -107,9 +139,88 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("overrides", nargs="*", help="such as rollout.vllm.port=8000")
     serve.set_defaults(run=_serve)
 
+    _add_generate(commands)
+
     convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
     add_commands(convert.add_subparsers(required=True, metavar="COMMAND"))
     return parser
+
+
+_SAMPLING = ("max_response_tokens", "temperature", "top_p", "top_k")
+_ENGINE = ("batch_size", "kv_cache_tokens")
+_PARALLEL = {
+    "tensor": "tensor-parallel ranks",
+    "pipeline": "pipeline stages",
+    "expert": "ranks that share out the experts",
+    "expert_tensor": "ranks that share out the matrices of each expert",
+}
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="responses of any checkpoint to a file of prompts, as JSONL",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_GENERATE,
+        epilog=_GENERATE_EXAMPLES,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="an HF folder; a Megatron checkpoint or one iteration of it; a run's output_dir",
+    )
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument(
+        "--who",
+        choices=("student", "teacher"),
+        default="student",
+        help="whose weights, of a training checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="folder of config.json and tokenizer (default: the hf/ beside the checkpoint)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="YAML",
+        help="a run's, for its views (default: of the run that the checkpoint is of)",
+    )
+    rollout = RolloutConfig.model_fields
+    parser.add_argument("--samples", type=_positive, default=1, help="a prompt (default: 1)")
+    for name in (*_SAMPLING, *_ENGINE):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=float if name in ("temperature", "top_p") else int,
+            default=rollout[name].default,
+            help=f"{rollout[name].description} (default: %(default)s)",
+        )
+    parser.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
+    parser.add_argument("--logprobs", action="store_true", help="write each token's log-prob too")
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(ModelConfig.model_fields["dtype"].annotation),
+        default="auto",
+        help=ModelConfig.model_fields["dtype"].description,
+    )
+    for name, what in _PARALLEL.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=_positive, default=1, help=f"{what} (default: 1)")
+    _add_num_processes(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _add_num_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        help="processes to start (default: one a GPU; without GPUs one model replica's)",
+    )
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -162,7 +273,7 @@ def _train(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import plan
 
     config = load_config(args.config, args.overrides)
-    num_local = args.nproc_per_node or _default_num_processes(config)
+    num_local = args.nproc_per_node or _default_num_processes(config.parallel)
     layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
     if args.dry_run:
         return _print_plan(config, layout)
@@ -210,12 +321,54 @@ def _print_plan(config: Config, layout: "Layout") -> int:
     return 0
 
 
-def _default_num_processes(config: Config) -> int:
+def _generate(args: argparse.Namespace) -> int:
+    from aropd_mcore.plan.layout import replica_size
+    from aropd_mcore.rollout.job import job_of
+
+    job = job_of(
+        args.checkpoint,
+        args.prompts,
+        args.output,
+        who=args.who,
+        hf=args.hf,
+        config=args.config,
+        rollout={name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}
+        | {"rollouts_per_prompt": args.samples},
+        parallel={name: getattr(args, name) for name in _PARALLEL},
+        dtype=args.dtype,
+        seed=args.seed,
+        with_logprobs=args.logprobs,
+    )
+    num_local = args.nproc_per_node or _default_num_processes(job.parallel)
+    num_all = int(os.environ.get("WORLD_SIZE", num_local))
+    if num_all % replica_size(job.parallel):
+        raise ValueError(
+            f"{num_all} processes cannot share the model in that layout; expected a multiple of "
+            f"{replica_size(job.parallel)}"
+        )
+    if "RANK" in os.environ or num_local == 1:
+        return _generate_here(job)
+    return _start_processes(num_local, args.argv)
+
+
+def _generate_here(job: "Job") -> int:
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.rollout.generate import generate, start_runtime
+
+    here = start_runtime(job)
+    generate(job, here)
+    if here.rank == 0:
+        print(f"{job.prompts} -> {job.output}")
+    runtime.stop(leave_job=True)
+    return 0
+
+
+def _default_num_processes(parallel: ParallelConfig) -> int:
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+    from aropd_mcore.plan.layout import replica_size
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else replica_size(parallel)
 
 
 def _start_processes(count: int, arguments: list[str]) -> int:

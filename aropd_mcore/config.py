@@ -6,7 +6,7 @@ A field without a default must be chosen. Unknown keys are refused with the near
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,6 +29,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+T = TypeVar("T", bound=Section)
 
 
 class ModelConfig(Section):
@@ -487,10 +490,15 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
     for override in overrides or []:
         _apply_override(tree, override)
+    return validated(Config, tree, str(path))
+
+
+def validated(section: type[T], values: dict, where: str) -> T:
+    """A section with these values; `where` opens the message of a ConfigError."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from error
+        raise ConfigError(_explain(error, where)) from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,15 +5,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import CheckpointError, Weight, read_architecture
 from aropd_mcore.convert.folders import ORDER
-from aropd_mcore.convert.global_tensors import ANY_LAYER, Place, place, stored_weights
+from aropd_mcore.convert.global_tensors import (
+    ANY_LAYER,
+    Place,
+    place,
+    read_part,
+    stored_weights,
+)
 from aropd_mcore.convert.hf_io import DTYPES, HFWeights
-from aropd_mcore.convert.mapping import Kind
+from aropd_mcore.convert.mapping import EMBEDDING, Kind
 from aropd_mcore.convert.tensor_bytes import TensorInfo
-from aropd_mcore.convert.tensors import split
+from aropd_mcore.convert.tensors import (
+    merge,
+    pad_rows,
+    padded_vocab_size,
+    shard_bounds,
+    split,
+)
 from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -43,6 +56,14 @@ class HFSource:
         """The HF tensors of one Megatron weight, one at a time."""
         return ((name, self.files.read(name)) for name in weight.hf)
 
+    def shard(self, weight: Weight, tp_size: int, tp_rank: int) -> Tensor:
+        """A tensor-parallel rank's shard of a Megatron weight; zero rows pad a vocabulary.
+
+        Of the files only the shard is read.
+        """
+        parts = [read_part(self.files, weight, name, tp_size, tp_rank) for name in weight.hf]
+        return merge(weight.kind, parts, num_kv_heads=self.architecture.num_kv_heads // tp_size)
+
 
 class MegatronSource:
     """The student or the teacher of a Megatron checkpoint, whatever layout wrote it."""
@@ -64,17 +85,41 @@ class MegatronSource:
         where = self._places[weight.name]
         if weight.kind is Kind.QKV:
             heads = self.architecture.num_kv_heads, self.architecture.head_dim
-            whole = self._read(where, 0, where.shape)
+            whole = self._read(where, (0, 0), where.shape)
             parts = split(weight.kind, whole, num_kv_heads=heads[0], head_dim=heads[1])
             yield from zip(weight.hf, parts, strict=True)
             return
         first_row = 0
         for name, shape in weight.hf.items():
-            yield name, self._read(where, first_row, shape)
+            yield name, self._read(where, (first_row, 0), shape)
             first_row += shape[0]
 
-    def _read(self, where: Place, first_row: int, shape: tuple[int, ...]) -> Tensor:
-        start = (first_row, *[0] * (len(shape) - 1))
+    def shard(self, weight: Weight, tp_size: int, tp_rank: int) -> Tensor:
+        """A tensor-parallel rank's shard of a Megatron weight; zero rows pad a vocabulary.
+
+        What is read are the chunks that it lies in, which are those of the layout that wrote them.
+        """
+        # A tied head is not stored.
+        where = self._places.get(weight.name) or self._places[EMBEDDING.name]
+        dim = weight.kind.split_dim
+        if dim is None:
+            return self._read(where, (0, 0), where.shape)
+        parts, first_row = [], 0
+        # QKV are merged per head, in which a shard lies together; gate and up are cut each.
+        for shape in [where.shape] if weight.kind is Kind.QKV else weight.hf.values():
+            size = shape[dim]
+            padded = padded_vocab_size(size, tp_size) if weight.kind is Kind.VOCAB else size
+            start, end = (min(b, size) for b in shard_bounds(padded, tp_size, tp_rank))
+            box = (*shape[:dim], end - start, *shape[dim + 1 :])
+            first = (first_row + start, 0) if dim == 0 else (first_row, start)
+            part = self._read(where, first, box).clone()  # the next one takes its memory
+            parts.append(pad_rows(part, padded // tp_size) if dim == 0 else part)
+            first_row += shape[0]
+        return torch.cat(parts)
+
+    def _read(self, where: Place, first: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+        """A box of a weight, from a row and a column on."""
+        start = first[: len(shape)]
         return self.reader.read(self._prefix + where.key, where.lead, start, shape)
 
     def _check(self) -> dict[str, Place]:

@@ -26,23 +26,34 @@ def parse_row(record: dict[str, Any], origin: str) -> Row:
         DataError: a key is missing, has the wrong type, or a value out of range; it names origin,
             key, what was found and what is expected.
     """
-    question, reasoning, answer = (
-        _string(record, key, origin, required=True) for key in ("question", "reasoning", "answer")
+    question, system = parse_question(record, origin)
+    reasoning, answer = (
+        _string(record, key, origin, required=True) for key in ("reasoning", "answer")
     )
-    if not question.strip():
-        raise DataError(origin, "key 'question': expected a question", "only white space")
     if not (reasoning.strip() or answer.strip()):
         raise DataError(origin, "keys 'reasoning' and 'answer': both are empty")
-    system = record.get("system")
     return Row(
         question=question,
         reasoning=reasoning,
         answer=answer,
-        system=None if system is None else _string(record, "system", origin),
+        system=system,
         sample_weight=_weight(record, origin),
         id=_identifier(record, origin),
         origin=origin,
     )
+
+
+def parse_question(record: dict[str, Any], origin: str) -> tuple[str, str | None]:
+    """The record's `question` and optional `system`: what the student sees of a row.
+
+    Raises:
+        DataError: as parse_row.
+    """
+    question = _string(record, "question", origin, required=True)
+    if not question.strip():
+        raise DataError(origin, "key 'question': expected a question", "only white space")
+    system = record.get("system")
+    return question, None if system is None else _string(record, "system", origin)
 
 
 def _string(record: dict[str, Any], key: str, origin: str, *, required: bool = False) -> str:
@@ -51,7 +62,7 @@ def _string(record: dict[str, Any], key: str, origin: str, *, required: bool = F
         problem = f"key {key!r} is missing (`aropd prepare` converts other formats)"
         raise DataError(origin, problem, "keys " + (", ".join(map(str, record)) or "none"))
     if not isinstance(value, str):
-        raise DataError(origin, f"key {key!r}: expected a string", _shown(value))
+        raise DataError(origin, f"key {key!r}: expected a string", shown(value))
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -69,7 +80,7 @@ def _weight(record: dict[str, Any], origin: str) -> float:
     # False for NaN too, and for integers that no float holds.
     if not is_number or not 0 <= value <= sys.float_info.max:
         problem = "key 'sample_weight': expected a finite number, at least 0"
-        raise DataError(origin, problem, _shown(value))
+        raise DataError(origin, problem, shown(value))
     return float(value)
 
 
@@ -82,7 +93,8 @@ def _identifier(record: dict[str, Any], origin: str) -> str:
     return _string(record, "id", origin)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value's type and the beginning of it, for an error's `found`."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 

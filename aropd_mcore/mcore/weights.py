@@ -1,4 +1,4 @@
-"""HF tensors to this rank's shards, and back.
+"""Checkpoints to this rank's shards, and shards to HF tensors.
 
 A rank holds a part of each of its stage's dense weights, and some of its experts, or parts of them.
 """
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, CheckpointError, Weight
 from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
-from aropd_mcore.convert.global_tensors import read_part
-from aropd_mcore.convert.hf_io import HFWeights
 from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
+from aropd_mcore.convert.source import HFSource, Source
 from aropd_mcore.convert.tensor_bytes import TensorInfo
-from aropd_mcore.convert.tensors import merge, split
+from aropd_mcore.convert.tensors import split
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 
@@ -29,29 +28,34 @@ _NUMBERED = re.compile(
 )
 
 
-@torch.no_grad()
 def load_hf_weights(model: StageModel, hf_dir: Path | str, runtime: Runtime) -> None:
-    """Load an HF folder into this rank's shard of the model, reading only what the shard holds.
+    """`load_weights` from an HF folder, of which only what the shard holds is read."""
+    load_weights(model, HFSource(Path(hf_dir)), runtime)
 
-    Values are cast to its dtype; rows of the padded vocabulary become zero.
 
+@torch.no_grad()
+def load_weights(model: StageModel, source: Source, runtime: Runtime) -> None:
+    """Load a checkpoint of either kind, whatever layout wrote it, into this rank's shard.
+
+    Values are cast to the model's dtype; rows of the padded vocabulary become zero.
+
+    Args:
+        source: opened by every rank: what its headers say was checked, so that all raise, or none.
     Raises:
-        CheckpointError: files that cannot be read; a tensor that is missing, unexpected, or of the
-            wrong shape or dtype. Headers are checked first, by every rank: all raise, or none.
+        CheckpointError: another model's; tensors that cannot be read.
     """
-    checkpoint = HFWeights(hf_dir)
-    checkpoint.check(model.architecture)
+    if source.architecture != model.architecture:
+        raise CheckpointError(
+            f"{source.path}: {source.hf_folder / 'config.json'} describes another model than the "
+            "one that was built"
+        )
     own_names = _own_names(model, runtime)
     parameters = dict(model.named_parameters())
     for weight in model.architecture.weights():
-        if weight.name not in own_names:
-            continue  # another rank's
-        group = _tensor_group(weight, runtime)
-        parts = [
-            read_part(checkpoint, weight, name, group.size(), group.rank()) for name in weight.hf
-        ]
-        shard = merge(weight.kind, parts, num_kv_heads=_local_kv_heads(model, runtime))
-        parameters[own_names[weight.name]].copy_(shard)
+        if weight.name in own_names:  # else another rank's
+            group = _tensor_group(weight, runtime)
+            shard = source.shard(weight, group.size(), group.rank())
+            parameters[own_names[weight.name]].copy_(shard)
 
 
 def iter_hf_tensors(

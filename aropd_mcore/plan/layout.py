@@ -1,5 +1,6 @@
 """How a job's processes share the model and the batch; no process group, no Megatron."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +39,12 @@ class ParallelSizes(Protocol):
     def expert(self) -> int: ...
     @property
     def expert_tensor(self) -> int: ...
+
+
+def replica_size(sizes: ParallelSizes) -> int:
+    """The processes of the smallest job: a model replica, or several that share its experts."""
+    a_stage = math.lcm(sizes.tensor * sizes.context, sizes.expert * sizes.expert_tensor)
+    return a_stage * sizes.pipeline
 
 
 def describe(sizes: ParallelSizes, data: int) -> str:

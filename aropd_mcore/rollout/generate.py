@@ -1,0 +1,244 @@
+"""Responses to a file of prompts, from any checkpoint: the work of `aropd generate`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aropd_mcore.data.prompts import PromptLine, Prompts
+from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
+from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.mcore.model import build_model
+from aropd_mcore.mcore.runtime import Runtime, start
+from aropd_mcore.mcore.weights import load_weights
+from aropd_mcore.plan.layout import describe
+from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.rollout.job import Job
+from aropd_mcore.rollout.lines_file import LinesFile
+from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCHES_AT_ONCE = 8
+"""On each replica, between one writing and the next: at its end fewer and fewer rows decode."""
+FIELDS = (
+    "sample",
+    "text",
+    "response_ids",
+    "logprobs",
+    "finish_reason",
+    "weight_version",
+    "num_cut_tokens",
+)
+"""What is written beside the prompt's own fields."""
+
+
+def start_runtime(job: Job) -> Runtime:
+    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`."""
+    sizes = job.parallel
+    return start(
+        tensor=sizes.tensor,
+        pipeline=sizes.pipeline,
+        expert=sizes.expert,
+        expert_tensor=sizes.expert_tensor,
+        sequence_parallel=sizes.sequence,
+        seed=job.seed,
+    )
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """What there is to do, and what is done."""
+
+    num_prompts: int
+    num_cut: int
+    """Prompts that lose the beginning of their question."""
+    num_done: int
+
+
+def generate(job: Job, runtime: Runtime) -> None:
+    """Sample job.rollout.rollouts_per_prompt responses to each prompt, and write job.output.
+
+    A line a response, in the order of prompts and samples whatever the layout. A call that was
+    interrupted is gone on with where it stopped: every response has a seed of its own.
+
+    Raises:
+        ValueError, OSError: on the first rank, what is wrong with the prompts or the output; before
+            anything is sampled. The other ranks return.
+    Collectives: the engine's; an all-gather of the responses over dp_group. Every rank must call.
+    """
+    tokenizer = load_tokenizer(job.source.hf_folder)
+    prompts = Prompts(
+        job.prompts,
+        ViewBuilder(tokenizer, job.views),
+        vocab_size=job.source.architecture.vocab_size,
+        max_tokens=job.max_prompt_tokens,
+        reserved=FIELDS,
+    )
+    with ExitStack() as stack:
+        output: LinesFile | None = None
+        told: list[_Extent | None] = [None]
+        try:
+            if runtime.rank == 0:
+                num_prompts, num_cut = prompts.check()
+                samples = job.rollout.rollouts_per_prompt
+                output = LinesFile(job.output, job.identity(), lines_at_once=samples)
+                stack.enter_context(output)
+                told[0] = _Extent(num_prompts, num_cut, output.num_lines // samples)
+        finally:
+            dist.broadcast_object_list(told, src=0)
+        extent = told[0]
+        if extent is None:  # the first rank says why
+            return
+        engine = _engine(job, runtime, eos_token_ids(job.source.hf_folder, tokenizer))
+        advance = stack.enter_context(_progress(job, runtime, extent))
+        for first, piece in _pieces(prompts, extent, _prompts_at_once(job, runtime)):
+            responses = _respond(job, runtime, engine, prompts, first, piece)
+            if output is not None:
+                output.write(_records(job, tokenizer, piece, responses))
+            advance(len(piece))
+        if output is not None:
+            output.finish()
+
+
+def _engine(job: Job, runtime: Runtime, eos_ids: Sequence[int]) -> RolloutEngine:
+    """Whoever samples, with the job's weights."""
+    dtype = runtime.dtype(job.dtype)
+    model = build_model(job.source.hf_folder, runtime, dtype=dtype)
+    load_weights(model, job.source, runtime)
+    engine = NativeEngine(
+        model,
+        runtime,
+        eos_token_ids=eos_ids,
+        batch_size=job.rollout.batch_size,
+        kv_cache_tokens=job.rollout.kv_cache_tokens,
+    )
+    engine.sync(job.weight_version or 0)
+    return engine
+
+
+def _prompts_at_once(job: Job, runtime: Runtime) -> int:
+    responses = _BATCHES_AT_ONCE * job.rollout.batch_size * runtime.dp_size
+    return max(1, responses // job.rollout.rollouts_per_prompt)
+
+
+def _pieces(
+    prompts: Prompts, extent: _Extent, num_at_once: int
+) -> Iterator[tuple[int, list[PromptLine]]]:
+    """The prompts that are not done, some at a time, and the position of the first of them."""
+    lines = islice(prompts, extent.num_done, extent.num_prompts)
+    position = extent.num_done
+    while piece := list(islice(lines, num_at_once)):
+        yield position, piece
+        position += len(piece)
+
+
+_Response = tuple[Rollout, int]
+"""And how many tokens of its prompt's question were cut off."""
+
+
+def _respond(
+    job: Job,
+    runtime: Runtime,
+    engine: RolloutEngine,
+    prompts: Prompts,
+    position: int,
+    piece: Sequence[PromptLine],
+) -> list[_Response]:
+    """The responses to a piece, all samples of a prompt one after another, on every rank.
+
+    Model replicas take turns at the responses: the same ones whatever their number.
+
+    Args:
+        position: of the piece's first prompt in the file.
+    """
+    samples = job.rollout.rollouts_per_prompt
+    places = [(index, sample) for index in range(len(piece)) for sample in range(samples)]
+    share = places[runtime.dp_rank :: runtime.dp_size]
+    ids = {index: prompts.ids(piece[index]) for index, _ in share}
+    rollouts = engine.generate(
+        [ids[index][0] for index, _ in share],
+        [rollout_seed(job.seed, position + index, sample) for index, sample in share],
+        job.rollout,
+    )
+    mine = [
+        (place, (rollout, ids[place[0]][1])) for place, rollout in zip(share, rollouts, strict=True)
+    ]
+    everything = dict(runtime.concatenate_over_data(mine))
+    return [everything[place] for place in places]
+
+
+def _records(
+    job: Job,
+    tokenizer: "PreTrainedTokenizerBase",
+    piece: Sequence[PromptLine],
+    responses: Sequence[_Response],
+) -> Iterator[dict[str, Any]]:
+    """A line of the output a response: the prompt's own fields, and FIELDS."""
+    samples = job.rollout.rollouts_per_prompt
+    for number, (rollout, num_cut) in enumerate(responses):
+        record = dict(piece[number // samples].fields)
+        record["sample"] = number % samples
+        record["text"] = tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)
+        record["response_ids"] = rollout.response_ids
+        if job.with_logprobs:
+            record["logprobs"] = rollout.logprobs
+        record["finish_reason"] = "stop" if rollout.finished else "length"
+        if job.weight_version is not None:
+            record["weight_version"] = rollout.weight_version
+        if num_cut:
+            record["num_cut_tokens"] = num_cut
+        yield record
+
+
+@contextmanager
+def _progress(job: Job, runtime: Runtime, extent: _Extent) -> Iterator[Callable[[int], None]]:
+    """Says on the first rank's stderr what is done: a bar on a terminal, lines in a log.
+
+    Yields:
+        A function to call with the number of prompts that are done by now beyond those before.
+    """
+    if runtime.rank != 0:
+        yield lambda num_prompts: None
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(_headline(job, runtime, extent), markup=False)
+    columns = (TextColumn("prompts"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    # Where nobody watches, lines say more than a bar.
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=extent.num_prompts, completed=extent.num_done)
+        num_done = extent.num_done
+
+        def advance(num_prompts: int) -> None:
+            nonlocal num_done
+            num_done += num_prompts
+            bar.update(task, completed=num_done)
+            if bar.disable:
+                console.print(f"prompts {num_done}/{extent.num_prompts}")
+
+        yield advance
+
+
+def _headline(job: Job, runtime: Runtime, extent: _Extent) -> str:
+    dtype = str(runtime.dtype(job.dtype)).removeprefix("torch.")
+    start = f"going on at prompt {extent.num_done + 1}" if extent.num_done else "starting"
+    cut = ""
+    if extent.num_cut:
+        cut = (
+            f"\n{extent.num_cut} prompts are over views.max_prompt_tokens "
+            f"{job.views.max_prompt_tokens}: their questions lose their beginning, and their lines "
+            "say so (num_cut_tokens)"
+        )
+    return (
+        f"{start}: {job.source.path} ({job.who}) in {dtype} on {runtime.device.type}, "
+        f"{describe(job.parallel, runtime.dp_size)}\n"
+        f"{extent.num_prompts} prompts, {job.rollout.rollouts_per_prompt} samples each, seed "
+        f"{job.seed}{cut}"
+    )

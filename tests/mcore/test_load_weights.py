@@ -1,0 +1,116 @@
+"""A run's checkpoint, loaded without the run: any layout, student and teacher, against its export.
+
+That a shard of an HF folder is the right one is shown in test_model_parity.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aropd_mcore import cli
+from aropd_mcore.config import load_config
+from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.convert import import_hf
+from aropd_mcore.convert.source import HFSource, open_source
+from aropd_mcore.mcore import runtime
+from aropd_mcore.mcore.model import StageModel, build_model
+from aropd_mcore.mcore.weights import load_hf_weights, load_weights
+from aropd_mcore.trainer.build import start_runtime
+from aropd_mcore.trainer.loop import train
+from tests.ranks import run_ranks
+from tests.tiny_models import save_tiny_model
+from tests.tiny_runs import write_model, write_run
+
+WHO = ("student", "teacher")
+Layouts = dict[int, list[dict[str, int]]]
+"""World size -> settings of runtime.start."""
+DENSE: Layouts = {
+    1: [{}],
+    2: [{"pipeline": 2, "virtual_pipeline": 2}],
+    4: [{"tensor": 2, "pipeline": 2}],
+}
+EXPERTS: Layouts = {
+    1: [{}],
+    2: [{"expert": 2}, {"tensor": 2}, {"expert_tensor": 2}],
+    4: [{"tensor": 2, "expert": 2}, {"expert": 2, "expert_tensor": 2}, {"expert": 2, "tensor": 4}],
+}
+
+
+def train_here(path: Path, overrides: list[str]) -> None:
+    config = load_config(path, overrides)
+    train(config, start_runtime(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "tie", "written_by", "layouts"),
+    [
+        # Its teacher's average is fp32 beside weights in bf16, and its head is stored once.
+        ("qwen2", True, ["parallel.pipeline=2", "model.dtype=bf16"], DENSE),
+        ("qwen3_moe", False, ["parallel.expert=2"], EXPERTS),
+    ],
+)
+def test_every_layout_loads_what_an_export_holds(family, tie, written_by, layouts, tmp_path):
+    path = write_run(tmp_path, training={"num_steps": 2, "global_batch_size": 4})
+    write_model(tmp_path / "model", family, tie=tie)
+    run_ranks(train_here, 2, path, written_by)
+    for who in WHO:
+        arguments = ["convert", "export", str(tmp_path / "out"), str(tmp_path / who)]
+        assert cli.main([*arguments, "--weights", who]) == 0
+    for world_size in layouts:
+        run_ranks(compare, world_size, tmp_path, layouts[world_size])
+
+
+def compare(folder: Path, layouts: list[dict[str, int]]) -> None:
+    for layout in layouts:
+        here = runtime.start(**layout)
+        found: dict[str, StageModel] = {}
+        for who in WHO:
+            models: list[Any] = []
+            for _ in range(2):
+                models.append(build_model(folder / "out" / "hf", here, dtype=torch.bfloat16))
+                for p in models[-1].parameters():
+                    p.data.fill_(torch.nan)
+            load_weights(models[0], open_source(folder / "out", who=who), here)
+            load_hf_weights(models[1], folder / who, here)
+            assert_equal(*models)
+            found[who] = models[0]
+        students, teachers = (list(found[who].parameters()) for who in WHO)
+        moved = [not torch.equal(s, t) for s, t in zip(students, teachers, strict=True)]
+        assert sum(moved) > len(moved) // 2, "the same weights twice"
+        runtime.stop()
+
+
+def assert_equal(found: StageModel, expected: StageModel) -> None:
+    parameters = dict(expected.named_parameters())
+    for name, p in found.named_parameters():
+        assert torch.equal(p, parameters[name]), name
+
+
+def test_imports_of_any_padding_load_and_other_models_do_not(tmp_path):
+    """512 rows of 509 are what one rank pads to; three tensor ranks need 768."""
+    for name, layers in (("model", 2), ("longer", 3)):
+        save_tiny_model(
+            "llama",
+            tmp_path / name,
+            num_hidden_layers=layers,
+            hidden_size=96,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=16,
+        )
+        import_hf(HFSource(tmp_path / name), tmp_path / f"{name}-imported")
+    run_ranks(load_imports, 3, tmp_path)
+
+
+def load_imports(folder: Path) -> None:
+    here = runtime.start(tensor=3)
+    models = [build_model(folder / "model", here, dtype=torch.float32) for _ in range(2)]
+    load_weights(models[0], open_source(folder / "model-imported"), here)
+    load_hf_weights(models[1], folder / "model", here)
+    assert_equal(*models)
+    if here.tp_rank == 2:  # rows 512 to 767
+        assert not models[0].head_weight().any()
+    with pytest.raises(CheckpointError, match=r"longer.*config\.json describes another model"):
+        load_weights(models[0], open_source(folder / "longer-imported"), here)

@@ -1,0 +1,272 @@
+"""`aropd generate`: from every kind of checkpoint, on every layout, and over interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aropd_mcore import cli
+from aropd_mcore.config import load_config
+from aropd_mcore.mcore import runtime
+from aropd_mcore.rollout.generate import generate, start_runtime
+from aropd_mcore.rollout.job import job_of
+from aropd_mcore.rollout.lines_file import LinesFile
+from aropd_mcore.trainer import build
+from aropd_mcore.trainer.loop import train
+from tests.conftest import REPO
+from tests.ranks import run_ranks
+from tests.tiny_runs import EOS_IDS, write_model, write_run
+
+SAMPLING = {"max_response_tokens": 16, "rollouts_per_prompt": 2}
+FEW = SAMPLING | {"batch_size": 1}
+"""Eight responses, of four prompts, between one writing and the next on each replica."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """run.yaml, rows.jsonl, model; out: the run after two steps; student, teacher: its exports."""
+    folder = tmp_path_factory.mktemp("generate")
+    path = write_run(folder, training={"num_steps": 2, "global_batch_size": 4})
+    write_model(folder / "model", initializer_range=0.1)
+    write_model(folder / "moe", "qwen3_moe")
+    run_ranks(train_here, 2, path)
+    for who in ("student", "teacher"):
+        arguments = ["convert", "export", str(folder / "out"), str(folder / who)]
+        assert cli.main([*arguments, "--weights", who]) == 0
+    return folder
+
+
+def train_here(path: Path) -> None:
+    config = load_config(path, ["parallel.pipeline=2", "optimizer.lr=0.02"])
+    train(config, build.start_runtime(config))
+
+
+Call = dict[str, Any]
+
+
+def generate_all(calls: list[Call]) -> list[str]:
+    """On every rank: what each call's error says, or nothing."""
+    errors = []
+    for call in calls:
+        job = job_of(**{"rollout": SAMPLING, "parallel": {}} | call)
+        here = start_runtime(job)
+        try:
+            generate(job, here)
+            errors.append("")
+        except ValueError as error:
+            errors.append(str(error))
+        runtime.stop()
+    return errors
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    assert not path.with_name(path.name + ".partial").exists()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def on_one_rank(folder: Path, out: Path, **call: Any) -> list[dict[str, Any]]:
+    call = {"checkpoint": folder / "out", "prompts": folder / "rows.jsonl", "output": out} | call
+    assert run_ranks(generate_all, 1, [call]) == [[""]]
+    return lines_of(out)
+
+
+def test_greedy_responses_to_an_hf_folder_are_those_of_transformers(folder, tmp_path):
+    rows = [{"id": 3, "question": "2 + 2?", "level": [1, {"x": None}]}, {"question": "ü中?"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = on_one_rank(
+        folder,
+        tmp_path / "out.jsonl",
+        checkpoint=folder / "model",
+        prompts=prompts,
+        rollout={"temperature": 0, "max_response_tokens": 40},
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for row, line in zip(rows, lines, strict=True):
+        system = "Solve the problem. Think step by step between <reasoning> and </reasoning>, then "
+        system += "give only the final answer between <answer> and </answer>."
+        turns = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": row["question"]},
+        ]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        whole = model.generate(
+            **ids, do_sample=False, max_new_tokens=40, eos_token_id=EOS_IDS, pad_token_id=0
+        )
+        expected = whole[0, ids["input_ids"].size(1) :].tolist()
+        assert line == row | {
+            "sample": 0,
+            "text": tokenizer.decode(expected, skip_special_tokens=True),
+            "response_ids": expected,
+            "finish_reason": "stop" if expected[-1] in EOS_IDS else "length",
+        }
+
+
+def test_student_and_teacher_of_a_run_are_its_exports(folder, tmp_path):
+    found = {}
+    for who in ("student", "teacher"):
+        here = on_one_rank(folder, tmp_path / who, who=who)  # the views are those of config.yaml
+        export = on_one_rank(
+            folder,
+            tmp_path / f"{who}-export",
+            checkpoint=folder / who,
+            config=folder / "run.yaml",
+        )
+        assert {line.pop("weight_version") for line in here} == {2}
+        assert here == export and len(here) == 2 * 24
+        found[who] = here
+    ids = {who: [line["response_ids"] for line in found[who]] for who in found}
+    assert ids["student"] != ids["teacher"]
+    # Samples of a prompt differ, and some end before the limit.
+    assert ids["student"][::2] != ids["student"][1::2]
+    assert {line["finish_reason"] for line in found["student"]} == {"stop", "length"}
+
+
+def test_the_file_does_not_depend_on_the_layout(folder, tmp_path):
+    def calls(name: str, **sizes: int) -> list[Call]:
+        """In pieces, with the run's student; and a model with experts."""
+        files = {"prompts": folder / "rows.jsonl", "config": folder / "run.yaml"}
+        dense = {k: v for k, v in sizes.items() if "expert" not in k}
+        return [
+            {"checkpoint": folder / "out", "output": tmp_path / name, "rollout": FEW}
+            | {**files, "parallel": dense},
+            {"checkpoint": folder / "moe", "output": tmp_path / f"{name}-moe"}
+            | {**files, "parallel": sizes, "with_logprobs": True},
+        ]
+
+    run_ranks(generate_all, 1, calls("one"))
+    layouts: dict[str, dict[str, int]] = {
+        "replicas": {},
+        "tensor": {"tensor": 2},
+        "pipeline": {"pipeline": 2},
+        "expert": {"expert": 2},
+    }
+    on_two = [call for name, sizes in layouts.items() for call in calls(name, **sizes)]
+    assert run_ranks(generate_all, 2, on_two) == [[""] * len(on_two)] * 2
+    for name in layouts:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "one").read_bytes()
+        found, expected = (lines_of(tmp_path / f"{n}-moe") for n in (name, "one"))
+        for line, other in zip(found, expected, strict=True):
+            logprobs = line.pop("logprobs"), other.pop("logprobs")
+            assert len(logprobs[0]) == len(line["response_ids"])
+            assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+            assert line == other
+
+
+def test_what_is_wrong_with_the_prompts_is_said_once_and_first(folder, tmp_path):
+    rows = [{"question": "fits"}] * 40 + [{"question": "Z" * 500}]
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    call = {"checkpoint": folder / "model", "prompts": prompts, "output": out}
+    first, second = run_ranks(generate_all, 2, [call])
+    assert first[0].startswith(f"{prompts}:41: the student view's prompt is over") and not second[0]
+    assert not out.exists() and not out.with_name("out.jsonl.partial").exists()
+    # The run's views cut it, and its line says so.
+    lines = on_one_rank(
+        folder, out, checkpoint=folder / "model", prompts=prompts, config=folder / "run.yaml"
+    )
+    assert [line.get("num_cut_tokens", 0) > 0 for line in lines] == [False] * 80 + [True] * 2
+
+
+def command(folder: Path, out: Path, *options: str) -> list[str]:
+    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    return ["generate", *map(str, files), "--max-response-tokens", "16", "--samples", "2", *options]
+
+
+def process(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "aropd_mcore.cli", *arguments],
+        env=os.environ
+        | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_call_goes_on_where_it_stopped(folder, tmp_path):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    on_one_rank(folder, whole, rollout=FEW)
+    partial = tmp_path / "out.jsonl.partial" / "lines.jsonl"
+    arguments = command(folder, out, "--batch-size", "1")
+    with process(arguments) as killed:
+        while killed.poll() is None and not (partial.exists() and partial.stat().st_size):
+            time.sleep(0.002)
+        killed.send_signal(signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+
+    # As a write that was cut off: one sample of a prompt, and half of a line.
+    kept = partial.read_bytes()
+    next_line = whole.read_bytes()[len(kept) :].splitlines(keepends=True)
+    assert kept and len(next_line) > 1 and kept.count(b"\n") % 2 == 0
+    partial.write_bytes(kept + next_line[0] + next_line[1][:9])
+
+    call = {"checkpoint": folder / "out", "prompts": folder / "rows.jsonl", "output": out}
+    [[error]] = run_ranks(generate_all, 1, [{**call, "rollout": {**FEW, "temperature": 0.5}}])
+    assert error.endswith(
+        "out.jsonl.partial: holds lines of another job: temperature was 1.0, and is 0.5 now; "
+        "remove the folder, or name another file"
+    )
+    with process(arguments) as again:
+        printed, progress = again.communicate(timeout=300)
+    assert again.returncode == 0, progress
+    num_done = kept.count(b"\n") // 2
+    assert f"going on at prompt {num_done + 1}: " in progress
+    assert "prompts 24/24" in progress and printed == f"{folder / 'rows.jsonl'} -> {out}\n"
+    assert out.read_bytes() == whole.read_bytes()
+    assert not partial.parent.exists()
+
+
+def test_a_file_has_one_writer(tmp_path):
+    with LinesFile(tmp_path / "out.jsonl", {"seed": 1}) as first:
+        with pytest.raises(ValueError, match=r"out\.jsonl: another process is writing it"):
+            LinesFile(tmp_path / "out.jsonl", {"seed": 1})
+        first.write([{"half of a pair": "\ud800"}])
+        first.finish()
+    with pytest.raises(ValueError, match=r"out\.jsonl: exists already"):
+        LinesFile(tmp_path / "out.jsonl", {"seed": 1})
+
+
+def test_the_command_starts_the_ranks_of_a_layout(folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with process(command(folder, out, "--tensor", "2")) as job:
+        _, progress = job.communicate(timeout=300)
+    assert job.returncode == 0, progress
+    assert "TP 2 x PP 1 x DP 1" in progress
+    assert lines_of(out) == on_one_rank(folder, tmp_path / "one.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "nowhere"], "nowhere: no such file; expected prompts"),
+        (["--checkpoint", "nowhere"], "nowhere: no checkpoint"),
+        (["--checkpoint", "{folder}/model", "--who", "teacher"], "holds one model, no teacher"),
+        (["--output", "{folder}/run.yaml"], "run.yaml: exists already; remove it, or name another"),
+        (["--temperature", "-1"], "aropd generate: temperature: Input should be greater than or"),
+        (["--max-response-tokens", "512"], "512 leaves no room for a prompt: the model has 512"),
+        (["--kv-cache-tokens", "9"], "leaves no room for a prompt: the model has 512 positions, k"),
+        (["--tensor", "3"], "tensor-parallel size 3 does not divide"),
+        (["--expert", "2"], "expert-parallel size 2 does not divide a dense model"),
+        (["--tensor", "2", "--nproc-per-node", "3"], "3 processes cannot share the model in that"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_starts(
+    folder, tmp_path, capsys, options, message
+):
+    options = [option.format(folder=folder) for option in options]
+    assert cli.main(command(folder, tmp_path / "out.jsonl", *options)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aropd: error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
