@@ -25,6 +25,9 @@ Of a run's checkpoint, questions are rendered by the views of its config.yaml, w
 views.on_long_prompt: cut shortens long ones; their lines say num_cut_tokens. Any other prompt that
 does not fit is an error, and every prompt is checked before the first response.
 
+With --engine vllm the processes hand their weights to vLLM servers: those of --config's
+rollout.vllm, never of the checkpoint's run by itself, or one that is started on this machine.
+
 Responses gather in OUTPUT.partial until all are there. After an interruption the same command goes
 on where it stopped. Under torchrun this process is one rank of the job; otherwise it starts the
 processes itself. Those beyond one model replica are further replicas, which share out the prompts.

@@ -1,5 +1,6 @@
 """Who samples for `aropd generate`: the model itself, or vLLM servers with its weights."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,7 @@ def engine_of(
     model = build_model(job.source.hf_folder, runtime, dtype=runtime.dtype(job.dtype))
     load_weights(model, job.source, runtime)
     if job.rollout.engine == "vllm":
-        weights_dir = job.rollout.vllm.weights_dir
-        weights = weights_dir / scratch.name if weights_dir else scratch / "weights"
+        weights = _weights_folder(job, scratch)
         config = _run_of_servers(job, model, weights, longest_prompt, scratch)
         engine = VllmEngine(
             model, runtime, config, eos_token_ids=eos_token_ids, probe_ids=probe_ids
@@ -64,6 +64,14 @@ def engine_of(
         engine.close()
         if weights is not None and runtime.rank == 0:
             shutil.rmtree(weights, ignore_errors=True)
+
+
+def _weights_folder(job: Job, scratch: Path) -> Path:
+    """This job's alone, also among those that others have below the same weights_dir."""
+    if job.rollout.vllm.weights_dir is None:
+        return scratch / "weights"
+    name = hashlib.sha256(str(job.output.resolve()).encode()).hexdigest()[:16]
+    return job.rollout.vllm.weights_dir / f"generate-{name}"
 
 
 def _run_of_servers(
