@@ -6,49 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 from aropd_mcore import __version__
-from aropd_mcore.config import (
-    Config,
-    ModelConfig,
-    ParallelConfig,
-    RolloutConfig,
-    dump_config,
-    load_config,
-)
+from aropd_mcore.config import Config, ParallelConfig, dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
+from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
 
 if TYPE_CHECKING:
     from aropd_mcore.plan.layout import Layout
     from aropd_mcore.rollout.job import Job
-
-_GENERATE = """\
-Write responses of a student, a teacher or any other checkpoint, as JSONL.
-
-A line of FILE (JSONL or Parquet) has one of
-  question      as training data: with its `system`, rendered as the student's view in training
-  messages      chat turns, each with `role` and `content`
-  prompt_ids    token ids
-and any other fields, which go into its output lines as they are. An output line is a response: the
-fields of its prompt, then sample, text, response_ids (with the EOS), logprobs (with --logprobs),
-finish_reason (stop: an EOS; length: --max-response-tokens) and, of a training checkpoint,
-weight_version, its training steps. Order and seeds are those of the prompts, whatever the layout.
-
-Of a run's checkpoint, questions are rendered by the views of its config.yaml, where
-views.on_long_prompt: cut shortens long ones; their lines say num_cut_tokens. Any other prompt that
-does not fit is an error, and every prompt is checked before the first response.
-
-Responses gather in OUTPUT.partial until all are there. After an interruption the same command goes
-on where it stopped. Under torchrun this process is one rank of the job; otherwise it starts the
-processes itself. Those beyond one model replica are further replicas, which share out the prompts.
-"""
-_GENERATE_EXAMPLES = """\
-examples:
-  %(prog)s --checkpoint runs/mine --prompts test.jsonl --output out.jsonl --temperature 0
-  %(prog)s --checkpoint runs/mine --who teacher --prompts test.jsonl --output teacher.jsonl
-  %(prog)s --checkpoint Qwen2.5-7B-Instruct --prompts test.jsonl --output base.jsonl --samples 4
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", type=Path, help="YAML file")
     plan.add_argument("overrides", nargs="*", help="such as parallel.tensor=4")
     size = plan.add_mutually_exclusive_group()
-    size.add_argument("--nodes", type=_positive, default=1, help="(default: %(default)s)")
-    size.add_argument("--gpus", type=_positive, help="in place of --nodes")
-    plan.add_argument("--gpus-per-node", type=_positive, default=8, help="(default: %(default)s)")
+    size.add_argument("--nodes", type=positive, default=1, help="(default: %(default)s)")
+    size.add_argument("--gpus", type=positive, help="in place of --nodes")
+    plan.add_argument("--gpus-per-node", type=positive, default=8, help="(default: %(default)s)")
     plan.add_argument("--memory", type=float, default=80.0, help="GB a GPU (default: %(default)s)")
     plan.add_argument("--sweep", action="store_true", help="the layouts that fit, fastest first")
     plan.set_defaults(run=_plan)
@@ -139,80 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("overrides", nargs="*", help="such as rollout.vllm.port=8000")
     serve.set_defaults(run=_serve)
 
-    _add_generate(commands)
+    generate = commands.add_parser("generate", help="responses of any checkpoint, as JSONL")
+    add_arguments(generate)
+    _add_num_processes(generate)
+    generate.set_defaults(run=_generate)
 
     convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
     add_commands(convert.add_subparsers(required=True, metavar="COMMAND"))
     return parser
-
-
-_SAMPLING = ("max_response_tokens", "temperature", "top_p", "top_k")
-_ENGINE = ("batch_size", "kv_cache_tokens")
-_PARALLEL = {
-    "tensor": "tensor-parallel ranks",
-    "pipeline": "pipeline stages",
-    "expert": "ranks that share out the experts",
-    "expert_tensor": "ranks that share out the matrices of each expert",
-}
-
-
-def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "generate",
-        help="responses of any checkpoint to a file of prompts, as JSONL",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=_GENERATE,
-        epilog=_GENERATE_EXAMPLES,
-    )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="an HF folder; a Megatron checkpoint or one iteration of it; a run's output_dir",
-    )
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
-    parser.add_argument(
-        "--who",
-        choices=("student", "teacher"),
-        default="student",
-        help="whose weights, of a training checkpoint (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--hf",
-        type=Path,
-        metavar="DIR",
-        help="folder of config.json and tokenizer (default: the hf/ beside the checkpoint)",
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="YAML",
-        help="a run's, for its views (default: of the run that the checkpoint is of)",
-    )
-    rollout = RolloutConfig.model_fields
-    parser.add_argument("--samples", type=_positive, default=1, help="a prompt (default: 1)")
-    for name in (*_SAMPLING, *_ENGINE):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=float if name in ("temperature", "top_p") else int,
-            default=rollout[name].default,
-            help=f"{rollout[name].description} (default: %(default)s)",
-        )
-    parser.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
-    parser.add_argument("--logprobs", action="store_true", help="write each token's log-prob too")
-    parser.add_argument(
-        "--dtype",
-        choices=get_args(ModelConfig.model_fields["dtype"].annotation),
-        default="auto",
-        help=ModelConfig.model_fields["dtype"].description,
-    )
-    for name, what in _PARALLEL.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=_positive, default=1, help=f"{what} (default: 1)")
-    _add_num_processes(parser)
-    parser.set_defaults(run=_generate)
 
 
 def _add_num_processes(parser: argparse.ArgumentParser) -> None:
@@ -260,13 +161,6 @@ def _plan(args: argparse.Namespace) -> None:
         memory_bytes=args.memory * 1e9,
     )
     Console(soft_wrap=True).print(render_sweep(job) if args.sweep else render_plan(job))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
-    return number
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -323,22 +217,8 @@ def _print_plan(config: Config, layout: "Layout") -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import replica_size
-    from aropd_mcore.rollout.job import job_of
 
-    job = job_of(
-        args.checkpoint,
-        args.prompts,
-        args.output,
-        who=args.who,
-        hf=args.hf,
-        config=args.config,
-        rollout={name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}
-        | {"rollouts_per_prompt": args.samples},
-        parallel={name: getattr(args, name) for name in _PARALLEL},
-        dtype=args.dtype,
-        seed=args.seed,
-        with_logprobs=args.logprobs,
-    )
+    job = job_of_arguments(args)
     num_local = args.nproc_per_node or _default_num_processes(job.parallel)
     num_all = int(os.environ.get("WORLD_SIZE", num_local))
     if num_all % replica_size(job.parallel):
@@ -353,10 +233,16 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _generate_here(job: "Job") -> int:
     from aropd_mcore.mcore import runtime
+    from aropd_mcore.rollout.engine import RolloutFailed
     from aropd_mcore.rollout.generate import generate, start_runtime
 
     here = start_runtime(job)
-    generate(job, here)
+    try:
+        generate(job, here)
+    except RolloutFailed as failed:
+        if here.rank == 0:
+            print(f"aropd: stopped: {failed}\nThe same command goes on.", file=sys.stderr)
+        return 3
     if here.rank == 0:
         print(f"{job.prompts} -> {job.output}")
     runtime.stop(leave_job=True)

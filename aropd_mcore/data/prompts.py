@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -26,6 +26,16 @@ class PromptLine:
     """Which of KINDS it has."""
     origin: str
     """`file:line`; errors name it."""
+
+
+class PromptCounts(NamedTuple):
+    """What a file of prompts holds."""
+
+    num_prompts: int
+    num_cut: int
+    """Prompts that lose the beginning of their question."""
+    longest: int
+    """Tokens of the longest prompt."""
 
 
 class Prompts:
@@ -74,19 +84,21 @@ class Prompts:
                 raise DataError(origin, problem, f"key {line.kind!r}")
             yield line
 
-    def check(self) -> tuple[int, int]:
-        """Go through the whole file: how many prompts it has, and how many of them were cut.
+    def check(self) -> "PromptCounts":
+        """Go through the whole file.
 
         Raises:
             DataError: as iteration and `ids`; or there is no prompt.
         """
-        num_prompts = num_cut = 0
+        num_prompts = num_cut = longest = 0
         for line in self:
-            num_cut += self.ids(line)[1] > 0
+            ids, num_cut_tokens = self.ids(line)
             num_prompts += 1
+            num_cut += num_cut_tokens > 0
+            longest = max(longest, len(ids))
         if not num_prompts:
             raise DataError(str(self.path), "expected at least one prompt", "none")
-        return num_prompts, num_cut
+        return PromptCounts(num_prompts, num_cut, longest)
 
     def ids(self, line: PromptLine) -> tuple[tuple[int, ...], int]:
         """A line's prompt as token ids, and how many tokens of its question were cut off.

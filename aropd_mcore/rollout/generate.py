@@ -6,21 +6,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aropd_mcore.data.prompts import PromptLine, Prompts
+from aropd_mcore.data.prompts import PromptCounts, PromptLine, Prompts
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
-from aropd_mcore.mcore.model import build_model
 from aropd_mcore.mcore.runtime import Runtime, start
-from aropd_mcore.mcore.weights import load_weights
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
 from aropd_mcore.rollout.job import Job
-from aropd_mcore.rollout.lines_file import LinesFile
-from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.job_engine import engine_of
+from aropd_mcore.rollout.lines_file import LinesFile, partial_folder
+from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.types import Rollout
 
 if TYPE_CHECKING:
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
 _BATCHES_AT_ONCE = 8
 """On each replica, between one writing and the next: at its end fewer and fewer rows decode."""
+_PROBE_TOKENS = 128
 FIELDS = (
     "sample",
     "text",
@@ -57,10 +56,9 @@ def start_runtime(job: Job) -> Runtime:
 class _Extent:
     """What there is to do, and what is done."""
 
-    num_prompts: int
-    num_cut: int
-    """Prompts that lose the beginning of their question."""
+    counts: PromptCounts
     num_done: int
+    """Prompts."""
 
 
 def generate(job: Job, runtime: Runtime) -> None:
@@ -70,58 +68,54 @@ def generate(job: Job, runtime: Runtime) -> None:
     interrupted is gone on with where it stopped: every response has a seed of its own.
 
     Raises:
-        ValueError, OSError: on the first rank, what is wrong with the prompts or the output; before
-            anything is sampled. The other ranks return.
-    Collectives: the engine's; an all-gather of the responses over dp_group. Every rank must call.
+        ValueError, OSError: on the first rank, what is wrong with the prompts or the output, before
+            anything is sampled; the other ranks return.
+        RolloutFailed: see RolloutEngine; what was written stays for the next call.
+    Collectives: the engine's; broadcasts over the job; an all-gather of the responses over
+        dp_group. Every rank must call.
     """
     tokenizer = load_tokenizer(job.source.hf_folder)
+    view_builder = ViewBuilder(tokenizer, job.views)
     prompts = Prompts(
         job.prompts,
-        ViewBuilder(tokenizer, job.views),
+        view_builder,
         vocab_size=job.source.architecture.vocab_size,
         max_tokens=job.max_prompt_tokens,
         reserved=FIELDS,
     )
     with ExitStack() as stack:
-        output: LinesFile | None = None
-        told: list[_Extent | None] = [None]
+        output: list[LinesFile] = []
+        """On the first rank."""
+
+        def begin() -> _Extent:
+            counts, samples = prompts.check(), job.rollout.rollouts_per_prompt
+            file = LinesFile(job.output, job.identity(), lines_at_once=samples)
+            output.append(stack.enter_context(file))
+            return _Extent(counts, file.num_lines // samples)
+
         try:
+            extent = on_first_rank(begin)
+        except (ValueError, RuntimeError):
             if runtime.rank == 0:
-                num_prompts, num_cut = prompts.check()
-                samples = job.rollout.rollouts_per_prompt
-                output = LinesFile(job.output, job.identity(), lines_at_once=samples)
-                stack.enter_context(output)
-                told[0] = _Extent(num_prompts, num_cut, output.num_lines // samples)
-        finally:
-            dist.broadcast_object_list(told, src=0)
-        extent = told[0]
-        if extent is None:  # the first rank says why
-            return
-        engine = _engine(job, runtime, eos_token_ids(job.source.hf_folder, tokenizer))
-        advance = stack.enter_context(_progress(job, runtime, extent))
-        for first, piece in _pieces(prompts, extent, _prompts_at_once(job, runtime)):
-            responses = _respond(job, runtime, engine, prompts, first, piece)
-            if output is not None:
-                output.write(_records(job, tokenizer, piece, responses))
-            advance(len(piece))
-        if output is not None:
-            output.finish()
-
-
-def _engine(job: Job, runtime: Runtime, eos_ids: Sequence[int]) -> RolloutEngine:
-    """Whoever samples, with the job's weights."""
-    dtype = runtime.dtype(job.dtype)
-    model = build_model(job.source.hf_folder, runtime, dtype=dtype)
-    load_weights(model, job.source, runtime)
-    engine = NativeEngine(
-        model,
-        runtime,
-        eos_token_ids=eos_ids,
-        batch_size=job.rollout.batch_size,
-        kv_cache_tokens=job.rollout.kv_cache_tokens,
-    )
-    engine.sync(job.weight_version or 0)
-    return engine
+                raise
+            return  # the first rank says why
+        probe_ids = (*prompts.ids(next(iter(prompts)))[0], view_builder.end_id)[-_PROBE_TOKENS:]
+        sampling = engine_of(
+            job,
+            runtime,
+            eos_token_ids=eos_token_ids(job.source.hf_folder, tokenizer),
+            probe_ids=probe_ids,
+            longest_prompt=extent.counts.longest,
+            scratch=partial_folder(job.output),
+        )
+        with _progress(job, runtime, extent) as advance, sampling as engine:
+            for first, piece in _pieces(prompts, extent, _prompts_at_once(job, runtime)):
+                responses = _respond(job, runtime, engine, prompts, first, piece)
+                for file in output:
+                    file.write(_records(job, tokenizer, piece, responses))
+                advance(len(piece))
+        for file in output:
+            file.finish()
 
 
 def _prompts_at_once(job: Job, runtime: Runtime) -> int:
@@ -133,7 +127,7 @@ def _pieces(
     prompts: Prompts, extent: _Extent, num_at_once: int
 ) -> Iterator[tuple[int, list[PromptLine]]]:
     """The prompts that are not done, some at a time, and the position of the first of them."""
-    lines = islice(prompts, extent.num_done, extent.num_prompts)
+    lines = islice(prompts, extent.num_done, extent.counts.num_prompts)
     position = extent.num_done
     while piece := list(islice(lines, num_at_once)):
         yield position, piece
@@ -213,7 +207,7 @@ def _progress(job: Job, runtime: Runtime, extent: _Extent) -> Iterator[Callable[
     columns = (TextColumn("prompts"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     # Where nobody watches, lines say more than a bar.
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=extent.num_prompts, completed=extent.num_done)
+        task = bar.add_task("", total=extent.counts.num_prompts, completed=extent.num_done)
         num_done = extent.num_done
 
         def advance(num_prompts: int) -> None:
@@ -221,7 +215,7 @@ def _progress(job: Job, runtime: Runtime, extent: _Extent) -> Iterator[Callable[
             num_done += num_prompts
             bar.update(task, completed=num_done)
             if bar.disable:
-                console.print(f"prompts {num_done}/{extent.num_prompts}")
+                console.print(f"prompts {num_done}/{extent.counts.num_prompts}")
 
         yield advance
 
@@ -230,15 +224,15 @@ def _headline(job: Job, runtime: Runtime, extent: _Extent) -> str:
     dtype = str(runtime.dtype(job.dtype)).removeprefix("torch.")
     start = f"going on at prompt {extent.num_done + 1}" if extent.num_done else "starting"
     cut = ""
-    if extent.num_cut:
+    if extent.counts.num_cut:
         cut = (
-            f"\n{extent.num_cut} prompts are over views.max_prompt_tokens "
+            f"\n{extent.counts.num_cut} prompts are over views.max_prompt_tokens "
             f"{job.views.max_prompt_tokens}: their questions lose their beginning, and their lines "
             "say so (num_cut_tokens)"
         )
     return (
         f"{start}: {job.source.path} ({job.who}) in {dtype} on {runtime.device.type}, "
         f"{describe(job.parallel, runtime.dp_size)}\n"
-        f"{extent.num_prompts} prompts, {job.rollout.rollouts_per_prompt} samples each, seed "
-        f"{job.seed}{cut}"
+        f"{extent.counts.num_prompts} prompts, {job.rollout.rollouts_per_prompt} samples each, "
+        f"engine {job.rollout.engine}, seed {job.seed}{cut}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aropd_mcore.config import (
+    Config,
     ConfigError,
     ParallelConfig,
     RolloutConfig,
@@ -88,8 +89,10 @@ def job_of(
     Args:
         checkpoint: see open_source.
         hf: see open_source.
-        config: a run's YAML, for its views. None: the config.yaml of the run that the checkpoint is
-            of; without one the default templates, and no limit but the model's.
+        config: a run's YAML, for its views, and for its rollout.vllm if that samples. None: the
+            views are those of the config.yaml of the run that the checkpoint is of; without one
+            the default templates, and no limit but the model's. The servers are none of its own:
+            it may be training with them.
         rollout: values of RolloutConfig.
         parallel: values of ParallelConfig.
     Raises:
@@ -100,7 +103,9 @@ def job_of(
     if output.exists():
         raise ValueError(f"{output}: exists already; remove it, or name another --output")
     source = open_source(checkpoint, who=who, hf=hf)
-    settings = validated(RolloutConfig, dict(rollout), "aropd generate")
+    given = load_config(config) if config else None
+    servers = {"vllm": given.rollout.vllm} if given else {}
+    settings = validated(RolloutConfig, {**rollout, **servers}, "aropd generate")
     sizes = dict(parallel)
     # As in training: Megatron's experts work on tensor ranks that share out the tokens.
     sizes["sequence"] = source.architecture.routing is not None and sizes.get("tensor", 1) > 1
@@ -119,16 +124,13 @@ def job_of(
             f"model has {source.architecture.max_position_embeddings} positions"
             + (f", kv_cache_tokens is {c}" if (c := settings.kv_cache_tokens) else "")
         )
-    config = config or _config_of_run(source)
-    views = ViewsConfig(max_prompt_tokens=room, on_long_prompt="drop")
-    if config is not None:
-        views = load_config(config).views
+    run = given or _config_of_run(source)
     return Job(
         source=source,
         who=who,
         prompts=prompts,
         output=output,
-        views=views,
+        views=run.views if run else ViewsConfig(max_prompt_tokens=room, on_long_prompt="drop"),
         rollout=settings,
         parallel=layout,
         dtype=dtype,
@@ -142,9 +144,9 @@ def _room(source: Source, rollout: RolloutConfig) -> int:
     return min(most, rollout.kv_cache_tokens or most) - rollout.max_response_tokens
 
 
-def _config_of_run(source: Source) -> Path | None:
+def _config_of_run(source: Source) -> Config | None:
     if not isinstance(source, MegatronSource):
         return None
     folder = source.iteration.absolute().parent  # output_dir/checkpoints/iter_NNNNNNN
     path = folder.parent / "config.yaml"
-    return path if folder.name == "checkpoints" and path.is_file() else None
+    return load_config(path) if folder.name == "checkpoints" and path.is_file() else None

@@ -11,6 +11,11 @@ from types import TracebackType
 from typing import Any
 
 
+def partial_folder(path: Path) -> Path:
+    """Where lines gather on their way to `path`; goes when they are there."""
+    return path.with_name(f"{path.name}.partial")
+
+
 class LinesFile:
     """Lines on their way to `path`; they take its name when the last one is written.
 
@@ -30,7 +35,7 @@ class LinesFile:
                 job.
         """
         self.path = path
-        self.folder = path.with_name(f"{path.name}.partial")
+        self.folder = partial_folder(path)
         if path.exists():
             raise ValueError(f"{path}: exists already; remove it, or name another file")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def test_questions_are_the_student_views_of_training(tokenizer, tmp_path):
     assert rendered(prompts) == [(view.ids, view.num_cut_tokens) for view in views]
     assert views[2].num_cut_tokens > 40 and len(views[2].ids) == 80
     assert [line.fields for line in prompts] == lines
-    assert prompts.check() == (3, 1)
+    assert prompts.check() == (3, 1, 80)
 
 
 def test_messages_go_through_the_chat_template_and_ids_do_not(tokenizer, tmp_path):

@@ -11,21 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aropd_mcore import cli
 from aropd_mcore.config import load_config
+from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
+from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime
+from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.rollout.generate import generate, start_runtime
 from aropd_mcore.rollout.job import job_of
 from aropd_mcore.rollout.lines_file import LinesFile
 from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train
+from aropd_mcore.types import Row
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, shutdown_pool
+from tests.rollout.fake_vllm import FakeVllm, response_to
 from tests.tiny_runs import EOS_IDS, write_model, write_run
 
 SAMPLING = {"max_response_tokens": 16, "rollouts_per_prompt": 2}
+KEY = "a key"
 FEW = SAMPLING | {"batch_size": 1}
 """Eight responses, of four prompts, between one writing and the next on each replica."""
 
@@ -61,7 +68,7 @@ def generate_all(calls: list[Call]) -> list[str]:
         try:
             generate(job, here)
             errors.append("")
-        except ValueError as error:
+        except (ValueError, RolloutFailed) as error:
             errors.append(str(error))
         runtime.stop()
     return errors
@@ -177,6 +184,40 @@ def test_what_is_wrong_with_the_prompts_is_said_once_and_first(folder, tmp_path)
         folder, out, checkpoint=folder / "model", prompts=prompts, config=folder / "run.yaml"
     )
     assert [line.get("num_cut_tokens", 0) > 0 for line in lines] == [False] * 80 + [True] * 2
+
+
+def test_vllm_servers_sample_with_the_checkpoints_weights(folder, tmp_path, monkeypatch):
+    """They score a probe as the model does, or nothing is sampled."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    shutdown_pool()  # whose processes do not have the key
+    fake = FakeVllm(key=KEY)
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    vllm = {"urls": [fake.url], "start_timeout": 1.0, "retries": 0, "weights_dir": str(tmp_path)}
+    config["rollout"]["vllm"] = vllm
+    (tmp_path / "vllm.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "out.jsonl"
+    call = {"checkpoint": folder / "out", "who": "teacher", "prompts": folder / "rows.jsonl"}
+    call |= {"output": out, "config": tmp_path / "vllm.yaml", "rollout": FEW | {"engine": "vllm"}}
+    assert run_ranks(generate_all, 2, [call]) == [[""], [""]]  # two replicas, in pieces
+
+    tokenizer = load_tokenizer(folder / "model")
+    builder = ViewBuilder(tokenizer, load_config(folder / "run.yaml").views)
+    ends = eos_token_ids(folder / "model", tokenizer)
+    for number, line in enumerate(lines_of(out)):
+        position, sample = divmod(number, 2)
+        prompt = builder.prompt(Row(line["question"], "z", "a"), "student").ids
+        ids = response_to(prompt, rollout_seed(1234, position, sample), 16, ends)
+        assert (line["response_ids"], line["sample"], line["weight_version"]) == (ids, sample, 2)
+        assert line["finish_reason"] == ("stop" if ids[-1] in ends else "length")
+    assert [path.name for path in fake.loaded] == ["step-0000002"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "vllm.yaml"}
+
+    # Nobody samples: said on every rank, and the next call may find a server.
+    fake.die()
+    call["output"] = tmp_path / "next.jsonl"
+    errors = run_ranks(generate_all, 2, [call])
+    assert errors[0] == errors[1] and fake.url in errors[0][0]
+    assert (tmp_path / "next.jsonl.partial").exists() and not (tmp_path / "next.jsonl").exists()
 
 
 def command(folder: Path, out: Path, *options: str) -> list[str]:

@@ -1,0 +1,98 @@
+"""Who samples for `aropd generate`: the model itself, or vLLM servers with its weights."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from aropd_mcore.config import Config, DataConfig, ModelConfig, TrainingConfig
+from aropd_mcore.convert.convert import export_hf
+from aropd_mcore.convert.source import MegatronSource
+from aropd_mcore.mcore.model import StageModel, build_model
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.weights import load_weights
+from aropd_mcore.rollout.engine import RolloutEngine
+from aropd_mcore.rollout.job import Job
+from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.on_first import on_first_rank
+from aropd_mcore.rollout.vllm import VllmEngine
+
+
+@contextmanager
+def engine_of(
+    job: Job,
+    runtime: Runtime,
+    *,
+    eos_token_ids: Sequence[int],
+    probe_ids: Sequence[int],
+    longest_prompt: int,
+    scratch: Path,
+) -> Iterator[RolloutEngine]:
+    """The job's engine, with the weights of its checkpoint; what it starts ends with the block.
+
+    Args:
+        probe_ids: see VllmEngine.
+        longest_prompt: tokens that vLLM servers make room for, before the response.
+        scratch: folder for the servers' logs and, while they run, their weights.
+    Raises:
+        ValueError, OSError: what is wrong with the checkpoint or the engine's settings.
+    Collectives: those of the model's construction and of `sync`; every rank must call it.
+    """
+    model = build_model(job.source.hf_folder, runtime, dtype=runtime.dtype(job.dtype))
+    load_weights(model, job.source, runtime)
+    if job.rollout.engine == "vllm":
+        weights = _weights_folder(job, scratch)
+        config = _run_of_servers(job, model, weights, longest_prompt, scratch)
+        engine = VllmEngine(
+            model, runtime, config, eos_token_ids=eos_token_ids, probe_ids=probe_ids
+        )
+    else:
+        weights = None
+        engine = NativeEngine(
+            model,
+            runtime,
+            eos_token_ids=eos_token_ids,
+            batch_size=job.rollout.batch_size,
+            kv_cache_tokens=job.rollout.kv_cache_tokens,
+        )
+    try:
+        engine.sync(job.weight_version or 0)
+        yield engine
+    finally:
+        engine.close()
+        if weights is not None and runtime.rank == 0:
+            shutil.rmtree(weights, ignore_errors=True)
+
+
+def _weights_folder(job: Job, scratch: Path) -> Path:
+    """This job's alone, also among those that others have below the same weights_dir."""
+    if job.rollout.vllm.weights_dir is None:
+        return scratch / "weights"
+    name = hashlib.sha256(str(job.output.resolve()).encode()).hexdigest()[:16]
+    return job.rollout.vllm.weights_dir / f"generate-{name}"
+
+
+def _run_of_servers(
+    job: Job, model: StageModel, weights: Path, longest_prompt: int, scratch: Path
+) -> Config:
+    """What VllmEngine reads of a run: where its model and its folders are, and the servers."""
+    path, vllm = job.source.hf_folder, job.rollout.vllm
+    if isinstance(job.source, MegatronSource) and not vllm.urls:
+        # A server starts from a folder with weights of the model's own, and then takes over new
+        # ones.
+        path = weights / "hf"
+        dtype = model.config.params_dtype
+        on_first_rank(partial(export_hf, job.source, path, dtype=dtype, overwrite=True))
+    return Config(
+        output_dir=scratch,
+        model=ModelConfig(path=path, dtype=job.dtype),  # type: ignore[arg-type] # it was checked
+        views=job.views.model_copy(update={"max_prompt_tokens": longest_prompt}),
+        rollout=job.rollout.model_copy(
+            update={"vllm": vllm.model_copy(update={"weights_dir": weights})}
+        ),
+        # Nothing is trained.
+        data=DataConfig(train=[job.prompts]),
+        training=TrainingConfig(num_steps=1, global_batch_size=job.rollout.rollouts_per_prompt),
+    )
