@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from aropd_mcore.config import Config, DataConfig, ModelConfig, TrainingConfig
 from aropd_mcore.convert.convert import export_hf
 from aropd_mcore.convert.source import MegatronSource
 from aropd_mcore.mcore.model import StageModel, build_model
@@ -18,6 +17,7 @@ from aropd_mcore.rollout.job import Job
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.rollout.vllm import VllmEngine
+from aropd_mcore.rollout.vllm_process import Serving
 
 
 @contextmanager
@@ -44,9 +44,9 @@ def engine_of(
     load_weights(model, job.source, runtime)
     if job.rollout.engine == "vllm":
         weights = _weights_folder(job, scratch)
-        config = _run_of_servers(job, model, weights, longest_prompt, scratch)
+        serving = _serving(job, model, weights, longest_prompt, scratch)
         engine = VllmEngine(
-            model, runtime, config, eos_token_ids=eos_token_ids, probe_ids=probe_ids
+            model, runtime, serving, eos_token_ids=eos_token_ids, probe_ids=probe_ids
         )
     else:
         weights = None
@@ -74,25 +74,15 @@ def _weights_folder(job: Job, scratch: Path) -> Path:
     return job.rollout.vllm.weights_dir / f"generate-{name}"
 
 
-def _run_of_servers(
+def _serving(
     job: Job, model: StageModel, weights: Path, longest_prompt: int, scratch: Path
-) -> Config:
-    """What VllmEngine reads of a run: where its model and its folders are, and the servers."""
+) -> Serving:
+    """What servers are started with: a whole HF folder, from which new weights take over."""
     path, vllm = job.source.hf_folder, job.rollout.vllm
     if isinstance(job.source, MegatronSource) and not vllm.urls:
-        # A server starts from a folder with weights of the model's own, and then takes over new
-        # ones.
         path = weights / "hf"
         dtype = model.config.params_dtype
         on_first_rank(partial(export_hf, job.source, path, dtype=dtype, overwrite=True))
-    return Config(
-        output_dir=scratch,
-        model=ModelConfig(path=path, dtype=job.dtype),  # type: ignore[arg-type] # it was checked
-        views=job.views.model_copy(update={"max_prompt_tokens": longest_prompt}),
-        rollout=job.rollout.model_copy(
-            update={"vllm": vllm.model_copy(update={"weights_dir": weights})}
-        ),
-        # Nothing is trained.
-        data=DataConfig(train=[job.prompts]),
-        training=TrainingConfig(num_steps=1, global_batch_size=job.rollout.rollouts_per_prompt),
-    )
+    servers = vllm.model_copy(update={"weights_dir": weights})
+    rollout = job.rollout.model_copy(update={"vllm": servers})
+    return Serving(rollout, path, job.dtype, longest_prompt, scratch)
