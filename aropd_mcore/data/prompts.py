@@ -1,5 +1,6 @@
 """Prompts to generate from: a file's lines, checked, and as token ids."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,13 @@ class Prompts:
         """Go through the whole file.
 
         Raises:
-            DataError: as iteration and `ids`; or there is no prompt.
+            DataError: as iteration and `ids`; a field of Parquet's that JSON has no word for, since
+                the output is JSON; or there is no prompt.
         """
         num_prompts = num_cut = longest = 0
         for line in self:
             ids, num_cut_tokens = self.ids(line)
+            _check_json(line)
             num_prompts += 1
             num_cut += num_cut_tokens > 0
             longest = max(longest, len(ids))
@@ -167,3 +170,12 @@ class Prompts:
                 )
                 raise DataError(line.origin, problem, shown(id))
         return tuple(ids)
+
+
+def _check_json(line: PromptLine) -> None:
+    for key, value in line.fields.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            problem = f"key {key!r}: expected what JSON can say"
+            raise DataError(line.origin, problem, shown(value)) from error

@@ -1,6 +1,7 @@
 """Files of prompts: what each kind is read as, and what is refused, with file and line."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ def test_parquet_gives_the_same_prompts(tokenizer, tmp_path):
         PromptLine(line, "question", f"{tmp_path}/p.parquet:{number}")
         for number, line in enumerate(lines, start=1)
     ]
+    assert prompts.check().num_prompts == 2
+
+    dated = [{"question": "1?", "seen": {"on": date(2026, 1, 2)}}]
+    parquet.write_table(pa.Table.from_pylist(dated), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match=r"p\.parquet:1: key 'seen': expected what JSON can say"):
+        prompts.check()
 
 
 GOOD = {"question": "1 + 1?"}
