@@ -35,7 +35,7 @@ processes itself. Those beyond one model replica are further replicas, which sha
 _EXAMPLES = """\
 examples:
   %(prog)s --checkpoint runs/mine --prompts test.jsonl --output out.jsonl --temperature 0
-  %(prog)s --checkpoint runs/mine --who teacher --prompts test.jsonl --output teacher.jsonl
+  %(prog)s --checkpoint runs/mine --weights teacher --prompts test.jsonl --output teacher.jsonl
   %(prog)s --checkpoint Qwen2.5-7B-Instruct --prompts test.jsonl --output base.jsonl --samples 4
 """
 
@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     parser.add_argument(
-        "--who",
+        "--weights",
+        dest="who",
         choices=("student", "teacher"),
         default="student",
         help="whose weights, of a training checkpoint (default: %(default)s)",

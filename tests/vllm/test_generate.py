@@ -49,7 +49,7 @@ def train_here(path: Path) -> None:
 def generate(folder: Path, engine: str) -> list[dict]:
     out = folder / f"{engine}.jsonl"
     files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
-    options = ["--who", "teacher", "--config", folder / "vllm.yaml", "--temperature", "0"]
+    options = ["--weights", "teacher", "--config", folder / "vllm.yaml", "--temperature", "0"]
     options += ["--max-response-tokens", "16", "--logprobs", "--engine", engine]
     done = subprocess.run(
         [sys.executable, "-m", "aropd_mcore.cli", "generate", *files, *options],
