@@ -6,12 +6,14 @@ as a program it takes vLLM's own arguments: an interpreter for `rollout.vllm.pyt
 
 import json
 import os
+import random
 import socket
 import struct
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,16 @@ def response_to(
     return ids
 
 
+def _port_to_come_back_to() -> int:
+    """A free one below those that the system gives to connections (from 32,768 on): nobody takes it
+    while the server is away."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 20,000 to 32,000")
+
+
 class FakeVllm:
     """The server, in threads of this process.
 
@@ -51,7 +63,7 @@ class FakeVllm:
     """
 
     def __init__(self, *, key: str | None = None, version: str = "0.32.0", port: int = 0):
-        self.key, self.version, self.port = key, version, port
+        self.key, self.version, self.port = key, version, port or _port_to_come_back_to()
         self.faults: list[str] = []
         self.always: str | None = None
         self.hold = threading.Event()
@@ -90,7 +102,6 @@ class FakeVllm:
                 """Connections break here on purpose."""
 
         self._http = Server(("127.0.0.1", self.port), Handler)
-        self.port = self._http.server_address[1]
         self._connections: list[socket.socket] = []
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
