@@ -93,7 +93,7 @@ class NativeEngine:
         """Rows leave as soon as they are done, and waiting prompts take their places."""
         limit = sampling.max_response_tokens
         max_length = max(map(len, prompts), default=1) + limit
-        num_rows = self._rows_in_cache(max_length)
+        num_rows = max(1, min(self._rows_in_cache(max_length), len(prompts)))
         made = _Responses(seeds, limit, self._eos_token_ids)
         # Of similar length one after another, and the longest first: they attend together.
         waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))

@@ -262,3 +262,32 @@ def test_prompts_that_cannot_be_continued_are_refused(folders):
         "tokenizer the model's?",
         "2 prompts but 3 seeds; give one a prompt",
     ]
+
+
+def rows_in_cache(folder: Path) -> list[int]:
+    from aropd_mcore.rollout import native
+
+    model, runtime = load(folder, 1, 1)
+    usual, found = native.decoding, []
+
+    def noted(*args, num_rows: int, **kwargs):
+        found.append(num_rows)
+        return usual(*args, num_rows=num_rows, **kwargs)
+
+    native.decoding = noted
+    for batch_size, kv_cache_tokens in ((64, None), (3, None), (64, 2 * (19 + 24))):
+        engine = NativeEngine(
+            model,
+            runtime,
+            eos_token_ids=EOS,
+            batch_size=batch_size,
+            kv_cache_tokens=kv_cache_tokens,
+        )
+        engine.generate(PROMPTS, SEEDS, RANDOM)
+    native.decoding = usual
+    return found
+
+
+def test_the_cache_has_rows_for_what_there_is(folders):
+    """Five prompts; at most batch_size; and as many as fit, of 19 tokens and a response of 24."""
+    assert run_ranks(rows_in_cache, 1, folders["qwen2"])[0] == [5, 3, 2]
