@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aropd_mcore import __version__
-from aropd_mcore.config import Config, ParallelConfig, dump_config, load_config
+from aropd_mcore.config import Config, ParallelConfig
+from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
 from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
 

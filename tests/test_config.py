@@ -7,7 +7,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from aropd_mcore.config import Config, ConfigError, dump_config, load_config
+from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.setup import setup_of
 from tests.conftest import REPO

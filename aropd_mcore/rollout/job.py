@@ -13,9 +13,8 @@ from aropd_mcore.config import (
     RolloutConfig,
     SamplingConfig,
     ViewsConfig,
-    load_config,
-    validated,
 )
+from aropd_mcore.config_file import load_config, validated
 from aropd_mcore.convert.architecture import check_layout
 from aropd_mcore.convert.source import MegatronSource, Source, Who, open_source
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from aropd_mcore.config import Config, dump_config
+from aropd_mcore.config import Config
+from aropd_mcore.config_file import dump_config
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import TokenSums
 from aropd_mcore.numerics.diagnostics import POSITION_BUCKETS

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from aropd_mcore.config import load_config
+from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.runtime import Runtime

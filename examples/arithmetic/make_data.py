@@ -23,7 +23,8 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from aropd_mcore.config import ViewsConfig, load_config
+from aropd_mcore.config import ViewsConfig
+from aropd_mcore.config_file import load_config
 from aropd_mcore.data.templates import fill, partial_trace, write_trace
 
 NUM_DIGITS = 3

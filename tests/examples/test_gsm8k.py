@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aropd_mcore import cli
-from aropd_mcore.config import load_config
+from aropd_mcore.config_file import load_config
 from tests.conftest import REPO
 from tests.ranks import run_ranks
 

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from aropd_mcore import cli
-from aropd_mcore.config import SamplingConfig, load_config
+from aropd_mcore.config import SamplingConfig
+from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.inspect import inspect

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aropd_mcore import cli
-from aropd_mcore.config import load_config
+from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.convert import import_hf
 from aropd_mcore.convert.source import HFSource, open_source

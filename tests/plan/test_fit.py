@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from aropd_mcore.cli import main
-from aropd_mcore.config import Config, load_config
+from aropd_mcore.config import Config
+from aropd_mcore.config_file import load_config
 from aropd_mcore.plan.fit import job_of, remedies, sweep
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.plan.memory import worst_stage

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aropd_mcore import cli
-from aropd_mcore.config import load_config
+from aropd_mcore.config_file import load_config
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime

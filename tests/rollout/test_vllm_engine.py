@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aropd_mcore.config import Config, ConfigError, SamplingConfig, load_config
+from aropd_mcore.config import Config, ConfigError, SamplingConfig
+from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed

@@ -256,7 +256,7 @@ def test_who_takes_part_in_a_transfer(fakes):
 
 
 def owned_config(tmp_path: Path, *arguments: str):
-    from aropd_mcore.config import load_config
+    from aropd_mcore.config_file import load_config
     from tests.conftest import REPO
     from tests.tiny_runs import write_run
 

@@ -86,7 +86,7 @@ def test_padding_for_fp8_changes_nothing(path, overrides, num_ranks):
 
 
 def steps_with_and_without_padding(path: Path, overrides: list[str]) -> list[dict]:
-    from aropd_mcore.config import load_config
+    from aropd_mcore.config_file import load_config
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import build_run, start_runtime
     from aropd_mcore.trainer.step import train_step
@@ -122,7 +122,7 @@ def test_decoding_casts_the_weights_anew(path):
 
 
 def flags_while_decoding(path: Path) -> None:
-    from aropd_mcore.config import load_config
+    from aropd_mcore.config_file import load_config
     from aropd_mcore.mcore.decode import decoding
     from aropd_mcore.trainer.build import build_run, start_runtime
 

@@ -39,7 +39,7 @@ def test_a_step_that_is_not_finite_changes_nothing(path, poison):
 
 
 def check_skipped_step(path: Path, poison: str) -> None:
-    from aropd_mcore.config import load_config
+    from aropd_mcore.config_file import load_config
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import build_run
     from aropd_mcore.trainer.step import train_step
@@ -150,7 +150,7 @@ def train_poisoned(
     """`train` with a poisoned teacher in the given steps; what stopped it, if something did."""
     from unittest.mock import patch
 
-    from aropd_mcore.config import load_config
+    from aropd_mcore.config_file import load_config
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer import loop
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aropd_mcore.config import load_config
+from aropd_mcore.config_file import load_config
 from aropd_mcore.trainer.metrics import MetricsLog, rollout_metrics
 from aropd_mcore.types import Rollout, Row, Views
 from tests.ranks import run_ranks

@@ -34,7 +34,7 @@ def found(tmp_path_factory) -> list[dict]:
 
 def padded_and_packed(path: Path) -> list[dict]:
     """Padded one by one and by four; packed with the tightest budget, and all into one."""
-    from aropd_mcore.config import load_config
+    from aropd_mcore.config_file import load_config
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import build_run, start_runtime
 

@@ -29,7 +29,7 @@ OF_THE_LAYOUT = ("padding_fraction",)
 
 def train_on_ranks(path: Path, overrides: list[str]) -> None:
     """`aropd train` as one rank of the test's own processes."""
-    from aropd_mcore.config import load_config
+    from aropd_mcore.config_file import load_config
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import train
 

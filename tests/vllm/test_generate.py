@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aropd_mcore.config import load_config
+from aropd_mcore.config_file import load_config
 from tests.conftest import REPO
 from tests.ranks import run_ranks
 from tests.tiny_runs import write_model, write_run

@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from aropd_mcore.config import Config, SamplingConfig, load_config
+from aropd_mcore.config import Config, SamplingConfig
+from aropd_mcore.config_file import load_config
 from aropd_mcore.rollout import vllm_api
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from tests.ranks import run_ranks

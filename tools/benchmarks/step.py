@@ -34,7 +34,8 @@ from step_measure import (
     measure_seconds,
 )
 
-from aropd_mcore.config import Config, load_config
+from aropd_mcore.config import Config
+from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_flops
 from aropd_mcore.plan.setup import Setup, setup_of
