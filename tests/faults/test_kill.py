@@ -5,21 +5,16 @@
 
 import os
 import random
-import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import REPO
+from tests.faults.jobs import Job
 from tests.ranks import run_ranks
 from tests.tiny_runs import write_run
 from tests.trainer.test_resume import (
-    command,
-    environment,
     read_checkpoints,
     read_lines,
     repeatable,
@@ -49,14 +44,14 @@ def test_killed_anywhere_ends_as_if_never_killed(path):
     out = path.parent / "out"
 
     for number in range(num_kills):
-        job = Job(path)
+        job = Job(path, NUM_RANKS)
         try:
             said = kill_somewhere(job, out, draw)
         finally:
             job.end()
         print(f"  {number + 1}: {said}; {len(read_lines(out))} steps reported, saved {saved(out)}")
-    finished = Job(path)
-    assert finished.wait(300) == 0, finished.log.read_text()
+    finished = Job(path, NUM_RANKS)
+    assert finished.process.wait(300) == 0, finished.log.read_text()
 
     unbroken = path.parent / "unbroken"
     run_ranks(train_on_ranks, NUM_RANKS, path, [f"output_dir={unbroken}"])
@@ -70,7 +65,7 @@ def test_killed_anywhere_ends_as_if_never_killed(path):
         assert same, name
 
 
-def kill_somewhere(job: "Job", out: Path, draw: random.Random) -> str:
+def kill_somewhere(job: Job, out: Path, draw: random.Random) -> str:
     """Wait for a moment in a start, a step or (half of the times) a save, and kill one rank or
     all; what was done, in words."""
     num_lines, partials = len(read_lines(out)), being_written(out)
@@ -90,73 +85,6 @@ def kill_somewhere(job: "Job", out: Path, draw: random.Random) -> str:
     victim = draw.choice([None, *range(NUM_RANKS)])
     job.kill(victim)
     return f"{where} + {delay:.3f} s, {'all' if victim is None else f'rank {victim}'}"
-
-
-class Job:
-    """`aropd train` with its ranks, in a session of their own."""
-
-    def __init__(self, path: Path):
-        self.log = path.parent / "job.log"
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(
-                command(path, "--nproc-per-node", str(NUM_RANKS)),
-                env=environment(),
-                cwd=REPO,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-
-    def wait_until(self, is_time: Callable[[], bool], seconds: float = 300) -> None:
-        until = time.monotonic() + seconds
-        while not is_time():
-            if self.process.poll() is not None or time.monotonic() > until:
-                pytest.fail(f"the job ended, or hung, before its kill:\n{self.log.read_text()}")
-            time.sleep(0.002)
-
-    def kill(self, rank: int | None) -> None:
-        """One rank, whose death must end the job by itself; or, with None, all there is."""
-        pid = None if rank is None else self._pid_of(rank)
-        if pid is None:  # all; or it has not even started
-            os.killpg(self.process.pid, signal.SIGKILL)
-        else:
-            os.kill(pid, signal.SIGKILL)
-        assert self.wait(60) != 0, "the job went on without one of its ranks"
-
-    def wait(self, seconds: float) -> int:
-        return self.process.wait(seconds)
-
-    def end(self) -> None:
-        """Nothing of the job lives on."""
-        for pid in self._session():
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _pid_of(self, rank: int) -> int | None:
-        for pid in self._session():
-            environ = read_bytes(Path(f"/proc/{pid}/environ")).split(b"\0")
-            parent = read_bytes(Path(f"/proc/{pid}/status"))
-            is_child = f"PPid:\t{self.process.pid}\n".encode() in parent
-            if is_child and f"RANK={rank}".encode() in environ:
-                return pid
-        return None
-
-    def _session(self) -> list[int]:
-        """The job's processes, ranks and what ranks have started."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            fields = read_bytes(entry / "stat").rpartition(b")")[2].split()
-            if entry.name.isdigit() and fields and int(fields[3]) == self.process.pid:
-                found.append(int(entry.name))
-        return found
-
-
-def read_bytes(path: Path) -> bytes:
-    """Empty where the process, or the file, is gone."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def being_written(out: Path) -> set[str]:
