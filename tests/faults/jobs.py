@@ -50,7 +50,7 @@ class Job:
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         assert self.process.wait(60) != 0, "the job went on without one of its ranks"
-        # A rank's own children, such as the writers of a checkpoint, see a moment later that it died.
+        # A rank's own children, such as a checkpoint's writers, end a moment after it.
         until = time.monotonic() + 10
         while left := self._processes():
             if time.monotonic() > until:
