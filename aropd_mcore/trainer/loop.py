@@ -84,6 +84,7 @@ def _train(run: Run) -> None:
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
             reporter.report(metrics, blocked_seconds=saver.blocked_seconds())
             if num_skipped >= config.training.max_skipped_steps:
+                saver.wait()
                 raise TrainingStopped(_why_stopped(result, step, num_skipped, saver.newest))
             try:
                 saver.after_step(step + 1, progress(step + 1))
@@ -159,9 +160,8 @@ class Reporter:
             self._log.close()
 
     def sync(self) -> None:
-        """Have the lines so far on the disk."""
-        if self._is_here:
-            self._log.sync()
+        """Have the lines so far on the disk. On the first rank."""
+        self._log.sync()
 
     def say(self, text: str) -> None:
         """A line that is no step's."""
