@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,32 +12,39 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore import checkpoint
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
-from aropd_mcore.trainer.step import Run, StepResult, train_step
+from aropd_mcore.trainer.step import Run, train_step
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
 
 
 class TrainingStopped(RuntimeError):
     """The run cannot usefully go on; the message says why and where the last checkpoint is."""
 
 
-def train(config: Config, runtime: Runtime) -> None:
+def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
     """Train until num_steps, from the newest checkpoint under config.output_dir if there is one.
 
     Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, and hf/ with the
     model's config and tokenizer, which an export needs.
 
+    Args:
+        stops: what may stop the run before its end; None: nothing.
     Raises:
-        TrainingStopped: too many steps in a row had a non-finite loss or gradient; or there is
-            nobody left who could sample: the steps so far are saved first.
+        TrainingStopped: too many steps in a row were left out, a guard stops the run, or nobody is
+            left who could sample: the steps so far are saved first. Or the time limit leaves no
+            room for a single step.
+        StoppedEarly: a signal or the time limit, once the steps so far are saved.
     Collectives: every rank of the job must call it.
     """
-    run = build_run(config, runtime)
+    run = build_run(config, runtime, stops)
     try:
         _train(run)
     finally:
@@ -49,22 +55,26 @@ def train(config: Config, runtime: Runtime) -> None:
 def _train(run: Run) -> None:
     config, runtime = run.config, run.runtime
     folder = config.output_dir / "checkpoints"
-    num_skipped, first_step = 0, 0
+    first_step = 0
     newest = checkpoint.newest(folder)
     if newest is not None:
         progress = checkpoint.load(newest, run.student, run.teacher, runtime)
-        first_step, num_skipped = progress["step"], progress["num_skipped_in_a_row"]
+        first_step = progress["step"]
+        run.guards.load_state(progress["guards"])
     num_saved = first_step
 
     def save(num_done: int) -> None:
         nonlocal num_saved
+        if num_done == num_saved:
+            return
+        beat("checkpoint")
         with reporter.saving():
             checkpoint.save(
                 folder,
                 num_done,
                 run.student,
                 run.teacher,
-                {"step": num_done, "num_skipped_in_a_row": num_skipped},
+                {"step": num_done, "guards": run.guards.state()},
                 runtime,
                 keep_last=config.checkpoint.keep_last,
             )
@@ -75,35 +85,47 @@ def _train(run: Run) -> None:
             run.engine.sync(weight_version=first_step)
         for step in range(first_step, run.num_steps):
             try:
-                result = train_step(run, step)
-            except RolloutFailed as failed:
+                run.stops.check(runtime, before_step=True)
+                with run.stops.timing_step():
+                    result = train_step(run, step)
+            except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
-                if num_saved < step:
-                    save(step)
-                last = checkpoint.newest(folder)
-                raise TrainingStopped(
-                    f"no rollouts for step {step}: {failed}\nThe last checkpoint is "
-                    f"{last or 'none'}; the same command goes on from there."
-                ) from failed
-            num_skipped = 0 if result.update.applied else num_skipped + 1
+                save(step)
+                raise _ended(run, why, step, first_step) from why
+            beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
             reporter.report(step_metrics(step, result, run.view_builder.tokenizer, runtime))
-            if num_skipped >= config.training.max_skipped_steps:
-                raise TrainingStopped(_why_stopped(result, step, num_skipped, folder))
+            reporter.warn(step, result.verdict)
             num_done = step + 1
-            if num_done == run.num_steps or num_done % config.checkpoint.save_every_steps == 0:
+            is_due = num_done % config.checkpoint.save_every_steps == 0
+            if is_due or num_done == run.num_steps or result.verdict.stop:
                 save(num_done)
+            if result.verdict.stop:
+                raise TrainingStopped(
+                    f"step {step}: {result.verdict.stop}. {_last_checkpoint(run)}."
+                )
 
 
-def _why_stopped(result: StepResult, step: int, num_skipped: int, folder: Path) -> str:
-    loss = float(result.sums["loss"].sum())
-    last = checkpoint.newest(folder)
-    return (
-        f"{num_skipped} steps in a row, up to step {step}, had no finite loss and gradient "
-        f"(loss {loss}, gradient norm {result.update.grad_norm}); no update was applied for them. "
-        f"The last checkpoint is {last or 'none'}. A lower optimizer.lr or a residual_clip often "
-        "helps; the limit is training.max_skipped_steps."
-    )
+def _ended(
+    run: Run, why: RolloutFailed | StopWanted, step: int, first_step: int
+) -> TrainingStopped | StoppedEarly:
+    """The end of a run whose steps before `step` are saved."""
+    last = _last_checkpoint(run)
+    if isinstance(why, RolloutFailed):
+        return TrainingStopped(
+            f"no rollouts for step {step}: {why}\n{last}; the same command goes on from there."
+        )
+    if why.is_time_limit and step == first_step:
+        return TrainingStopped(
+            "the time limit leaves no room for one step and a save; give the job more time, or "
+            f"mend limits.stop_before, {run.config.limits.stop_before}. {last}."
+        )
+    return StoppedEarly(f"{why} before step {step}. {last}; the same command goes on from there.")
+
+
+def _last_checkpoint(run: Run) -> str:
+    last = checkpoint.newest(run.config.output_dir / "checkpoints")
+    return f"The last checkpoint is {last or 'none'}"
 
 
 class Reporter:
@@ -161,6 +183,12 @@ class Reporter:
         if self._progress.disable:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
 
+    def warn(self, step: int, verdict: Verdict) -> None:
+        """Say what the guards have seen, if anything."""
+        if self._is_here and verdict.said:
+            done = "" if verdict.apply else "; its update is left out"
+            self._console.print(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
+
     def _show_rollouts(self, num_done: int, num_all: int) -> None:
         self._progress.update(self._rollouts, completed=num_done, total=num_all)
 
@@ -169,6 +197,7 @@ class Reporter:
         started = time.perf_counter()
         yield
         self._save_seconds = time.perf_counter() - started
+        self._run.stops.took_to_save(self._save_seconds)
 
 
 def _headline(run: Run, first_step: int) -> str:
@@ -196,5 +225,5 @@ def _step_line(metrics: Metrics) -> str:
     parts.append(f"length {metrics['response_length_mean']:.0f}")
     parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     if metrics["step_skipped"]:
-        parts.append("SKIPPED: not finite")
+        parts.append("SKIPPED")
     return "  ".join(parts)
