@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from aropd_mcore import heartbeat
 from aropd_mcore.heartbeat import Beat
@@ -214,7 +214,7 @@ class Watchdog:
 
 def _own_store() -> Store:
     """A connection to the job's store of its own: another may be waiting in a call."""
-    store = TCPStore(
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
