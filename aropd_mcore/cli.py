@@ -213,11 +213,12 @@ def _train_until(config: Config, stops: Stops) -> int:
     with Watchdog(config.output_dir, stops, minutes=config.limits.watchdog_minutes):
         try:
             train(config, here, stops)
-        except (TrainingStopped, StoppedEarly) as stopped:  # every rank alike
+        except (TrainingStopped, StoppedEarly) as stopped:  # on every rank alike
             code = SAVED if isinstance(stopped, StoppedEarly) else 3
             if here.rank == 0:
                 print(f"aropd: stopped: {stopped}", file=sys.stderr)
-    runtime.stop(leave_job=True)
+    if code in (0, SAVED):
+        runtime.stop(leave_job=True)
     return code
 
 
