@@ -1,4 +1,4 @@
-"""`python -m tests.faults.faulty FAULTS ... train ...`: `aropd` with faults in one rank's data loader.
+"""`python -m tests.faults.faulty FAULTS train ...`: `aropd` with faults in a rank's data loader.
 
 FAULTS is JSON: `rank` has them; from `step` on it shall `raise`, `hang`, or be `slow` by so many
 seconds a row: {"rank": 1, "slow": [0, 0.3], "raise": 2}.
