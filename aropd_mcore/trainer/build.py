@@ -20,7 +20,9 @@ from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import serving_of
+from aropd_mcore.trainer.changes import describe_run
 from aropd_mcore.trainer.guards import Guards
+from aropd_mcore.trainer.kept_rollouts import KeptRollouts
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.trainer.stop import Stops
 
@@ -100,6 +102,10 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
+    kept = None
+    if engine is not None and config.checkpoint.save_rollouts:
+        run_hash = describe_run(config, dataset)["config_hash"]
+        kept = KeptRollouts(config.output_dir / "rollouts", run_hash, runtime)
     return Run(
         config=config,
         runtime=runtime,
@@ -113,6 +119,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         pad_token_id=view_builder.end_id,
         guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
         stops=stops,
+        kept_rollouts=kept,
     )
 
 

@@ -1,9 +1,7 @@
 """Resume, step, log, save, stop."""
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,7 +11,7 @@ from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
-from aropd_mcore.mcore import checkpoint
+from aropd_mcore.mcore.checkpoint import SaveFailed
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
@@ -21,6 +19,7 @@ from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
+from aropd_mcore.trainer.saving import Counters, Saver
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
 
@@ -38,10 +37,11 @@ def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
     Args:
         stops: what may stop the run before its end; None: nothing.
     Raises:
-        TrainingStopped: too many steps in a row were left out, a guard stops the run, or nobody is
-            left who could sample: the steps so far are saved first. Or the time limit leaves no
-            room for a single step.
+        TrainingStopped: too many steps in a row were left out, a guard stops the run, there is
+            nobody left who could sample, or the time limit has no room for a single step: the steps
+            so far are saved first. Or no checkpoint can be written.
         StoppedEarly: a signal or the time limit, once the steps so far are saved.
+        CheckpointError, ConfigError: the checkpoints there cannot be gone on from.
     Collectives: every rank of the job must call it.
     """
     run = build_run(config, runtime, stops)
@@ -53,79 +53,84 @@ def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
 
 
 def _train(run: Run) -> None:
-    config, runtime = run.config, run.runtime
-    folder = config.output_dir / "checkpoints"
-    first_step = 0
-    newest = checkpoint.newest(folder)
-    if newest is not None:
-        progress = checkpoint.load(newest, run.student, run.teacher, runtime)
-        first_step = progress["step"]
-        run.guards.load_state(progress["guards"])
-    num_saved = first_step
+    runtime = run.runtime
+    saver = Saver(run)
+    resumed, notes = saver.resume()
+    first_step, weight_version = 0, 0
+    if resumed is not None:
+        first_step, weight_version = resumed["step"], resumed["weight_version"]
+        run.guards.load_state(resumed["guards"])
 
-    def save(num_done: int) -> None:
-        nonlocal num_saved
-        if num_done == num_saved:
-            return
-        beat("checkpoint")
-        with reporter.saving():
-            checkpoint.save(
-                folder,
-                num_done,
-                run.student,
-                run.teacher,
-                {"step": num_done, "guards": run.guards.state()},
-                runtime,
-                keep_last=config.checkpoint.keep_last,
-            )
-        num_saved = num_done
+    def progress(num_done: int) -> dict[str, Any]:
+        return {
+            "step": num_done,
+            "guards": run.guards.state(),
+            "weight_version": run.engine.weight_version if run.engine else num_done,
+        }
 
     with Reporter(run, first_step) as reporter:
+        saver.say = reporter.say
+        for note in notes:
+            reporter.say(note)
         if run.engine:
-            run.engine.sync(weight_version=first_step)
+            run.engine.sync(weight_version=weight_version)
         for step in range(first_step, run.num_steps):
             try:
+                run.stops.longest_save = saver.seconds
                 run.stops.check(runtime, before_step=True)
                 with run.stops.timing_step():
                     result = train_step(run, step)
             except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
-                save(step)
-                raise _ended(run, why, step, first_step) from why
+                _save_now(saver, step, progress(step))
+                raise _ended(run, why, step, first_step, saver) from why
             beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
-            reporter.report(step_metrics(step, result, run.view_builder.tokenizer, runtime))
+            metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
+            reporter.report(metrics, blocked_seconds=saver.blocked_seconds())
             reporter.warn(step, result.verdict)
-            num_done = step + 1
-            is_due = num_done % config.checkpoint.save_every_steps == 0
-            if is_due or num_done == run.num_steps or result.verdict.stop:
-                save(num_done)
             if result.verdict.stop:
-                raise TrainingStopped(
-                    f"step {step}: {result.verdict.stop}. {_last_checkpoint(run)}."
-                )
+                _save_now(saver, step + 1, progress(step + 1))
+                raise TrainingStopped(f"step {step}: {result.verdict.stop}. {_last(saver)}.")
+            try:
+                beat("checkpoint")
+                saver.after_step(step + 1, progress(step + 1))
+            except SaveFailed as failed:
+                raise _cannot_save(saver, failed) from failed
+        _save_now(saver, run.num_steps, progress(run.num_steps))
 
 
 def _ended(
-    run: Run, why: RolloutFailed | StopWanted, step: int, first_step: int
+    run: Run, why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
 ) -> TrainingStopped | StoppedEarly:
     """The end of a run whose steps before `step` are saved."""
-    last = _last_checkpoint(run)
+    goes_on = f"{_last(saver)}; the same command goes on from there."
     if isinstance(why, RolloutFailed):
-        return TrainingStopped(
-            f"no rollouts for step {step}: {why}\n{last}; the same command goes on from there."
-        )
+        return TrainingStopped(f"no rollouts for step {step}: {why}\n{goes_on}")
     if why.is_time_limit and step == first_step:
         return TrainingStopped(
             "the time limit leaves no room for one step and a save; give the job more time, or "
-            f"mend limits.stop_before, {run.config.limits.stop_before}. {last}."
+            f"mend limits.stop_before, {run.config.limits.stop_before}. {_last(saver)}."
         )
-    return StoppedEarly(f"{why} before step {step}. {last}; the same command goes on from there.")
+    return StoppedEarly(f"{why} before step {step}. {goes_on}")
 
 
-def _last_checkpoint(run: Run) -> str:
-    last = checkpoint.newest(run.config.output_dir / "checkpoints")
-    return f"The last checkpoint is {last or 'none'}"
+def _last(saver: Saver) -> str:
+    return f"The last checkpoint is {saver.newest or 'none'}"
+
+
+def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
+    beat("checkpoint")
+    try:
+        saver.save_now(num_done, progress)
+    except SaveFailed as failed:
+        raise _cannot_save(saver, failed) from failed
+
+
+def _cannot_save(saver: Saver, failed: SaveFailed) -> TrainingStopped:
+    return TrainingStopped(
+        f"could not save: {failed}\n{_last(saver)}; the same command goes on from there."
+    )
 
 
 class Reporter:
@@ -135,7 +140,6 @@ class Reporter:
         self._run = run
         self._first_step = first_step
         self._is_here = run.runtime.rank == 0
-        self._save_seconds: float | None = None
         self._console = Console(file=sys.stdout, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.fields[what]}"),
@@ -171,33 +175,30 @@ class Reporter:
         if self._is_here:
             self._log.close()
 
-    def report(self, metrics: Metrics) -> None:
-        """Write one step's metrics, with the time of the save before it."""
+    def say(self, text: str) -> None:
+        """A line that is no step's."""
+        if self._is_here:
+            self._console.print(text, markup=False)
+
+    def warn(self, step: int, verdict: Verdict) -> None:
+        """Say what the guards have seen, if anything."""
+        if verdict.said:
+            done = "" if verdict.apply else "; its update is left out"
+            self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
+
+    def report(self, metrics: Metrics, *, blocked_seconds: float) -> None:
+        """Write one step's metrics, with the time that saves have taken from it."""
         if not self._is_here:
             return
-        if self._save_seconds is not None:
-            metrics["seconds/checkpoint"], self._save_seconds = self._save_seconds, None
+        metrics["seconds/checkpoint"] = blocked_seconds
         self._log.write(metrics)
         line = _step_line(metrics)
         self._progress.update(self._task, advance=1, description=line)
         if self._progress.disable:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
 
-    def warn(self, step: int, verdict: Verdict) -> None:
-        """Say what the guards have seen, if anything."""
-        if self._is_here and verdict.said:
-            done = "" if verdict.apply else "; its update is left out"
-            self._console.print(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
-
     def _show_rollouts(self, num_done: int, num_all: int) -> None:
         self._progress.update(self._rollouts, completed=num_done, total=num_all)
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._save_seconds = time.perf_counter() - started
-        self._run.stops.took_to_save(self._save_seconds)
 
 
 def _headline(run: Run, first_step: int) -> str:

@@ -56,7 +56,8 @@ class Stops:
         self.signal = 0
         """The number of the one that came; 0 is none."""
         self._longest_step = 0.0
-        self._longest_save: float | None = None
+        self.longest_save: float | None = None
+        """Seconds, once it is known."""
         self._deadline = deadline
         if deadline is not None:
             self._margin = min(_SHARE_OF_TIME * (deadline - started), _LONGEST_MARGIN)
@@ -81,7 +82,7 @@ class Stops:
     def _code(self, *, step: float) -> int:
         if self.signal or self._deadline is None:
             return self.signal
-        save = self._longest_save
+        save = self.longest_save
         needed = step + self._margin
         needed += _MARGINS_OF_A_SAVE * self._margin if save is None else save
         return _TIME if time() + needed > self._deadline else 0
@@ -92,10 +93,6 @@ class Stops:
         started = time()
         yield
         self._longest_step = max(self._longest_step, time() - started)
-
-    def took_to_save(self, seconds: float) -> None:
-        """Learn how long a save takes."""
-        self._longest_save = max(self._longest_save or 0.0, seconds)
 
     @contextmanager
     def listening(self, *signals: signal.Signals) -> Iterator["Stops"]:

@@ -10,7 +10,7 @@ from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.trainer.stop import Stops
 
-_BEFORE_UPDATE = ("rollout", "teacher", "student")
+_BEFORE_UPDATE = ("teacher", "student")
 """Nothing of the run has changed after these."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from aropd_mcore.mcore.checkpoint import newest
+from aropd_mcore.convert.manifest import newest
 from tests.conftest import REPO
 from tests.ranks import run_ranks
 from tests.tiny_runs import write_run
