@@ -5,7 +5,8 @@ hour. Ranks tell each other over the store through which the job came together:
 
     claim   the rank whose error is the job's; whoever fails later only did so because of it
     end     that rank, its exit code and what happened, once its traceback is printed
-    dumped  how many ranks have written their stacks, where the job hangs
+    heard   how many ranks know, and have written their stacks where the job hangs: they leave
+            together, since one of them may have the store
     stop    the signal that one rank has got
 
 The thread runs while the main thread waits in a collective, which lets go of Python's lock.
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +40,9 @@ _TICK = 1.0
 _PATIENCE = {"start": 3.0, "checkpoint": 3.0}
 """Phases that may take longer than watchdog_minutes, by how much."""
 _OTHERS_SECONDS = 10.0
-"""How long the others are waited for: for an error's traceback, for their stacks."""
+"""How long the others are waited for: for an error's traceback, and for their stacks."""
+_LAST_SECONDS = 3.0
+"""How long until they have heard of an error."""
 _LOST_AFTER = 3
 """Failures of the store, one after another, after which whoever has it is gone."""
 
@@ -120,14 +124,13 @@ class Watchdog:
         self._leaving.acquire()
         what = f"{type(error).__name__}: {error}"
         end = self._claim()
-        if end is None:
-            self._print(self._described(error))
-            self._tell(2 if isinstance(error, USER_ERRORS) else 1, what)
-        elif end["what"] == what:  # a mistake of all ranks alike
-            os._exit(end["code"])
-        else:
+        if end is not None and end["what"] != what:
             self._follow(end)
-        os._exit(2 if isinstance(error, USER_ERRORS) else 1)
+        code = 2 if isinstance(error, USER_ERRORS) else 1
+        if end is None:  # else a mistake of all ranks alike, said already
+            self._print(self._described(error))
+            self._tell(code, what)
+        self._leave(code, None)
 
     def _described(self, error: BaseException) -> str:
         last = heartbeat.last_beat()
@@ -153,17 +156,13 @@ class Watchdog:
     def _tell(self, code: int, what: str) -> None:
         if self._store is not None:
             end = {"rank": self._rank, "code": code, "what": what}
-            try:
+            with suppress(RuntimeError):  # nobody there any more
                 self._store.set("end", json.dumps(end))
-            except RuntimeError:  # gone, and the others with it
-                return
 
     def _follow(self, end: dict[str, Any]) -> NoReturn:
         """Leave as another rank has left."""
         if end["code"] == HUNG:
             self._dump(f"rank {end['rank']} hangs")
-            assert self._store is not None
-            self._store.add("dumped", 1)
             self._leave(HUNG, None)
         self._leave(end["code"], f"ended, because rank {end['rank']} failed: {end['what']}")
 
@@ -175,12 +174,6 @@ class Watchdog:
             self._follow(end)
         self._dump("the watchdog ends the job (limits.watchdog_minutes)")
         self._tell(HUNG, f"no progress in {last}")
-        if self._store is not None:
-            num_dumped, until = 1, time.monotonic() + _OTHERS_SECONDS
-            self._store.add("dumped", 1)
-            while num_dumped < self._world_size and time.monotonic() < until:
-                time.sleep(_TICK / 4)
-                num_dumped = self._store.add("dumped", 0)
         self._leave(HUNG, None)
 
     def _dump(self, why: str) -> None:
@@ -203,6 +196,13 @@ class Watchdog:
         """End this process without any destructor: they wait for ranks that are gone."""
         if why is not None:
             self._print(f"[rank {self._rank}] {heartbeat.last_beat()}: {why}")
+        if self._store is not None:
+            until = time.monotonic() + (_OTHERS_SECONDS if code == HUNG else _LAST_SECONDS)
+            with suppress(RuntimeError):  # nobody there any more
+                num_heard = self._store.add("heard", 1)
+                while num_heard < self._world_size and time.monotonic() < until:
+                    time.sleep(0.1)
+                    num_heard = self._store.add("heard", 0)
         sys.stdout.flush()
         os._exit(code)
 

@@ -190,7 +190,7 @@ def test_a_rank_that_raises_in_the_data_loader_ends_all_with_its_traceback_first
     first = printed.index("[rank ")
     assert printed[first:].startswith("[rank 2] step 1, phase data\nTraceback"), printed
     assert "RuntimeError: a planted error at row" in printed
-    assert printed.count("Traceback") == 1, printed
+    assert printed.count("in train_step") == 1, printed
     for rank in (0, 1, 3):
         [line] = [line for line in printed.splitlines() if line.startswith(f"[rank {rank}] ")]
         assert "ended, because rank 2 failed: RuntimeError: a planted error" in line
