@@ -75,10 +75,10 @@ class Watchdog:
         """Where the run failed and there are other ranks, this one ends here, at once."""
         if error is not None and not isinstance(error, KeyboardInterrupt) and self._store:
             self._fail(error)
+        if error is None:
+            dist.barrier()  # The store may end with the first that leaves, and is watched by all.
         self._is_over.set()
         self._thread.join()
-        if error is None:
-            dist.barrier()  # The store may end with any rank, and is watched by all.
 
     def _watch(self) -> None:
         num_failures = 0
