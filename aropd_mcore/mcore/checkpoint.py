@@ -140,9 +140,10 @@ class Saving:
         """On the first rank."""
         path = self._folder / folder_name(self.step)
         try:
-            for rank, (_, errors) in enumerate(everybody):
-                if errors:
-                    raise SaveFailed(f"{path}: rank {rank}: {errors[0]}{_space(self._folder)}")
+            errors = [(rank, w.error) for rank, (w, _) in enumerate(everybody) if w.error]
+            errors += [(rank, error) for rank, (_, more) in enumerate(everybody) for error in more]
+            for rank, error in errors:
+                raise SaveFailed(f"{path}: rank {rank}: {error}{_space(self._folder)}")
             files: dict[str, FileSum] = {}
             for written, _ in everybody:
                 files |= written.files

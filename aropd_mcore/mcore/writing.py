@@ -37,6 +37,8 @@ class Written(NamedTuple):
     files: dict[str, FileSum]
     seconds: float
     """That it took."""
+    error: str | None
+    """Why it could not."""
 
 
 class Writing:
@@ -61,7 +63,7 @@ class Writing:
                 )
                 request = request._replace(async_fn=write)
             else:
-                results.send((Written({}, 0.0), None))
+                results.send(Written({}, 0.0, None))
             if asynchronous:
                 self._queue.schedule_async_request(request)
             else:
@@ -81,17 +83,16 @@ class Writing:
         """Wait until every rank has written, and write Megatron's own index of the files.
 
         Returns:
-            What this rank has written, and what went wrong here: nothing, if the list is empty.
+            What this rank has written, and what else went wrong on it: often what follows from
+            another rank's error.
         Collectives: Megatron's; every rank must call it.
         """
         if not self._is_finished:
             self._finish(functools.partial(self._queue.maybe_finalize_async_calls, blocking=True))
-        written, error = Written({}, 0.0), "the process that writes has died"
-        with suppress(EOFError):  # killed, or out of memory
-            written, error = self._results.recv()
+        written = Written({}, 0.0, "the process that writes has died")  # killed, out of memory
+        with suppress(EOFError):
+            written = self._results.recv()
         self._results.close()
-        if error is not None:
-            self._errors.insert(0, error)  # it says more than what follows from it
         return written, self._errors
 
     def _finish(self, finalize: Callable[[], Any]) -> None:
@@ -171,7 +172,7 @@ def _write(
         files = file_sums(folder, names)
     except BaseException as failure:
         error = _said(failure)
-    results.send((Written(files, time.perf_counter() - started), error))
+    results.send(Written(files, time.perf_counter() - started, error))
 
 
 def _said(error: BaseException) -> str:

@@ -172,6 +172,10 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(dict(metrics), step=metrics["step"])
 
+    def sync(self) -> None:
+        """Wait until the disk has every line: before a checkpoint goes on from behind them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         if self._tensorboard:

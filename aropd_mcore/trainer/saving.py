@@ -33,6 +33,8 @@ class Saver:
         """
         self.say: Callable[[str], None] = lambda text: None
         """Called with what the user should know, on every rank alike."""
+        self.before_saving: Callable[[], None] = lambda: None
+        """Called when a save begins, on every rank."""
         self.seconds: float | None = None
         """The longest that a save has taken in this process, from its start until the checkpoint
         existed, without what training did meanwhile."""
@@ -120,6 +122,7 @@ class Saver:
 
     def _begin(self, num_done: int, progress: Counters) -> None:
         self._last_time = time.monotonic()
+        self.before_saving()
         run = self._run
         self._pending = Saving(
             self._folder,
