@@ -265,7 +265,6 @@ def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
 
 def check_stop(path: Path) -> None:
     os.environ["VLLM_API_KEY"] = KEY
-    from aropd_mcore.convert.manifest import newest
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import TrainingStopped, train
 
