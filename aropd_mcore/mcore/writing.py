@@ -9,6 +9,7 @@ import functools
 import inspect
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -166,6 +167,9 @@ def _write(
     files: dict[str, FileSum] = {}
     try:
         if is_forked:
+            # They mean the training process, which waits for this one before it stops.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
             os.nice(_PATIENCE)
         write(*args, **kwargs)
         names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]

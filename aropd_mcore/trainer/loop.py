@@ -176,9 +176,8 @@ class Reporter:
             self._log.close()
 
     def sync(self) -> None:
-        """Have the lines so far on the disk."""
-        if self._is_here:
-            self._log.sync()
+        """Have the lines so far on the disk. On the first rank."""
+        self._log.sync()
 
     def say(self, text: str) -> None:
         """A line that is no step's."""
