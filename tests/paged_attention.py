@@ -31,7 +31,9 @@ def paged_attention() -> Iterator[None]:
         patch.object(attention, "rearrange", lambda out, _pattern: out.flatten(-2)),
         # A Triton kernel; without it the context writes keys and values by index.
         patch.object(dynamic_context, "triton_append_key_value_cache", None),
-        patch.object(torch, "full", lambda *args, pin_memory=False, **kwargs: full(*args, **kwargs)),
+        patch.object(
+            torch, "full", lambda *args, pin_memory=False, **kwargs: full(*args, **kwargs)
+        ),
         patch.object(torch.cuda.Event, "elapsed_time", lambda *_events: 0.0, create=True),
         *(
             patch.object(module, name, lambda *_args: None, create=True)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from aropd_mcore.config import ConfigError
 from aropd_mcore.mcore.decode import next_token_logits
-from aropd_mcore.mcore.model import HiddenStateGPT, StageModel
+from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 
 try:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore.decode import decoding, share
