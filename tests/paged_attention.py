@@ -1,5 +1,5 @@
-"""What Megatron's dynamic inference engine wants of a GPU, in plain torch: flash-attn's two functions
-over paged keys and values, and a few names of torch.cuda's.
+"""What Megatron's dynamic inference engine wants of a GPU, in plain torch: flash-attn's two
+functions over paged keys and values, and a few names of torch.cuda's.
 
 Shape letters: N query tokens, Q those of one row, L keys of one row, P pages, D head dimension.
 """

@@ -21,8 +21,8 @@ class MegatronEngine:
     (config.check_megatron_engine).
 
     Every rank of a model replica calls `generate` with the same arguments and returns the same
-    list. Tokens are drawn as NativeEngine draws them, so that weights, prompt and seed give the same
-    response in either, up to rounding in the logits.
+    list. Tokens are drawn as NativeEngine draws them, so that weights, prompt and seed give the
+    same response in either, up to rounding in the logits.
 
     Args:
         model: this rank's shard, without DDP around it. Its weights are read at every call.

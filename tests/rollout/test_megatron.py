@@ -1,4 +1,4 @@
-"""The engine `megatron` against the native one: the same tokens for the same seeds, on every layout.
+"""The engine `megatron` against the native one: the same tokens for the same seeds, on any layout.
 
 Megatron's engine is the real one; flash-attn's place is taken by tests/paged_attention.py.
 """
@@ -165,7 +165,7 @@ def model_is_left_as_it_was(folder: Path) -> None:
     model.eval()
     assert engine.generate([], [], GREEDY) == []
     small = MegatronEngine(model, runtime, eos_token_ids=EOS, batch_size=3, kv_cache_tokens=511)
-    with pytest.raises(ValueError, match="up to 280 tokens, 2 pages of 256, and .* 511 holds 1"):
+    with pytest.raises(ValueError, match=r"up to 280 tokens, 2 pages of 256, and .* 511 holds 1"):
         small.generate(PROMPTS, SEEDS, RANDOM)
 
 
@@ -192,6 +192,8 @@ def test_where_it_cannot_run_it_says_what_is_missing():
     megatron = RolloutConfig(engine="megatron")
     check_engine_layout(megatron, ParallelConfig(tensor=2, sequence=True), PrecisionConfig())
     layout = ParallelConfig(pipeline=2, virtual_pipeline=2, context=2)
-    with pytest.raises(ConfigError, match="found parallel.virtual_pipeline 2, parallel.context 2,"):
+    with pytest.raises(
+        ConfigError, match=r"found parallel.virtual_pipeline 2, parallel.context 2,"
+    ):
         check_engine_layout(megatron, layout, PrecisionConfig(fp8="e4m3"))
     check_engine_layout(RolloutConfig(), layout, PrecisionConfig())
