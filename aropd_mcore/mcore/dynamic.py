@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.inference import utils as inference_utils
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
@@ -40,16 +41,9 @@ from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 
 try:
-    from megatron.core.inference.config import InferenceConfig
+    from megatron.core.inference.config import InferenceConfig  # type: ignore[import-not-found]
 except ImportError:  # megatron-core 0.16.1
     InferenceConfig = None
-    from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
-        InferenceWrapperConfig,
-    )
-try:
-    from megatron.core.inference.utils import InferenceMode
-except ImportError:  # before 0.18
-    InferenceMode = None
 
 PAGE_TOKENS = 256
 """Tokens of a page; flash-attn 2 takes multiples of 256."""
@@ -125,10 +119,10 @@ def decode_dynamically(
                 engine.add_request(index, list(prompt), settings)
             engine.step_modern()
     finally:
-        if InferenceMode is not None:
-            InferenceMode.unset_active()
+        if hasattr(inference_utils, "InferenceMode"):  # from 0.18 on; the engine has set it
+            inference_utils.InferenceMode.unset_active()  # type: ignore[attr-defined]
         # Megatron's engine runs in inference mode; backward could not save its rotary tables.
-        chunk.rotary_pos_emb.forward.cache_clear()
+        chunk.rotary_pos_emb.forward.cache_clear()  # type: ignore[attr-defined]
         model.train(was_training)
 
 
@@ -140,19 +134,21 @@ class _Head:
     runtime: Runtime
     draw: Draw
 
-    def logits(self, hidden_N1H: Tensor | None, context: DynamicInferenceContext) -> Tensor | None:
+    def logits(self, hidden_N1H: Tensor | None, context: Any) -> Tensor | None:
         """Of the token after each running request, as next_token_logits.
 
         Args:
             hidden_N1H: final hidden states of the last stage, under sequence parallelism this
                 tensor rank's part of them.
+            context: Megatron's, which knows where each request's last token stands.
         """
         hidden_BH = None
         if self.runtime.is_last_stage:
             assert hidden_N1H is not None
+            whole_N1H: Tensor = hidden_N1H
             if self.runtime.sequence_parallel:
-                hidden_N1H = gather_from_sequence_parallel_region(hidden_N1H)
-            hidden_BH = context.last_token_logits(hidden_N1H.transpose(0, 1))  # of any [1, N, x]
+                whole_N1H = gather_from_sequence_parallel_region(hidden_N1H)
+            hidden_BH = context.last_token_logits(whole_N1H.transpose(0, 1))  # of any [1, N, x]
         return next_token_logits(self.model, self.runtime, hidden_BH)
 
 
@@ -165,19 +161,19 @@ class _Controller(TextGenerationController):
         self._logits_BV: Tensor | None = None
         self._ended: Set[int] = set()
 
-    def _dynamic_step_forward_logits(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        wrapped = self.inference_wrapped_model
+    def _dynamic_step_forward_logits(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+        wrapped: Any = self.inference_wrapped_model
         hidden_N1H = wrapped.run_one_forward_step(
             {"tokens": input_ids, "position_ids": position_ids, "attention_mask": None}
         )
         self._logits_BV = self._head.logits(hidden_N1H, wrapped.inference_context)
 
-    def _dynamic_step_sample_logits(self, *_logits: None) -> None:
-        context = self.inference_wrapped_model.inference_context
+    def _dynamic_step_sample_logits(self, logits: Any = None) -> None:
+        context: Any = self.inference_wrapped_model.inference_context
         running = context.request_ids[context.paused_request_count : context.total_request_count]
         self._sampled_tokens_cuda, self._ended = self._head.draw(running.tolist(), self._logits_BV)
 
-    def ended(self, running: list[int]) -> set[int]:
+    def ended(self, running: list[int]) -> Set[int]:
         """Requests that have got their last token; Megatron asks for them in the same step."""
         return self._ended & set(running)
 
@@ -189,12 +185,10 @@ class _NoTokenizer:
         return ""
 
 
-def _engine(
-    head: _Head, *, max_sequence_length: int, max_requests: int, num_pages: int
-) -> DynamicInferenceEngine:
+def _engine(head: _Head, *, max_sequence_length: int, max_requests: int, num_pages: int) -> Any:
     """The engine, built as the installed Megatron wants it: the one place that knows versions."""
     model, (chunk,) = head.model, head.model
-    config = model.config
+    config: Any = model.config
     numbers_a_token = 2 * len(model.layers) * config.num_query_groups * config.kv_channels
     numbers = numbers_a_token // head.runtime.tp_size * PAGE_TOKENS * (num_pages + 1)
     settings: dict[str, Any] = {
@@ -216,7 +210,9 @@ def _engine(
             num_attention_heads=config.num_query_groups,
             **settings,
         )
-        wrapper_config = InferenceWrapperConfig(
+        from megatron.core.inference.model_inference_wrappers import inference_wrapper_config
+
+        wrapper_config = inference_wrapper_config.InferenceWrapperConfig(
             hidden_size=config.hidden_size,
             params_dtype=config.params_dtype,
             inference_batch_times_seqlen_threshold=-1,  # a forward is never split

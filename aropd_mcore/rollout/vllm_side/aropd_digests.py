@@ -15,7 +15,8 @@ import torch
 def digest(tensor: torch.Tensor) -> str:
     """sha256 over dtype, shape and bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    found.update(data)
     return found.hexdigest()
 
 
