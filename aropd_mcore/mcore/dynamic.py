@@ -8,9 +8,9 @@ again. Attention is flash-attn's, over the pages.
 Megatron's are the schedule, the pages, the forward and the exchange between stages. Ours are the
 output head and what follows it: Megatron draws every token from one generator, knows one EOS, and
 samples the columns that pad the vocabulary too (text_generation_controller.py,
-_dynamic_step_sample_logits). Two of its methods are replaced for that, which megatron-core 0.16.1,
-0.17, 0.18 and 0.19 have under the same names. Its constructors changed with 0.17: `_engine` is the
-one place that knows.
+_dynamic_step_sample_logits). Three of its methods are replaced, which megatron-core 0.16.1, 0.17,
+0.18 and 0.19 have under the same names. Its constructors changed with 0.17: `_engine` is the one
+place that knows.
 
 Shape letters: N tokens of a forward, B rows, H hidden, V vocabulary.
 """
@@ -99,7 +99,6 @@ def decode_dynamically(
     Collectives: the model's own over tp_group; hidden states stage to stage over pp_group; a gather
         of [B, V / tp] over the last stage's tp_group; what `draw` runs.
     """
-    (chunk,) = model
     was_training = model.training
     model.eval()
     waiting = list(enumerate(prompts))[::-1]
@@ -121,8 +120,6 @@ def decode_dynamically(
     finally:
         if hasattr(inference_utils, "InferenceMode"):  # from 0.18 on; the engine has set it
             inference_utils.InferenceMode.unset_active()  # type: ignore[attr-defined]
-        # Megatron's engine runs in inference mode; backward could not save its rotary tables.
-        chunk.rotary_pos_emb.forward.cache_clear()  # type: ignore[attr-defined]
         model.train(was_training)
 
 
@@ -152,10 +149,19 @@ class _Head:
         return next_token_logits(self.model, self.runtime, hidden_BH)
 
 
+class _Forward(GPTInferenceWrapper):
+    """Megatron's, out of inference mode: what it keeps between forwards, rotary tables and the
+    buffers of sequence parallelism, would be of no use to training."""
+
+    def _forward(self, inference_input: dict[str, Any]) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return super()._forward(inference_input)
+
+
 class _Controller(TextGenerationController):
     """Megatron's, with the project's head and sampling in place of its own."""
 
-    def __init__(self, wrapped: GPTInferenceWrapper, head: _Head):
+    def __init__(self, wrapped: _Forward, head: _Head):
         super().__init__(wrapped, _NoTokenizer())
         self._head = head
         self._logits_BV: Tensor | None = None
@@ -200,7 +206,7 @@ def _engine(head: _Head, *, max_sequence_length: int, max_requests: int, num_pag
     }
     if InferenceConfig is not None:  # from 0.17 on
         context = DynamicInferenceContext(config, InferenceConfig(**settings))
-        controller = _Controller(GPTInferenceWrapper(chunk, context), head)
+        controller = _Controller(_Forward(chunk, context), head)
         engine = DynamicInferenceEngine(controller, context)
     else:
         context = DynamicInferenceContext(
@@ -218,7 +224,7 @@ def _engine(head: _Head, *, max_sequence_length: int, max_requests: int, num_pag
             inference_batch_times_seqlen_threshold=-1,  # a forward is never split
             padded_vocab_size=model.vocab_size,
         )
-        controller = _Controller(GPTInferenceWrapper(chunk, wrapper_config, context), head)
+        controller = _Controller(_Forward(chunk, wrapper_config, context), head)
         engine = DynamicInferenceEngine(
             controller, context, random_seed=0, enable_chunked_prefill=False
         )
