@@ -67,12 +67,15 @@ def check_dynamic() -> None:
             "rollout.engine megatron needs a GPU, and torch sees none on this machine; "
             "rollout.engine native runs anywhere"
         )
-    # transformer/attention.py asserts as much in every forward.
+    # transformer/attention.py asserts as much in every forward, and calls rearrange of einops.
+    has_flash = attention.flash_attn_with_kvcache is not None
+    has_flash = has_flash and attention.is_fa_min_version("2.7.3")
     newer = any(getattr(attention, name, False) for name in ("HAVE_FA3", "HAVE_FA4"))
-    if not newer and not attention.is_fa_min_version("2.7.3"):
+    if not (has_flash or newer) or attention.rearrange is None:
         raise ConfigError(
-            "rollout.engine megatron needs flash-attn 2.7.3 or newer, which is not installed; "
-            "pip install flash-attn --no-build-isolation, or take rollout.engine native"
+            "rollout.engine megatron needs flash-attn 2.7.3 or newer and einops, which are not "
+            "both installed; pip install einops and flash-attn --no-build-isolation, or take "
+            "rollout.engine native"
         )
 
 
@@ -101,7 +104,9 @@ def decode_dynamically(
     """
     was_training = model.training
     model.eval()
+    engine: Any = None
     waiting = list(enumerate(prompts))[::-1]
+    settings: dict[str, Any] = {"num_tokens_to_generate": max_response_tokens, "termination_id": -1}
     try:
         engine = _engine(
             _Head(model, runtime, draw),
@@ -112,12 +117,13 @@ def decode_dynamically(
         while waiting or engine.has_unfinished_requests():
             while waiting and len(engine.requests) < batch_size:
                 index, prompt = waiting.pop()
-                settings = SamplingParams(
-                    num_tokens_to_generate=max_response_tokens, termination_id=-1
-                )
-                engine.add_request(index, list(prompt), settings)
+                engine.add_request(index, list(prompt), SamplingParams(**settings))
             engine.step_modern()
     finally:
+        if engine is not None:
+            # Engine and context refer to each other: what is left of them waits for the garbage
+            # collector, and the cache must not.
+            engine.context.memory_buffer = None
         if hasattr(inference_utils, "InferenceMode"):  # from 0.18 on; the engine has set it
             inference_utils.InferenceMode.unset_active()  # type: ignore[attr-defined]
         model.train(was_training)

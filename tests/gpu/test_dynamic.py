@@ -46,4 +46,4 @@ def test_its_logprobs_are_those_of_the_training_forward(tmp_path):
             ours = sequence_logprobs(model, runtime, [*prompt, *rollout.response_ids])
             theirs = torch.tensor(rollout.logprobs)
             assert (ours[len(prompt) - 1 :] - theirs).abs().mean() < TOLERANCE
-    mcore_runtime.stop(leave_job=True)
+    mcore_runtime.stop()
