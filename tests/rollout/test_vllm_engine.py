@@ -16,6 +16,7 @@ import torch.distributed as dist
 from aropd_mcore.config import Config, ConfigError, SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.types import Rollout
