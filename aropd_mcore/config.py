@@ -196,8 +196,8 @@ class VllmConfig(Section):
     """Nats: how far a server's log-probs may be from the trainer's after a sync, on the average of
     a probe's tokens. null: 1e-3 in fp32, 0.1 in bf16."""
     checksums: bool = False
-    """Also compare a SHA-256 of every tensor: as training gathers it, and as each process of each
-    server is given it to load. Takes time; servers of others' need `aropd serve`'s extension."""
+    """After each sync also compare a SHA-256 of every tensor, as training gathers it and as each
+    process of each server is given it to load. Those of urls need it when they are started, too."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for a response, or for a server to load weights."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
