@@ -20,7 +20,7 @@ def main() -> None:
     configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     def parsed(text: str) -> list:
-        return parse(text, extraction_config=configs, parsing_timeout=None)
+        return parse(text, extraction_config=configs, parsing_timeout=0)
 
     def same(gold: str, answer: str) -> bool:
         gold, answer = clean(gold), clean(answer)
@@ -28,7 +28,7 @@ def main() -> None:
             return True
         truth = parsed(f"\\boxed{{{gold}}}")
         forms = [f"\\boxed{{{answer}}}", *([answer] if is_prose(answer) else [])]
-        return any(verify(truth, parsed(form), timeout_seconds=None) for form in forms)
+        return any(verify(truth, parsed(form), timeout_seconds=0) for form in forms)
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("true", flush=True)
@@ -44,6 +44,8 @@ def clean(text: str) -> str:
     """Without what is only form: white space, Markdown's stars, a full stop; 4.5e33 as LaTeX."""
     text = " ".join(text.split()).strip("*").strip()
     text = re.sub(r"(?<=[0-9])\.$", "", text)
+    if inner := re.fullmatch(r"\\(?:mathbf|textbf|text|mathrm)\{([^{}]*)\}", text):
+        text = inner[1].strip()
     return re.sub(r"(?<![\w.])(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
 
 

@@ -356,8 +356,9 @@ def check(channel: Channel, job: dict[str, Any]) -> str:
         if "error" in answer:
             kind = getattr(builtins, str(answer["error"]), None)
             # No SystemExit: it is not the sample that ends the tests.
-            is_error = isinstance(kind, type) and issubclass(kind, Exception)
-            raise kind() if is_error else RuntimeError("an error of the sample's own")
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                raise RuntimeError("an error of the sample's own")
+            raise kind
         return decode(answer.get("value"), lambda number: _Remote(ask, number))
 
     names: dict[str, Any] = {"__name__": "tests"}

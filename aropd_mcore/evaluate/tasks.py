@@ -211,10 +211,8 @@ def _from_humaneval(record: Record) -> tuple[str, Gold]:
     start = prompt.rfind(f"def {name}(")
     if start < 0:
         raise Unusable("'prompt' does not define 'entry_point'")
-    asked = (
-        f"Complete this Python function, and give all of it.\n\n```python\n{prompt.strip()}\n```"
-    )
-    return asked, CodeTests(
+    ask = "Complete this Python function, and give all of it."
+    return f"{ask}\n\n```python\n{prompt.strip()}\n```", CodeTests(
         names=(name,),
         tests=f"{_text(record, 'test')}\n\ncheck({name})\n",
         setup=prompt[:start],
