@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 import time
 
 import pytest
@@ -95,11 +94,12 @@ def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(sh
     assert len(problems) == 1319
     solutions = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
     numbers = [int(solution.rpartition("####")[2].replace(",", "")) for solution in solutions]
+    pairs = list(zip(numbers, solutions, strict=True))
     texts = {
         "hashes": solutions,
         "boxed": [f"So it is $\\boxed{{\\${number}.0}}$" for number in numbers],
-        "number": [re.sub("####.*", f"That is {number:,}.", s) for number, s in zip(numbers, solutions, strict=True)],
-    }  # fmt: skip
+        "number": [f"{s.partition('####')[0]}That is {number:,}." for number, s in pairs],
+    }
     golds = [problem.gold for problem in problems]
     for rule, responses in texts.items():
         found = grades(zip(responses, golds, strict=True))
@@ -115,11 +115,11 @@ def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(sh
     [
         ("<answer>\n```python\ndef f(x):\n    return x * K\n```\n</answer>", "answer"),
         ("<answer>def f(x): return x * K</answer>", "answer"),
-        ("```python\nf(3)\n```\n```\ndef f(x):\n    return x * K\n```\n```\nprint(f(2))\n```", "block"),
+        ("```\nf(3)\n```\n```\ndef f(x):\n    return x * K\n```\n```\nprint(f(2))\n```", "block"),
         ("Here:\n```python\ndef f(x):\n    return x * K\n", "block"),
         ("    return x * K\n", "text"),
     ],
-)  # fmt: skip
+)
 def test_code_is_found_where_models_write_it(text, rule):
     assert [(g.verdict, g.rule) for g in grades([(text, CODE)])] == [("right", rule)]
 

@@ -29,7 +29,7 @@ HUMANEVAL = {
 MBPP = {
     "task_id": 602,
     "text": "Find the longest chain.",
-    "code": "import re\r\nclass Pair(object):\r\n  pass\r\ndef unused(): pass\r\ndef chain(a): pass",
+    "code": "import re\r\nclass Pair:\r\n  pass\r\ndef unused(): pass\r\ndef chain(a): pass",
     "test_list": ["assert chain([Pair()]) == 1", "assert chain([]) == 0"],
     "test_setup_code": "",
 }
