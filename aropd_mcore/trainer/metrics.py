@@ -121,6 +121,7 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
         "lr": result.update.lr,
         "grad_norm": result.update.grad_norm,
         "step_skipped": int(not result.update.applied),
+        **result.verdict.metrics,
     }
     counts = torch.tensor([[result.num_tokens, result.num_padding_tokens]])
     num_tokens, num_padding = runtime.gather_over_data(counts).sum(0).tolist()
@@ -163,6 +164,10 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, metrics["step"])
         if self._wandb:
             self._wandb.log(dict(metrics), step=metrics["step"])
+
+    def sync(self) -> None:
+        """Wait until the disk has every line: before a checkpoint goes on from behind them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
