@@ -58,6 +58,7 @@ class FakeVllm:
         loads: False makes it keep its old weights and claim the new ones.
         processed: take log-probs after the sampling settings.
         damaged, lost: a tensor that its workers are given with another bit, or not at all.
+        greedy: answer with the loaded model's likeliest tokens.
         num_workers, sent_value: of a transfer.
     and look at: responses (how many it gave), most_at_a_time, loaded (folders, in order), joined
     (communicators, in order).
@@ -69,7 +70,7 @@ class FakeVllm:
         self.always: str | None = None
         self.hold = threading.Event()
         self.hold.set()
-        self.loads, self.processed = True, False
+        self.loads, self.processed, self.greedy = True, False, False
         self.damaged = self.lost = ""
         self.responses = self.most_at_a_time = self._at_a_time = 0
         self.loaded: list[Path] = []
@@ -214,10 +215,16 @@ class FakeVllm:
         limit, stop_ids = params["max_tokens"], params["stop_token_ids"]
         # Whoever takes the answer of a fault takes another one than the right one.
         seed = params["seed"] + bool(fault)
-        ids = response_to(body["token_ids"], seed, limit, stop_ids)
+        if self.greedy:
+            assert params["temperature"] == 0
+            ids, logprobs = self._likeliest(body["token_ids"], limit, stop_ids)
+        else:
+            ids = response_to(body["token_ids"], seed, limit, stop_ids)
+            logprobs = [-id / 100 for id in ids]
+        content = [{"token_id": i, "logprob": v} for i, v in zip(ids, logprobs, strict=True)]
         choice = {
             "token_ids": ids,
-            "logprobs": {"content": [{"token_id": i, "logprob": -i / 100} for i in ids]},
+            "logprobs": {"content": content},
             "weight_versions": [{"version": self.label, "start": 0, "end": len(ids)}],
         }
         answer: Any = {"choices": [choice]}
@@ -262,6 +269,20 @@ class FakeVllm:
             case "exit":
                 os._exit(9)
         return self._reply(handler, 200, answer)
+
+    def _likeliest(
+        self, prompt: Sequence[int], limit: int, stop_ids: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        import torch
+
+        assert self.model
+        ids, logprobs = [], []
+        with torch.no_grad():
+            while len(ids) < limit and not (ids and ids[-1] in stop_ids):
+                logits = self.model(torch.tensor([[*prompt, *ids]])).logits[0, -1].log_softmax(-1)
+                ids.append(int(logits.argmax()))
+                logprobs.append(float(logits.max()))
+        return ids, logprobs
 
     def _score(self, body: dict[str, Any]) -> dict[str, Any]:
         [last] = body["sampling_params"]["allowed_token_ids"]
