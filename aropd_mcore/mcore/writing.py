@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import common as common_strategies
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
@@ -54,6 +55,7 @@ class Writing:
         """What went wrong on this rank; raised by nobody, so that all ranks go on in step."""
         self._queue = AsyncCallsQueue()
         self._is_finished = False
+        _forget_results()
         self._results, results = multiprocessing.Pipe(duplex=False)
         with self._no_rank_waits_in_vain():
             request = _request(state, folder)
@@ -150,6 +152,13 @@ def _request(state: dict[str, Any], folder: Path) -> AsyncRequest:
         options["async_strategy"] = "mcore"  # 0.19, whose other one is a package of its own
     request = dist_checkpointing.save(state, str(folder), **options)
     return cast(AsyncRequest, request)
+
+
+def _forget_results() -> None:
+    """Of a save that was given up, which Megatron would take for this one's."""
+    queue = filesystem_async._results_queue
+    while queue is not None and not queue.empty():
+        queue.get()
 
 
 def _write(
