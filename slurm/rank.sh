@@ -13,7 +13,8 @@ source "$AROPD_HOME/slurm/common.sh"
 
 if [[ ${1:-} == --node ]]; then
     shift
-    run_to_end "$@" --node-rank "$SLURM_NODEID"
+    export PET_NODE_RANK=$SLURM_NODEID # torchrun's --node-rank
+    run_to_end "$@"
     exit
 fi
 if [[ $LAUNCHER == srun ]]; then # torchrun has set them otherwise
