@@ -67,14 +67,18 @@ start_attempt() { # Sets what every step of the job needs.
             fail "aropd is not on PATH; set VENV to its virtual environment or CONTAINER_IMAGE"
     fi
 
-    # Slurm tells the job when it ends from 23.02 on; a run saves before that, in time.
-    if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
-        local end
-        end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
-        # NONE and the like, of a job without a limit, are no dates.
-        end=$(date --date="$end" +%s 2>/dev/null) && export SLURM_JOB_END_TIME="$end"
-    fi
+    # Slurm says when the job began and ends from 23.02 on; a run saves before that, in time.
+    export_time SLURM_JOB_START_TIME %S
+    export_time SLURM_JOB_END_TIME %e
     say "job $SLURM_JOB_ID, attempt $ATTEMPT, on $SLURM_JOB_NODELIST; logs: $ATTEMPT_DIR"
+}
+
+export_time() { # NAME FORMAT-OF-SQUEUE: in seconds since 1970, unless Slurm has set it
+    local time
+    [[ -z ${!1:-} ]] || return 0
+    time=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format="$2")
+    # NONE and the like, of a job without a limit, are no dates.
+    time=$(date --date="$time" +%s 2>/dev/null) && export "$1=$time"
 }
 
 set_environment() { # What NCCL, PyTorch and Megatron read. A value that is set already stays.

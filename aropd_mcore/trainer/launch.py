@@ -39,7 +39,9 @@ class Launch:
         try:
             return subprocess.run(self.command, env=os.environ | self.environment).returncode
         except FileNotFoundError as error:
-            raise ValueError("sbatch is not on PATH; is this a login node of the cluster?") from error
+            raise ValueError(
+                "sbatch is not on PATH; is this a login node of the cluster?"
+            ) from error
 
 
 def launch_of(

@@ -130,7 +130,12 @@ def slurm(folder: Path, *, num_nodes: int, cpus: int) -> Iterator[Slurm]:
     def start(*words: str) -> None:
         output = (folder / "daemons.log").open("ab")
         daemons.append(
-            subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *words], env=here.environment, stdout=output, stderr=output)
+            subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *words],
+                env=here.environment,
+                stdout=output,
+                stderr=output,
+            )
         )
 
     try:
