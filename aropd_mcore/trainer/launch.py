@@ -39,9 +39,7 @@ class Launch:
         try:
             return subprocess.run(self.command, env=os.environ | self.environment).returncode
         except FileNotFoundError as error:
-            raise ValueError(
-                "sbatch is not on PATH; is this a login node of the cluster?"
-            ) from error
+            raise ValueError("sbatch is not on PATH: is this a login node?") from error
 
 
 def launch_of(

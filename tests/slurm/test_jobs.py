@@ -198,7 +198,8 @@ def test_servers_and_training_on_nodes_of_their_own(site: Site, base: Path):
     """The last node serves, by a server that dies during the first attempt."""
     interpreter = site.folder / "python with vllm"
     interpreter.write_text(
-        f"#!/bin/sh\nPYTHONPATH='{REPO}' exec '{sys.executable}' -m tests.rollout.fake_vllm \"$@\"\n"
+        f"#!/bin/sh\nPYTHONPATH='{REPO}' "
+        f"exec '{sys.executable}' -m tests.rollout.fake_vllm \"$@\"\n"
     )
     interpreter.chmod(0o700)
     output_dir = RUN.with_name("served")
