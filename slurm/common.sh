@@ -161,7 +161,9 @@ pass_on() { # srun hands USR1 to its tasks; TERM would make it kill them
     [[ -z $CHILD ]] || kill -USR1 "$CHILD" 2>/dev/null
 }
 
-run_to_end() { # COMMAND...: runs it to its end and returns its exit code; USR1 and TERM reach it as USR1
+# COMMAND...: runs it to its end and returns its exit code; USR1 and TERM reach it as USR1. Of a command
+# that ends in the instant of a signal bash loses the code: it is 255 then.
+run_to_end() {
     trap pass_on USR1 TERM
     "$@" &
     CHILD=$!
