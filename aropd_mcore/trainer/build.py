@@ -19,6 +19,8 @@ from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import serving_of
+from aropd_mcore.trainer.changes import describe_run
+from aropd_mcore.trainer.kept_rollouts import KeptRollouts
 from aropd_mcore.trainer.step import Run
 
 _PROBE_TOKENS = 128
@@ -87,6 +89,10 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
+    kept = None
+    if engine is not None and config.checkpoint.save_rollouts:
+        run_hash = describe_run(config, dataset)["config_hash"]
+        kept = KeptRollouts(config.output_dir / "rollouts", run_hash, runtime)
     return Run(
         config=config,
         runtime=runtime,
@@ -98,6 +104,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         engine=engine,
         # Any token serves: padding stands behind everything that could see it.
         pad_token_id=view_builder.end_id,
+        kept_rollouts=kept,
     )
 
 

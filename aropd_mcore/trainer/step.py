@@ -16,6 +16,7 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.batch import form_batch
+from aropd_mcore.trainer.kept_rollouts import KeptRollouts
 from aropd_mcore.trainer.timing import Timer
 from aropd_mcore.types import Rollout, Views
 
@@ -35,6 +36,8 @@ class Run:
     engine: RolloutEngine | None
     """None for `sft`, which learns from the oracle's responses."""
     pad_token_id: int
+    kept_rollouts: KeptRollouts | None = None
+    """Where checkpoint.save_rollouts asks for it."""
 
 
 @dataclass(frozen=True)
@@ -122,18 +125,39 @@ def views_of_step(run: Run, step: int) -> tuple[list[Views], list[int]]:
 
 def respond(run: Run, step: int, views: Sequence[Views], seeds: Sequence[int]) -> list[Rollout]:
     """A response to every student prompt; with rollout.async_steps the next step's are begun."""
-    if run.engine is not None:
-        prompts, sampling = [v.student_ids for v in views], run.config.rollout
-        if sampling.async_steps == 0:
-            return run.engine.generate(prompts, seeds, sampling)
+    if run.engine is None:
+        return _oracle_responses(run, views)
+    prompts, kept = [v.student_ids for v in views], run.kept_rollouts
+    num_async = run.config.rollout.async_steps
+    rollouts = None
+    if kept is not None:  # of this step, by an attempt that ended in the middle of it
+        version = run.engine.weight_version
+        versions = range(version - num_async, version + 1)
+        rollouts = kept.read(step, prompts, seeds, versions)
+    if rollouts is None:
+        rollouts = _sample(run, prompts, seeds)
+        if kept is not None:
+            kept.write(step, prompts, seeds, rollouts)
+    is_next_kept = kept is not None and step + 1 in kept.steps
+    if num_async and step + 1 < run.num_steps and not is_next_kept:
         assert isinstance(run.engine, VllmEngine)
-        if not run.engine.has_begun:  # the first step
-            run.engine.begin(prompts, seeds, sampling)
-        rollouts = run.engine.finish()
-        if step + 1 < run.num_steps:
-            next_views, next_seeds = views_of_step(run, step + 1)
-            run.engine.begin([v.student_ids for v in next_views], next_seeds, sampling)
-        return rollouts
+        next_views, next_seeds = views_of_step(run, step + 1)
+        run.engine.begin([v.student_ids for v in next_views], next_seeds, run.config.rollout)
+    return rollouts
+
+
+def _sample(run: Run, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:
+    """From the engine: what it has begun in the step before, or begins now."""
+    assert run.engine is not None
+    if run.config.rollout.async_steps == 0:
+        return run.engine.generate(prompts, seeds, run.config.rollout)
+    assert isinstance(run.engine, VllmEngine)
+    if not run.engine.has_begun:  # the first step
+        run.engine.begin(prompts, seeds, run.config.rollout)
+    return run.engine.finish()
+
+
+def _oracle_responses(run: Run, views: Sequence[Views]) -> list[Rollout]:
     limit = run.config.rollout.max_response_tokens
     oracle = [run.view_builder.oracle_response_ids(v.row) for v in views]
     return [

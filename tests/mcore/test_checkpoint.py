@@ -17,6 +17,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.inspect import inspect
+from aropd_mcore.convert.manifest import newest, step_of
 from aropd_mcore.convert.source import HF_FOLDER, HFSource, open_source
 from aropd_mcore.convert.verify import verify
 from aropd_mcore.mcore import checkpoint, runtime
@@ -120,14 +121,14 @@ def check_bf16(path: Path, folder: Path) -> None:
     still = (teacher_of(run).model.get_parameter(first) == start[first]).float().mean()
     assert still > 0.9, "in bf16 alone this step should have vanished"
 
-    checkpoint.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime, keep_last=1)
+    checkpoint.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime)
     saved = masters(run)
     _, following = step(run, 1)
     reached = masters(run)
     runtime.stop()
 
     run = build(path, "model.dtype=bf16")
-    path_of_save = checkpoint.newest(folder)
+    path_of_save = newest(folder)
     assert path_of_save is not None
     assert checkpoint.load(path_of_save, run.student, run.teacher, run.runtime) == {"step": 1}
     assert_equal(masters(run), saved)
@@ -170,9 +171,7 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
     for number in range(3):
         step(run, number)
     progress = {"step": 3}
-    checkpoint.save(
-        folder / "checkpoints", 3, run.student, run.teacher, progress, run.runtime, keep_last=1
-    )
+    checkpoint.save(folder / "checkpoints", 3, run.student, run.teacher, progress, run.runtime)
     model = path.parent / "model"
     if run.runtime.rank == 0:
         keep_companions(HFSource(model), folder / HF_FOLDER, torch.float32)
@@ -193,9 +192,9 @@ def test_what_cannot_be_loaded_is_refused(path, tmp_path):
 
 
 def check_refusals(path: Path, folder: Path) -> None:
-    assert checkpoint.newest(folder / "nothing") is None
+    assert newest(folder / "nothing") is None
     with pytest.raises(CheckpointError, match="expected a folder named iter_NNNNNNN"):
-        checkpoint.step_of(folder / "iter_12")
+        step_of(folder / "iter_12")
 
     run = build(path, "objective.name=sft")
     empty = folder / "iter_0000001"
@@ -204,7 +203,7 @@ def check_refusals(path: Path, folder: Path) -> None:
         checkpoint.load(empty, run.student, run.teacher, run.runtime)
     empty.rmdir()
 
-    of_sft = checkpoint.save(folder, 1, run.student, None, {}, run.runtime, keep_last=1)
+    of_sft = checkpoint.save(folder, 1, run.student, None, {}, run.runtime)
 
     runtime.stop()
     distilling = build(path)

@@ -263,7 +263,6 @@ def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
 
 def check_stop(path: Path) -> None:
     os.environ["VLLM_API_KEY"] = KEY
-    from aropd_mcore.mcore import checkpoint
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import TrainingStopped, train
 
@@ -271,9 +270,9 @@ def check_stop(path: Path) -> None:
     runtime = start_runtime(config)
     with pytest.raises(TrainingStopped, match="no rollouts for step 2: no vLLM server") as stopped:
         train(config, runtime)
-    newest = checkpoint.newest(config.output_dir / "checkpoints")
-    assert newest is not None and newest.name == "iter_0000002"
-    assert all(url in str(stopped.value) for url in (*config.rollout.vllm.urls, str(newest)))
+    last = newest(config.output_dir / "checkpoints")
+    assert last is not None and last.name == "iter_0000002"
+    assert all(url in str(stopped.value) for url in (*config.rollout.vllm.urls, str(last)))
 
 
 def check_goes_on(path: Path) -> None:
