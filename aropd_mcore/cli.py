@@ -1,18 +1,24 @@
 """The `aropd` command: parse, call, print."""
 
 import argparse
-import logging
+import faulthandler
+import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from aropd_mcore import __version__
 from aropd_mcore.config import Config, ParallelConfig
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
+from aropd_mcore.processes import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
 
 if TYPE_CHECKING:
     from aropd_mcore.plan.layout import Layout
@@ -82,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_num_processes(train)
     train.add_argument(
         "--dry-run", action="store_true", help="check the config and print the plan, start nothing"
+    )
+    train.add_argument(
+        "--stop-before",
+        metavar="TIME",
+        help="save and exit with 75 before the job is this old, such as 3h55m (limits.stop_before)",
     )
     train.set_defaults(run=_train)
 
@@ -191,6 +202,8 @@ def _plan(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import plan
 
+    if args.stop_before is not None:
+        args.overrides.append(f"limits.stop_before={json.dumps(args.stop_before)}")
     config = load_config(args.config, args.overrides)
     num_local = args.nproc_per_node or _default_num_processes(config.parallel)
     layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
@@ -198,23 +211,39 @@ def _train(args: argparse.Namespace) -> int:
         return _print_plan(config, layout)
     if "RANK" in os.environ or num_local == 1:
         return _train_here(config)
-    return _start_processes(num_local, ["train", str(args.config), *args.overrides])
+    return start_ranks(num_local, ["train", str(args.config), *args.overrides])
 
 
 def _train_here(config: Config) -> int:
+    """As one rank of the job, or all of it."""
+    faulthandler.enable()  # NCCL's own time-outs and crashes abort: say where
+    started = psutil.Process().create_time()
+    stops = Stops(started=started, deadline=deadline_of(config.limits, started=started))
+    with stops.listening(*PASSED_ON):
+        code = _train_until(config, stops)
+    if "RANK" in os.environ:
+        for number in PASSED_ON:  # torchrun ends whoever is still here when the first has left
+            signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+def _train_until(config: Config, stops: Stops) -> int:
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import TrainingStopped, train
+    from aropd_mcore.trainer.watchdog import Watchdog
 
-    here = start_runtime(config)
-    try:
-        train(config, here)
-    except TrainingStopped as stopped:
-        if here.rank == 0:
-            print(f"aropd: stopped: {stopped}", file=sys.stderr)
-        return 3
-    runtime.stop(leave_job=True)
-    return 0
+    here, code = start_runtime(config), 0
+    with Watchdog(config.output_dir, stops, minutes=config.limits.watchdog_minutes):
+        try:
+            train(config, here, stops)
+        except (TrainingStopped, StoppedEarly) as stopped:  # on every rank alike
+            code = SAVED if isinstance(stopped, StoppedEarly) else 3
+            if here.rank == 0:
+                print(f"aropd: stopped: {stopped}", file=sys.stderr)
+    if code in (0, SAVED):
+        runtime.stop(leave_job=True)
+    return code
 
 
 def _launch(args: argparse.Namespace) -> int:
@@ -275,7 +304,7 @@ def _generate(args: argparse.Namespace) -> int:
         )
     if "RANK" in os.environ or num_local == 1:
         return _generate_here(job)
-    return _start_processes(num_local, args.argv)
+    return start_ranks(num_local, args.argv)
 
 
 def _generate_here(job: "Job") -> int:
@@ -302,28 +331,6 @@ def _default_num_processes(parallel: ParallelConfig) -> int:
     from aropd_mcore.plan.layout import replica_size
 
     return torch.cuda.device_count() if torch.cuda.is_available() else replica_size(parallel)
-
-
-def _start_processes(count: int, arguments: list[str]) -> int:
-    """This command again, as the ranks of a job on this machine."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # The ranks say what went wrong themselves; torchrun would add a page of its own.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Several ranks share this machine's cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    try:
-        torchrun.main(
-            ["--standalone", f"--nproc-per-node={count}", "-m", "aropd_mcore.cli", *arguments]
-        )
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"aropd: rank {rank} died of signal {-failure.exitcode}", file=sys.stderr)
-            return 1
-        return failure.exitcode
-    return 0
 
 
 if __name__ == "__main__":

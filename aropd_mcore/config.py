@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from aropd_mcore.durations import seconds_of
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
@@ -374,7 +376,7 @@ class TrainingConfig(Section):
     """Activations that the backward computes again instead of keeping them: `selective`, those of
     core attention; `full`, all but each layer's input."""
     max_skipped_steps: Positive = 5
-    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    """Stop after this many steps in a row whose update was left out (see guards)."""
     seed: int = 1234
     """Of the data order, the rollouts and the initialization."""
 
@@ -415,6 +417,57 @@ class CheckpointConfig(Section):
     run that goes on with another value is not the same run; a refusal names them."""
 
 
+class LimitsConfig(Section):
+    """What a job may take of time, and how long it may be silent."""
+
+    stop_before: str | None = None
+    """Save and stop (exit code 75) before the job is this old: 3h55m, 90m, or Slurm's 1-02:30:00,
+    which YAML wants quoted. What a step and a save have taken so far is counted in. Slurm's own end
+    time, $SLURM_JOB_END_TIME, holds in any case."""
+    watchdog_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    """A rank that has got nowhere for this long, not by a token or a microbatch, has every rank's
+    stacks written to output_dir/stacks, and ends the job (exit code 4). Start and saves may take
+    three times as long. null: wait for ever."""
+    collective_timeout_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """How long ranks wait for each other in a collective. Longer than watchdog_minutes, since it
+    ends with an error on the ranks that wait, and the watchdog with the stacks of all."""
+
+    @field_validator("stop_before")
+    @classmethod
+    def _is_a_time(cls, text: str | None) -> str | None:
+        if text is not None:
+            seconds_of(text)
+        return text
+
+    @property
+    def stop_before_seconds(self) -> int | None:
+        return None if self.stop_before is None else seconds_of(self.stop_before)
+
+
+GuardAction = Literal["off", "warn", "skip", "stop"]
+
+
+class GuardsConfig(Section):
+    """What is done about a step that looks wrong, before its update is applied: `warn` says so,
+    `skip` leaves the update out, as training.max_skipped_steps in a row allow, `stop` saves and
+    ends the run (exit code 3). All of it is counted in the metrics."""
+
+    non_finite: Literal["skip", "stop"] = "skip"
+    """A loss or gradient norm that is not finite."""
+    loss_spike: GuardAction = "warn"
+    """A loss or gradient norm far above those of the steps before."""
+    loss_spike_zscore: Annotated[float, Field(gt=0)] = 6.0
+    """How far: in standard deviations of the window, above its mean."""
+    length_collapse: GuardAction = "warn"
+    """Responses far shorter than those of the steps before, in loss tokens."""
+    length_collapse_ratio: Ratio = 0.25
+    """How short: less than this share of the window's mean ..."""
+    length_collapse_floor: Annotated[float, Field(ge=0)] = 0.0
+    """... or, from the first step on, less than this many tokens on the average."""
+    window: Annotated[int, Field(ge=2)] = 32
+    """Steps that are looked back on; nothing is judged by them before there are so many."""
+
+
 class LoggingConfig(Section):
     tensorboard: bool = False
     """Also write TensorBoard events under output_dir/tensorboard."""
@@ -440,6 +493,8 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    limits: LimitsConfig = LimitsConfig()
+    guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

@@ -52,6 +52,11 @@ class RolloutEngine(Protocol):
         ...
 
 
+def never() -> bool:
+    """What an engine asks where nothing can stop it."""
+    return False
+
+
 def check_prompts(
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],

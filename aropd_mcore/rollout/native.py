@@ -1,18 +1,22 @@
 """The native engine: the student samples by its own forward, with a KV cache, where it stands."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.decode import decoding
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.rollout.engine import check_prompts
+from aropd_mcore.rollout.engine import check_prompts, never
 from aropd_mcore.rollout.sampling import sample, uniform_numbers
 from aropd_mcore.types import Rollout
+
+_STOPPED = -1
+"""In the place of tokens: no more of them."""
 
 
 class NativeEngine:
@@ -29,6 +33,8 @@ class NativeEngine:
         batch_size: rows decoded together at most.
         kv_cache_tokens: tokens that the KV cache holds at most, on each model replica: fewer rows
             are decoded together where prompts are long. None: batch_size rows of any length.
+        should_stop: asked at every token on the rank that samples. True: the responses so far are
+            returned at once, which the caller must throw away.
     """
 
     def __init__(
@@ -39,12 +45,14 @@ class NativeEngine:
         eos_token_ids: Sequence[int],
         batch_size: int,
         kv_cache_tokens: int | None = None,
+        should_stop: Callable[[], bool] = never,
     ):
         self.model = model
         self.runtime = runtime
         self.batch_size = batch_size
         self.kv_cache_tokens = kv_cache_tokens
         self.weight_version = 0
+        self._should_stop = should_stop
         self._eos_token_ids = torch.tensor(
             list(eos_token_ids), dtype=torch.int64, device=runtime.device
         )
@@ -112,9 +120,15 @@ class NativeEngine:
                     made.next_tokens(running), [prompts[index] for index in new]
                 )
                 running += new
+                beat()
                 tokens_B = made.draw(running, logits_BV, sampling)
+                if self._should_stop():
+                    tokens_B.fill_(_STOPPED)
                 decoder.share(tokens_B)
-                done = made.add(running, tokens_B)
+                if tokens_B[0] == _STOPPED:  # so says the rank that samples
+                    waiting, done = [], set(range(len(running)))
+                else:
+                    done = made.add(running, tokens_B)
                 if done:
                     running = [running[row] for row in decoder.drop(done)]
             decoder.share(made.logprobs_RT)

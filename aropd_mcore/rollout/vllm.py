@@ -19,7 +19,7 @@ from aropd_mcore.mcore.logprobs import sequence_logprobs
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import gather_hf
-from aropd_mcore.rollout.engine import RolloutFailed, check_prompts
+from aropd_mcore.rollout.engine import RolloutFailed, check_prompts, never
 from aropd_mcore.rollout.on_first import in_background, on_first_rank
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
@@ -30,6 +30,9 @@ from aropd_mcore.types import Rollout
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Nats, where the config names none: several times what rounding leaves of a mean over tokens."""
+
+_STOP_SECONDS = 1.0
+"""How often it is asked whether to stop."""
 
 
 class VllmEngine:
@@ -53,12 +56,15 @@ class VllmEngine:
         *,
         eos_token_ids: Sequence[int],
         probe_ids: Sequence[int],
+        should_stop: Callable[[], bool] = never,
     ):
         """
         Args:
             model: this rank's shard, without DDP around it. Its weights are read by `sync`.
             eos_token_ids: any of them ends a response.
             probe_ids: a sequence of the run's kind, two tokens or more, for the proof of each sync.
+            should_stop: asked on the first rank while responses are waited for. True: none are
+                returned.
         Raises:
             ConfigError: rollout.vllm.sync is nccl, and there is no GPU.
         """
@@ -68,6 +74,7 @@ class VllmEngine:
         self.on_response: Callable[[int, int], None] = lambda num_done, num_all: None
         """Called on the first rank with how many responses there are, of how many."""
         self._serving = serving
+        self._should_stop = should_stop
         vllm = serving.rollout.vllm
         self._folder = (vllm.weights_dir or serving.folder) / "vllm-weights"
         self._probe_ids = probe_ids
@@ -156,6 +163,9 @@ class VllmEngine:
 
     def _wait_for_result(self) -> list[Rollout]:
         assert self._begun is not None, "on the first rank alone"
+        while not wait([self._begun], _STOP_SECONDS).done:
+            if self._should_stop():
+                return []
         return self._begun.result()
 
     def _generate(

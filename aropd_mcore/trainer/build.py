@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run."""
 
+from datetime import timedelta
 from pathlib import Path
 
 from aropd_mcore.config import Config, ConfigError, PrecisionConfig
@@ -20,8 +21,10 @@ from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import serving_of
 from aropd_mcore.trainer.changes import describe_run
+from aropd_mcore.trainer.guards import Guards
 from aropd_mcore.trainer.kept_rollouts import KeptRollouts
 from aropd_mcore.trainer.step import Run
+from aropd_mcore.trainer.stop import Stops
 
 _PROBE_TOKENS = 128
 
@@ -44,15 +47,19 @@ def start_runtime(config: Config) -> Runtime:
         sequence_parallel=parallel.sequence,
         token_multiple=config.precision.size_multiple,
         seed=config.training.seed,
+        timeout=timedelta(minutes=config.limits.collective_timeout_minutes),
     )
 
 
-def build_run(config: Config, runtime: Runtime) -> Run:
+def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> Run:
     """Read the data, load the models and join them into a run at its start.
 
+    Args:
+        stops: what the run may be stopped by; None: nothing.
     Collectives: those of the model's and the optimizer's construction; every rank must call it.
     """
     plan(config, runtime.world_size)
+    stops = stops or Stops()
     tokenizer = load_tokenizer(config.model.path)
     view_builder = ViewBuilder(tokenizer, config.views)
     dataset = usable_rows(
@@ -72,7 +79,12 @@ def build_run(config: Config, runtime: Runtime) -> Run:
             longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
             probe = probe_ids(dataset, view_builder, min(longest, _PROBE_TOKENS))
             engine = VllmEngine(
-                model, runtime, serving_of(config), eos_token_ids=ends, probe_ids=probe
+                model,
+                runtime,
+                serving_of(config),
+                eos_token_ids=ends,
+                probe_ids=probe,
+                should_stop=stops.is_wanted,
             )
         else:
             engine = NativeEngine(
@@ -81,6 +93,7 @@ def build_run(config: Config, runtime: Runtime) -> Run:
                 eos_token_ids=ends,
                 batch_size=config.rollout.batch_size,
                 kv_cache_tokens=config.rollout.kv_cache_tokens,
+                should_stop=stops.is_wanted,
             )
     optimizer = Optimizer(
         model,
@@ -104,6 +117,8 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         engine=engine,
         # Any token serves: padding stands behind everything that could see it.
         pad_token_id=view_builder.end_id,
+        guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
+        stops=stops,
         kept_rollouts=kept,
     )
 

@@ -21,6 +21,7 @@ from aropd_mcore.data.dataset import RowDataset
 FREE = (
     "output_dir",
     "checkpoint",
+    "limits",
     "logging",
     "parallel",
     "training.micro_batch_size",

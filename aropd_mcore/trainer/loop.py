@@ -1,7 +1,6 @@
 """Resume, step, log, save, stop."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,35 +10,41 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.checkpoint import SaveFailed
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
 from aropd_mcore.trainer.saving import Counters, Saver
-from aropd_mcore.trainer.step import Run, StepResult, train_step
+from aropd_mcore.trainer.step import Run, train_step
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
 
 
 class TrainingStopped(RuntimeError):
     """The run cannot usefully go on; the message says why and where the last checkpoint is."""
 
 
-def train(config: Config, runtime: Runtime) -> None:
+def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
     """Train until num_steps, from the newest checkpoint under config.output_dir if there is one.
 
     Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, and hf/ with the
     model's config and tokenizer, which an export needs.
 
+    Args:
+        stops: what may stop the run before its end; None: nothing.
     Raises:
-        TrainingStopped: too many steps in a row had a non-finite loss or gradient; no checkpoint
-            can be written; or there is nobody left who could sample: the steps so far are saved
-            first.
+        TrainingStopped: too many steps in a row were left out, a guard stops the run, there is
+            nobody left who could sample, or the time limit has no room for a single step: the steps
+            so far are saved first. Or no checkpoint can be written.
+        StoppedEarly: a signal or the time limit, once the steps so far are saved.
         CheckpointError, ConfigError: the checkpoints there cannot be gone on from.
     Collectives: every rank of the job must call it.
     """
-    run = build_run(config, runtime)
+    run = build_run(config, runtime, stops)
     try:
         _train(run)
     finally:
@@ -48,18 +53,18 @@ def train(config: Config, runtime: Runtime) -> None:
 
 
 def _train(run: Run) -> None:
-    config, runtime = run.config, run.runtime
+    runtime = run.runtime
     saver = Saver(run)
     resumed, notes = saver.resume()
-    first_step, num_skipped, weight_version = 0, 0, 0
+    first_step, weight_version = 0, 0
     if resumed is not None:
-        first_step, num_skipped = resumed["step"], resumed["num_skipped_in_a_row"]
-        weight_version = resumed["weight_version"]
+        first_step, weight_version = resumed["step"], resumed["weight_version"]
+        run.guards.load_state(resumed["guards"])
 
     def progress(num_done: int) -> dict[str, Any]:
         return {
             "step": num_done,
-            "num_skipped_in_a_row": num_skipped,
+            "guards": run.guards.state(),
             "weight_version": run.engine.weight_version if run.engine else num_done,
         }
 
@@ -71,28 +76,51 @@ def _train(run: Run) -> None:
             run.engine.sync(weight_version=weight_version)
         for step in range(first_step, run.num_steps):
             try:
-                result = train_step(run, step)
-            except RolloutFailed as failed:
+                run.stops.longest_save = saver.seconds
+                run.stops.check(runtime, before_step=True)
+                with run.stops.timing_step():
+                    result = train_step(run, step)
+            except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
                 _save_now(saver, step, progress(step))
-                raise TrainingStopped(
-                    f"no rollouts for step {step}: {failed}\nThe last checkpoint is "
-                    f"{saver.newest or 'none'}; the same command goes on from there."
-                ) from failed
-            num_skipped = 0 if result.update.applied else num_skipped + 1
+                raise _ended(run, why, step, first_step, saver) from why
+            beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
             reporter.report(metrics, blocked_seconds=saver.blocked_seconds())
-            if num_skipped >= config.training.max_skipped_steps:
-                raise TrainingStopped(_why_stopped(result, step, num_skipped, saver.newest))
+            reporter.warn(step, result.verdict)
+            if result.verdict.stop:
+                _save_now(saver, step + 1, progress(step + 1))
+                raise TrainingStopped(f"step {step}: {result.verdict.stop}. {_last(saver)}.")
             try:
+                beat("checkpoint")
                 saver.after_step(step + 1, progress(step + 1))
             except SaveFailed as failed:
                 raise _cannot_save(saver, failed) from failed
         _save_now(saver, run.num_steps, progress(run.num_steps))
 
 
+def _ended(
+    run: Run, why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
+) -> TrainingStopped | StoppedEarly:
+    """The end of a run whose steps before `step` are saved."""
+    goes_on = f"{_last(saver)}; the same command goes on from there."
+    if isinstance(why, RolloutFailed):
+        return TrainingStopped(f"no rollouts for step {step}: {why}\n{goes_on}")
+    if why.is_time_limit and step == first_step:
+        return TrainingStopped(
+            "the time limit leaves no room for one step and a save; give the job more time, or "
+            f"mend limits.stop_before, {run.config.limits.stop_before}. {_last(saver)}."
+        )
+    return StoppedEarly(f"{why} before step {step}. {goes_on}")
+
+
+def _last(saver: Saver) -> str:
+    return f"The last checkpoint is {saver.newest or 'none'}"
+
+
 def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
+    beat("checkpoint")
     try:
         saver.save_now(num_done, progress)
     except SaveFailed as failed:
@@ -101,18 +129,7 @@ def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
 
 def _cannot_save(saver: Saver, failed: SaveFailed) -> TrainingStopped:
     return TrainingStopped(
-        f"could not save: {failed}\nThe last checkpoint is {saver.newest or 'none'}; the same "
-        "command goes on from there."
-    )
-
-
-def _why_stopped(result: StepResult, step: int, num_skipped: int, last: Path | None) -> str:
-    loss = float(result.sums["loss"].sum())
-    return (
-        f"{num_skipped} steps in a row, up to step {step}, had no finite loss and gradient "
-        f"(loss {loss}, gradient norm {result.update.grad_norm}); no update was applied for them. "
-        f"The last checkpoint is {last or 'none'}. A lower optimizer.lr or a residual_clip often "
-        "helps; the limit is training.max_skipped_steps."
+        f"could not save: {failed}\n{_last(saver)}; the same command goes on from there."
     )
 
 
@@ -163,6 +180,12 @@ class Reporter:
         if self._is_here:
             self._console.print(text, markup=False)
 
+    def warn(self, step: int, verdict: Verdict) -> None:
+        """Say what the guards have seen, if anything."""
+        if verdict.said:
+            done = "" if verdict.apply else "; its update is left out"
+            self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
+
     def report(self, metrics: Metrics, *, blocked_seconds: float) -> None:
         """Write one step's metrics, with the time that saves have taken from it."""
         if not self._is_here:
@@ -203,5 +226,5 @@ def _step_line(metrics: Metrics) -> str:
     parts.append(f"length {metrics['response_length_mean']:.0f}")
     parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     if metrics["step_skipped"]:
-        parts.append("SKIPPED: not finite")
+        parts.append("SKIPPED")
     return "  ".join(parts)

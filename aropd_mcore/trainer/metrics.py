@@ -128,6 +128,7 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
         "lr": result.update.lr,
         "grad_norm": result.update.grad_norm,
         "step_skipped": int(not result.update.applied),
+        **result.verdict.metrics,
     }
     counts = torch.tensor([[result.num_tokens, result.num_padding_tokens]])
     num_tokens, num_padding = runtime.gather_over_data(counts).sum(0).tolist()
