@@ -7,6 +7,7 @@ training does to them meanwhile; those of a GPU are copied to the host first.
 
 import functools
 import inspect
+import logging
 import multiprocessing
 import os
 import signal
@@ -174,6 +175,8 @@ def _write(
     started = time.perf_counter()
     error = None
     files: dict[str, FileSum] = {}
+    logger, heard = logging.getLogger(filesystem_async.__name__), _Heard()
+    logger.addHandler(heard)
     try:
         if is_forked:
             # They mean the training process, which waits for this one before it stops.
@@ -185,7 +188,23 @@ def _write(
         files = file_sums(folder, names)
     except BaseException as failure:
         error = _said(failure)
+    finally:
+        logger.removeHandler(heard)
+    # A thread's or a process's error is logged, and what is raised says but that there was one.
+    error = heard.first or error
     results.send(Written(files, time.perf_counter() - started, error))
+
+
+class _Heard(logging.Handler):
+    """The first error that Megatron logs."""
+
+    first: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.first = self.first or record.getMessage()[:300]
 
 
 def _said(error: BaseException) -> str:
