@@ -84,7 +84,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
                 asked = time.perf_counter()
                 if step == 0 and method != METHODS[0]:
                     background = method == METHODS[2]
-                    saving = checkpoint.Saving(saves, repeat, *parts, asynchronous=background)
+                    saving = checkpoint.Saving(saves, repeat, *parts)
                     if not background:
                         saving.commit()
                         saving = None
