@@ -24,9 +24,9 @@ CONFIG: dict[str, Any] = {
     "output_dir": "unused",
     "model": {"path": "unused"},
     "data": {"train": ["unused"]},
-    "training": {"num_steps": 1, "global_batch_size": 8, "micro_batch_size": 2},
-    "views": {"max_prompt_tokens": 128},
-    "rollout": {"max_response_tokens": 32, "batch_size": 8},
+    "training": {"num_steps": 1, "global_batch_size": 4, "micro_batch_size": 2},
+    "views": {"max_prompt_tokens": 64},
+    "rollout": {"max_response_tokens": 16, "batch_size": 4},
 }
 METHODS = ("no save", "waiting for the disk", "in the background")
 
