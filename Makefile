@@ -7,6 +7,7 @@
 # make soak         steps for an hour: memory, files and threads of each rank stay flat
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
+# make bench-save   what saving adds to steps, in the background and not (3 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
 
 PYTHON ?= python3
@@ -19,8 +20,8 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm test-slurm test-faults soak bench-memory bench-step
-.PHONY: lint clean
+.PHONY: demo demo-compare test test-latest test-vllm test-slurm test-faults soak
+.PHONY: bench-memory bench-step bench-save lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -37,6 +38,9 @@ bench-memory: $(VENV)/.installed-dev
 bench-step: $(VENV)/.installed-dev
 	$(BIN)/python tools/benchmarks/step.py
 
+bench-save: $(VENV)/.installed-dev
+	$(BIN)/python tools/benchmarks/save.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,7 +52,7 @@ test-latest:
 	$(MAKE) test VENV=.venv-latest MEGATRON='megatron-core>=0.19,<0.20' PYTHON="$$(./tools/find_python.sh 3.12)"
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
-	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm
+	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm --durations=0
 
 test-slurm: $(VENV)/.installed-dev
 	./tools/install_slurm.sh

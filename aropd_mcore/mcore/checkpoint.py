@@ -92,7 +92,7 @@ class Saving:
             "packages": {name: version(name) for name in _PACKAGES},
             **(about or {}),
         }
-        self._partial = folder / _on_first_rank(self._make_folder)
+        self._partial = folder / by_first_rank(self._make_folder)
         student.optimizer.finish_param_gather()
         state = _sharded_state(student, teacher, runtime, is_loading=False)
         state["progress"] = dict(progress)
@@ -122,7 +122,7 @@ class Saving:
         waited = time.perf_counter()
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, (written, errors))
-        _on_first_rank(lambda: self._commit(everybody))
+        by_first_rank(lambda: self._commit(everybody))
         return self._seconds + _longest(everybody) + time.perf_counter() - waited
 
     def _make_folder(self) -> str:
@@ -140,9 +140,10 @@ class Saving:
         """On the first rank."""
         path = self._folder / folder_name(self.step)
         try:
-            for rank, (_, errors) in enumerate(everybody):
-                if errors:
-                    raise SaveFailed(f"{path}: rank {rank}: {errors[0]}{_space(self._folder)}")
+            errors = [(rank, w.error) for rank, (w, _) in enumerate(everybody) if w.error]
+            errors += [(rank, error) for rank, (_, more) in enumerate(everybody) for error in more]
+            for rank, error in errors:
+                raise SaveFailed(f"{path}: rank {rank}: {error}{_space(self._folder)}")
             files: dict[str, FileSum] = {}
             for written, _ in everybody:
                 files |= written.files
@@ -176,7 +177,7 @@ def save(
     Returns:
         The checkpoint's folder.
     """
-    _on_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True))
+    by_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True))
     Saving(folder, step, student, teacher, progress, runtime).commit()
     return folder / folder_name(step)
 
@@ -199,7 +200,7 @@ def prepare(folder: Path) -> None:
         CheckpointError: nothing can be written there.
     Collectives: a broadcast; every rank must call it.
     """
-    _on_first_rank(lambda: _prepare(folder))
+    by_first_rank(lambda: _prepare(folder))
 
 
 def _prepare(folder: Path) -> None:
@@ -226,7 +227,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
     Collectives: a gather of objects for each checkpoint that is looked at, and broadcasts. Each
         rank reads its share of the files.
     """
-    candidates, num_corrupt = _on_first_rank(
+    candidates, num_corrupt = by_first_rank(
         lambda: (iterations(folder), len(list(folder.glob(f"iter_*{_CORRUPT}*"))))
     )
     wrong: dict[Path, list[str]] = {}
@@ -236,7 +237,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
         wrong[path] = [line for lines in found for line in lines]
         if not wrong[path]:
             del wrong[path]
-            return path, _on_first_rank(partial(_go_back, path, wrong))
+            return path, by_first_rank(partial(_go_back, path, wrong))
     if candidates or num_corrupt:
         lines = [f"\n  {line}" for lines in wrong.values() for line in lines[:3]]
         raise CheckpointError(
@@ -372,8 +373,11 @@ def _tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()
 
 
-def _on_first_rank(work: Callable[[], T]) -> T:
-    """`work()` of the first rank; what it returns or raises, on every rank alike."""
+def by_first_rank(work: Callable[[], T]) -> T:
+    """`work()` of the first rank; what it returns or raises, on every rank alike.
+
+    Collectives: a broadcast of an object over the job; every rank must call it.
+    """
     told: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,8 @@ class Written(NamedTuple):
     files: dict[str, FileSum]
     seconds: float
     """That it took."""
+    error: str | None
+    """Why it could not."""
 
 
 class Writing:
@@ -61,7 +64,7 @@ class Writing:
                 )
                 request = request._replace(async_fn=write)
             else:
-                results.send((Written({}, 0.0), None))
+                results.send(Written({}, 0.0, None))
             if asynchronous:
                 self._queue.schedule_async_request(request)
             else:
@@ -81,17 +84,16 @@ class Writing:
         """Wait until every rank has written, and write Megatron's own index of the files.
 
         Returns:
-            What this rank has written, and what went wrong here: nothing, if the list is empty.
+            What this rank has written, and what else went wrong on it: often what follows from
+            another rank's error.
         Collectives: Megatron's; every rank must call it.
         """
         if not self._is_finished:
             self._finish(functools.partial(self._queue.maybe_finalize_async_calls, blocking=True))
-        written, error = Written({}, 0.0), "the process that writes has died"
-        with suppress(EOFError):  # killed, or out of memory
-            written, error = self._results.recv()
+        written = Written({}, 0.0, "the process that writes has died")  # killed, out of memory
+        with suppress(EOFError):
+            written = self._results.recv()
         self._results.close()
-        if error is not None:
-            self._errors.insert(0, error)  # it says more than what follows from it
         return written, self._errors
 
     def _finish(self, finalize: Callable[[], Any]) -> None:
@@ -165,13 +167,16 @@ def _write(
     files: dict[str, FileSum] = {}
     try:
         if is_forked:
+            # They mean the training process, which waits for this one before it stops.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
             os.nice(_PATIENCE)
         write(*args, **kwargs)
         names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]
         files = file_sums(folder, names)
     except BaseException as failure:
         error = _said(failure)
-    results.send((Written(files, time.perf_counter() - started), error))
+    results.send(Written(files, time.perf_counter() - started, error))
 
 
 def _said(error: BaseException) -> str:

@@ -69,7 +69,7 @@ def _train(run: Run) -> None:
         }
 
     with Reporter(run, first_step) as reporter:
-        saver.say = reporter.say
+        saver.say, saver.before_saving = reporter.say, reporter.sync
         for note in notes:
             reporter.say(note)
         if run.engine:
@@ -174,6 +174,10 @@ class Reporter:
         self._progress.stop()
         if self._is_here:
             self._log.close()
+
+    def sync(self) -> None:
+        """Have the lines so far on the disk. On the first rank."""
+        self._log.sync()
 
     def say(self, text: str) -> None:
         """A line that is no step's."""

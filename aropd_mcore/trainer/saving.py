@@ -33,6 +33,8 @@ class Saver:
         """
         self.say: Callable[[str], None] = lambda text: None
         """Called with what the user should know, on every rank alike."""
+        self.before_saving: Callable[[], None] = lambda: None
+        """Called when a save begins, on the first rank; an OSError is a save that failed."""
         self.seconds: float | None = None
         """The longest that a save has taken in this process, from its start until the checkpoint
         existed, without what training did meanwhile."""
@@ -94,13 +96,20 @@ class Saver:
             SaveFailed: it could not be written, whatever checkpoint.on_failure says.
         """
         with self._blocking():
-            try:
-                self._commit()
-            except SaveFailed as failed:  # there is another chance right now
-                self.say(f"could not save: {failed}")
+            self.wait()
             if self._num_saved < num_done:
                 self._begin(num_done, progress)
                 self._commit()
+
+    def wait(self) -> None:
+        """Wait for the save under way, if there is one; what goes wrong is said.
+
+        For a run that is about to stop: what is being saved is not to be lost.
+        """
+        try:
+            self._commit()
+        except SaveFailed as failed:
+            self.say(f"could not save: {failed}")
 
     def blocked_seconds(self) -> float:
         """How long saves have kept training waiting since the last call."""
@@ -120,6 +129,7 @@ class Saver:
 
     def _begin(self, num_done: int, progress: Counters) -> None:
         self._last_time = time.monotonic()
+        checkpoint.by_first_rank(self._prepare)
         run = self._run
         self._pending = Saving(
             self._folder,
@@ -131,6 +141,12 @@ class Saver:
             about=self._about,
             asynchronous=self._settings.asynchronous,
         )
+
+    def _prepare(self) -> None:
+        try:
+            self.before_saving()
+        except OSError as error:
+            raise SaveFailed(f"{error.filename}: {error.strerror}") from error
 
     def _commit(self) -> None:
         """Wait for the save under way, if there is one."""

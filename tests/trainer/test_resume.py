@@ -162,6 +162,16 @@ def checkpoint_of(run: Path, step: int, out: Path) -> Path:
     return out
 
 
+def test_saves_by_the_clock_and_what_is_kept_for_good(path, unbroken):
+    out = path.parent / "by-the-clock"
+    settings = {"save_every_steps": "null", "save_every_minutes": 1e-4, "keep_last": 1}
+    overrides = [f"checkpoint.{k}={v}" for k, v in {**settings, "keep_every": 2}.items()]
+    run_ranks(train_on_ranks, 2, path, [f"output_dir={out}", "training.num_steps=3", *overrides])
+    assert saved_steps(out) == [2, 3]
+    lines = read_lines(out)
+    assert all(line["seconds/checkpoint"] > 0 for line in lines[1:])
+
+
 def test_a_finished_run_has_nothing_left_to_do(path, unbroken):
     before = (unbroken / "metrics.jsonl").read_bytes()
     run_ranks(train_on_ranks, 2, path, [f"output_dir={unbroken}"])
