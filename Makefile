@@ -49,7 +49,7 @@ test-latest:
 	$(MAKE) test VENV=.venv-latest MEGATRON='megatron-core>=0.19,<0.20' PYTHON="$$(./tools/find_python.sh 3.12)"
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
-	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm
+	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm --durations=0
 
 test-faults: $(VENV)/.installed-dev
 	AROPD_KILLS=20 $(BIN)/python -m pytest -s tests/faults

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,13 @@ from aropd_mcore import __version__
 from aropd_mcore.config import Config, ParallelConfig
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
+from aropd_mcore.evaluate import arguments as eval_arguments
 from aropd_mcore.processes import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
 
 if TYPE_CHECKING:
+    from aropd_mcore.evaluate.evaluate import Evaluation
     from aropd_mcore.plan.layout import Layout
     from aropd_mcore.rollout.job import Job
 
@@ -122,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(generate)
     _add_num_processes(generate)
     generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser("eval", help="accuracy of any checkpoint on local benchmarks")
+    eval_arguments.add_arguments(evaluate)
+    _add_num_processes(evaluate)
+    evaluate.set_defaults(run=_eval)
 
     convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
     add_commands(convert.add_subparsers(required=True, metavar="COMMAND"))
@@ -246,9 +253,14 @@ def _print_plan(config: Config, layout: "Layout") -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    job = job_of_arguments(args)
+    return _as_ranks(args, job, lambda: _generate_here(job))
+
+
+def _as_ranks(args: argparse.Namespace, job: "Job", work: Callable[[], int]) -> int:
+    """This process's part of a job that samples, or start the processes of it."""
     from aropd_mcore.plan.layout import replica_size
 
-    job = job_of_arguments(args)
     num_local = args.nproc_per_node or _default_num_processes(job.parallel)
     num_all = int(os.environ.get("WORLD_SIZE", num_local))
     if num_all % replica_size(job.parallel):
@@ -257,7 +269,7 @@ def _generate(args: argparse.Namespace) -> int:
             f"{replica_size(job.parallel)}"
         )
     if "RANK" in os.environ or num_local == 1:
-        return _generate_here(job)
+        return work()
     return start_ranks(num_local, args.argv)
 
 
@@ -276,6 +288,32 @@ def _generate_here(job: "Job") -> int:
     if here.rank == 0:
         print(f"{job.prompts} -> {job.output}")
     runtime.stop(leave_job=True)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    evaluation = eval_arguments.evaluation_of_arguments(args)
+    if evaluation.is_sampled:
+        return _grade_here(evaluation)
+    return _as_ranks(
+        args, evaluation.job, lambda: _generate_here(evaluation.job) or _grade_here(evaluation)
+    )
+
+
+def _grade_here(evaluation: "Evaluation") -> int:
+    from rich.console import Console
+
+    from aropd_mcore.evaluate.evaluate import grade
+    from aropd_mcore.evaluate.summary import tables
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        if evaluation.not_isolated:
+            print(
+                f"aropd: the sandbox for code has no namespaces here ({evaluation.not_isolated}): "
+                "the model's code can reach the network, and files that are not its own",
+                file=sys.stderr,
+            )
+        Console(soft_wrap=True).print(*tables(grade(evaluation)), sep="\n")
     return 0
 
 

@@ -10,9 +10,11 @@ from aropd_mcore.config import (
     Config,
     ConfigError,
     ParallelConfig,
+    PrecisionConfig,
     RolloutConfig,
     SamplingConfig,
     ViewsConfig,
+    check_engine_layout,
 )
 from aropd_mcore.config_file import load_config, validated
 from aropd_mcore.convert.architecture import check_layout
@@ -97,10 +99,6 @@ def job_of(
     Raises:
         ValueError: what cannot be used, and why.
     """
-    if not prompts.is_file():
-        raise ValueError(f"{prompts}: no such file; expected prompts, JSONL or Parquet")
-    if output.exists():
-        raise ValueError(f"{output}: exists already; remove it, or name another --output")
     source = open_source(checkpoint, who=who, hf=hf)
     given = load_config(config) if config else None
     servers = {"vllm": given.rollout.vllm} if given else {}
@@ -116,6 +114,7 @@ def job_of(
         expert=layout.expert,
         expert_tensor=layout.expert_tensor,
     )
+    check_engine_layout(settings, layout, PrecisionConfig())
     room = _room(source, settings)
     if room < 1:
         raise ConfigError(

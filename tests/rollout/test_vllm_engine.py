@@ -39,6 +39,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 def config_of(folder: Path, fakes: list[FakeVllm], **sections: dict[str, Any]) -> Path:
     vllm = {"urls": [fake.url for fake in fakes], "retries": 1, "start_timeout": 4.0}
+    vllm["checksums"] = True
     rollout = {"engine": "vllm", "max_response_tokens": 10, "vllm": vllm}
     return write_run(folder, **{"rollout": rollout, **sections})
 
