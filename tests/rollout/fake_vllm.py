@@ -64,8 +64,16 @@ class FakeVllm:
     (communicators, in order).
     """
 
-    def __init__(self, *, key: str | None = None, version: str = "0.32.0", port: int = 0):
-        self.key, self.version, self.port = key, version, port or _port_to_come_back_to()
+    def __init__(
+        self,
+        *,
+        key: str | None = None,
+        version: str = "0.32.0",
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ):
+        self.key, self.version = key, version
+        self.host, self.port = host, port or _port_to_come_back_to()
         self.faults: list[str] = []
         self.always: str | None = None
         self.hold = threading.Event()
@@ -105,7 +113,7 @@ class FakeVllm:
             def handle_error(self, *_: Any) -> None:
                 """Connections break here on purpose."""
 
-        self._http = Server(("127.0.0.1", self.port), Handler)
+        self._http = Server((self.host, self.port), Handler)
         self._connections: list[socket.socket] = []
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -317,7 +325,9 @@ def main() -> None:
     print("arguments", sys.argv[1:], flush=True)
     if "--refuse" in sys.argv:
         sys.exit("unrecognized arguments: --refuse")
-    fake = FakeVllm(key=os.environ["VLLM_API_KEY"], port=int(arguments["--port"]))
+    fake = FakeVllm(
+        key=os.environ["VLLM_API_KEY"], host=arguments["--host"], port=int(arguments["--port"])
+    )
     marker = Path(arguments["--exit-once"]) if "--exit-once" in arguments else None
     if marker and not marker.exists():
         marker.touch()
