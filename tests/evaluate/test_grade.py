@@ -127,7 +127,7 @@ def test_code_is_found_where_models_write_it(graders, text, rule):
     assert (grade.verdict, grade.rule) == ("right", rule)
 
 
-def test_every_canonical_solution_of_humaneval_passes_and_an_altered_one_fails(
+def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(
     graders, shared_data
 ):
     path = shared_data / "humaneval" / "HumanEval.jsonl.gz"
