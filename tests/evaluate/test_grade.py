@@ -127,9 +127,7 @@ def test_code_is_found_where_models_write_it(graders, text, rule):
     assert (grade.verdict, grade.rule) == ("right", rule)
 
 
-def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(
-    graders, shared_data
-):
+def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(graders, shared_data):
     path = shared_data / "humaneval" / "HumanEval.jsonl.gz"
     problems = read_task(Task("humaneval", path))
     assert len(problems) == 164
