@@ -148,6 +148,22 @@ def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(graders, shar
     }
 
 
+def test_mbpps_tests_may_use_the_classes_of_a_response(graders, tmp_path):
+    node = "class Node:\n  def __init__(self, data): self.left = self.right = None\n"
+    height = "def height(node): return node and 1 + max(height(node.left), height(node.right)) or 0"
+    record = {
+        "text": "Find the height of a binary tree.",
+        "code": node + height,
+        "test_list": ["assert height(root) == 3"],
+        "test_setup_code": "root = Node(1) \r\nroot.left = Node(2) \r\nroot.left.left = Node(4)",
+    }
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(record))
+    [problem] = read_task(Task("mbpp", tmp_path / "mbpp.jsonl"))
+    for code, verdict in ((node + height, "right"), (node + "def height(n): return 2", "wrong")):
+        text = f"The code:\n```python\n{code}\n```"
+        assert graders.grade(text, problem.gold).verdict == verdict
+
+
 EVERY = 4
 """Of the altered ones: a sandbox takes a tenth of a second."""
 OTHER = """
