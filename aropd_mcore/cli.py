@@ -44,9 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
-    if args.run in (_train, _plan, _serve):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own, for_sbatch = argv, []
+    if argv[:1] == ["launch"] and "--" in argv:
+        own, for_sbatch = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    args, rest = parser.parse_known_args(own)
+    args.argv, args.sbatch_options = argv, for_sbatch
+    if args.run in (_train, _plan, _serve, _launch):
         # argparse takes the overrides before the first option, and hands back those behind it.
         late = [text for text in rest if "=" in text and not text.startswith("-")]
         args.overrides += late
@@ -109,6 +113,26 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=float, default=80.0, help="GB a GPU (default: %(default)s)")
     plan.add_argument("--sweep", action="store_true", help="the layouts that fit, fastest first")
     plan.set_defaults(run=_plan)
+
+    launch = commands.add_parser(
+        "launch",
+        help="submit a run to Slurm",
+        description="Check the config and its layout here, then submit slurm/train.sbatch with it, "
+        "or slurm/serve_and_train.sbatch with --vllm-nodes. What follows `--` goes to sbatch as it "
+        "is: aropd launch run.yaml --nodes 4 -- --partition=gpu --time=2-0. The head of "
+        "slurm/common.sh lists what the environment may say.",
+    )
+    launch.add_argument("config", type=Path, help="YAML file")
+    launch.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
+    launch.add_argument("--nodes", type=positive, default=1, help="(default: %(default)s)")
+    launch.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    launch.add_argument(
+        "--vllm-nodes", type=int, default=0, help="of the nodes, those that serve (default: 0)"
+    )
+    launch.add_argument(
+        "--dry-run", action="store_true", help="print the command and the script, submit nothing"
+    )
+    launch.set_defaults(run=_launch)
 
     serve = commands.add_parser(
         "serve",
@@ -227,6 +251,28 @@ def _train_until(config: Config, stops: Stops) -> int:
     if code in (0, SAVED):
         runtime.stop(leave_job=True)
     return code
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from aropd_mcore.plan.layout import describe
+    from aropd_mcore.trainer.launch import launch_of
+
+    config = load_config(args.config, args.overrides)
+    launch = launch_of(
+        config,
+        [str(args.config), *args.overrides],
+        num_nodes=args.nodes,
+        num_vllm_nodes=args.vllm_nodes,
+        gpus_per_node=args.gpus_per_node,
+        sbatch_options=args.sbatch_options,
+    )
+    layout = launch.layout
+    print(f"# {layout.world_size} ranks: {describe(config.parallel, layout.data)}\n{launch}")
+    if args.dry_run:
+        print(f"# {launch.script}:\n{launch.script.read_text()}")
+        return 0
+    sys.stdout.flush()
+    return launch.submit()
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -197,6 +197,9 @@ class VllmConfig(Section):
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Nats: how far a server's log-probs may be from the trainer's after a sync, on the average of
     a probe's tokens. null: 1e-3 in fp32, 0.1 in bf16."""
+    checksums: bool = False
+    """After each sync also compare a SHA-256 of every tensor, as training gathers it and as each
+    process of each server is given it to load. Those of urls need it when they are started, too."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for a response, or for a server to load weights."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
@@ -217,8 +220,10 @@ class VllmConfig(Section):
 
 
 class RolloutConfig(SamplingConfig):
-    engine: Literal["native", "vllm"] = "native"
-    """Who samples: `native` is the student's own forward with a KV cache; `vllm`, vLLM servers."""
+    engine: Literal["native", "megatron", "vllm"] = "native"
+    """Who samples: `native` is the student's own forward with a KV cache; `megatron` is the same in
+    Megatron's dynamic inference engine, whose cache has pages of 256 tokens, on GPUs with
+    flash-attn; `vllm`, vLLM servers."""
     rollouts_per_prompt: Positive = 1
     """Responses sampled for each row."""
     batch_size: Positive = 32
@@ -226,11 +231,13 @@ class RolloutConfig(SamplingConfig):
     takes its place. With vLLM, on one server."""
     kv_cache_tokens: Positive | None = None
     """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
-    the longest prompt with max_response_tokens is long. null: batch_size of them."""
+    the longest prompt with max_response_tokens is long. null: batch_size of them. With engine
+    megatron, in whole pages: a sequence has those that it has filled so far."""
     importance: ImportanceLevel | Literal["auto", "off"] = "auto"
     """Truncated importance sampling, where the engine's log-probs differ from the trainer's: a
     response's loss times the mean of its tokens' ratios (`sequence`), or each token's times its
-    own (`token`). `auto`: off for the native engine, whose ratios are 1 up to rounding."""
+    own (`token`). `auto`: off where the model itself samples (engine native or megatron), and
+    ratios are 1 up to rounding."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
     """Largest ratio that counts."""
     async_steps: Literal[0, 1] = 0
@@ -241,19 +248,44 @@ class RolloutConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _somebody_else_samples(self) -> "RolloutConfig":
-        if self.async_steps and self.engine == "native":
+        if self.async_steps and self.model_samples:
             raise ValueError(
-                "async_steps 1 samples while the model trains, and with engine native the model "
-                "itself samples; it is for engine vllm"
+                f"async_steps 1 samples while the model trains, and with engine {self.engine} the "
+                "model itself samples; it is for engine vllm"
             )
         return self
+
+    @property
+    def model_samples(self) -> bool:
+        """Whether the model that trains is the one that samples."""
+        return self.engine != "vllm"
 
     @property
     def importance_level(self) -> ImportanceLevel | None:
         """None: no ratios are taken."""
         if self.importance == "auto":
-            return None if self.engine == "native" else "sequence"
+            return None if self.model_samples else "sequence"
         return None if self.importance == "off" else self.importance
+
+
+def check_engine_layout(
+    rollout: RolloutConfig, parallel: ParallelConfig, precision: PrecisionConfig
+) -> None:
+    """Raise ConfigError for a layout that engine megatron does not sample in, and native does."""
+    asked = {
+        "parallel.virtual_pipeline": parallel.virtual_pipeline,
+        "parallel.context": parallel.context,
+        "parallel.expert": parallel.expert,
+        "parallel.expert_tensor": parallel.expert_tensor,
+    }
+    found = [f"{name} {size}" for name, size in asked.items() if size > 1]
+    if precision.fp8 is not None:
+        found.append(f"precision.fp8 {precision.fp8}")
+    if rollout.engine == "megatron" and found:
+        raise ConfigError(
+            "rollout.engine megatron samples without virtual pipeline, context and expert "
+            f"parallelism and in bf16 or fp32; found {', '.join(found)}; take rollout.engine native"
+        )
 
 
 class ObjectiveConfig(Section):
@@ -504,6 +536,11 @@ class Config(Section):
                 f"training.global_batch_size {self.training.global_batch_size} is not a multiple "
                 f"of rollout.rollouts_per_prompt {self.rollout.rollouts_per_prompt}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_in_layout(self) -> "Config":
+        check_engine_layout(self.rollout, self.parallel, self.precision)
         return self
 
     @model_validator(mode="after")

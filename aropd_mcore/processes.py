@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from types import FrameType
 
 SAVED = 75
@@ -20,8 +21,8 @@ _LOOK_SECONDS = 0.05
 def start_ranks(count: int, arguments: Sequence[str]) -> int:
     """Run `aropd` with these arguments as the `count` ranks of a job, and wait for its end.
 
-    SIGTERM and SIGUSR1 are passed on to the ranks; Ctrl-C reaches them by itself. Where a rank
-    fails, the others end with it.
+    SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks. Where a rank fails, the others end with
+    it, and with each rank what it has started.
 
     Returns:
         What this process should exit with: the code of the rank that failed first, 1 if it died of
@@ -54,9 +55,11 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         for index in range(count):
             command = [sys.executable, "-m", "aropd_mcore.cli", *arguments]
             own = {"RANK": str(index), "LOCAL_RANK": str(index)}
-            ranks.append(subprocess.Popen(command, env=environment | own))
+            # A session of its own: what it has started can be found when it is gone.
+            rank = subprocess.Popen(command, env=environment | own, start_new_session=True)
+            ranks.append(rank)
             for number in passed_on:  # before this rank was there
-                ranks[-1].send_signal(number)
+                rank.send_signal(number)
         return _code_of(ranks, passed_on)
     finally:
         _end(ranks)
@@ -85,7 +88,8 @@ def _code_of(ranks: Sequence[subprocess.Popen[bytes]], passed_on: Collection[int
 def _meaning(rank: int, code: int, passed_on: Collection[int]) -> int:
     """A rank's exit code as the job's; a signal is said and explained."""
     if -code in passed_on:
-        print(f"aropd: {signal.Signals(-code).name} before the run had started", file=sys.stderr)
+        # Before it listened to that signal: there was nothing new to save.
+        print(f"aropd: ended by {signal.Signals(-code).name}", file=sys.stderr)
         return SAVED
     if code < 0:
         print(f"aropd: rank {rank} died of signal {-code}", file=sys.stderr)
@@ -94,11 +98,14 @@ def _meaning(rank: int, code: int, passed_on: Collection[int]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Nothing of the job lives on; after Ctrl-C, which the ranks got too, they have a while."""
-    until = time.monotonic() + _GRACE_SECONDS
-    is_interrupted = sys.exc_info()[0] is KeyboardInterrupt
-    while is_interrupted and time.monotonic() < until and any(r.poll() is None for r in ranks):
-        time.sleep(_LOOK_SECONDS)
+    """Nothing of the job lives on; after Ctrl-C the ranks have a while."""
+    if sys.exc_info()[0] is KeyboardInterrupt:
+        until = time.monotonic() + _GRACE_SECONDS
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+        while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
+            time.sleep(_LOOK_SECONDS)
     for rank in ranks:
-        rank.kill()
+        with suppress(ProcessLookupError):  # nobody is left
+            os.killpg(rank.pid, signal.SIGKILL)
         rank.wait()

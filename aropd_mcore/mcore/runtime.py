@@ -148,6 +148,11 @@ class Runtime:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def samples(self) -> bool:
+        """Whether this rank draws the tokens of its model replica."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
     def last_stage_rank(self) -> int:
         """Global rank of the last pipeline stage of this model replica, same tensor rank."""
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import common as common_strategies
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
@@ -53,6 +55,7 @@ class Writing:
         """What went wrong on this rank; raised by nobody, so that all ranks go on in step."""
         self._queue = AsyncCallsQueue()
         self._is_finished = False
+        _forget_results()
         self._results, results = multiprocessing.Pipe(duplex=False)
         with self._no_rank_waits_in_vain():
             request = _request(state, folder)
@@ -151,6 +154,13 @@ def _request(state: dict[str, Any], folder: Path) -> AsyncRequest:
     return cast(AsyncRequest, request)
 
 
+def _forget_results() -> None:
+    """Of a save that was given up, which Megatron would take for this one's."""
+    queue = filesystem_async._results_queue
+    while queue is not None and not queue.empty():
+        queue.get()
+
+
 def _write(
     write: Callable[..., None],
     folder: Path,
@@ -166,6 +176,9 @@ def _write(
     files: dict[str, FileSum] = {}
     try:
         if is_forked:
+            # They mean the training process, which waits for this one before it stops.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
             os.nice(_PATIENCE)
         write(*args, **kwargs)
         names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]

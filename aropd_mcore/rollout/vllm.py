@@ -25,6 +25,7 @@ from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
 from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 from aropd_mcore.rollout.vllm_servers import Servers, Weights
+from aropd_mcore.rollout.vllm_side.aropd_digests import noted
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 
@@ -190,6 +191,7 @@ class VllmEngine:
 
     def _sync(self) -> None:
         version = self.weight_version
+        digests = {} if self._serving.rollout.vllm.checksums else None
         is_sent = self._serving.rollout.vllm.sync == "nccl"
         folder = (self._folder / f"step-{version:07d}").absolute()
         weights = Weights(
@@ -197,32 +199,38 @@ class VllmEngine:
             label=f"{version}-{secrets.token_hex(4)}",
             folder=None if is_sent else folder,
             probe_logprobs=sequence_logprobs(self.model, self.runtime, self._probe_ids).tolist(),
+            digests=digests,
         )
         if is_sent:
             on_first_rank(lambda: self._first.prepare())
             # Labels are made on every rank; it is the first one's that counts.
-            gather_hf(self.model, self.runtime, partial(self._send, weights.label))
+            gather_hf(self.model, self.runtime, partial(self._send, weights.label, digests))
         else:
-            gather_hf(self.model, self.runtime, partial(self._write, folder))
+            gather_hf(self.model, self.runtime, partial(self._write, folder, digests))
         on_first_rank(lambda: self._first.sync(weights))
         if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
                 if old != weights.folder:
                     shutil.rmtree(old, ignore_errors=True)  # or the next time
 
-    def _send(self, label: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def _send(
+        self, label: str, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
+    ) -> None:
         """On the first rank: the tensors to every server that is up."""
         send_weights(
-            tensors,
+            tensors if digests is None else noted(tensors, digests),
             self.model.architecture.hf_shapes,
             self.model.config.params_dtype,
             self._first,
             self.runtime.device,
             label=label,
             timeout=self._serving.rollout.vllm.request_timeout,
+            digests=digests,
         )
 
-    def _write(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def _write(
+        self, folder: Path, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
+    ) -> None:
         """On the first rank: the tensors as an HF folder, which appears when it is whole."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # of the run before, from the same step
@@ -230,7 +238,8 @@ class VllmEngine:
         shapes = self.model.architecture.hf_shapes
         infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
         with new_folder(folder) as partial_folder:
-            write_safetensors(partial_folder, infos, tensors)
+            given = tensors if digests is None else noted(tensors, digests)
+            write_safetensors(partial_folder, infos, given)
             copy_companions(self._serving.model, partial_folder, dtype)
 
     @property

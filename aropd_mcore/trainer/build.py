@@ -9,6 +9,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.dynamic import check_dynamic
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.optim import Optimizer
@@ -17,7 +18,7 @@ from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.plan.layout import plan
-from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.model_engine import model_engine
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import serving_of
 from aropd_mcore.trainer.changes import describe_run
@@ -33,9 +34,11 @@ def start_runtime(config: Config) -> Runtime:
     """Join the job's processes in the layout that the config asks for; as `mcore.runtime.start`.
 
     Raises:
-        ConfigError: also for products in fp8, where this machine has none.
+        ConfigError: also for products in fp8, or Megatron's engine, where this machine has none.
     """
     check_fp8(config.precision)
+    if config.objective.name == "aropd" and config.rollout.engine == "megatron":
+        check_dynamic()
     parallel = config.parallel
     return mcore_runtime.start(
         tensor=parallel.tensor,
@@ -87,13 +90,8 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
                 should_stop=stops.is_wanted,
             )
         else:
-            engine = NativeEngine(
-                model,
-                runtime,
-                eos_token_ids=ends,
-                batch_size=config.rollout.batch_size,
-                kv_cache_tokens=config.rollout.kv_cache_tokens,
-                should_stop=stops.is_wanted,
+            engine = model_engine(
+                config.rollout, model, runtime, eos_token_ids=ends, should_stop=stops.is_wanted
             )
     optimizer = Optimizer(
         model,

@@ -11,7 +11,7 @@ from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
-from aropd_mcore.mcore.checkpoint import SaveFailed
+from aropd_mcore.mcore.checkpoint_folder import SaveFailed
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
@@ -176,9 +176,8 @@ class Reporter:
             self._log.close()
 
     def sync(self) -> None:
-        """Have the lines so far on the disk."""
-        if self._is_here:
-            self._log.sync()
+        """Have the lines so far on the disk. On the first rank."""
+        self._log.sync()
 
     def say(self, text: str) -> None:
         """A line that is no step's."""

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from aropd_mcore.convert.manifest import newest, read_manifest
-from aropd_mcore.mcore import checkpoint
-from aropd_mcore.mcore.checkpoint import SaveFailed, Saving
+from aropd_mcore.mcore import checkpoint, checkpoint_folder
+from aropd_mcore.mcore.checkpoint import Saving
+from aropd_mcore.mcore.checkpoint_folder import SaveFailed
 from aropd_mcore.trainer.changes import check_changes, describe_run
 from aropd_mcore.trainer.step import Run
 
@@ -34,7 +35,7 @@ class Saver:
         self.say: Callable[[str], None] = lambda text: None
         """Called with what the user should know, on every rank alike."""
         self.before_saving: Callable[[], None] = lambda: None
-        """Called when a save begins, on every rank."""
+        """Called when a save begins, on the first rank; an OSError is a save that failed."""
         self.seconds: float | None = None
         """The longest that a save has taken in this process, from its start until the checkpoint
         existed, without what training did meanwhile."""
@@ -46,7 +47,7 @@ class Saver:
         self._num_saved = 0
         """Steps that the newest checkpoint has seen."""
         self._blocked = 0.0
-        checkpoint.prepare(self._folder)
+        checkpoint_folder.prepare(self._folder)
         self._last_time = time.monotonic()
 
     @property
@@ -64,7 +65,7 @@ class Saver:
             CheckpointError: there are checkpoints, and none is whole.
             ConfigError: it is of another run, by a change that is refused.
         """
-        path, notes = checkpoint.find(self._folder)
+        path, notes = checkpoint_folder.find(self._folder)
         progress = None
         if path is not None:
             run = self._run
@@ -122,7 +123,7 @@ class Saver:
 
     def _begin(self, num_done: int, progress: Counters) -> None:
         self._last_time = time.monotonic()
-        self.before_saving()
+        checkpoint_folder.by_first_rank(self._prepare)
         run = self._run
         self._pending = Saving(
             self._folder,
@@ -135,6 +136,12 @@ class Saver:
             asynchronous=self._settings.asynchronous,
         )
 
+    def _prepare(self) -> None:
+        try:
+            self.before_saving()
+        except OSError as error:
+            raise SaveFailed(f"{error.filename}: {error.strerror}") from error
+
     def _commit(self) -> None:
         """Wait for the save under way, if there is one."""
         if self._pending is None:
@@ -144,7 +151,7 @@ class Saver:
         self._num_saved = saving.step
         if self._run.runtime.rank == 0:
             settings = self._settings
-            checkpoint.prune(
+            checkpoint_folder.prune(
                 self._folder, keep_last=settings.keep_last, keep_every=settings.keep_every
             )
         self._forget_rollouts()

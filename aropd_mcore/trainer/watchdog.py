@@ -14,6 +14,7 @@ The thread runs while the main thread waits in a collective, which lets go of Py
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -203,6 +204,8 @@ class Watchdog:
                 while num_heard < self._world_size and time.monotonic() < until:
                     time.sleep(0.1)
                     num_heard = self._store.add("heard", 0)
+        for child in multiprocessing.active_children():  # a checkpoint's writers
+            child.kill()
         sys.stdout.flush()
         os._exit(code)
 

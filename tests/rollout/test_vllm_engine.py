@@ -39,6 +39,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 def config_of(folder: Path, fakes: list[FakeVllm], **sections: dict[str, Any]) -> Path:
     vllm = {"urls": [fake.url for fake in fakes], "retries": 1, "start_timeout": 4.0}
+    vllm["checksums"] = True
     rollout = {"engine": "vllm", "max_response_tokens": 10, "vllm": vllm}
     return write_run(folder, **{"rollout": rollout, **sections})
 
@@ -265,7 +266,6 @@ def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
 
 def check_stop(path: Path) -> None:
     os.environ["VLLM_API_KEY"] = KEY
-    from aropd_mcore.convert.manifest import newest
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import TrainingStopped, train
 

@@ -131,7 +131,8 @@ def test_too_many_in_a_row_stop_the_run(path):
 
 def test_the_count_survives_a_resume(path):
     out = path.parent / "resumed"
-    run_ranks(train_poisoned, 2, path, out, [2, 3], ["checkpoint.save_every_steps=4"], 4)
+    saves = ["checkpoint.save_every_steps=4", "checkpoint.asynchronous=false"]
+    run_ranks(train_poisoned, 2, path, out, [2, 3], saves, 4)
     message = run_ranks(train_poisoned, 2, path, out, [4])[0]
     assert message is not None and message.startswith("step 4: 3 steps in a row")
     assert str(out / "checkpoints" / "iter_0000005") in message
