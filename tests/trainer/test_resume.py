@@ -42,7 +42,8 @@ def path(tmp_path_factory) -> Path:
     """Two data-parallel ranks, so that each holds half of the optimizer's state."""
     return write_run(
         tmp_path_factory.mktemp("resume"),
-        checkpoint={"save_every_steps": 2},
+        # Not in the background: what is saved when a kill comes is to be known.
+        checkpoint={"save_every_steps": 2, "asynchronous": False},
         optimizer={"warmup_ratio": 0.25, "weight_decay": 0.1},
     )
 
@@ -164,8 +165,14 @@ def checkpoint_of(run: Path, step: int, out: Path) -> Path:
 
 def test_saves_by_the_clock_and_what_is_kept_for_good(path, unbroken):
     out = path.parent / "by-the-clock"
-    settings = {"save_every_steps": "null", "save_every_minutes": 1e-4, "keep_last": 1}
-    overrides = [f"checkpoint.{k}={v}" for k, v in {**settings, "keep_every": 2}.items()]
+    settings = {
+        "asynchronous": "true",
+        "save_every_steps": "null",
+        "save_every_minutes": 1e-4,
+        "keep_last": 1,
+        "keep_every": 2,
+    }
+    overrides = [f"checkpoint.{name}={value}" for name, value in settings.items()]
     run_ranks(train_on_ranks, 2, path, [f"output_dir={out}", "training.num_steps=3", *overrides])
     assert saved_steps(out) == [2, 3]
     lines = read_lines(out)
