@@ -223,7 +223,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_here(config: Config) -> int:
     """As one rank of the job, or all of it."""
-    faulthandler.enable()  # NCCL's own time-outs and crashes abort: say where
+    faulthandler.enable(2)  # NCCL's own time-outs and crashes abort: say where, on stderr
     started = psutil.Process().create_time()
     stops = Stops(started=started, deadline=deadline_of(config.limits, started=started))
     with stops.listening(*PASSED_ON):

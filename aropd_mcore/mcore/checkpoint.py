@@ -8,18 +8,13 @@ A checkpoint is written under a temporary name; its manifest comes last, and the
 makes it exist, so a kill at any moment leaves the one before it (convert/manifest.py).
 """
 
-import os
 import random
-import secrets
-import shutil
 import textwrap
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from functools import partial
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,32 +24,21 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.folders import sync
-from aropd_mcore.convert.manifest import (
-    FileSum,
-    file_sums,
-    folder_name,
-    iterations,
-    problems,
-    step_of,
-    write_manifest,
+from aropd_mcore.convert.manifest import FileSum, folder_name
+from aropd_mcore.mcore.checkpoint_folder import (
+    SaveFailed,
+    by_first_rank,
+    give_up,
+    make_whole,
+    new_partial,
 )
-from aropd_mcore.convert.source import TRACKER
 from aropd_mcore.mcore.optim import STATE_FORMAT
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.writing import Writing, Written
 
-T = TypeVar("T")
-
 _PACKAGES = ("aropd-mcore", "megatron-core", "torch", "transformers", "numpy")
-_PARTIAL, _DELETED, _CORRUPT = ".partial", ".deleted", ".corrupt"
-
-
-class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the message says why. Raised on every rank alike, and the
-    checkpoints before it are as they were."""
 
 
 class Saving:
@@ -84,22 +68,22 @@ class Saving:
         Collectives: dist_checkpointing.save's, and broadcasts; every rank must call it.
         """
         self.step = step
-        self._started = time.perf_counter()
-        self._folder = folder
+        started = time.perf_counter()
+        self._is_asynchronous = asynchronous
         self._about = {
             "progress": dict(progress),
             "layout": _layout(runtime),
             "packages": {name: version(name) for name in _PACKAGES},
             **(about or {}),
         }
-        self._partial = folder / by_first_rank(self._make_folder)
+        self._partial = by_first_rank(lambda: new_partial(folder, step))
         student.optimizer.finish_param_gather()
         state = _sharded_state(student, teacher, runtime, is_loading=False)
         state["progress"] = dict(progress)
         state["layout"] = _layout(runtime)
         state["rng"] = _rng_state(runtime)
         self._writing = Writing(state, self._partial, asynchronous=asynchronous)
-        self._seconds = time.perf_counter() - self._started
+        self._seconds = time.perf_counter() - started
 
     def is_written(self) -> bool:
         """Whether `commit` would have nothing to wait for.
@@ -119,48 +103,25 @@ class Saving:
         """
         # What is waited for here is part of what the writing process says of itself.
         written, errors = self._writing.finish()
-        waited = time.perf_counter()
+        started = time.perf_counter()
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, (written, errors))
-        by_first_rank(lambda: self._commit(everybody))
-        return self._seconds + _longest(everybody) + time.perf_counter() - waited
+        by_first_rank(
+            lambda: make_whole(self._partial, self.step, self._files(everybody), self._about)
+        )
+        waited = time.perf_counter() - started
+        if self._is_asynchronous:
+            waited += max(written.seconds for written, _ in everybody)
+        return self._seconds + waited
 
-    def _make_folder(self) -> str:
-        """A name that no process of an attempt before this one can still be writing to."""
-        name = f".{folder_name(self.step)}.{secrets.token_hex(4)}{_PARTIAL}"
-        if not self._folder.is_dir():
-            raise SaveFailed(f"{self._folder}: is gone; was it deleted, or its disk unmounted?")
-        try:
-            (self._folder / name).mkdir()
-        except OSError as error:
-            raise SaveFailed(f"{self._folder}: {error.strerror}") from error
-        return name
-
-    def _commit(self, everybody: list[tuple[Written, list[str]]]) -> None:
-        """On the first rank."""
-        path = self._folder / folder_name(self.step)
-        try:
-            errors = [(rank, w.error) for rank, (w, _) in enumerate(everybody) if w.error]
-            errors += [(rank, error) for rank, (_, more) in enumerate(everybody) for error in more]
-            for rank, error in errors:
-                raise SaveFailed(f"{path}: rank {rank}: {error}{_space(self._folder)}")
-            files: dict[str, FileSum] = {}
-            for written, _ in everybody:
-                files |= written.files
-            small = [p.name for p in self._partial.iterdir() if p.name not in files]
-            files |= file_sums(self._partial, small)
-            write_manifest(self._partial, self.step, files, self._about)
-            for name in (*small, "."):
-                sync(self._partial / name)
-            _delete(path)  # of a run that went back behind it
-            self._partial.rename(path)
-            sync(self._folder)
-            _write_tracker(self._folder, self.step)
-        except OSError as error:
-            where = error.filename or path
-            raise SaveFailed(f"{where}: {error.strerror}{_space(self._folder)}") from error
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+    def _files(self, everybody: list[tuple[Written, list[str]]]) -> dict[str, FileSum]:
+        """The files that all ranks have written, if they could."""
+        errors = [(rank, w.error) for rank, (w, _) in enumerate(everybody) if w.error]
+        errors += [(rank, error) for rank, (_, more) in enumerate(everybody) for error in more]
+        if errors:
+            rank, error = errors[0]
+            raise SaveFailed(give_up(self._partial, self.step, f"rank {rank}: {error}"))
+        return {name: s for written, _ in everybody for name, s in written.files.items()}
 
 
 def save(
@@ -180,71 +141,6 @@ def save(
     by_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True))
     Saving(folder, step, student, teacher, progress, runtime).commit()
     return folder / folder_name(step)
-
-
-def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all checkpoints but the newest keep_last, and those of multiples of keep_every steps.
-
-    For the first rank. What cannot be deleted stays.
-    """
-    for old in iterations(folder)[keep_last:]:
-        if keep_every is None or step_of(old) % keep_every:
-            with suppress(OSError):
-                _delete(old)
-
-
-def prepare(folder: Path) -> None:
-    """Make the folder of a run's checkpoints, or delete from it what killed attempts left behind.
-
-    Raises:
-        CheckpointError: nothing can be written there.
-    Collectives: a broadcast; every rank must call it.
-    """
-    by_first_rank(lambda: _prepare(folder))
-
-
-def _prepare(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{secrets.token_hex(4)}{_PARTIAL}"
-        probe.mkdir()  # a folder that is there need not let anything be made in it
-        probe.rmdir()
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written to: {error.strerror}") from error
-    for suffix in (_PARTIAL, _DELETED):
-        for leftover in folder.glob(f".*{suffix}"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def find(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `folder` whose every file is as its manifest says; None if there
-    has never been one. Newer ones that are not are set aside, as iter_NNNNNNN.corrupt.
-
-    Returns:
-        The checkpoint, and for each of those that were set aside what is wrong with it.
-    Raises:
-        CheckpointError: there are checkpoints, and none of them is whole.
-    Collectives: a gather of objects for each checkpoint that is looked at, and broadcasts. Each
-        rank reads its share of the files.
-    """
-    candidates, num_corrupt = by_first_rank(
-        lambda: (iterations(folder), len(list(folder.glob(f"iter_*{_CORRUPT}*"))))
-    )
-    wrong: dict[Path, list[str]] = {}
-    for path in candidates:
-        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, problems(path, dist.get_rank(), dist.get_world_size()))
-        wrong[path] = [line for lines in found for line in lines]
-        if not wrong[path]:
-            del wrong[path]
-            return path, by_first_rank(partial(_go_back, path, wrong))
-    if candidates or num_corrupt:
-        lines = [f"\n  {line}" for lines in wrong.values() for line in lines[:3]]
-        raise CheckpointError(
-            f"{folder}: none of the {len(candidates) + num_corrupt} checkpoints is whole; put one "
-            f"back that is, or move the folder away to start from step 0{''.join(lines)}"
-        )
-    return None, []
 
 
 def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime) -> dict[str, Any]:
@@ -371,70 +267,3 @@ def _numpy_state() -> tuple[Any, ...]:
 def _tracker() -> Any:
     """Megatron's named random-number states (runtime.start makes them)."""
     return tensor_parallel.get_cuda_rng_tracker()
-
-
-def by_first_rank(work: Callable[[], T]) -> T:
-    """`work()` of the first rank; what it returns or raises, on every rank alike.
-
-    Collectives: a broadcast of an object over the job; every rank must call it.
-    """
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            told = [(work(), None)]
-        except Exception as error:
-            told = [(None, error)]
-    dist.broadcast_object_list(told, src=0)
-    result, error = told[0]
-    if error is not None:
-        raise error
-    return result
-
-
-def _longest(everybody: list[tuple[Written, list[str]]]) -> float:
-    return max(written.seconds for written, _ in everybody)
-
-
-def _space(folder: Path) -> str:
-    """Of a disk that is nearly full: what writing says of it is not always that."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return ""
-    return f" ({free / 2**20:.0f} MiB are free there)"
-
-
-def _delete(path: Path) -> None:
-    """Delete a checkpoint: under another name, so that no kill leaves a part of it."""
-    gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_DELETED}")
-    with suppress(FileNotFoundError):
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def _go_back(path: Path, wrong: Mapping[Path, list[str]]) -> list[str]:
-    """Set aside all that is newer than `path` and wrong."""
-    notes = [_set_aside(newer, lines) for newer, lines in wrong.items()]
-    if notes:
-        _write_tracker(path.parent, step_of(path))
-    return notes
-
-
-def _set_aside(path: Path, wrong: list[str]) -> str:
-    """What is wrong with a checkpoint and where it is now."""
-    aside = path.with_name(path.name + _CORRUPT)
-    for number in range(2, 1000):
-        if not aside.exists():
-            break
-        aside = path.with_name(f"{path.name}{_CORRUPT}{number}")
-    try:
-        path.rename(aside)
-    except OSError as error:
-        return f"{wrong[0]}; not used ({error.strerror})"
-    return f"{wrong[0]}; set aside as {aside.name}"
-
-
-def _write_tracker(folder: Path, step: int) -> None:
-    temporary = folder / f".{TRACKER}"
-    temporary.write_text(str(step))
-    os.replace(temporary, folder / TRACKER)

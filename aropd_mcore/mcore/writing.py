@@ -7,6 +7,7 @@ training does to them meanwhile; those of a GPU are copied to the host first.
 
 import functools
 import inspect
+import logging
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import common as common_strategies
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
@@ -54,6 +56,7 @@ class Writing:
         """What went wrong on this rank; raised by nobody, so that all ranks go on in step."""
         self._queue = AsyncCallsQueue()
         self._is_finished = False
+        _forget_results()
         self._results, results = multiprocessing.Pipe(duplex=False)
         with self._no_rank_waits_in_vain():
             request = _request(state, folder)
@@ -152,6 +155,13 @@ def _request(state: dict[str, Any], folder: Path) -> AsyncRequest:
     return cast(AsyncRequest, request)
 
 
+def _forget_results() -> None:
+    """Of a save that was given up, which Megatron would take for this one's."""
+    queue = filesystem_async._results_queue
+    while queue is not None and not queue.empty():
+        queue.get()
+
+
 def _write(
     write: Callable[..., None],
     folder: Path,
@@ -165,6 +175,8 @@ def _write(
     started = time.perf_counter()
     error = None
     files: dict[str, FileSum] = {}
+    logger, heard = logging.getLogger(filesystem_async.__name__), _Heard()
+    logger.addHandler(heard)
     try:
         if is_forked:
             # They mean the training process, which waits for this one before it stops.
@@ -176,7 +188,23 @@ def _write(
         files = file_sums(folder, names)
     except BaseException as failure:
         error = _said(failure)
+    finally:
+        logger.removeHandler(heard)
+    # A thread's or a process's error is logged, and what is raised says but that there was one.
+    error = heard.first or error
     results.send(Written(files, time.perf_counter() - started, error))
+
+
+class _Heard(logging.Handler):
+    """The first error that Megatron logs."""
+
+    first: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.first = self.first or record.getMessage()[:300]
 
 
 def _said(error: BaseException) -> str:

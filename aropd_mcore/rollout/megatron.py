@@ -24,7 +24,7 @@ class _Stopped(Exception):
 class MegatronEngine:
     """RolloutEngine over the training model itself, as NativeEngine is: on GPUs, by flash-attn over
     a paged KV cache. Not interleaved, nor context- or expert-parallel, nor in fp8
-    (config.check_megatron_engine).
+    (config.check_engine_layout).
 
     Every rank of a model replica calls `generate` with the same arguments and returns the same
     list. Tokens are drawn as NativeEngine draws them, so that weights, prompt and seed give the

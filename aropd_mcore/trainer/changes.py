@@ -23,6 +23,7 @@ FREE = (
     "checkpoint",
     "limits",
     "logging",
+    "limits",
     "parallel",
     "training.micro_batch_size",
     "training.packing",

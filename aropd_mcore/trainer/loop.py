@@ -11,7 +11,7 @@ from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
-from aropd_mcore.mcore.checkpoint import SaveFailed
+from aropd_mcore.mcore.checkpoint_folder import SaveFailed
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed

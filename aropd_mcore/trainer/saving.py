@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from aropd_mcore.convert.manifest import newest, read_manifest
-from aropd_mcore.mcore import checkpoint
-from aropd_mcore.mcore.checkpoint import SaveFailed, Saving
+from aropd_mcore.mcore import checkpoint, checkpoint_folder
+from aropd_mcore.mcore.checkpoint import Saving
+from aropd_mcore.mcore.checkpoint_folder import SaveFailed
 from aropd_mcore.trainer.changes import check_changes, describe_run
 from aropd_mcore.trainer.step import Run
 
@@ -46,7 +47,7 @@ class Saver:
         self._num_saved = 0
         """Steps that the newest checkpoint has seen."""
         self._blocked = 0.0
-        checkpoint.prepare(self._folder)
+        checkpoint_folder.prepare(self._folder)
         self._last_time = time.monotonic()
 
     @property
@@ -64,7 +65,7 @@ class Saver:
             CheckpointError: there are checkpoints, and none is whole.
             ConfigError: it is of another run, by a change that is refused.
         """
-        path, notes = checkpoint.find(self._folder)
+        path, notes = checkpoint_folder.find(self._folder)
         progress = None
         if path is not None:
             run = self._run
@@ -96,20 +97,13 @@ class Saver:
             SaveFailed: it could not be written, whatever checkpoint.on_failure says.
         """
         with self._blocking():
-            self.wait()
+            try:
+                self._commit()
+            except SaveFailed as failed:  # there is another chance right now
+                self.say(f"could not save: {failed}")
             if self._num_saved < num_done:
                 self._begin(num_done, progress)
                 self._commit()
-
-    def wait(self) -> None:
-        """Wait for the save under way, if there is one; what goes wrong is said.
-
-        For a run that is about to stop: what is being saved is not to be lost.
-        """
-        try:
-            self._commit()
-        except SaveFailed as failed:
-            self.say(f"could not save: {failed}")
 
     def blocked_seconds(self) -> float:
         """How long saves have kept training waiting since the last call."""
@@ -129,7 +123,7 @@ class Saver:
 
     def _begin(self, num_done: int, progress: Counters) -> None:
         self._last_time = time.monotonic()
-        checkpoint.by_first_rank(self._prepare)
+        checkpoint_folder.by_first_rank(self._prepare)
         run = self._run
         self._pending = Saving(
             self._folder,
@@ -157,7 +151,7 @@ class Saver:
         self._num_saved = saving.step
         if self._run.runtime.rank == 0:
             settings = self._settings
-            checkpoint.prune(
+            checkpoint_folder.prune(
                 self._folder, keep_last=settings.keep_last, keep_every=settings.keep_every
             )
         self._forget_rollouts()

@@ -73,7 +73,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(path, whole, small_disk, t
     assert messages[0] == messages[1], "every rank ends alike"
     full, others = messages[0][: 2 * len(room)], messages[0][2 * len(room) :]
     for message in full:
-        assert "No space left" in message or "MiB are free there" in message
+        assert "No space left on device" in message and "MiB are free there" in message
         assert str(disk) in message
     during, after, killed, denied = others
     assert "No such file" in during
@@ -89,8 +89,9 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
     import torch.distributed as dist
 
     from aropd_mcore.config_file import load_config
-    from aropd_mcore.mcore import checkpoint, writing
-    from aropd_mcore.mcore.checkpoint import SaveFailed, Saving
+    from aropd_mcore.mcore import checkpoint_folder, writing
+    from aropd_mcore.mcore.checkpoint import Saving
+    from aropd_mcore.mcore.checkpoint_folder import SaveFailed
     from aropd_mcore.trainer.build import build_run, start_runtime
 
     config = load_config(path)
@@ -133,7 +134,7 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
         time.sleep(0.5)
 
     with patch.object(writing.os, "nice", late):
-        checkpoint.prepare(gone)
+        checkpoint_folder.prepare(gone)
         saving = begin(gone, 1)
         dist.barrier()
         shutil.rmtree(gone, ignore_errors=True)
@@ -141,7 +142,7 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
             saving.commit()
         with failing():
             begin(gone, 2)
-        checkpoint.prepare(gone)
+        checkpoint_folder.prepare(gone)
         saving = begin(gone, 3)
         if rt.rank == 1:
             saving._writing._queue.async_calls[0].async_caller.process.kill()
@@ -153,7 +154,7 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
     os.seteuid(65534)
     try:
         with failing():
-            checkpoint.prepare(gone)
+            checkpoint_folder.prepare(gone)
     finally:
         os.seteuid(0)
     return messages
@@ -281,7 +282,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
 
 
 def find_all(folders: list[Path]) -> list:
-    from aropd_mcore.mcore.checkpoint import find
+    from aropd_mcore.mcore.checkpoint_folder import find
 
     results = []
     for folder in folders:

@@ -25,7 +25,7 @@ from aropd_mcore.convert.inspect import inspect
 from aropd_mcore.convert.manifest import newest, read_manifest, step_of
 from aropd_mcore.convert.source import HF_FOLDER, HFSource, open_source
 from aropd_mcore.convert.verify import verify
-from aropd_mcore.mcore import checkpoint, runtime, writing
+from aropd_mcore.mcore import checkpoint, checkpoint_folder, runtime, writing
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import export_hf
 from aropd_mcore.rollout.native import NativeEngine
@@ -158,7 +158,7 @@ def check_background(path: Path, folder: Path) -> None:
     step(run, 0)
     parts = run.student, run.teacher, {"step": 1}, run.runtime
     at_once = checkpoint.save(folder / "at-once", 1, *parts)
-    checkpoint.prepare(folder / "later")
+    checkpoint_folder.prepare(folder / "later")
     with patch.object(writing.os, "nice", lambda _: time.sleep(2.0)):  # in the writing process
         saving = checkpoint.Saving(folder / "later", 1, *parts, asynchronous=True)
     before = masters(run)

@@ -22,7 +22,7 @@ from tests.trainer.test_resume import (
 def path(tmp_path_factory) -> Path:
     return write_run(
         tmp_path_factory.mktemp("kept"),
-        checkpoint={"save_every_steps": 2, "save_rollouts": True},
+        checkpoint={"save_every_steps": 2, "save_rollouts": True, "asynchronous": False},
     )
 
 

@@ -72,7 +72,7 @@ CASES = [
 def relay(root: Path, case: Case) -> list[RankSteps]:
     """On every rank: what each leg has to show."""
     from aropd_mcore.convert.manifest import newest, step_of
-    from aropd_mcore.mcore import checkpoint, runtime
+    from aropd_mcore.mcore import checkpoint, checkpoint_folder, runtime
     from aropd_mcore.trainer.build import build_run, start_runtime
 
     # Megatron collects garbage in every save and load, and would look through all that is imported.
@@ -92,7 +92,7 @@ def relay(root: Path, case: Case) -> list[RankSteps]:
         legs.append(take(run, range(leg, leg + 1)))
         checkpoint.save(folder, leg + 1, run.student, run.teacher, {}, rt)
         if rt.rank == 0:
-            checkpoint.prune(folder, keep_last=1)
+            checkpoint_folder.prune(folder, keep_last=1)
         runtime.stop()
         del run
         gc.collect()  # as in test_step.take_steps

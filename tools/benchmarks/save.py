@@ -61,7 +61,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
     from random_runs import build_run
 
     from aropd_mcore.convert.manifest import iterations
-    from aropd_mcore.mcore import checkpoint
+    from aropd_mcore.mcore import checkpoint, checkpoint_folder
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.step import train_step
 
@@ -69,7 +69,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
     runtime = start_runtime(config)
     run = build_run(config, runtime, hf)
     saves = Path(folder) / "checkpoints"
-    checkpoint.prepare(saves)
+    checkpoint_folder.prepare(saves)
     parts = run.student, run.teacher, {}, runtime
     train_step(run, 0)
     checkpoint.save(saves, 0, *parts)  # what Megatron starts for the first one stays
@@ -96,7 +96,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
             blocked[method].append(waited)
             total[method].append(time.perf_counter() - started)
             if runtime.rank == 0:
-                checkpoint.prune(saves, keep_last=1)
+                checkpoint_folder.prune(saves, keep_last=1)
             dist.barrier()
     if runtime.rank == 0:
         (last,) = iterations(saves)
