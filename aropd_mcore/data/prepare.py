@@ -69,7 +69,7 @@ def prepare(inputs: Sequence[Path], output: Path, *, format: str = "auto") -> Pr
     if format != "auto" and format not in _CONVERTERS:
         raise ValueError(f"format {format!r}: expected auto, {', '.join(_CONVERTERS)}")
     report = PrepareReport(output=Path(output))
-    _write_atomically(report.output, _converted_lines(inputs, format, report))
+    write_atomically(report.output, _converted_lines(inputs, format, report))
     return report
 
 
@@ -81,7 +81,7 @@ def _converted_lines(inputs: Iterable[Path], format: str, report: PrepareReport)
                     raise record
                 name = _detect(record) if format == "auto" else format
                 row = _convert(record, name, origin)
-            except (DataError, _Unusable) as error:
+            except (DataError, Unusable) as error:
                 reason = error.problem if isinstance(error, DataError) else str(error)
                 report.dropped[reason] += 1
                 report.examples.setdefault(reason, origin)
@@ -94,7 +94,7 @@ def _converted_lines(inputs: Iterable[Path], format: str, report: PrepareReport)
         raise DataError(where, "no row could be kept, nothing is written", str(report))
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A record that a converter cannot use; the message is the reason, free of its values."""
 
 
@@ -127,7 +127,7 @@ def _detect(record: Record) -> str:
         return "gsm8k"
     if keys & set(_QUESTION_KEYS) and keys & set(_RESPONSE_KEYS):
         return "tags"
-    raise _Unusable(f"no known format for the keys {', '.join(sorted(keys)) or '(none)'}")
+    raise Unusable(f"no known format for the keys {', '.join(sorted(keys)) or '(none)'}")
 
 
 def _from_rows(record: Record) -> Record:
@@ -135,7 +135,7 @@ def _from_rows(record: Record) -> Record:
 
 
 def _from_gsm8k(record: Record) -> Record:
-    solution = _split_hashes(_text(record, "answer"))
+    solution = split_hashes(_text(record, "answer"))
     return _row(_text(record, "question"), solution, "no line '#### answer' at the end of 'answer'")
 
 
@@ -143,8 +143,8 @@ def _from_numina(record: Record) -> Record:
     question = _text(record, "problem")
     reasoning = "" if record.get("solution") is None else _text(record, "solution").strip()
     if record.get("answer") is not None:
-        return _row(question, (reasoning, _answer_text(record["answer"])), "")
-    return _row(question, _split_boxed(reasoning), "no 'answer', and no \\boxed{} in 'solution'")
+        return _row(question, (reasoning, answer_text(record["answer"])), "")
+    return _row(question, split_boxed(reasoning), "no 'answer', and no \\boxed{} in 'solution'")
 
 
 def _from_tags(record: Record) -> Record:
@@ -156,15 +156,15 @@ def _from_tags(record: Record) -> Record:
 def _from_messages(record: Record) -> Record:
     turns = record.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _Unusable("'messages' is not a list of objects with 'role' and 'content'")
+        raise Unusable("'messages' is not a list of objects with 'role' and 'content'")
     roles = [turn.get("role") for turn in turns]
     if "user" not in roles:
-        raise _Unusable("'messages' has no user turn")
+        raise Unusable("'messages' has no user turn")
     last_user = len(roles) - 1 - roles[::-1].index("user")
     if "assistant" not in roles[last_user:]:
-        raise _Unusable("'messages' has no assistant turn after the last user turn")
+        raise Unusable("'messages' has no assistant turn after the last user turn")
     text = _text(turns[roles.index("assistant", last_user)], "content")
-    solution = _split_tags(text) or _split_hashes(text) or _split_boxed(text)
+    solution = _split_tags(text) or split_hashes(text) or split_boxed(text)
     question = _text(turns[last_user], "content")
     row = _row(question, solution, "the assistant turn has no <answer>, '####' or \\boxed{}")
     if "system" in roles:
@@ -183,7 +183,7 @@ _CONVERTERS: dict[str, Callable[[Record], Record]] = {
 
 def _row(question: str, solution: Solution | None, reason: str) -> Record:
     if solution is None:
-        raise _Unusable(reason)
+        raise Unusable(reason)
     reasoning, answer = solution
     return {"question": question.strip(), "reasoning": reasoning, "answer": answer}
 
@@ -191,7 +191,7 @@ def _row(question: str, solution: Solution | None, reason: str) -> Record:
 def _text(record: Record, key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise _Unusable(f"{key!r} is {'missing' if value is None else 'not a string'}")
+        raise Unusable(f"{key!r} is {'missing' if value is None else 'not a string'}")
     return value
 
 
@@ -199,16 +199,21 @@ def _first_key(record: Record, keys: Sequence[str]) -> str:
     for key in keys:
         if record.get(key) is not None:
             return key
-    raise _Unusable(f"none of the keys {', '.join(keys)}")
+    raise Unusable(f"none of the keys {', '.join(keys)}")
 
 
-def _answer_text(value: Any) -> str:
+def answer_text(value: Any) -> str:
+    """An `answer` as text: a string, or a number without the `.0` of whole ones.
+
+    Raises:
+        Unusable: it is neither.
+    """
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # AMC 2023 writes 27.0 for 27.
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Unusable("'answer' is neither a string nor a number")
+        raise Unusable("'answer' is neither a string nor a number")
     return str(value)
 
 
@@ -222,7 +227,7 @@ def _split_tags(text: str) -> Solution | None:
     return before.strip(), answers[-1].strip()
 
 
-def _split_hashes(text: str) -> Solution | None:
+def split_hashes(text: str) -> Solution | None:
     """`z` and `a` of `z\\n#### a`, without calculator annotations such as `<<48/2=24>>`."""
     match = re.search(r"^####[ \t]*(\S[^\n]*)\s*\Z", text, flags=re.MULTILINE)
     if not match:
@@ -230,7 +235,7 @@ def _split_hashes(text: str) -> Solution | None:
     return re.sub(r"<<[^<>\n]*>>", "", text[: match.start()]).strip(), match[1].strip()
 
 
-def _split_boxed(text: str) -> Solution | None:
+def split_boxed(text: str) -> Solution | None:
     """The whole text, and what stands in its last `\\boxed{...}`, braces nested."""
     start = text.rfind("\\boxed{")
     if start < 0:
@@ -246,7 +251,8 @@ def _split_boxed(text: str) -> Solution | None:
     return None
 
 
-def _write_atomically(path: Path, lines: Iterable[str]) -> None:
+def write_atomically(path: Path, lines: Iterable[str]) -> None:
+    """The file appears whole, or stays what it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

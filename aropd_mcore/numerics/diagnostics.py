@@ -5,6 +5,11 @@ from torch import Tensor
 
 POSITION_BUCKETS = (0, 256, 512, 768, 1024)
 """First response position of each bucket; the last one has no end (METHOD section 7)."""
+_LAST_POSITIONS = (*(str(start - 1) for start in POSITION_BUCKETS[1:]), "")
+BUCKET_NAMES = tuple(
+    f"{first}-{last}" for first, last in zip(POSITION_BUCKETS, _LAST_POSITIONS, strict=True)
+)
+"""How each bucket is called in what a run or an evaluation reports."""
 
 
 def hindsight_tokens(

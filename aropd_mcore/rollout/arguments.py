@@ -1,8 +1,8 @@
-"""The arguments of `aropd generate`."""
+"""The arguments of `aropd generate`, and those that `aropd eval` has too."""
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from aropd_mcore.config import ModelConfig, RolloutConfig
 
@@ -62,6 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--logprobs", action="store_true", help="write each token's log-prob too")
+    add_sampling_arguments(parser)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Whose weights, who samples, and how.
+
+    Args:
+        defaults: in place of RolloutConfig's.
+    """
     parser.add_argument(
         "--weights",
         dest="who",
@@ -89,11 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}",
             type={"temperature": float, "top_p": float, "engine": str}.get(name, int),
             choices=get_args(rollout[name].annotation) if name == "engine" else None,
-            default=rollout[name].default,
+            default=defaults.get(name, rollout[name].default),
             help=f"{rollout[name].description} (default: %(default)s)",
         )
     parser.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
-    parser.add_argument("--logprobs", action="store_true", help="write each token's log-prob too")
     parser.add_argument(
         "--dtype",
         choices=get_args(ModelConfig.model_fields["dtype"].annotation),
@@ -106,23 +115,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def job_of_arguments(args: argparse.Namespace) -> "Job":
-    """As rollout.job.job_of."""
+    """As rollout.job.job_of; ValueError too where there are no prompts, or the output is there."""
     from aropd_mcore.rollout.job import job_of
 
+    if not args.prompts.is_file():
+        raise ValueError(f"{args.prompts}: no such file; expected prompts, JSONL or Parquet")
+    if args.output.exists():
+        raise ValueError(f"{args.output}: exists already; remove it, or name another --output")
     return job_of(
         args.checkpoint,
         args.prompts,
         args.output,
-        who=args.who,
-        hf=args.hf,
-        config=args.config,
-        rollout={name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}
-        | {"rollouts_per_prompt": args.samples},
-        parallel={name: getattr(args, name) for name in _PARALLEL},
-        dtype=args.dtype,
-        seed=args.seed,
         with_logprobs=args.logprobs,
+        **sampling_of_arguments(args),
     )
+
+
+def sampling_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sampling_arguments` adds, as arguments of rollout.job.job_of."""
+    return {
+        "who": args.who,
+        "hf": args.hf,
+        "config": args.config,
+        "rollout": {name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}
+        | {"rollouts_per_prompt": args.samples},
+        "parallel": {name: getattr(args, name) for name in _PARALLEL},
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
 
 
 def positive(text: str) -> int:

@@ -97,10 +97,6 @@ def job_of(
     Raises:
         ValueError: what cannot be used, and why.
     """
-    if not prompts.is_file():
-        raise ValueError(f"{prompts}: no such file; expected prompts, JSONL or Parquet")
-    if output.exists():
-        raise ValueError(f"{output}: exists already; remove it, or name another --output")
     source = open_source(checkpoint, who=who, hf=hf)
     given = load_config(config) if config else None
     servers = {"vllm": given.rollout.vllm} if given else {}

@@ -16,6 +16,14 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
+def other_value(begun: dict[str, Any], job: dict[str, Any]) -> str:
+    """The first difference of a job from the one that was begun, in words; nothing if none."""
+    for key, value in job.items():
+        if begun.get(key) != value:
+            return f"{key} was {begun.get(key)!r}, and is {value!r} now"
+    return ""
+
+
 class LinesFile:
     """Lines on their way to `path`; they take its name when the last one is written.
 
@@ -98,10 +106,10 @@ class LinesFile:
         path, begun = self.folder / "job.json", {}
         with suppress(OSError, ValueError):
             begun = json.loads(path.read_text())
-        if begun != job and self._file.seek(0, os.SEEK_END) > 0:
-            key = next(key for key in job if begun.get(key) != job[key])
+        problem = other_value(begun, job)
+        if problem and self._file.seek(0, os.SEEK_END) > 0:
             raise ValueError(
-                f"{self.folder}: holds lines of another job: {key} was {begun.get(key)!r}, and is "
-                f"{job[key]!r} now; remove the folder, or name another file"
+                f"{self.folder}: holds lines of another job: {problem}; remove the folder, or name "
+                "another file"
             )
         path.write_text(json.dumps(job, indent=2) + "\n")

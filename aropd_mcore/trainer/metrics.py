@@ -17,7 +17,7 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import TokenSums
-from aropd_mcore.numerics.diagnostics import POSITION_BUCKETS
+from aropd_mcore.numerics.diagnostics import BUCKET_NAMES
 from aropd_mcore.numerics.importance import IMPORTANCE_MAXIMA
 from aropd_mcore.trainer.step import StepResult
 
@@ -61,17 +61,10 @@ def token_metrics(sums: TokenSums) -> Metrics:
         if name in sums:
             metrics |= {
                 f"{name}/{bucket}": float(values / count)
-                for bucket, values, count in zip(
-                    _bucket_names(), sums[name], num_tokens, strict=True
-                )
+                for bucket, values, count in zip(BUCKET_NAMES, sums[name], num_tokens, strict=True)
                 if count > 0
             }
     return metrics
-
-
-def _bucket_names() -> list[str]:
-    ends = [*(start - 1 for start in POSITION_BUCKETS[1:]), ""]
-    return [f"{first}-{last}" for first, last in zip(POSITION_BUCKETS, ends, strict=True)]
 
 
 def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
