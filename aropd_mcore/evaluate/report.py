@@ -40,9 +40,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     data = {
         "version": __version__,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "runs": [
-            {"name": name} | _run(run) for name, run in zip(_names(runs), runs, strict=True)
-        ],
+        "runs": [{"name": name} | _run(run) for name, run in zip(_names(runs), runs, strict=True)],
     }
     write_atomically(out, [render(data)])
     return out
@@ -99,7 +97,9 @@ def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     size = -(-len(lines) // _MAX_POINTS) or 1
     pieces = [lines[start : start + size] for start in range(0, len(lines), size)]
     names = sorted({name for line in lines for name in line} - {"step"})
-    metrics = {name: [_mean([line.get(name) for line in piece]) for piece in pieces] for name in names}
+    metrics = {
+        name: [_mean([line.get(name) for line in piece]) for piece in pieces] for name in names
+    }
     return {"steps": [piece[-1]["step"] for piece in pieces], "metrics": metrics}
 
 

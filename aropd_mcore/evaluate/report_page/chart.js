@@ -159,6 +159,27 @@ function lineChart(host, spec) {
   return { update(next) { spec = next; draw(); } };
 }
 
+/** Shares of a whole by bin, on a logarithmic scale: what is rare matters. bins: [{from, to, share, name}]. */
+function histogram(host, spec) {
+  host.classList.add("chart");
+  const draw = () => {
+    const width = Math.max(host.clientWidth, 220), height = 250, left = 60, right = 8, top = 26, bottom = 40;
+    const present = spec.bins.filter((bin) => bin.share > 0).map((bin) => bin.share);
+    const lowest = 10 ** Math.floor(Math.log10(Math.min(...present)) - 0.01);
+    const py = (share) => top + (Math.log10(share) / Math.log10(lowest)) * (height - top - bottom);
+    const [first, last] = [spec.bins[0].from, spec.bins.at(-1).to];
+    const px = (x) => left + ((x - first) / (last - first)) * (width - left - right);
+    const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": spec.title }, svg("text", { x: 0, y: 12 }, spec.yLabel));
+    for (let at = 1; at > lowest * 0.5; at /= 10) root.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: py(at), y2: py(at) }), svg("text", { x: left - 8, y: py(at) + 4, "text-anchor": "end" }, `${Number((100 * at).toPrecision(1))} %`));
+    for (const bin of spec.bins) if (bin.share > 0) root.append(svg("rect", { x: px(bin.from) + 0.5, width: Math.max(px(bin.to) - px(bin.from) - 1, 1), y: py(bin.share), height: Math.max(height - bottom - py(bin.share), 1), style: `fill:${bin.color}` }, svg("title", {}, `${bin.name}: ${format(bin.share, "share")}`)));
+    ticks(first, last, width / 70).forEach((at, _, all) => root.append(svg("text", { x: px(at), y: height - bottom + 18, "text-anchor": "middle" }, tickText(at, all))));
+    root.append(svg("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, spec.xLabel));
+    host.replaceChildren(root);
+  };
+  draw();
+  new ResizeObserver(() => requestAnimationFrame(draw)).observe(host);
+}
+
 /** A small line without axes. */
 function sparkline(series) {
   const all = series.flatMap((one) => one.points).filter((p) => p.y !== null);

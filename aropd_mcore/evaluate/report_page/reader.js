@@ -68,7 +68,7 @@ function readerSection(all) {
       const [colour, strength] = tint(valueOf(one, mode, i));
       made.style.setProperty("--tint", colour); made.style.setProperty("--strength", `${strength.toFixed(1)}%`);
     });
-    const stops = [-5, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 5].map((value) => { const [colour, strength] = tint(value); return `color-mix(in srgb, ${colour} ${strength.toFixed(0)}%, transparent) ${50 + 10 * value}%`; });
+    const stops = [-5, -4, -3, -2, -1, -0.5, -0.15, 0, 0.15, 0.5, 1, 2, 3, 4, 5].map((value) => { const [colour, strength] = tint(value); return `color-mix(in srgb, ${colour} ${strength.toFixed(0)}%, transparent) ${50 + 10 * value}%`; });
     scale.replaceChildren(
       h("div", { class: "ramp", role: "img", "aria-label": `Colours: cool below zero, warm above, full at ${FULL_COLOUR} nats` }, h("i", { style: `background:linear-gradient(to right, ${stops.join(", ")})` }), h("div", {}, ["−5", "−2.5", "0", "+2.5", "+5 nats"].map((label) => h("span", {}, label)))),
       h("span", {}, h("b", {}, `${name}: ${formula}. `), meaning));
@@ -76,16 +76,18 @@ function readerSection(all) {
   }
   function drawStrip() {
     const one = rollout(), count = one.ids.length, wide = 1000, tall = 56;
-    const root = svg("svg", { viewBox: `0 0 ${wide} ${tall}`, preserveAspectRatio: "none", height: tall, width: "100%", role: "img", "aria-label": "The same over the whole response" });
+    const root = svg("svg", { class: "bars", viewBox: `0 0 ${wide} ${tall}`, preserveAspectRatio: "none", height: tall, width: "100%", role: "img", "aria-label": "The same over the whole response" });
     root.append(svg("line", { x1: 0, x2: wide, y1: tall / 2, y2: tall / 2, style: "stroke:var(--line)", "vector-effect": "non-scaling-stroke" }));
     one.ids.forEach((_, i) => {
       const value = valueOf(one, mode, i), size = (tall / 2 - 2) * Math.min(1, Math.abs(value) / FULL_COLOUR) ** 0.55;
       const bar = { x: (wide * i) / count, width: Math.max((wide / count) * 0.86, 0.6) };
       root.append(svg("rect", { ...bar, y: value > 0 ? tall / 2 - size : tall / 2, height: Math.max(size, 0.5), style: `fill:var(--${value > 0 ? "full" : "partial"})` }),
-        svg("rect", { ...bar, y: 0, height: tall, fill: "transparent", onclick: () => choose(i, true), onpointerenter: () => look(i) }));
+        svg("rect", { class: "place", ...bar, y: 0, height: tall, onclick: () => choose(i, true), onpointerenter: () => look(i) }));
     });
-    strip.replaceChildren(root);
+    strip.replaceChildren(h("p", { class: "note" }, "The whole response, token by token"), root);
+    mark();
   }
+  function mark() { strip.querySelectorAll(".place").forEach((made, i) => made.classList.toggle("here", i === at)); }
   /** Show a token; it stays until another one is looked at. */
   function look(i) { if (i !== at || !side.childElementCount) { at = i; describe(); } }
   function choose(i, focus) {
@@ -98,6 +100,7 @@ function readerSection(all) {
   }
   function describe() {
     const one = rollout(), id = one.ids[at];
+    mark();
     const rows = one.top[at].map(([candidate, ...probabilities]) => h("tr", { class: candidate === id ? "sampled" : null }, h("th", { scope: "row", title: text(candidate) }, visible(text(candidate))), probabilities.map(cell)));
     if (!one.top[at].some(([candidate]) => candidate === id)) rows.push(h("tr", { class: "sampled" }, h("th", { scope: "row" }, visible(text(id))), DISTRIBUTIONS.map((name) => cell(Math.exp(one[name][at])))));
     const sum = (name, formula, value) => h("div", {}, h("dt", {}, name), h("dd", {}, signed(value)), h("dt", {}, formula));
@@ -108,7 +111,7 @@ function readerSection(all) {
         h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "next token"), DISTRIBUTIONS.map((name) => h("th", { scope: "col", style: `border-top-color:var(--${name})` }, name)))),
         h("tbody", {}, rows)));
     function cell(probability, column) {
-      return h("td", {}, h("div", { class: "bar-cell" }, probability >= 0.9995 ? "100 %" : probability < 0.0005 ? "0" : `${(100 * probability).toFixed(1)} %`, h("i", { style: `width:${(100 * probability).toFixed(1)}%;background:var(--${DISTRIBUTIONS[column]})` })));
+      return h("td", {}, h("div", { class: "bar-cell" }, probability >= 0.9995 ? "100 %" : probability < 0.0005 ? "0" : `${(100 * probability).toFixed(1)} %`, probability < 0.0005 ? null : h("i", { style: `width:${(100 * probability).toFixed(1)}%;background:var(--${DISTRIBUTIONS[column]})` })));
     }
   }
   /** The token nearest to this one, a line further up or down. */

@@ -20,7 +20,7 @@ function methodsSection(runs) {
     .filter((name) => runs.some((run) => late(run, name) !== null));
   const heads = ["run", "method", "λ", "clip", "teacher", "steps",
     ...tasks.map((task) => [`${task} `, h("small", {}, "accuracy, 95 % interval")]),
-    ...metrics.map((name) => [label(name)[0], h("small", {}, { nats: "nats", share: "%", tokens: "tokens" }[label(name)[1]] || "")])];
+    ...metrics.map((name) => [label(name)[0], h("small", {}, { nats: "nats", share: "%" }[label(name)[1]] || "")])];
   const rows = runs.map((run) => [
     [key(run.color, run.dash), " ", run.name],
     run.method.name ?? "–", run.method.residual_scale === null || run.method.residual_scale === undefined ? "–" : String(run.method.residual_scale),
@@ -84,7 +84,8 @@ function curvesSection(all, shown) {
 }
 
 function timeSection(shown, all) {
-  const phases = [...new Set(all.flatMap((run) => Object.keys(run.metrics)))].filter((name) => name.startsWith("seconds/")).map((name) => name.slice(8));
+  const order = ["rollout", "teacher", "student", "optimizer", "sync", "checkpoint"], rank = (phase) => (order.indexOf(phase) + 99) % 99;
+  const phases = [...new Set(all.flatMap((run) => Object.keys(run.metrics)))].filter((name) => name.startsWith("seconds/")).map((name) => name.slice(8)).sort((a, b) => rank(a) - rank(b));
   if (!phases.length) return null;
   const color = (phase) => seriesColor(phases.indexOf(phase));
   const host = h("div", { class: "times" });
@@ -163,7 +164,7 @@ function diagnosisSection(all) {
     const chart = h("div", {}), most = Math.max(...hindsight.rates.flat(), 1e-9);
     const gaps = ["support_gap_full_partial", "support_gap_target_partial", "support_gap_full_student", "support_gap_target_student"];
     host.replaceChildren(
-      h("div", { class: "card" }, h("h3", {}, "Residuals of the sampled tokens"), chart, h("p", { class: "note" }, `Mean ${withUnit(residual.mean, "nats")}, over ${format(total, "tokens")} tokens; the outer points hold all beyond.`)),
+      h("div", { class: "card" }, h("h3", {}, "Residuals of the sampled tokens"), chart, h("p", { class: "note" }, `Mean ${withUnit(residual.mean, "nats")}, over ${format(total, "tokens")} tokens; the outer bars hold all beyond.`)),
       h("div", { class: "card" }, h("h3", {}, "Hindsight token rate, thresholds swept"),
         table(["τ \\ ε", ...hindsight.floors.map((floor) => String(floor))], hindsight.gaps.map((gap, i) => [`${gap}`, ...hindsight.rates[i].map((rate, j) => h("td", {
           class: gap === settings.hindsight_gap && hindsight.floors[j] === settings.hindsight_floor ? "here" : null,
@@ -171,14 +172,18 @@ function diagnosisSection(all) {
         }, format(rate, "share").replace(" %", "")))]), { label: "Hindsight token rate by thresholds, %", class: "heat" }),
         h("p", { class: "note" }, "In % of tokens: log f − log p above τ nats (down) where p is below ε (across). Outlined: the run's own thresholds.")),
       h("div", { class: "card" }, h("h3", {}, "Support gaps"),
-        table(["mass of … where the other lends none", "%"], gaps.map((name) => [label(name)[0], format(metrics[name], "share").replace(" %", "")]), { label: "Support gaps" }),
-        h("p", { class: "note" }, "Full over partial is hindsight in the teacher; target over partial is what the anchor lets through.")),
+        table(["mass", "%"], gaps.map((name) => [label(name)[0], format(metrics[name], "share").replace(" %", "")]), { label: "Support gaps" }),
+        h("p", { class: "note" }, "Full over partial: the full view's mass on tokens that only it supports, by the run's thresholds. That is the teacher's hindsight; target over partial is what the anchor lets through.")),
       h("div", { class: "card" }, h("h3", {}, "Can the teacher be trusted?"),
         table(["trace shown, tokens", "responses", "end with answer, %", "prefers right", "KL(full ‖ partial)"], reliability.map((part) => [
           part.tokens_from === part.tokens_to ? `${part.tokens_from}` : `${part.tokens_from}–${part.tokens_to}`, format(part.responses, "tokens"), format(part.ends_with_answer, "share").replace(" %", ""), format(part.prefers_right, "share"), format(part.kl_full_partial, "nats")]), { label: "Reliability by length of the privileged context" }),
         h("p", { class: "note" }, "Prefers right: how often the full view, against the student, favours a response that ends with the gold answer over one that does not; 50 % is chance.")));
-    lineChart(chart, { title: "Residuals", unit: "share", yLabel: "share of tokens", xLabel: "log f − log p, nats", xName: "from", height: 240, fromZero: true,
-      series: [{ name: "tokens", color: "var(--full)", points: residual.counts.map((count, i) => ({ x: residual.edges[i], y: count / total })) }] });
+    const bins = residual.counts.map((count, i) => {
+      const [from, to] = residual.edges.slice(i, i + 2);
+      const name = i === 0 ? `below ${to}` : i === residual.counts.length - 1 ? `above ${from}` : `${from} to ${to}`;
+      return { from, to, share: count / total, name: `${name.replaceAll("-", "−")} nats`, color: `var(--${from < 0 ? "partial" : "full"})` };
+    });
+    histogram(chart, { title: "Residuals of the sampled tokens", yLabel: "share of tokens, logarithmic", xLabel: "log f − log p, nats", bins });
   };
   show(0);
   return section("diagnosis", "Diagnosis", "What the teacher's two views say of the student's own responses.",
