@@ -15,7 +15,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.source import MegatronSource, open_source
 from aropd_mcore.data.collate import collate
 from aropd_mcore.data.dataset import RowDataset
-from aropd_mcore.data.packing import consecutive
+from aropd_mcore.data.packing import Groups, consecutive
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
@@ -203,7 +203,7 @@ def _score_piece(
         [rollout_seed(job.seed, row, sample) for row, sample in share],
         job.rollout,
     )
-    groups = [list(group) for group in consecutive(len(share), _MICRO_BATCH_SIZE)]
+    groups = consecutive(len(share), _MICRO_BATCH_SIZE)
     # As many as the replica with most has: those that share experts go through them together.
     most = -(-len(places) // runtime.dp_size)
     groups += [[]] * (-(-most // _MICRO_BATCH_SIZE) - len(groups))
@@ -233,7 +233,7 @@ def _microbatches(
     runtime: Runtime,
     share: Sequence[Place],
     rollouts: Sequence[Rollout],
-    groups: Sequence[Sequence[int]],
+    groups: Groups,
 ) -> list[Microbatch]:
     samples = [
         Sample(v.student_ids, v.partial_ids, v.full_ids, rollout.response_ids, 1.0)

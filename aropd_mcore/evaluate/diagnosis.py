@@ -191,34 +191,34 @@ def _reliability(
     one that does not, the teacher's preference (the mean of log f - log s) is higher for the first;
     0.5 is chance, null where there is no such pair.
     """
-    shown = np.array(
-        [len(views[one.row].full_ids) - len(views[one.row].student_ids) for one in scored]
-    )
+    shown = [len(views[one.row].full_ids) - len(views[one.row].student_ids) for one in scored]
     cuts = np.quantile(shown, np.arange(1, _NUM_BUCKETS) / _NUM_BUCKETS)
-    bucket_of = np.searchsorted(cuts, shown)
-    for bucket in np.unique(bucket_of):
-        members = np.flatnonzero(bucket_of == bucket)
-        tokens = {
-            name: np.concatenate([scored[i].scores[name][skip:] for i in members])
-            for name in ("kl_full_partial", "entropy_full", "logprob_full", "logprob_student")
-        }
-        gains = {
-            i: _mean(scored[i].scores["logprob_full"] - scored[i].scores["logprob_student"])
-            for i in members
-        }
+    bucket_of = np.searchsorted(cuts, shown).tolist()
+    gains = [(one.scores["logprob_full"] - one.scores["logprob_student"])[skip:] for one in scored]
+    for bucket in sorted(set(bucket_of)):
+        members = [i for i in range(len(scored)) if bucket_of[i] == bucket]
+        means = [(float(gains[i].mean()), right[i]) for i in members if len(gains[i])]
         pairs = [
-            (gains[i] > gains[j]) + (gains[i] == gains[j]) / 2
-            for i in members if right[i] for j in members if not right[j]
-        ]  # fmt: skip
+            (good > bad) + (good == bad) / 2
+            for good, is_right in means
+            if is_right
+            for bad, is_right_too in means
+            if not is_right_too
+        ]
+        lengths = [shown[i] for i in members]
+
+        def mean_of(name: str, members: Sequence[int] = members) -> float | None:
+            return _mean(np.concatenate([scored[i].scores[name][skip:] for i in members]))
+
         yield {
-            "tokens_from": int(shown[members].min()),
-            "tokens_to": int(shown[members].max()),
+            "tokens_from": min(lengths),
+            "tokens_to": max(lengths),
             "responses": len(members),
-            "ends_with_answer": float(np.mean([right[i] for i in members])),
-            "prefers_right": float(np.mean(pairs)) if pairs else None,
-            "kl_full_partial": _mean(tokens["kl_full_partial"]),
-            "entropy_full": _mean(tokens["entropy_full"]),
-            "gain_full_student": _mean(tokens["logprob_full"] - tokens["logprob_student"]),
+            "ends_with_answer": sum(right[i] for i in members) / len(members),
+            "prefers_right": sum(pairs) / len(pairs) if pairs else None,
+            "kl_full_partial": mean_of("kl_full_partial"),
+            "entropy_full": mean_of("entropy_full"),
+            "gain_full_student": _mean(np.concatenate([gains[i] for i in members])),
         }
 
 
@@ -279,7 +279,7 @@ def _top(ids: np.ndarray, logprobs: np.ndarray) -> Iterator[list[Any]]:
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in values]
+    return [round(float(value), 4) + 0.0 for value in values]  # never -0.0
 
 
 def token_text(tokenizer: "PreTrainedTokenizerBase", id: int) -> str:
