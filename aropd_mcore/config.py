@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from aropd_mcore.durations import seconds_of
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
@@ -195,6 +197,9 @@ class VllmConfig(Section):
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Nats: how far a server's log-probs may be from the trainer's after a sync, on the average of
     a probe's tokens. null: 1e-3 in fp32, 0.1 in bf16."""
+    checksums: bool = False
+    """After each sync also compare a SHA-256 of every tensor, as training gathers it and as each
+    process of each server is given it to load. Those of urls need it when they are started, too."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for a response, or for a server to load weights."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
@@ -215,8 +220,10 @@ class VllmConfig(Section):
 
 
 class RolloutConfig(SamplingConfig):
-    engine: Literal["native", "vllm"] = "native"
-    """Who samples: `native` is the student's own forward with a KV cache; `vllm`, vLLM servers."""
+    engine: Literal["native", "megatron", "vllm"] = "native"
+    """Who samples: `native` is the student's own forward with a KV cache; `megatron` is the same in
+    Megatron's dynamic inference engine, whose cache has pages of 256 tokens, on GPUs with
+    flash-attn; `vllm`, vLLM servers."""
     rollouts_per_prompt: Positive = 1
     """Responses sampled for each row."""
     batch_size: Positive = 32
@@ -224,11 +231,13 @@ class RolloutConfig(SamplingConfig):
     takes its place. With vLLM, on one server."""
     kv_cache_tokens: Positive | None = None
     """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
-    the longest prompt with max_response_tokens is long. null: batch_size of them."""
+    the longest prompt with max_response_tokens is long. null: batch_size of them. With engine
+    megatron, in whole pages: a sequence has those that it has filled so far."""
     importance: ImportanceLevel | Literal["auto", "off"] = "auto"
     """Truncated importance sampling, where the engine's log-probs differ from the trainer's: a
     response's loss times the mean of its tokens' ratios (`sequence`), or each token's times its
-    own (`token`). `auto`: off for the native engine, whose ratios are 1 up to rounding."""
+    own (`token`). `auto`: off where the model itself samples (engine native or megatron), and
+    ratios are 1 up to rounding."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
     """Largest ratio that counts."""
     async_steps: Literal[0, 1] = 0
@@ -239,19 +248,44 @@ class RolloutConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _somebody_else_samples(self) -> "RolloutConfig":
-        if self.async_steps and self.engine == "native":
+        if self.async_steps and self.model_samples:
             raise ValueError(
-                "async_steps 1 samples while the model trains, and with engine native the model "
-                "itself samples; it is for engine vllm"
+                f"async_steps 1 samples while the model trains, and with engine {self.engine} the "
+                "model itself samples; it is for engine vllm"
             )
         return self
+
+    @property
+    def model_samples(self) -> bool:
+        """Whether the model that trains is the one that samples."""
+        return self.engine != "vllm"
 
     @property
     def importance_level(self) -> ImportanceLevel | None:
         """None: no ratios are taken."""
         if self.importance == "auto":
-            return None if self.engine == "native" else "sequence"
+            return None if self.model_samples else "sequence"
         return None if self.importance == "off" else self.importance
+
+
+def check_engine_layout(
+    rollout: RolloutConfig, parallel: ParallelConfig, precision: PrecisionConfig
+) -> None:
+    """Raise ConfigError for a layout that engine megatron does not sample in, and native does."""
+    asked = {
+        "parallel.virtual_pipeline": parallel.virtual_pipeline,
+        "parallel.context": parallel.context,
+        "parallel.expert": parallel.expert,
+        "parallel.expert_tensor": parallel.expert_tensor,
+    }
+    found = [f"{name} {size}" for name, size in asked.items() if size > 1]
+    if precision.fp8 is not None:
+        found.append(f"precision.fp8 {precision.fp8}")
+    if rollout.engine == "megatron" and found:
+        raise ConfigError(
+            "rollout.engine megatron samples without virtual pipeline, context and expert "
+            f"parallelism and in bf16 or fp32; found {', '.join(found)}; take rollout.engine native"
+        )
 
 
 class ObjectiveConfig(Section):
@@ -374,7 +408,7 @@ class TrainingConfig(Section):
     """Activations that the backward computes again instead of keeping them: `selective`, those of
     core attention; `full`, all but each layer's input."""
     max_skipped_steps: Positive = 5
-    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    """Stop after this many steps in a row whose update was left out (see guards)."""
     seed: int = 1234
     """Of the data order, the rollouts and the initialization."""
 
@@ -393,10 +427,77 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    save_every_steps: Positive = 100
-    """Save everything a run needs to go on, this often and at the end."""
+    save_every_steps: Positive | None = 100
+    """Save everything a run needs to go on, this often and at the end. null: at the end alone."""
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Save also when so many minutes have passed since the last time, by the first rank's clock."""
     keep_last: Positive = 2
-    """Older checkpoints are deleted."""
+    """Older checkpoints are deleted ..."""
+    keep_every: Positive | None = None
+    """... except those of a multiple of this many steps. null: no exceptions."""
+    asynchronous: bool = True
+    """Write in the background, by a forked process of each rank: training waits for the values to
+    be copied, and a checkpoint exists a few steps later. false: training waits for the disk."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a run does that cannot save (a full disk, say): stop, or say so, train on and try again
+    when the next save is due. The last checkpoint stays either way; the end's has to succeed."""
+    save_rollouts: bool = False
+    """Keep each step's responses on the disk from when they are sampled until a checkpoint is
+    behind them: a run that is started again trains on them and does not sample them again."""
+    allow_changes: list[str] = []
+    """Settings, such as training.global_batch_size, that may differ from the checkpoint's though a
+    run that goes on with another value is not the same run; a refusal names them."""
+
+
+class LimitsConfig(Section):
+    """What a job may take of time, and how long it may be silent."""
+
+    stop_before: str | None = None
+    """Save and stop (exit code 75) before the job is this old: 3h55m, 90m, or Slurm's 1-02:30:00,
+    which YAML wants quoted. What a step and a save have taken so far is counted in. Slurm's own end
+    time, $SLURM_JOB_END_TIME, holds in any case."""
+    watchdog_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    """A rank that has got nowhere for this long, not by a token or a microbatch, has every rank's
+    stacks written to output_dir/stacks, and ends the job (exit code 4). Start and saves may take
+    three times as long. null: wait for ever."""
+    collective_timeout_minutes: Annotated[float, Field(gt=0)] = 60.0
+    """How long ranks wait for each other in a collective. Longer than watchdog_minutes, since it
+    ends with an error on the ranks that wait, and the watchdog with the stacks of all."""
+
+    @field_validator("stop_before")
+    @classmethod
+    def _is_a_time(cls, text: str | None) -> str | None:
+        if text is not None:
+            seconds_of(text)
+        return text
+
+    @property
+    def stop_before_seconds(self) -> int | None:
+        return None if self.stop_before is None else seconds_of(self.stop_before)
+
+
+GuardAction = Literal["off", "warn", "skip", "stop"]
+
+
+class GuardsConfig(Section):
+    """What is done about a step that looks wrong, before its update is applied: `warn` says so,
+    `skip` leaves the update out, as training.max_skipped_steps in a row allow, `stop` saves and
+    ends the run (exit code 3). All of it is counted in the metrics."""
+
+    non_finite: Literal["skip", "stop"] = "skip"
+    """A loss or gradient norm that is not finite."""
+    loss_spike: GuardAction = "warn"
+    """A loss or gradient norm far above those of the steps before."""
+    loss_spike_zscore: Annotated[float, Field(gt=0)] = 6.0
+    """How far: in standard deviations of the window, above its mean."""
+    length_collapse: GuardAction = "warn"
+    """Responses far shorter than those of the steps before, in loss tokens."""
+    length_collapse_ratio: Ratio = 0.25
+    """How short: less than this share of the window's mean ..."""
+    length_collapse_floor: Annotated[float, Field(ge=0)] = 0.0
+    """... or, from the first step on, less than this many tokens on the average."""
+    window: Annotated[int, Field(ge=2)] = 32
+    """Steps that are looked back on; nothing is judged by them before there are so many."""
 
 
 class LoggingConfig(Section):
@@ -424,6 +525,8 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    limits: LimitsConfig = LimitsConfig()
+    guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -433,6 +536,11 @@ class Config(Section):
                 f"training.global_batch_size {self.training.global_batch_size} is not a multiple "
                 f"of rollout.rollouts_per_prompt {self.rollout.rollouts_per_prompt}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_in_layout(self) -> "Config":
+        check_engine_layout(self.rollout, self.parallel, self.precision)
         return self
 
     @model_validator(mode="after")

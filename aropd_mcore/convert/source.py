@@ -18,6 +18,7 @@ from aropd_mcore.convert.global_tensors import (
     stored_weights,
 )
 from aropd_mcore.convert.hf_io import DTYPES, HFWeights
+from aropd_mcore.convert.manifest import MANIFEST, newest, problems
 from aropd_mcore.convert.mapping import EMBEDDING, Kind
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import (
@@ -219,12 +220,19 @@ def open_source(
 def find_iteration(path: Path) -> Path | None:
     """The folder that holds the tensors of a Megatron checkpoint; None if `path` is none.
 
+    Of a run's checkpoints it is the newest one with a whole manifest, and every file in the size
+    that the manifest says.
+
     Raises:
-        CheckpointError: the tracker file names an iteration that is not there.
+        CheckpointError: the tracker file names an iteration that is not there, or the newest
+            checkpoint of a run is not as its manifest says.
     """
     if (path / METADATA).exists():
-        return path
+        return _checked(path)
     for folder in (path, path / "checkpoints"):
+        of_run = newest(folder)
+        if of_run is not None:
+            return _checked(of_run)
         tracker = folder / TRACKER
         if tracker.exists():
             text = tracker.read_text(errors="replace").strip()
@@ -233,6 +241,14 @@ def find_iteration(path: Path) -> Path | None:
                 raise CheckpointError(f"{tracker}: says {text}, and {found / METADATA} is missing")
             return found
     return None
+
+
+def _checked(iteration: Path) -> Path:
+    if (iteration / MANIFEST).exists():  # a run's: Megatron's own, and imports, have none
+        wrong = problems(iteration, with_sums=False)
+        if wrong:
+            raise CheckpointError(f"{wrong[0]}; a checkpoint before it may be whole")
+    return iteration
 
 
 def _hf_folder(iteration: Path) -> Path:

@@ -4,8 +4,11 @@ The order is a pure function of (seed, epoch, position): a run that goes on need
 steps it has done, and nothing else, to find its place in the middle of an epoch.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +141,13 @@ class RowDataset(Sequence[Row]):
     @property
     def num_bad_rows(self) -> int:
         return len(self.bad_rows)
+
+    def fingerprint(self) -> str:
+        """Of what the rows say, in their order, wherever their files are."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            digest.update(json.dumps({**asdict(row), "origin": ""}).encode() + b"\n")
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,6 +1,8 @@
 """Records of JSONL and Parquet files, each with the place it came from."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ class DataError(ValueError):
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """Yield `(origin, record)` for every line of a JSONL file or row of a Parquet file.
 
-    A file that ends in `.parquet` is Parquet, any other is JSONL; blank lines are passed over.
+    A file that ends in `.parquet` is Parquet, any other is JSONL, packed by gzip where it ends in
+    `.gz`; blank lines are passed over.
     Origins are `file:line`, or `file:row` for Parquet, counted from 1. A line that is no JSON
     object comes as a DataError in the record's place, so that the caller decides whether it stops.
 
@@ -41,10 +44,14 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse_line(line, f"{path}:{number}")
+    is_packed = path.suffix == ".gz"
+    with gzip.open(path) if is_packed else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse_line(line, f"{path}:{number}")
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(str(path), "not a readable gzip file", str(error)) from error
 
 
 def _parse_line(line: bytes, origin: str) -> dict[str, Any] | DataError:

@@ -1,21 +1,22 @@
 """Everything a run needs to go on, saved and loaded with Megatron's dist_checkpointing.
 
     checkpoints/
-        iter_0000010/                       one whole checkpoint (torch_dist format)
+        iter_0000010/                       one whole checkpoint (torch_dist format, and a manifest)
         latest_checkpointed_iteration.txt   as Megatron-LM names it
 
-A checkpoint is written under a temporary name; its rename is what makes it exist, so a kill at any
-moment leaves the one before it.
+A checkpoint is written under a temporary name; its manifest comes last, and the rename is what
+makes it exist, so a kill at any moment leaves the one before it (convert/manifest.py).
 """
 
-import os
-import re
-import shutil
+import random
 import textwrap
+import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
@@ -23,27 +24,104 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.source import TRACKER
+from aropd_mcore.convert.manifest import FileSum, folder_name
+from aropd_mcore.mcore.checkpoint_folder import (
+    SaveFailed,
+    by_first_rank,
+    give_up,
+    make_whole,
+    new_partial,
+)
 from aropd_mcore.mcore.optim import STATE_FORMAT
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.mcore.writing import Writing, Written
 
-_NAME = re.compile(r"iter_(\d{7})")
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint under `folder`, or None."""
-    found = [p for p in folder.glob("iter_*") if _NAME.fullmatch(p.name)]
-    return max(found, key=step_of, default=None)
+_PACKAGES = ("aropd-mcore", "megatron-core", "torch", "transformers", "numpy")
 
 
-def step_of(path: Path) -> int:
-    """Number of training steps that the checkpoint at `path` has seen."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise CheckpointError(f"{path}: expected a folder named iter_NNNNNNN")
-    return int(match[1])
+class Saving:
+    """A checkpoint that is being written; it exists when `commit` returns."""
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        student: Student,
+        teacher: Teacher | None,
+        progress: Mapping[str, Any],
+        runtime: Runtime,
+        *,
+        about: Mapping[str, Any] | None = None,
+        asynchronous: bool = False,
+    ):
+        """Take the values of everything as they are now, and begin to write them.
+
+        Args:
+            folder: that exists.
+            progress: plain values that belong to the run (counters); the same on every rank.
+            about: JSON values for the manifest, beside the progress, layout and package versions.
+            asynchronous: the writing goes on in the background, and training may too.
+        Raises:
+            SaveFailed: the folder is gone, or nothing can be written there.
+        Collectives: dist_checkpointing.save's, and broadcasts; every rank must call it.
+        """
+        self.step = step
+        started = time.perf_counter()
+        self._is_asynchronous = asynchronous
+        self._about = {
+            "progress": dict(progress),
+            "layout": _layout(runtime),
+            "packages": {name: version(name) for name in _PACKAGES},
+            **(about or {}),
+        }
+        self._partial = by_first_rank(lambda: new_partial(folder, step))
+        student.optimizer.finish_param_gather()
+        state = _sharded_state(student, teacher, runtime, is_loading=False)
+        state["progress"] = dict(progress)
+        state["layout"] = _layout(runtime)
+        state["rng"] = _rng_state(runtime)
+        self._writing = Writing(state, self._partial, asynchronous=asynchronous)
+        self._seconds = time.perf_counter() - started
+
+    def is_written(self) -> bool:
+        """Whether `commit` would have nothing to wait for.
+
+        Collectives: an all-reduce over the job; every rank must call it.
+        """
+        return self._writing.is_done()
+
+    def commit(self) -> float:
+        """Wait until every rank has written its share, and make the checkpoint exist.
+
+        Returns:
+            Seconds that the save has taken, not counting what training did meanwhile.
+        Raises:
+            SaveFailed: a rank could not write, or the disk is full.
+        Collectives: Megatron's, a gather and a broadcast; every rank must call it.
+        """
+        # What is waited for here is part of what the writing process says of itself.
+        written, errors = self._writing.finish()
+        started = time.perf_counter()
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, (written, errors))
+        by_first_rank(
+            lambda: make_whole(self._partial, self.step, self._files(everybody), self._about)
+        )
+        waited = time.perf_counter() - started
+        if self._is_asynchronous:
+            waited += max(written.seconds for written, _ in everybody)
+        return self._seconds + waited
+
+    def _files(self, everybody: list[tuple[Written, list[str]]]) -> dict[str, FileSum]:
+        """The files that all ranks have written, if they could."""
+        errors = [(rank, w.error) for rank, (w, _) in enumerate(everybody) if w.error]
+        errors += [(rank, error) for rank, (_, more) in enumerate(everybody) for error in more]
+        if errors:
+            rank, error = errors[0]
+            raise SaveFailed(give_up(self._partial, self.step, f"rank {rank}: {error}"))
+        return {name: s for written, _ in everybody for name, s in written.files.items()}
 
 
 def save(
@@ -53,38 +131,16 @@ def save(
     teacher: Teacher | None,
     progress: Mapping[str, Any],
     runtime: Runtime,
-    *,
-    keep_last: int,
 ) -> Path:
-    """Write a checkpoint of `step` steps and delete all but the newest `keep_last`.
+    """Write a checkpoint of `step` steps and wait for it; arguments, errors and collectives as
+    Saving's.
 
-    Args:
-        progress: plain values that belong to the run (counters); the same on every rank.
     Returns:
         The checkpoint's folder.
-    Collectives: dist_checkpointing.save's, and barriers; every rank must call it.
     """
-    path = folder / f"iter_{step:07d}"
-    partial = folder / f".{path.name}.partial"
-    if runtime.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    student.optimizer.finish_param_gather()
-    state = _sharded_state(student, teacher, runtime, is_loading=False)
-    state["progress"] = dict(progress)
-    state["layout"] = _layout(runtime)
-    state["rng"] = _rng_state(runtime)
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if runtime.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
-        _write_tracker(folder, step)
-        for old in sorted(folder.glob("iter_*"), key=step_of)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return path
+    by_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True))
+    Saving(folder, step, student, teacher, progress, runtime).commit()
+    return folder / folder_name(step)
 
 
 def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime) -> dict[str, Any]:
@@ -179,6 +235,8 @@ def _rng_state(runtime: Runtime) -> ShardedObject:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "tracker": _tracker().get_states(),
+        "python": random.getstate(),
+        "numpy": _numpy_state(),
     }
     if runtime.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
@@ -193,16 +251,19 @@ def _rng_state(runtime: Runtime) -> ShardedObject:
 def _restore_rng(state: dict[str, Any], runtime: Runtime) -> None:
     torch.set_rng_state(state["torch"])
     _tracker().set_states(state["tracker"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if runtime.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    """Of numpy's global generator, in plain values, which is what torch.load takes."""
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    return (name, keys.tolist(), *rest)
 
 
 def _tracker() -> Any:
     """Megatron's named random-number states (runtime.start makes them)."""
     return tensor_parallel.get_cuda_rng_tracker()
-
-
-def _write_tracker(folder: Path, step: int) -> None:
-    temporary = folder / f".{TRACKER}"
-    temporary.write_text(str(step))
-    os.replace(temporary, folder / TRACKER)

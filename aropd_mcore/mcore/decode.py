@@ -70,8 +70,8 @@ def decoding(
 class Decoder:
     """Logits of the next tokens of rows that come and go.
 
-    Logits are gathered on one rank of the replica, the one that samples: what it draws is broadcast
-    (`share`), so that ranks cannot come to differ by a kernel that sums in another order.
+    Logits are gathered on one rank of the replica, the one that samples; `share` broadcasts what it
+    draws.
     """
 
     def __init__(
@@ -88,11 +88,6 @@ class Decoder:
         # `packed_seq`: of all positions, not of this context rank's.
         self._angles = next(iter(model)).rotary_pos_emb(rows.max_length, packed_seq=True)
 
-    @property
-    def samples(self) -> bool:
-        """Whether this rank is the one that gets the logits."""
-        return self.runtime.is_last_stage and self.runtime.tp_rank == 0
-
     def forward(self, tokens_B: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor | None:
         """One more token on every row that is there, and new rows behind them with their prompts.
 
@@ -108,7 +103,8 @@ class Decoder:
         new = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
         self._rows.advance([len(prompt) for prompt in prompts], self.runtime.device)
         hidden_NH = self._forward(torch.cat([tokens_B, new.to(tokens_B.device)]))
-        return self._logits(None if hidden_NH is None else hidden_NH[self._rows.last_B])
+        hidden_BH = None if hidden_NH is None else hidden_NH[self._rows.last_B]
+        return next_token_logits(self.model, self.runtime, hidden_BH)
 
     def drop(self, done: Set[int]) -> list[int]:
         """Let rows go. The last of those that stay take their places.
@@ -123,18 +119,6 @@ class Decoder:
             for cache in self._caches:
                 cache.move(rows, places)
         return order
-
-    def share(self, tensor: Tensor) -> None:
-        """Give `tensor` the sampling rank's values on every rank of the replica, in place.
-
-        Collectives: a broadcast over the last stage's tp_group, then one over pp_group.
-        """
-        runtime = self.runtime
-        if runtime.tp_size > 1 and runtime.is_last_stage:
-            first = dist.get_global_rank(runtime.tp_group, 0)
-            dist.broadcast(tensor, first, group=runtime.tp_group)
-        if runtime.pp_size > 1:
-            dist.broadcast(tensor, runtime.last_stage_rank, group=runtime.pp_group)
 
     def _forward(self, tokens_N: Tensor) -> Tensor | None:
         """Final hidden states [N, H] on the last stage, None elsewhere; waits for the stage before.
@@ -180,17 +164,43 @@ class Decoder:
         dist.recv(hidden_N1H, before, group=runtime.pp_group)
         return hidden_N1H
 
-    def _logits(self, hidden_BH: Tensor | None) -> Tensor | None:
-        if hidden_BH is None:
-            return None
-        logits_BV = functional.linear(hidden_BH, self.model.head_weight())
-        if self.runtime.tp_size > 1:
-            group = self.runtime.tp_group
-            shards = [torch.empty_like(logits_BV) for _ in range(group.size())]
-            first = dist.get_global_rank(group, 0)
-            dist.gather(logits_BV, shards if self.samples else None, first, group=group)
-            logits_BV = torch.cat(shards, dim=-1)
-        return logits_BV[:, : self.model.vocab_size].float() if self.samples else None
+
+def next_token_logits(
+    model: StageModel, runtime: Runtime, hidden_BH: Tensor | None
+) -> Tensor | None:
+    """The output head, on one rank of the replica: the one that samples.
+
+    Args:
+        hidden_BH: final hidden states of each row's last token on the last stage, None elsewhere.
+    Returns:
+        [B, vocab_size] fp32 on the rank that samples (Runtime.samples), None on the others.
+    Collectives: a gather of [B, V / tp] over the last stage's tp_group.
+    """
+    if hidden_BH is None:
+        return None
+    logits_BV = functional.linear(hidden_BH, model.head_weight())
+    if runtime.tp_size > 1:
+        group = runtime.tp_group
+        shards = [torch.empty_like(logits_BV) for _ in range(group.size())]
+        first = dist.get_global_rank(group, 0)
+        dist.gather(logits_BV, shards if runtime.samples else None, first, group=group)
+        logits_BV = torch.cat(shards, dim=-1)
+    return logits_BV[:, : model.vocab_size].float() if runtime.samples else None
+
+
+def share(tensor: Tensor, runtime: Runtime) -> None:
+    """Give `tensor` the sampling rank's values on every rank of the replica, in place.
+
+    What is drawn is broadcast, so that ranks cannot come to differ by a kernel that sums in another
+    order.
+
+    Collectives: a broadcast over the last stage's tp_group, then one over pp_group.
+    """
+    if runtime.tp_size > 1 and runtime.is_last_stage:
+        first = dist.get_global_rank(runtime.tp_group, 0)
+        dist.broadcast(tensor, first, group=runtime.tp_group)
+    if runtime.pp_size > 1:
+        dist.broadcast(tensor, runtime.last_stage_rank, group=runtime.pp_group)
 
 
 class _Rows:

@@ -1,6 +1,5 @@
 """Megatron's DDP and distributed optimizer, with clipping and the learning-rate schedule."""
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ class UpdateResult:
     grad_norm: float
     """Global L2 norm before clipping."""
     applied: bool
-    """False when the loss or the norm was not finite: weights and optimizer state are untouched."""
+    """False when it was left out: weights and optimizer state are untouched."""
     lr: float
     """The learning rate of this update."""
 
@@ -150,19 +149,25 @@ class Optimizer:
         self.inner.zero_grad()
 
     @torch.no_grad()
-    def step(self, loss: float) -> UpdateResult:
-        """Clip and apply the gradients of the last forward-backward, and advance the schedule.
+    def grad_norm(self) -> float:
+        """Global L2 norm of the gradients of the last forward-backward; `step` comes next.
+
+        Collectives: one all-reduce over the model's ranks.
+        """
+        self.inner.prepare_grads()
+        return float(self.inner.get_grad_norm())
+
+    @torch.no_grad()
+    def step(self, grad_norm: float, *, apply: bool) -> UpdateResult:
+        """Clip and apply the gradients whose norm `grad_norm` has found; advance the schedule.
 
         Args:
-            loss: the global loss, the same on every rank; not finite means no update.
-        Collectives: the gradient norm over the model's ranks; without overlap_param_gather the
-            all-gather of updated parameters over the data-parallel ranks.
+            apply: the same on every rank; False leaves weights and optimizer state untouched.
+        Collectives: without overlap_param_gather the all-gather of updated parameters over the
+            data-parallel ranks.
         """
         lr = self.lr
-        self.inner.prepare_grads()
-        grad_norm = float(self.inner.get_grad_norm())
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
-        if applied:
+        if apply:
             for part in self.inner.chained_optimizers:
                 parameters: list[Tensor] = [*part.get_parameters()]
                 if self.clip_grad > 0 and parameters:
@@ -172,7 +177,7 @@ class Optimizer:
                 # DDP forgets the last gather with the gradients, and a save comes before that.
                 group.param_gather_dispatched = False
         self.scheduler.step(increment=1)
-        return UpdateResult(grad_norm, applied, lr)
+        return UpdateResult(grad_norm, apply, lr)
 
     def finish_param_gather(self) -> None:
         """Have all updated parameters on this rank. With overlap_param_gather a forward has only

@@ -31,6 +31,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
+_MINUTE = timedelta(minutes=1)
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -146,6 +148,11 @@ class Runtime:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def samples(self) -> bool:
+        """Whether this rank draws the tokens of its model replica."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
     def last_stage_rank(self) -> int:
         """Global rank of the last pipeline stage of this model replica, same tensor rank."""
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
@@ -170,6 +177,15 @@ class Runtime:
         parts: list[list[Any]] = [[] for _ in range(self.dp_size)]
         dist.all_gather_object(parts, local, group=self.dp_group)
         return [item for part in parts for item in part]
+
+    def max_over_job(self, value: int) -> int:
+        """The largest of all ranks' values.
+
+        Collectives: one all-reduce over the whole job, on the CPU.
+        """
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a config's `bf16`, `fp32` or `auto` means here."""
@@ -205,7 +221,7 @@ def start(
         sequence_parallel: split the tokens over the tensor ranks where weights are not split.
         token_multiple: see Runtime.
         seed: the same on every rank.
-        timeout: of collectives; torch's default if None.
+        timeout: of collectives; torch's and Megatron's defaults if None.
     Raises:
         ValueError: the sizes do not divide the number of processes, virtual_pipeline has no stages
             to interleave, or sequence_parallel no tensor ranks to split over.
@@ -247,6 +263,8 @@ def start(
         context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
+        # A timedelta is made of it: minutes need not be whole.
+        distributed_timeout_minutes=30 if timeout is None else timeout / _MINUTE,  # pyright: ignore[reportArgumentType]
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)

@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.types import ViewBatch
 
 
@@ -43,6 +44,7 @@ def run_schedule(
     """
 
     def forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Callable[..., Any]]:
+        beat()
         item = next(iterator)
         view = view_of(item)
         # Right padding under a causal mask is never seen by a real token: no mask is needed, and

@@ -168,7 +168,7 @@ def setup_of(
         size_multiple=precision.size_multiple,
         prompt_tokens=config.views.max_prompt_tokens,
         response_tokens=config.rollout.max_response_tokens,
-        samples=num_views > 0 and config.rollout.engine == "native",
+        samples=num_views > 0 and config.rollout.model_samples,
         rollout_batch_size=config.rollout.batch_size,
         kv_cache_tokens=config.rollout.kv_cache_tokens,
         chunk_tokens=config.objective.chunk_tokens,

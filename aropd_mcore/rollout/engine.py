@@ -18,6 +18,9 @@ class RolloutFailed(RuntimeError):
 class RolloutEngine(Protocol):
     """Samples responses from the student's current weights."""
 
+    weight_version: int
+    """Of the weights that sample: the number of training steps behind their last update."""
+
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Rollout]:
@@ -47,6 +50,11 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """End what the engine has started."""
         ...
+
+
+def never() -> bool:
+    """What an engine asks where nothing can stop it."""
+    return False
 
 
 def check_prompts(

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aropd_mcore.data.prompts import PromptCounts, PromptLine, Prompts
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.mcore.dynamic import check_dynamic
 from aropd_mcore.mcore.runtime import Runtime, start
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
@@ -40,7 +41,13 @@ FIELDS = (
 
 
 def start_runtime(job: Job) -> Runtime:
-    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`."""
+    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`.
+
+    Raises:
+        ConfigError: also for Megatron's engine where it cannot run.
+    """
+    if job.rollout.engine == "megatron":
+        check_dynamic()
     sizes = job.parallel
     return start(
         tensor=sizes.tensor,

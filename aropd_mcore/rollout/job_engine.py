@@ -14,7 +14,7 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import load_weights
 from aropd_mcore.rollout.engine import RolloutEngine
 from aropd_mcore.rollout.job import Job
-from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.model_engine import model_engine
 from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import Serving
@@ -60,13 +60,7 @@ def engine_of(
         )
     else:
         weights = None
-        engine = NativeEngine(
-            model,
-            runtime,
-            eos_token_ids=eos_token_ids,
-            batch_size=job.rollout.batch_size,
-            kv_cache_tokens=job.rollout.kv_cache_tokens,
-        )
+        engine = model_engine(job.rollout, model, runtime, eos_token_ids=eos_token_ids)
     try:
         engine.sync(job.weight_version or 0)
         yield engine

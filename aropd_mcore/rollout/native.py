@@ -1,17 +1,17 @@
 """The native engine: the student samples by its own forward, with a KV cache, where it stands."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
-from aropd_mcore.mcore.decode import decoding
+from aropd_mcore.heartbeat import beat
+from aropd_mcore.mcore.decode import decoding, share
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.rollout.engine import check_prompts
-from aropd_mcore.rollout.sampling import sample, uniform_numbers
+from aropd_mcore.rollout.engine import check_prompts, never
+from aropd_mcore.rollout.responses import STOPPED, Responses
 from aropd_mcore.types import Rollout
 
 
@@ -29,6 +29,8 @@ class NativeEngine:
         batch_size: rows decoded together at most.
         kv_cache_tokens: tokens that the KV cache holds at most, on each model replica: fewer rows
             are decoded together where prompts are long. None: batch_size rows of any length.
+        should_stop: asked at every token on the rank that samples. True: the responses so far are
+            returned at once, which the caller must throw away.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class NativeEngine:
         eos_token_ids: Sequence[int],
         batch_size: int,
         kv_cache_tokens: int | None = None,
+        should_stop: Callable[[], bool] = never,
     ):
         self.model = model
         self.runtime = runtime
         self.batch_size = batch_size
         self.kv_cache_tokens = kv_cache_tokens
         self.weight_version = 0
+        self._should_stop = should_stop
         self._eos_token_ids = torch.tensor(
             list(eos_token_ids), dtype=torch.int64, device=runtime.device
         )
@@ -94,7 +98,7 @@ class NativeEngine:
         limit = sampling.max_response_tokens
         max_length = max(map(len, prompts), default=1) + limit
         num_rows = max(1, min(self._rows_in_cache(max_length), len(prompts)))
-        made = _Responses(seeds, limit, self._eos_token_ids)
+        made = Responses(seeds, limit, self._eos_token_ids)
         # Of similar length one after another, and the longest first: they attend together.
         waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         running: list[int] = []
@@ -112,13 +116,19 @@ class NativeEngine:
                     made.next_tokens(running), [prompts[index] for index in new]
                 )
                 running += new
+                beat()
                 tokens_B = made.draw(running, logits_BV, sampling)
-                decoder.share(tokens_B)
-                done = made.add(running, tokens_B)
+                if self._should_stop():
+                    tokens_B.fill_(STOPPED)
+                share(tokens_B, self.runtime)
+                if tokens_B[0] == STOPPED:  # so says the rank that samples
+                    waiting, done = [], set(range(len(running)))
+                else:
+                    done = made.add(running, tokens_B)
                 if done:
                     running = [running[row] for row in decoder.drop(done)]
-            decoder.share(made.logprobs_RT)
-        return self._rollouts(made)
+            share(made.logprobs_RT, self.runtime)
+        return made.rollouts(self.weight_version)
 
     def _rows_in_cache(self, max_length: int) -> int:
         if self.kv_cache_tokens is None:
@@ -138,67 +148,3 @@ class NativeEngine:
         found = torch.tensor(int(here), device=self.runtime.device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.runtime.dp_cp_group)
         return bool(found)
-
-    def _rollouts(self, made: "_Responses") -> list[Rollout]:
-        if not made.logprobs_RT.isfinite().all():
-            raise FloatingPointError(
-                f"the model's logits are not finite at weight version {self.weight_version}; "
-                f"its weights must have overflowed"
-            )
-        columns = made.tokens_RT.tolist(), made.logprobs_RT.tolist()
-        return [
-            Rollout(tuple(tokens[:length]), tuple(logprobs[:length]), ended, self.weight_version)
-            for tokens, logprobs, length, ended in zip(
-                *columns, made.lengths, made.ended, strict=True
-            )
-        ]
-
-
-class _Responses:
-    """What has been sampled so far of every prompt, R of them, running or not."""
-
-    def __init__(self, seeds: Sequence[int], limit: int, eos_token_ids: Tensor):
-        device, shape = eos_token_ids.device, (len(seeds), limit)
-        self.tokens_RT = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprobs_RT = torch.zeros(shape, device=device)
-        """On the rank that samples, until it shares them."""
-        self.lengths = [0] * len(seeds)
-        self.ended = [False] * len(seeds)
-        """By EOS."""
-        self._limit = limit
-        self._eos_token_ids = eos_token_ids
-        self._uniforms_RT = uniform_numbers(seeds, limit).to(device)
-
-    def next_tokens(self, running: list[int]) -> Tensor:
-        """int64 [B]: the last token of each running row, which the model has not read yet."""
-        rows, columns = self._places(running)
-        return self.tokens_RT[rows, columns - 1]
-
-    def draw(
-        self, running: list[int], logits_BV: Tensor | None, sampling: SamplingConfig
-    ) -> Tensor:
-        """int64 [B]: the next token of each running row; zeros where there are no logits."""
-        rows, columns = self._places(running)
-        if logits_BV is None:
-            return torch.zeros_like(rows)
-        uniforms_B = self._uniforms_RT[rows, columns]
-        tokens_B, self.logprobs_RT[rows, columns] = sample(logits_BV, uniforms_B, sampling)
-        return tokens_B
-
-    def add(self, running: list[int], tokens_B: Tensor) -> set[int]:
-        """Put a token behind each running row; which of them, by their places, are done."""
-        self.tokens_RT[self._places(running)] = tokens_B
-        done = set()
-        ends = torch.isin(tokens_B, self._eos_token_ids).tolist()
-        for place, (row, is_end) in enumerate(zip(running, ends, strict=True)):
-            self.lengths[row] += 1
-            self.ended[row] = is_end
-            if is_end or self.lengths[row] == self._limit:
-                done.add(place)
-        return done
-
-    def _places(self, running: list[int]) -> tuple[Tensor, Tensor]:
-        """Row and next column of each running row."""
-        columns = [self.lengths[row] for row in running]
-        places = torch.tensor([running, columns], dtype=torch.int64, device=self.tokens_RT.device)
-        return places[0], places[1]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.rollout.engine import RolloutFailed
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
             wait([future], HEARTBEAT_SECONDS)
             told[0] = _to_tell(future) if future.done() else None
         dist.broadcast_object_list(told, src=0)
+        beat()
     if future is not None:
         return future.result()
     result, error = told[0]

@@ -19,17 +19,21 @@ from aropd_mcore.mcore.logprobs import sequence_logprobs
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import gather_hf
-from aropd_mcore.rollout.engine import RolloutFailed, check_prompts
+from aropd_mcore.rollout.engine import RolloutFailed, check_prompts, never
 from aropd_mcore.rollout.on_first import in_background, on_first_rank
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
 from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 from aropd_mcore.rollout.vllm_servers import Servers, Weights
+from aropd_mcore.rollout.vllm_side.aropd_digests import noted
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Nats, where the config names none: several times what rounding leaves of a mean over tokens."""
+
+_STOP_SECONDS = 1.0
+"""How often it is asked whether to stop."""
 
 
 class VllmEngine:
@@ -53,12 +57,15 @@ class VllmEngine:
         *,
         eos_token_ids: Sequence[int],
         probe_ids: Sequence[int],
+        should_stop: Callable[[], bool] = never,
     ):
         """
         Args:
             model: this rank's shard, without DDP around it. Its weights are read by `sync`.
             eos_token_ids: any of them ends a response.
             probe_ids: a sequence of the run's kind, two tokens or more, for the proof of each sync.
+            should_stop: asked on the first rank while responses are waited for. True: none are
+                returned.
         Raises:
             ConfigError: rollout.vllm.sync is nccl, and there is no GPU.
         """
@@ -68,6 +75,7 @@ class VllmEngine:
         self.on_response: Callable[[int, int], None] = lambda num_done, num_all: None
         """Called on the first rank with how many responses there are, of how many."""
         self._serving = serving
+        self._should_stop = should_stop
         vllm = serving.rollout.vllm
         self._folder = (vllm.weights_dir or serving.folder) / "vllm-weights"
         self._probe_ids = probe_ids
@@ -156,6 +164,9 @@ class VllmEngine:
 
     def _wait_for_result(self) -> list[Rollout]:
         assert self._begun is not None, "on the first rank alone"
+        while not wait([self._begun], _STOP_SECONDS).done:
+            if self._should_stop():
+                return []
         return self._begun.result()
 
     def _generate(
@@ -180,6 +191,7 @@ class VllmEngine:
 
     def _sync(self) -> None:
         version = self.weight_version
+        digests = {} if self._serving.rollout.vllm.checksums else None
         is_sent = self._serving.rollout.vllm.sync == "nccl"
         folder = (self._folder / f"step-{version:07d}").absolute()
         weights = Weights(
@@ -187,32 +199,38 @@ class VllmEngine:
             label=f"{version}-{secrets.token_hex(4)}",
             folder=None if is_sent else folder,
             probe_logprobs=sequence_logprobs(self.model, self.runtime, self._probe_ids).tolist(),
+            digests=digests,
         )
         if is_sent:
             on_first_rank(lambda: self._first.prepare())
             # Labels are made on every rank; it is the first one's that counts.
-            gather_hf(self.model, self.runtime, partial(self._send, weights.label))
+            gather_hf(self.model, self.runtime, partial(self._send, weights.label, digests))
         else:
-            gather_hf(self.model, self.runtime, partial(self._write, folder))
+            gather_hf(self.model, self.runtime, partial(self._write, folder, digests))
         on_first_rank(lambda: self._first.sync(weights))
         if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
                 if old != weights.folder:
                     shutil.rmtree(old, ignore_errors=True)  # or the next time
 
-    def _send(self, label: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def _send(
+        self, label: str, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
+    ) -> None:
         """On the first rank: the tensors to every server that is up."""
         send_weights(
-            tensors,
+            tensors if digests is None else noted(tensors, digests),
             self.model.architecture.hf_shapes,
             self.model.config.params_dtype,
             self._first,
             self.runtime.device,
             label=label,
             timeout=self._serving.rollout.vllm.request_timeout,
+            digests=digests,
         )
 
-    def _write(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def _write(
+        self, folder: Path, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
+    ) -> None:
         """On the first rank: the tensors as an HF folder, which appears when it is whole."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # of the run before, from the same step
@@ -220,7 +238,8 @@ class VllmEngine:
         shapes = self.model.architecture.hf_shapes
         infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
         with new_folder(folder) as partial_folder:
-            write_safetensors(partial_folder, infos, tensors)
+            given = tensors if digests is None else noted(tensors, digests)
+            write_safetensors(partial_folder, infos, given)
             copy_companions(self._serving.model, partial_folder, dtype)
 
     @property

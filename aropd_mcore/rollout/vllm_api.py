@@ -64,6 +64,8 @@ def server_command(
         *("--host", config.host, "--port", str(port)),
         *("--middleware", "aropd_guard.Guard"),
     ]
+    if config.checksums:
+        command += ["--worker-extension-cls", "aropd_digests.Digests"]
     if config.sync == "nccl":
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
     return [*command, *config.arguments]
@@ -155,9 +157,18 @@ class Api:
 
     async def load_weights(self, folder: Path) -> None:
         """Load an HF folder, which the server must see under this path. Pause it first."""
-        arguments = {"weights_path": str(folder)}
-        call = {"method": "reload_weights", "kwargs": arguments}
-        await self._call("POST", "/collective_rpc", json=call)
+        await self._on_workers("reload_weights", weights_path=str(folder))
+
+    async def note_digests(self) -> None:
+        """Have every worker note the tensors that it loads, until `noted_digests`."""
+        await self._on_workers("aropd_note_digests")
+
+    async def noted_digests(self) -> list[Mapping[str, str]]:
+        """Of each worker, by the tensors' names."""
+        results = (await self._on_workers("aropd_noted_digests")).get("results")
+        if not isinstance(results, list) or not all(isinstance(found, dict) for found in results):
+            raise ServerError(f"expected digests of every worker, found {_brief(results)}")
+        return results
 
     async def join_nccl(self, unique_id_base64: str, first_rank: int, num_ranks: int) -> None:
         """Take ranks of an NCCL communicator whose rank 0 sends weights."""
@@ -251,6 +262,10 @@ class Api:
         if last != [ids[-1]]:
             raise ServerError(f"it sampled {last}, and was allowed {ids[-1]} alone")
         return prompt + logprobs
+
+    async def _on_workers(self, method: str, **arguments: str) -> Mapping[str, Any]:
+        call = {"method": method, "kwargs": arguments}
+        return await self._call("POST", "/collective_rpc", json=call)
 
     async def _sample(
         self, prompt: Sequence[int], params: Mapping[str, Any]

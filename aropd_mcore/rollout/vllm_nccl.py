@@ -31,6 +31,7 @@ def send_weights(
     *,
     label: str,
     timeout: float,
+    digests: Mapping[str, str] | None = None,
 ) -> None:
     """Send tensors, one at a time, to the servers that `Servers.prepare` has paused.
 
@@ -38,6 +39,7 @@ def send_weights(
         tensors: on `device`, in the order of `shapes`, all of this dtype.
         label: what the weights are called at the servers.
         timeout: seconds for the servers to join, and for each tensor.
+        digests: of the tensors, filled while they are taken from `tensors`; None: not compared.
     Raises:
         RolloutFailed: a server broke off; the communicator is of no use then, nor are the weights
             of those that were in it.
@@ -46,7 +48,9 @@ def send_weights(
     names, sizes = list(shapes), list(shapes.values())
     dtype_name = str(dtype).removeprefix("torch.")
     encoded = base64.b64encode(unique_id).decode()
-    received = in_background(lambda: servers.receive(encoded, names, dtype_name, sizes, label))
+    received = in_background(
+        lambda: servers.receive(encoded, names, dtype_name, sizes, label, digests)
+    )
 
     def wait_for(is_done: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + timeout

@@ -8,7 +8,7 @@ left out until the next sync.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class Weights:
     """Where a server can load them; None where they are sent instead."""
     probe_logprobs: Sequence[float]
     """The trainer's, of the probe's tokens but the first."""
+    digests: Mapping[str, str] | None = None
+    """The trainer's, of every tensor; None: they are not compared."""
 
 
 class Servers:
@@ -126,13 +128,17 @@ class Servers:
         dtype: str,
         shapes: Sequence[tuple[int, ...]],
         label: str,
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         """Have the prepared servers join rank 0's communicator, take what it sends, and go on.
 
+        Args:
+            digests: see Weights; they are there when everything is sent.
         Raises:
             ServerError: one of them failed; it names the server.
+            RolloutFailed: a server was given other tensors.
         """
-        asyncio.run(self._receive(unique_id_base64, names, dtype, shapes, label))
+        asyncio.run(self._receive(unique_id_base64, names, dtype, shapes, label, digests))
 
     async def _receive(
         self,
@@ -141,13 +147,18 @@ class Servers:
         dtype: str,
         shapes: Sequence[tuple[int, ...]],
         label: str,
+        digests: Mapping[str, str] | None,
     ) -> None:
         async def receive(server: Server, first_rank: int) -> None:
             api = self._api(http, server)
             try:
                 await api.join_nccl(unique_id_base64, first_rank, self.num_workers + 1)
+                if digests is not None:
+                    await api.note_digests()
                 await api.receive_weights(names, dtype, shapes)
                 await api.leave_nccl()
+                if digests is not None:
+                    check_digests(server, digests, await api.noted_digests())
                 await api.resume(label)
             except ServerError as error:
                 server.failed(error)
@@ -245,7 +256,11 @@ class Servers:
             if weights.folder is None:
                 raise RefusedByServer("it has no weights, and gets new ones after the next step")
             await api.pause()
+            if weights.digests is not None:
+                await api.note_digests()
             await api.load_weights(weights.folder)
+            if weights.digests is not None:
+                check_digests(server, weights.digests, await api.noted_digests())
             await api.resume(weights.label)
         self._prove(server, weights, await api.score(self._probe_ids))
 
@@ -270,6 +285,33 @@ class Servers:
         for server in self.servers:
             if server.process:
                 server.process.stop()
+
+
+def check_digests(
+    server: Server, expected: Mapping[str, str], found: Sequence[Mapping[str, str]]
+) -> None:
+    """Raise RolloutFailed unless a server's workers loaded the trainer's tensors, bit for bit.
+
+    A worker need not have been given all of them (vLLM leaves out experts of others): what it has
+    been given is compared, and together they must have been given everything.
+
+    Args:
+        found: each worker's digests.
+    """
+    for worker, digests in enumerate(found):
+        for name, theirs in digests.items():
+            if theirs != expected.get(name):
+                raise RolloutFailed(
+                    f"worker {worker} of {server.name} was given another {name} than training has: "
+                    f"its sha256 is {expected.get(name, 'of no tensor')} in training and {theirs} "
+                    "there"
+                )
+    missing = sorted(expected.keys() - set().union(*found))
+    if missing:
+        raise RolloutFailed(
+            f"{server.name} was given {len(expected) - len(missing)} of {len(expected)} tensors; "
+            f"the first that it was not is {missing[0]}, sha256 {expected[missing[0]]} in training"
+        )
 
 
 def _client() -> httpx.AsyncClient:

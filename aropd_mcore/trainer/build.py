@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run."""
 
+from datetime import timedelta
 from pathlib import Path
 
 from aropd_mcore.config import Config, ConfigError, PrecisionConfig
@@ -8,6 +9,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.dynamic import check_dynamic
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.optim import Optimizer
@@ -16,10 +18,14 @@ from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.plan.layout import plan
-from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.model_engine import model_engine
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import serving_of
+from aropd_mcore.trainer.changes import describe_run
+from aropd_mcore.trainer.guards import Guards
+from aropd_mcore.trainer.kept_rollouts import KeptRollouts
 from aropd_mcore.trainer.step import Run
+from aropd_mcore.trainer.stop import Stops
 
 _PROBE_TOKENS = 128
 
@@ -28,9 +34,11 @@ def start_runtime(config: Config) -> Runtime:
     """Join the job's processes in the layout that the config asks for; as `mcore.runtime.start`.
 
     Raises:
-        ConfigError: also for products in fp8, where this machine has none.
+        ConfigError: also for products in fp8, or Megatron's engine, where this machine has none.
     """
     check_fp8(config.precision)
+    if config.objective.name == "aropd" and config.rollout.engine == "megatron":
+        check_dynamic()
     parallel = config.parallel
     return mcore_runtime.start(
         tensor=parallel.tensor,
@@ -42,15 +50,19 @@ def start_runtime(config: Config) -> Runtime:
         sequence_parallel=parallel.sequence,
         token_multiple=config.precision.size_multiple,
         seed=config.training.seed,
+        timeout=timedelta(minutes=config.limits.collective_timeout_minutes),
     )
 
 
-def build_run(config: Config, runtime: Runtime) -> Run:
+def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> Run:
     """Read the data, load the models and join them into a run at its start.
 
+    Args:
+        stops: what the run may be stopped by; None: nothing.
     Collectives: those of the model's and the optimizer's construction; every rank must call it.
     """
     plan(config, runtime.world_size)
+    stops = stops or Stops()
     tokenizer = load_tokenizer(config.model.path)
     view_builder = ViewBuilder(tokenizer, config.views)
     dataset = usable_rows(
@@ -70,15 +82,16 @@ def build_run(config: Config, runtime: Runtime) -> Run:
             longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
             probe = probe_ids(dataset, view_builder, min(longest, _PROBE_TOKENS))
             engine = VllmEngine(
-                model, runtime, serving_of(config), eos_token_ids=ends, probe_ids=probe
-            )
-        else:
-            engine = NativeEngine(
                 model,
                 runtime,
+                serving_of(config),
                 eos_token_ids=ends,
-                batch_size=config.rollout.batch_size,
-                kv_cache_tokens=config.rollout.kv_cache_tokens,
+                probe_ids=probe,
+                should_stop=stops.is_wanted,
+            )
+        else:
+            engine = model_engine(
+                config.rollout, model, runtime, eos_token_ids=ends, should_stop=stops.is_wanted
             )
     optimizer = Optimizer(
         model,
@@ -87,6 +100,10 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
+    kept = None
+    if engine is not None and config.checkpoint.save_rollouts:
+        run_hash = describe_run(config, dataset)["config_hash"]
+        kept = KeptRollouts(config.output_dir / "rollouts", run_hash, runtime)
     return Run(
         config=config,
         runtime=runtime,
@@ -98,6 +115,9 @@ def build_run(config: Config, runtime: Runtime) -> Run:
         engine=engine,
         # Any token serves: padding stands behind everything that could see it.
         pad_token_id=view_builder.end_id,
+        guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
+        stops=stops,
+        kept_rollouts=kept,
     )
 
 

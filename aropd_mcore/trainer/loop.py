@@ -1,10 +1,7 @@
 """Resume, step, log, save, stop."""
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,32 +10,41 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
-from aropd_mcore.mcore import checkpoint
+from aropd_mcore.heartbeat import beat
+from aropd_mcore.mcore.checkpoint_folder import SaveFailed
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
-from aropd_mcore.trainer.step import Run, StepResult, train_step
+from aropd_mcore.trainer.saving import Counters, Saver
+from aropd_mcore.trainer.step import Run, train_step
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
 
 
 class TrainingStopped(RuntimeError):
     """The run cannot usefully go on; the message says why and where the last checkpoint is."""
 
 
-def train(config: Config, runtime: Runtime) -> None:
+def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
     """Train until num_steps, from the newest checkpoint under config.output_dir if there is one.
 
     Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, and hf/ with the
     model's config and tokenizer, which an export needs.
 
+    Args:
+        stops: what may stop the run before its end; None: nothing.
     Raises:
-        TrainingStopped: too many steps in a row had a non-finite loss or gradient; or there is
-            nobody left who could sample: the steps so far are saved first.
+        TrainingStopped: too many steps in a row were left out, a guard stops the run, there is
+            nobody left who could sample, or the time limit has no room for a single step: the steps
+            so far are saved first. Or no checkpoint can be written.
+        StoppedEarly: a signal or the time limit, once the steps so far are saved.
+        CheckpointError, ConfigError: the checkpoints there cannot be gone on from.
     Collectives: every rank of the job must call it.
     """
-    run = build_run(config, runtime)
+    run = build_run(config, runtime, stops)
     try:
         _train(run)
     finally:
@@ -47,62 +53,83 @@ def train(config: Config, runtime: Runtime) -> None:
 
 
 def _train(run: Run) -> None:
-    config, runtime = run.config, run.runtime
-    folder = config.output_dir / "checkpoints"
-    num_skipped, first_step = 0, 0
-    newest = checkpoint.newest(folder)
-    if newest is not None:
-        progress = checkpoint.load(newest, run.student, run.teacher, runtime)
-        first_step, num_skipped = progress["step"], progress["num_skipped_in_a_row"]
-    num_saved = first_step
+    runtime = run.runtime
+    saver = Saver(run)
+    resumed, notes = saver.resume()
+    first_step, weight_version = 0, 0
+    if resumed is not None:
+        first_step, weight_version = resumed["step"], resumed["weight_version"]
+        run.guards.load_state(resumed["guards"])
 
-    def save(num_done: int) -> None:
-        nonlocal num_saved
-        with reporter.saving():
-            checkpoint.save(
-                folder,
-                num_done,
-                run.student,
-                run.teacher,
-                {"step": num_done, "num_skipped_in_a_row": num_skipped},
-                runtime,
-                keep_last=config.checkpoint.keep_last,
-            )
-        num_saved = num_done
+    def progress(num_done: int) -> dict[str, Any]:
+        return {
+            "step": num_done,
+            "guards": run.guards.state(),
+            "weight_version": run.engine.weight_version if run.engine else num_done,
+        }
 
     with Reporter(run, first_step) as reporter:
+        saver.say, saver.before_saving = reporter.say, reporter.sync
+        for note in notes:
+            reporter.say(note)
         if run.engine:
-            run.engine.sync(weight_version=first_step)
+            run.engine.sync(weight_version=weight_version)
         for step in range(first_step, run.num_steps):
             try:
-                result = train_step(run, step)
-            except RolloutFailed as failed:
+                run.stops.longest_save = saver.seconds
+                run.stops.check(runtime, before_step=True)
+                with run.stops.timing_step():
+                    result = train_step(run, step)
+            except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
-                if num_saved < step:
-                    save(step)
-                last = checkpoint.newest(folder)
-                raise TrainingStopped(
-                    f"no rollouts for step {step}: {failed}\nThe last checkpoint is "
-                    f"{last or 'none'}; the same command goes on from there."
-                ) from failed
-            num_skipped = 0 if result.update.applied else num_skipped + 1
+                _save_now(saver, step, progress(step))
+                raise _ended(run, why, step, first_step, saver) from why
+            beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
-            reporter.report(step_metrics(step, result, run.view_builder.tokenizer, runtime))
-            if num_skipped >= config.training.max_skipped_steps:
-                raise TrainingStopped(_why_stopped(result, step, num_skipped, folder))
-            num_done = step + 1
-            if num_done == run.num_steps or num_done % config.checkpoint.save_every_steps == 0:
-                save(num_done)
+            metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
+            reporter.report(metrics, blocked_seconds=saver.blocked_seconds())
+            reporter.warn(step, result.verdict)
+            if result.verdict.stop:
+                _save_now(saver, step + 1, progress(step + 1))
+                raise TrainingStopped(f"step {step}: {result.verdict.stop}. {_last(saver)}.")
+            try:
+                beat("checkpoint")
+                saver.after_step(step + 1, progress(step + 1))
+            except SaveFailed as failed:
+                raise _cannot_save(saver, failed) from failed
+        _save_now(saver, run.num_steps, progress(run.num_steps))
 
 
-def _why_stopped(result: StepResult, step: int, num_skipped: int, folder: Path) -> str:
-    loss = float(result.sums["loss"].sum())
-    last = checkpoint.newest(folder)
-    return (
-        f"{num_skipped} steps in a row, up to step {step}, had no finite loss and gradient "
-        f"(loss {loss}, gradient norm {result.update.grad_norm}); no update was applied for them. "
-        f"The last checkpoint is {last or 'none'}. A lower optimizer.lr or a residual_clip often "
-        "helps; the limit is training.max_skipped_steps."
+def _ended(
+    run: Run, why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
+) -> TrainingStopped | StoppedEarly:
+    """The end of a run whose steps before `step` are saved."""
+    goes_on = f"{_last(saver)}; the same command goes on from there."
+    if isinstance(why, RolloutFailed):
+        return TrainingStopped(f"no rollouts for step {step}: {why}\n{goes_on}")
+    if why.is_time_limit and step == first_step:
+        return TrainingStopped(
+            "the time limit leaves no room for one step and a save; give the job more time, or "
+            f"mend limits.stop_before, {run.config.limits.stop_before}. {_last(saver)}."
+        )
+    return StoppedEarly(f"{why} before step {step}. {goes_on}")
+
+
+def _last(saver: Saver) -> str:
+    return f"The last checkpoint is {saver.newest or 'none'}"
+
+
+def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
+    beat("checkpoint")
+    try:
+        saver.save_now(num_done, progress)
+    except SaveFailed as failed:
+        raise _cannot_save(saver, failed) from failed
+
+
+def _cannot_save(saver: Saver, failed: SaveFailed) -> TrainingStopped:
+    return TrainingStopped(
+        f"could not save: {failed}\n{_last(saver)}; the same command goes on from there."
     )
 
 
@@ -113,7 +140,6 @@ class Reporter:
         self._run = run
         self._first_step = first_step
         self._is_here = run.runtime.rank == 0
-        self._save_seconds: float | None = None
         self._console = Console(file=sys.stdout, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.fields[what]}"),
@@ -149,12 +175,26 @@ class Reporter:
         if self._is_here:
             self._log.close()
 
-    def report(self, metrics: Metrics) -> None:
-        """Write one step's metrics, with the time of the save before it."""
+    def sync(self) -> None:
+        """Have the lines so far on the disk. On the first rank."""
+        self._log.sync()
+
+    def say(self, text: str) -> None:
+        """A line that is no step's."""
+        if self._is_here:
+            self._console.print(text, markup=False)
+
+    def warn(self, step: int, verdict: Verdict) -> None:
+        """Say what the guards have seen, if anything."""
+        if verdict.said:
+            done = "" if verdict.apply else "; its update is left out"
+            self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
+
+    def report(self, metrics: Metrics, *, blocked_seconds: float) -> None:
+        """Write one step's metrics, with the time that saves have taken from it."""
         if not self._is_here:
             return
-        if self._save_seconds is not None:
-            metrics["seconds/checkpoint"], self._save_seconds = self._save_seconds, None
+        metrics["seconds/checkpoint"] = blocked_seconds
         self._log.write(metrics)
         line = _step_line(metrics)
         self._progress.update(self._task, advance=1, description=line)
@@ -163,12 +203,6 @@ class Reporter:
 
     def _show_rollouts(self, num_done: int, num_all: int) -> None:
         self._progress.update(self._rollouts, completed=num_done, total=num_all)
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._save_seconds = time.perf_counter() - started
 
 
 def _headline(run: Run, first_step: int) -> str:
@@ -196,5 +230,5 @@ def _step_line(metrics: Metrics) -> str:
     parts.append(f"length {metrics['response_length_mean']:.0f}")
     parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     if metrics["step_skipped"]:
-        parts.append("SKIPPED: not finite")
+        parts.append("SKIPPED")
     return "  ".join(parts)

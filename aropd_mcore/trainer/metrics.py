@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
         "lr": result.update.lr,
         "grad_norm": result.update.grad_norm,
         "step_skipped": int(not result.update.applied),
+        **result.verdict.metrics,
     }
     counts = torch.tensor([[result.num_tokens, result.num_padding_tokens]])
     num_tokens, num_padding = runtime.gather_over_data(counts).sum(0).tolist()
@@ -99,22 +101,44 @@ class MetricsLog:
         """
         path = config.output_dir / "metrics.jsonl"
         _cut_back(path, first_step)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        """What a full disk has not taken yet; it is tried again with the next line."""
         self._tensorboard = _open_tensorboard(config, first_step)
         self._wandb = _open_wandb(config)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         # JSON has no NaN and no infinity, and strict readers refuse them.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(finite) + "\n").encode()
+        with suppress(OSError):
+            self._write_out()
         if self._tensorboard:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, metrics["step"])
         if self._wandb:
             self._wandb.log(dict(metrics), step=metrics["step"])
 
+    def _write_out(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def sync(self) -> None:
+        """Wait until the disk has every line: before a checkpoint is written that has them behind
+        it.
+
+        Raises:
+            OSError: it does not take them.
+        """
+        try:
+            self._write_out()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+
     def close(self) -> None:
+        with suppress(OSError):  # said already, by a checkpoint that could not be written
+            self._write_out()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()

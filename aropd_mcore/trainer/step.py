@@ -4,7 +4,7 @@ Source: METHOD sections 2 to 4; AR-OPD, arXiv:2606.10385.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aropd_mcore.config import Config
 from aropd_mcore.data.dataset import RowDataset, step_positions
@@ -16,7 +16,10 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.batch import form_batch
-from aropd_mcore.trainer.timing import Timer
+from aropd_mcore.trainer.guards import Guards, Verdict
+from aropd_mcore.trainer.kept_rollouts import KeptRollouts
+from aropd_mcore.trainer.stop import Stops
+from aropd_mcore.trainer.timing import Phases
 from aropd_mcore.types import Rollout, Views
 
 
@@ -35,6 +38,10 @@ class Run:
     engine: RolloutEngine | None
     """None for `sft`, which learns from the oracle's responses."""
     pad_token_id: int
+    guards: Guards
+    stops: Stops = field(default_factory=Stops)
+    kept_rollouts: KeptRollouts | None = None
+    """Where checkpoint.save_rollouts asks for it."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +56,46 @@ class StepResult:
     num_padding_tokens: int
     """Of them, those that are padding."""
     sums: TokenSums
+    verdict: Verdict
     update: UpdateResult
     seconds: dict[str, float]
 
 
 def train_step(run: Run, step: int) -> StepResult:
-    """Sample, score, learn, follow."""
-    timer = Timer(run.runtime.device)
+    """Sample, score, learn, follow.
+
+    Raises:
+        StopWanted: on every rank alike, and before anything of the run has changed.
+    """
+    phase = Phases(step, run.runtime, run.stops)
 
     # Rows (x, z, a), and for each the prompts of the three views.
-    views, seeds = views_of_step(run, step)
+    with phase("data"):
+        views, seeds = views_of_step(run, step)
 
     # y ~ student(. | x), or for sft the oracle's own response.
-    with timer("rollout"):
+    with phase("rollout"):
         rollouts = respond(run, step, views, seeds)
 
     # Every loss token's weight in the global loss; then three sequences and one response a sample.
     batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
 
     # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
-    with timer("teacher"):
+    with phase("teacher"):
         outputs = run.teacher.score(batch.microbatches) if run.teacher else None
 
     # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
-    with timer("student"):
+    with phase("student"):
         sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
 
-    with timer("optimizer"):
-        update = run.student.optimizer.step(loss=float(sums["loss"].sum()))
+    # An update that is not finite, or that a guard refuses, is left out.
+    with phase("optimizer"):
+        grad_norm = run.student.optimizer.grad_norm()
+        verdict = judge(run, sums, grad_norm)
+        update = run.student.optimizer.step(grad_norm, apply=verdict.apply)
 
     # teacher <- (1 - alpha) teacher + alpha student; the engine samples from the new weights.
-    with timer("sync"):
+    with phase("sync"):
         if update.applied:
             if run.teacher:
                 run.teacher.follow()
@@ -92,8 +108,9 @@ def train_step(run: Run, step: int) -> StepResult:
         batch.num_tokens,
         batch.num_padding_tokens,
         sums,
+        verdict,
         update,
-        timer.seconds,
+        phase.seconds,
     )
 
 
@@ -122,21 +139,52 @@ def views_of_step(run: Run, step: int) -> tuple[list[Views], list[int]]:
 
 def respond(run: Run, step: int, views: Sequence[Views], seeds: Sequence[int]) -> list[Rollout]:
     """A response to every student prompt; with rollout.async_steps the next step's are begun."""
-    if run.engine is not None:
-        prompts, sampling = [v.student_ids for v in views], run.config.rollout
-        if sampling.async_steps == 0:
-            return run.engine.generate(prompts, seeds, sampling)
+    if run.engine is None:
+        return _oracle_responses(run, views)
+    prompts, kept = [v.student_ids for v in views], run.kept_rollouts
+    num_async = run.config.rollout.async_steps
+    rollouts = None
+    if kept is not None:  # of this step, by an attempt that ended in the middle of it
+        version = run.engine.weight_version
+        versions = range(version - num_async, version + 1)
+        rollouts = kept.read(step, prompts, seeds, versions)
+    if rollouts is None:
+        rollouts = _sample(run, prompts, seeds)
+        run.stops.check(run.runtime)  # which may have cut them short
+        if kept is not None:
+            kept.write(step, prompts, seeds, rollouts)
+    is_next_kept = kept is not None and step + 1 in kept.steps
+    if num_async and step + 1 < run.num_steps and not is_next_kept:
         assert isinstance(run.engine, VllmEngine)
-        if not run.engine.has_begun:  # the first step
-            run.engine.begin(prompts, seeds, sampling)
-        rollouts = run.engine.finish()
-        if step + 1 < run.num_steps:
-            next_views, next_seeds = views_of_step(run, step + 1)
-            run.engine.begin([v.student_ids for v in next_views], next_seeds, sampling)
-        return rollouts
+        next_views, next_seeds = views_of_step(run, step + 1)
+        run.engine.begin([v.student_ids for v in next_views], next_seeds, run.config.rollout)
+    return rollouts
+
+
+def _sample(run: Run, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:
+    """From the engine: what it has begun in the step before, or begins now."""
+    assert run.engine is not None
+    if run.config.rollout.async_steps == 0:
+        return run.engine.generate(prompts, seeds, run.config.rollout)
+    assert isinstance(run.engine, VllmEngine)
+    if not run.engine.has_begun:  # the first step
+        run.engine.begin(prompts, seeds, run.config.rollout)
+    return run.engine.finish()
+
+
+def _oracle_responses(run: Run, views: Sequence[Views]) -> list[Rollout]:
     limit = run.config.rollout.max_response_tokens
     oracle = [run.view_builder.oracle_response_ids(v.row) for v in views]
     return [
         Rollout(ids[:limit], logprobs=(), finished=len(ids) <= limit, weight_version=0)
         for ids in oracle
     ]
+
+
+def judge(run: Run, sums: TokenSums, grad_norm: float) -> Verdict:
+    """What the guards say of the step, the same on every rank."""
+    return run.guards.judge(
+        loss=float(sums["loss"].sum()),
+        grad_norm=grad_norm,
+        length=float(sums["num_tokens"].sum()) / run.config.training.global_batch_size,
+    )

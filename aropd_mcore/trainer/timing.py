@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""The phases of a step: what they take, and where the step may be abandoned."""
 
 import time
 from collections.abc import Iterator
@@ -6,18 +6,35 @@ from contextlib import contextmanager
 
 import torch
 
+from aropd_mcore.heartbeat import beat
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.trainer.stop import Stops
 
-class Timer:
+_BEFORE_UPDATE = ("teacher", "student")
+"""Nothing of the run has changed after these."""
+
+
+class Phases:
     """Wall-clock seconds by phase; waits for the GPU at a phase's end."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, step: int, runtime: Runtime, stops: Stops):
         self.seconds: dict[str, float] = {}
-        self._device = device
+        self._step = step
+        self._runtime = runtime
+        self._stops = stops
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """
+        Raises:
+            StopWanted: at the end of a phase before the update, on every rank alike.
+        Collectives: where it may raise, one all-reduce over the job.
+        """
+        beat(phase, self._step)
         start = time.perf_counter()
         yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        if phase in _BEFORE_UPDATE:
+            self._stops.check(self._runtime)

@@ -3,12 +3,17 @@
 That a run goes on bitwise in fp32 is tested on real processes in tests/trainer/test_resume.py.
 """
 
+import random
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from transformers import AutoModelForCausalLM
 
 from aropd_mcore import cli
@@ -17,9 +22,10 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.inspect import inspect
+from aropd_mcore.convert.manifest import newest, read_manifest, step_of
 from aropd_mcore.convert.source import HF_FOLDER, HFSource, open_source
 from aropd_mcore.convert.verify import verify
-from aropd_mcore.mcore import checkpoint, runtime
+from aropd_mcore.mcore import checkpoint, checkpoint_folder, runtime, writing
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import export_hf
 from aropd_mcore.rollout.native import NativeEngine
@@ -120,19 +126,54 @@ def check_bf16(path: Path, folder: Path) -> None:
     still = (teacher_of(run).model.get_parameter(first) == start[first]).float().mean()
     assert still > 0.9, "in bf16 alone this step should have vanished"
 
-    checkpoint.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime, keep_last=1)
-    saved = masters(run)
+    checkpoint.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime)
+    saved, drawn = masters(run), draw()
     _, following = step(run, 1)
     reached = masters(run)
     runtime.stop()
 
     run = build(path, "model.dtype=bf16")
-    path_of_save = checkpoint.newest(folder)
+    path_of_save = newest(folder)
     assert path_of_save is not None
     assert checkpoint.load(path_of_save, run.student, run.teacher, run.runtime) == {"step": 1}
     assert_equal(masters(run), saved)
+    assert draw() == drawn, "every generator goes on from where it was"
     assert step(replace(run, engine=Replay(list(exact.rollouts))), 1)[1] == following
     assert_equal(masters(run), reached)
+
+
+def draw() -> tuple[float, ...]:
+    """A number of each generator that a process has."""
+    with get_cuda_rng_tracker().fork():
+        of_tracker = float(torch.rand(()))
+    return random.random(), float(np.random.random()), float(torch.rand(())), of_tracker
+
+
+def test_a_save_in_the_background_holds_the_values_at_its_start(path, tmp_path):
+    run_ranks(check_background, 2, path, tmp_path)
+
+
+def check_background(path: Path, folder: Path) -> None:
+    run = build(path)
+    step(run, 0)
+    parts = run.student, run.teacher, {"step": 1}, run.runtime
+    at_once = checkpoint.save(folder / "at-once", 1, *parts)
+    checkpoint_folder.prepare(folder / "later")
+    with patch.object(writing.os, "nice", lambda _: time.sleep(2.0)):  # in the writing process
+        saving = checkpoint.Saving(folder / "later", 1, *parts, asynchronous=True)
+    before = masters(run)
+    step(run, 1)
+    assert not saving.is_written(), "the step was to come before the writing"
+    assert newest(folder / "later") is None
+    assert saving.commit() >= 2.0
+    later = newest(folder / "later")
+    assert later is not None
+    assert any(not torch.equal(value, before[name]) for name, value in masters(run).items())
+    sums, expected = (read_manifest(p)["files"] for p in (later, at_once))
+    tensors = [name for name in expected if name.endswith(".distcp")]
+    assert tensors and {name: sums[name] for name in tensors} == {
+        name: expected[name] for name in tensors
+    }
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -170,9 +211,7 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
     for number in range(3):
         step(run, number)
     progress = {"step": 3}
-    checkpoint.save(
-        folder / "checkpoints", 3, run.student, run.teacher, progress, run.runtime, keep_last=1
-    )
+    checkpoint.save(folder / "checkpoints", 3, run.student, run.teacher, progress, run.runtime)
     model = path.parent / "model"
     if run.runtime.rank == 0:
         keep_companions(HFSource(model), folder / HF_FOLDER, torch.float32)
@@ -193,9 +232,9 @@ def test_what_cannot_be_loaded_is_refused(path, tmp_path):
 
 
 def check_refusals(path: Path, folder: Path) -> None:
-    assert checkpoint.newest(folder / "nothing") is None
+    assert newest(folder / "nothing") is None
     with pytest.raises(CheckpointError, match="expected a folder named iter_NNNNNNN"):
-        checkpoint.step_of(folder / "iter_12")
+        step_of(folder / "iter_12")
 
     run = build(path, "objective.name=sft")
     empty = folder / "iter_0000001"
@@ -204,7 +243,7 @@ def check_refusals(path: Path, folder: Path) -> None:
         checkpoint.load(empty, run.student, run.teacher, run.runtime)
     empty.rmdir()
 
-    of_sft = checkpoint.save(folder, 1, run.student, None, {}, run.runtime, keep_last=1)
+    of_sft = checkpoint.save(folder, 1, run.student, None, {}, run.runtime)
 
     runtime.stop()
     distilling = build(path)

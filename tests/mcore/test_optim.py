@@ -41,8 +41,8 @@ def learning_rates(folder: Path, schedules: list[str]) -> dict[str, list[float]]
         model = build_model(folder, rt, dtype=torch.float32)
         optimizer = Optimizer(model, config, num_steps=NUM_STEPS)
         optimizer.zero_grad()
-        # Without a finite loss nothing is updated, and the schedule still advances.
-        rates[schedule] = [optimizer.step(loss=math.nan).lr for _ in range(NUM_STEPS)]
+        # Nothing is updated, and the schedule still advances.
+        rates[schedule] = [optimizer.step(0.0, apply=False).lr for _ in range(NUM_STEPS)]
     return rates
 
 

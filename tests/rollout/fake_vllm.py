@@ -57,18 +57,29 @@ class FakeVllm:
         hold: while it is cleared, responses wait.
         loads: False makes it keep its old weights and claim the new ones.
         processed: take log-probs after the sampling settings.
+        damaged, lost: a tensor that its workers are given with another bit, or not at all.
+        greedy: answer with the loaded model's likeliest tokens.
         num_workers, sent_value: of a transfer.
     and look at: responses (how many it gave), most_at_a_time, loaded (folders, in order), joined
     (communicators, in order).
     """
 
-    def __init__(self, *, key: str | None = None, version: str = "0.32.0", port: int = 0):
-        self.key, self.version, self.port = key, version, port or _port_to_come_back_to()
+    def __init__(
+        self,
+        *,
+        key: str | None = None,
+        version: str = "0.32.0",
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ):
+        self.key, self.version = key, version
+        self.host, self.port = host, port or _port_to_come_back_to()
         self.faults: list[str] = []
         self.always: str | None = None
         self.hold = threading.Event()
         self.hold.set()
-        self.loads, self.processed = True, False
+        self.loads, self.processed, self.greedy = True, False, False
+        self.damaged = self.lost = ""
         self.responses = self.most_at_a_time = self._at_a_time = 0
         self.loaded: list[Path] = []
         self.num_workers, self.sent_value = 1, UNLOADED
@@ -79,6 +90,7 @@ class FakeVllm:
     def start(self) -> None:
         """Begin to serve, with the weights of a new server."""
         self.label, self.is_paused, self.value, self.model = "default", False, UNLOADED, None
+        self.digests: dict[str, str] | None = None
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -101,7 +113,7 @@ class FakeVllm:
             def handle_error(self, *_: Any) -> None:
                 """Connections break here on purpose."""
 
-        self._http = Server(("127.0.0.1", self.port), Handler)
+        self._http = Server((self.host, self.port), Handler)
         self._connections: list[socket.socket] = []
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -150,21 +162,53 @@ class FakeVllm:
         if path == "/update_weights":
             assert self.is_paused
             self.value = self.sent_value
+            self._note()
         if path == "/collective_rpc":
-            assert self.is_paused and body["method"] == "reload_weights"
-            folder = Path(body["kwargs"]["weights_path"])
-            self.loaded.append(folder)
-            if self.loads:
-                self._load(folder)
+            assert self.is_paused
+            return {"results": self._on_workers(body["method"], body["kwargs"])}
         return {"success": True}
+
+    def _on_workers(self, method: str, arguments: dict[str, str]) -> list[Any]:
+        found: Any = None
+        match method:
+            case "reload_weights":
+                folder = Path(arguments["weights_path"])
+                self.loaded.append(folder)
+                if self.loads:
+                    self._load(folder)
+            case "aropd_note_digests":
+                self.digests = {}
+            case "aropd_noted_digests":
+                found, self.digests = self.digests, None
+                assert found is not None
+        return [found] * self.num_workers
+
+    def _note(self, folder: Path | None = None) -> None:
+        """Digests of what its workers are given: a folder's tensors, or the number as one."""
+        if self.digests is None:
+            return
+        import torch
+        from safetensors.torch import load_file
+
+        from aropd_mcore.rollout.vllm_side.aropd_digests import digest
+
+        tensors = {} if folder else {"value": torch.tensor([self.value])}
+        for path in folder.glob("*.safetensors") if folder else ():
+            tensors |= load_file(path)
+        tensors.pop(self.lost, None)
+        if self.damaged in tensors:
+            tensors[self.damaged].view(torch.uint8).view(-1)[-1] ^= 1
+        self.digests |= {name: digest(tensor) for name, tensor in tensors.items()}
 
     def _load(self, folder: Path) -> None:
         if (folder / "value").exists():
             self.value = float((folder / "value").read_text())
+            self._note()
         else:
             import torch
             from transformers import AutoModelForCausalLM
 
+            self._note(folder)
             with _LOADING:
                 self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -179,10 +223,16 @@ class FakeVllm:
         limit, stop_ids = params["max_tokens"], params["stop_token_ids"]
         # Whoever takes the answer of a fault takes another one than the right one.
         seed = params["seed"] + bool(fault)
-        ids = response_to(body["token_ids"], seed, limit, stop_ids)
+        if self.greedy:
+            assert params["temperature"] == 0
+            ids, logprobs = self._likeliest(body["token_ids"], limit, stop_ids)
+        else:
+            ids = response_to(body["token_ids"], seed, limit, stop_ids)
+            logprobs = [-id / 100 for id in ids]
+        content = [{"token_id": i, "logprob": v} for i, v in zip(ids, logprobs, strict=True)]
         choice = {
             "token_ids": ids,
-            "logprobs": {"content": [{"token_id": i, "logprob": -i / 100} for i in ids]},
+            "logprobs": {"content": content},
             "weight_versions": [{"version": self.label, "start": 0, "end": len(ids)}],
         }
         answer: Any = {"choices": [choice]}
@@ -228,6 +278,20 @@ class FakeVllm:
                 os._exit(9)
         return self._reply(handler, 200, answer)
 
+    def _likeliest(
+        self, prompt: Sequence[int], limit: int, stop_ids: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        import torch
+
+        assert self.model
+        ids, logprobs = [], []
+        with torch.no_grad():
+            while len(ids) < limit and not (ids and ids[-1] in stop_ids):
+                logits = self.model(torch.tensor([[*prompt, *ids]])).logits[0, -1].log_softmax(-1)
+                ids.append(int(logits.argmax()))
+                logprobs.append(float(logits.max()))
+        return ids, logprobs
+
     def _score(self, body: dict[str, Any]) -> dict[str, Any]:
         [last] = body["sampling_params"]["allowed_token_ids"]
         ids = [*body["token_ids"], last]
@@ -261,7 +325,9 @@ def main() -> None:
     print("arguments", sys.argv[1:], flush=True)
     if "--refuse" in sys.argv:
         sys.exit("unrecognized arguments: --refuse")
-    fake = FakeVllm(key=os.environ["VLLM_API_KEY"], port=int(arguments["--port"]))
+    fake = FakeVllm(
+        key=os.environ["VLLM_API_KEY"], host=arguments["--host"], port=int(arguments["--port"])
+    )
     marker = Path(arguments["--exit-once"]) if "--exit-once" in arguments else None
     if marker and not marker.exists():
         marker.touch()

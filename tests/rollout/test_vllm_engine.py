@@ -4,6 +4,7 @@ The servers are fakes in the test's process, which sample by a formula and score
 """
 
 import os
+import signal
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from aropd_mcore.config import Config, ConfigError, SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.types import Rollout
@@ -37,6 +39,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 def config_of(folder: Path, fakes: list[FakeVllm], **sections: dict[str, Any]) -> Path:
     vllm = {"urls": [fake.url for fake in fakes], "retries": 1, "start_timeout": 4.0}
+    vllm["checksums"] = True
     rollout = {"engine": "vllm", "max_response_tokens": 10, "vllm": vllm}
     return write_run(folder, **{"rollout": rollout, **sections})
 
@@ -263,7 +266,6 @@ def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
 
 def check_stop(path: Path) -> None:
     os.environ["VLLM_API_KEY"] = KEY
-    from aropd_mcore.mcore import checkpoint
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import TrainingStopped, train
 
@@ -271,9 +273,9 @@ def check_stop(path: Path) -> None:
     runtime = start_runtime(config)
     with pytest.raises(TrainingStopped, match="no rollouts for step 2: no vLLM server") as stopped:
         train(config, runtime)
-    newest = checkpoint.newest(config.output_dir / "checkpoints")
-    assert newest is not None and newest.name == "iter_0000002"
-    assert all(url in str(stopped.value) for url in (*config.rollout.vllm.urls, str(newest)))
+    last = newest(config.output_dir / "checkpoints")
+    assert last is not None and last.name == "iter_0000002"
+    assert all(url in str(stopped.value) for url in (*config.rollout.vllm.urls, str(last)))
 
 
 def check_goes_on(path: Path) -> None:
@@ -282,4 +284,32 @@ def check_goes_on(path: Path) -> None:
 
     config = load_config(path)
     train(config, start_runtime(config))
+    os.environ.pop("VLLM_API_KEY")
+
+
+def test_a_stop_does_not_wait_for_responses(tmp_path, fakes):
+    """Told to the first rank alone, while every server is slow."""
+    for fake in fakes:
+        fake.faults = ["slow"] * 8
+    training = {"num_steps": 1, "global_batch_size": 4, "micro_batch_size": 2}
+    run_ranks(check_stop_in_time, 2, config_of(tmp_path, fakes, training=training))
+
+
+def check_stop_in_time(path: Path) -> None:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+    from aropd_mcore.trainer.stop import Stops, StopWanted
+
+    stops, config = Stops(), load_config(path)
+    runtime = start_runtime(config)
+    run = build_run(config, runtime, stops)
+    assert run.engine is not None
+    run.engine.sync(0)
+    if runtime.rank == 0:
+        stops.signal = signal.SIGTERM
+    with pytest.raises(StopWanted):
+        train_step(run, 0)
+    assert run.engine.generate([(1, 2)], [3], config.rollout) == [], "nothing was waited for"
+    run.engine.close()
     os.environ.pop("VLLM_API_KEY")

@@ -5,18 +5,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from aropd_mcore.config import SamplingConfig, VllmConfig
 from aropd_mcore.rollout import vllm_servers
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
-from aropd_mcore.rollout.vllm_servers import Servers, Weights
+from aropd_mcore.rollout.vllm_servers import Servers, Weights, check_digests
+from aropd_mcore.rollout.vllm_side.aropd_digests import Digests, digest
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
-from tests.rollout.fake_vllm import EOS, FakeVllm, response_to
+from tests.rollout.fake_vllm import EOS, UNLOADED, FakeVllm, response_to
 
 SAMPLING = SamplingConfig(max_response_tokens=12)
 PROMPTS = [[20 + i, 21, 22 + 3 * i] for i in range(24)]
@@ -58,13 +60,14 @@ def servers_of(
     )
 
 
-def weights(root: Path, version: int) -> Weights:
+def weights(root: Path, version: int, *, checksums: bool = False) -> Weights:
     """A folder of "weights" under which every token has the log-prob -1 / (version + 1)."""
     value = -1 / (version + 1)
     folder = root / f"step-{version}"
     folder.mkdir(exist_ok=True)
     (folder / "value").write_text(str(value))
-    return Weights(version, f"{version}-run", folder, [value] * (len(PROBE) - 1))
+    digests = {"value": digest(torch.tensor([value]))} if checksums else None
+    return Weights(version, f"{version}-run", folder, [value] * (len(PROBE) - 1), digests)
 
 
 def generate(servers: Servers) -> list[Rollout]:
@@ -202,6 +205,83 @@ def test_weights_that_are_not_the_trainers_end_the_run_with_both_numbers(fakes, 
         servers.sync(weights(tmp_path, 1))
     theirs = "-1.000000" if keeps else "-0.333333"
     assert f"-0.500000 in training and {theirs} there" in str(failed.value)
+
+
+def test_a_tensor_that_is_not_the_trainers_ends_the_run_with_both_digests(fakes, tmp_path):
+    honest, other = fakes(), fakes()
+    other.num_workers = 2
+    servers = servers_of([honest, other])
+    servers.sync(weights(tmp_path, 0, checksums=True))
+    assert generate(servers) == expected(0)
+
+    other.damaged = "value"
+    wanted = weights(tmp_path, 1, checksums=True)
+    assert wanted.digests
+    with pytest.raises(RolloutFailed) as failed:
+        servers.sync(wanted)
+    damaged = torch.tensor([-0.5])
+    damaged.view(torch.uint8)[-1] ^= 1
+    assert str(failed.value) == (
+        f"worker 0 of {other.url} was given another value than training has: its sha256 is "
+        f"{wanted.digests['value']} in training and {digest(damaged)} there"
+    )
+    assert other.label == "0-run", "it does not go on under the new label"
+
+    other.damaged, other.lost = "", "value"
+    servers.sync(weights(tmp_path, 2, checksums=True))  # without it, which is not ready
+    with pytest.raises(RolloutFailed, match=rf"{other.url} was given 0 of 1 tensors; .* is value"):
+        generate(servers)
+
+    # Sent instead of loaded.
+    other.lost, other.damaged = "", "value"
+    servers.prepare()
+    digests = {"value": digest(torch.tensor([UNLOADED]))}
+    with pytest.raises(RolloutFailed, match=rf"of {other.url} was given another value"):
+        servers.receive("an id", ["value"], "float32", [(1,)], "3-run", digests)
+
+
+def test_workers_share_out_tensors_and_need_all_of_them_together():
+    server = Server("server 0", None)
+    check_digests(
+        server, {"a": "1", "b": "2", "c": "3"}, [{"a": "1", "b": "2"}, {"a": "1", "c": "3"}]
+    )
+    with pytest.raises(RolloutFailed, match=r"was given 2 of 3 tensors; the first .* is b"):
+        check_digests(server, {"a": "1", "b": "2", "c": "3"}, [{"a": "1"}, {"c": "3"}])
+    with pytest.raises(RolloutFailed, match=r"worker 1 .* another d .* of no tensor in training"):
+        check_digests(server, {"a": "1"}, [{"a": "1"}, {"d": "4"}])
+
+
+def test_digests_are_taken_of_what_the_model_is_given():
+    """Of a worker as vLLM makes one: the extension is a base class of it."""
+
+    class Model(torch.nn.Module):
+        given: dict[str, torch.Tensor]
+
+        def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            self.given = dict(tensors)
+            return set(self.given)
+
+    class Worker(Digests):
+        model = Model()
+
+        def get_model(self) -> Model:
+            return self.model
+
+    worker, tensors = Worker(), {"a": torch.ones(3, 2).bfloat16(), "b": torch.tensor(2.0)}
+    for _ in range(2):
+        worker.aropd_note_digests()
+        worker.aropd_note_digests()  # a load before has failed
+        assert worker.model.load_weights(iter(tensors.items())) == {"a", "b"}
+        assert worker.model.given == tensors
+        assert worker.aropd_noted_digests() == {name: digest(t) for name, t in tensors.items()}
+    worker.model.load_weights(iter({"c": torch.ones(1)}.items()))
+    assert worker.aropd_digests.keys() == tensors.keys(), "no more are noted"
+    others = (
+        torch.ones(2, 3).bfloat16(),
+        torch.ones(3, 2).half(),
+        torch.full((3, 2), 1.01).bfloat16(),
+    )
+    assert len({digest(tensor) for tensor in (tensors["a"], *others)}) == 4
 
 
 @pytest.mark.parametrize(

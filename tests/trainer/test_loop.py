@@ -121,19 +121,42 @@ def test_too_many_in_a_row_stop_the_run(path):
     message = run_ranks(train_poisoned, 2, path, out, [1, 2, 3])[0]
     assert message is not None
     assert message.startswith(
-        "3 steps in a row, up to step 3, had no finite loss and gradient (loss nan, gradient norm"
+        "step 3: 3 steps in a row were left out, the last for no finite loss and gradient "
+        "(loss nan, gradient norm"
     )
-    assert "The last checkpoint is none." in message
     assert "the limit is training.max_skipped_steps" in message
+    assert f"The last checkpoint is {out / 'checkpoints' / 'iter_0000004'}." in message
     assert [line["step_skipped"] for line in read_lines(out)] == [0, 1, 1, 1]
 
 
 def test_the_count_survives_a_resume(path):
     out = path.parent / "resumed"
-    run_ranks(train_poisoned, 2, path, out, [2, 3], ["checkpoint.save_every_steps=4"], 4)
+    saves = ["checkpoint.save_every_steps=4", "checkpoint.asynchronous=false"]
+    run_ranks(train_poisoned, 2, path, out, [2, 3], saves, 4)
     message = run_ranks(train_poisoned, 2, path, out, [4])[0]
-    assert message is not None and message.startswith("3 steps in a row, up to step 4")
-    assert str(out / "checkpoints" / "iter_0000004") in message
+    assert message is not None and message.startswith("step 4: 3 steps in a row")
+    assert str(out / "checkpoints" / "iter_0000005") in message
+
+
+def test_a_guard_skips_or_stops_before_the_update(path):
+    """The first step that it warns of is the one that it leaves out, or saves and stops at."""
+    guards = ["guards.window=2", "guards.loss_spike_zscore=1.0"]
+    lines = {}
+    for action in ("warn", "skip"):
+        out = path.parent / action
+        run_ranks(train_poisoned, 2, path, out, [], [*guards, f"guards.loss_spike={action}"])
+        lines[action] = read_lines(out)
+    spikes = [line["num_loss_spikes"] for line in lines["warn"]]
+    first = spikes.index(1)
+    assert not any(line["step_skipped"] for line in lines["warn"])
+    assert [line["step_skipped"] for line in lines["skip"][: first + 1]] == [0] * first + [1]
+    assert lines["skip"][first]["loss"] == lines["warn"][first]["loss"]
+
+    out = path.parent / "guarded"
+    message = run_ranks(train_poisoned, 2, path, out, [], [*guards, "guards.loss_spike=stop"])[0]
+    assert message is not None and message.startswith(f"step {first}: a spike: loss")
+    assert f"The last checkpoint is {out / 'checkpoints' / f'iter_{first + 1:07d}'}." in message
+    assert read_lines(out)[-1]["step_skipped"] == 1
 
 
 class Interrupted(Exception):
@@ -187,7 +210,7 @@ def test_command_line_says_why_and_exits_with_3(path, tmp_path):
     overrides = ["objective.name=sft", f"model.path={model}", f"output_dir={tmp_path / 'out'}"]
     code, printed = run_ranks(train_by_command, 1, path, overrides)[0]
     assert code == 3
-    assert printed.startswith("aropd: stopped: 3 steps in a row, up to step 2,")
+    assert printed.startswith("aropd: stopped: step 2: 3 steps in a row")
     assert "Traceback" not in printed and printed.count("\n") == 1
 
 

@@ -68,7 +68,7 @@ def steps_around_a_save(root: Path, case: Case) -> dict[Layout, RankSteps]:
         assert len(run.student.optimizer.ddp_chunks[0].bucket_groups) > 1 or rt.pp_rank > 0
         for step in (0, 1):
             train_step(run, step)
-        path = checkpoint.save(folder, 2, run.student, None, {}, rt, keep_last=1)
+        path = checkpoint.save(folder, 2, run.student, None, {}, rt)
         run = build_run(config, rt)
         checkpoint.load(path, run.student, None, rt)
         results[layout] = take(run, range(2, 4))

@@ -623,7 +623,13 @@ NOT_REPORTED = {
 OF_ANOTHER_TEST = {
     "step",
     "step_skipped",
+    "grad_norm_zscore",
+    "length_ratio",
+    "loss_zscore",
     "num_cut_tokens",
+    "num_length_collapses",
+    "num_loss_spikes",
+    "num_non_finite_steps",
     "num_response_tokens",
     "padding_fraction",
     "premature_answer_rate",

@@ -6,6 +6,7 @@ One function on two tensor-parallel ranks, since a server takes a minute to star
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def test_a_run_with_vllm(tmp_path):
         "python": os.environ["AROPD_VLLM_PYTHON"],
         "arguments": ["--enforce-eager"],
         "start_timeout": START_SECONDS,
+        "checksums": True,
     }
     path = write_run(
         tmp_path,
@@ -80,7 +82,24 @@ def check_run(path: Path) -> None:
             assert log.count("Started server process") == 2, "it was killed once"
             check_key_is_asked_for(engine)
 
+        # A bit of the export that changes on its way.
+        usual = vllm_api.Api.load_weights
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vllm_api.Api, "load_weights", load_damaged(usual))
+            engine.sync(NUM_STEPS)
+        with pytest.raises(
+            RolloutFailed, match=r"worker 0 of server 0 was given another \S+weight"
+        ):
+            engine.generate(PROMPTS, SEEDS, GREEDY)
+        engine.sync(NUM_STEPS)
+        check_same_as_native(config, run, NUM_STEPS)
+
         # A server that says it has loaded what it was given, and has not.
+        rollout = engine._serving.rollout
+        vllm = rollout.vllm.model_copy(update={"checksums": False})
+        engine._serving = replace(
+            engine._serving, rollout=rollout.model_copy(update={"vllm": vllm})
+        )
         if run.runtime.rank == 0:
             engine._servers.servers[0].num_failures = 0
         with pytest.MonkeyPatch.context() as patch:
@@ -150,6 +169,20 @@ def processes_of(engine: Any) -> list[psutil.Process]:
         return []
     watchdog = psutil.Process(engine._servers.servers[0].process._process.pid)
     return [watchdog, *watchdog.children(recursive=True)]
+
+
+def load_damaged(usual: Any) -> Any:
+    """A method that changes the last bit of the exported file, and then loads it as usual."""
+
+    async def load(self: vllm_api.Api, folder: Path) -> None:
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+        await usual(self, folder)
+
+    return load
 
 
 async def load_nothing(self: vllm_api.Api, folder: Path) -> None:

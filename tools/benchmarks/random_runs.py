@@ -99,6 +99,7 @@ def build_run(
     from aropd_mcore.mcore.student import Student
     from aropd_mcore.mcore.teacher import Teacher
     from aropd_mcore.rollout.native import NativeEngine
+    from aropd_mcore.trainer.guards import Guards
     from aropd_mcore.trainer.step import Run
 
     def random_model() -> Any:
@@ -128,6 +129,7 @@ def build_run(
         teacher=teacher,
         engine=engine,
         pad_token_id=0,
+        guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
     )
 
 
@@ -161,7 +163,7 @@ class Phases:
         self.peaks: dict[str, int] = {}
         self._phase = ""
         student, optimizer = run.student, run.student.optimizer
-        optimizer.step = self._begins("optimizer", optimizer.step)
+        optimizer.grad_norm = self._begins("optimizer", optimizer.grad_norm)
         student.forward_backward = self._begins("student", student.forward_backward)
         if run.teacher:
             run.teacher.score = self._begins("teacher", run.teacher.score)

@@ -1,0 +1,72 @@
+"""The arguments of `aropd eval`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aropd_mcore.rollout.arguments import add_sampling_arguments, sampling_of_arguments
+
+if TYPE_CHECKING:
+    from aropd_mcore.evaluate.evaluate import Evaluation
+
+_DESCRIPTION = """\
+Accuracy of a student, a teacher or any other checkpoint on benchmarks in local files.
+
+A task is name=FILE, JSONL (also .gz) or Parquet as published, whose format is found from its keys:
+  gsm8k      GSM8K                              medmcqa    MedMCQA
+  math       MATH-500, AMC, AIME, Minerva, rows gpqa       GPQA
+  choices    MMLU, MMLU-Pro, MedQA              humaneval  HumanEval, HumanEval+
+                                                mbpp       MBPP, MBPP+
+or name:format=FILE. Questions are rendered as in training, by the views of the checkpoint's run or
+of --config, greedy unless --temperature says otherwise.
+
+Mathematics is graded by math-verify, choices by letter, code by running it: --allow-code-execution
+does that in a sandbox, which the README describes.
+
+OUT gets responses.jsonl, samples.jsonl (a graded line a response) and summary.json. After an
+interruption the same command goes on where it stopped. Processes are those of `aropd generate`.
+"""
+_EXAMPLES = """\
+examples:
+  %(prog)s --model runs/mine --task gsm8k=test.jsonl --task amc23=amc.jsonl --out runs/mine/eval
+  %(prog)s --model runs/mine --weights teacher --task gsm8k=test.jsonl --out teacher
+  %(prog)s --model HF --task aime=aime.jsonl --samples 16 --temperature 0.6 --engine vllm --out aime
+  %(prog)s --model HF --task humaneval=HumanEval.jsonl.gz --allow-code-execution --out humaneval
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything but how many processes to start."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="an HF folder; a Megatron checkpoint or one iteration of it; a run's output_dir",
+    )
+    parser.add_argument(
+        "--task", required=True, action="append", dest="tasks", metavar="NAME=FILE", help="several"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run the code that the model writes, in a sandbox",
+    )
+    add_sampling_arguments(parser, temperature=0.0)
+
+
+def evaluation_of_arguments(args: argparse.Namespace) -> "Evaluation":
+    """As evaluate.evaluation_of."""
+    from aropd_mcore.evaluate.evaluate import evaluation_of
+    from aropd_mcore.evaluate.tasks import parse_task
+
+    return evaluation_of(
+        args.model,
+        [parse_task(text) for text in args.tasks],
+        args.out,
+        allow_code_execution=args.allow_code_execution,
+        **sampling_of_arguments(args),
+    )

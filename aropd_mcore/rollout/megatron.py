@@ -1,0 +1,130 @@
+"""The engine `megatron`: the training model samples in Megatron's own dynamic inference engine."""
+
+from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from aropd_mcore.config import SamplingConfig
+from aropd_mcore.heartbeat import beat
+from aropd_mcore.mcore.decode import share
+from aropd_mcore.mcore.dynamic import PAGE_TOKENS, decode_dynamically
+from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.engine import check_prompts, never
+from aropd_mcore.rollout.responses import STOPPED, Responses
+from aropd_mcore.types import Rollout
+
+
+class _Stopped(Exception):
+    """No more tokens are wanted; raised on every rank of the replica alike."""
+
+
+class MegatronEngine:
+    """RolloutEngine over the training model itself, as NativeEngine is: on GPUs, by flash-attn over
+    a paged KV cache. Not interleaved, nor context- or expert-parallel, nor in fp8
+    (config.check_engine_layout).
+
+    Every rank of a model replica calls `generate` with the same arguments and returns the same
+    list. Tokens are drawn as NativeEngine draws them, so that weights, prompt and seed give the
+    same response in either, up to rounding in the logits.
+
+    Args:
+        model: this rank's shard, without DDP around it. Its weights are read at every call.
+        eos_token_ids: any of them ends a response.
+        batch_size: rows decoded together at most.
+        kv_cache_tokens: tokens that the KV cache holds at most, on each model replica, in whole
+            pages of PAGE_TOKENS: rows wait, or are computed again, where they are full. None: as
+            many as batch_size rows can have.
+        should_stop: as NativeEngine's.
+    """
+
+    def __init__(
+        self,
+        model: StageModel,
+        runtime: Runtime,
+        *,
+        eos_token_ids: Sequence[int],
+        batch_size: int,
+        kv_cache_tokens: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ):
+        self.model = model
+        self.runtime = runtime
+        self.batch_size = batch_size
+        self.kv_cache_tokens = kv_cache_tokens
+        self.weight_version = 0
+        self._should_stop = should_stop
+        self._eos_token_ids = torch.tensor(
+            list(eos_token_ids), dtype=torch.int64, device=runtime.device
+        )
+
+    def sync(self, weight_version: int) -> None:
+        """Note how many updates the weights have seen; they are the student's own."""
+        self.weight_version = weight_version
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
+    ) -> list[Rollout]:
+        """As RolloutEngine.generate.
+
+        Raises:
+            ValueError: seeds and prompts differ in number; a prompt is empty, has an id that the
+                model has not, or leaves no room for max_response_tokens, in the model's positions
+                or in kv_cache_tokens.
+            FloatingPointError: the model's logits are not finite.
+        Collectives: those of mcore.dynamic.decode_dynamically, and a broadcast of tokens over
+            tp_group and pp_group for every token; none over dp_group.
+        """
+        check_prompts(
+            prompts,
+            seeds,
+            sampling,
+            vocab_size=self.model.vocab_size,
+            max_sequence_length=self.model.max_sequence_length,
+        )
+        if not prompts:
+            return []
+        limit = sampling.max_response_tokens
+        made = Responses(seeds, limit, self._eos_token_ids)
+
+        def draw(running: list[int], logits_BV: Tensor | None) -> tuple[Tensor, Set[int]]:
+            beat()
+            tokens_B = made.draw(running, logits_BV, sampling)
+            if self._should_stop():
+                tokens_B.fill_(STOPPED)
+            share(tokens_B, self.runtime)
+            if tokens_B[0] == STOPPED:  # so says the rank that samples
+                raise _Stopped
+            return tokens_B, {running[place] for place in made.add(running, tokens_B)}
+
+        batch_size = min(self.batch_size, len(prompts))
+        with suppress(_Stopped):
+            decode_dynamically(
+                self.model,
+                self.runtime,
+                prompts,
+                draw,
+                max_response_tokens=limit,
+                batch_size=batch_size,
+                num_pages=self._num_pages(max(map(len, prompts)) + limit, batch_size),
+            )
+        share(made.logprobs_RT, self.runtime)
+        return made.rollouts(self.weight_version)
+
+    def _num_pages(self, max_length: int, batch_size: int) -> int:
+        of_a_row = -(-max_length // PAGE_TOKENS)
+        if self.kv_cache_tokens is None:
+            return of_a_row * batch_size
+        num_pages = self.kv_cache_tokens // PAGE_TOKENS
+        if num_pages < of_a_row:
+            raise ValueError(
+                f"a prompt with its response takes up to {max_length} tokens, {of_a_row} pages of "
+                f"{PAGE_TOKENS}, and rollout.kv_cache_tokens {self.kv_cache_tokens} holds "
+                f"{num_pages}"
+            )
+        return min(num_pages, of_a_row * batch_size)

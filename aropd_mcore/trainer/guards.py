@@ -1,0 +1,139 @@
+"""Steps that look wrong, judged before their update is applied.
+
+Source: METHOD section 7. All that is looked at is the same on every rank, and so is the verdict.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from aropd_mcore.config import GuardAction, GuardsConfig
+
+_SMALLEST_DEVIATION = 1e-3
+"""Of the mean: losses that hardly move at all make no spike of a small change."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to become of a step."""
+
+    apply: bool = True
+    """Whether its update may be applied."""
+    said: tuple[str, ...] = ()
+    """What was seen, a line each."""
+    stop: str | None = None
+    """Why the run should end, if it should."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The step's, and the counts over the run."""
+
+
+class Guards:
+    """The run's memory of what its steps look like.
+
+    A step whose update is left out does not enter the window, so that it does not hide the next.
+    """
+
+    def __init__(self, config: GuardsConfig, *, max_skipped_steps: int):
+        self.config = config
+        self.max_skipped_steps = max_skipped_steps
+        self._window: dict[str, list[float]] = {"loss": [], "grad_norm": [], "length": []}
+        self._counts = {"non_finite_steps": 0, "loss_spikes": 0, "length_collapses": 0}
+        self._num_skipped_in_a_row = 0
+
+    def judge(self, *, loss: float, grad_norm: float, length: float) -> Verdict:
+        """Look at a step between its backward and its update, and remember it.
+
+        Args:
+            loss, grad_norm: of the global batch.
+            length: mean loss tokens of its responses.
+        """
+        config, actions, said = self.config, set[GuardAction](), []
+        metrics = {}
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._counts["non_finite_steps"] += 1
+            actions |= {config.non_finite, "skip"}
+            said.append(f"no finite loss and gradient (loss {loss}, gradient norm {grad_norm})")
+        else:
+            metrics = self._compared(loss, grad_norm, length)
+            if config.loss_spike != "off" and self._spikes(metrics):
+                self._counts["loss_spikes"] += 1
+                actions.add(config.loss_spike)
+                said.append(
+                    f"a spike: loss {loss:.4g}, {metrics['loss_zscore']:.1f} standard deviations "
+                    f"above the last {config.window} steps', gradient norm {grad_norm:.4g}, "
+                    f"{metrics['grad_norm_zscore']:.1f} above (guards.loss_spike_zscore "
+                    f"{config.loss_spike_zscore:g})"
+                )
+        if config.length_collapse != "off" and self._collapses(metrics, length):
+            self._counts["length_collapses"] += 1
+            actions.add(config.length_collapse)
+            ratio = metrics.get("length_ratio")
+            beside = "" if ratio is None else f", {ratio:.2f} x the last {config.window} steps'"
+            said.append(
+                f"responses collapse: {length:.1f} loss tokens on the average{beside} "
+                f"(guards.length_collapse_ratio {config.length_collapse_ratio:g}, "
+                f"length_collapse_floor {config.length_collapse_floor:g})"
+            )
+        apply = not actions & {"skip", "stop"}
+        if apply:
+            self._remember(loss=loss, grad_norm=grad_norm, length=length)
+        self._num_skipped_in_a_row = 0 if apply else self._num_skipped_in_a_row + 1
+        counts = {f"num_{name}": count for name, count in self._counts.items()}
+        return Verdict(apply, tuple(said), self._why_stop(actions, said), metrics | counts)
+
+    def _compared(self, loss: float, grad_norm: float, length: float) -> dict[str, float]:
+        """The step beside the window; nothing before that is full."""
+        if len(self._window["loss"]) < self.config.window:
+            return {}
+        mean_length = statistics.fmean(self._window["length"])
+        return {
+            "loss_zscore": _zscore(loss, self._window["loss"]),
+            "grad_norm_zscore": _zscore(grad_norm, self._window["grad_norm"]),
+            "length_ratio": length / mean_length if mean_length else 1.0,
+        }
+
+    def _spikes(self, metrics: dict[str, float]) -> bool:
+        scores = [metrics[name] for name in ("loss_zscore", "grad_norm_zscore") if name in metrics]
+        return any(score > self.config.loss_spike_zscore for score in scores)
+
+    def _collapses(self, metrics: dict[str, float], length: float) -> bool:
+        is_short = metrics.get("length_ratio", 1.0) < self.config.length_collapse_ratio
+        return is_short or length < self.config.length_collapse_floor
+
+    def _remember(self, **values: float) -> None:
+        for name, value in values.items():
+            self._window[name] = [*self._window[name], value][-self.config.window :]
+
+    def _why_stop(self, actions: set[GuardAction], said: list[str]) -> str | None:
+        if "stop" in actions:
+            return "; ".join(said)
+        if self._num_skipped_in_a_row >= self.max_skipped_steps:
+            return (
+                f"{self._num_skipped_in_a_row} steps in a row were left out, the last for "
+                f"{'; '.join(said)}. A lower optimizer.lr or a residual_clip often helps; the "
+                "limit is training.max_skipped_steps"
+            )
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "window": {name: list(values) for name, values in self._window.items()},
+            "counts": dict(self._counts),
+            "num_skipped_in_a_row": self._num_skipped_in_a_row,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; a window that the settings have made shorter forgets its start."""
+        for name, values in state["window"].items():
+            self._window[name] = list(values)[-self.config.window :]
+        self._counts = dict(state["counts"])
+        self._num_skipped_in_a_row = state["num_skipped_in_a_row"]
+
+
+def _zscore(value: float, window: list[float]) -> float:
+    mean = statistics.fmean(window)
+    deviation = statistics.pstdev(window, mean)
+    smallest = max(_SMALLEST_DEVIATION * abs(mean), 1e-12)
+    return (value - mean) / max(deviation, smallest)

@@ -1,0 +1,38 @@
+"""`python -m tests.faults.faulty FAULTS train ...`: `aropd` with faults in a rank's data loader.
+
+FAULTS is JSON: `rank` has them; from `step` on it shall `raise`, `hang`, or be `slow` by so many
+seconds a row: {"rank": 1, "slow": [0, 0.3], "raise": 2}.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from aropd_mcore import cli
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.types import Row
+
+
+def install(faults: dict[str, Any]) -> None:
+    if int(os.environ["RANK"]) != faults["rank"]:
+        return
+    row_at = RowDataset.row_at
+
+    def faulty_row_at(self: RowDataset, position: int, **how: Any) -> Row:
+        step = position // faults["prompts_per_step"]
+        if step >= faults.get("raise", step + 1):
+            raise RuntimeError(f"a planted error at row {position}")
+        if step >= faults.get("hang", step + 1):
+            time.sleep(10_000)
+        if "slow" in faults:
+            time.sleep(faults["slow"])
+        return row_at(self, position, **how)
+
+    RowDataset.row_at = faulty_row_at  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    install(json.loads(sys.argv[1]))
+    sys.exit(cli.main(sys.argv[2:]))

@@ -1,0 +1,32 @@
+"""Times as people and Slurm write them."""
+
+import pytest
+
+from aropd_mcore.durations import seconds_of
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("3h55m", 14100),
+        ("90m", 5400),
+        ("30s", 30),
+        ("1d2h3m4s", 93784),
+        ("3:55:00", 14100),
+        ("1-02:30:00", 95400),
+        ("1-02:30", 95400),
+        ("2-00", 172800),
+        ("100:00:01", 360001),
+    ],
+)
+def test_what_is_a_time(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "90", "90:00", "5m3h", "3h55", "-1h", "1.5h", "3h 5m", "0s", "0-00", "soon"]
+)
+def test_what_is_none(text):
+    with pytest.raises(ValueError, match="expected a time") as error:
+        seconds_of(text)
+    assert repr(text) in str(error.value)

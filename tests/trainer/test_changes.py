@@ -1,0 +1,77 @@
+"""What may differ from a checkpoint's run, and what it says."""
+
+from pathlib import Path
+
+import pytest
+
+from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config_file import load_config
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.trainer.changes import FREE, REFUSED, check_changes, describe_run
+from tests.tiny_runs import write_model, write_run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("changes"))
+
+
+def described(path: Path, *overrides: str) -> dict:
+    config = load_config(path, list(overrides))
+    return describe_run(config, RowDataset.load(config.data.train))
+
+
+def test_free_changes_are_the_same_run(path):
+    moved = path.parent / "elsewhere.jsonl"
+    moved.write_bytes((path.parent / "rows.jsonl").read_bytes())
+    saved = described(path)
+    current = described(
+        path,
+        "parallel.tensor=2",
+        "checkpoint.keep_last=7",
+        "training.micro_batch_size=4",
+        "rollout.vllm.servers=3",
+        f"data.train=[{moved}]",
+    )
+    assert current["config_hash"] == saved["config_hash"]
+    (line,) = check_changes(saved, current, [])
+    assert line.startswith("changed, and the same run: checkpoint.keep_last: 2 -> 7, parallel.")
+    assert check_changes(saved, described(path), []) == []
+
+
+def test_other_rules_are_said(path):
+    saved, current = described(path), described(path, "optimizer.lr=0.5", "teacher.ema_rate=0.2")
+    assert check_changes(saved, current, []) == [
+        "changed, and other rules from here on: optimizer.lr: 0.001 -> 0.5, "
+        "teacher.ema_rate: 0.1 -> 0.2"
+    ]
+    assert current["config_hash"] != saved["config_hash"]
+
+
+def test_another_run_is_refused_with_the_way_out(path):
+    rows = path.parent / "fewer.jsonl"
+    rows.write_text("".join((path.parent / "rows.jsonl").read_text().splitlines(True)[1:]))
+    wider = write_model(path.parent / "wider", intermediate_size=128)
+    saved = described(path)
+    current = described(
+        path, "training.seed=5", f"data.train=[{rows}]", f"model.path={wider}", "optimizer.lr=0.5"
+    )
+    with pytest.raises(ConfigError) as refused:
+        check_changes(saved, current, ["model.path"])
+    message = str(refused.value)
+    assert "\n  training.seed: 1234 -> 5 (the rows come in another order" in message
+    assert "\n  data.train: " in message and "model.path" not in message
+    assert "'checkpoint.allow_changes=[training.seed,data.train]'" in message
+    (line,) = check_changes(saved, current, ["training.seed", "data.train", "model.path"])
+    for key in ("training.seed", "data.train", "model.path", "optimizer.lr"):
+        assert f"{key}: " in line
+    with pytest.raises(ConfigError, match=r"found 'optimizer.lr', which nothing refuses"):
+        check_changes(saved, current, ["optimizer.lr"])
+
+
+def test_every_setting_of_the_lists_exists():
+    for key in (*FREE, *REFUSED):
+        model = Config
+        for name in key.split("."):
+            assert name in model.model_fields, key
+            model = model.model_fields[name].annotation

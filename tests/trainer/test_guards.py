@@ -1,0 +1,92 @@
+"""Guards, fed with numbers; that a step heeds them is in test_loop.py."""
+
+import json
+import math
+
+import pytest
+
+from aropd_mcore.config import GuardsConfig
+from aropd_mcore.trainer.guards import Guards, Verdict
+
+CALM = [(1.0 + 0.01 * (-1) ** i, 2.0 + 0.1 * (-1) ** i, 100.0) for i in range(4)]
+"""Loss, gradient norm and length of a full window: deviations 0.01 and 0.1."""
+
+
+def guards(**settings) -> Guards:
+    return Guards(GuardsConfig.model_validate({"window": 4, **settings}), max_skipped_steps=3)
+
+
+def judge(guards: Guards, *steps: tuple[float, float, float]) -> list[Verdict]:
+    return [
+        guards.judge(loss=loss, grad_norm=grad_norm, length=length)
+        for loss, grad_norm, length in steps
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "said", "count"),
+    [
+        ("loss_spike", (1.07, 2.0, 100), "loss 1.07, 7.0 standard deviations", "num_loss_spikes"),
+        ("loss_spike", (1.0, 2.7, 100), "gradient norm 2.7, 7.0 above", "num_loss_spikes"),
+        ("length_collapse", (1.0, 2.0, 20), "20.0 loss tokens", "num_length_collapses"),
+    ],
+)
+def test_each_action(name, step, said, count):
+    for action in ("off", "warn", "skip", "stop"):
+        *calm, verdict = judge(guards(**{name: action}), *CALM, step)
+        assert all(v.apply and not v.said and v.metrics[count] == 0 for v in calm)
+        assert verdict.apply == (action in ("off", "warn")), action
+        assert any(said in line for line in verdict.said) == (action != "off")
+        assert (verdict.stop is not None and said in verdict.stop) == (action == "stop")
+        assert verdict.metrics[count] == (action != "off")
+
+
+@pytest.mark.parametrize("step", [(1.05, 2.5, 26), (0.5, 0.1, 1000)])
+def test_what_is_no_reason(step):
+    """A little more, and far less: lower losses and longer responses are welcome."""
+    [*_, verdict] = judge(guards(loss_spike="stop", length_collapse="stop"), *CALM, step)
+    assert verdict.apply and not verdict.said
+
+
+def test_nothing_is_judged_by_a_window_that_is_not_full():
+    [*_, verdict] = judge(guards(loss_spike="stop"), *CALM[:3], (50.0, 50.0, 1))
+    assert verdict.apply and "loss_zscore" not in verdict.metrics
+    [verdict] = judge(guards(length_collapse="stop", length_collapse_floor=5), (1.0, 1.0, 4.9))
+    assert verdict.stop and "4.9 loss tokens" in verdict.stop, "the floor holds from the start"
+
+
+def test_losses_that_stand_still_do_not_make_a_spike_of_a_breath():
+    still = [(1.0, 1.0, 10.0)] * 4
+    assert judge(guards(loss_spike="stop"), *still, (1.005, 1.005, 10.0))[-1].apply
+    assert not judge(guards(loss_spike="stop"), *still, (1.007, 1.0, 10.0))[-1].apply
+
+
+def test_what_is_left_out_does_not_hide_the_next_and_too_many_stop():
+    spike = (9.0, 2.0, 100.0)
+    verdicts = judge(guards(loss_spike="skip"), *CALM, spike, spike, CALM[0], *[spike] * 3)
+    assert [v.apply for v in verdicts[4:]] == [False, False, True, False, False, False]
+    assert [v.stop is None for v in verdicts[4:]] == [True] * 5 + [False]
+    assert "3 steps in a row were left out" in str(verdicts[-1].stop)
+    warned = judge(guards(loss_spike="warn"), *CALM, *[spike] * 5)
+    assert [bool(v.said) for v in warned[4:]] == [True] + [False] * 4, "a new level is one spike"
+
+
+@pytest.mark.parametrize("step", [(math.nan, 1.0, 100.0), (1.0, math.inf, 100.0)])
+def test_what_is_not_finite_is_never_applied(step):
+    [verdict] = judge(guards(), step)
+    assert not verdict.apply and verdict.stop is None
+    assert verdict.metrics["num_non_finite_steps"] == 1
+    [verdict] = judge(guards(non_finite="stop"), step)
+    assert not verdict.apply and "no finite loss and gradient" in str(verdict.stop)
+
+
+def test_the_state_is_plain_and_goes_on_as_if_nothing_had_been():
+    steps = [*CALM, (9.0, 2.0, 100.0), (math.nan, 1.0, 100.0), *CALM, (1.2, 2.0, 3.0)]
+    unbroken = guards(loss_spike="skip")
+    expected = judge(unbroken, *steps)
+    for cut in range(len(steps)):
+        first, second = guards(loss_spike="skip"), guards(loss_spike="skip")
+        found = judge(first, *steps[:cut])
+        second.load_state(json.loads(json.dumps(first.state())))
+        assert found + judge(second, *steps[cut:]) == expected
+        assert second.state() == unbroken.state()
