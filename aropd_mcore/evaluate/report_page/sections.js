@@ -16,10 +16,12 @@ const late = (run, name) => (run.metrics[name] ? mean(run.metrics[name].slice(-M
 
 function methodsSection(runs) {
   const tasks = [...new Set(runs.flatMap((run) => run.evaluations.flatMap((one) => Object.keys(one.tasks))))];
-  const metrics = ["kl_full_student", "kl_partial_student", "residual_uptake", "hindsight_token_rate", "premature_answer_rate", "response_length_mean", "tokens_per_second"]
+  const metrics = ["kl_full_student", "residual_uptake", "hindsight_token_rate", "response_length_mean"]
     .filter((name) => runs.some((run) => late(run, name) !== null));
+  const diagnosed = runs.some((run) => run.diagnoses.length);
   const heads = ["run", "method", "λ", "clip", "teacher", "steps",
     ...tasks.map((task) => [`${task} `, h("small", {}, "accuracy, 95 % interval")]),
+    ...(diagnosed ? [["ends with the answer", h("small", {}, "diagnosed, %")]] : []),
     ...metrics.map((name) => [label(name)[0], h("small", {}, { nats: "nats", share: "%" }[label(name)[1]] || "")])];
   const rows = runs.map((run) => [
     [key(run.color, run.dash), " ", run.name],
@@ -30,6 +32,7 @@ function methodsSection(runs) {
       const found = run.evaluations.map((one) => one.tasks[task]).filter(Boolean).at(-1);
       return found ? [format(found.accuracy, "share"), " ", h("span", { class: "pm" }, `${format(found.interval_95[0], "share").replace(" %", "")}–${format(found.interval_95[1], "share")}`)] : "–";
     }),
+    ...(diagnosed ? [format(run.diagnoses.at(-1)?.metrics.ends_with_answer_rate, "share").replace(" %", "")] : []),
     ...metrics.map((name) => format(late(run, name), label(name)[1]).replace(" %", "")),
   ]);
   return section("methods", "Methods", "Training metrics are means over the last tenth of a run's steps.",
