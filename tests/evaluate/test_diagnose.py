@@ -12,24 +12,32 @@ from matplotlib import image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aropd_mcore import cli
+from aropd_mcore.config import ObjectiveConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluate.diagnose import NUM_TOP, diagnose, diagnosis_of
-from aropd_mcore.evaluate.diagnosis import FLOORS, GAPS
+from aropd_mcore.evaluate.diagnosis import FLOORS, GAPS, Scored, summarize
 from aropd_mcore.mcore import runtime
+from aropd_mcore.numerics.scores import SUPPORT_GAPS
 from aropd_mcore.rollout.generate import start_runtime
 from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train
+from aropd_mcore.types import Rollout, Row, Views
 from tests import oracles
 from tests.ranks import run_ranks
 from tests.tiny_runs import write_model, write_run
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
 NUM_ROWS, SAMPLES, NUM_READ = 7, 2, 5
 SKIP, GAP, FLOOR = 2, 0.3, 0.02
 SCALE, CLIP = 1.2, 2.0
 VIEWS = ("student", "partial", "full", "target")
+_METRICS = (
+    "kl_full_student", "kl_partial_student", "kl_full_partial", "kl_target_student",
+    "entropy_full", *SUPPORT_GAPS,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +203,44 @@ def test_responses_and_prompts_are_those_of_generate_and_can_be_read(folder, dia
     assert plot[..., :3].std() > 0.1
 
 
+def test_a_teacher_is_as_reliable_as_it_prefers_right_responses(tmp_path):
+    """Mean log f - log s, the first token left out: 3 of 4 pairs where 10 tokens are shown."""
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    right, early, wrong = (
+        tuple(tokenizer.encode(text)) for text in ("so it is 42", "42 it is, so", "it is not 7")
+    )
+    made = [
+        (10, right, 1.0), (10, right, 0.5), (10, wrong, 0.7), (10, early, 0.0),
+        (50, right, 0.3), (50, wrong, 0.3),
+    ]  # fmt: skip
+    row = Row(question="?", reasoning="", answer="42")
+    views, scored = [], []
+    for number, (shown, ids, gain) in enumerate(made):
+        views.append(Views(row, (1, 2), (1, 2), (1, 2) + (3,) * shown))
+        scores = {name: np.ones(len(ids), np.float32) for name in _METRICS}
+        scores |= {f"logprob_{name}": np.full(len(ids), -2.0, np.float32) for name in VIEWS}
+        scores["logprob_full"] = scores["logprob_full"] + np.float32(gain)
+        scores["logprob_full"][0] = -90.0  # which does not count
+        scored.append(Scored(number, 0, Rollout(ids, (), True, 0), scores))
+    found = summarize(scored, views, tokenizer, ObjectiveConfig(skip_response_tokens=1))
+    few, many = found["reliability"]
+    assert (few["tokens_from"], few["tokens_to"], few["responses"]) == (10, 10, 4)
+    assert (few["ends_with_answer"], few["prefers_right"]) == (0.5, 0.75)
+    assert (many["tokens_from"], many["responses"], many["prefers_right"]) == (50, 2, 0.5)
+    assert few["gain_full_student"] == pytest.approx((10 * 1.0 + 10 * 0.5 + 10 * 0.7) / 41)
+    assert found["metrics"]["premature_answer_rate"] == pytest.approx(1 / 6)
+    assert found["metrics"]["ends_with_answer_rate"] == pytest.approx(3 / 6)
+
+
 def test_the_diagnosis_does_not_depend_on_the_layout(folder, tmp_path):
     def calls(name: str, **sizes: int) -> list[Call]:
-        """In pieces, with fewer responses than replicas at the end; and a model with experts."""
+        """In pieces; and a model with experts, with fewer responses than replicas at the end."""
         dense = {k: v for k, v in sizes.items() if k != "expert"}
         common = {"data": folder / "rows.jsonl", "out": tmp_path / name}
         batch = {"rollouts_per_prompt": SAMPLES, "batch_size": 3}
         run = {"model": folder / "out", "rollout": batch, "parallel": dense}
-        moe = {"model": folder / "moe", "config": folder / "run.yaml", "num_rows": 3}
-        moe |= {"rollout": {"rollouts_per_prompt": 1}, "parallel": sizes}
+        moe = {"model": folder / "moe", "config": folder / "run.yaml", "num_rows": 5}
+        moe |= {"rollout": {"rollouts_per_prompt": 1, "batch_size": 1}, "parallel": sizes}
         return [common | run, common | moe | {"out": tmp_path / f"{name}-moe"}]
 
     run_ranks(_diagnose_all, 1, calls("one"))
