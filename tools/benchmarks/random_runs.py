@@ -5,6 +5,7 @@ Imports torch and the configuration alone; what needs Megatron is imported on th
 
 import ctypes
 import gc
+import multiprocessing
 import os
 import random
 from collections.abc import Callable, Mapping
@@ -78,6 +79,8 @@ def _rank(
     )
     function(folder, *args)
     dist.barrier()
+    for child in multiprocessing.active_children():  # Megatron's checkpointing leaves one behind
+        child.kill()
     os._exit(0)  # megatron's groups end with the process
 
 
