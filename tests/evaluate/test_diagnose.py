@@ -32,7 +32,7 @@ from tests.tiny_tokenizer import save_tiny_tokenizer
 
 NUM_ROWS, SAMPLES, NUM_READ = 7, 2, 5
 SKIP, GAP, FLOOR = 2, 0.3, 0.02
-SCALE, CLIP = 1.2, 2.0
+SCALE, CLIP = 1.2, 0.5
 VIEWS = ("student", "partial", "full", "target")
 _METRICS = (
     "kl_full_student", "kl_partial_student", "kl_full_partial", "kl_target_student",
@@ -161,6 +161,7 @@ def test_the_metrics_are_those_of_the_method_over_the_loss_tokens(diagnosed, den
         return float(((residual > gap) & (sampled["partial"] < math.log(floor))).double().mean())
 
     found = diagnosed["metrics"]
+    assert expected["clip_fraction"].max() > 0.05
     for name, values in expected.items():
         assert found[name] == pytest.approx(float(values.mean()), abs=1e-4), name
         if f"{name}/0-255" in found:

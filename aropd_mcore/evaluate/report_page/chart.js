@@ -66,7 +66,8 @@ const legend = (series) => h("ul", { class: "legend" }, series.map((one) => h("l
  * Lines over numbers or categories, with a cross hair that follows the pointer and the arrow keys.
  *
  * spec: title, series [{name, color, dash, points [{x, y, low, high}], faint [{x, y}]}], xLabel,
- * yLabel, unit, categories (names of x = 0, 1, ...), dots, height, fromZero.
+ * yLabel, unit, categories (names of x = 0, 1, ...), dots, dodge (series side by side), height,
+ * fromZero, range.
  */
 function lineChart(host, spec) {
   host.classList.add("chart");
@@ -93,7 +94,7 @@ function lineChart(host, spec) {
     const xs = [...new Set(all.map((p) => p.x))].sort((a, b) => a - b);
     const pad = spec.categories ? 0.5 : 0;
     const first = spec.categories ? -pad : xs[0], last = spec.categories ? spec.categories.length - 1 + pad : xs.at(-1);
-    const px = (x) => left + ((x - first) / (last - first || 1)) * (width - left - right);
+    const acrossPlot = (x) => left + ((x - first) / (last - first || 1)) * (width - left - right), px = acrossPlot;
     const py = (y) => top + (1 - (y - low) / (high - low)) * (height - top - bottom);
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: 0, "aria-label": `${spec.title}. Arrow keys read the values.` });
     root.append(svg("text", { x: 0, y: 12 }, spec.yLabel));
@@ -105,7 +106,9 @@ function lineChart(host, spec) {
     const every = spec.categories ? Math.ceil((spec.categories.length * 9 * Math.max(...spec.categories.map((c) => c.length))) / (width - left - right)) : 1;
     xTicks.forEach((at, i) => i % every || root.append(svg("text", { x: px(at), y: height - bottom + 18, "text-anchor": "middle" }, spec.categories ? spec.categories[at] : tickText(at, xTicks))));
     root.append(svg("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, spec.xLabel));
-    for (const one of spec.series) {
+    spec.series.forEach((one, number) => {
+      const aside = spec.dodge ? 9 * (number - (spec.series.length - 1) / 2) : 0;
+      const px = (x) => acrossPlot(x) + aside;
       const path = (points) => {
         let text = "", open = false;
         for (const p of points) {
@@ -118,7 +121,7 @@ function lineChart(host, spec) {
       for (const p of one.points) if (p.low !== undefined && p.low !== null) root.append(svg("line", { x1: px(p.x), x2: px(p.x), y1: py(p.low), y2: py(p.high), "stroke-width": 1.5, style: `stroke:${one.color}` }));
       root.append(svg("path", { d: path(one.points), fill: "none", "stroke-width": 2, "stroke-linejoin": "round", "stroke-dasharray": one.dash || null, style: `stroke:${one.color}` }));
       if (spec.dots || one.points.length < 2) for (const p of one.points) if (p.y !== null) root.append(svg("circle", { cx: px(p.x), cy: py(p.y), r: 3.5, style: `fill:${one.color}` }));
-    }
+    });
     const cross = svg("line", { class: "cross", y1: top, y2: height - bottom, visibility: "hidden" });
     root.append(cross);
     const tip = h("div", { class: "tip", hidden: true, role: "status" });

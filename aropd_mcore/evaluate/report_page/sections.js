@@ -142,7 +142,7 @@ function accuracySection(all, shown) {
   if (!tasks.length) return null;
   const hosts = tasks.map(() => h("div", {}));
   const spec = (task) => ({
-    title: `Accuracy on ${task} by response length`, unit: "share", yLabel: "accuracy", xLabel: "response length, tokens", xName: "tokens", categories: BUCKETS, dots: true, height: 280, range: [0, 1],
+    title: `Accuracy on ${task} by response length`, unit: "share", yLabel: "accuracy", xLabel: "response length, tokens", xName: "tokens", categories: BUCKETS, dots: true, dodge: true, height: 280, range: [0, 1],
     series: shown().flatMap((run, i) => run.evaluations.filter((one) => one.tasks[task]).slice(-1).map((one) => ({
       name: run.name, color: run.color, dash: run.dash,
       points: BUCKETS.map((bucket, x) => [x, one.tasks[task].by_length[bucket]]).filter(([, found]) => found).map(([x, found]) => ({
