@@ -73,8 +73,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(path, whole, small_disk, t
     assert messages[0] == messages[1], "every rank ends alike"
     full, others = messages[0][: len(room)], messages[0][len(room) :]
     for message in full:
-        # torch's writer may crash on a full disk: in the writing process.
-        assert "No space left on device" in message or "has died" in message
+        # What torch says of a full disk is not always that, so it is said how much there is.
         assert "MiB are free there" in message
         assert str(disk) in message
     during, after, killed, denied = others
