@@ -31,7 +31,7 @@ from tests.tiny_runs import write_model, write_run
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 NUM_ROWS, SAMPLES, NUM_READ = 7, 2, 5
-SKIP, GAP, FLOOR = 2, 0.3, 0.02
+SKIP, GAP, FLOOR = 2, 0.3, 0.2
 SCALE, CLIP = 1.2, 0.5
 VIEWS = ("student", "partial", "full", "target")
 _METRICS = (
@@ -154,7 +154,7 @@ def test_the_metrics_are_those_of_the_method_over_the_loss_tokens(diagnosed, den
     ):  # fmt: skip
         alone = (log[b] < math.log(FLOOR)) & (log[a] - log[b] > GAP)
         expected[f"support_gap_{a}_{b}"] = (log[a].exp() * alone).sum(-1)
-        assert expected[f"support_gap_{a}_{b}"].max() > 0.05
+        assert expected[f"support_gap_{a}_{b}"].max() > 1e-3
     residual = sampled["full"] - sampled["partial"]
 
     def rate(gap: float, floor: float) -> float:
@@ -195,7 +195,7 @@ def test_responses_and_prompts_are_those_of_generate_and_can_be_read(folder, dia
     for line, rollout in zip(lines, diagnosed["rollouts"], strict=False):
         assert rollout["ids"] == line["response_ids"] and rollout["question"] == line["question"]
         assert rollout["text"] == tokenizer.decode(rollout["ids"])
-        assert f"{line['question']}<|im_end|>" in rollout["prompt"]
+        assert f"{line['question'].strip()}<|im_end|>" in rollout["prompt"]
     assert set(diagnosed["vocabulary"]) >= {
         str(id) for r in diagnosed["rollouts"] for id in r["ids"]
     }
@@ -234,34 +234,26 @@ def test_a_teacher_is_as_reliable_as_it_prefers_right_responses(tmp_path):
 
 
 def test_the_diagnosis_does_not_depend_on_the_layout(folder, tmp_path):
-    def calls(name: str, **sizes: int) -> list[Call]:
-        """In pieces; and a model with experts, with fewer responses than replicas at the end."""
-        dense = {k: v for k, v in sizes.items() if k != "expert"}
-        common = {"data": folder / "rows.jsonl", "out": tmp_path / name}
-        batch = {"rollouts_per_prompt": SAMPLES, "batch_size": 3}
-        run = {"model": folder / "out", "rollout": batch, "parallel": dense}
-        moe = {"model": folder / "moe", "config": folder / "run.yaml", "num_rows": 5}
-        moe |= {"rollout": {"rollouts_per_prompt": 1, "batch_size": 1}, "parallel": sizes}
-        return [common | run, common | moe | {"out": tmp_path / f"{name}-moe"}]
+    """In pieces; the model with experts with fewer responses than replicas at the end."""
 
-    run_ranks(_diagnose_all, 1, calls("one"))
-    run_ranks(
-        _diagnose_all,
-        2,
-        [
-            *calls("replicas"),
-            *calls("tensor", tensor=2),
-            *calls("pipeline", pipeline=2),
-            *calls("expert", expert=2),
-        ],
-    )
-    run_ranks(_diagnose_all, 4, calls("both", tensor=2, pipeline=2)[:1])
-    names = {"": "rows-step2.json", "-moe": "rows.json"}
-    for kind, file in names.items():
+    def call(name: str, *, moe: bool = False, **sizes: int) -> Call:
+        found = {"data": folder / "rows.jsonl", "out": tmp_path / name, "parallel": sizes}
+        if moe:
+            sampling = {"rollouts_per_prompt": 1, "batch_size": 1}
+            found |= {"model": folder / "moe", "config": folder / "run.yaml", "num_rows": 5}
+        else:
+            sampling = {"rollouts_per_prompt": SAMPLES, "batch_size": 3}
+            found |= {"model": folder / "out"}
+        return found | {"rollout": sampling}
+
+    run_ranks(_diagnose_all, 1, [call("one"), call("one-moe", moe=True)])
+    on_two = [call("replicas"), call("tensor-moe", moe=True, tensor=2)]
+    run_ranks(_diagnose_all, 2, [*on_two, call("expert-moe", moe=True, expert=2)])
+    run_ranks(_diagnose_all, 4, [call("both", tensor=2, pipeline=2)])
+    for name in ("replicas", "both", "tensor-moe", "expert-moe"):
+        kind, file = ("-moe", "rows.json") if "moe" in name else ("", "rows-step2.json")
         expected = _read(tmp_path / f"one{kind}" / file)
-        others = ["replicas", "tensor", "pipeline", "expert"] + ["both"] * (kind == "")
-        for name in others:
-            _assert_close(_read(tmp_path / f"{name}{kind}" / file), expected, name)
+        _assert_close(_read(tmp_path / name / file), expected, name)
     read = _read(tmp_path / "both" / "rows-step2.json")["rollouts"]
     assert len(read) == NUM_READ and [r["sample"] for r in read] == [0, 1, 0, 1, 0]
 
@@ -290,12 +282,15 @@ def _assert_close(found: Any, expected: Any, where: str) -> None:
         assert found == expected, where
 
 
+_HF_MODEL = ["--model", "{folder}/model", "--max-response-tokens", "16"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "{folder}/model"], "model: not a run's checkpoint; give --out"),
+        (_HF_MODEL, "model: not a run's checkpoint; give --out"),
         (["--data", "nowhere"], "nowhere: no such file"),
-        (["--model", "{folder}/model", "--weights", "teacher"], "no teacher beside it"),
+        ([*_HF_MODEL, "--weights", "teacher"], "no teacher beside it"),
         (["--max-response-tokens", "500"], "exceeds the model's 512 positions"),
     ],
 )
