@@ -437,7 +437,7 @@ class CheckpointConfig(Section):
     """... except those of a multiple of this many steps. null: no exceptions."""
     asynchronous: bool = True
     """Write in the background, by a forked process of each rank: training waits for the values to
-    be copied, and a checkpoint exists a few steps later. false: training waits for the disk."""
+    be copied, and a checkpoint exists a few steps later. false: training waits for the writing."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What a run does that cannot save (a full disk, say): stop, or say so, train on and try again
     when the next save is due. The last checkpoint stays either way; the end's has to succeed."""

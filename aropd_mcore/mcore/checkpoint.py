@@ -54,22 +54,19 @@ class Saving:
         runtime: Runtime,
         *,
         about: Mapping[str, Any] | None = None,
-        asynchronous: bool = False,
     ):
-        """Take the values of everything as they are now, and begin to write them.
+        """Take the values of everything as they are now, and begin to write them in the background.
 
         Args:
             folder: that exists.
             progress: plain values that belong to the run (counters); the same on every rank.
             about: JSON values for the manifest, beside the progress, layout and package versions.
-            asynchronous: the writing goes on in the background, and training may too.
         Raises:
             SaveFailed: the folder is gone, or nothing can be written there.
         Collectives: dist_checkpointing.save's, and broadcasts; every rank must call it.
         """
         self.step = step
         started = time.perf_counter()
-        self._is_asynchronous = asynchronous
         self._about = {
             "progress": dict(progress),
             "layout": _layout(runtime),
@@ -82,7 +79,7 @@ class Saving:
         state["progress"] = dict(progress)
         state["layout"] = _layout(runtime)
         state["rng"] = _rng_state(runtime)
-        self._writing = Writing(state, self._partial, asynchronous=asynchronous)
+        self._writing = Writing(state, self._partial)
         self._seconds = time.perf_counter() - started
 
     def is_written(self) -> bool:
@@ -109,10 +106,8 @@ class Saving:
         by_first_rank(
             lambda: make_whole(self._partial, self.step, self._files(everybody), self._about)
         )
-        waited = time.perf_counter() - started
-        if self._is_asynchronous:
-            waited += max(written.seconds for written, _ in everybody)
-        return self._seconds + waited
+        writing = max(written.seconds for written, _ in everybody)
+        return self._seconds + writing + time.perf_counter() - started
 
     def _files(self, everybody: list[tuple[Written, list[str]]]) -> dict[str, FileSum]:
         """The files that all ranks have written, if they could."""

@@ -1,8 +1,9 @@
-"""Megatron's dist_checkpointing.save, in the background or not, with a checksum of every file.
+"""Megatron's dist_checkpointing.save in the background, with a checksum of every file.
 
 Each rank writes the files of its own tensors, in a process forked for it (megatron-core 0.16.1,
 dist_checkpointing/strategies/async_utils.py): the fork holds the tensors as they were, whatever
-training does to them meanwhile; those of a GPU are copied to the host first.
+training does to them meanwhile; those of a GPU are copied to the host first. Who wants to wait does
+so: in a process of its own all the same, since torch's writer may crash on a full disk.
 """
 
 import functools
@@ -47,7 +48,7 @@ class Written(NamedTuple):
 class Writing:
     """One save under way. Every rank begins it, asks `is_done` or not, and calls `finish`."""
 
-    def __init__(self, state: dict[str, Any], folder: Path, *, asynchronous: bool):
+    def __init__(self, state: dict[str, Any], folder: Path):
         """Take the values of a state and start writing them to files of `folder`, which is empty.
 
         Collectives: dist_checkpointing.save's; every rank must call it.
@@ -62,16 +63,11 @@ class Writing:
             request = _request(state, folder)
             if request.async_fn is not None:
                 prefix = f"__{dist.get_rank()}_"  # Megatron's, of this rank's files
-                write = functools.partial(
-                    _write, request.async_fn, folder, prefix, results, asynchronous
-                )
+                write = functools.partial(_write, request.async_fn, folder, prefix, results)
                 request = request._replace(async_fn=write)
             else:
                 results.send(Written({}, 0.0, None))
-            if asynchronous:
-                self._queue.schedule_async_request(request)
-            else:
-                self._finish(request.execute_sync)
+            self._queue.schedule_async_request(request)
         results.close()  # the other process's end is the one that counts
 
     def is_done(self) -> bool:
@@ -167,7 +163,6 @@ def _write(
     folder: Path,
     prefix: str,
     results: Any,
-    is_forked: bool,
     *args: Any,
     **kwargs: Any,
 ) -> None:
@@ -178,18 +173,15 @@ def _write(
     logger, heard = logging.getLogger(filesystem_async.__name__), _Heard()
     logger.addHandler(heard)
     try:
-        if is_forked:
-            # They mean the training process, which waits for this one before it stops.
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)
-            os.nice(_PATIENCE)
+        # They mean the training process, which waits for this one before it stops.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        os.nice(_PATIENCE)
         write(*args, **kwargs)
         names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]
         files = file_sums(folder, names)
     except BaseException as failure:
         error = _said(failure)
-    finally:
-        logger.removeHandler(heard)
     # A thread's or a process's error is logged, and what is raised says but that there was one.
     error = heard.first or error
     results.send(Written(files, time.perf_counter() - started, error))

@@ -133,7 +133,6 @@ class Saver:
             progress,
             run.runtime,
             about=self._about,
-            asynchronous=self._settings.asynchronous,
         )
 
     def _prepare(self) -> None:

@@ -71,9 +71,10 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(path, whole, small_disk, t
     disk = small_disk(4 * size)
     messages = run_ranks(fail_to_save, 2, path, disk, tmp_path / "gone", room)
     assert messages[0] == messages[1], "every rank ends alike"
-    full, others = messages[0][: 2 * len(room)], messages[0][2 * len(room) :]
+    full, others = messages[0][: len(room)], messages[0][len(room) :]
     for message in full:
-        assert "No space left on device" in message and "MiB are free there" in message
+        # What torch says of a full disk is not always that, so it is said how much there is.
+        assert "MiB are free there" in message
         assert str(disk) in message
     during, after, killed, denied = others
     assert "No such file" in during
@@ -99,11 +100,8 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
     run = build_run(config, rt)
     messages = []
 
-    def begin(folder: Path, step: int, asynchronous: bool = True) -> Saving:
-        progress = {"step": step}
-        return Saving(
-            folder, step, run.student, run.teacher, progress, rt, asynchronous=asynchronous
-        )
+    def begin(folder: Path, step: int) -> Saving:
+        return Saving(folder, step, run.student, run.teacher, {"step": step}, rt)
 
     @contextmanager
     def failing() -> Iterator[None]:
@@ -114,15 +112,14 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
 
     begin(disk, 1).commit()
     for num_bytes in room:
-        for asynchronous in (True, False):
-            if rt.rank == 0:
-                fill(disk, num_bytes)
-            dist.barrier()
-            with failing():
-                begin(disk, 2, asynchronous).commit()
-            assert [p.name for p in iterations(disk)] == ["iter_0000001"]
-            assert not list(disk.glob(".iter*")) and problems(disk / "iter_0000001") == []
-            dist.barrier()
+        if rt.rank == 0:
+            fill(disk, num_bytes)
+        dist.barrier()
+        with failing():
+            begin(disk, 2).commit()
+        assert [p.name for p in iterations(disk)] == ["iter_0000001"]
+        assert not list(disk.glob(".iter*")) and problems(disk / "iter_0000001") == []
+        dist.barrier()
     (disk / "filler").unlink(missing_ok=True)
     begin(disk, 2).commit()
     assert newest(disk) == disk / "iter_0000002"
@@ -224,7 +221,7 @@ def cut(path: Path) -> None:
 DAMAGE = {
     "tensors flipped": ("__0_0.distcp", flip, "has checksum "),
     "another rank's tensors flipped": ("__1_0.distcp", flip, "has checksum "),
-    "tensors cut": ("__0_1.distcp", cut, " bytes, expected "),
+    "tensors cut": ("__0_0.distcp", cut, " bytes, expected "),
     "tensors missing": ("__1_0.distcp", Path.unlink, "No such file"),
     "index flipped": (".metadata", flip, "has checksum "),
     "format flipped": ("metadata.json", flip, "has checksum "),
@@ -276,7 +273,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
     *_, of_nothing, of_lost, of_aside = found[0]
     assert of_nothing == (None, [])
     assert of_lost.startswith(f"{lost}: none of the 2 checkpoints is whole")
-    assert of_lost.count("__0_1.distcp: has ") == 2
+    assert of_lost.count("__0_0.distcp: has ") == 2
     assert len(iterations(lost)) == 2, "what cannot be replaced is left where it is"
     assert of_aside.startswith(f"{aside}: none of the 1 checkpoints is whole")
 

@@ -160,7 +160,7 @@ def check_background(path: Path, folder: Path) -> None:
     at_once = checkpoint.save(folder / "at-once", 1, *parts)
     checkpoint_folder.prepare(folder / "later")
     with patch.object(writing.os, "nice", lambda _: time.sleep(2.0)):  # in the writing process
-        saving = checkpoint.Saving(folder / "later", 1, *parts, asynchronous=True)
+        saving = checkpoint.Saving(folder / "later", 1, *parts)
     before = masters(run)
     step(run, 1)
     assert not saving.is_written(), "the step was to come before the writing"

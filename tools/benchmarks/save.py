@@ -24,9 +24,9 @@ CONFIG: dict[str, Any] = {
     "output_dir": "unused",
     "model": {"path": "unused"},
     "data": {"train": ["unused"]},
-    "training": {"num_steps": 1, "global_batch_size": 8, "micro_batch_size": 2},
-    "views": {"max_prompt_tokens": 128},
-    "rollout": {"max_response_tokens": 32, "batch_size": 8},
+    "training": {"num_steps": 1, "global_batch_size": 4, "micro_batch_size": 2},
+    "views": {"max_prompt_tokens": 64},
+    "rollout": {"max_response_tokens": 16, "batch_size": 4},
 }
 METHODS = ("no save", "waiting for the disk", "in the background")
 
@@ -84,7 +84,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
                 asked = time.perf_counter()
                 if step == 0 and method != METHODS[0]:
                     background = method == METHODS[2]
-                    saving = checkpoint.Saving(saves, repeat, *parts, asynchronous=background)
+                    saving = checkpoint.Saving(saves, repeat, *parts)
                     if not background:
                         saving.commit()
                         saving = None
