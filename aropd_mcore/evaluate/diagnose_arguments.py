@@ -4,7 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aropd_mcore.rollout.arguments import add_sampling_arguments, positive, sampling_of_arguments
+from aropd_mcore.rollout.arguments import (
+    add_sampling_arguments,
+    add_source_argument,
+    positive,
+    sampling_of_arguments,
+)
 
 if TYPE_CHECKING:
     from aropd_mcore.evaluate.diagnose import Diagnosis
@@ -33,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything but how many processes to start."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="an HF folder; a Megatron checkpoint or one iteration of it; a run's output_dir",
-    )
+    add_source_argument(parser, "--model")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="(default: of a run, its folder diagnose)"
