@@ -17,12 +17,15 @@ from aropd_mcore.config import Config, ParallelConfig
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
 from aropd_mcore.evaluate import arguments as eval_arguments
+from aropd_mcore.evaluate import diagnose_arguments
 from aropd_mcore.processes import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
 
 if TYPE_CHECKING:
+    from aropd_mcore.evaluate.diagnose import Diagnosis
     from aropd_mcore.evaluate.evaluate import Evaluation
+    from aropd_mcore.mcore.runtime import Runtime
     from aropd_mcore.plan.layout import Layout
     from aropd_mcore.rollout.job import Job
 
@@ -154,6 +157,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_num_processes(evaluate)
     evaluate.set_defaults(run=_eval)
 
+    diagnose = commands.add_parser("diagnose", help="what the teacher's two views say of responses")
+    diagnose_arguments.add_arguments(diagnose)
+    _add_num_processes(diagnose)
+    diagnose.set_defaults(run=_diagnose)
+
+    report = commands.add_parser("report", help="runs, as one HTML page to look around in")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    report.set_defaults(run=_report)
+
     convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
     add_commands(convert.add_subparsers(required=True, metavar="COMMAND"))
     return parser
@@ -223,7 +236,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_here(config: Config) -> int:
     """As one rank of the job, or all of it."""
-    faulthandler.enable()  # NCCL's own time-outs and crashes abort: say where
+    faulthandler.enable(2)  # NCCL's own time-outs and crashes abort: say where, on stderr
     started = psutil.Process().create_time()
     stops = Stops(started=started, deadline=deadline_of(config.limits, started=started))
     with stops.listening(*PASSED_ON):
@@ -320,21 +333,49 @@ def _as_ranks(args: argparse.Namespace, job: "Job", work: Callable[[], int]) -> 
 
 
 def _generate_here(job: "Job") -> int:
+    from aropd_mcore.rollout.generate import generate
+
+    stopped = _sampling_here(job, lambda here: generate(job, here))
+    if not stopped and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{job.prompts} -> {job.output}")
+    return stopped
+
+
+def _sampling_here(job: "Job", work: "Callable[[Runtime], None]") -> int:
+    """This rank's part of work that samples; 3 where nobody is left who could."""
     from aropd_mcore.mcore import runtime
     from aropd_mcore.rollout.engine import RolloutFailed
-    from aropd_mcore.rollout.generate import generate, start_runtime
+    from aropd_mcore.rollout.generate import start_runtime
 
     here = start_runtime(job)
     try:
-        generate(job, here)
+        work(here)
     except RolloutFailed as failed:
         if here.rank == 0:
             print(f"aropd: stopped: {failed}\nThe same command goes on.", file=sys.stderr)
         return 3
-    if here.rank == 0:
-        print(f"{job.prompts} -> {job.output}")
     runtime.stop(leave_job=True)
     return 0
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    asked = diagnose_arguments.diagnosis_of_arguments(args)
+    return _as_ranks(args, asked.job, lambda: _diagnose_here(asked))
+
+
+def _diagnose_here(asked: "Diagnosis") -> int:
+    from aropd_mcore.evaluate.diagnose import diagnose
+
+    stopped = _sampling_here(asked.job, lambda here: diagnose(asked, here))
+    if not stopped and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{asked.job.prompts} -> {asked.job.output}")
+    return stopped
+
+
+def _report(args: argparse.Namespace) -> None:
+    from aropd_mcore.evaluate.report import write_report
+
+    print(write_report(args.runs, args.out))
 
 
 def _eval(args: argparse.Namespace) -> int:

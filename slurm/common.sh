@@ -92,10 +92,11 @@ set_environment() { # What NCCL, PyTorch and Megatron read. A value that is set 
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$CPUS_PER_RANK}"
     # NCCL is silent by default; this names the node and the network device that fail.
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-    # When a collective times out, every rank writes its last ones: who waits where for whom.
+    # When a collective times out, every rank writes its last ones: who waits where for whom. By default
+    # some versions of PyTorch keep none, and they go to /tmp of the node.
     export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
-    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$ATTEMPT_DIR/nccl-trace-"
+    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+    export TORCH_FR_DUMP_TEMP_FILE="$ATTEMPT_DIR/nccl-trace-"
     # Not set: NCCL_SOCKET_IFNAME and NCCL_IB_HCA. NCCL finds the network; where it takes the wrong
     # one (NCCL_DEBUG=INFO shows which), they are the site's to choose.
     # Not set: TORCH_NCCL_ASYNC_ERROR_HANDLING. A failed collective ends its process by default.

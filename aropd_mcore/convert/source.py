@@ -81,6 +81,10 @@ class MegatronSource:
         self.tensors = self._hf_tensors()
         """Every weight by its HF name, in the order of the original's files where it is known."""
 
+    @property
+    def has_teacher(self) -> bool:
+        return any(key.startswith(TEACHER_PREFIX) for key in self.reader.tensors)
+
     def parts(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         """The HF tensors of one Megatron weight; a tensor is good until the next is asked for."""
         where = self._places[weight.name]

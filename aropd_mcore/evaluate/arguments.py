@@ -4,7 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aropd_mcore.rollout.arguments import add_sampling_arguments, sampling_of_arguments
+from aropd_mcore.rollout.arguments import (
+    add_sampling_arguments,
+    add_source_argument,
+    sampling_of_arguments,
+)
 
 if TYPE_CHECKING:
     from aropd_mcore.evaluate.evaluate import Evaluation
@@ -21,7 +25,7 @@ or name:format=FILE. Questions are rendered as in training, by the views of the 
 of --config, greedy unless --temperature says otherwise.
 
 Mathematics is graded by math-verify, choices by letter, code by running it: --allow-code-execution
-does that in a sandbox, which the README describes.
+does that in a sandbox, which evaluate/README.md describes.
 
 OUT gets responses.jsonl, samples.jsonl (a graded line a response) and summary.json. After an
 interruption the same command goes on where it stopped. Processes are those of `aropd generate`.
@@ -39,13 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything but how many processes to start."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="an HF folder; a Megatron checkpoint or one iteration of it; a run's output_dir",
-    )
+    add_source_argument(parser, "--model")
     parser.add_argument(
         "--task", required=True, action="append", dest="tasks", metavar="NAME=FILE", help="several"
     )

@@ -104,7 +104,7 @@ class Graders:
     """Grades many responses at a time; a context manager, which ends the processes it started.
 
     Args:
-        num_at_a_time: processes that grade; None: as many as there are cores.
+        num_at_a_time: processes that grade; None: one a core that this process may use.
         math_seconds: time limit for comparing two answers.
         limits: of the sandbox that runs code.
     """
@@ -116,7 +116,7 @@ class Graders:
         math_seconds: float = _MATH_SECONDS,
         limits: Limits | None = None,
     ) -> None:
-        count = num_at_a_time or os.cpu_count() or 1
+        count = num_at_a_time or len(os.sched_getaffinity(0))
         self._math_seconds, self._limits = math_seconds, limits
         self._threads = ThreadPoolExecutor(count)  # each waits for a process
         self._children: SimpleQueue[_MathChild] = SimpleQueue()

@@ -9,6 +9,9 @@ Where the kernel allows namespaces (root, or a user who may have user namespaces
 network, no other process, and no file but the interpreter and system libraries, read-only, and a
 memory disk that goes with the process. Where it does not, `Outcome.not_isolated` says why: a sample
 then has the network and files of the user, or of `nobody` where the user is root.
+
+What remains to a sample that cheats: answers that it knows from tests which its prompt shows, and
+objects of its own classes, which tests can only ask about themselves.
 """
 
 import json

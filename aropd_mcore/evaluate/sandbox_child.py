@@ -106,7 +106,7 @@ def _in_a_child() -> None:
     """The first process of the new process namespace; with it ends whatever is in there."""
     child = os.fork()
     if child:
-        os.closerange(0, 64)  # the pipes' ends are the child's alone
+        os.closerange(0, 1 << 20)  # the pipes' ends are the child's alone
         status = os.waitpid(child, 0)[1]
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))

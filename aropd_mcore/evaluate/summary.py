@@ -87,7 +87,7 @@ def tables(summary: Mapping[str, Any]) -> Iterator[Table]:
     """Accuracy of each task, and by the length of the responses."""
     results = Table(title="accuracy", title_justify="left")
     lengths = Table(title="accuracy by response tokens (responses)", title_justify="left")
-    for heading in ("", "problems", "samples", "right", "95 %", "pass@n", "cut off", "tokens"):
+    for heading in ("", "problems", "right", "95 %", "pass@n", "cut off", "tokens"):
         results.add_column(heading, justify="right" if heading else "left")
     for heading in ("", *BUCKET_NAMES):
         lengths.add_column(heading, justify="right" if heading else "left")
@@ -95,8 +95,7 @@ def tables(summary: Mapping[str, Any]) -> Iterator[Table]:
         (low, high), num_samples = task["interval_95"], task["samples"]
         results.add_row(
             name,
-            str(task["problems"]),
-            str(num_samples),
+            f"{task['problems']}" + (f" × {num_samples}" if num_samples > 1 else ""),
             f"{task['accuracy']:.1%}",
             f"{low:.1%} to {high:.1%}",
             f"{task[f'pass@{num_samples}']:.1%}",
@@ -109,6 +108,6 @@ def tables(summary: Mapping[str, Any]) -> Iterator[Table]:
         ]
         lengths.add_row(name, *cells)
     if len(summary["tasks"]) > 1:
-        results.add_row("mean", "", "", f"{summary['mean_accuracy']:.1%}", "", "", "", "")
+        results.add_row("mean", "", f"{summary['mean_accuracy']:.1%}")
     yield results
     yield lengths

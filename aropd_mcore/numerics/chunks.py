@@ -154,7 +154,7 @@ class _Tokens:
     def join(self, chunks: list[Tensor]) -> Tensor:
         """A tensor of all tokens from every chunk's."""
         parts = [chunk.unflatten(0, (self.num_parts, -1)) for chunk in chunks if len(chunk)]
-        return torch.cat(parts, dim=1).flatten() if parts else chunks[0]
+        return torch.cat(parts, dim=1).flatten(0, 1) if parts else chunks[0]
 
     def start_sum(self, out_RH: Tensor, chunk_CH: Tensor) -> None:
         """Into `out_RH`, this rank's rows of a chunk, summed over the ranks: each has seen its own

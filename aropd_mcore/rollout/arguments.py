@@ -53,17 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything but how many processes to start."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    add_source_argument(parser, "--checkpoint")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--logprobs", action="store_true", help="write each token's log-prob too")
+    add_sampling_arguments(parser)
+
+
+def add_source_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where the weights are."""
     parser.add_argument(
-        "--checkpoint",
+        name,
         required=True,
         type=Path,
         metavar="DIR",
         help="an HF folder; a Megatron checkpoint or one iteration of it; a run's output_dir",
     )
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--logprobs", action="store_true", help="write each token's log-prob too")
-    add_sampling_arguments(parser)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:

@@ -17,7 +17,7 @@ from aropd_mcore.mcore.runtime import Runtime, start
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
 from aropd_mcore.rollout.job import Job
-from aropd_mcore.rollout.job_engine import engine_of
+from aropd_mcore.rollout.job_engine import engine_of, load_model
 from aropd_mcore.rollout.lines_file import LinesFile, partial_folder
 from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.types import Rollout
@@ -110,6 +110,7 @@ def generate(job: Job, runtime: Runtime) -> None:
         sampling = engine_of(
             job,
             runtime,
+            load_model(job, runtime),
             eos_token_ids=eos_token_ids(job.source.hf_folder, tokenizer),
             probe_ids=probe_ids,
             longest_prompt=extent.counts.longest,

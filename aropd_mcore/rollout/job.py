@@ -122,7 +122,7 @@ def job_of(
             f"model has {source.architecture.max_position_embeddings} positions"
             + (f", kv_cache_tokens is {c}" if (c := settings.kv_cache_tokens) else "")
         )
-    run = given or _config_of_run(source)
+    run = given or config_of_run(source)
     return Job(
         source=source,
         who=who,
@@ -142,9 +142,16 @@ def _room(source: Source, rollout: RolloutConfig) -> int:
     return min(most, rollout.kv_cache_tokens or most) - rollout.max_response_tokens
 
 
-def _config_of_run(source: Source) -> Config | None:
+def run_folder(source: Source) -> Path | None:
+    """The output_dir of the run that a checkpoint is of."""
     if not isinstance(source, MegatronSource):
         return None
     folder = source.iteration.absolute().parent  # output_dir/checkpoints/iter_NNNNNNN
-    path = folder.parent / "config.yaml"
-    return load_config(path) if folder.name == "checkpoints" and path.is_file() else None
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def config_of_run(source: Source) -> Config | None:
+    """Of the run that a checkpoint is of, where its config.yaml is there."""
+    folder = run_folder(source)
+    path = folder / "config.yaml" if folder else None
+    return load_config(path) if path and path.is_file() else None

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from aropd_mcore.convert.convert import export_hf
-from aropd_mcore.convert.source import MegatronSource
+from aropd_mcore.convert.source import MegatronSource, Source
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import load_weights
@@ -20,10 +20,21 @@ from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import Serving
 
 
+def load_model(job: Job, runtime: Runtime, source: Source | None = None) -> StageModel:
+    """This rank's shard of the job's model, or of another checkpoint of the same architecture.
+
+    Collectives: those of the model's construction; every rank must call it.
+    """
+    model = build_model(job.source.hf_folder, runtime, dtype=runtime.dtype(job.dtype))
+    load_weights(model, source or job.source, runtime)
+    return model
+
+
 @contextmanager
 def engine_of(
     job: Job,
     runtime: Runtime,
+    model: StageModel,
     *,
     eos_token_ids: Sequence[int],
     probe_ids: Sequence[int],
@@ -33,15 +44,14 @@ def engine_of(
     """The job's engine, with the weights of its checkpoint; what it starts ends with the block.
 
     Args:
+        model: of `load_model`.
         probe_ids: see VllmEngine.
         longest_prompt: tokens that vLLM servers make room for, before the response.
         scratch: folder for the servers' logs and, while they run, their weights.
     Raises:
         ValueError, OSError: what is wrong with the checkpoint or the engine's settings.
-    Collectives: those of the model's construction and of `sync`; every rank must call it.
+    Collectives: those of `sync`; every rank must call it.
     """
-    model = build_model(job.source.hf_folder, runtime, dtype=runtime.dtype(job.dtype))
-    load_weights(model, job.source, runtime)
     if job.rollout.engine == "vllm":
         weights = _weights_folder(job, scratch)
         serving = _serving(job, model, weights, longest_prompt, scratch)

@@ -1,19 +1,16 @@
 """The engine `megatron`: the training model samples in Megatron's own dynamic inference engine."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.decode import share
 from aropd_mcore.mcore.dynamic import PAGE_TOKENS, decode_dynamically
-from aropd_mcore.mcore.model import StageModel
-from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.rollout.engine import check_prompts, never
-from aropd_mcore.rollout.responses import STOPPED, Responses
+from aropd_mcore.rollout.engine import check_prompts
+from aropd_mcore.rollout.responses import STOPPED, ModelEngine, Responses
 from aropd_mcore.types import Rollout
 
 
@@ -21,51 +18,17 @@ class _Stopped(Exception):
     """No more tokens are wanted; raised on every rank of the replica alike."""
 
 
-class MegatronEngine:
-    """RolloutEngine over the training model itself, as NativeEngine is: on GPUs, by flash-attn over
-    a paged KV cache. Not interleaved, nor context- or expert-parallel, nor in fp8
-    (config.check_megatron_engine).
+class MegatronEngine(ModelEngine):
+    """ModelEngine by Megatron's dynamic engine: on GPUs, by flash-attn over a paged KV cache. Not
+    interleaved, nor context- or expert-parallel, nor in fp8 (config.check_engine_layout).
 
     Every rank of a model replica calls `generate` with the same arguments and returns the same
     list. Tokens are drawn as NativeEngine draws them, so that weights, prompt and seed give the
     same response in either, up to rounding in the logits.
 
-    Args:
-        model: this rank's shard, without DDP around it. Its weights are read at every call.
-        eos_token_ids: any of them ends a response.
-        batch_size: rows decoded together at most.
-        kv_cache_tokens: tokens that the KV cache holds at most, on each model replica, in whole
-            pages of PAGE_TOKENS: rows wait, or are computed again, where they are full. None: as
-            many as batch_size rows can have.
-        should_stop: as NativeEngine's.
+    kv_cache_tokens holds whole pages of PAGE_TOKENS: rows wait, or are computed again, where they
+    are full.
     """
-
-    def __init__(
-        self,
-        model: StageModel,
-        runtime: Runtime,
-        *,
-        eos_token_ids: Sequence[int],
-        batch_size: int,
-        kv_cache_tokens: int | None = None,
-        should_stop: Callable[[], bool] = never,
-    ):
-        self.model = model
-        self.runtime = runtime
-        self.batch_size = batch_size
-        self.kv_cache_tokens = kv_cache_tokens
-        self.weight_version = 0
-        self._should_stop = should_stop
-        self._eos_token_ids = torch.tensor(
-            list(eos_token_ids), dtype=torch.int64, device=runtime.device
-        )
-
-    def sync(self, weight_version: int) -> None:
-        """Note how many updates the weights have seen; they are the student's own."""
-        self.weight_version = weight_version
-
-    def close(self) -> None:
-        """Nothing was started."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig

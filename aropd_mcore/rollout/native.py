@@ -1,6 +1,6 @@
 """The native engine: the student samples by its own forward, with a KV cache, where it stands."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -8,57 +8,21 @@ import torch.distributed as dist
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.decode import decoding, share
-from aropd_mcore.mcore.model import StageModel
-from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.rollout.engine import check_prompts, never
-from aropd_mcore.rollout.responses import STOPPED, Responses
+from aropd_mcore.rollout.engine import check_prompts
+from aropd_mcore.rollout.responses import STOPPED, ModelEngine, Responses
 from aropd_mcore.types import Rollout
 
 
-class NativeEngine:
-    """RolloutEngine over the training model itself: no second copy of the weights, nothing to sync.
+class NativeEngine(ModelEngine):
+    """ModelEngine by the model's own forward and a KV cache of whole rows.
 
     Every rank of a model replica calls `generate` with the same arguments and returns the same
     list. Replicas are independent: each may have other prompts, and other numbers of them. Tokens
     depend on weights, prompt and seed; tensor and pipeline sizes, batch_size and the other prompts
     change the logits by rounding only.
 
-    Args:
-        model: this rank's shard, without DDP around it. Its weights are read at every call.
-        eos_token_ids: any of them ends a response.
-        batch_size: rows decoded together at most.
-        kv_cache_tokens: tokens that the KV cache holds at most, on each model replica: fewer rows
-            are decoded together where prompts are long. None: batch_size rows of any length.
-        should_stop: asked at every token on the rank that samples. True: the responses so far are
-            returned at once, which the caller must throw away.
+    Where kv_cache_tokens is given, fewer rows are decoded together where prompts are long.
     """
-
-    def __init__(
-        self,
-        model: StageModel,
-        runtime: Runtime,
-        *,
-        eos_token_ids: Sequence[int],
-        batch_size: int,
-        kv_cache_tokens: int | None = None,
-        should_stop: Callable[[], bool] = never,
-    ):
-        self.model = model
-        self.runtime = runtime
-        self.batch_size = batch_size
-        self.kv_cache_tokens = kv_cache_tokens
-        self.weight_version = 0
-        self._should_stop = should_stop
-        self._eos_token_ids = torch.tensor(
-            list(eos_token_ids), dtype=torch.int64, device=runtime.device
-        )
-
-    def sync(self, weight_version: int) -> None:
-        """Note how many updates the weights have seen; they are the student's own."""
-        self.weight_version = weight_version
-
-    def close(self) -> None:
-        """Nothing was started."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig

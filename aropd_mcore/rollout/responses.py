@@ -1,16 +1,62 @@
-"""Responses that grow by a token at a time, whoever keeps the model's keys and values."""
+"""Engines over the training model, and responses that grow by a token at a time, whoever keeps the
+model's keys and values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from aropd_mcore.config import SamplingConfig
+from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.engine import never
 from aropd_mcore.rollout.sampling import sample, uniform_numbers
 from aropd_mcore.types import Rollout
 
 STOPPED = -1
 """In the place of tokens: no more of them."""
+
+
+class ModelEngine:
+    """What RolloutEngines over the training model itself have in common: no second copy of the
+    weights, nothing to sync.
+
+    Args:
+        model: this rank's shard, without DDP around it. Its weights are read at every call.
+        eos_token_ids: any of them ends a response.
+        batch_size: rows decoded together at most.
+        kv_cache_tokens: tokens that the KV cache holds at most, on each model replica. None: as
+            many as batch_size rows can have.
+        should_stop: asked at every token on the rank that samples. True: the responses so far are
+            returned at once, which the caller must throw away.
+    """
+
+    def __init__(
+        self,
+        model: StageModel,
+        runtime: Runtime,
+        *,
+        eos_token_ids: Sequence[int],
+        batch_size: int,
+        kv_cache_tokens: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ):
+        self.model = model
+        self.runtime = runtime
+        self.batch_size = batch_size
+        self.kv_cache_tokens = kv_cache_tokens
+        self.weight_version = 0
+        self._should_stop = should_stop
+        self._eos_token_ids = torch.tensor(
+            list(eos_token_ids), dtype=torch.int64, device=runtime.device
+        )
+
+    def sync(self, weight_version: int) -> None:
+        """Note how many updates the weights have seen; they are the student's own."""
+        self.weight_version = weight_version
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 class Responses:

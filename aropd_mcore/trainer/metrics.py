@@ -16,56 +16,13 @@ import torch
 
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
+from aropd_mcore.data.answers import is_premature
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.student import TokenSums
-from aropd_mcore.numerics.diagnostics import BUCKET_NAMES
-from aropd_mcore.numerics.importance import IMPORTANCE_MAXIMA
+from aropd_mcore.numerics.diagnostics import token_metrics
 from aropd_mcore.trainer.step import StepResult
 
 Metrics = dict[str, Any]
-BY_POSITION = (
-    "kl_full_partial",
-    "kl_full_student",
-    "kl_partial_student",
-    "kl_target_student",
-    "hindsight_token_rate",
-)
-_AS_THEY_COME = ("loss", "router_aux_loss", "router_z_loss", *IMPORTANCE_MAXIMA)
 _QUANTILES = (0.1, 0.5, 0.9)
-
-
-def token_metrics(sums: TokenSums) -> Metrics:
-    """Means over the global batch's loss tokens, and by position bucket; the routers' losses and
-    maxima as they come.
-
-    `residual_uptake` is KL(p || s) - KL(f || s) and `residual_capture_ratio` its share of
-    KL(f || p). A bucket without tokens is left out.
-    """
-    num_tokens = sums["num_tokens"]
-    total = max(float(num_tokens.sum()), 1.0)
-    metrics = {
-        name: float(values.sum()) / total
-        for name, values in sums.items()
-        if name not in (*_AS_THEY_COME, "num_tokens")
-    }
-    metrics = {
-        **{name: float(sums[name].sum()) for name in _AS_THEY_COME if name in sums},
-        "num_loss_tokens": int(num_tokens.sum()),
-    } | metrics
-    if "kl_full_partial" in metrics:
-        metrics["residual_uptake"] = metrics["kl_partial_student"] - metrics["kl_full_student"]
-        if metrics["kl_full_partial"] > 0:
-            metrics["residual_capture_ratio"] = (
-                metrics["residual_uptake"] / metrics["kl_full_partial"]
-            )
-    for name in BY_POSITION:
-        if name in sums:
-            metrics |= {
-                f"{name}/{bucket}": float(values / count)
-                for bucket, values, count in zip(BUCKET_NAMES, sums[name], num_tokens, strict=True)
-                if count > 0
-            }
-    return metrics
 
 
 def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
@@ -81,7 +38,7 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
             [
                 len(rollout.response_ids),
                 rollout.finished,
-                _premature(tokenizer, rollout.response_ids, views.row.answer),
+                is_premature(tokenizer, rollout.response_ids, views.row.answer),
                 views.num_cut_tokens,
             ]
             for views, rollout in zip(result.views, result.rollouts, strict=True)
@@ -101,13 +58,6 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
         "num_response_tokens": int(length.sum()),
         "num_cut_tokens": int(num_cut.sum()),
     }
-
-
-def _premature(tokenizer: Any, response_ids: tuple[int, ...], answer: str) -> bool:
-    if not answer:
-        return False
-    first_half = tokenizer.decode(response_ids[: len(response_ids) // 2])
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", first_half) is not None
 
 
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:

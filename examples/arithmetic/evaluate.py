@@ -8,9 +8,9 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.numerics.diagnostics import token_metrics
 from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.build import build_run
-from aropd_mcore.trainer.metrics import token_metrics
 from aropd_mcore.trainer.step import respond, views_of_step
 
 

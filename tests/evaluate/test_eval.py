@@ -82,7 +82,7 @@ def test_a_line_says_what_was_asked_answered_and_decided(folder, tmp_path):
             *("answer", "extracted", "rule", "verdict"),
         ]
         assert line["length"] == len(line["response_ids"]) and line["sample"] == 0
-        assert (line["finish_reason"] == "length") == (line["length"] == 12) or line["length"] == 12
+        assert line["finish_reason"] == "stop" or line["length"] == 12
         assert (line["extracted"] is None) == (line["rule"] == "none")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("evaluation.json", "prompts.jsonl", "responses.jsonl", "samples.jsonl", "summary.json")
@@ -102,16 +102,15 @@ def test_engines_layouts_and_repetitions_give_the_same_file(folder, tmp_path, mo
     vllm = {"urls": [fake.url], "start_timeout": 5.0, "weights_dir": str(tmp_path)}
     config["rollout"]["vllm"] = vllm
     (tmp_path / "vllm.yaml").write_text(yaml.safe_dump(config))
-    config_of = {"config": tmp_path / "vllm.yaml"}
-    outs = {
-        "native": ({}, {}),
-        "vllm": ({"rollout": {"engine": "vllm"}}, {}),
-        "tensor": ({"parallel": {"tensor": 2}}, {}),
-        "replicas": ({}, {}),
+    settings = {
+        "native": {},
+        "vllm": {"rollout": {"engine": "vllm"}},
+        "tensor": {"parallel": {"tensor": 2}},
+        "replicas": {},
     }
     calls = {
-        name: call_of(folder, tmp_path / name, **config_of, **call)
-        for name, (call, _) in outs.items()
+        name: call_of(folder, tmp_path / name, config=tmp_path / "vllm.yaml", **call)
+        for name, call in settings.items()
     }
     run_ranks(evaluate_here, 1, [calls["native"], calls["vllm"]])
     run_ranks(evaluate_here, 2, [calls["tensor"], calls["replicas"]])

@@ -7,16 +7,18 @@ import time
 import pytest
 
 from aropd_mcore.evaluate.extract import choice_letter, math_answer
-from aropd_mcore.evaluate.grade import Grade, Graders
+from aropd_mcore.evaluate.grade import Graders
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Task, read_task
 
 FOUR = Choices(("a red ball", "blue", "green", "None of these"), "C")
 CODE = CodeTests(("f",), "assert f(2) == 4", header="K = 2\n", prompt="K = 2\ndef f(x):\n")
 
 
-def grades(responses) -> list[Grade]:
+@pytest.fixture(scope="module")
+def graders():
+    """One for all tests: its processes take a second to start."""
     with Graders() as graders:
-        return list(graders.grade_all(responses))
+        yield graders
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_a_choice_is_found_by_its_letter(text, expected):
 def test_rules_take_time_in_proportion_to_the_text():
     started = time.process_time()
     for piece in ("<answer>", "</answer>", "\\boxed{", "answer\n\n", "####", " 1,111", "```\n("):
-        text = piece * 50_000
+        text = piece * 20_000
         math_answer(text), choice_letter(text, FOUR)
     assert time.process_time() - started < 60  # a square of that length would be hours
 
@@ -74,10 +76,10 @@ def test_rules_take_time_in_proportion_to_the_text():
         ("2\\sqrt{3}", ["\\sqrt{12}"], ["\\sqrt{6}"]),
     ],
 )
-def test_equal_answers_are_equal_in_every_form(gold, right, wrong):
+def test_equal_answers_are_equal_in_every_form(graders, gold, right, wrong):
     texts = [f"<answer>{text}</answer>" for text in (*right, *wrong)]
-    found = [grade.verdict for grade in grades((text, MathAnswer(gold)) for text in texts)]
-    assert found == ["right"] * len(right) + ["wrong"] * len(wrong)
+    found = graders.grade_all((text, MathAnswer(gold)) for text in texts)
+    assert [grade.verdict for grade in found] == ["right"] * len(right) + ["wrong"] * len(wrong)
 
 
 def test_an_answer_that_takes_for_ever_holds_nobody_up():
@@ -88,7 +90,7 @@ def test_an_answer_that_takes_for_ever_holds_nobody_up():
         assert [grade.verdict for grade in found] == ["time", "right", "no answer"]
 
 
-def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(shared_data):
+def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(graders, shared_data):
     path = shared_data / "gsm8k" / "test.jsonl"
     problems = read_task(Task("gsm8k", path))
     assert len(problems) == 1319
@@ -102,11 +104,11 @@ def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(sh
     }
     golds = [problem.gold for problem in problems]
     for rule, responses in texts.items():
-        found = grades(zip(responses, golds, strict=True))
+        found = graders.grade_all(zip(responses, golds, strict=True))
         assert {(grade.rule, grade.verdict) for grade in found} == {(rule, "right")}
     for other in (lambda n: n + 1, lambda n: 10 * n + 5, lambda n: -n - 1):
         responses = [f"<answer>{other(number)}</answer>" for number in numbers]
-        found = grades(zip(responses, golds, strict=True))
+        found = graders.grade_all(zip(responses, golds, strict=True))
         assert {grade.verdict for grade in found} == {"wrong"}
 
 
@@ -120,11 +122,12 @@ def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(sh
         ("    return x * K\n", "text"),
     ],
 )
-def test_code_is_found_where_models_write_it(text, rule):
-    assert [(g.verdict, g.rule) for g in grades([(text, CODE)])] == [("right", rule)]
+def test_code_is_found_where_models_write_it(graders, text, rule):
+    grade = graders.grade(text, CODE)
+    assert (grade.verdict, grade.rule) == ("right", rule)
 
 
-def test_every_canonical_solution_of_humaneval_passes_and_an_altered_one_fails(shared_data):
+def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(graders, shared_data):
     path = shared_data / "humaneval" / "HumanEval.jsonl.gz"
     problems = read_task(Task("humaneval", path))
     assert len(problems) == 164
@@ -136,13 +139,29 @@ def test_every_canonical_solution_of_humaneval_passes_and_an_altered_one_fails(s
         f"def {r['entry_point']}(*args):\n    return other(_right(*args))\n{OTHER}```"
         for r in records
     ]
-    found = grades(zip(right, golds, strict=True))
+    found = graders.grade_all(zip(right, golds, strict=True))
     assert {grade.verdict for grade in found} == {"right"}
-    found = grades(zip(altered[::EVERY], golds[::EVERY], strict=True))
+    found = graders.grade_all(zip(altered[::EVERY], golds[::EVERY], strict=True))
     assert {(grade.verdict, grade.failure) for grade in found} <= {
         ("wrong", "AssertionError"),
         ("wrong", "TypeError"),
     }
+
+
+def test_mbpps_tests_may_use_the_classes_of_a_response(graders, tmp_path):
+    node = "class Node:\n  def __init__(self, data): self.left = self.right = None\n"
+    height = "def height(node): return node and 1 + max(height(node.left), height(node.right)) or 0"
+    record = {
+        "text": "Find the height of a binary tree.",
+        "code": node + height,
+        "test_list": ["assert height(root) == 3"],
+        "test_setup_code": "root = Node(1) \r\nroot.left = Node(2) \r\nroot.left.left = Node(4)",
+    }
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(record))
+    [problem] = read_task(Task("mbpp", tmp_path / "mbpp.jsonl"))
+    for code, verdict in ((node + height, "right"), (node + "def height(n): return 2", "wrong")):
+        text = f"The code:\n```python\n{code}\n```"
+        assert graders.grade(text, problem.gold).verdict == verdict
 
 
 EVERY = 4

@@ -64,6 +64,23 @@ def both(
     return sampled, native.generate(PROMPTS[rows], SEEDS[rows], sampling)
 
 
+def stopped_after(
+    num_tokens: int, model: StageModel, runtime: Runtime, rows: slice
+) -> list[Rollout]:
+    """What there is of the responses when the rank that samples wants no more."""
+    asked: list[None] = []
+
+    def should_stop() -> bool:
+        asked.append(None)
+        return len(asked) > num_tokens
+
+    engine = MegatronEngine(
+        model, runtime, eos_token_ids=EOS, batch_size=8, should_stop=should_stop
+    )
+    with paged_attention():
+        return engine.generate(PROMPTS[rows], SEEDS[rows], RANDOM)
+
+
 def on_one_rank(folders: dict[str, Path]) -> None:
     for folder in folders.values():
         model, runtime = load(folder)
@@ -92,9 +109,11 @@ def on_layouts(folder: Path, layouts: list[dict]) -> list[list[Rollout]]:
     for sizes in layouts:
         model, runtime = load(folder, **sizes)
         rows = slice(3 * runtime.dp_rank, None)  # replicas with prompts of their own
+        stopped = stopped_after(5, model, runtime, rows)
         for limits in ({}, {"kv_cache_tokens": 3 * 256}):
             sampled, expected = both(model, runtime, RANDOM, rows=rows, **limits)
             assert_same(sampled, expected)
+        assert [r.response_ids for r in stopped] == [r.response_ids[:5] for r in expected]
         results.append(sampled)
         mcore_runtime.stop()
     return results

@@ -117,7 +117,7 @@ def test_base_model_by_torchrun_and_convert(base: Path):
 
 
 def test_usr1_saves_and_requeues_and_the_run_finishes(site: Site, base: Path):
-    num_steps, output_dir = 30, RUN.with_name("signalled")
+    num_steps, output_dir = 16, RUN.with_name("signalled")
     words = [f"output_dir={output_dir}", f"training.num_steps={num_steps}", *SMALL]
     job = launch(site, *words, "--", "--gpus-per-node=0", "--output=job-%j.out")
     site.slurm.wait_for("a few steps", lambda: len(site.steps(output_dir)) > 3, seconds=180)
@@ -135,17 +135,19 @@ def test_usr1_saves_and_requeues_and_the_run_finishes(site: Site, base: Path):
 
 
 def test_a_time_limit_shorter_than_the_run_chains_to_the_end(site: Site, base: Path):
-    """Slurm signals between 30 and 60 s after the start of an attempt: a run of 100 s of steps."""
+    """Slurm signals between 90 and 120 s after the start of an attempt: a run of 130 s of steps, by
+    the time that they took in the test before."""
     lines = (site.folder / RUN.with_name("signalled") / "metrics.jsonl").read_text().splitlines()
-    seconds = sorted(json.loads(line)["seconds/step"] for line in lines)[len(lines) // 2]
-    num_steps, output_dir = int(100 / seconds), RUN.with_name("limited")
+    phases = ("data", "rollout", "teacher", "student", "optimizer", "sync")
+    seconds = sorted(sum(json.loads(line)[f"seconds/{p}"] for p in phases) for line in lines)
+    num_steps, output_dir = int(130 / seconds[len(seconds) // 2]), RUN.with_name("limited")
     job = site.submit(
         "train",
         EXAMPLE / "aropd.yaml",
         f"output_dir={output_dir}",
         f"training.num_steps={num_steps}",
         *SMALL,
-        options=("--time=2", "--signal=B:USR1@60"),
+        options=("--time=3", "--signal=B:USR1@60"),
     )
     site.finish(job, seconds=800)
     assert site.slurm.restarts(job) >= 1

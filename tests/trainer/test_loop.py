@@ -215,6 +215,8 @@ def test_command_line_says_why_and_exits_with_3(path, tmp_path):
 
 
 def train_by_command(path: Path, overrides: list[str]) -> tuple[int, str]:
+    # Megatron's engine gives faulthandler the real stderr when it is first imported.
+    import aropd_mcore.trainer.build  # noqa: F401
     from aropd_mcore.cli import main
 
     with redirect_stderr(StringIO()) as printed:

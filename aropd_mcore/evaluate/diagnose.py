@@ -1,0 +1,315 @@
+"""`aropd diagnose`: rows -> responses -> scores under the three views -> a diagnosis."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+
+from aropd_mcore.config import Config, ConfigError, ObjectiveConfig, RolloutConfig, TeacherConfig
+from aropd_mcore.config_file import load_config
+from aropd_mcore.convert.source import MegatronSource, open_source
+from aropd_mcore.data.collate import collate
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.packing import Groups, consecutive
+from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
+from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.evaluate.diagnosis import Scored, summarize
+from aropd_mcore.evaluate.figures import plot_diagnosis
+from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.scores import Scores, score_responses
+from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.plan.layout import describe
+from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.rollout.job import Job, config_of_run, job_of, run_folder
+from aropd_mcore.rollout.job_engine import engine_of, load_model
+from aropd_mcore.rollout.lines_file import partial_folder
+from aropd_mcore.types import Microbatch, Rollout, Sample, Views
+
+NUM_TOP = 5
+"""Likeliest tokens of each distribution that the reader shows."""
+_MICRO_BATCH_SIZE = 8
+"""Responses that are scored together."""
+_PROBE_TOKENS = 128
+
+Place = tuple[int, int]
+"""A row and a sample of it."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A model, rows with their views, and the file for what comes of them."""
+
+    job: Job
+    """Which makes the responses; its output is the JSON file."""
+    views: tuple[Views, ...]
+    """Of each row."""
+    objective: ObjectiveConfig
+    num_read: int
+
+    @property
+    def places(self) -> list[Place]:
+        samples = self.job.rollout.rollouts_per_prompt
+        return [(row, sample) for row in range(len(self.views)) for sample in range(samples)]
+
+    @property
+    def has_own_teacher(self) -> bool:
+        source = self.job.source
+        return (
+            self.job.who == "student" and isinstance(source, MegatronSource) and source.has_teacher
+        )
+
+
+def diagnosis_of(
+    model: Path,
+    data: Path,
+    *,
+    out: Path | None,
+    num_rows: int,
+    num_read: int,
+    config: Path | None = None,
+    rollout: Mapping[str, Any],
+    **job: Any,
+) -> Diagnosis:
+    """Open the checkpoint, by its headers alone, read the rows, and check what is asked of both.
+
+    Args:
+        model: see open_source.
+        data: JSONL or Parquet of rows.
+        out: folder; None: `diagnose` in the folder of the run that the checkpoint is of.
+        config, rollout, job: as in rollout.job.job_of; a max_response_tokens of None is the run's.
+    Raises:
+        ValueError: what cannot be used, and why.
+    """
+    settings = load_config(config) if config else _config_of(model, job.get("hf"))
+    sampling = dict(rollout)
+    if sampling.get("max_response_tokens") is None:
+        known = settings.rollout if settings else RolloutConfig()
+        sampling["max_response_tokens"] = known.max_response_tokens
+    made = job_of(model, data, Path(), config=config, rollout=sampling, **job)
+    folder = out or _default_folder(made)
+    objective = settings.objective if settings else ObjectiveConfig()
+    builder = ViewBuilder(load_tokenizer(made.source.hf_folder), made.views)
+    views = tuple(builder.build(row) for row in RowDataset.load([data])[:num_rows])
+    longest = max(len(ids) for v in views for ids in (v.student_ids, v.partial_ids, v.full_ids))
+    if longest > made.max_prompt_tokens:
+        raise ConfigError(
+            f"{data}: a privileged view has {longest} tokens, and with max_response_tokens "
+            f"{made.rollout.max_response_tokens} exceeds the model's "
+            f"{made.source.architecture.max_position_embeddings} positions; lower "
+            "--max-response-tokens, or views.max_prompt_tokens in --config"
+        )
+    return Diagnosis(replace(made, output=folder / _name(made)), views, objective, num_read)
+
+
+def _config_of(model: Path, hf: Path | None) -> Config | None:
+    return config_of_run(open_source(model, hf=hf))
+
+
+def _default_folder(job: Job) -> Path:
+    run = run_folder(job.source)
+    if run is None:
+        raise ConfigError(f"{job.source.path}: not a run's checkpoint; give --out")
+    return run / "diagnose"
+
+
+def _name(job: Job) -> str:
+    parts = [job.prompts.name.partition(".")[0]]
+    if job.who == "teacher":
+        parts.append("teacher")
+    if job.weight_version is not None:
+        parts.append(f"step{job.weight_version}")
+    return "-".join(parts) + ".json"
+
+
+def diagnose(asked: Diagnosis, runtime: Runtime) -> None:
+    """Sample, score, and write job.output and the plots beside it.
+
+    Every response has the seed that `aropd generate` gives it, and the numbers are the same up to
+    rounding whatever the layout.
+
+    Raises:
+        RolloutFailed: see RolloutEngine.
+        ValueError: on the first rank, where no response reaches a token that the loss counts.
+    Collectives: the engine's and the models'; gathers over the job. Every rank must call.
+    """
+    job = asked.job
+    tokenizer = load_tokenizer(job.source.hf_folder)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=runtime.rank != 0)
+    console.print(_headline(asked, runtime), markup=False)
+    student = load_model(job, runtime)
+    teacher = _teacher(asked, runtime, student)
+    scratch = partial_folder(job.output)
+    sampling = engine_of(
+        job,
+        runtime,
+        student,
+        eos_token_ids=eos_token_ids(job.source.hf_folder, tokenizer),
+        probe_ids=asked.views[0].full_ids[-_PROBE_TOKENS:],
+        longest_prompt=max(len(views.student_ids) for views in asked.views),
+        scratch=scratch,
+    )
+    scored: list[Scored] = []
+    with sampling as engine:
+        for places in _pieces(asked, runtime):
+            scored += _score_piece(asked, runtime, engine, student, teacher, places)
+            console.print(f"responses {len(scored)}/{len(asked.places)}")
+    if runtime.rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)  # logs of servers
+        diagnosis = {"model": _model(asked), "data": _data(asked), "settings": _settings(asked)}
+        diagnosis |= summarize(scored, asked.views, tokenizer, asked.objective)
+        write_atomically(job.output, [json.dumps(diagnosis), "\n"])
+        plot_diagnosis(diagnosis, job.output.with_suffix(".png"))
+
+
+def _teacher(asked: Diagnosis, runtime: Runtime, student: StageModel) -> Teacher:
+    if not asked.has_own_teacher:
+        return Teacher(TeacherConfig(kind="live"), runtime, student=student, model=None)
+    job = asked.job
+    source = open_source(job.source.path, who="teacher", hf=job.source.hf_folder)
+    model = load_model(job, runtime, source)
+    return Teacher(TeacherConfig(kind="frozen"), runtime, student=student, model=model)
+
+
+def _pieces(asked: Diagnosis, runtime: Runtime) -> Iterator[list[Place]]:
+    """Whose hidden states exist at the same time."""
+    places, num_at_once = asked.places, 2 * asked.job.rollout.batch_size * runtime.dp_size
+    for first in range(0, len(places), num_at_once):
+        yield places[first : first + num_at_once]
+
+
+def _score_piece(
+    asked: Diagnosis,
+    runtime: Runtime,
+    engine: RolloutEngine,
+    student: StageModel,
+    teacher: Teacher,
+    places: Sequence[Place],
+) -> list[Scored]:
+    """Responses with their scores, in the order of `places`, on the first rank; elsewhere a part.
+
+    Model replicas take turns at the responses: the same ones whatever their number.
+    """
+    job = asked.job
+    share = places[runtime.dp_rank :: runtime.dp_size]
+    rollouts = engine.generate(
+        [asked.views[row].student_ids for row, _ in share],
+        [rollout_seed(job.seed, row, sample) for row, sample in share],
+        job.rollout,
+    )
+    groups = consecutive(len(share), _MICRO_BATCH_SIZE)
+    # As many as the replica with most has: those that share experts go through them together.
+    most = -(-len(places) // runtime.dp_size)
+    groups += [[]] * (-(-most // _MICRO_BATCH_SIZE) - len(groups))
+    microbatches = _microbatches(asked, runtime, share, rollouts, groups)
+    is_read = [row * job.rollout.rollouts_per_prompt + s < asked.num_read for row, s in share]
+    num_top = min(NUM_TOP, student.vocab_size)
+    scores = score_responses(
+        student,
+        teacher,
+        microbatches,
+        [num_top if any(is_read[i] for i in group) else 0 for group in groups],
+        asked.objective,
+        runtime,
+    )
+    mine = []
+    if runtime.is_last_stage and runtime.tp_rank == 0:
+        for group, scores_of_group in zip(groups, scores, strict=True):
+            mine += _scored(group, share, rollouts, is_read, scores_of_group)
+    gathered: list[list[Scored]] = [[] for _ in range(runtime.world_size)]
+    dist.gather_object(mine, gathered if runtime.rank == 0 else None, dst=0)
+    found = {(one.row, one.sample): one for part in gathered for one in part}
+    return [found[place] for place in places if place in found]
+
+
+def _microbatches(
+    asked: Diagnosis,
+    runtime: Runtime,
+    share: Sequence[Place],
+    rollouts: Sequence[Rollout],
+    groups: Groups,
+) -> list[Microbatch]:
+    samples = [
+        Sample(v.student_ids, v.partial_ids, v.full_ids, rollout.response_ids, 1.0)
+        for v, rollout in zip((asked.views[row] for row, _ in share), rollouts, strict=True)
+    ]
+    microbatches = collate(
+        samples,
+        groups,
+        skip_response_tokens=0,
+        pad_token_id=asked.views[0].student_ids[0],  # nobody sees it
+        length_multiple=runtime.length_multiple,
+    )
+    return [microbatch.to(runtime.device) for microbatch in microbatches]
+
+
+def _scored(
+    group: Sequence[int],
+    share: Sequence[Place],
+    rollouts: Sequence[Rollout],
+    is_read: Sequence[bool],
+    scores: Scores,
+) -> Iterator[Scored]:
+    """Each response of a microbatch with its part of the scores."""
+    lengths = [len(rollouts[index].response_ids) for index in group]
+    parts = {name: tensor.cpu().split(lengths) for name, tensor in scores.items() if group}
+    for number, index in enumerate(group):
+        own = {
+            name: tensors[number].numpy()
+            for name, tensors in parts.items()
+            if is_read[index] or not name.startswith("top_")
+        }
+        yield Scored(*share[index], rollouts[index], own)
+
+
+def _model(asked: Diagnosis) -> dict[str, Any]:
+    job = asked.job
+    return {
+        "path": str(job.source.path),
+        "weights": job.who,
+        "step": job.weight_version,
+        "teacher": "own" if asked.has_own_teacher else "the model itself",
+        "dtype": job.dtype,
+    }
+
+
+def _data(asked: Diagnosis) -> dict[str, Any]:
+    samples = asked.job.rollout.rollouts_per_prompt
+    return {"path": str(asked.job.prompts), "rows": len(asked.views), "samples": samples}
+
+
+def _settings(asked: Diagnosis) -> dict[str, Any]:
+    objective, rollout, views = asked.objective, asked.job.rollout, asked.job.views
+    return {
+        "residual_scale": objective.residual_scale,
+        "residual_clip": objective.residual_clip,
+        "hindsight_gap": objective.hindsight_gap,
+        "hindsight_floor": objective.hindsight_floor,
+        "skip_response_tokens": objective.skip_response_tokens,
+        "partial_view": views.partial_view,
+        "partial_ratio": views.partial_ratio,
+        "engine": rollout.engine,
+        "max_response_tokens": rollout.max_response_tokens,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "seed": asked.job.seed,
+    }
+
+
+def _headline(asked: Diagnosis, runtime: Runtime) -> str:
+    job = asked.job
+    dtype = str(runtime.dtype(job.dtype)).removeprefix("torch.")
+    teacher = "its own teacher" if asked.has_own_teacher else "itself as the teacher"
+    return (
+        f"{job.source.path} ({job.who}) with {teacher}, in {dtype} on {runtime.device.type}, "
+        f"{describe(job.parallel, runtime.dp_size)}\n"
+        f"{len(asked.views)} rows, {job.rollout.rollouts_per_prompt} samples each, engine "
+        f"{job.rollout.engine}, seed {job.seed}"
+    )
