@@ -100,10 +100,9 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    kept = None
+    about, kept = describe_run(config, dataset), None
     if engine is not None and config.checkpoint.save_rollouts:
-        run_hash = describe_run(config, dataset)["config_hash"]
-        kept = KeptRollouts(config.output_dir / "rollouts", run_hash, runtime)
+        kept = KeptRollouts(config.output_dir / "rollouts", about["config_hash"], runtime)
     return Run(
         config=config,
         runtime=runtime,
@@ -117,6 +116,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         pad_token_id=view_builder.end_id,
         guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
         stops=stops,
+        about=about,
         kept_rollouts=kept,
     )
 

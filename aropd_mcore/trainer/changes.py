@@ -23,7 +23,6 @@ FREE = (
     "checkpoint",
     "limits",
     "logging",
-    "limits",
     "parallel",
     "training.micro_batch_size",
     "training.packing",

@@ -13,7 +13,7 @@ from aropd_mcore.convert.manifest import newest, read_manifest
 from aropd_mcore.mcore import checkpoint, checkpoint_folder
 from aropd_mcore.mcore.checkpoint import Saving
 from aropd_mcore.mcore.checkpoint_folder import SaveFailed
-from aropd_mcore.trainer.changes import check_changes, describe_run
+from aropd_mcore.trainer.changes import check_changes
 from aropd_mcore.trainer.step import Run
 
 Counters = Mapping[str, Any]
@@ -42,7 +42,6 @@ class Saver:
         self._run = run
         self._settings = run.config.checkpoint
         self._folder = run.config.output_dir / "checkpoints"
-        self._about = describe_run(run.config, run.dataset)
         self._pending: Saving | None = None
         self._num_saved = 0
         """Steps that the newest checkpoint has seen."""
@@ -69,7 +68,7 @@ class Saver:
         progress = None
         if path is not None:
             run = self._run
-            notes += check_changes(read_manifest(path), self._about, self._settings.allow_changes)
+            notes += check_changes(read_manifest(path), run.about, self._settings.allow_changes)
             progress = checkpoint.load(path, run.student, run.teacher, run.runtime)
             self._num_saved = progress["step"]
         self._forget_rollouts()
@@ -132,7 +131,7 @@ class Saver:
             run.teacher,
             progress,
             run.runtime,
-            about=self._about,
+            about=run.about,
         )
 
     def _prepare(self) -> None:

@@ -3,8 +3,9 @@
 Source: METHOD sections 2 to 4; AR-OPD, arXiv:2606.10385.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from aropd_mcore.config import Config
 from aropd_mcore.data.dataset import RowDataset, step_positions
@@ -40,6 +41,8 @@ class Run:
     pad_token_id: int
     guards: Guards
     stops: Stops = field(default_factory=Stops)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What its checkpoints say of it (trainer.changes.describe_run)."""
     kept_rollouts: KeptRollouts | None = None
     """Where checkpoint.save_rollouts asks for it."""
 
