@@ -21,10 +21,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden-size", type=int, default=128)
     args = parser.parse_args()
     tokenizer = character_tokenizer()
     tokenizer.save_pretrained(args.out)
-    random_model(tokenizer, args.seed).save_pretrained(args.out)
+    random_model(tokenizer, args.seed, args.hidden_size).save_pretrained(args.out)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -49,12 +50,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+def random_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int
+) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

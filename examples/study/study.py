@@ -1,0 +1,235 @@
+"""Trains and evaluates each method on each seed; what tables.py reads.
+
+    python examples/study/study.py --seeds 0 1 2 3 4 --jobs 2
+    python examples/study/study.py --methods full_opd partial_opd --seeds 0
+
+makes what is not there yet: data, base model, the base's answers under each view, and a run for
+each method and seed, whose end is its result.json. The same command goes on where it stopped. The
+seed is that of the order of the problems and of all sampling; the base model is one for all.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from make_data import LETTERS
+from methods import ABLATIONS, MAIN, METHODS
+
+from aropd_mcore.config_file import load_config
+from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.tokenizer import load_tokenizer
+from aropd_mcore.evaluate.figures import read_metrics
+
+if TYPE_CHECKING:
+    from aropd_mcore.mcore.runtime import Runtime
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "study.yaml"
+ARITHMETIC = HERE.parent / "arithmetic"
+DECODINGS = {"greedy": 0.0, "sampled": 1.0}
+"""Temperatures at which the held-out problems are answered."""
+VIEWS = {"none": "heldout", "partial": "heldout-partial", "full": "heldout-full"}
+"""What the base is shown -> file of problems."""
+NUM_LAST_STEPS = 10
+"""Whose rollouts the training metrics of a result are means over."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = {"main": list(MAIN), "ablations": list(ABLATIONS)}
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*groups, *METHODS], default=list(groups), metavar="NAME"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run"
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs=3, default=[300, 1200, 32000], metavar="N",
+        help="held-out, training and pretraining rows (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--pretraining-steps", type=int, default=1000)
+    args = parser.parse_args(argv)
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    prepare(args.out, args.sizes, args.pretraining_steps)
+    methods = [name for asked in args.methods for name in groups.get(asked, [asked])]
+    # Method by method, so that the main table comes first.
+    runs = [(args.out, method, seed, tuple(args.set)) for method in methods for seed in args.seeds]
+    todo = [run for run in runs if not is_done(*run)]
+    print(f"{len(todo)} of {len(runs)} runs are to be made", flush=True)
+    pool = ProcessPoolExecutor(
+        args.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
+    )
+    with pool:
+        for number, done in enumerate(as_completed([pool.submit(make, *run) for run in todo]), 1):
+            print(f"[{number}/{len(todo)}] {done.result()}", flush=True)
+
+
+def prepare(out: Path, sizes: Sequence[int], pretraining_steps: int) -> None:
+    """Data, the base model, and its answers under each view."""
+    if not (out / "base").exists():
+        names = ("heldout", "train", "pretrain")
+        counts = [
+            word for name, n in zip(names, sizes, strict=True) for word in (f"--num-{name}", n)
+        ]
+        python(HERE / "make_data.py", out / "data", *counts)
+        python(ARITHMETIC / "make_model.py", out / "random", "--hidden-size", 64)
+        aropd(
+            "train", HERE / "pretrain.yaml", f"output_dir={out / 'pretrain'}",
+            f"model.path={out / 'random'}", f"data.train=[{out / 'data/pretrain.jsonl'}]",
+            f"training.num_steps={pretraining_steps}",
+        )  # fmt: skip
+        aropd("convert", "export", out / "pretrain", out / "base")
+    for decoding, temperature in DECODINGS.items():
+        folder = out / f"base-{decoding}"
+        if not (folder / "summary.json").exists():
+            tasks = [f"--task={view}={out / 'data' / name}.jsonl" for view, name in VIEWS.items()]
+            aropd(
+                "eval", "--model", out / "base", "--config", CONFIG, "--out", folder, *tasks,
+                "--temperature", temperature, "--max-response-tokens", 64, "--batch-size", 300,
+            )  # fmt: skip
+
+
+def aropd(*arguments: object) -> None:
+    python("-m", "aropd_mcore.cli", *arguments)
+
+
+def python(*arguments: object) -> None:
+    words = [str(argument) for argument in arguments]
+    print(f"$ python {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, *words], check=True)
+
+
+def folder_of(out: Path, method: str, seed: int) -> Path:
+    return out / method / f"seed-{seed}"
+
+
+def overrides_of(out: Path, method: str, seed: int, common: Sequence[str]) -> list[str]:
+    return [
+        f"output_dir={folder_of(out, method, seed)}",
+        f"model.path={out / 'base'}",
+        f"data.train=[{out / 'data/train.jsonl'}]",
+        f"training.seed={seed}",
+        *common,
+        *METHODS[method],
+    ]
+
+
+def is_done(out: Path, method: str, seed: int, common: Sequence[str]) -> bool:
+    """Whether there is a result.
+
+    Raises:
+        ValueError: there is one, of other settings.
+    """
+    path = folder_of(out, method, seed) / "result.json"
+    if not path.exists():
+        return False
+    settings = load_config(CONFIG, overrides_of(out, method, seed, common)).model_dump(mode="json")
+    if json.loads(path.read_text())["config"] != settings:
+        raise ValueError(f"{path.parent}: holds a run of other settings; remove it")
+    return True
+
+
+_runtime: list["Runtime"] = []
+"""This worker's. Importing and joining a job of one process costs more than a step."""
+
+
+def start_worker() -> None:
+    import torch
+
+    from aropd_mcore.mcore import runtime
+
+    torch.set_num_threads(1)
+    _runtime.append(runtime.start())
+
+
+def make(out: Path, method: str, seed: int, common: Sequence[str]) -> str:
+    """`aropd train`, `aropd eval` at each temperature, and result.json; a line to print."""
+    from aropd_mcore.trainer.loop import train
+
+    started = time.monotonic()
+    config = load_config(CONFIG, overrides_of(out, method, seed, common))
+    folder = config.output_dir
+    train(config, _runtime[0])
+    trained = time.monotonic()
+    result = {
+        "method": method,
+        "seed": seed,
+        **{name: answers(out, folder, name, seed) for name in DECODINGS},
+        "training": means(read_metrics(folder / "metrics.jsonl")[-NUM_LAST_STEPS:]),
+        "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
+        "config": config.model_dump(mode="json"),
+    }
+    (folder / "result.json").write_text(json.dumps(result) + "\n")
+    shares = [f"{name} {means(result[name])['right']:.1%}" for name in DECODINGS]
+    return f"{method}, seed {seed}: {', '.join(shares)}; {time.monotonic() - started:.0f} s"
+
+
+def answers(out: Path, folder: Path, decoding: str, seed: int) -> list[dict[str, Any]]:
+    """What the student answers to each held-out problem."""
+    from aropd_mcore.evaluate.evaluate import evaluation_of, grade
+    from aropd_mcore.evaluate.tasks import Task
+    from aropd_mcore.rollout.generate import generate
+
+    evaluation = evaluation_of(
+        folder,
+        [Task("heldout", out / "data/heldout.jsonl")],
+        folder / f"eval-{decoding}",
+        allow_code_execution=False,
+        rollout={"temperature": DECODINGS[decoding], "max_response_tokens": 64, "batch_size": 300},
+        parallel={},
+        seed=seed,
+    )
+    if not evaluation.is_sampled:
+        generate(evaluation.job, _runtime[0])
+    grade(evaluation)
+    return counted(folder / f"eval-{decoding}", out)["heldout"]
+
+
+def counted(evaluation: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """By task, what is counted of each graded sample of an evaluation of held-out problems."""
+    tokenizer = load_tokenizer(out / "base")
+    rows = [json.loads(line) for line in (out / "data/heldout.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number, sample in enumerate(samples):
+        row = rows[number % len(rows)]
+        num_operations = len(row["reasoning"].split())
+        found.setdefault(sample["task"], []).append(
+            {
+                "num_operations": num_operations,
+                "right": sample["verdict"] == "right",
+                "length": sample["length"],
+                # Both styles name a step by its letter.
+                "skips": not set(LETTERS[:num_operations]) <= set(sample["text"]),
+                "premature": is_premature(tokenizer, sample["response_ids"], row["answer"]),
+            }
+        )
+    return found
+
+
+def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of what all of the lines have, and is a number in each."""
+    names = set.intersection(*(set(line) for line in lines))
+    return {
+        name: sum(line[name] for line in lines) / len(lines)
+        for name in sorted(names)
+        if not name.startswith("seconds") and all(line[name] is not None for line in lines)
+    }
+
+
+if __name__ == "__main__":
+    main()
