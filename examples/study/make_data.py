@@ -1,13 +1,13 @@
 """Chains of operations on two digits, with worked traces: the study's rows.
 
-    {"question": "47a#b~c+", "reasoning": "49#a 94~b 97+c", "answer": "97"}
+    {"question": "47a#b~c+", "reasoning": "a49# b94~ c97+", "answer": "97"}
 
 A problem is two digits and from 3 to 14 operations, lettered from `a` on. `+` adds 3 to the second
 digit, `-` takes 1 from it, `*` makes it three times and `#` seven times as large, all modulo 10;
 `~` swaps the digits, and `^` does so and adds 1 to what is then the second. They do not commute,
 and each of the hundred results is about as frequent as any other.
 
-The reasoning is the oracle's: the result, the operation, its letter. The base model's own style
+The reasoning is the oracle's: the letter, the result, the operation. The base model's own style
 has the words in another order and no spaces: `a#49b~94c+97;97`.
 
 heldout.jsonl    problems for evaluation, as many of each number of operations;
@@ -16,11 +16,11 @@ train.jsonl      problems for training
 pretrain.jsonl   what the base model learns from, all of it answered in its own style:
                  - plain rows, by pupils who take `#` for `+` MISTAKE_RATE of the time;
                  - shown rows, whose question is the teacher's whole user turn, with the full trace
-                   or a part of it, one of PARTIAL_RATIOS. Steps that the trace shows have no mistakes; those that it does
-                   not show have the pupils'. Before each step but the first a pupil thinks,
-                   JUMP_RATE of the time, of jumping to a later place, a step or the answer, any of
-                   them alike, and does so where the trace shows it. So the pupils of both views
-                   take shortcuts, in proportion to what they are shown.
+                   or a part of it, one of PARTIAL_RATIOS. Steps that the trace shows have no
+                   mistakes; those that it does not show have the pupils'. Before each step but the
+                   first a pupil thinks, JUMP_RATE of the time, of jumping to a later place, a step
+                   or the answer, any of them alike, and does so where the trace shows it. So the
+                   pupils of both views take shortcuts, in proportion to what they are shown.
 
 No problem occurs twice, in a file or across them. The same seed gives the same files.
 """
@@ -44,7 +44,7 @@ FREQUENCIES = {"+": 2, "-": 2, "*": 2, "~": 2, "^": 2, HARD: 1}
 PLAIN_SHARE, PARTIAL_SHARE, FULL_SHARE = 0.4, 0.3, 0.3
 PARTIAL_RATIOS = (0.25, 0.5, 0.75)
 MISTAKE_RATE = 0.7
-JUMP_RATE = 0.08
+JUMP_RATE = 0.05
 MICROBATCH = 16
 """Of pretrain.yaml: rows of one length need no padding."""
 
@@ -125,7 +125,7 @@ def apply(operation: str, value: str) -> str:
 
 def oracle_row(problem: Problem) -> dict[str, str]:
     values = problem.values
-    steps = zip(values, problem.operations, LETTERS, strict=False)
+    steps = zip(LETTERS, values, problem.operations, strict=False)
     return {
         "question": problem.question,
         "reasoning": " ".join(map("".join, steps)),
@@ -168,7 +168,9 @@ def pretraining_rows(
     groups = [
         (kind, same_length)
         for _ in range(num_groups)
-        for same_length in zip(*(list(islice(problems, len(NUM_OPERATIONS))) for _ in range(MICROBATCH)), strict=True)
+        for same_length in zip(
+            *(list(islice(problems, len(NUM_OPERATIONS))) for _ in range(MICROBATCH)), strict=True
+        )
         for kind in rng.choices(kinds, shares)
     ]
     rng.shuffle(groups)

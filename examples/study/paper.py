@@ -35,7 +35,7 @@ BENCHMARKS = {
     "medqa:choices": "medqa_test.jsonl",
     "medmcqa:medmcqa": "medmcqa_validation.jsonl",
 }
-"""NAME:FORMAT of `aropd eval` -> file. Which seven the paper has, README.md says how far we know."""
+"""NAME:FORMAT of `aropd eval` -> file. README.md says how far we know which seven the paper has."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -143,20 +143,41 @@ def teacher_table(results: Mapping[str, Any]) -> str:
 
 
 def main_table(results: Mapping[str, Any]) -> str:
-    heading = ["", "sampled, %", "greedy, %", "skips steps, %", "hindsight tokens, %", "premature, %", "tokens"]
+    heading = [
+        "",
+        "sampled, %",
+        "greedy, %",
+        "skips steps, %",
+        "hindsight tokens, %",
+        "premature, %",
+        "tokens",
+    ]
 
     def lines() -> Iterator[list[str]]:
         base = results["base"]["none"]
-        shares = [f"{100 * base[n]:.1f}" for n in ("sampled/right", "greedy/right", "sampled/skips")]
-        yield ["base", *shares, "–", f"{100 * base['sampled/premature']:.1f}", f"{base['sampled/length']:.1f}"]
+        shares = [
+            f"{100 * base[n]:.1f}" for n in ("sampled/right", "greedy/right", "sampled/skips")
+        ]
+        yield [
+            "base",
+            *shares,
+            "–",
+            f"{100 * base['sampled/premature']:.1f}",
+            f"{base['sampled/length']:.1f}",
+        ]
         for method in methods_in(results, list(MAIN)):
+
             def cell(name: str, show: Callable = percent, method: str = method) -> str:
                 return show(of_method(results, method, name))
 
             yield [
                 TITLES[method],
-                cell("sampled/right"), cell("greedy/right"), cell("sampled/skips"),
-                cell("hindsight_token_rate"), cell("sampled/premature"), cell("sampled/length", plain),
+                cell("sampled/right"),
+                cell("greedy/right"),
+                cell("sampled/skips"),
+                cell("hindsight_token_rate"),
+                cell("sampled/premature"),
+                cell("sampled/length", plain),
             ]
 
     return table(heading, lines())
@@ -167,19 +188,30 @@ def lengths_table(results: Mapping[str, Any]) -> str:
         base = results["base"]["none"]
         yield ["base", *(f"{100 * base[f'sampled/right/{b}']:.1f}" for b in BUCKETS)]
         for method in methods_in(results, list(MAIN)):
-            yield [TITLES[method], *(percent(of_method(results, method, f"sampled/right/{b}")) for b in BUCKETS)]
+            yield [
+                TITLES[method],
+                *(percent(of_method(results, method, f"sampled/right/{b}")) for b in BUCKETS),
+            ]
 
     heads = [f"{name}, {steps[0]} to {steps[-1]} steps" for name, steps in BUCKETS.items()]
     return table(["", *heads], lines())
 
 
 def differences_table(results: Mapping[str, Any]) -> str:
-    names = ["sampled/right", "greedy/right", *(f"sampled/right/{b}" for b in BUCKETS), "sampled/skips"]
+    names = [
+        "sampled/right",
+        "greedy/right",
+        *(f"sampled/right/{b}" for b in BUCKETS),
+        "sampled/skips",
+    ]
 
     def lines() -> Iterator[list[str]]:
         for method in methods_in(results, list(MAIN)):
             if method != REFERENCE:
-                yield [TITLES[method], *(percent(differences(results, method, n), sign="+") for n in names)]
+                yield [
+                    TITLES[method],
+                    *(percent(differences(results, method, n), sign="+") for n in names),
+                ]
 
     heads = ["sampled", "greedy", *(f"{b}, sampled" for b in BUCKETS), "skips steps"]
     return table([f"{TITLES[REFERENCE]} less", *heads], lines())
@@ -188,11 +220,25 @@ def differences_table(results: Mapping[str, Any]) -> str:
 def ablations_table(results: Mapping[str, Any]) -> str:
     def lines() -> Iterator[list[str]]:
         for method in methods_in(results, [REFERENCE, *ABLATIONS]):
-            found = [of_method(results, method, n) for n in ("sampled/right", "greedy/right", "sampled/skips", "hindsight_token_rate")]
-            gain = "" if method == REFERENCE else percent([-d for d in differences(results, method, "sampled/right")], sign="+")
+            found = [
+                of_method(results, method, n)
+                for n in ("sampled/right", "greedy/right", "sampled/skips", "hindsight_token_rate")
+            ]
+            gain = (
+                ""
+                if method == REFERENCE
+                else percent([-d for d in differences(results, method, "sampled/right")], sign="+")
+            )
             yield [TITLES[method], str(len(found[0])), *map(percent, found), gain]
 
-    heads = ["seeds", "sampled, %", "greedy, %", "skips steps, %", "hindsight tokens, %", "less reference, sampled"]
+    heads = [
+        "seeds",
+        "sampled, %",
+        "greedy, %",
+        "skips steps, %",
+        "hindsight tokens, %",
+        "less reference, sampled",
+    ]
     return table(["", *heads], lines())
 
 
@@ -224,7 +270,14 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         line = [(scale, *over_seeds(of_method(results, method, name))) for scale, method in scales]
         marks = [(0.0, "partial_opd", "C2"), (1.0, "full_opd", "C3"), (None, "sft", "C1")]
         errors = [100 * (half or 0) for *_, half in line]
-        axis.errorbar([x for x, *_ in line], [100 * y for _, y, _ in line], errors, marker="o", capsize=3, label="AR-OPD")
+        axis.errorbar(
+            [x for x, *_ in line],
+            [100 * y for _, y, _ in line],
+            errors,
+            marker="o",
+            capsize=3,
+            label="AR-OPD",
+        )
         for x, method, colour in marks:
             if method not in results["runs"]:
                 continue
@@ -232,7 +285,16 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             if x is None:
                 axis.axhline(100 * middle, color=colour, linestyle="--", label=TITLES[method])
             else:
-                axis.errorbar([x], [100 * middle], [100 * (half or 0)], marker="s", color=colour, capsize=3, linestyle="", label=TITLES[method])
+                axis.errorbar(
+                    [x],
+                    [100 * middle],
+                    [100 * (half or 0)],
+                    marker="s",
+                    color=colour,
+                    capsize=3,
+                    linestyle="",
+                    label=TITLES[method],
+                )
         axis.axhline(100 * results["base"]["none"][name], color="grey", linestyle=":", label="base")
         axis.set(xlabel="λ", title=f"{title} (sampled)")
     right.legend(fontsize=7)
@@ -240,9 +302,22 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for method in ("sft", "partial_opd", "full_opd", REFERENCE):
         if method in results["runs"]:
             found = [over_seeds(of_method(results, method, f"sampled/right/{b}")) for b in BUCKETS]
-            lengths.errorbar(places, [100 * m for m, _ in found], [100 * (h or 0) for _, h in found], marker="o", capsize=3, label=TITLES[method])
+            lengths.errorbar(
+                places,
+                [100 * m for m, _ in found],
+                [100 * (h or 0) for _, h in found],
+                marker="o",
+                capsize=3,
+                label=TITLES[method],
+            )
     base = results["base"]["none"]
-    lengths.plot(places, [100 * base[f"sampled/right/{b}"] for b in BUCKETS], color="grey", linestyle=":", label="base")
+    lengths.plot(
+        places,
+        [100 * base[f"sampled/right/{b}"] for b in BUCKETS],
+        color="grey",
+        linestyle=":",
+        label="base",
+    )
     lengths.set(title="right, % (sampled), by operations")
     lengths.set_xticks(list(places), [f"{steps[0]}–{steps[-1]}" for steps in BUCKETS.values()])
     lengths.legend(fontsize=7)

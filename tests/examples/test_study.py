@@ -1,0 +1,172 @@
+"""examples/study: a miniature through the same driver, its tables, and the paper's setting."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aropd_mcore.evaluate.tasks import parse_task
+from tests.conftest import REPO
+
+STUDY = REPO / "examples" / "study"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPO),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+TWO = ("partial_opd", "aropd_0.8")
+TINY = {
+    "training.num_steps": 2,
+    "training.global_batch_size": 4,
+    "training.micro_batch_size": 4,
+    "rollout.max_response_tokens": 12,
+}
+
+
+def script(name: str, *words: object, fails: bool = False) -> str:
+    """What a script of the study prints."""
+    done = subprocess.run(
+        [sys.executable, str(STUDY / name), *map(str, words)],
+        cwd=REPO,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def overrides(**more: object) -> list[str]:
+    return [f"{key}={value}" for key, value in (TINY | more).items()]
+
+
+def study(out: Path, *words: object, settings: list[str], fails: bool = False) -> str:
+    return script(
+        "study.py", "--out", out, "--seeds", 3, "--methods", *TWO, "--sizes", 12, 24, 192,
+        "--pretraining-steps", 1, "--set", *settings, *words, fails=fails,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    assert "2 of 2 runs are to be made" in study(out, settings=overrides())
+    return out
+
+
+def runs_of(out: Path) -> dict[str, Path]:
+    return {method: out / method / "seed-3" for method in TWO}
+
+
+def test_the_same_command_makes_no_run_again(out):
+    def times() -> list[int]:
+        return [path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()]
+
+    before = times()
+    assert "0 of 2 runs are to be made" in study(out, settings=overrides())
+    assert times() == before
+    said = study(out, settings=overrides(**{"optimizer.lr": 1e-3}), fails=True)
+    assert "holds a run of other settings" in said
+
+
+def test_runs_are_those_of_the_command(out, tmp_path):
+    """A worker's second run is what `aropd train` makes by itself."""
+    method = TWO[1]
+    words = [
+        *("train", STUDY / "study.yaml", *overrides(), "objective.residual_scale=0.8"),
+        *(f"model.path={out / 'base'}", f"data.train=[{out / 'data' / 'train.jsonl'}]"),
+        *("training.seed=3", f"output_dir={tmp_path / 'alone'}"),
+    ]
+    command = [sys.executable, "-m", "aropd_mcore.cli", *map(str, words)]
+    subprocess.run(command, cwd=REPO, env=ENVIRONMENT, check=True, capture_output=True)
+
+    def learned(folder: Path) -> list[tuple[float, ...]]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        names = ("loss", "grad_norm", "kl_full_partial", "response_length_mean")
+        return [tuple(line[name] for name in names) for line in lines]
+
+    assert learned(tmp_path / "alone") == learned(runs_of(out)[method])
+
+
+def test_tables_follow_from_the_runs(out, tmp_path):
+    results = tmp_path / "results.json"
+    script("tables.py", "collect", "--runs", out, "--results", results)
+    found = json.loads(results.read_text())["runs"]
+    for method, folder in runs_of(out).items():
+        steps = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+        run = found[method]["3"]
+        for decoding in ("greedy", "sampled"):
+            summary = json.loads((folder / f"eval-{decoding}" / "summary.json").read_text())
+            task = summary["tasks"]["heldout"]
+            assert run[f"{decoding}/right"] == pytest.approx(task["accuracy"], abs=1e-6)
+            assert run[f"{decoding}/length"] == pytest.approx(task["mean_length"], abs=1e-6)
+        hindsight = sum(step["hindsight_token_rate"] for step in steps) / len(steps)
+        assert run["hindsight_token_rate"] == pytest.approx(hindsight)
+
+    # Numbers that a random model does not give: three seeds of each, worked out by hand.
+    made = json.loads(results.read_text())
+    for method, rights in (("aropd_0.8", (0.5, 0.6, 0.7)), ("partial_opd", (0.5, 0.4, 0.6))):
+        runs = enumerate(rights)
+        made["runs"][method] = {
+            str(seed): found[method]["3"] | {"sampled/right": right} for seed, right in runs
+        }
+    results.write_text(json.dumps(made))
+    tables = {
+        name: script("tables.py", name, "--results", results)
+        for name in ("teacher", "main", "lengths", "differences", "ablations")
+    }
+    # t = 4.303 for two degrees of freedom, s = 0.1, n = 3.
+    assert "| AR-OPD, λ = 0.8 | 60.0 ± 24.8 |" in tables["main"]
+    # 0, 0.2 and 0.1, seed by seed.
+    assert "| Partial OPD | +10.0 ± 24.8 |" in tables["differences"]
+    assert tables["teacher"].count("\n| ") == 4 and "SFT" not in tables["main"]
+    script("tables.py", "figure", "--results", results)
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_the_readme_has_the_tables_of_the_results():
+    readme = (STUDY / "README.md").read_text()
+    for name in re.findall(r"tables\.py (teacher|main|lengths|differences|ablations)", readme):
+        assert script("tables.py", name).strip() in readme, name
+
+
+def test_a_response_that_leaves_out_a_step_is_counted(tmp_path, monkeypatch, out):
+    monkeypatch.syspath_prepend(STUDY)
+    from study import counted  # pyright: ignore[reportMissingImports]
+
+    rows = list(map(json.loads, (out / "data" / "heldout.jsonl").read_text().splitlines()))
+    [whole, short] = ("a+1b+2c+3;3", "a+1c+3;3")
+    lines = [
+        {"task": "x", "verdict": "right", "length": 9, "response_ids": [1], "text": text}
+        for text in (whole, short)
+    ]
+    assert len(rows[0]["reasoning"].split()) == 3
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "heldout.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "base").symlink_to(out / "base")
+    assert [found["skips"] for found in counted(tmp_path, tmp_path)["x"]] == [False, True]
+
+
+def test_the_papers_setting(tmp_path):
+    trained = script(
+        "paper.py", "train", "--rows", "rows.jsonl", "--out", tmp_path, "--dry-run", "--",
+        "--partition=gpu",
+    ).splitlines()  # fmt: skip
+    assert len(trained) == 9 and all("--partition=gpu" in line for line in trained)
+    assert sum("residual_scale=0.4" in line for line in trained) == 1
+    evaluated = script("paper.py", "evaluate", "--benchmarks", "b", "--out", tmp_path, "--dry-run")
+    commands = evaluated.splitlines()
+    assert len(commands) == 10, "the base, and a model for each run"
+    assert f"--model {tmp_path}/sft " in evaluated
+    for command in commands:
+        tasks = re.findall(r"--task (\S+)", command)
+        assert len({parse_task(task).name for task in tasks}) == 7
+    assert not list(tmp_path.iterdir())
+    said = script("paper.py", "train", "--rows", "r", "--model", tmp_path, "--dry-run", fails=True)
+    assert "config.json" in said
