@@ -13,7 +13,7 @@ difference is taken seed by seed, over the same problems. The base's intervals a
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -82,6 +82,9 @@ def numbers(result: Mapping[str, Any]) -> dict[str, float]:
         answers = result[decoding]
         for name in ("right", "skips", "premature", "length"):
             found[f"{decoding}/{name}"] = mean(a[name] for a in answers)
+        of_skipping = [a["right"] for a in answers if a["skips"]]
+        if of_skipping:
+            found[f"{decoding}/right/skipping"] = mean(of_skipping)
         for bucket, lengths in BUCKETS.items():
             inside = [a["right"] for a in answers if a["num_operations"] in lengths]
             found[f"{decoding}/right/{bucket}"] = mean(inside)
@@ -100,146 +103,120 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def of_method(results: Mapping[str, Any], method: str, name: str) -> list[float]:
-    return [run[name] for run in results["runs"][method].values() if name in run]
+    """A number of each of its runs that has it; of the base there is one."""
+    runs = {"0": results["base"]["none"]} if method == "base" else results["runs"][method]
+    return [run[name] for run in runs.values() if name in run]
 
 
-def differences(results: Mapping[str, Any], method: str, name: str) -> list[float]:
-    """The reference less the method, for every seed that both have."""
-    ours, theirs = results["runs"][REFERENCE], results["runs"][method]
+def differences(results: Mapping[str, Any], first: str, second: str, name: str) -> list[float]:
+    """The first method less the second, for every seed that both have."""
+    ours, theirs = results["runs"][first], results["runs"][second]
     return [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
 
 
-def percent(values: Sequence[float], *, sign: str = "") -> str:
+def percent(values: Sequence[float], *, sign: str = "", digits: int = 1) -> str:
     if not values:
         return "–"
     middle, half = over_seeds(values)
-    return f"{100 * middle:{sign}.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+    text = f"{100 * middle:{sign}.{digits}f}"
+    return text if half is None else f"{text} ± {100 * half:.{digits}f}"
+
+
+def fine(values: Sequence[float]) -> str:
+    return percent(values, digits=2)
 
 
 def plain(values: Sequence[float]) -> str:
     return f"{mean(values):.1f}"
 
 
-def table(heading: Sequence[str], lines: Iterator[Sequence[str]]) -> str:
+Column = Callable[[str], str]
+"""A method's cell."""
+
+
+def column(
+    results: Mapping[str, Any], name: str, show: Callable[[list[float]], str] = percent
+) -> Column:
+    return lambda method: show(of_method(results, method, name))
+
+
+def table(results: Mapping[str, Any], methods: Iterable[str], columns: Mapping[str, Column]) -> str:
+    """In Markdown, a line for each method that has runs."""
+    there = [method for method in methods if method == "base" or method in results["runs"]]
+    lines = [[TITLES[method], *(cell(method) for cell in columns.values())] for method in there]
+    return markdown(["", *columns], lines)
+
+
+def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [heading, ["---"] * len(heading), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def methods_in(results: Mapping[str, Any], methods: Sequence[str]) -> list[str]:
-    return [method for method in methods if method in results["runs"]]
-
-
 def teacher_table(results: Mapping[str, Any]) -> str:
     def lines() -> Iterator[list[str]]:
+        num = results["num_heldout"]
         for view, found in results["base"].items():
-            cells = []
-            for decoding in DECODINGS:
-                share, num = found[f"{decoding}/right"], results["num_heldout"]
-                low, high = wilson(round(share * num), num)
-                cells.append(f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})")
-            yield [view, *cells, f"{100 * found['sampled/skips']:.1f}"]
+            shares = [found[f"{decoding}/right"] for decoding in DECODINGS]
+            intervals = [wilson(round(share * num), num) for share in shares]
+            cells = [
+                f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+                for share, (low, high) in zip(shares, intervals, strict=True)
+            ]
+            yield [view, *cells, percent([found["sampled/skips"]])]
 
-    return table(["the base is shown", "greedy, %", "sampled, %", "skips steps, %"], lines())
+    heading = [f"{decoding}, %" for decoding in DECODINGS]
+    return markdown(["the base is shown", *heading, "skips steps, %"], lines())
 
 
 def main_table(results: Mapping[str, Any]) -> str:
-    heading = [
-        "",
-        "sampled, %",
-        "greedy, %",
-        "skips steps, %",
-        "hindsight tokens, %",
-        "premature, %",
-        "tokens",
-    ]
-
-    def lines() -> Iterator[list[str]]:
-        base = results["base"]["none"]
-        shares = [
-            f"{100 * base[n]:.1f}" for n in ("sampled/right", "greedy/right", "sampled/skips")
-        ]
-        yield [
-            "base",
-            *shares,
-            "–",
-            f"{100 * base['sampled/premature']:.1f}",
-            f"{base['sampled/length']:.1f}",
-        ]
-        for method in methods_in(results, list(MAIN)):
-
-            def cell(name: str, show: Callable = percent, method: str = method) -> str:
-                return show(of_method(results, method, name))
-
-            yield [
-                TITLES[method],
-                cell("sampled/right"),
-                cell("greedy/right"),
-                cell("sampled/skips"),
-                cell("hindsight_token_rate"),
-                cell("sampled/premature"),
-                cell("sampled/length", plain),
-            ]
-
-    return table(heading, lines())
+    columns = {
+        "sampled, %": column(results, "sampled/right"),
+        "greedy, %": column(results, "greedy/right"),
+        "skips steps, %": column(results, "sampled/skips"),
+        "right of those, %": column(results, "sampled/right/skipping"),
+        "hindsight tokens, %": column(results, "hindsight_token_rate", fine),
+        "premature, %": column(results, "sampled/premature"),
+        "tokens": column(results, "sampled/length", plain),
+    }
+    return table(results, ["base", *MAIN], columns)
 
 
 def lengths_table(results: Mapping[str, Any]) -> str:
-    def lines() -> Iterator[list[str]]:
-        base = results["base"]["none"]
-        yield ["base", *(f"{100 * base[f'sampled/right/{b}']:.1f}" for b in BUCKETS)]
-        for method in methods_in(results, list(MAIN)):
-            yield [
-                TITLES[method],
-                *(percent(of_method(results, method, f"sampled/right/{b}")) for b in BUCKETS),
-            ]
-
-    heads = [f"{name}, {steps[0]} to {steps[-1]} steps" for name, steps in BUCKETS.items()]
-    return table(["", *heads], lines())
+    columns = {
+        f"{bucket}, {steps[0]} to {steps[-1]} steps, %": column(results, f"sampled/right/{bucket}")
+        for bucket, steps in BUCKETS.items()
+    }
+    return table(results, ["base", *MAIN], columns)
 
 
 def differences_table(results: Mapping[str, Any]) -> str:
-    names = [
-        "sampled/right",
-        "greedy/right",
-        *(f"sampled/right/{b}" for b in BUCKETS),
-        "sampled/skips",
-    ]
+    def less(name: str) -> Column:
+        return lambda method: percent(differences(results, REFERENCE, method, name), sign="+")
 
-    def lines() -> Iterator[list[str]]:
-        for method in methods_in(results, list(MAIN)):
-            if method != REFERENCE:
-                yield [
-                    TITLES[method],
-                    *(percent(differences(results, method, n), sign="+") for n in names),
-                ]
-
-    heads = ["sampled", "greedy", *(f"{b}, sampled" for b in BUCKETS), "skips steps"]
-    return table([f"{TITLES[REFERENCE]} less", *heads], lines())
+    columns = {
+        "sampled": less("sampled/right"),
+        "greedy": less("greedy/right"),
+        **{f"{bucket}, sampled": less(f"sampled/right/{bucket}") for bucket in BUCKETS},
+        "skips steps": less("sampled/skips"),
+    }
+    return table(results, [method for method in MAIN if method != REFERENCE], columns)
 
 
 def ablations_table(results: Mapping[str, Any]) -> str:
-    def lines() -> Iterator[list[str]]:
-        for method in methods_in(results, [REFERENCE, *ABLATIONS]):
-            found = [
-                of_method(results, method, n)
-                for n in ("sampled/right", "greedy/right", "sampled/skips", "hindsight_token_rate")
-            ]
-            gain = (
-                ""
-                if method == REFERENCE
-                else percent([-d for d in differences(results, method, "sampled/right")], sign="+")
-            )
-            yield [TITLES[method], str(len(found[0])), *map(percent, found), gain]
+    def gain(method: str) -> str:
+        if method == REFERENCE:
+            return ""
+        return percent(differences(results, method, REFERENCE, "sampled/right"), sign="+")
 
-    heads = [
-        "seeds",
-        "sampled, %",
-        "greedy, %",
-        "skips steps, %",
-        "hindsight tokens, %",
-        "less reference, sampled",
-    ]
-    return table(["", *heads], lines())
+    columns = {
+        "sampled, %": column(results, "sampled/right"),
+        "less the reference": gain,
+        "greedy, %": column(results, "greedy/right"),
+        "skips steps, %": column(results, "sampled/skips"),
+        "hindsight tokens, %": column(results, "hindsight_token_rate", fine),
+        "seeds": column(results, "sampled/right", lambda values: str(len(values))),
+    }
+    return table(results, [REFERENCE, *ABLATIONS], columns)
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -255,74 +232,41 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Accuracy and skipped steps over lambda, and accuracy by number of operations."""
+    """Accuracy and skipped steps over lambda, and accuracy by number of operations; sampled."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (right, skips, lengths) = pyplot.subplots(1, 3, figsize=(12, 3.6))
-    scales = [(s, f"aropd_{s}") for s in SCALES if f"aropd_{s}" in results["runs"]]
-    for axis, name, title in (
-        (right, "sampled/right", "right, %"),
-        (skips, "sampled/skips", "skips steps, %"),
-    ):
-        line = [(scale, *over_seeds(of_method(results, method, name))) for scale, method in scales]
-        marks = [(0.0, "partial_opd", "C2"), (1.0, "full_opd", "C3"), (None, "sft", "C1")]
-        errors = [100 * (half or 0) for *_, half in line]
-        axis.errorbar(
-            [x for x, *_ in line],
-            [100 * y for _, y, _ in line],
-            errors,
-            marker="o",
-            capsize=3,
-            label="AR-OPD",
-        )
-        for x, method, colour in marks:
-            if method not in results["runs"]:
-                continue
-            middle, half = over_seeds(of_method(results, method, name))
-            if x is None:
-                axis.axhline(100 * middle, color=colour, linestyle="--", label=TITLES[method])
-            else:
-                axis.errorbar(
-                    [x],
-                    [100 * middle],
-                    [100 * (half or 0)],
-                    marker="s",
-                    color=colour,
-                    capsize=3,
-                    linestyle="",
-                    label=TITLES[method],
-                )
-        axis.axhline(100 * results["base"]["none"][name], color="grey", linestyle=":", label="base")
-        axis.set(xlabel="λ", title=f"{title} (sampled)")
-    right.legend(fontsize=7)
-    places = range(len(BUCKETS))
-    for method in ("sft", "partial_opd", "full_opd", REFERENCE):
-        if method in results["runs"]:
-            found = [over_seeds(of_method(results, method, f"sampled/right/{b}")) for b in BUCKETS]
-            lengths.errorbar(
-                places,
-                [100 * m for m, _ in found],
-                [100 * (h or 0) for _, h in found],
-                marker="o",
-                capsize=3,
-                label=TITLES[method],
-            )
-    base = results["base"]["none"]
-    lengths.plot(
-        places,
-        [100 * base[f"sampled/right/{b}"] for b in BUCKETS],
-        color="grey",
-        linestyle=":",
-        label="base",
-    )
-    lengths.set(title="right, % (sampled), by operations")
-    lengths.set_xticks(list(places), [f"{steps[0]}–{steps[-1]}" for steps in BUCKETS.values()])
-    lengths.legend(fontsize=7)
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
+
+    def dots(axis: Any, places: Sequence[float], names: Sequence[tuple[str, str]], **style: Any):
+        """(method, number) at each place, with its interval."""
+        found = [over_seeds(of_method(results, *name)) for name in names]
+        heights, halves = ([100 * (v or 0) for v in values] for values in zip(*found, strict=True))
+        axis.errorbar(places, heights, halves, capsize=3, **style)
+
+    scales = [scale for scale in SCALES if f"aropd_{scale}" in results["runs"]]
+    for axis, name in zip(axes, ("sampled/right", "sampled/skips"), strict=False):
+        dots(axis, scales, [(f"aropd_{s}", name) for s in scales], marker="o", label="AR-OPD")
+        singles = {"partial_opd": 0.0, "full_opd": 1.03, "sft": -0.15, "base": -0.25}
+        for method, place in singles.items():  # beside lambda where they have one
+            if method == "base" or method in results["runs"]:
+                dots(axis, [place], [(method, name)], marker="s", ls="", label=TITLES[method])
+        axis.set(xlabel="λ", xticks=[0, *SCALES])
+    axes[0].set(title="right, %")
+    axes[0].legend(fontsize=7)
+    axes[1].set(title="skips steps, %")
+    for method in ("base", "sft", "partial_opd", "full_opd", REFERENCE):
+        if method == "base" or method in results["runs"]:
+            names = [(method, f"sampled/right/{bucket}") for bucket in BUCKETS]
+            dots(axes[2], range(len(BUCKETS)), names, marker="o", label=TITLES[method])
+    axes[2].set(title="right, %, by number of operations")
+    ticks = [f"{steps[0]} to {steps[-1]}" for steps in BUCKETS.values()]
+    axes[2].set_xticks(range(len(BUCKETS)), ticks)
+    axes[2].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
