@@ -28,8 +28,7 @@ BUCKETS = {"short": range(3, 7), "middle": range(7, 11), "long": range(11, 15)}
 """Numbers of operations."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t for 1, 2, ... degrees of freedom; the last one serves for more."""
-Numbers = Mapping[str, float]
-"""Of a run: `greedy/right`, `sampled/right/long`, `hindsight_token_rate` and so on."""
+COLOURS = {"base": "grey", "sft": "C1", "partial_opd": "C2", "full_opd": "C3", REFERENCE: "C0"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -248,19 +247,22 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
     scales = [scale for scale in SCALES if f"aropd_{scale}" in results["runs"]]
     for axis, name in zip(axes, ("sampled/right", "sampled/skips"), strict=False):
-        dots(axis, scales, [(f"aropd_{s}", name) for s in scales], marker="o", label="AR-OPD")
+        names = [(f"aropd_{scale}", name) for scale in scales]
+        dots(axis, scales, names, marker="o", color=COLOURS[REFERENCE], label="AR-OPD")
         singles = {"partial_opd": 0.0, "full_opd": 1.03, "sft": -0.15, "base": -0.25}
         for method, place in singles.items():  # beside lambda where they have one
             if method == "base" or method in results["runs"]:
-                dots(axis, [place], [(method, name)], marker="s", ls="", label=TITLES[method])
+                style = {"color": COLOURS[method], "label": TITLES[method]}
+                dots(axis, [place], [(method, name)], marker="s", ls="", **style)
         axis.set(xlabel="λ", xticks=[0, *SCALES])
     axes[0].set(title="right, %")
     axes[0].legend(fontsize=7)
     axes[1].set(title="skips steps, %")
-    for method in ("base", "sft", "partial_opd", "full_opd", REFERENCE):
+    for method, colour in COLOURS.items():
         if method == "base" or method in results["runs"]:
             names = [(method, f"sampled/right/{bucket}") for bucket in BUCKETS]
-            dots(axes[2], range(len(BUCKETS)), names, marker="o", label=TITLES[method])
+            style = {"color": colour, "label": TITLES[method]}
+            dots(axes[2], range(len(BUCKETS)), names, marker="o", **style)
     axes[2].set(title="right, %, by number of operations")
     ticks = [f"{steps[0]} to {steps[-1]}" for steps in BUCKETS.values()]
     axes[2].set_xticks(range(len(BUCKETS)), ticks)

@@ -1,5 +1,6 @@
 """examples/study: a miniature through the same driver, its tables, and the paper's setting."""
 
+import importlib
 import json
 import os
 import re
@@ -27,10 +28,31 @@ TINY = {
 }
 
 
-def script(name: str, *words: object, fails: bool = False) -> str:
-    """What a script of the study prints."""
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """main() of a script of the study, in this process: what it prints."""
+    monkeypatch.syspath_prepend(STUDY)
+    monkeypatch.chdir(REPO)
+
+    def call(name: str, *words: object) -> str:
+        assert not importlib.import_module(name).main([*map(str, words)])
+        return capsys.readouterr().out
+
+    return call
+
+
+def overrides(**more: object) -> list[str]:
+    return [f"{key}={value}" for key, value in (TINY | more).items()]
+
+
+def study(out: Path, *settings: str, fails: bool = False) -> str:
+    """What the driver prints, in a process of its own."""
+    words = [
+        *("--out", out, "--seeds", 3, "--methods", *TWO, "--sizes", 12, 24, 192),
+        *("--pretraining-steps", 1, "--set", *settings),
+    ]
     done = subprocess.run(
-        [sys.executable, str(STUDY / name), *map(str, words)],
+        [sys.executable, str(STUDY / "study.py"), *map(str, words)],
         cwd=REPO,
         env=ENVIRONMENT,
         capture_output=True,
@@ -40,21 +62,10 @@ def script(name: str, *words: object, fails: bool = False) -> str:
     return done.stderr if fails else done.stdout
 
 
-def overrides(**more: object) -> list[str]:
-    return [f"{key}={value}" for key, value in (TINY | more).items()]
-
-
-def study(out: Path, *words: object, settings: list[str], fails: bool = False) -> str:
-    return script(
-        "study.py", "--out", out, "--seeds", 3, "--methods", *TWO, "--sizes", 12, 24, 192,
-        "--pretraining-steps", 1, "--set", *settings, *words, fails=fails,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study")
-    assert "2 of 2 runs are to be made" in study(out, settings=overrides())
+    assert "2 of 2 runs are to be made" in study(out, *overrides())
     return out
 
 
@@ -67,9 +78,9 @@ def test_the_same_command_makes_no_run_again(out):
         return [path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()]
 
     before = times()
-    assert "0 of 2 runs are to be made" in study(out, settings=overrides())
+    assert "0 of 2 runs are to be made" in study(out, *overrides())
     assert times() == before
-    said = study(out, settings=overrides(**{"optimizer.lr": 1e-3}), fails=True)
+    said = study(out, *overrides(**{"optimizer.lr": 1e-3}), fails=True)
     assert "holds a run of other settings" in said
 
 
@@ -92,9 +103,9 @@ def test_runs_are_those_of_the_command(out, tmp_path):
     assert learned(tmp_path / "alone") == learned(runs_of(out)[method])
 
 
-def test_tables_follow_from_the_runs(out, tmp_path):
+def test_tables_follow_from_the_runs(call, out, tmp_path):
     results = tmp_path / "results.json"
-    script("tables.py", "collect", "--runs", out, "--results", results)
+    call("tables", "collect", "--runs", out, "--results", results)
     found = json.loads(results.read_text())["runs"]
     for method, folder in runs_of(out).items():
         steps = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
@@ -116,7 +127,7 @@ def test_tables_follow_from_the_runs(out, tmp_path):
         }
     results.write_text(json.dumps(made))
     tables = {
-        name: script("tables.py", name, "--results", results)
+        name: call("tables", name, "--results", results)
         for name in ("teacher", "main", "lengths", "differences", "ablations")
     }
     # t = 4.303 for two degrees of freedom, s = 0.1, n = 3.
@@ -124,20 +135,21 @@ def test_tables_follow_from_the_runs(out, tmp_path):
     # 0, 0.2 and 0.1, seed by seed.
     assert "| Partial OPD | +10.0 ± 24.8 |" in tables["differences"]
     assert tables["teacher"].count("\n| ") == 4 and "SFT" not in tables["main"]
-    script("tables.py", "figure", "--results", results)
+    call("tables", "figure", "--results", results)
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
-def test_the_readme_has_the_tables_of_the_results():
+def test_the_readme_has_the_tables_of_the_results(call):
     readme = (STUDY / "README.md").read_text()
-    for name in re.findall(r"tables\.py (teacher|main|lengths|differences|ablations)", readme):
-        assert script("tables.py", name).strip() in readme, name
+    names = re.findall(r"tables\.py (teacher|main|lengths|differences|ablations)", readme)
+    assert len(names) == 5
+    for name in names:
+        assert call("tables", name).strip() in readme, name
 
 
-def test_a_response_that_leaves_out_a_step_is_counted(tmp_path, monkeypatch, out):
+def test_a_response_that_leaves_out_a_step_is_counted(monkeypatch, out, tmp_path):
     monkeypatch.syspath_prepend(STUDY)
-    from study import counted  # pyright: ignore[reportMissingImports]
-
+    counted = importlib.import_module("study").counted
     rows = list(map(json.loads, (out / "data" / "heldout.jsonl").read_text().splitlines()))
     [whole, short] = ("a+1b+2c+3;3", "a+1c+3;3")
     lines = [
@@ -153,14 +165,13 @@ def test_a_response_that_leaves_out_a_step_is_counted(tmp_path, monkeypatch, out
     assert [found["skips"] for found in counted(tmp_path, tmp_path)["x"]] == [False, True]
 
 
-def test_the_papers_setting(tmp_path):
-    trained = script(
-        "paper.py", "train", "--rows", "rows.jsonl", "--out", tmp_path, "--dry-run", "--",
-        "--partition=gpu",
-    ).splitlines()  # fmt: skip
+def test_the_papers_setting(call, tmp_path):
+    words = ("--out", tmp_path, "--dry-run")
+    train = ("train", "--rows", "rows.jsonl", *words)
+    trained = call("paper", *train, "--", "--partition=gpu").splitlines()
     assert len(trained) == 9 and all("--partition=gpu" in line for line in trained)
     assert sum("residual_scale=0.4" in line for line in trained) == 1
-    evaluated = script("paper.py", "evaluate", "--benchmarks", "b", "--out", tmp_path, "--dry-run")
+    evaluated = call("paper", "evaluate", "--benchmarks", "b", *words)
     commands = evaluated.splitlines()
     assert len(commands) == 10, "the base, and a model for each run"
     assert f"--model {tmp_path}/sft " in evaluated
@@ -168,5 +179,5 @@ def test_the_papers_setting(tmp_path):
         tasks = re.findall(r"--task (\S+)", command)
         assert len({parse_task(task).name for task in tasks}) == 7
     assert not list(tmp_path.iterdir())
-    said = script("paper.py", "train", "--rows", "r", "--model", tmp_path, "--dry-run", fails=True)
-    assert "config.json" in said
+    with pytest.raises(ValueError, match=r"config\.json"):
+        call("paper", *train, "--model", tmp_path)
