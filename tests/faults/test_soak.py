@@ -15,13 +15,13 @@ from tests.tiny_runs import write_run
 
 NUM_RANKS = 2
 STEPS_A_SAVE = 20
-WARM_UP_STEPS = 10 * STEPS_A_SAVE
+WARM_UP_STEPS = 20 * STEPS_A_SAVE
 """By then what has a size of its own has grown to it: torch's record of the last 2000 collectives,
-Megatron's 32 rotary tables, what malloc keeps for each thread."""
+Megatron's 32 rotary tables, most of what malloc keeps at hand."""
 LEAK = 10 * 2**10
 """Bytes a step that must not go unseen."""
-TOLERANCE = 4 * 2**20
-"""Bytes, that malloc's pools breathe."""
+TOLERANCE = 8 * 2**20
+"""Bytes; malloc's heap still grew by 2 to 4 MiB in 1500 steps, ever more slowly."""
 SAMPLE_SECONDS = 5.0
 
 
