@@ -156,7 +156,8 @@ with Stops().listening(signal.SIGTERM, signal.SIGINT) as stops:
         assert stops.signal == number
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert "Stack (most recent call first)" not in done.stderr
 
 
 def mean_seconds(lines: list[dict[str, Any]]) -> float:
