@@ -84,8 +84,8 @@ def file_sums(folder: Path, names: Iterable[str]) -> dict[str, FileSum]:
 
 def _file_sum(path: Path) -> FileSum:
     size = crc = 0
-    # No bytearray: malloc has an arena a thread, up to 8 a core, that keeps what was freed in it. The
-    # first rank grew by these 8 MiB in each, 120 MiB in its first 16 saves on 2 cores.
+    # No bytearray: malloc has an arena a thread, up to 8 a core, that keeps what was freed in it.
+    # The first rank grew by these 8 MiB in each, 120 MiB in its first 16 saves on 2 cores.
     with (
         path.open("rb", buffering=0) as file,
         mmap.mmap(-1, _CHUNK_BYTES, flags=mmap.MAP_PRIVATE) as memory,
