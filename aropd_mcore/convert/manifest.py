@@ -9,6 +9,7 @@ The folder's name appears by a rename when everything in it is on the disk.
 """
 
 import json
+import mmap
 import os
 import re
 import zlib
@@ -83,8 +84,13 @@ def file_sums(folder: Path, names: Iterable[str]) -> dict[str, FileSum]:
 
 def _file_sum(path: Path) -> FileSum:
     size = crc = 0
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    # No bytearray: malloc has an arena a thread, up to 8 a core, that keeps what was freed in it.
+    # The first rank grew by these 8 MiB in each, 120 MiB in its first 16 saves on 2 cores.
+    with (
+        path.open("rb", buffering=0) as file,
+        mmap.mmap(-1, _CHUNK_BYTES, flags=mmap.MAP_PRIVATE) as memory,
+        memoryview(memory) as buffer,
+    ):
         while num_bytes := file.readinto(buffer):
             crc = zlib.crc32(buffer[:num_bytes], crc)
             size += num_bytes

@@ -12,7 +12,7 @@ import random
 import textwrap
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +38,15 @@ from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.writing import Writing, Written
 
-_PACKAGES = ("aropd-mcore", "megatron-core", "torch", "transformers", "numpy")
+_PACKAGES = {
+    "aropd-mcore": "aropd_mcore",
+    "megatron-core": "megatron.core",
+    "torch": "torch",
+    "transformers": "transformers",
+    "numpy": "numpy",
+}
+"""Named in every checkpoint. The modules are asked: on a cluster Megatron, and this package, are
+often folders on PYTHONPATH, of which pip knows nothing."""
 
 
 class Saving:
@@ -70,7 +78,7 @@ class Saving:
         self._about = {
             "progress": dict(progress),
             "layout": _layout(runtime),
-            "packages": {name: version(name) for name in _PACKAGES},
+            "packages": {name: import_module(of).__version__ for name, of in _PACKAGES.items()},
             **(about or {}),
         }
         self._partial = by_first_rank(lambda: new_partial(folder, step))

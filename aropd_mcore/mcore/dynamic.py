@@ -15,7 +15,9 @@ place that knows.
 Shape letters: N tokens of a forward, B rows, H hidden, V vocabulary.
 """
 
+import faulthandler
 import math
+import signal
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +46,11 @@ try:
     from megatron.core.inference.config import InferenceConfig  # type: ignore[import-not-found]
 except ImportError:  # megatron-core 0.16.1
     InferenceConfig = None
+
+# inference/data_parallel_inference_coordinator.py:33 has them print a stack, before whoever listens
+# is asked. To a run they mean to save and leave in order.
+for number in (signal.SIGTERM, signal.SIGINT):
+    faulthandler.unregister(number)
 
 PAGE_TOKENS = 256
 """Tokens of a page; flash-attn 2 takes multiples of 256."""

@@ -13,7 +13,7 @@ own on top of it: a rank's peak is its state and its largest phase.
 
 from dataclasses import dataclass
 
-from aropd_mcore.numerics.chunks import LOGITS_BYTES
+from aropd_mcore.numerics.chunks import even_chunk
 from aropd_mcore.numerics.passes import BLOCK_ELEMENTS
 from aropd_mcore.plan.activations import (
     backward_working_set,
@@ -229,9 +229,9 @@ def chunk_tokens(setup: Setup) -> int:
     """As numerics.chunks.auto_chunk_tokens, and no more than there are."""
     chunk = setup.chunk_tokens
     if chunk == "auto":
-        budget = LOGITS_BYTES["cuda" if setup.device == "gpu" else "cpu"]
         token_bytes = (1 + setup.num_views) * vocabulary_columns(setup) * setup.dtype_bytes
-        chunk = max(budget // token_bytes // 64 * 64, 64)
+        device = "cuda" if setup.device == "gpu" else "cpu"
+        chunk = even_chunk(device, token_bytes, setup.loss_tokens)
     return max(min(chunk, setup.loss_tokens), 1)
 
 

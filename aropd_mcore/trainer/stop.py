@@ -108,6 +108,7 @@ class Stops:
                 self.signal = number
 
         before = {number: signal.signal(number, note) for number in signals}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # a launcher's mask is inherited
         try:
             yield self
         finally:

@@ -142,6 +142,24 @@ def test_sigusr1_to_the_command_saves_and_the_command_goes_on(path, unbroken, ca
     assert_as_unbroken(out, unbroken)
 
 
+def test_a_signal_prints_no_stack():
+    """As Megatron's inference, once it is imported, has it do."""
+    code = """
+import signal
+from aropd_mcore.trainer.stop import Stops
+with Stops().listening(signal.SIGTERM, signal.SIGINT) as stops:
+    import aropd_mcore.trainer.build
+    from megatron.core.inference import data_parallel_inference_coordinator
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stops.signal = 0
+        signal.raise_signal(number)
+        assert stops.signal == number
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Stack (most recent call first)" not in done.stderr
+
+
 def mean_seconds(lines: list[dict[str, Any]]) -> float:
     seconds = [v for line in lines for k, v in line.items() if k.startswith("seconds/")]
     return sum(seconds) / len(lines)

@@ -7,7 +7,6 @@ run's loss. On a CPU bf16 is off fp32 by at most 0.7 % (`sft`) and 6 % (`aropd`,
 between nearly equal models, to which every rounding adds; hence also its low learning rate).
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,9 +46,15 @@ def transformer_engine() -> Iterator[None]:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     pytest.importorskip("transformer_engine.pytorch")
-    os.environ["NVTE_UNFUSED_ATTN"] = "0"
-    yield
-    del os.environ["NVTE_UNFUSED_ATTN"]
+    from transformer_engine.pytorch.attention.dot_product_attention import backends
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("neither flash nor fused attention")
+
+    # NVTE_UNFUSED_ATTN=0 would do, if Megatron did not refuse it (language_module.py:118).
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.UnfusedDotProductAttention, "forward", refuse)
+        yield
 
 
 @pytest.fixture(scope="module")

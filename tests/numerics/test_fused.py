@@ -155,10 +155,13 @@ def test_one_view_is_one_product_and_one_softmax_less():
 def test_auto_chunk(monkeypatch):
     weight = torch.empty(1000, 8)
     monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 3 * 1000 * 4 * 200)  # 200 tokens' logits
-    assert chunks.auto_chunk_tokens(3, weight) == 192
-    assert chunks.auto_chunk_tokens(3, weight.bfloat16()) == 384
+    many = 192 * 384
+    assert chunks.auto_chunk_tokens(3, weight, many) == 192
+    assert chunks.auto_chunk_tokens(3, weight.bfloat16(), many) == 384
+    assert chunks.auto_chunk_tokens(3, weight, 193) == 128, "not 192 and 1"
     monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 1)
-    assert chunks.auto_chunk_tokens(3, weight) == 64
+    assert chunks.auto_chunk_tokens(3, weight, many) == 64
+    assert chunks.auto_chunk_tokens(3, weight, 0) == 64
     problem = make_problem(num_tokens=130)
     sizes = tensor_sizes(lambda: run_fused(problem, Settings()))
     assert 3 * 64 * 45 in sizes and 3 * 130 * 45 not in sizes

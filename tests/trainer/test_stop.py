@@ -79,6 +79,16 @@ def test_the_sooner_of_the_settings_and_slurm(stop_before, environ, deadline):
     assert deadline_of(limits, started=1000.0, environ=environ) == deadline
 
 
+def test_a_signal_that_the_launcher_has_blocked_is_noted():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with Stops().listening(signal.SIGUSR1) as stops:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stops.is_wanted()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_a_signal_is_noted_and_forks_ignore_it():
     with Stops().listening(signal.SIGTERM) as stops:
         child = os.fork()

@@ -348,4 +348,4 @@ def chunk_size(point: Point) -> int:
     """Of the fused form."""
     columns, dtype = point.vocab // point.tp, DTYPES[point.dtype]
     weight_VH = torch.empty(columns, 0, dtype=dtype, device=point.device)
-    return min(auto_chunk_tokens(3, weight_VH), point.tokens)
+    return min(auto_chunk_tokens(3, weight_VH, point.tokens), point.tokens)

@@ -1,21 +1,24 @@
-"""Peak memory of real training steps on CPU ranks, beside what `aropd plan` says of them.
+"""Peak memory of real training steps, beside what `aropd plan` says of them.
 
     python tools/benchmarks/memory.py [--layout NAME ...] [--phases] [--json FILE]
 
-Each layout is a job of its own over gloo, with a random model and responses of full length. What a
-rank had resident after its imports and a tiny run is its baseline; its peak is the kernel's figure
-(VmHWM) over whole steps, the model's construction not counted.
+Each layout is a job of its own, with a random model and responses of full length; a rank's baseline
+is what it had after its imports and a tiny run. On CPU ranks, over gloo, its peak is the kernel's
+figure (VmHWM) over whole steps, the model's construction not counted. Where there are GPUs it is
+what torch has allocated, without the plan's fixed overhead (CUDA's context, NCCL), and without the
+plan's checkpoint phase, since nothing is saved; the model is larger, in bf16.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from random_runs import DENSE, WARM_UP, build_run, on_ranks, peaks_of_a_step
 
 from aropd_mcore.config import Config
@@ -23,6 +26,16 @@ from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.memory import Memory, stage_memory
 from aropd_mcore.plan.setup import setup_of
 
+ON_GPU = torch.cuda.is_available()
+if ON_GPU:  # Qwen2.5-1.5B's shape
+    DENSE = DENSE | {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
 MOE: dict[str, Any] = DENSE | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -63,6 +76,16 @@ LAYOUTS = {
     "DP 2, one view": Layout(2, {"objective": {"residual_scale": 0.0, "metrics": False}}),
     "PP 2 x VPP 2": Layout(2, {"parallel": {"pipeline": 2, "virtual_pipeline": 2}}),
 }
+ON_ONE_GPU = {
+    "one rank": Layout(1, {}),
+    "recompute full": Layout(1, {"training": {"recompute": "full"}}),
+    "fp8, tensorwise": Layout(1, {"precision": {"fp8": "hybrid", "fp8_recipe": "tensorwise"}}),
+    "fp8, blockwise": Layout(1, {"precision": {"fp8": "hybrid", "fp8_recipe": "blockwise"}}),
+    "teacher on the host": Layout(1, {"teacher": {"weights": "host", "hidden_states": "host"}}),
+}
+if ON_GPU:
+    num_gpus = torch.cuda.device_count()
+    LAYOUTS = ON_ONE_GPU | {k: v for k, v in LAYOUTS.items() if 1 < v.ranks <= num_gpus}
 CONFIG: dict[str, Any] = {
     "output_dir": "unused",
     "model": {"path": "unused", "dtype": "fp32"},
@@ -71,6 +94,8 @@ CONFIG: dict[str, Any] = {
     "views": {"max_prompt_tokens": 448},
     "rollout": {"max_response_tokens": 64, "batch_size": 8},
 }
+if ON_GPU:
+    CONFIG["model"]["dtype"] = "bf16"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +128,8 @@ def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict
     """
     layout = LAYOUTS[name]
     config = _config(layout, responses)
-    setup = setup_of(config, layout.ranks, device="cpu", architecture=_architecture(layout.model))
+    device = "gpu" if ON_GPU else "cpu"
+    setup = setup_of(config, layout.ranks, device=device, architecture=_architecture(layout.model))
     with tempfile.TemporaryDirectory() as folder:
         on_ranks(_rank, layout.ranks, folder, name, responses, exact_memory=True)
         found = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank*.json"))]
@@ -122,16 +148,18 @@ def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict
                         "stage": stage,
                         "phase": phase,
                         "measured": size,
-                        "planned": round(_planned(planned, phase)),
+                        "planned": round(_planned(planned, phase, measured)),
                     }
                 )
     return rows
 
 
-def _planned(memory: Memory, phase: str) -> float:
-    if phase == "state":
-        return sum(memory.state.values())
-    return memory.peak if phase == "peak" else memory.at(phase)
+def _planned(memory: Memory, phase: str, phases: Iterable[str]) -> float:
+    """Of `state`, one of the phases, or the peak of them."""
+    if phase == "peak":
+        return max(_planned(memory, each, ()) for each in phases if each != "peak")
+    whole = sum(memory.state.values()) if phase == "state" else memory.at(phase)
+    return whole - memory.state.get("fixed overhead", 0.0)
 
 
 def _config(layout: Layout, responses: int) -> Config:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from aropd_mcore.config import Config
+from aropd_mcore.config import Config, PrecisionConfig
 from aropd_mcore.types import Row, Views
 
 DENSE: dict[str, Any] = {
@@ -105,18 +105,21 @@ def build_run(
     from aropd_mcore.trainer.guards import Guards
     from aropd_mcore.trainer.step import Run
 
-    def random_model() -> Any:
+    def random_model(precision: PrecisionConfig) -> Any:
         dtype = runtime.dtype(config.model.dtype)
-        model = build_model(hf, runtime, dtype=dtype, recompute=config.training.recompute)
+        recompute = config.training.recompute
+        model = build_model(hf, runtime, dtype=dtype, recompute=recompute, precision=precision)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
         return model
 
-    model = random_model()
+    model = random_model(config.precision)
     teacher = engine = None
     if config.objective.name == "aropd":
-        own = None if config.teacher.kind == "live" else random_model()
+        own = None
+        if config.teacher.kind != "live":
+            own = random_model(config.precision.of_teacher)
         teacher = Teacher(config.teacher, runtime, student=model, model=own)
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
