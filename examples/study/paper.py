@@ -113,4 +113,7 @@ def evaluate_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:  # of the user's making, and says so in a line
+        sys.exit(f"paper.py: error: {error}")
