@@ -21,6 +21,8 @@ class Row:
     reasoning: str
     answer: str
     system: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier chat turns as (role, content), between the system turn and the question."""
     sample_weight: float = 1.0
     id: str = ""
     origin: str = ""

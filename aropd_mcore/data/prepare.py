@@ -10,7 +10,6 @@ messages  messages (role, content)           the last assistant turn, by any of 
 
 import json
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aropd_mcore.data.answer_marks import (
+    Solution,
+    Unusable,
+    answer_text,
+    split_boxed,
+    split_hashes,
+    split_tags,
+)
 from aropd_mcore.data.dataset import parse_row
 from aropd_mcore.data.records import DataError, read_records
 from aropd_mcore.types import Row
 
 Record = dict[str, Any]
-Solution = tuple[str, str]  # reasoning, answer
 
 _QUESTION_KEYS = ("question", "problem", "prompt", "instruction")
 _RESPONSE_KEYS = ("response", "completion", "output", "answer", "solution")
@@ -94,10 +100,6 @@ def _converted_lines(inputs: Iterable[Path], format: str, report: PrepareReport)
         raise DataError(where, "no row could be kept, nothing is written", str(report))
 
 
-class Unusable(Exception):
-    """A record that a converter cannot use; the message is the reason, free of its values."""
-
-
 def _convert(record: Record, name: str, origin: str) -> Row:
     kept = {key: record[key] for key in _KEPT_KEYS if record.get(key) is not None}
     return parse_row(kept | _CONVERTERS[name](record), origin)
@@ -150,7 +152,7 @@ def _from_numina(record: Record) -> Record:
 def _from_tags(record: Record) -> Record:
     question = _text(record, _first_key(record, _QUESTION_KEYS))
     key = _first_key(record, _RESPONSE_KEYS)
-    return _row(question, _split_tags(_text(record, key)), f"no <answer>...</answer> in {key!r}")
+    return _row(question, split_tags(_text(record, key)), f"no <answer>...</answer> in {key!r}")
 
 
 def _from_messages(record: Record) -> Record:
@@ -164,7 +166,7 @@ def _from_messages(record: Record) -> Record:
     if "assistant" not in roles[last_user:]:
         raise Unusable("'messages' has no assistant turn after the last user turn")
     text = _text(turns[roles.index("assistant", last_user)], "content")
-    solution = _split_tags(text) or split_hashes(text) or split_boxed(text)
+    solution = split_tags(text) or split_hashes(text) or split_boxed(text)
     question = _text(turns[last_user], "content")
     row = _row(question, solution, "the assistant turn has no <answer>, '####' or \\boxed{}")
     if "system" in roles:
@@ -200,55 +202,6 @@ def _first_key(record: Record, keys: Sequence[str]) -> str:
         if record.get(key) is not None:
             return key
     raise Unusable(f"none of the keys {', '.join(keys)}")
-
-
-def answer_text(value: Any) -> str:
-    """An `answer` as text: a string, or a number without the `.0` of whole ones.
-
-    Raises:
-        Unusable: it is neither.
-    """
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC 2023 writes 27.0 for 27.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Unusable("'answer' is neither a string nor a number")
-    return str(value)
-
-
-def _split_tags(text: str) -> Solution | None:
-    """`<reasoning>z</reasoning> <answer>a</answer>`; what precedes the answer, without tags."""
-    answers = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    if not answers:
-        return None
-    reasoning = re.search(r"<reasoning>(.*?)</reasoning>", text, flags=re.DOTALL)
-    before = reasoning[1] if reasoning else text[: text.rindex("<answer>")]
-    return before.strip(), answers[-1].strip()
-
-
-def split_hashes(text: str) -> Solution | None:
-    """`z` and `a` of `z\\n#### a`, without calculator annotations such as `<<48/2=24>>`."""
-    match = re.search(r"^####[ \t]*(\S[^\n]*)\s*\Z", text, flags=re.MULTILINE)
-    if not match:
-        return None
-    return re.sub(r"<<[^<>\n]*>>", "", text[: match.start()]).strip(), match[1].strip()
-
-
-def split_boxed(text: str) -> Solution | None:
-    """The whole text, and what stands in its last `\\boxed{...}`, braces nested."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    # Escaped braces, \{ and \}, are part of the text and close nothing.
-    for brace in re.finditer(r"\\.|[{}]", text[start:], flags=re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            answer = text[start : start + brace.start()].strip()
-            return (text.strip(), answer) if answer else None
-    return None
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:

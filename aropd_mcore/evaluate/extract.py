@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from aropd_mcore.data.prepare import split_boxed
+from aropd_mcore.data.answer_marks import split_boxed
 from aropd_mcore.evaluate.tasks import LETTERS, Choices, CodeTests
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aropd_mcore.data.prepare import Unusable, answer_text, split_boxed, split_hashes
+from aropd_mcore.data.answer_marks import Unusable, answer_text, split_boxed, split_hashes
 from aropd_mcore.data.records import DataError, read_records
 
 Record = dict[str, Any]

@@ -71,7 +71,7 @@ DROPPED = [
     ({"text": "x", "label": None}, "no known format for the keys text"),
     ({"question": "q", "answer": "no marker"}, "no <answer>...</answer> in 'answer'"),
     ({"problem": "q", "solution": "\\boxed{1"}, "no 'answer', and no \\boxed{} in 'solution'"),
-    ({"problem": "q", "answer": ["1"]}, "'answer' is neither a string nor a number"),
+    ({"problem": "q", "answer": ["1"]}, "'answer' is neither a string nor a finite number"),
     ({"problem": 3, "answer": "1"}, "'problem' is not a string"),
     ({"messages": turns("s", "q", "It is 72.")}, NO_MARKER),
     ({"messages": turns("s", "q", "It is 73.")}, NO_MARKER),
