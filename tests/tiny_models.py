@@ -88,6 +88,12 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
 MOE_FAMILIES = ("qwen3_moe", "qwen3_moe_unnormalized", "mixtral")
 
 
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """The HF config of a tiny model; `overrides` replace settings of TINY and of the family."""
+    config_class, _, settings = FAMILIES[family]
+    return config_class(**{**TINY, **settings, **overrides})
+
+
 def save_tiny_model(
     family: str,
     folder: Path,
@@ -107,8 +113,8 @@ def save_tiny_model(
         tie: share input embedding and output head.
         overrides: settings of the HF config, in place of TINY's.
     """
-    config_class, model_class, settings = FAMILIES[family]
-    config = config_class(**{**TINY, **settings, **overrides}, tie_word_embeddings=tie)
+    model_class = FAMILIES[family][1]
+    config = tiny_config(family, tie_word_embeddings=tie, **overrides)
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,6 +1,10 @@
-"""What an HF config.json says of a model, checked: sizes, settings, and the layouts it allows."""
+"""The model that an HF config.json describes, and the layouts that divide it.
 
-import json
+Every fact is read from one place, with the defaults of its family (mapping.Family) and with the
+precedence of transformers. Places that disagree are refused, since transformers 4, transformers 5
+and vLLM then read different models.
+"""
+
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,19 +13,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from aropd_mcore.convert.json_file import CheckpointError, JsonObject, brief, read_json
 from aropd_mcore.convert.mapping import (
     EMBEDDING,
     FAMILIES,
     FINAL_NORM,
     HEAD,
+    Experts,
     Family,
     Kind,
     TableRow,
 )
-
-
-class CheckpointError(ValueError):
-    """An HF folder cannot be used; the message names the file, the key or tensor and the remedy."""
+from aropd_mcore.convert.rope import read_rope
+from aropd_mcore.convert.settings import check_passed_on, check_settings, check_types
 
 
 @dataclass(frozen=True)
@@ -123,30 +127,30 @@ class Architecture:
         return sum(math.prod(shape) for shape in self.hf_shapes.values())
 
 
-# The only values that the Megatron model is built for.
-_SETTINGS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "mlp_only_layers": [],
-    "decoder_sparse_step": 1,
-}
-_TYPES = {
-    "architectures": (list, "a list"),
-    "layer_types": (list, "a list"),
-    "rope_parameters": (dict, "an object"),
-    "rope_scaling": (dict, "an object"),
-    "quantization_config": (dict, "an object"),
-}
-# What Megatron's Llama 3 rope scaling has built in
-# (megatron-core 0.16.1 models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
-_LLAMA3_SCALING = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+@dataclass(frozen=True)
+class HFConfig:
+    """The contents of a config.json, checked."""
+
+    architecture: Architecture
+    sliding_window: int | None
+    """Number of tokens that each token attends to, itself included; None for all before it."""
+    dtype: str | None
+    """The dtype in which transformers loads the weights; None for the dtype that they have."""
+    unread: dict[str, Any]
+    """The keys that describe no part of the architecture."""
+
+
+def read_config(hf: Path | str | Mapping[str, Any]) -> HFConfig:
+    """The checked contents of an HF folder's config.json; see read_architecture."""
+    if isinstance(hf, Mapping):
+        return _Reader(hf, "config.json").read()
+    path = Path(hf)
+    if path.is_dir() or path.suffix != ".json":
+        path = path / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
+    return _Reader(config, str(path)).read()
 
 
 def read_architecture(hf: Path | str | Mapping[str, Any]) -> Architecture:
@@ -155,23 +159,11 @@ def read_architecture(hf: Path | str | Mapping[str, Any]) -> Architecture:
     Args:
         hf: an HF folder, a config.json, or its parsed contents (transformers 4 or 5).
     Raises:
-        CheckpointError: no such file, an unknown architecture, a missing key, a value out of range,
-            or a setting that the Megatron model does not have.
+        CheckpointError: no such file, an unknown architecture, a missing key, a value out of range
+            or of a type that transformers refuses, two places that disagree, or a setting that the
+            Megatron model does not have.
     """
-    if isinstance(hf, Mapping):
-        return _Reader(hf, "config.json").architecture()
-    path = Path(hf)
-    if path.is_dir() or path.suffix != ".json":
-        path = path / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(config).__name__}")
-    return _Reader(config, str(path)).architecture()
+    return read_config(hf).architecture
 
 
 def check_layout(
@@ -229,104 +221,126 @@ def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-class _Reader:
-    """Takes config.json apart; every complaint names the file and the key."""
+_DTYPES = ("float32", "bfloat16", "float16")
+_MAX_BLOCKS = 100_000  # layers times experts: each has names of its own, which are all listed
 
-    def __init__(self, config: Mapping[str, Any], where: str):
-        self.config = config
-        self.where = where
 
-    def architecture(self) -> Architecture:
-        self.check_types()
+class _Reader(JsonObject):
+    """Reads an Architecture from the keys of a config.json."""
+
+    def read(self) -> HFConfig:
+        check_types(self)
         family = self.family()
-        self.check_settings()
-        hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
-        kv_heads = self.size("num_key_value_heads", default=heads)
-        if heads % kv_heads:
-            raise self.error(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            )
-        if self.config.get("head_dim") is None and family.head_dim is None and hidden % heads:
-            raise self.error(
-                f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, "
-                "and there is no head_dim"
-            )
-        theta, factor = self.rope()
+        architecture = self.architecture(family)
+        check_settings(self, family, architecture.num_layers)
+        check_passed_on(self, architecture.vocab_size)
+        dtype = self.dtype()
+        unread = {k: v for k, v in self.values.items() if k not in self.keys_read}
+        return HFConfig(architecture, self.sliding_window(family), dtype, unread)
+
+    def architecture(self, family: Family) -> Architecture:
+        hidden, heads, num_layers = map(
+            self.size, ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
+        theta, factor = read_rope(self, family.defaults.rope_theta)
+        positions = self.size("max_position_embeddings")
+        routing = self.routing(family.experts) if family.experts else None
+        if num_layers * (routing.num_experts if routing else 1) > _MAX_BLOCKS:
+            raise self.wrong("num_hidden_layers", num_layers, f"no more than {_MAX_BLOCKS} blocks")
         return Architecture(
             family=family,
-            num_layers=self.size("num_hidden_layers"),
+            num_layers=num_layers,
             hidden_size=hidden,
             ffn_hidden_size=self.size("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=self.size("head_dim", default=family.head_dim or hidden // heads),
+            num_kv_heads=self.num_kv_heads(family, heads),
+            head_dim=self.head_dim(family, hidden, heads),
             vocab_size=self.size("vocab_size"),
-            max_position_embeddings=self.max_positions(),
-            rms_norm_eps=self.number("rms_norm_eps"),
+            max_position_embeddings=min(positions, self.sliding_window(family) or positions),
+            rms_norm_eps=self.epsilon(),
             rope_theta=theta,
             rope_scaling_factor=factor,
-            tied_embeddings=bool(self.config.get("tie_word_embeddings", False)),
-            routing=self.routing(family),
+            tied_embeddings=self.is_set("tie_word_embeddings", family.defaults.tie_word_embeddings),
+            routing=routing,
         )
-
-    def check_types(self) -> None:
-        for key, (kind, what) in _TYPES.items():
-            found = self.config.get(key)
-            if found is not None and not isinstance(found, kind):
-                raise self.error(f"{key} is {found!r}; expected {what}")
 
     def family(self) -> Family:
-        architectures = self.config.get("architectures") or []
-        model_type = self.config.get("model_type")
-        for family in FAMILIES:
-            if family.architecture in architectures[:1]:
-                return family
-            if not architectures and family.name == model_type:
-                return family
-        found = f"architecture {architectures[0]!r}" if architectures else f"{model_type=}"
-        code = " (auto_map names code of its own, which is never run)"
-        raise self.error(
-            f"{found} is not known here{code if self.config.get('auto_map') else ''}; "
-            f"known: {', '.join(f.architecture for f in FAMILIES)}"
+        """The family that `architectures` and `model_type` both name."""
+        architectures, model_type = self.get("architectures") or [], self.get("model_type")
+        known = {f.architecture if architectures else f.name: f for f in FAMILIES}
+        key = architectures[0] if architectures else model_type
+        family = known.get(key) if isinstance(key, str) else None
+        if family is None:
+            found = (
+                f"architectures: architecture {brief(key)}" if architectures else f"{model_type=}"
+            )
+            code = " (auto_map names code of its own, which is never run)"
+            raise self.error(
+                f"{found} is not known here{code if self.values.get('auto_map') else ''}; "
+                f"known: {', '.join(f.architecture for f in FAMILIES)}"
+            )
+        if model_type is None:
+            raise self.error(
+                f"model_type is missing; transformers needs {family.name!r} for the "
+                f"{family.architecture} that architectures names"
+            )
+        self.agree(
+            {"the model_type of architectures": family.name, "model_type": model_type},
+            "transformers builds the model of model_type",
         )
+        return family
 
-    def check_settings(self) -> None:
-        for key, needed in _SETTINGS.items():
-            found = self.config.get(key, needed)
-            if found != needed and not (found is None and key != "hidden_act"):
-                raise self.error(f"{key} is {found!r}; only {needed!r} is supported")
-        quantization = self.config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "an unnamed method")
+    def num_kv_heads(self, family: Family, heads: int) -> int:
+        key = "num_key_value_heads"
+        kv_heads = self.size(
+            key,
+            default=family.defaults.num_key_value_heads or heads,
+            if_null=heads if key in family.nullable else None,
+        )
+        if heads % kv_heads:
+            default = "" if key in self.values else f", which is the default of {family.name}"
             raise self.error(
-                f"quantization_config says that the weights are quantized ({method}); only fp32, "
-                "bf16 and fp16 weights can be read. Use the checkpoint that they were made from."
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+                + default
             )
-        layer_types = {str(kind) for kind in self.config.get("layer_types") or ()}
-        layer_types -= {"full_attention"}
-        if layer_types:
+        return kv_heads
+
+    def head_dim(self, family: Family, hidden: int, heads: int) -> int:
+        head_dim = self.size(
+            "head_dim",
+            default=family.defaults.head_dim or max(hidden // heads, 1),
+            if_null=max(hidden // heads, 1) if "head_dim" in family.nullable else None,
+        )
+        is_given = family.defaults.head_dim or self.values.get("head_dim") is not None
+        if hidden % heads and (not is_given or family.divides_hidden_size):
+            reason = "as transformers demands" if is_given else "and there is no head_dim"
             raise self.error(
-                f"layer_types has {', '.join(sorted(layer_types))}; "
-                "only full_attention is supported"
+                f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, {reason}"
             )
+        if head_dim % 2:
+            raise self.wrong("head_dim", head_dim, "an even number: rope turns pairs")
+        return head_dim
 
-    def max_positions(self) -> int:
-        positions = self.size("max_position_embeddings")
-        if "use_sliding_window" in self.config:  # Qwen: off, and then the size says nothing
-            return positions
-        return min(positions, self.size("sliding_window", default=positions))
+    def sliding_window(self, family: Family) -> int | None:
+        window = self.get("sliding_window", family.defaults.sliding_window)
+        if window is not None:
+            window = self.size("sliding_window", default=window)
+        return window if family.has_sliding_window else None
 
-    def routing(self, family: Family) -> Routing | None:
-        keys = family.experts
-        if keys is None:
-            return None
-        count = next((key for key in keys.count if key in self.config), keys.count[0])
+    def routing(self, keys: Experts) -> Routing:
+        counts = {key: self.get(key) for key in keys.count if key in self.values}
+        self.agree(counts, "transformers 4 and 5 read different ones")
+        if not counts:
+            raise self.error(f"{keys.count[0]} is missing (or {keys.count[1]})")
+        count = next(iter(counts))
         num_experts, chosen = self.size(count), self.size("num_experts_per_tok")
         if chosen > num_experts:
-            raise self.error(f"num_experts_per_tok is {chosen}; there are {num_experts} experts")
+            raise self.error(
+                f"num_experts_per_tok is {chosen}; there are {num_experts} experts ({count})"
+            )
         normalized = keys.normalized
         if normalized is None:
-            normalized = bool(self.config.get("norm_topk_prob", False))
+            normalized = self.is_set("norm_topk_prob", False)
         if normalized and chosen == 1:
             raise self.error(
                 "num_experts_per_tok is 1 and the weights of the chosen experts sum to one: every "
@@ -334,49 +348,19 @@ class _Reader:
             )
         return Routing(num_experts, chosen, self.size(keys.ffn), normalized)
 
-    def rope(self) -> tuple[float, float | None]:
-        """theta, and the factor of Llama 3's scaling or None."""
-        # transformers 5 holds both in rope_parameters, 4 has rope_theta beside rope_scaling.
-        key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
-        rope = {
-            "rope_theta": self.config.get("rope_theta", 10000.0),
-            **(self.config.get(key) or {}),
-        }
-        theta = float(rope["rope_theta"])
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type == "default":
-            return theta, None
-        if rope_type != "llama3":
-            raise self.error(
-                f"{key} has rope_type {rope_type!r}; only 'default' and 'llama3' are supported"
-            )
-        if "factor" not in rope:
-            raise self.error(f"{key} has rope_type 'llama3' and no factor")
-        for name, needed in _LLAMA3_SCALING.items():
-            if rope.get(name) != needed:
-                raise self.error(
-                    f"{key}.{name} is {rope.get(name)!r}; Megatron's Llama 3 scaling has {needed} "
-                    "built in"
-                )
-        return theta, float(rope["factor"])
+    def epsilon(self) -> float:
+        epsilon = self.get("rms_norm_eps")
+        if "rms_norm_eps" not in self.values:
+            raise self.error("rms_norm_eps is missing")
+        if not isinstance(epsilon, float) or not 0.0 < epsilon < 1.0:
+            raise self.wrong("rms_norm_eps", epsilon, "a number between 0.0 and 1.0")
+        return epsilon
 
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.config.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(f"{key} is missing")
-        if not isinstance(value, int) or value < 1:
-            raise self.error(f"{key} is {value!r}; expected a positive integer")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.config.get(key)
-        if value is None:
-            raise self.error(f"{key} is missing")
-        if not isinstance(value, int | float):
-            raise self.error(f"{key} is {value!r}; expected a number")
-        return float(value)
-
-    def error(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {message}")
+    def dtype(self) -> str | None:
+        """The dtype of `dtype` (transformers 5) or `torch_dtype` (transformers 4)."""
+        keys = ("dtype", "torch_dtype")
+        places = {k: dtype for k in keys if (dtype := self.get(k)) is not None}
+        dtype = self.agree(places, "transformers 5 reads dtype, 4 reads torch_dtype")
+        if dtype is not None and dtype not in _DTYPES:
+            raise self.wrong(next(iter(places)), dtype, f"one of {', '.join(_DTYPES)}")
+        return dtype

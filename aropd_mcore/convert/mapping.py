@@ -9,7 +9,7 @@ model. `{layer}` and `{expert}` stand for these numbers on both sides.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -163,11 +163,28 @@ class Experts:
     """Where a mixture-of-experts family's config.json says what its dense sizes do not."""
 
     count: tuple[str, ...]
-    """Keys of the number of experts in a layer; the first that is there says it."""
+    """Keys of the number of experts in a layer; those that are there must agree."""
     ffn: str
     """Key of an expert's intermediate size."""
     normalized: bool | None = None
     """Whether the weights of the chosen experts sum to one; None: `norm_topk_prob` says it."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Values of the keys that config.json may lack, as transformers has them for one family.
+
+    tests/convert/test_config_keys.py compares them with transformers. A key without a default here,
+    such as hidden_size, is required.
+    """
+
+    num_key_value_heads: int | None = None
+    """None: num_attention_heads."""
+    head_dim: int | None = None
+    """None: hidden_size / num_attention_heads."""
+    rope_theta: float = 10000.0
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,8 +197,17 @@ class Family:
     """The first of `architectures` in config.json."""
     layer_rows: tuple[TableRow, ...]
     """The table of one transformer layer, in the order of the computation."""
-    head_dim: int | None = None
-    """Where config.json has no `head_dim`: this, or hidden_size / num_attention_heads if None."""
+    defaults: Defaults = Defaults()
+    nullable: tuple[str, ...] = ()
+    """Those of `num_key_value_heads` and `head_dim` that may be null, which then stands for
+    num_attention_heads, or hidden_size / num_attention_heads."""
+    has_sliding_window: bool = False
+    """`sliding_window` limits attention. Families with a `use_sliding_window` do without it, since
+    only false is supported."""
+    divides_hidden_size: bool = False
+    """num_attention_heads divides hidden_size even where there is a `head_dim`."""
+    refused_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys that make transformers build a model of another family -> what such a key does."""
     experts: Experts | None = None
 
     @property
@@ -194,10 +220,36 @@ class Family:
 
 
 FAMILIES = (
-    Family("llama", "LlamaForCausalLM", (*ATTENTION, *DENSE_MLP)),
-    Family("mistral", "MistralForCausalLM", (*ATTENTION, *DENSE_MLP)),
-    Family("qwen2", "Qwen2ForCausalLM", (*ATTENTION, *QKV_BIAS, *DENSE_MLP)),
-    Family("qwen3", "Qwen3ForCausalLM", (*ATTENTION, *QK_NORM, *DENSE_MLP), head_dim=128),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        (*ATTENTION, *DENSE_MLP),
+        nullable=("num_key_value_heads", "head_dim"),
+        divides_hidden_size=True,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        (*ATTENTION, *DENSE_MLP),
+        defaults=Defaults(num_key_value_heads=8, sliding_window=4096),
+        nullable=("head_dim",),
+        has_sliding_window=True,
+        refused_keys={"layer_types": "makes transformers 5 build a Ministral model"},
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        (*ATTENTION, *QKV_BIAS, *DENSE_MLP),
+        defaults=Defaults(num_key_value_heads=32),
+        nullable=("num_key_value_heads",),
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        (*ATTENTION, *QK_NORM, *DENSE_MLP),
+        defaults=Defaults(num_key_value_heads=32, head_dim=128),
+        nullable=("num_key_value_heads",),
+    ),
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
@@ -211,7 +263,7 @@ FAMILIES = (
                 down="mlp.experts.{expert}.down_proj.weight",
             ),
         ),
-        head_dim=128,
+        defaults=Defaults(num_key_value_heads=4),
         # The second key is what transformers 5 writes where published configs have the first.
         experts=Experts(count=("num_experts", "num_local_experts"), ffn="moe_intermediate_size"),
     ),
@@ -227,6 +279,11 @@ FAMILIES = (
                 down="block_sparse_moe.experts.{expert}.w2.weight",
             ),
         ),
-        experts=Experts(count=("num_local_experts",), ffn="intermediate_size", normalized=True),
+        defaults=Defaults(num_key_value_heads=8, rope_theta=1000000.0),
+        nullable=("head_dim",),
+        has_sliding_window=True,
+        experts=Experts(
+            count=("num_local_experts", "num_experts"), ffn="intermediate_size", normalized=True
+        ),
     ),
 )

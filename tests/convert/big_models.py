@@ -27,6 +27,7 @@ def write_llama(
     """
     config = {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_act": "silu",
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,

@@ -31,6 +31,7 @@ LLAMA: dict[str, Any] = {
 }
 QWEN25_7B = {
     "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
     "hidden_act": "silu",
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -47,6 +48,7 @@ QWEN25_7B = {
 }
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "hidden_act": "silu",
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -58,6 +60,7 @@ LLAMA2_7B = {
 }
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
     "hidden_act": "silu",
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -74,6 +77,7 @@ MISTRAL_7B = {
 MIXTRAL_8X7B = {
     **MISTRAL_7B,
     "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
     "num_experts_per_tok": 2,
     "num_local_experts": 8,
     "rope_theta": 1000000.0,

@@ -1,0 +1,153 @@
+"""JSON files that other programs wrote: read strictly, with errors of one line."""
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_MAX_SIZE = 2**31 - 1  # sizes are 32-bit integers in kernels and in other readers
+_NAMES = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number with a decimal point",
+    int: "an integer",
+    list: "a list",
+    str: "a string",
+    type(None): "null",
+}
+_REPR = reprlib.Repr()
+_REPR.maxdict = _REPR.maxlist = 8
+_REPR.maxstring = _REPR.maxother = 100
+
+
+class CheckpointError(ValueError):
+    """An HF folder cannot be used; the message names the file, the key or tensor and the remedy.
+
+    The message is one printable line, whatever the folder's files hold.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+def brief(value: Any) -> str:
+    """The repr of a JSON value, shortened if it is long or deep."""
+    return _REPR.repr(value)
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object_pairs_hook of json.loads: ValueError if a key has two different values."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values and repr(values[key]) != repr(value):
+            raise ValueError(
+                f"the key {brief(key)} occurs twice, as {brief(values[key])} and as {brief(value)}"
+            )
+        values[key] = value
+    return values
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON in UTF-8, or gives one key two values.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Equality of JSON values: 1 equals 1.0, and true is not 1."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+class JsonObject:
+    """A JSON object whose keys are read with their types and ranges checked.
+
+    Every method raises CheckpointError, which names the file and the key.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
+        """
+        Args:
+            where: the file, for errors.
+            prefix: of the keys in errors, such as `rope_parameters.` for a nested object.
+        """
+        self.values = values
+        self.where = where
+        self.prefix = prefix
+        self.keys_read: set[str] = set()
+        """Keys that `get` was called for."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_read.add(key)
+        return self.values.get(key, default)
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {message}")
+
+    def wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
+        return self.error(f"{self.prefix}{key} is {brief(value)}; expected {expected}")
+
+    def check_types(self, types: Mapping[str, tuple[type, ...]]) -> None:
+        """Check that each key that is there has one of its types; true is no integer."""
+        for key, allowed in types.items():
+            if key in self.values and type(self.values[key]) not in allowed:
+                names = " or ".join(_NAMES[kind] for kind in allowed)
+                raise self.wrong(key, self.values[key], names)
+
+    def agree(self, places: Mapping[str, Any], consequence: str) -> Any:
+        """The value that all places of one fact give; None without any place.
+
+        Args:
+            places: name of the place -> its value.
+            consequence: what readers do with places that disagree, for the error.
+        """
+        items = list(places.items())
+        for name, value in items[1:]:
+            if not same_value(value, items[0][1]):
+                raise self.error(
+                    f"{items[0][0]} is {brief(items[0][1])} and {name} is {brief(value)}; "
+                    f"{consequence}. Keep the one that is right."
+                )
+        return items[0][1] if items else None
+
+    def is_set(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, value, "true or false")
+        return value
+
+    def size(self, key: str, default: int | None = None, if_null: int | None = None) -> int:
+        """A positive 32-bit integer.
+
+        Args:
+            default: without the key; None: the key is required.
+            if_null: where the key is null; None: null is refused.
+        """
+        value = self.get(key, default)
+        if value is None and key in self.values:
+            value = if_null
+        if value is None and key not in self.values:
+            raise self.error(f"{self.prefix}{key} is missing")
+        if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+            raise self.wrong(key, value, f"a positive integer up to {_MAX_SIZE}")
+        return value
+
+    def positive(self, name: str, value: Any) -> float:
+        """`value`, read from the place `name`, as a positive finite number."""
+        if type(value) in (int, float):
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            if 0 < number < math.inf:
+                return number
+        raise self.error(f"{name} is {brief(value)}; expected a positive number")

@@ -1,0 +1,96 @@
+"""Keys of config.json that give the Architecture no number, and the values that they may have."""
+
+from typing import Any
+
+from aropd_mcore.convert.json_file import JsonObject, brief
+from aropd_mcore.convert.mapping import Family
+
+# The only values that the Megatron model is built for.
+_SETTINGS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "is_causal": True,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
+_NULLABLE_SETTINGS = ("partial_rotary_factor", "mlp_only_layers")
+# Keys that make transformers read the model from a second place.
+_ELSEWHERE = {
+    "text_config": "describes a model inside the model",
+    "per_layer_config": "gives single layers settings of their own",
+    "configuration_files": "names other files that transformers may read instead of this one",
+    "transformers_weights": "names the file of weights that transformers reads",
+}
+_NULL = type(None)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "architectures": (list, _NULL),
+    "model_type": (str, _NULL),
+    "layer_types": (list, _NULL),
+    "rope_parameters": (dict, _NULL),
+    "rope_scaling": (dict, _NULL),
+    "quantization_config": (dict, _NULL),
+    "compression_config": (dict, _NULL),
+    # The following do not change the model. An export carries them along, and transformers refuses
+    # to load a config.json in which they have other types.
+    "attention_dropout": (float, int),
+    "bos_token_id": (int, _NULL),
+    "eos_token_id": (int, list, _NULL),
+    "initializer_range": (float,),
+    "max_window_layers": (int,),
+    "output_router_logits": (bool,),
+    "pad_token_id": (int, _NULL),
+    "pretraining_tp": (int, _NULL),
+    "router_aux_loss_coef": (float,),
+    "router_jitter_noise": (float,),
+    "transformers_version": (str, _NULL),
+    "use_cache": (bool,),
+}
+
+
+def check_types(config: JsonObject) -> None:
+    """Raise CheckpointError for a key of another type than transformers accepts."""
+    config.check_types(_TYPES)
+
+
+def check_settings(config: JsonObject, family: Family, num_layers: int) -> None:
+    """Raise CheckpointError for a setting that the Megatron model of this family does not have."""
+    for key, needed in _SETTINGS.items():
+        found = config.get(key, needed)
+        types = (int, float) if type(needed) is float else (type(needed),)
+        same = found == needed and type(found) in types
+        if not same and not (found is None and key in _NULLABLE_SETTINGS):
+            raise config.error(f"{key} is {brief(found)}; only {needed!r} is supported")
+    for key, what in (_ELSEWHERE | dict(family.refused_keys)).items():
+        if key in config.values:
+            raise config.error(f"{key} is there, which {what}; remove the key if that is not meant")
+    for key in ("quantization_config", "compression_config"):
+        quantization = config.get(key)
+        if quantization is not None:
+            method = quantization.get("quant_method", "an unnamed method")
+            raise config.error(
+                f"{key} says that the weights are quantized ({method}); only fp32, bf16 and fp16 "
+                "weights can be read. Use the checkpoint that they were made from."
+            )
+    layer_types = config.get("layer_types")
+    if layer_types is not None and layer_types != ["full_attention"] * num_layers:
+        other = [str(kind) for kind in layer_types if kind != "full_attention"]
+        raise config.error(
+            f"layer_types has {', '.join(other[:3]) or f'{len(layer_types)} entries'}; only "
+            f"full_attention is supported, once for each of num_hidden_layers, {num_layers}"
+        )
+
+
+def check_passed_on(config: JsonObject, vocab_size: int) -> None:
+    """Raise CheckpointError for a value that transformers refuses in a key that only it reads."""
+    pad = config.values.get("pad_token_id")
+    if pad is not None and pad >= vocab_size:
+        raise config.wrong("pad_token_id", pad, f"less than vocab_size, {vocab_size}")
+    ends = config.values.get("eos_token_id")
+    if isinstance(ends, list) and any(type(end) is not int for end in ends):
+        raise config.wrong("eos_token_id", ends, "an integer or a list of integers")
+    initializer_range = config.values.get("initializer_range", 0.0)
+    if not 0.0 <= initializer_range <= 1.0:
+        raise config.wrong("initializer_range", initializer_range, "0.0 to 1.0")

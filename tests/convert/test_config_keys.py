@@ -1,0 +1,248 @@
+"""Every family and every key of config.json: the reader refuses, or it reads what transformers does.
+
+For each tiny model, as transformers 4 and as transformers 5 writes it, each key in turn is removed,
+set to null and set to nonsense. Where read_architecture accepts the result, transformers must build
+a model with the same facts.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from aropd_mcore.convert.architecture import CheckpointError, HFConfig, read_config
+from aropd_mcore.convert.mapping import FAMILIES as TABLES
+from aropd_mcore.convert.mapping import Family
+from tests.tiny_models import FAMILIES, tiny_config
+
+VARIANTS = ("llama", "llama31", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
+STYLES = ("transformers 4", "transformers 5")
+# Numbers of heads that the default numbers of key/value heads divide.
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+}
+NONSENSE: tuple[Any, ...] = (
+    *("nonsense", "", "8", True, False, 0, 1, -1, 3, 8.0, 0.5, 2**40, 10**400),
+    *(math.inf, math.nan, [], ["nonsense"], {}, {"nonsense": 1}),
+)
+# Keys that some of the tiny models lack.
+MORE_KEYS = (
+    *("attention_bias", "mlp_bias", "hidden_act", "is_causal", "partial_rotary_factor"),
+    *("head_dim", "num_key_value_heads", "tie_word_embeddings", "rms_norm_eps"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("num_experts", "num_local_experts", "norm_topk_prob", "mlp_only_layers"),
+    *("dtype", "torch_dtype", "text_config", "per_layer_config", "transformers_weights"),
+    *("quantization_config", "configuration_files"),
+)
+# What every config.json must have; the reader has family defaults for the others.
+REQUIRED = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok"),
+    # of Llama 3's rope
+    *("rope_type", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(level)
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def base_config(variant: str, style: str) -> dict[str, Any]:
+    """A tiny model's config.json; as transformers 4 writes it, with the keys that 5 has renamed."""
+    config = json.loads(tiny_config(variant, **SIZES).to_json_string())
+    config["architectures"] = [FAMILIES[variant][1].__name__]
+    config["dtype"] = "float32"
+    if style == "transformers 4":
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        config["torch_dtype"] = config.pop("dtype")
+        config.pop("layer_types", None)
+        if variant.startswith("qwen3_moe"):
+            config["num_experts"] = config.pop("num_local_experts")
+    return config
+
+
+def changed(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(key, what happened to it, the whole config) for every change of one key."""
+    for path in [(key,) for key in dict.fromkeys((*config, *MORE_KEYS))] + [
+        (key, inner)
+        for key in ("rope_parameters", "rope_scaling")
+        for inner in dict.fromkeys((*(config.get(key) or {}), "type", "partial_rotary_factor"))
+        if config.get(key)
+    ]:
+        *outer, last = path
+        for what in ("removed", None, *NONSENSE):
+            copy = json.loads(json.dumps(config))
+            holder = copy[outer[0]] if outer else copy
+            if what != "removed":
+                holder[last] = what
+            elif holder.pop(last, "nothing") == "nothing":
+                continue
+            yield last, "removed" if what == "removed" else f"set to {what!r:.40}", copy
+
+
+def test_each_key_removed_null_or_nonsense_is_refused_or_read_as_transformers_does(
+    tmp_path: Path, facts_of_transformers
+):
+    wrong, accepted = [], 0
+    for variant in VARIANTS:
+        for style in STYLES:
+            base = base_config(variant, style)
+            for key, what, config in changed(base):
+                where = f"{variant} of {style}: {key} {what}"
+                write(tmp_path, config)
+                try:
+                    ours = facts(read_config(tmp_path))
+                except CheckpointError as error:
+                    message = str(error)
+                    if "\n" in message or f"{tmp_path}/config.json: " not in message:
+                        wrong.append(f"{where}: the refusal does not name the file: {message}")
+                    if key not in message:
+                        wrong.append(f"{where}: the refusal does not name the key: {message}")
+                    if what == "removed" and key not in REQUIRED:
+                        wrong.append(f"{where}: refused, though there is a default: {message}")
+                    continue
+                accepted += 1
+                theirs = facts_of_transformers(tmp_path, config)
+                if "error" in theirs:
+                    wrong.append(f"{where}: accepted; transformers raises {theirs['error']}")
+                    continue
+                wrong += [
+                    f"{where}: {name} is {ours[name]!r}, of transformers {theirs[name]!r}"
+                    for name in ours
+                    if ours[name] != theirs[name]
+                ]
+    assert not wrong, f"{len(wrong)} faults\n" + "\n".join(wrong[:60])
+    print(accepted)
+    assert accepted > 1000, "the test must not pass by refusing everything"
+
+
+@pytest.fixture(scope="module")
+def facts_of_transformers():
+    """Facts of the model that transformers builds, or {"error": ...}; equal configs are built once."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def build(folder: Path, contents: dict[str, Any]) -> dict[str, Any]:
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            key = config.to_json_string(use_diff=False)
+            if key not in known:
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(config)
+                known[key] = facts_of_model(model)
+            return known[key]
+        except Exception as error:  # whatever nonsense leads to
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    return build
+
+
+def facts(config: HFConfig) -> dict[str, Any]:
+    """The facts of `facts_of_model`, as our reader has them."""
+    a = config.architecture
+    return {
+        "model": a.family.architecture,
+        "parameters": a.num_parameters,
+        "layers": a.num_layers,
+        "head_dim": a.head_dim,
+        "heads": a.num_heads,
+        "queries per key": a.num_heads // a.num_kv_heads,
+        "embedding": (a.vocab_size, a.hidden_size),
+        "eps": a.rms_norm_eps,
+        "rope": (
+            a.rope_theta,
+            "default" if a.rope_scaling_factor is None else "llama3",
+            a.rope_scaling_factor,
+        ),
+        "tied": a.tied_embeddings,
+        "window": config.sliding_window,
+        "positions": a.max_position_embeddings,
+        "biases": a.family.has_qkv_bias,
+        "experts": a.routing
+        and (
+            a.routing.num_experts,
+            a.routing.experts_per_token,
+            a.routing.ffn_hidden_size,
+            a.routing.normalized,
+        ),
+        "ffn": a.ffn_hidden_size,
+        "dtype": config.dtype,
+        "causal silu": (True, "silu", "full_attention"),
+    }
+
+
+def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
+    config: Any = model.config
+    body: Any = model.model
+    attention, mlp = body.layers[0].self_attn, body.layers[0].mlp
+    rope = config.rope_parameters
+    window = getattr(attention, "sliding_window", None)
+    if config.model_type in ("mistral", "mixtral"):  # read in forward
+        window = config.sliding_window
+    experts = hasattr(mlp, "gate") and (
+        mlp.gate.num_experts,
+        mlp.gate.top_k,
+        mlp.experts.intermediate_dim,
+        getattr(mlp.gate, "norm_topk_prob", True),
+    )
+    biases = {module.bias is not None for module in model.modules() if hasattr(module, "bias")}
+    return {
+        "model": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "layers": len(body.layers),
+        "head_dim": attention.head_dim,
+        "heads": attention.q_proj.out_features // attention.head_dim,
+        "queries per key": attention.num_key_value_groups,
+        "embedding": tuple(body.embed_tokens.weight.shape),
+        "eps": body.norm.variance_epsilon,
+        "rope": (rope["rope_theta"], body.rotary_emb.rope_type, rope.get("factor")),
+        "tied": model.lm_head.weight is body.embed_tokens.weight,
+        "window": window,
+        "positions": min(config.max_position_embeddings, window or math.inf),
+        "biases": True in biases,
+        "experts": experts or None,
+        "ffn": config.intermediate_size,
+        "dtype": config.dtype and str(config.dtype).removeprefix("torch."),
+        "causal silu": (
+            attention.is_causal and getattr(config, "is_causal", True),
+            config.hidden_act,
+            *(set(getattr(config, "layer_types", None) or ()) or {"full_attention"}),
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", TABLES, ids=lambda family: family.name)
+def test_defaults_are_those_of_transformers(family: Family):
+    config = AutoConfig.for_model(family.name, num_attention_heads=24, hidden_size=24 * 40)
+    found = {field.name: getattr(family.defaults, field.name) for field in fields(family.defaults)}
+    assert found.pop("rope_theta") == config.rope_parameters["rope_theta"]
+    if not family.has_sliding_window:
+        assert found.pop("sliding_window") is None
+    if found["head_dim"] is None and not getattr(config, "head_dim", None):
+        found.pop("head_dim")  # the model derives it
+    derived = {"num_key_value_heads": 24, "head_dim": 40}
+    for key, default in found.items():
+        assert getattr(config, key) == (derived.get(key) if default is None else default), key
