@@ -4,6 +4,7 @@ In memory transformers 5 holds a layer's experts as one tensor; `save_pretrained
 one, under the names that published checkpoints have.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ MOE_FAMILIES = ("qwen3_moe", "qwen3_moe_unnormalized", "mixtral")
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The HF config of a tiny model; `overrides` replace settings of TINY and of the family."""
     config_class, _, settings = FAMILIES[family]
-    return config_class(**{**TINY, **settings, **overrides})
+    # A copy: transformers writes into the objects that it is given.
+    return config_class(**copy.deepcopy({**TINY, **settings, **overrides}))
 
 
 def save_tiny_model(

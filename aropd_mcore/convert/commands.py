@@ -119,10 +119,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 def add_verify(parser: argparse.ArgumentParser) -> None:
     _describe(
         parser,
-        "Compare two checkpoints of either kind: every tensor, bit for bit.",
+        "Compare two checkpoints of either kind: the architecture that config.json describes, and "
+        "every tensor, bit for bit.",
         """
-        Tensors of other dtypes or values are listed with their largest absolute and relative error.
-        Any difference, if only of dtype, is exit status 1.
+        Facts of config.json that differ are listed with both values. Tensors that differ are listed
+        with their largest absolute and relative error. Any of these differences, if only of dtype,
+        is exit status 1. Other files that differ, such as a chat template, are listed as notes and
+        do not change the exit status.
         """,
         """
         examples:
@@ -229,6 +232,8 @@ def _whose(args: argparse.Namespace) -> list[tuple[Path, Any]]:
 
 
 def _print_report(report: "Report") -> None:
+    for name, (a, b) in report.facts.items():
+        print(f"{name} differs: {a} in {report.a}, {b} in {report.b}")
     different = [tensor for tensor in report.tensors if not tensor.equal]
     rows = [("tensor", "shape", "dtypes", "max abs error", "max relative error")]
     for t in different[:_MAX_ROWS]:
@@ -251,6 +256,8 @@ def _print_report(report: "Report") -> None:
             f"logits: largest difference {report.max_logit_error}; greedy tokens "
             f"{'equal' if report.same_greedy_tokens else 'DIFFER'}"
         )
+    for note in report.notes:
+        print(f"note: {note}")
     print("the same" if report.same else "DIFFERENT")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.hf_io import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
+from aropd_mcore.convert.hf_io import ADAPTER_FILES, INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
+from aropd_mcore.convert.json_file import CheckpointError, read_json
 
 ORDER = "tensors.json"
 """Beside a Megatron checkpoint's HF files: the original's tensor names, in its order."""
@@ -90,24 +90,36 @@ def refuse_existing(target: Path, *, overwrite: bool = False, keep: tuple[Path, 
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy what stands beside the weights: config, generation config, tokenizer, template, license.
+    """Copy the files beside the weights: config, generation config, tokenizer, template, license.
 
     Args:
         dtype: written into config.json, since transformers loads in it; None leaves it as it is.
     """
-    for path in sorted(source.iterdir()):
+    for name in companions(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    config = read_json(source / "config.json")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]  # transformers 5, 4
+    stated = dict.fromkeys(keys or ["dtype"], str(dtype).removeprefix("torch."))
+    if dtype is not None and any(config.get(key) != name for key, name in stated.items()):
+        (target / "config.json").write_text(json.dumps(config | stated, indent=2) + "\n")
+
+
+def companions(folder: Path) -> list[str]:
+    """The files of an HF folder that go with its weights, by their names in the folder.
+
+    An index of weights is none of them, nor is an adapter: both belong to the original's weights.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
         is_license = path.name.upper().startswith(("LICENSE", "NOTICE"))
-        wanted = is_license or (path.suffix in _COMPANION_SUFFIXES and path.name != ORDER)
+        is_of_weights = path.name in (ORDER, *ADAPTER_FILES) or path.name.endswith(".index.json")
         if path.is_dir() and path.name in _COMPANION_FOLDERS:
-            shutil.copytree(path, target / path.name)
-        elif path.is_file() and wanted and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
-    config = json.loads((source / "config.json").read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers 4, 5
-    name = str(dtype).removeprefix("torch.")
-    if dtype is not None and config.get(key) != name:
-        config[key] = name
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            inner = sorted(file for file in path.rglob("*") if file.is_file())
+            found += [str(file.relative_to(folder)) for file in inner]
+        elif path.is_file() and (is_license or path.suffix in _COMPANION_SUFFIXES):
+            found += [] if is_of_weights else [path.name]
+    return found
 
 
 def _settle(target: Path, replaced: Path) -> None:

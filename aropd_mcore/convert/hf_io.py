@@ -7,8 +7,9 @@ pages then count as this process's memory until the last tensor is read.
 
 import json
 import operator
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,32 +18,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import Architecture, CheckpointError
-from aropd_mcore.convert.mapping import HEAD, IGNORED_HF_TENSORS
+from aropd_mcore.convert.architecture import Architecture
+from aropd_mcore.convert.json_file import CheckpointError, brief, unique_keys
+from aropd_mcore.convert.mapping import EMBEDDING, HEAD, IGNORED_HF_TENSORS
 from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, read_into, say_briefly
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # JSON
+_IGNORED = re.compile(IGNORED_HF_TENSORS)
+_PIECE = 2**22  # elements of a tensor that are compared at a time
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
 
 
 class HFWeights:
-    """The tensors of an HF folder; opening it reads the headers alone."""
+    """The tensors of an HF folder; opening it reads the headers only.
+
+    The files are those that transformers reads: safetensors before pickles, whatever else lies
+    beside them. Two sets of files of one format are refused, unless they are the same files.
+    """
 
     def __init__(self, folder: Path | str, *, allow_pickle: bool = False):
         """
         Args:
             allow_pickle: also read pytorch_model.bin, by torch.load(weights_only=True).
         Raises:
-            CheckpointError: no weights, a file that is missing, truncated or outside the folder, or
-                an index that names a tensor its file does not have.
+            CheckpointError: no weights, two sets of weights, an adapter beside them, a file that is
+                missing, truncated or outside the folder, or an index that disagrees with its files.
         """
         self.folder = Path(folder)
         self._allow_pickle = allow_pickle
@@ -67,9 +76,10 @@ class HFWeights:
 
         Returns:
             The tensors that are left aside: buffers that transformers computes anew, and a head
-            beside tied embeddings, which transformers does not read either.
+            that repeats the embedding which config.json ties it to.
         Raises:
-            CheckpointError: a tensor is missing, unexpected or quantized, or has another shape.
+            CheckpointError: a tensor is missing, unexpected or quantized, or has another shape, or
+                config.json ties a head to the embedding that has other values.
         """
         expected, name = architecture.hf_shapes, architecture.family.architecture
         for tensor in self._location:
@@ -84,10 +94,9 @@ class HFWeights:
                 f"{self.folder}: {_some(missing)} missing; {name} of config.json's sizes needs "
                 f"{'it' if len(missing) == 1 else 'them'}"
             )
-        ignored = re.compile("|".join([IGNORED_HF_TENSORS, *map(re.escape, HEAD.hf)]))
         extra = [tensor for tensor in self._location if tensor not in expected]
         for tensor in extra:
-            if not ignored.fullmatch(tensor):
+            if tensor not in HEAD.hf and not _IGNORED.fullmatch(tensor):
                 raise CheckpointError(
                     f"{self.folder / self._location[tensor]}: unexpected tensor {tensor}; "
                     f"{name} of config.json's sizes has none of that name"
@@ -98,7 +107,32 @@ class HFWeights:
                 raise CheckpointError(
                     f"{self._where(tensor)} has shape {list(found)}; config.json says {list(shape)}"
                 )
+        if architecture.tied_embeddings:
+            self._check_tied_head()
         return extra
+
+    def _check_tied_head(self) -> None:
+        """A head beside tied embeddings must repeat them; both are read, a few rows at a time."""
+        [embedding], [head] = EMBEDDING.hf, HEAD.hf
+        if head not in self._location:
+            return
+        pairs = zip(self._pieces(embedding), self._pieces(head), strict=True)
+        if self.tensors[embedding] != self.tensors[head] or not all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs
+        ):
+            raise CheckpointError(
+                f"{self._where(head)} has other values than {embedding}, and tie_word_embeddings "
+                "of config.json says that they are the same; transformers 4 leaves this head out, "
+                "transformers 5 uses it. Set tie_word_embeddings to false to keep it, or remove "
+                "the tensor to tie."
+            )
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        """The rows of a matrix, some megabytes at a time; each piece is good until the next."""
+        rows, columns = self.tensors[name].shape
+        step, buffer = max(1, _PIECE // columns), Buffer()
+        for start in range(0, rows, step):
+            yield self.read_part(name, 0, start, min(start + step, rows), buffer)
 
     def read(self, name: str, buffer: Buffer | None = None) -> Tensor:
         """A whole tensor, in memory of its own or in the buffer's."""
@@ -116,28 +150,54 @@ class HFWeights:
 
     def _locate(self) -> dict[str, str]:
         """Tensor name -> file name."""
+        refuse_adapter(self.folder)
         for index, single in ((INDEX, SINGLE), (PICKLE_INDEX, PICKLE_SINGLE)):
-            if (self.folder / index).exists():
-                return self._read_index(self.folder / index)
-            if (self.folder / single).exists():
+            has_index, has_single = (os.path.exists(self.folder / f) for f in (index, single))
+            if has_index:
+                location = self._read_index(self.folder / index)
+                if has_single and set(location.values()) != {single}:
+                    raise CheckpointError(
+                        f"{self.folder}: holds {single} and {index}, which names other files; "
+                        f"transformers reads {single} and ignores the index. Remove the one that "
+                        "is out of date."
+                    )
+                return location
+            if has_single:
                 return dict.fromkeys(self._open(single).infos, single)
         raise CheckpointError(f"{self.folder}: holds no weights: neither {SINGLE} nor {INDEX}")
 
     def _read_index(self, path: Path) -> dict[str, str]:
         try:
-            weight_map = json.loads(path.read_text())["weight_map"]
+            text = path.read_text(encoding="utf-8")
+            weight_map = json.loads(text, object_pairs_hook=unique_keys)["weight_map"]
             location = {tensor: str(file) for tensor, file in weight_map.items()}
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         except _MALFORMED as error:
             raise CheckpointError(f"{path}: not an index of weights: {error!r}") from error
+        held: dict[str, str] = {}
         for file, names in sorted(_grouped(location).items()):
             if Path(file).name != file:
                 raise CheckpointError(f"{path}: names {file!r}, outside the folder")
-            if not (self.folder / file).exists():
+            if not os.path.exists(self.folder / file):
                 raise CheckpointError(f"{self.folder / file}: missing; {path.name} names it")
-            held = self._open(file).infos
+            infos = self._open(file).infos
             for name in names:
-                if name not in held:
+                if name not in infos:
                     raise CheckpointError(f"{path}: says that {file} holds {name}; it does not")
+            for name in infos:
+                if _IGNORED.fullmatch(name):
+                    continue
+                if name in held:
+                    raise CheckpointError(
+                        f"{path}: both {held[name]} and {file} hold {name}; expected one of them"
+                    )
+                if name not in names:
+                    raise CheckpointError(
+                        f"{path}: does not list {name}, which {file} holds; transformers 4 leaves "
+                        "it out, transformers 5 reads it. List it, or remove it from the file."
+                    )
+                held[name] = file
         return location
 
     def _open(self, file: str) -> "_File":
@@ -153,6 +213,20 @@ class HFWeights:
                     "transformers' save_pretrained, or read it as weights only by --allow-pickle"
                 )
         return self._files[file]
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError if a PEFT adapter lies in the folder.
+
+    Where peft is installed, transformers applies an adapter to the weights beside it.
+    """
+    for name in ADAPTER_FILES:
+        if os.path.exists(folder / name):
+            raise CheckpointError(
+                f"{folder / name}: a PEFT adapter, which transformers applies to the weights if "
+                "peft is installed; merge it first (peft's merge_and_unload, then save_pretrained "
+                "into a new folder), or remove the adapter's files"
+            )
 
 
 class _File(Protocol):
@@ -183,14 +257,17 @@ class _Safetensors:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise self._broken(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         ends = [8 + length]
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if any(n is True or n is False or n < 0 for n in entry["shape"]):
+                raise self._broken(f"{name} has the shape {brief(entry['shape'])}")
             start, end = (8 + length + operator.index(o) for o in entry["data_offsets"])
             if entry["dtype"] not in DTYPES:
+                dtype = entry["dtype"] if isinstance(entry["dtype"], str) else brief(entry["dtype"])
                 raise CheckpointError(
-                    f"{self.path}: {name} has dtype {entry['dtype']}; expected one of "
+                    f"{self.path}: {name} has dtype {dtype}; expected one of "
                     f"{', '.join(DTYPES)} (quantized checkpoints cannot be read)"
                 )
             shape = tuple(operator.index(n) for n in entry["shape"])

@@ -1,6 +1,5 @@
 """A checkpoint of either kind, opened for reading: architecture, and tensors by their HF names."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -8,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import CheckpointError, Weight, read_architecture
+from aropd_mcore.convert.architecture import Weight, read_config
 from aropd_mcore.convert.folders import ORDER
 from aropd_mcore.convert.global_tensors import (
     ANY_LAYER,
@@ -17,7 +16,8 @@ from aropd_mcore.convert.global_tensors import (
     read_part,
     stored_weights,
 )
-from aropd_mcore.convert.hf_io import DTYPES, HFWeights
+from aropd_mcore.convert.hf_io import DTYPES, HFWeights, refuse_adapter
+from aropd_mcore.convert.json_file import CheckpointError, read_json
 from aropd_mcore.convert.manifest import MANIFEST, newest, problems
 from aropd_mcore.convert.mapping import EMBEDDING, Kind
 from aropd_mcore.convert.tensor_bytes import TensorInfo
@@ -45,7 +45,8 @@ class HFSource:
 
     def __init__(self, path: Path, *, allow_pickle: bool = False):
         self.path = self.hf_folder = path
-        self.architecture = read_architecture(path)
+        self.config = read_config(path)
+        self.architecture = self.config.architecture
         self.files = HFWeights(path, allow_pickle=allow_pickle)
         self.left_aside = self.files.check(self.architecture)
         """Tensors of the files that are not weights of the model."""
@@ -75,7 +76,8 @@ class MegatronSource:
         self.path, self.iteration = path, iteration
         self.reader = TorchDistReader(iteration)
         self.hf_folder = hf or _hf_folder(iteration)
-        self.architecture = read_architecture(self.hf_folder)
+        self.config = read_config(self.hf_folder)
+        self.architecture = self.config.architecture
         self._prefix = TEACHER_PREFIX if who == "teacher" else ""
         self._places = self._check()
         self.tensors = self._hf_tensors()
@@ -179,10 +181,7 @@ class MegatronSource:
         order = self.hf_folder / ORDER
         if not order.exists():
             return found
-        try:
-            names = json.loads(order.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{order}: not JSON: {error}") from error
+        names = read_json(order)
         if not isinstance(names, list) or sorted(map(str, names)) != sorted(found):
             raise CheckpointError(f"{order}: does not name the tensors that config.json says")
         return {name: found[name] for name in names}
@@ -208,6 +207,7 @@ def open_source(
     if iteration is not None:
         return MegatronSource(path, iteration, who=who, hf=hf)
     if not (path / "config.json").exists():
+        refuse_adapter(path)
         raise CheckpointError(
             f"{path}: no checkpoint: neither config.json (HF) nor {TRACKER} or {METADATA} "
             "(Megatron's torch_dist) is there"

@@ -1,8 +1,8 @@
-"""Two checkpoints of either kind, compared tensor by tensor and, on request, by their outputs."""
+"""Two checkpoints of either kind, compared by architecture, tensors and, on request, outputs."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aropd_mcore.convert.convert import export_hf
+from aropd_mcore.convert.folders import companions
 from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.progress import progress
 from aropd_mcore.convert.source import HFSource, Source
@@ -39,6 +40,8 @@ class Report:
 
     a: str
     b: str
+    facts: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Name of a fact of config.json -> its values in a and b, where they differ."""
     tensors: list[Comparison] = field(default_factory=list)
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
@@ -46,13 +49,16 @@ class Report:
     """In fp32; None where logits were not asked for, or are no numbers."""
     same_greedy_tokens: bool | None = None
     """None: not asked for."""
+    notes: list[str] = field(default_factory=list)
+    """Differences of other files, which leave weights and architecture the same."""
 
     @property
     def same(self) -> bool:
-        """No difference at all: tensors in every bit, and logits and tokens where asked for."""
+        """No difference of architecture, of any tensor's bits, or of outputs where asked for."""
         computed = (self.max_logit_error, self.same_greedy_tokens)
         return (
-            not self.only_a
+            not self.facts
+            and not self.only_a
             and not self.only_b
             and all(tensor.equal for tensor in self.tensors)
             and computed in ((None, None), (0.0, True))
@@ -63,13 +69,20 @@ class Report:
 
 
 def verify(a: Source, b: Source, *, logits: bool = False) -> Report:
-    """Compare two checkpoints of the same architecture; one weight of each is in memory at a time.
+    """Compare what readers make of two checkpoints; one weight of each is in memory at a time.
 
     Args:
         logits: also compare logits and greedy tokens through transformers, which loads each model
             whole, one after the other; a Megatron checkpoint is exported to a temporary folder.
     """
     report = Report(str(a.path), str(b.path))
+    facts = _facts(a), _facts(b)
+    report.facts = {
+        name: (facts[0].get(name), facts[1].get(name))
+        for name in facts[0] | facts[1]
+        if facts[0].get(name) != facts[1].get(name)
+    }
+    report.notes = _notes(a, b)
     names = {"a": set(a.tensors), "b": set(b.tensors)}
     report.only_a, report.only_b = sorted(names["a"] - names["b"]), sorted(names["b"] - names["a"])
     total = sum(info.num_bytes for info in a.tensors.values())
@@ -82,6 +95,38 @@ def verify(a: Source, b: Source, *, logits: bool = False) -> Report:
         report.max_logit_error = _largest_difference(logits_a, logits_b)
         report.same_greedy_tokens = torch.equal(tokens_a, tokens_b)
     return report
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """What config.json determines of the model, by name."""
+    architecture = source.architecture
+    facts = {f.name: getattr(architecture, f.name) for f in fields(architecture)}
+    facts["family"] = architecture.family.architecture
+    if routing := facts.pop("routing"):
+        facts |= {f"routing.{name}": value for name, value in asdict(routing).items()}
+    dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in source.tensors.values()})
+    loaded_in = source.config.dtype or "/".join(dtypes)
+    return facts | {"sliding_window": source.config.sliding_window, "dtype": loaded_in}
+
+
+def _notes(a: Source, b: Source) -> list[str]:
+    """Differences of the files beside the weights, and of keys of config.json that are not read."""
+    notes = []
+    unread = a.config.unread, b.config.unread
+    keys = sorted(unread[0].keys() | unread[1].keys())
+    if other := [key for key in keys if unread[0].get(key) != unread[1].get(key)]:
+        notes.append(
+            f"config.json differs in keys that are not compared: {', '.join(other)}; --logits "
+            "compares what transformers computes"
+        )
+    names = {name for side in (a, b) for name in companions(side.hf_folder)} - {"config.json"}
+    for name in sorted(names):
+        files = a.hf_folder / name, b.hf_folder / name
+        contents = [file.read_bytes() if file.exists() else None for file in files]
+        if contents[0] != contents[1]:
+            missing = contents.index(None) if None in contents else None
+            notes.append(f"{name} differs" if missing is None else f"{files[missing]} is missing")
+    return notes
 
 
 def _pairs(a: Source, b: Source) -> Iterator[tuple[str, Tensor, Tensor]]:

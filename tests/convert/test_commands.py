@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from aropd_mcore import cli
 from aropd_mcore.convert.hf_io import SINGLE
 from tests.conftest import REPO
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import LLAMA31_ROPE, save_tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -128,6 +128,77 @@ def test_other_architectures_differ_by_their_tensors(hf: Path, tmp_path: Path, c
     assert convert("verify", hf, tmp_path / "deeper") == 1
     printed = capsys.readouterr().out
     assert f"only in {tmp_path / 'deeper'}: model.layers.2.mlp.up_proj.weight" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"rope_theta": 500.0}, {"rope_theta": [10000.0, 500.0]}),
+        ({"rope_parameters": LLAMA31_ROPE}, {"rope_scaling_factor": [None, 8.0]}),
+        ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": [1e-6, 1e-5]}),
+        ({"max_position_embeddings": 256}, {"max_position_embeddings": [512, 256]}),
+        ({"dtype": "bfloat16"}, {"dtype": ["float32", "bfloat16"]}),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+            {"num_heads": [8, 4], "num_kv_heads": [4, 2], "head_dim": [8, 16]},
+        ),
+    ],
+)
+def test_verify_lists_facts_that_differ_though_all_tensors_are_equal(
+    changes: dict, facts: dict, tmp_path: Path, capsys
+):
+    """Each of these changes the outputs of transformers, and no tensor."""
+    save_tiny_model("qwen2", tmp_path / "a", num_hidden_layers=2)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    if "rope_theta" in changes:
+        config.pop("rope_parameters")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | changes))
+    assert convert("verify", tmp_path / "a", tmp_path / "b", "--json", tmp_path / "report") == 1
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report").read_text())
+    assert report["facts"] == facts and not report["same"]
+    assert all(tensor["equal"] for tensor in report["tensors"])
+    for name, (a, b) in facts.items():
+        assert f"{name} differs: {a} in {tmp_path / 'a'}, {b} in {tmp_path / 'b'}\n" in printed
+
+
+def test_verify_lists_sliding_windows_and_routing_that_differ(tmp_path: Path, capsys):
+    for family, key, value, line in (
+        # The longest prompt is the same for both, and only one of them forgets beyond it.
+        ("mistral", "sliding_window", None, "sliding_window differs: 48 in"),
+        ("qwen3_moe", "norm_topk_prob", False, "routing.normalized differs: True in"),
+        ("qwen3_moe", "num_experts_per_tok", 1, "routing.experts_per_token differs: 2 in"),
+    ):
+        sizes = {"num_hidden_layers": 1, "max_position_embeddings": 48}
+        a, b = tmp_path / f"{key} a", tmp_path / f"{key} b"
+        save_tiny_model(family, a, **sizes)
+        shutil.copytree(a, b)
+        config = json.loads((b / "config.json").read_text()) | {key: value}
+        if value == 1:
+            config["norm_topk_prob"] = False
+        (b / "config.json").write_text(json.dumps(config))
+        assert convert("verify", a, b) == 1
+        assert line in capsys.readouterr().out
+
+
+def test_verify_notes_other_files_that_differ(hf: Path, tmp_path: Path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    assert convert("verify", hf, other) == 0
+    assert "note" not in capsys.readouterr().out
+    (other / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    (other / "generation_config.json").unlink()
+    config = json.loads((hf / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5, "bos_token_id": 3}))
+    assert convert("verify", hf, other) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "note: config.json differs in keys that are not compared: bos_token_id, logit_scale; "
+        "--logits compares what transformers computes",
+        "note: chat_template.jinja differs",
+        f"note: {other / 'generation_config.json'} is missing",
+        "the same",
+    ]
 
 
 def test_inspect(hf: Path, megatron: Path, tmp_path: Path, capsys):

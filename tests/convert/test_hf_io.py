@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aropd_mcore.convert import hf_io
 from aropd_mcore.convert.architecture import CheckpointError, read_architecture
 from aropd_mcore.convert.hf_io import INDEX, SINGLE, HFWeights
 from aropd_mcore.convert.hf_write import SafetensorsWriter, write_safetensors
@@ -129,12 +130,38 @@ def test_there_may_be_more_shards_than_a_process_may_open(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_known_extras_are_left_aside(tmp_path: Path):
-    """Old Llama files carry rotary buffers, and some tied models a head that nobody reads."""
+def test_rotary_buffers_and_a_repeated_head_are_left_aside(tmp_path: Path):
+    """Old Llama files have rotary buffers; files made from torch's .bin repeat a tied embedding."""
     model = save_tiny_model("llama", tmp_path, tie=True, num_hidden_layers=1)
     extras = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        "lm_head.weight": torch.zeros_like(model.get_input_embeddings().weight),
+        "lm_head.weight": model.get_input_embeddings().weight.detach().clone(),
     }
     save_file({**load_file(tmp_path / SINGLE), **extras}, tmp_path / SINGLE)
     assert set(HFWeights(tmp_path).check(read_architecture(tmp_path))) == extras.keys()
+
+
+def _last_element_changed(embedding: Tensor) -> Tensor:
+    head = embedding.clone()
+    head[-1, -1] += 1.0
+    return head
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        _last_element_changed,
+        torch.zeros_like,
+        Tensor.half,
+        lambda e: e[:-1].clone(),
+        Tensor.flatten,
+    ],
+    ids=["one element", "zeros", "dtype", "rows", "flat"],
+)
+def test_a_head_of_its_own_beside_tied_embeddings_is_refused(head, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hf_io, "_PIECE", 1000)  # a piece is a few rows
+    model = save_tiny_model("qwen2", tmp_path, tie=True, num_hidden_layers=1)
+    own = head(model.get_input_embeddings().weight.detach())
+    save_file({**load_file(tmp_path / SINGLE), "lm_head.weight": own}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has other values than .*tie_word"):
+        HFWeights(tmp_path).check(read_architecture(tmp_path))
