@@ -25,10 +25,12 @@ _REPR.maxstring = _REPR.maxother = 100
 class CheckpointError(ValueError):
     """An HF folder cannot be used; the message names the file, the key or tensor and the remedy.
 
-    The message is one printable line, whatever the folder's files hold.
+    The message is one printable line of readable length, whatever the folder's files hold.
     """
 
     def __init__(self, message: str):
+        if len(message) > 2500:
+            message = f"{message[:1500]} ... {message[-500:]}"
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
