@@ -96,7 +96,7 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
         dtype: written into config.json, since transformers loads in it; None leaves it as it is.
     """
     for name in companions(source):
-        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
     config = read_json(source / "config.json")
     keys = [key for key in ("dtype", "torch_dtype") if key in config]  # transformers 5, 4

@@ -147,7 +147,7 @@ def test_other_architectures_differ_by_their_tensors(hf: Path, tmp_path: Path, c
 def test_verify_lists_facts_that_differ_though_all_tensors_are_equal(
     changes: dict, facts: dict, tmp_path: Path, capsys
 ):
-    """Each of these changes the outputs of transformers, and no tensor."""
+    """Each of these changes what transformers or vLLM computes or accepts, and no tensor."""
     save_tiny_model("qwen2", tmp_path / "a", num_hidden_layers=2)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     if "rope_theta" in changes:

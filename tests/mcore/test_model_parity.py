@@ -5,6 +5,7 @@ layouts and models in one call. A family comes in by its entry in tests/tiny_mod
 tests/convert/test_architecture.py demands of every family that convert/mapping.py has a table of.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,33 @@ def _visit(cases: list[Case], layouts: list[Layout], out: Path) -> dict[tuple, t
             export_hf(model, case.folder, out / _export_name(layout, case), rt)
         runtime.stop()
     return results
+
+
+def test_config_without_a_key_gives_the_logits_of_the_family_default(tmp_path: Path):
+    tokens = torch.randint(
+        0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(3)
+    )
+    for family, key, settings in (
+        ("mixtral", "rope_parameters", {}),  # theta is 1e6, where other families have 1e4
+        ("mistral", "num_key_value_heads", {"num_key_value_heads": 8}),
+        ("qwen3_moe", "head_dim", {"head_dim": 8}),
+    ):
+        folder = tmp_path / family
+        save_tiny_model(family, folder, num_hidden_layers=2, **settings)
+        config = json.loads((folder / "config.json").read_text())
+        del config[key]
+        (folder / "config.json").write_text(json.dumps(config))
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        [logits] = run_ranks(_single_rank_logits, 1, folder, tokens)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def _single_rank_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    from aropd_mcore.mcore import runtime
+
+    rt = runtime.start()
+    return _logits(_load(folder, rt), tokens_BS, rt)
 
 
 def test_dtypes_shards_and_replaced_values(tmp_path: Path):

@@ -23,12 +23,18 @@ TINY = {
     "rms_norm_eps": 1e-6,
 }
 MODELS = {
-    "qwen2": {**TINY, "architectures": ["Qwen2ForCausalLM"]},
-    "qwen2, tied": {**TINY, "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
-    "qwen3": {**TINY, "architectures": ["Qwen3ForCausalLM"], "head_dim": 24},
+    "qwen2": {**TINY, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen2, tied": {
+        **TINY,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {**TINY, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 24},
     "qwen3_moe": {
         **TINY,
         "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
         "head_dim": 24,
         "num_experts": 4,
         "num_experts_per_tok": 2,
