@@ -27,7 +27,7 @@ VARIANTS = tuple(name for name in FAMILIES if name not in ("llama2", "qwen3_moe_
 STYLES = ("transformers 4", "transformers 5")
 # Numbers of heads that the default numbers of key/value heads divide.
 SIZES = {
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "hidden_size": 128,
     "num_attention_heads": 32,
     "num_key_value_heads": 16,
