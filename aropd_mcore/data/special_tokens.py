@@ -43,6 +43,7 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
+        self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
         self.ids = special_tokens(tokenizer)
         """Name -> id."""
         longest_first = sorted(self.ids, key=len, reverse=True)
@@ -70,7 +71,7 @@ class SpecialTokens:
         """The ids of a text whose user parts went through `protect` with the same mark."""
         if mark not in text:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        if getattr(self._tokenizer, "backend_tokenizer", None) is None:
+        if self._backend is None:
             return self._encode_by_pieces(text, mark)
         clone, name_of, id_of = self._clones(mark)
 
@@ -86,21 +87,22 @@ class SpecialTokens:
     @cached_property
     def _normalized_names(self) -> list[str]:
         """Names that are looked for in normalized text, as the normalizer writes them."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None or backend.normalizer is None:
-            return []
         added = self._tokenizer.added_tokens_decoder.values()
         names = [token.content for token in added if token.normalized and token.content in self.ids]
-        return [backend.normalizer.normalize_str(name) for name in names]
+        return [self._normalize(name) for name in names] if self._backend else []
 
     def _becomes_name(self, text: str) -> bool:
         """Whether normalizing makes a name of a text, such as `[PAD]` of `[pad]`."""
-        if not self._normalized_names:
-            return False
-        normalized = self._tokenizer.backend_tokenizer.normalizer.normalize_str(text)
-        return any(name in normalized for name in self._normalized_names)
+        names = self._normalized_names
+        normalized = self._normalize(text) if names else ""
+        return any(name in normalized for name in names)
 
-    def _clone(self, mark: str) -> tuple["Tokenizer", dict[str, str], dict[int, int]]:
+    def _normalize(self, text: str) -> str:
+        assert self._backend is not None
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def _clone(self, mark: str) -> tuple["Tokenizer", dict[str, str], dict[int | None, int]]:
         """The same tokenizer with special tokens of other names.
 
         Returns:
@@ -108,18 +110,16 @@ class SpecialTokens:
         """
         from tokenizers import Tokenizer
 
-        backend = self._tokenizer.backend_tokenizer
-        content = json.loads(backend.to_str())
+        assert self._backend is not None
+        content = json.loads(self._backend.to_str())
         specials = [token for token in content["added_tokens"] if token["content"] in self.ids]
         name_of = {
             token["content"]: f"{mark}{number}{mark}" for number, token in enumerate(specials)
         }
-        id_of_name = {
-            name_of.get(token["content"], token["content"]): token["id"]
-            for token in content["added_tokens"]
-        }
+        id_of_name: dict[str, int] = {}
         for token in content["added_tokens"]:
             token["content"] = name_of.get(token["content"], token["content"])
+            id_of_name[token["content"]] = token["id"]
         _rename_in_model(content["model"], name_of)
         content |= {"post_processor": None, "truncation": None, "padding": None}
         clone = Tokenizer.from_str(json.dumps(content))
