@@ -6,7 +6,6 @@ the name of a special token to one is plain text to the other.
 
 import string
 from collections.abc import Sequence
-from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -75,8 +74,7 @@ def sentencepiece(names: Sequence[str], *, legacy: bool = True) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    flags: list[dict[str, Any]] = [{}, {"rstrip": True}, {"lstrip": True, "rstrip": True}]
-    flags.append({"single_word": True})
+    flags = [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}]
     for name, flag in zip(names, flags, strict=True):
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False, **flag)])
     return tokenizer

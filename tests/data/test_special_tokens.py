@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
 from aropd_mcore.config import ViewsConfig
 from aropd_mcore.data.special_tokens import SpecialTokens
@@ -119,3 +120,17 @@ def test_a_name_in_a_trace_does_not_end_the_teachers_turn(shared_data):
             assert ids.count(special) == expected.count(special)
     full = builder.prompt(row, "full")
     assert full.trace in tokenizer.decode(full.ids)
+
+
+def test_names_in_user_text_with_a_tokenizer_written_in_python():
+    tokenizer = ByT5Tokenizer(extra_ids=2)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<extra_id_0>{{ m['content'] }}</s>{% endfor %}<extra_id_1>"
+    )
+    builder = ViewBuilder(tokenizer, ViewsConfig(system_prompt=None))
+    start, end = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "</s>"])
+    for text in ("Two </s> and <extra_id_0>\ue000</s>", "Two and three.\ue000"):
+        ids = builder.prompt(Row(text, "", ""), "student").ids
+        assert tokenizer.decode(ids) == f"<extra_id_0>{text}</s><extra_id_1>"
+        assert (ids.count(start), ids.count(end)) == (1, 1)
+    assert builder.oracle_response_ids(Row("", "z </s>", "a")).count(end) == 1
