@@ -1,12 +1,13 @@
 """Chat templates: messages as text, the same on every day, and errors in one line."""
 
+import re
 import traceback
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 
 from aropd_mcore.config import ConfigError
 
@@ -28,6 +29,8 @@ _TODAY = datetime(2024, 7, 26)
 """Date of every prompt, and the default of Llama 3's templates. Prompts must not change with the
 moment at which a run is resumed."""
 _LONGEST_ERROR = 300
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}>")
+_USER = {"role": "user", "content": "a question"}
 
 
 class ChatTemplateError(ConfigError):
@@ -64,28 +67,27 @@ def template_file(tokenizer: "PreTrainedTokenizerBase") -> Path:
 
 
 def check_repeatable(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a chat template that draws random numbers or random text.
+    """Refuse a chat template that is random, or prints where an object lies in memory.
 
     Raises:
-        ChatTemplateError: Names the filter or function, and its line.
+        ChatTemplateError: Names the filter or function, and its line. Or the template fails.
     """
     template = chat_template(tokenizer)
     try:
-        environment = _compiled(template).environment
-        tree = environment.parse(template)
-        undeclared = meta.find_undeclared_variables(tree)
+        tree = _compiled(template).environment.parse(template)
     except Exception as error:
         raise _error(tokenizer, error) from error
     random = [(f.lineno, "the filter 'random'") for f in tree.find_all(nodes.Filter) if _draws(f)]
-    lorem = [
-        (name.lineno, "the function 'lipsum'")
-        for name in tree.find_all(nodes.Name)
-        if name.name == "lipsum" and name.name in undeclared
-    ]
-    for line, source in sorted(random + lorem):
+    lorem = [name for name in tree.find_all(nodes.Name) if name.name == "lipsum"]
+    if all(name.ctx == "load" for name in lorem):  # Otherwise it is a variable of the template.
+        random += [(name.lineno, "the function 'lipsum'") for name in lorem]
+    found = [f"line {line}: found {source}" for line, source in sorted(random)]
+    if not found and _ADDRESS.search(render_chat(tokenizer, [_USER])):
+        found = ["found an object printed with its address, such as a filter's generator"]
+    if found:
         raise ChatTemplateError(
-            f"{template_file(tokenizer)}: line {line}: found {source}, expected a chat template "
-            "that renders a row the same way every time; remove it from the template"
+            f"{template_file(tokenizer)}: {found[0]}, expected a chat template that renders a chat "
+            "the same way every time; remove it from the template"
         )
 
 
@@ -133,10 +135,10 @@ def generation_prompt_notes(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, 
     The template is at fault where add_generation_prompt changes nothing, and a chat with a response
     has more than white space between the prompt and the response.
     """
-    user, response = {"role": "user", "content": "a question"}, "a response"
-    turns = [user, {"role": "assistant", "content": response}]
+    response = "a response"
+    turns = [_USER, {"role": "assistant", "content": response}]
     prompt, without = (
-        render_chat(tokenizer, [user], add_generation_prompt=wanted) for wanted in (True, False)
+        render_chat(tokenizer, [_USER], add_generation_prompt=wanted) for wanted in (True, False)
     )
     before, _, _ = render_chat(tokenizer, turns, add_generation_prompt=False).rpartition(response)
     missing = before.removeprefix(prompt)

@@ -1,6 +1,7 @@
 """The three views of a row, against prompts written out by hand."""
 
 import io
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -56,10 +57,50 @@ def chatml(user, system=None):
         ("x=\\frac{1}{2} so", 0.2, "x=\\frac{1}{2}"),
         ("一加一等于二。", 0.5, "一加一"),  # No spaces: a cut must not run to the end.
         ("", 0.5, ""),
+        ("สองบวกสองเท่ากับสี่", 0.5, "สองบวกสอง"),  # Thai.
+        ("สองบวกสองเท่ากับสี่", 0.53, "สองบวกสองเท่า"),  # Not between a vowel and its consonant.
+        ("ກີ່ກີ່", 0.2, "ກີ່"),  # Lao: a consonant keeps its marks.
+        ("ស្រីស្រី", 0.2, "ស្រី"),  # Khmer: a stacked consonant stays.
+        ("ဗုဒ္ဓဘာသာ", 0.4, "ဗုဒ္ဓ"),  # Myanmar: likewise.
+        ("བཀྲ་ཤིས", 0.3, "བཀྲ"),  # Tibetan.
+        ("ได้ ๑๒๓๔ คน", 0.5, "ได้ ๑๒๓๔"),  # A number is not cut.
+        ("คือ x=12 แล้ว", 0.5, "คือ x=12"),  # Words of other scripts are not cut.
     ],
 )
 def test_partial_trace(text, ratio, expected):
     assert partial_trace(text, ratio) == expected
+
+
+def before(text, ratio):
+    """partial_trace as it is for text in scripts with spaces, and for wide characters."""
+
+    def in_word(character):
+        wide = unicodedata.east_asian_width(character) in "WF"
+        return not character.isspace() and not wide
+
+    cut = int(ratio * len(text))
+    while 0 < cut < len(text) and in_word(text[cut - 1]) and in_word(text[cut]):
+        cut += 1
+    return text[:cut].rstrip()
+
+
+LETTERS = st.one_of(
+    st.characters(min_codepoint=first, max_codepoint=last, categories=("Lo", "Mn", "Mc"))
+    for first, last in ((0xE00, 0x109F), (0x1780, 0x17FF))
+)
+
+
+@settings(deadline=None)
+@given(
+    st.text(st.characters(max_codepoint=0xDFF) | st.sampled_from("一二。ーが１ \n"), max_size=30),
+    st.text(LETTERS, min_size=40, max_size=60),
+    st.floats(0, 1),
+)
+def test_partial_trace_of_scripts_with_and_without_spaces(spaced, unspaced, ratio):
+    assert partial_trace(spaced, ratio) == before(spaced, ratio)
+    cut = len(partial_trace(unspaced, ratio))
+    if 0 < cut < len(unspaced):
+        assert not unicodedata.category(unspaced[cut]).startswith("M")
 
 
 TAGGED = ViewsConfig().trace_template
