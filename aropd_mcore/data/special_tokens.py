@@ -31,6 +31,11 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return {name: id for name, id in tokens.items() if name.strip() and id is not None}
 
 
+def plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a text in which every special token's name is that token."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+
+
 class SpecialTokens:
     """Encodes prompts in which special tokens are only what the templates write.
 
@@ -70,7 +75,7 @@ class SpecialTokens:
     def encode(self, text: str, mark: str) -> list[int]:
         """The ids of a text whose user parts went through `protect` with the same mark."""
         if mark not in text:
-            return self._tokenizer.encode(text, add_special_tokens=False)
+            return plain_ids(self._tokenizer, text)
         if self._backend is None:
             return self._encode_by_pieces(text, mark)
         clone, name_of, id_of = self._clones(mark)
@@ -100,6 +105,7 @@ class SpecialTokens:
     def _normalize(self, text: str) -> str:
         assert self._backend is not None
         normalizer = self._backend.normalizer
+        text = text.encode(errors="replace").decode()  # Half a surrogate pair is refused later.
         return text if normalizer is None else normalizer.normalize_str(text)
 
     def _clone(self, mark: str) -> tuple["Tokenizer", dict[str, str], dict[int | None, int]]:

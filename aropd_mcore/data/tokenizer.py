@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aropd_mcore.data.chat_template import one_line, render_chat
-from aropd_mcore.data.special_tokens import special_tokens
+from aropd_mcore.data.special_tokens import plain_ids, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def response_end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     ]
     text = render_chat(tokenizer, messages, add_generation_prompt=False)
     _, shown, after = text.rpartition(content)
-    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if shown else []
+    ids = plain_ids(tokenizer, after.lstrip()) if shown else []
     if ids and ids[0] in special_tokens(tokenizer).values():
         return ids[0]
     eos_id = _eos_id(tokenizer)

@@ -166,7 +166,8 @@ class ViewBuilder:
         Raises:
             ChatTemplateError: The chat template cannot show the turns.
         """
-        mark = unused_character([json.dumps(messages, ensure_ascii=False), *self._templates])
+        text = json.dumps(messages, ensure_ascii=False, default=str)
+        mark = unused_character([text, *self._templates])
         protected = self._special_tokens.protect_all(messages, mark)
         return tuple(self._special_tokens.encode(render_chat(self.tokenizer, protected), mark))
 

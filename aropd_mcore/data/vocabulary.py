@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from aropd_mcore.config import ConfigError
-from aropd_mcore.data.special_tokens import special_tokens
+from aropd_mcore.data.special_tokens import plain_ids, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ _NUM_SHOWN = 3
 
 def probe_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids of a fixed text, with the unknown token where the tokenizer has to use it."""
-    return tokenizer.encode(_PROBE, add_special_tokens=False)
+    return plain_ids(tokenizer, _PROBE)
 
 
 def check_vocabulary(
@@ -66,7 +66,7 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", end_id: int) -> str:
     return short_hash(
         [
             sorted(tokenizer.get_vocab().items()),
-            [tokenizer.encode(text, add_special_tokens=False) for text in texts],
+            [plain_ids(tokenizer, text) for text in texts],
             [end_id, tokenizer.eos_token_id],
         ]
     )
