@@ -53,7 +53,7 @@ class SpecialTokens:
         """Name -> id."""
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._names = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing.
-        self._clones = lru_cache(maxsize=2)(self._clone)
+        self._clones = lru_cache(maxsize=4)(self._clone)
 
     def protect(self, text: str, mark: str) -> str:
         """User text with `mark` in front of each special token's name."""

@@ -26,7 +26,10 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
     if not any((model_dir / name).is_file() for name in names):
         raise ValueError(f"{model_dir}: no tokenizer in this folder; expected {' or '.join(names)}")
     try:
-        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+        # Settings of a wrong type are taken by the constructor and fail at the first use.
+        special_tokens(tokenizer), plain_ids(tokenizer, "a text")
+        return tokenizer
     except Exception as error:  # Anything, from a Rust parser's error to a KeyError.
         raise ValueError(
             f"{model_dir}: the tokenizer cannot be loaded: {one_line(error)}"

@@ -113,8 +113,9 @@ class ViewBuilder:
         nothing else: chat template, instructions and trace stay whole.
 
         Raises:
-            PromptTooLong: a prompt is over the limit, and on_long_prompt is "drop" or it would be
-                too long with no question at all.
+            PromptTooLong: A prompt is over the limit, and on_long_prompt is "drop" or the prompt
+                would be too long with no question at all.
+            DataError: The chat template cannot show the row, or leaves out its earlier turns.
         """
         student, partial, full = (self.prompt(row, view) for view in VIEWS)
         return Views(
