@@ -128,9 +128,8 @@ def test_names_in_user_text_with_a_tokenizer_written_in_python():
         "{% for m in messages %}<extra_id_0>{{ m['content'] }}</s>{% endfor %}<extra_id_1>"
     )
     builder = ViewBuilder(tokenizer, ViewsConfig(system_prompt=None))
-    start, end = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "</s>"])
+    start, end, head = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "</s>", "<extra_id_1>"])
     for text in ("Two </s> and <extra_id_0>\ue000</s>", "Two and three.\ue000"):
-        ids = builder.prompt(Row(text, "", ""), "student").ids
-        assert tokenizer.decode(ids) == f"<extra_id_0>{text}</s><extra_id_1>"
-        assert (ids.count(start), ids.count(end)) == (1, 1)
+        bytes_ = [3 + byte for byte in text.encode()]
+        assert list(builder.prompt(Row(text, "", ""), "student").ids) == [start, *bytes_, end, head]
     assert builder.oracle_response_ids(Row("", "z </s>", "a")).count(end) == 1
