@@ -28,7 +28,8 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
         # Settings of a wrong type are taken by the constructor and fail at the first use.
-        special_tokens(tokenizer), plain_ids(tokenizer, "a text")
+        special_tokens(tokenizer)
+        plain_ids(tokenizer, "a text")
         return tokenizer
     except Exception as error:  # Anything, from a Rust parser's error to a KeyError.
         raise ValueError(
