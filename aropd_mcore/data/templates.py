@@ -39,18 +39,49 @@ def fill(template: str, **values: str) -> str:
 def partial_trace(reasoning: str, ratio: float) -> str:
     """The first `ratio` of the characters, the cut moved forward to the end of a word.
 
-    A word is a run without white space; wide (Chinese, Japanese, Korean) characters are words by
-    themselves, since such text has no spaces at which a cut could stop. White space at the end is
-    left out. Ratio 0 is the empty trace, ratio 1 the whole.
+    A word is a run without white space. Text in Chinese, Japanese, Korean and the scripts of
+    _UNSPACED has no spaces at which a cut could stop. There a wide character, or a character with
+    its combining marks, is a word by itself. White space at the end is left out. Ratio 0 is the
+    empty trace, ratio 1 the whole.
     """
     cut = int(ratio * len(reasoning))
-    while 0 < cut < len(reasoning) and _in_word(reasoning[cut - 1]) and _in_word(reasoning[cut]):
+    while 0 < cut < len(reasoning) and _in_word(reasoning[cut - 1], reasoning[cut]):
         cut += 1
     return reasoning[:cut].rstrip()
 
 
-def _in_word(character: str) -> bool:
-    return not character.isspace() and unicodedata.east_asian_width(character) not in "WF"
+_UNSPACED = (
+    range(0x0E00, 0x1000),  # Thai, Lao, Tibetan
+    range(0x1000, 0x10A0),  # Myanmar
+    range(0x1780, 0x1800),  # Khmer
+    range(0x1950, 0x19E0),  # Tai Le, New Tai Lue
+    range(0x1A20, 0x1AB0),  # Tai Tham
+    range(0xA9E0, 0xAA00),  # Myanmar Extended-B
+    range(0xAA60, 0xAAE0),  # Myanmar Extended-A, Tai Viet
+)
+"""Code points of scripts that write words without spaces between them."""
+_JOINS_NEXT = frozenset("เแโใไເແໂໃໄ\u1039\u17d2\u1a60ꪵꪶꪹꪻꪼ\u200c\u200d")
+"""Vowels before their consonant, signs that stack the next consonant, and joiners."""
+_JOINS_PREVIOUS = frozenset("ะาำຳະາ\u200c\u200d")
+"""Letters that belong to the consonant before them, beside combining marks."""
+
+
+def _in_word(before: str, after: str) -> bool:
+    """Whether a cut between two neighbouring characters would be within a word."""
+    if before.isspace() or after.isspace():
+        return False
+    if not (_is_unspaced(before) or _is_unspaced(after)):
+        return not (_is_wide(before) or _is_wide(after))
+    is_mark = unicodedata.category(after).startswith("M") or after in _JOINS_PREVIOUS
+    return is_mark or before in _JOINS_NEXT or (before.isdecimal() and after.isdecimal())
+
+
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
+
+
+def _is_unspaced(character: str) -> bool:
+    return any(ord(character) in block for block in _UNSPACED)
 
 
 def write_trace(template: str, reasoning: str, answer: str) -> str:

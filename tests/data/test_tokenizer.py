@@ -5,12 +5,10 @@ import string
 
 import pytest
 
-from aropd_mcore.data.tokenizer import (
-    eos_token_ids,
-    load_tokenizer,
-    render_chat,
-    response_end_id,
-)
+from aropd_mcore.config import ViewsConfig
+from aropd_mcore.data.chat_template import render_chat
+from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer, response_end_id
+from aropd_mcore.data.views import ViewBuilder
 from tests.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 
 PAD_ID, START_ID, END_ID = 256, 257, 258
@@ -42,6 +40,27 @@ def test_folders_without_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+NONSENSE = (None, 5, True, "x", "", [], {}, [1], {"content": 3}, {"content": "<x>", "special": 1})
+
+
+def test_nonsense_in_the_tokenizers_files_is_refused_in_one_line(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    names = ("tokenizer_config.json", "tokenizer.json")
+    whole = {name: json.loads((tmp_path / name).read_text()) for name in names}
+    keys = {name: list(content) for name, content in whole.items()}
+    keys[names[0]] += ["bos_token", "unk_token", "added_tokens_decoder", "split_special_tokens"]
+    num_refused = 0
+    for name, key, value in ((n, k, v) for n in names for k in keys[n] for v in NONSENSE):
+        write_json(tmp_path / name, whole[name] | {key: value})
+        try:
+            ViewBuilder(load_tokenizer(tmp_path), ViewsConfig(), vocab_size=300)
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+            num_refused += 1
+        write_json(tmp_path / name, whole[name])
+    assert num_refused > 50
 
 
 def test_eos_ids(tmp_path):

@@ -1,6 +1,7 @@
 """The three views of a row, against prompts written out by hand."""
 
 import io
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
+from aropd_mcore.data.records import DataError
 from aropd_mcore.data.show import render_views
 from aropd_mcore.data.templates import partial_trace, write_trace
 from aropd_mcore.data.tokenizer import load_tokenizer
@@ -56,10 +58,50 @@ def chatml(user, system=None):
         ("x=\\frac{1}{2} so", 0.2, "x=\\frac{1}{2}"),
         ("一加一等于二。", 0.5, "一加一"),  # No spaces: a cut must not run to the end.
         ("", 0.5, ""),
+        ("สองบวกสองเท่ากับสี่", 0.5, "สองบวกสอง"),  # Thai.
+        ("สองบวกสองเท่ากับสี่", 0.53, "สองบวกสองเท่า"),  # Not between a vowel and its consonant.
+        ("ກີ່ກີ່", 0.2, "ກີ່"),  # Lao: a consonant keeps its marks.
+        ("ស្រីស្រី", 0.2, "ស្រី"),  # Khmer: a stacked consonant stays.
+        ("ဗုဒ္ဓဘာသာ", 0.4, "ဗုဒ္ဓ"),  # Myanmar: likewise.
+        ("བཀྲ་ཤིས", 0.3, "བཀྲ"),  # Tibetan.
+        ("ได้ ๑๒๓๔ คน", 0.5, "ได้ ๑๒๓๔"),  # A number is not cut.
+        ("คือ x=12 แล้ว", 0.5, "คือ x=12"),  # Words of other scripts are not cut.
     ],
 )
 def test_partial_trace(text, ratio, expected):
     assert partial_trace(text, ratio) == expected
+
+
+def before(text, ratio):
+    """partial_trace as it is for text in scripts with spaces, and for wide characters."""
+
+    def in_word(character):
+        wide = unicodedata.east_asian_width(character) in "WF"
+        return not character.isspace() and not wide
+
+    cut = int(ratio * len(text))
+    while 0 < cut < len(text) and in_word(text[cut - 1]) and in_word(text[cut]):
+        cut += 1
+    return text[:cut].rstrip()
+
+
+LETTERS = st.one_of(
+    st.characters(min_codepoint=first, max_codepoint=last, categories=("Lo", "Mn", "Mc"))
+    for first, last in ((0xE00, 0x109F), (0x1780, 0x17FF))
+)
+
+
+@settings(deadline=None)
+@given(
+    st.text(st.characters(max_codepoint=0xDFF) | st.sampled_from("一二。ーが１ \n"), max_size=30),
+    st.text(LETTERS, min_size=40, max_size=60),
+    st.floats(0, 1),
+)
+def test_partial_trace_of_scripts_with_and_without_spaces(spaced, unspaced, ratio):
+    assert partial_trace(spaced, ratio) == before(spaced, ratio)
+    cut = len(partial_trace(unspaced, ratio))
+    if 0 < cut < len(unspaced):
+        assert not unicodedata.category(unspaced[cut]).startswith("M")
 
 
 TAGGED = ViewsConfig().trace_template
@@ -130,6 +172,57 @@ def test_system_turns(tokenizer, tmp_path):
         gemma.bos_token = "<|im_start|>"
         student, _, _ = texts(gemma, system_prompt="Ours.")
         assert student == f"<|im_start|>Ours.\n\n{ROW.question}"  # One BOS, the template's.
+
+
+def test_earlier_turns(tokenizer, tmp_path):
+    history = (("user", "Keep 9."), ("assistant", "Done. {question} <|im_end|>"))
+    row = replace(ROW, history=history)
+    earlier = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in history)
+    plain, with_history = (texts(tokenizer, r, system_prompt="Ours.") for r in (ROW, row))
+    system = "<|im_start|>system\nOurs.<|im_end|>\n"
+    assert with_history == [view.replace(system, system + earlier) for view in plain]
+
+    # Left-cutting still cuts only the question.
+    builder = ViewBuilder(tokenizer, ViewsConfig(**PLAIN, max_prompt_tokens=150))
+    prompt = builder.prompt(replace(row, question="Z" * 200), "student")
+    text = tokenizer.decode(prompt.ids)
+    assert text == earlier + chatml(prompt.question) and len(prompt.ids) == 150
+
+    # Where there is no system turn, the system text opens the first user turn.
+    alternating = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}[{{ m.content }}]{% endfor %}"
+    )
+    gemma = save_tiny_tokenizer(tmp_path, chat_template=alternating)
+    student, _, _ = texts(gemma, replace(ROW, history=(("user", "a"), ("assistant", "b"))))
+    assert student == f"[a][b][{ROW.question}]"
+    student, _, _ = texts(
+        gemma, replace(ROW, system="Sys.", history=(("user", "a"), ("assistant", "b")))
+    )
+    assert student == f"[Sys.\n\na][b][{ROW.question}]"
+    refused = replace(ROW, history=(("user", "a"),))
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:3: the chat template cannot show .*alternate"
+    ):
+        texts(gemma, refused)
+    gemma.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3: .*leaves out earlier turns"):
+        texts(gemma, refused)
+
+
+def test_the_slot_of_the_question_is_in_no_text_of_the_row(tokenizer):
+    slots = "".join(f"aropd-slot-{number}-" for number in range(3))
+    row = replace(ROW, question=slots, reasoning=slots, system=slots, history=(("user", slots),))
+    student, _, full = texts(tokenizer, row)
+    assert student.count(slots) == 3 and full.count(slots) == 4
+
+
+def test_a_template_that_shows_no_assistant_turn_ends_responses_with_eos(tmp_path):
+    template = (
+        "{% for m in messages if m.role != 'assistant' %}<|im_start|>{{ m.content }}{% endfor %}"
+    )
+    builder = ViewBuilder(save_tiny_tokenizer(tmp_path, chat_template=template), ViewsConfig())
+    assert builder.end_id == builder.tokenizer.eos_token_id
 
 
 def test_oracle_response(tokenizer):
