@@ -1,9 +1,16 @@
 """Every setting of a run, typed; all validation. A field without a default must be chosen."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from aropd_mcore.durations import seconds_of
 
@@ -22,9 +29,24 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """Base class of a configuration's sections."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty section has its defaults, and a boolean is no number."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
+            return {}
+        # pydantic takes true for 1.
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError(f"found {str(value).lower()}, which is no value of this setting")
+        return value
 
 
 class ModelConfig(Section):
