@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
+from aropd_mcore.data.chat_template import ChatTemplateError
 from aropd_mcore.data.dataset import parse_question, shown
 from aropd_mcore.data.records import DataError, read_records
-from aropd_mcore.data.tokenizer import render_chat
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row
 
@@ -148,14 +146,11 @@ class Prompts:
             if not has_text:
                 problem = f"key 'messages', turn {number}: expected 'role' and 'content', strings"
                 raise DataError(line.origin, problem, shown(turn))
-        tokenizer = self._view_builder.tokenizer
         try:
-            text = render_chat(tokenizer, messages)
-            text.encode()
-        except (TemplateError, UnicodeEncodeError) as error:
+            return self._view_builder.chat_ids(messages)
+        except ChatTemplateError as error:
             problem = "key 'messages': the chat template cannot show them"
             raise DataError(line.origin, problem, str(error)) from error
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
 
     def _given_ids(self, line: PromptLine) -> tuple[int, ...]:
         ids = line.fields["prompt_ids"]

@@ -42,7 +42,7 @@ def _panel(builder: ViewBuilder, row: Row, view: View) -> Panel:
         ("privileged", prompt.trace, _PRIVILEGED_STYLE),
     ):
         if part:
-            num_tokens = len(builder.tokenizer.encode(part, add_special_tokens=False))
+            num_tokens = len(builder.text_ids(part))
             counts.append(f"{name} {num_tokens}")
             # A decoder that does not give the text back leaves the part uncoloured.
             start = text.plain.find(part)

@@ -1,22 +1,14 @@
-"""A model folder's tokenizer: its chat template, and the tokens that end a response."""
+"""A model folder's tokenizer, and the tokens that end a response."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aropd_mcore.data.chat_template import one_line, render_chat
+from aropd_mcore.data.special_tokens import special_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Messages = list[dict[str, str]]
-
-PLAIN_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize }}:\n{{ message['content'] }}\n\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
-"""For tokenizers without a chat template: `User:`, a line break, the turn, a blank line."""
 
 
 def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
@@ -36,35 +28,9 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     except Exception as error:  # Anything, from a Rust parser's error to a KeyError.
-        raise ValueError(f"{model_dir}: the tokenizer cannot be loaded: {error}") from error
-
-
-def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The tokenizer's own (default) chat template, or PLAIN_CHAT_TEMPLATE where it has none."""
-    return tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
-
-
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_generation_prompt: bool = True
-) -> str:
-    """The messages as text, by `chat_template`.
-
-    The text holds whatever BOS the template writes: encode it with add_special_tokens=False.
-
-    Raises:
-        jinja2.TemplateError: the template refuses the messages.
-    """
-    text = tokenizer.apply_chat_template(
-        messages,
-        chat_template=chat_template(tokenizer),
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        # Llama 3's templates write today's date unless they are given one (this is their own
-        # default); prompts must not change with the day on which a run is resumed.
-        date_string="26 Jul 2024",
-    )
-    assert isinstance(text, str)
-    return text
+        raise ValueError(
+            f"{model_dir}: the tokenizer cannot be loaded: {one_line(error)}"
+        ) from error
 
 
 def response_end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -83,9 +49,9 @@ def response_end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
         {"role": "assistant", "content": content},
     ]
     text = render_chat(tokenizer, messages, add_generation_prompt=False)
-    after = text.rpartition(content)[2].lstrip()
-    ids = tokenizer.encode(after, add_special_tokens=False)
-    if ids and ids[0] in _special_ids(tokenizer):
+    _, shown, after = text.rpartition(content)
+    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if shown else []
+    if ids and ids[0] in special_tokens(tokenizer).values():
         return ids[0]
     eos_id = _eos_id(tokenizer)
     if eos_id is None:
@@ -100,11 +66,6 @@ def _eos_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     id = tokenizer.eos_token_id
     assert id is None or isinstance(id, int)
     return id
-
-
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
 
 
 def eos_token_ids(model_dir: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

@@ -1,18 +1,30 @@
 """Row -> student prompt, partial view, full view, as token ids."""
 
-import hashlib
 import json
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Literal, get_args
 
-from jinja2 import TemplateError
-
-from aropd_mcore.config import ConfigError, ViewsConfig
+from aropd_mcore.config import ViewsConfig
+from aropd_mcore.data.chat_template import (
+    ChatTemplateError,
+    Messages,
+    MessagesRefused,
+    chat_template,
+    check_repeatable,
+    generation_prompt_notes,
+    render_chat,
+    template_file,
+)
 from aropd_mcore.data.records import DataError
+from aropd_mcore.data.special_tokens import SpecialTokens, unused_character
 from aropd_mcore.data.templates import check_fields, fill, partial_trace, write_trace
-from aropd_mcore.data.tokenizer import chat_template, render_chat, response_end_id
+from aropd_mcore.data.tokenizer import response_end_id
+from aropd_mcore.data.vocabulary import check_vocabulary, short_hash, tokenizer_hash
 from aropd_mcore.types import Row, Views
 
 if TYPE_CHECKING:
@@ -21,9 +33,9 @@ if TYPE_CHECKING:
 View = Literal["student", "partial", "full"]
 VIEWS: tuple[View, ...] = get_args(View)
 
-# Stands for the question while the chat template is rendered; plain ASCII, so that no template's
-# trimming or escaping changes it.
-_SLOT = "aropd-question-slot-5b1c"
+# Stands for a text while the chat template is rendered; plain ASCII, so that no template's trimming
+# or escaping changes it.
+_SLOT = "aropd-slot"
 
 
 class PromptTooLong(DataError):
@@ -53,20 +65,46 @@ class ViewBuilder:
     worked example, and is the student view. Where the chat template refuses or leaves out a system
     turn, the system text opens the user turn.
 
+    Special tokens in a prompt are those that the chat template and the templates of `config` write.
+    Their names in user text (questions, traces, answers, system texts, chat turns) are text.
+
+    Args:
+        vocab_size: Of the model. None: token ids are not compared with it.
     Raises:
-        ConfigError: a template with an unknown, missing or repeated field, or a chat template that
-            does not show the user turn once.
+        ConfigError: A template of `config` has an unknown, missing or repeated field. The chat
+            template fails, is random, or does not show the user turn once. A token id that a
+            prompt or response can contain is not below vocab_size.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: ViewsConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        config: ViewsConfig,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
         check_fields("views.student_template", config.student_template, ["question"])
         check_fields("views.teacher_template", config.teacher_template, ["question", "trace"])
         check_fields("views.trace_template", config.trace_template, ["reasoning", "answer"])
+        check_repeatable(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
         self.end_id = response_end_id(tokenizer)
         """Ends a response; appended to oracle responses."""
-        self._takes_system_turn = self._shows_system_turn()
+        self._special_tokens = SpecialTokens(tokenizer)
+        self._templates = (
+            chat_template(tokenizer),
+            config.student_template,
+            config.teacher_template,
+            config.trace_template,
+        )
+        self._shows = lru_cache(maxsize=64)(self._shows_turns)
+        self._takes_system_turn = self._shows(("system",))
+        self._frame(Row("", reasoning="", answer=""), "", unused_character(self._templates))
+        if vocab_size is not None:
+            check_vocabulary(tokenizer, vocab_size, self._written_ids())
+        self.notes = generation_prompt_notes(tokenizer)
+        """Sentences about the templates for the user to read once, at the start."""
 
     def build(self, row: Row) -> Views:
         """The three prompts of a row, each of at most `max_prompt_tokens`.
@@ -89,11 +127,17 @@ class ViewBuilder:
 
     def prompt(self, row: Row, view: View) -> Prompt:
         """One view of a row; raises as `build` does."""
-        question, trace = row.question.strip(), self._trace(row, view)
-        head, tail = self._frame(row, trace)
+        mark = self._mark(row)
+        question, trace = row.question.strip(), self._trace(row, view, mark)
+        try:
+            head, tail = self._frame(row, trace, mark)
+        except ChatTemplateError as error:
+            problem = "the chat template cannot show this row"
+            raise DataError(row.origin, problem, str(error)) from error
 
         def ids_from(cut: int) -> list[int]:
-            return self._encode(head + question[cut:] + tail)
+            kept = self._special_tokens.protect(question[cut:], mark)
+            return self._special_tokens.encode(head + kept + tail, mark)
 
         limit = self.config.max_prompt_tokens
         ids, cut = ids_from(0), 0
@@ -113,21 +157,57 @@ class ViewBuilder:
                 )
                 raise PromptTooLong(row.origin, problem, f"{len(ids_from(len(question)))} tokens")
             ids = ids_from(cut)
-        return Prompt(tuple(ids), question[cut:], trace, num_tokens - len(ids))
+        shown_trace = trace.replace(mark, "")
+        return Prompt(tuple(ids), question[cut:], shown_trace, num_tokens - len(ids))
+
+    def chat_ids(self, messages: Messages) -> tuple[int, ...]:
+        """The prompt of chat turns, up to where the assistant's next turn begins.
+
+        Raises:
+            ChatTemplateError: The chat template cannot show the turns.
+        """
+        mark = unused_character([json.dumps(messages, ensure_ascii=False), *self._templates])
+        protected = self._special_tokens.protect_all(messages, mark)
+        return tuple(self._special_tokens.encode(render_chat(self.tokenizer, protected), mark))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """User text as token ids, with the names of special tokens as text."""
+        mark = unused_character([text])
+        protected = self._special_tokens.protect(text, mark)
+        return tuple(self._special_tokens.encode(protected, mark))
 
     def oracle_response_ids(self, row: Row) -> tuple[int, ...]:
         """The whole trace as a response, with the token that ends it."""
-        text = write_trace(self.config.trace_template, row.reasoning, row.answer)
-        # A special token's name within the text is text here: it must not end the response.
-        return (*self._encode(text, split_special_tokens=True), self.end_id)
+        mark = self._mark(row)
+        text = self._write_trace(row.reasoning, row.answer, mark)
+        return (*self._special_tokens.encode(text, mark), self.end_id)
 
     @cached_property
     def template_hash(self) -> str:
         """Of the chat template and of every setting that shapes a prompt; runs record it."""
-        parts = [chat_template(self.tokenizer), self.config.model_dump(mode="json")]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return short_hash([chat_template(self.tokenizer), self.config.model_dump(mode="json")])
 
-    def _trace(self, row: Row, view: View) -> str:
+    @cached_property
+    def identity(self) -> Mapping[str, str]:
+        """Hashes of `chat_template` and `tokenizer`: of what they do, wherever they are stored.
+
+        Prompts of equal rows are equal where these hashes and the settings of `views` are equal.
+        """
+        return {
+            "chat_template": short_hash(chat_template(self.tokenizer)),
+            "tokenizer": tokenizer_hash(self.tokenizer, self.end_id),
+        }
+
+    def _mark(self, row: Row) -> str:
+        """The character that marks special tokens' names in this row's texts."""
+        texts = (row.question, row.reasoning, row.answer, self._system(row), *sum(row.history, ()))
+        return unused_character([*texts, *self._templates])
+
+    def _system(self, row: Row) -> str:
+        return (self.config.system_prompt if row.system is None else row.system) or ""
+
+    def _trace(self, row: Row, view: View, mark: str) -> str:
+        """The trace that a view shows, protected."""
         if view == "student":
             return ""
         reasoning, answer = row.reasoning.strip(), row.answer
@@ -136,39 +216,67 @@ class ViewBuilder:
             ratio = 0.0 if mode == "answer_only" else self.config.partial_ratio
             reasoning = partial_trace(reasoning, ratio)
             answer = "" if mode == "prefix_without_answer" else answer
-        return write_trace(self.config.trace_template, reasoning, answer)
+        return self._write_trace(reasoning, answer, mark)
 
-    def _frame(self, row: Row, trace: str) -> tuple[str, str]:
-        """The prompt's text before and after the question."""
+    def _write_trace(self, reasoning: str, answer: str, mark: str) -> str:
+        protect = self._special_tokens.protect
+        template = self.config.trace_template
+        return write_trace(template, protect(reasoning, mark), protect(answer, mark))
+
+    def _frame(self, row: Row, trace: str, mark: str) -> tuple[str, str]:
+        """The prompt's text before and after the question, protected as the trace is."""
+        history = [self._special_tokens.protect_all(turn, mark) for turn in row.history]
+        system = self._special_tokens.protect(self._system(row), mark)
+        slot = _unused_slot([trace, system, *sum(row.history, ()), *self._templates])
         if trace:
-            user = fill(self.config.teacher_template, question=_SLOT, trace=trace)
+            user = fill(self.config.teacher_template, question=slot, trace=trace)
         else:
-            user = fill(self.config.student_template, question=_SLOT)
-        system = self.config.system_prompt if row.system is None else row.system
-        messages = [{"role": "user", "content": user}]
+            user = fill(self.config.student_template, question=slot)
+        messages = [{"role": role, "content": text} for role, text in (*history, ("user", user))]
         if system and self._takes_system_turn:
             messages.insert(0, {"role": "system", "content": system})
         elif system:
-            messages[0]["content"] = f"{system}\n\n{user}"
-        pieces = render_chat(self.tokenizer, messages).split(_SLOT)
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"] = f"{system}\n\n{first['content']}"
+        pieces = render_chat(self.tokenizer, messages).split(slot)
         if len(pieces) != 2:
-            raise ConfigError(
-                f"{self.tokenizer.name_or_path}: the chat template shows the user turn "
+            raise ChatTemplateError(
+                f"{template_file(self.tokenizer)}: the chat template shows the user turn "
                 f"{len(pieces) - 1} times, expected once"
+            )
+        if history and not self._shows(tuple(role for role, _ in history)):
+            raise ChatTemplateError(
+                f"{template_file(self.tokenizer)}: the chat template leaves out earlier turns"
             )
         return pieces[0], pieces[1]
 
-    def _shows_system_turn(self) -> bool:
-        messages = [
-            {"role": "system", "content": _SLOT},
-            {"role": "user", "content": "a question"},
-        ]
+    def _shows_turns(self, roles: tuple[str, ...]) -> bool:
+        """Whether the chat template shows turns of these roles before a user turn."""
+        slots = [f"{_SLOT}-{number}-" for number in range(len(roles))]
+        turns = [*zip(roles, slots, strict=True), ("user", "a question")]
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return _SLOT in render_chat(self.tokenizer, messages)
-        except TemplateError:
+            text = render_chat(self.tokenizer, messages)
+        except MessagesRefused:
             return False
+        return all(slot in text for slot in slots)
 
-    def _encode(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
-        return self.tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=split_special_tokens
+    def _written_ids(self) -> set[int]:
+        """Ids that the templates or the end of a response can write."""
+        user, turn = (
+            {"role": "user", "content": "a question"},
+            {"role": "assistant", "content": "a"},
         )
+        chats: list[Messages] = [[user], [{"role": "system", "content": "a"}, user]]
+        chats.append([user, turn, user])
+        ids = {self.end_id}
+        for messages in chats:
+            with suppress(MessagesRefused):
+                ids.update(self.chat_ids(messages))
+        named = self._special_tokens.ids.items()
+        return ids | {id for name, id in named if any(name in text for text in self._templates)}
+
+
+def _unused_slot(texts: Sequence[str]) -> str:
+    slots = (f"{_SLOT}-{number}-" for number in count())
+    return next(slot for slot in slots if not any(slot in text for text in texts))

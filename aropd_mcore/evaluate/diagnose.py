@@ -95,7 +95,9 @@ def diagnosis_of(
     made = job_of(model, data, Path(), config=config, rollout=sampling, **job)
     folder = out or _default_folder(made)
     objective = settings.objective if settings else ObjectiveConfig()
-    builder = ViewBuilder(load_tokenizer(made.source.hf_folder), made.views)
+    tokenizer = load_tokenizer(made.source.hf_folder)
+    vocab_size = made.source.architecture.vocab_size
+    builder = ViewBuilder(tokenizer, made.views, vocab_size=vocab_size)
     views = tuple(builder.build(row) for row in RowDataset.load([data])[:num_rows])
     longest = max(len(ids) for v in views for ids in (v.student_ids, v.partial_ids, v.full_ids))
     if longest > made.max_prompt_tokens:

@@ -82,11 +82,12 @@ def generate(job: Job, runtime: Runtime) -> None:
         dp_group. Every rank must call.
     """
     tokenizer = load_tokenizer(job.source.hf_folder)
-    view_builder = ViewBuilder(tokenizer, job.views)
+    vocab_size = job.source.architecture.vocab_size
+    view_builder = ViewBuilder(tokenizer, job.views, vocab_size=vocab_size)
     prompts = Prompts(
         job.prompts,
         view_builder,
-        vocab_size=job.source.architecture.vocab_size,
+        vocab_size=vocab_size,
         max_tokens=job.max_prompt_tokens,
         reserved=FIELDS,
     )

@@ -5,12 +5,8 @@ import string
 
 import pytest
 
-from aropd_mcore.data.tokenizer import (
-    eos_token_ids,
-    load_tokenizer,
-    render_chat,
-    response_end_id,
-)
+from aropd_mcore.data.chat_template import render_chat
+from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer, response_end_id
 from tests.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 
 PAD_ID, START_ID, END_ID = 256, 257, 258
