@@ -19,6 +19,7 @@ from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
+from aropd_mcore.trainer.preflight import describe_rows
 from aropd_mcore.trainer.saving import Counters, Saver
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
@@ -70,7 +71,7 @@ def _train(run: Run) -> None:
 
     with Reporter(run, first_step) as reporter:
         saver.say, saver.before_saving = reporter.say, reporter.sync
-        for note in notes:
+        for note in (*run.notes, *notes):
             reporter.say(note)
         if run.engine:
             run.engine.sync(weight_version=weight_version)
@@ -109,14 +110,15 @@ def _ended(
         return TrainingStopped(f"no rollouts for step {step}: {why}\n{goes_on}")
     if why.is_time_limit and step == first_step:
         return TrainingStopped(
-            "the time limit leaves no room for one step and a save; give the job more time, or "
-            f"mend limits.stop_before, {run.config.limits.stop_before}. {_last(saver)}."
+            "the time limit leaves no room for one step and a save: raise limits.stop_before or "
+            f"Slurm's --time. {_last(saver)}."
         )
     return StoppedEarly(f"{why} before step {step}. {goes_on}")
 
 
 def _last(saver: Saver) -> str:
-    return f"The last checkpoint is {saver.newest or 'none'}"
+    newest = saver.newest
+    return f"The last checkpoint is {newest}" if newest else "No checkpoint has been saved"
 
 
 def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
@@ -185,7 +187,7 @@ class Reporter:
             self._console.print(text, markup=False)
 
     def warn(self, step: int, verdict: Verdict) -> None:
-        """Say what the guards have seen, if anything."""
+        """Print what the guards have found, if anything."""
         if verdict.said:
             done = "" if verdict.apply else "; its update is left out"
             self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
@@ -209,14 +211,12 @@ def _headline(run: Run, first_step: int) -> str:
     config, runtime = run.config, run.runtime
     dtype = str(runtime.dtype(config.model.dtype)).removeprefix("torch.")
     layout = describe(config.parallel, runtime.dp_size)
-    rows = f"{len(run.dataset)} rows"
-    if run.dataset.num_bad_rows:
-        rows += f" ({run.dataset.num_bad_rows} left out, first: {run.dataset.bad_rows[0]})"
     start = f"resuming at step {first_step}" if first_step else "starting"
+    steps = f"{run.num_steps} steps of {config.training.global_batch_size} responses"
     return (
         f"{start}: {config.objective.name}, {config.model.path} in {dtype} on "
         f"{runtime.device.type}, {layout}\n"
-        f"{rows}, {run.num_steps} steps of {config.training.global_batch_size} responses, "
+        f"{describe_rows(run.dataset)}, {steps}, "
         f"{config.objective.reduction}, templates {run.view_builder.template_hash}; "
         f"writing to {config.output_dir}"
     )

@@ -59,7 +59,7 @@ def check_skipped_step(path: Path, poison: str) -> None:
     assert run.engine is not None and run.engine.weight_version == 1  # type: ignore[attr-defined]
     following = train_step(run, 2)
     assert following.update.applied
-    assert following.update.lr < result.update.lr, "the schedule went on"
+    assert following.update.lr == result.update.lr, "the schedule counts applied updates"
     assert not all(
         torch.equal(value, before[name])
         for name, value in everything(run).items()
