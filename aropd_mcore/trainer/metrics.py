@@ -61,7 +61,7 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
 
 
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Compute everything a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
+    """Compute what a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
 
     Collectives: up to three all-gathers over the data-parallel ranks; every rank must call it.
     """
