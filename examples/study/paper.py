@@ -21,7 +21,7 @@ from methods import MAIN
 
 from aropd_mcore.config_file import load_config
 from aropd_mcore.evaluate.tasks import parse_task
-from aropd_mcore.trainer.launch import launch_of
+from aropd_mcore.trainer.launch import check_inputs, launch_of
 
 CONFIG = Path("examples/clusters/qwen2.5-7b-8xh100.yaml")
 """The reference settings of METHOD section 6 are the defaults; this adds the layout. Its model is a
@@ -81,6 +81,8 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
             sbatch_options=for_sbatch,
         )
         launches.append(launch)
+    if not args.dry_run:  # all runs read the same model and rows
+        check_inputs(load_config(CONFIG, overrides))
     for launch in launches:
         print(launch, flush=True)
         if not args.dry_run and launch.submit():

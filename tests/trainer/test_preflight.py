@@ -319,7 +319,7 @@ def test_a_run_does_not_resume_with_another_chat_template(trained, original, tmp
     allowed = [*longer, "checkpoint.allow_changes=[model.chat_template]"]
     printed, error = run_ranks(train_here, 1, original / "run.yaml", allowed)[0]
     assert error is None
-    assert "other rules from here on: model.chat_template: " in printed
+    assert "other rules from here on: " in printed and "model.chat_template: " in printed
     assert len((folder / "out" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
