@@ -1,7 +1,7 @@
 """Every setting of a run, typed; all validation. A field without a default must be chosen."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -43,10 +43,14 @@ class Section(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
             return {}
-        # pydantic takes true for 1.
-        if isinstance(value, bool) and annotation is not bool:
-            raise ValueError(f"found {str(value).lower()}, which is no value of this setting")
+        if isinstance(value, bool) and _takes_numbers(annotation):  # pydantic takes true for 1
+            raise ValueError(f"expected a number, found {str(value).lower()}")
         return value
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    parts = get_args(annotation)
+    return annotation in (int, float) or any(type(p) is int or _takes_numbers(p) for p in parts)
 
 
 class ModelConfig(Section):

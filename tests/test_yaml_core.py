@@ -179,10 +179,20 @@ def test_null_of_a_setting_is_null(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["training.num_steps=true", "optimizer.lr=true", "rollout.async_steps=true"]
+    ("override", "message"),
+    [
+        ("training.num_steps=true", "expected a number, found true"),
+        ("optimizer.lr=true", "expected a number, found true"),
+        ("rollout.async_steps=false", "expected a number, found false"),
+        ("objective.residual_clip=false", "expected a number, found false"),
+        ("rollout.kv_cache_tokens=true", "expected a number, found true"),
+        ("objective.chunk_tokens=true", "expected a number, found true"),
+        ("logging.wandb=false", "should be 'off', 'online' or 'offline', found False"),
+        ("output_dir=true", "not a valid path.*, found True"),
+    ],
 )
-def test_a_boolean_is_no_number(tmp_path, override):
-    with pytest.raises(ConfigError, match="found true, which is no value of this setting"):
+def test_a_boolean_is_no_number_and_no_text(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path, HEAD + TRAINING, override)
 
 

@@ -21,6 +21,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.trainer.changes import check_changes, describe_run
+from aropd_mcore.types import Views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +84,8 @@ def preflight(config: Config, *, same_environment: bool = True) -> list[str]:
     """
     if same_environment:
         check_packages(config)
-    _check_writable(config.output_dir)
-    _check_writable(config.output_dir / "checkpoints")
+    _check_writable("output_dir", config.output_dir)
+    _check_writable("output_dir", config.output_dir / "checkpoints")
     inputs = open_inputs(config)
     steps = f"{inputs.num_steps} steps of {config.training.global_batch_size} responses"
     return [f"{describe_rows(inputs.dataset)}, {steps}", *inputs.notes, *_start(config, inputs)]
@@ -144,7 +145,7 @@ def _usable_rows(
         DataError: A row does not fit and neither setting lets it go, or no row is left that
             counts in the loss.
     """
-    rows, bad_rows, notes = [], list(dataset.bad_rows), _RowNotes(config)
+    rows, bad_rows, notes = [], list(dataset.bad_rows), _RowNotes(config, builder)
     lenient = config.views.on_long_prompt == "drop" or config.data.on_bad_row == "skip"
     for row in dataset:
         try:
@@ -165,16 +166,19 @@ def _usable_rows(
 class _RowNotes:
     """Counts over the rows' views, for the user."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, builder: ViewBuilder):
         self._config = config
+        self._builder = builder
         self._num_rows = 0
         self._longest = 0
         self._cut: list[str] = []
         """Origins of the rows whose question is cut."""
         self._equal: list[str] = []
         """Origins of the rows whose partial view is the full view."""
+        self._truncated: list[str] = []
+        """Origins of the rows whose trace is cut, where the trace is the response."""
 
-    def add(self, views: Any) -> None:
+    def add(self, views: Views) -> None:
         self._num_rows += 1
         prompts = (views.student_ids, views.partial_ids, views.full_ids)
         self._longest = max(self._longest, *map(len, prompts))
@@ -182,6 +186,10 @@ class _RowNotes:
             self._cut.append(views.row.origin)
         if views.partial_ids == views.full_ids:
             self._equal.append(views.row.origin)
+        if self._config.objective.name == "sft":
+            response = self._builder.oracle_response_ids(views.row)
+            if len(response) > self._config.rollout.max_response_tokens:
+                self._truncated.append(views.row.origin)
 
     def sentences(self) -> list[str]:
         config, found = self._config, []
@@ -200,6 +208,11 @@ class _RowNotes:
                 f"the partial view of {self._of_all(self._equal)} equals the full view, so their "
                 f"residual is zero; first: {self._equal[0]}"
             )
+        if self._truncated:
+            found.append(
+                f"the trace of {self._of_all(self._truncated)} is cut to "
+                f"rollout.max_response_tokens, and does not end; first: {self._truncated[0]}"
+            )
         return found
 
     def _of_all(self, origins: list[str]) -> str:
@@ -217,13 +230,13 @@ def _steps_of_epochs(config: Config, num_rows: int) -> int:
     return num_steps
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(key: str, folder: Path) -> None:
     """Check that the folder can be written to, or made."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise ConfigError(f"output_dir: {nearest} is a file, expected a folder")
+        raise ConfigError(f"{key}: {nearest} is a file, expected a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: {nearest} cannot be written to")
+        raise ConfigError(f"{key}: {nearest} cannot be written to")
 
 
 def _start(config: Config, inputs: Inputs) -> list[str]:
