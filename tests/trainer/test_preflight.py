@@ -242,7 +242,7 @@ def test_a_dry_run_reports_what_it_found(run, capsys):
     assert cli.main(["train", str(run), *overrides, "objective.name=sft", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "equals the full view" not in printed
-    assert "# the trace of 20 of 23 rows is cut to rollout.max_response_tokens" in printed
+    assert "# the trace of 18 of 23 rows is cut to rollout.max_response_tokens" in printed
 
 
 def test_no_megatron_is_imported(run):
