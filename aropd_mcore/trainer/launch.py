@@ -59,7 +59,8 @@ def check_inputs(config: Config, environment: Mapping[str, str] = os.environ) ->
         source, _, target = mount.partition(":")
         if target.partition(":")[0] not in ("", source):
             return [f"data and weights are not checked: CONTAINER_MOUNTS renames {source}"]
-    is_same = not environment.get("CONTAINER_IMAGE") and _job_venv(environment) == sys.prefix
+    is_same = Path(_job_venv(environment)).resolve() == Path(sys.prefix).resolve()
+    is_same = is_same and not environment.get("CONTAINER_IMAGE")
     return preflight(config, same_environment=is_same)
 
 

@@ -84,8 +84,8 @@ def preflight(config: Config, *, same_environment: bool = True) -> list[str]:
     """
     if same_environment:
         check_packages(config)
-    _check_writable("output_dir", config.output_dir)
-    _check_writable("output_dir", config.output_dir / "checkpoints")
+    _check_writable(config.output_dir)
+    _check_writable(config.output_dir / "checkpoints")
     inputs = open_inputs(config)
     steps = f"{inputs.num_steps} steps of {config.training.global_batch_size} responses"
     return [f"{describe_rows(inputs.dataset)}, {steps}", *inputs.notes, *_start(config, inputs)]
@@ -230,13 +230,13 @@ def _steps_of_epochs(config: Config, num_rows: int) -> int:
     return num_steps
 
 
-def _check_writable(key: str, folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     """Check that the folder can be written to, or made."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise ConfigError(f"{key}: {nearest} is a file, expected a folder")
+        raise ConfigError(f"output_dir: {nearest} is a file, expected a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {nearest} cannot be written to")
+        raise ConfigError(f"output_dir: {nearest} cannot be written to")
 
 
 def _start(config: Config, inputs: Inputs) -> list[str]:
