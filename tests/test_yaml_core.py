@@ -18,7 +18,7 @@ data: {train: [rows.jsonl]}
 """
 TRAINING = "training: {num_steps: 2}\n"
 FUZZ = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
