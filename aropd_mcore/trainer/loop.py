@@ -84,7 +84,7 @@ def _train(run: Run) -> None:
             except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
                 _save_now(saver, step, progress(step))
-                raise _ended(run, why, step, first_step, saver) from why
+                raise _ended(why, step, first_step, saver) from why
             beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
@@ -102,23 +102,26 @@ def _train(run: Run) -> None:
 
 
 def _ended(
-    run: Run, why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
+    why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
 ) -> TrainingStopped | StoppedEarly:
     """The end of a run whose steps before `step` are saved."""
-    goes_on = f"{_last(saver)}; the same command goes on from there."
     if isinstance(why, RolloutFailed):
-        return TrainingStopped(f"no rollouts for step {step}: {why}\n{goes_on}")
+        return TrainingStopped(f"no rollouts for step {step}: {why}\n{_way_on(saver)}")
     if why.is_time_limit and step == first_step:
         return TrainingStopped(
             "the time limit leaves no room for one step and a save: raise limits.stop_before or "
             f"Slurm's --time. {_last(saver)}."
         )
-    return StoppedEarly(f"{why} before step {step}. {goes_on}")
+    return StoppedEarly(f"{why} before step {step}. {_way_on(saver)}")
 
 
 def _last(saver: Saver) -> str:
     newest = saver.newest
     return f"The last checkpoint is {newest}" if newest else "No checkpoint has been saved"
+
+
+def _way_on(saver: Saver) -> str:
+    return f"{_last(saver)}; rerun the command to {'resume' if saver.newest else 'start again'}."
 
 
 def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
@@ -130,9 +133,7 @@ def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
 
 
 def _cannot_save(saver: Saver, failed: SaveFailed) -> TrainingStopped:
-    return TrainingStopped(
-        f"could not save: {failed}\n{_last(saver)}; the same command goes on from there."
-    )
+    return TrainingStopped(f"could not save: {failed}\n{_way_on(saver)}")
 
 
 class Reporter:

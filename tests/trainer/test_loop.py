@@ -202,6 +202,26 @@ def train_printing(path: Path, out: Path, overrides: list[str]) -> str:
     return printed.getvalue()
 
 
+def test_ends_without_a_checkpoint_name_the_way_on(path):
+    assert run_ranks(ends_without_checkpoint, 1, path)[0] == [
+        "the time limit leaves no room for one step and a save: raise limits.stop_before or "
+        "Slurm's --time. No checkpoint has been saved.",
+        "SIGTERM before step 0. No checkpoint has been saved; rerun the command to start again.",
+    ]
+
+
+def ends_without_checkpoint(path: Path) -> list[str]:
+    import signal
+    from types import SimpleNamespace
+    from typing import cast
+
+    from aropd_mcore.trainer.loop import _ended
+    from aropd_mcore.trainer.stop import _TIME, StopWanted
+
+    nothing = cast(Any, SimpleNamespace(newest=None))
+    return [str(_ended(StopWanted(code), 0, 0, nothing)) for code in (_TIME, signal.SIGTERM)]
+
+
 class Interrupted(Exception):
     """Stands for a kill."""
 
