@@ -13,7 +13,7 @@ nodes by the table below.
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -52,7 +52,10 @@ _SCALARS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    """PyYAML's loader without the plain scalars of YAML 1.1."""
+
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -72,8 +72,11 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
             f"data.train=[{args.rows}]",
             *MAIN[method],
         ]
+        config = load_config(CONFIG, overrides)
+        if not args.dry_run and not launches:  # all runs read the same model and rows
+            check_inputs(config)
         launch = launch_of(
-            load_config(CONFIG, overrides),
+            config,
             [str(CONFIG), *overrides],
             num_nodes=1,
             num_vllm_nodes=0,
@@ -81,8 +84,6 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
             sbatch_options=for_sbatch,
         )
         launches.append(launch)
-    if not args.dry_run:  # all runs read the same model and rows
-        check_inputs(load_config(CONFIG, overrides))
     for launch in launches:
         print(launch, flush=True)
         if not args.dry_run and launch.submit():
