@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
     _add_num_processes(train)
     train.add_argument(
-        "--dry-run", action="store_true", help="check the config and print the plan, start nothing"
+        "--dry-run",
+        action="store_true",
+        help="check config, data, weights and output_dir, print the plan, start nothing",
     )
     train.add_argument(
         "--stop-before",
@@ -120,9 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     launch = commands.add_parser(
         "launch",
         help="submit a run to Slurm",
-        description="Check the config and its layout here, then submit slurm/train.sbatch with it, "
-        "or slurm/serve_and_train.sbatch with --vllm-nodes. What follows `--` goes to sbatch as it "
-        "is: aropd launch run.yaml --nodes 4 -- --partition=gpu --time=2-0. The head of "
+        description="Check the config, its layout, data, weights and tokenizer here, then submit "
+        "slurm/train.sbatch with it, or slurm/serve_and_train.sbatch with --vllm-nodes. Relative "
+        "paths are those of the working directory, in the job too. What follows `--` goes to "
+        "sbatch as it is: aropd launch run.yaml --nodes 4 -- --partition=gpu --time=2-0. The head "
+        "of "
         "slurm/common.sh lists what the environment may say.",
     )
     launch.add_argument("config", type=Path, help="YAML file")
@@ -221,6 +225,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import plan
+    from aropd_mcore.trainer.preflight import preflight
 
     if args.stop_before is not None:
         args.overrides.append(f"limits.stop_before={json.dumps(args.stop_before)}")
@@ -228,7 +233,9 @@ def _train(args: argparse.Namespace) -> int:
     num_local = args.nproc_per_node or _default_num_processes(config.parallel)
     layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
     if args.dry_run:
-        return _print_plan(config, layout)
+        _print_plan(config, layout)
+        _print_found(preflight(config))
+        return 0
     if "RANK" in os.environ or num_local == 1:
         return _train_here(config)
     return start_ranks(num_local, ["train", str(args.config), *args.overrides])
@@ -268,7 +275,7 @@ def _train_until(config: Config, stops: Stops) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import describe
-    from aropd_mcore.trainer.launch import launch_of
+    from aropd_mcore.trainer.launch import check_inputs, launch_of
 
     config = load_config(args.config, args.overrides)
     launch = launch_of(
@@ -279,8 +286,10 @@ def _launch(args: argparse.Namespace) -> int:
         gpus_per_node=args.gpus_per_node,
         sbatch_options=args.sbatch_options,
     )
-    layout = launch.layout
-    print(f"# {layout.world_size} ranks: {describe(config.parallel, layout.data)}\n{launch}")
+    layout, found = launch.layout, check_inputs(config)
+    print(f"# {layout.world_size} ranks: {describe(config.parallel, layout.data)}")
+    _print_found(found)
+    print(launch)
     if args.dry_run:
         print(f"# {launch.script}:\n{launch.script.read_text()}")
         return 0
@@ -294,7 +303,7 @@ def _serve(args: argparse.Namespace) -> None:
     serve(load_config(args.config, args.overrides))
 
 
-def _print_plan(config: Config, layout: "Layout") -> int:
+def _print_plan(config: Config, layout: "Layout") -> None:
     from aropd_mcore.plan.layout import describe
 
     training = config.training
@@ -308,7 +317,11 @@ def _print_plan(config: Config, layout: "Layout") -> int:
         f"# a step: {config.prompts_per_step} prompts, {training.global_batch_size} responses, "
         f"{microbatches} on each data-parallel rank"
     )
-    return 0
+
+
+def _print_found(found: Sequence[str]) -> None:
+    """Print what a check found, as comments below the YAML or the command that it belongs to."""
+    print("".join(f"# {line}\n" for text in found for line in text.splitlines()), end="")
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -1,9 +1,16 @@
 """Every setting of a run, typed; all validation. A field without a default must be chosen."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from aropd_mcore.durations import seconds_of
 
@@ -22,9 +29,28 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """Base class of a configuration's sections."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty section has its defaults, and a boolean is no number."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
+            return {}
+        if isinstance(value, bool) and _takes_numbers(annotation):  # pydantic takes true for 1
+            raise ValueError(f"expected a number, found {str(value).lower()}")
+        return value
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    parts = get_args(annotation)
+    return annotation in (int, float) or any(type(p) is int or _takes_numbers(p) for p in parts)
 
 
 class ModelConfig(Section):
@@ -375,9 +401,10 @@ class OptimizerConfig(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay from lr to min_lr after the warm-up."""
+    """Decay from lr to min_lr after the warm-up. Steps whose update is left out do not count."""
     warmup_ratio: Ratio = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises: update n of W warm-up updates, counted
+    from 1, has lr n / (W + 1), and the one after them lr. No update has a learning rate of 0."""
     beta1: Ratio = 0.9
     """AdamW."""
     beta2: Ratio = 0.999
@@ -388,6 +415,12 @@ class OptimizerConfig(Section):
     """Decoupled; not applied to biases and norms."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 is no clipping."""
+
+    @model_validator(mode="after")
+    def _decays(self) -> "OptimizerConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, where decay starts")
+        return self
 
 
 class TrainingConfig(Section):
@@ -453,9 +486,9 @@ class LimitsConfig(Section):
     """What a job may take of time, and how long it may be silent."""
 
     stop_before: str | None = None
-    """Save and stop (exit code 75) before the job is this old: 3h55m, 90m, or Slurm's 1-02:30:00,
-    which YAML wants quoted. What a step and a save have taken so far is counted in. Slurm's own end
-    time, $SLURM_JOB_END_TIME, holds in any case."""
+    """Save and stop (exit code 75) before the job is this old: 3h55m, 90m, or Slurm's 1-02:30:00.
+    The time of the longest step and save so far is counted in. Slurm's own end time,
+    $SLURM_JOB_END_TIME, holds in any case."""
     watchdog_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     """A rank that has got nowhere for this long, not by a token or a microbatch, has every rank's
     stacks written to output_dir/stacks, and ends the job (exit code 4). Start and saves may take
@@ -480,9 +513,10 @@ GuardAction = Literal["off", "warn", "skip", "stop"]
 
 
 class GuardsConfig(Section):
-    """What is done about a step that looks wrong, before its update is applied: `warn` says so,
-    `skip` leaves the update out, as training.max_skipped_steps in a row allow, `stop` saves and
-    ends the run (exit code 3). All of it is counted in the metrics."""
+    """Actions on a step that looks wrong, before its update is applied. `warn` prints a warning.
+    `skip` leaves the update out, up to training.max_skipped_steps in a row. `stop` saves and ends
+    the run (exit code 3). The metrics count each. The update of a step without loss tokens, or
+    whose loss tokens all have weight 0, is always left out."""
 
     non_finite: Literal["skip", "stop"] = "skip"
     """A loss or gradient norm that is not finite."""

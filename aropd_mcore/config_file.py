@@ -1,32 +1,34 @@
 """A run's configuration from YAML with dotted overrides, and back to YAML.
 
-Unknown keys are refused with the nearest known name.
+Files and overrides go through one reader (yaml_core). Unknown keys are refused with the nearest
+known name.
 """
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from aropd_mcore.config import Config, ConfigError, Section
+from aropd_mcore.yaml_core import dump_yaml, parse_yaml
 
 T = TypeVar("T", bound=Section)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """The YAML file at `path` with dotted overrides such as `optimizer.lr=1e-5` applied.
+    """Load the YAML file at `path` and apply dotted overrides such as `optimizer.lr=1e-5`.
 
-    Values of overrides are YAML too: `objective.residual_clip=null`, `data.train=[a.jsonl]`.
+    Values of overrides are YAML too: `objective.residual_clip=null`, `data.train=[a.jsonl]`. Of
+    several overrides of one key the last wins.
 
     Raises:
-        ConfigError: no such file, broken YAML, an unknown key (with the nearest known name), a
-            missing key, or a value out of range; the message names the key and the value.
+        ConfigError: no such file, broken YAML, a key given twice, an unknown key (with the nearest
+            known name), a missing key, or a value out of range; the message names the key and the
+            value.
     """
     try:
-        tree = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -46,43 +48,28 @@ def validated(section: type[T], values: dict, where: str) -> T:
         raise ConfigError(_explain(error, where)) from error
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: `1e-5` is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {error}") from error
-
-
 def _apply_override(tree: dict, override: str) -> None:
+    where = f"override {_shown(override)}"
     dotted, equals, value = override.partition("=")
     if not equals or not dotted:
-        raise ConfigError(f"override {override!r}: expected section.key=value")
+        raise ConfigError(f"{where}: expected section.key=value")
     *sections, key = dotted.split(".")
     for depth, section in enumerate(sections):
-        node = tree.setdefault(section, {})
+        if tree.get(section) is None:  # absent, or an empty section
+            tree[section] = {}
+        node = tree[section]
         if not isinstance(node, dict):
-            name = ".".join(sections[: depth + 1])
-            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+            name = _printable(".".join(sections[: depth + 1]))
+            raise ConfigError(f"{where}: {name} is a value, not a section")
         tree = node
-    tree[key] = _parse_yaml(value, f"override {override!r}")
+    tree[key] = parse_yaml(value, where)
 
 
 def _explain(error: ValidationError, path: str) -> str:
     lines = []
     for problem in error.errors():
         location = problem["loc"]
-        key = ".".join(str(part) for part in location) or "(top level)"
+        key = _printable(".".join(str(part) for part in location)) or "(top level)"
         if problem["type"] == "extra_forbidden":
             known = _known_keys(location[:-1])
             near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -92,9 +79,26 @@ def _explain(error: ValidationError, path: str) -> str:
             lines.append(f"{key}: required, and missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            found = "" if problem["type"] == "value_error" else f", found {problem['input']!r}"
+            is_complete = problem["type"] == "value_error"
+            found = "" if is_complete else f", found {_shown(problem['input'])}"
             lines.append(f"{key}: {message}{found}")
     return f"{path}: " + "\n  ".join(lines)
+
+
+def _printable(text: str) -> str:
+    """The text, or an escaped form of it where a terminal would not show it in one line."""
+    return _shortened(text if text.isprintable() else ascii(text))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _shortened(repr(value))
+    except ValueError:  # Python writes no decimal of thousands of digits
+        return f"{type(value).__name__} of thousands of digits"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _known_keys(sections: tuple) -> list[str]:
@@ -105,5 +109,5 @@ def _known_keys(sections: tuple) -> list[str]:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; loading it again gives an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """Write the resolved configuration as YAML; loading it again gives an equal configuration."""
+    return dump_yaml(config.model_dump(mode="json"))

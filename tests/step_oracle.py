@@ -240,11 +240,11 @@ class Oracle:
         return aux, z
 
     def _lr(self) -> float:
-        """Linear warm-up from 0, then a cosine to min_lr; METHOD section 6."""
+        """Linear warm-up that starts above 0, then a cosine to min_lr; METHOD section 6."""
         method = self.method
         num_warmup = int(method.warmup_ratio * method.num_steps)
         if self.num_done < num_warmup:
-            return method.lr * self.num_done / num_warmup
+            return method.lr * (self.num_done + 1) / (num_warmup + 1)
         done = (self.num_done - num_warmup) / (method.num_steps - num_warmup)
         return method.min_lr + (method.lr - method.min_lr) * (1 + math.cos(math.pi * done)) / 2
 

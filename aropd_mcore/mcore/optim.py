@@ -38,9 +38,9 @@ class UpdateResult:
     grad_norm: float
     """Global L2 norm before clipping."""
     applied: bool
-    """False when it was left out: weights and optimizer state are untouched."""
+    """False when it was left out: weights, optimizer state and schedule are untouched."""
     lr: float
-    """The learning rate of this update."""
+    """Learning rate of this update."""
 
 
 class Optimizer:
@@ -117,13 +117,14 @@ class Optimizer:
         model.config.finalize_model_grads_func = _finalize_summed_grads
         if overlap_grad_reduce:
             model.config.no_sync_func = self._no_sync
-        warmup_steps = int(config.warmup_ratio * num_steps)
+        warmup_steps = min(int(config.warmup_ratio * num_steps), num_steps - 1)
         self.scheduler = OptimizerParamScheduler(
             self.inner,
-            init_lr=0.0,
+            # From 0, Megatron's choice, the first step's rollouts would change nothing.
+            init_lr=config.lr / (warmup_steps + 1),
             max_lr=config.lr,
             min_lr=config.min_lr,
-            lr_warmup_steps=min(warmup_steps, num_steps - 1),
+            lr_warmup_steps=warmup_steps,
             lr_decay_steps=num_steps,
             lr_decay_style=config.schedule,
             start_wd=config.weight_decay,
@@ -162,7 +163,8 @@ class Optimizer:
         """Clip and apply the gradients whose norm `grad_norm` has found; advance the schedule.
 
         Args:
-            apply: the same on every rank; False leaves weights and optimizer state untouched.
+            apply: the same on every rank; False leaves weights, optimizer state and schedule
+                untouched.
         Collectives: without overlap_param_gather the all-gather of updated parameters over the
             data-parallel ranks.
         """
@@ -176,7 +178,7 @@ class Optimizer:
             for group in self._bucket_groups():
                 # DDP forgets the last gather with the gradients, and a save comes before that.
                 group.param_gather_dispatched = False
-        self.scheduler.step(increment=1)
+            self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, apply, lr)
 
     def finish_param_gather(self) -> None:

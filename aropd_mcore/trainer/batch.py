@@ -20,8 +20,13 @@ class Batch:
 
     microbatches: list[Microbatch]
     num_tokens: int
-    """In all views, over this data-parallel rank's context ranks, padding included."""
+    """Number of tokens in all views, over this data-parallel rank's context ranks, padding
+    included."""
     num_padding_tokens: int
+    num_without_loss: int
+    """Number of this data-parallel rank's responses without loss tokens."""
+    has_loss: bool
+    """Whether any loss token of the global batch has a weight above 0; the same on every rank."""
 
 
 def form_batch(
@@ -36,11 +41,13 @@ def form_batch(
     Padded, a data-parallel rank trains on what it has sampled itself; packed, on samples that are
     shared out anew by their tokens.
 
-    Collectives: one all-reduce over the data-parallel ranks; with packing also an all-gather.
+    Collectives: one all-reduce over the data-parallel ranks and one over the job; with packing also
+        an all-gather.
     """
     objective, training = config.objective, config.training
+    num_tokens_N = num_loss_tokens(rollouts, objective.skip_response_tokens)
     weights = sample_token_weights(
-        num_loss_tokens(rollouts, objective.skip_response_tokens),
+        num_tokens_N,
         torch.tensor([v.row.sample_weight for v in views]),
         reduction=objective.reduction,
         dp_group=runtime.dp_group,
@@ -80,6 +87,8 @@ def form_batch(
         [share_of_rank(m, *context).to(runtime.device) for m in microbatches],
         num_tokens,
         num_tokens - num_real,
+        num_without_loss=int((num_tokens_N == 0).sum()),
+        has_loss=bool(runtime.max_over_job(int(weights.any()))),
     )
 
 

@@ -50,13 +50,17 @@ REFUSED = {
     "training.global_batch_size": "a step takes other rows, some again and some never",
     "rollout.rollouts_per_prompt": "a step takes other rows, some again and some never",
     "model.path": "the architecture that its config.json describes is another",
+    "model.chat_template": "the prompts are others",
+    "model.tokenizer": "the prompts are others, or token ids mean other text",
     "model.dtype": "the weights are stored in another",
     "objective.name": "it is another method, with another optimizer state behind it",
     "teacher.kind": "the teacher's weights are others, or are not in the checkpoint",
     "teacher.fp32_master": "the teacher's average is stored in another precision",
 }
 """Setting -> why."""
-_BY_CONTENT = ("data.train", "model.path")
+CONTENTS_ONLY = ("model.chat_template", "model.tokenizer")
+"""Of REFUSED, what is no setting: files of the model's folder."""
+_BY_CONTENT = ("data.train", "model.path", *CONTENTS_ONLY)
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,20 @@ class Change:
         return f"{self.key}: {json.dumps(self.saved)} -> {json.dumps(self.current)}"
 
 
-def describe_run(config: Config, dataset: RowDataset) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its run: the configuration, what is behind the paths in
-    it, and a hash of all that is not free: the same hash, the same run."""
+def describe_run(
+    config: Config, dataset: RowDataset, identity: Mapping[str, str]
+) -> dict[str, Any]:
+    """Describe a run for the manifests of its checkpoints.
+
+    Args:
+        identity: hashes of the chat template and the tokenizer, as ViewBuilder.identity has them.
+    Returns:
+        `config`, `contents` (hashes of what is behind the config's paths), `data` (counts of rows)
+        and `config_hash`, a hash of settings and contents that are not free.
+    """
     settings = config.model_dump(mode="json")
     contents = {"data.train": dataset.fingerprint(), "model.path": _architecture(config)}
+    contents |= {f"model.{name}": identity[name] for name in ("chat_template", "tokenizer")}
     counted = {k: v for k, v in _flat(settings).items() if not _is_free(k)} | contents
     return {
         "config": settings,
@@ -94,11 +107,14 @@ def _architecture(config: Config) -> str:
 def check_changes(
     saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str]
 ) -> list[str]:
-    """What differs between a checkpoint's run and this one, a line a kind; empty if nothing does.
+    """Compare a checkpoint's run with this one.
 
     Args:
-        saved, current: as describe_run gives them.
+        saved, current: as describe_run gives them. Contents that a checkpoint of an older version
+            does not record are not compared.
         allowed: checkpoint.allow_changes.
+    Returns:
+        One line per kind of difference; empty if there is none.
     Raises:
         ConfigError: a change is refused; the message names all of them, and the way out.
     """
@@ -108,11 +124,13 @@ def check_changes(
                 f"checkpoint.allow_changes: found {key!r}, which nothing refuses; expected some of "
                 + ", ".join(REFUSED)
             )
+    old, new = saved["contents"], current["contents"]
     changes = _differences(saved["config"], current["config"]) + [
-        Change(key, f"content {saved['contents'][key]}", f"content {current['contents'][key]}")
+        Change(key, f"content {old[key]}", f"content {new[key]}")
         for key in _BY_CONTENT
-        if saved["contents"][key] != current["contents"][key]
+        if key in old and old[key] != new[key]
     ]
+    unknown = [key for key in _BY_CONTENT if key not in old]
     refused = [c for c in changes if c.key in REFUSED and c.key not in allowed]
     if refused:
         raise ConfigError(
@@ -123,9 +141,17 @@ def check_changes(
         )
     free = [str(c) for c in changes if _is_free(c.key)]
     said = [str(c) for c in changes if not _is_free(c.key)]
-    return [f"changed, and the same run: {', '.join(free)}"] * bool(free) + [
-        f"changed, and other rules from here on: {', '.join(said)}"
-    ] * bool(said)
+    notes = []
+    if free:
+        notes.append(f"changed, and the same run: {', '.join(free)}")
+    if said:
+        notes.append(f"changed, and other rules from here on: {', '.join(said)}")
+    if unknown:
+        notes.append(
+            f"the checkpoint is older than the record of {', '.join(unknown)}: whether they have "
+            "changed is not known"
+        )
+    return notes
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:

@@ -38,15 +38,24 @@ class Guards:
         self.config = config
         self.max_skipped_steps = max_skipped_steps
         self._window: dict[str, list[float]] = {"loss": [], "grad_norm": [], "length": []}
-        self._counts = {"non_finite_steps": 0, "loss_spikes": 0, "length_collapses": 0}
+        self._counts = {
+            "non_finite_steps": 0,
+            "steps_without_loss_tokens": 0,
+            "loss_spikes": 0,
+            "length_collapses": 0,
+        }
         self._num_skipped_in_a_row = 0
 
-    def judge(self, *, loss: float, grad_norm: float, length: float) -> Verdict:
-        """Look at a step between its backward and its update, and remember it.
+    def judge(
+        self, *, loss: float, grad_norm: float, length: float, has_loss: bool = True
+    ) -> Verdict:
+        """Judge a step between its backward and its update, and remember it.
 
         Args:
             loss, grad_norm: of the global batch.
             length: mean loss tokens of its responses.
+            has_loss: whether any of them has a weight above 0. Without, loss and gradient are 0
+                whatever the model does.
         """
         config, actions, said = self.config, set[GuardAction](), []
         metrics = {}
@@ -54,6 +63,13 @@ class Guards:
             self._counts["non_finite_steps"] += 1
             actions |= {config.non_finite, "skip"}
             said.append(f"no finite loss and gradient (loss {loss}, gradient norm {grad_norm})")
+        elif not has_loss:
+            self._counts["steps_without_loss_tokens"] += 1
+            actions.add("skip")
+            said.append(
+                "there is no loss: each response ends within objective.skip_response_tokens, or "
+                "its row's sample_weight is 0"
+            )
         else:
             metrics = self._compared(loss, grad_norm, length)
             if config.loss_spike != "off" and self._spikes(metrics):
@@ -80,7 +96,8 @@ class Guards:
             self._remember(loss=loss, grad_norm=grad_norm, length=length)
         self._num_skipped_in_a_row = 0 if apply else self._num_skipped_in_a_row + 1
         counts = {f"num_{name}": count for name, count in self._counts.items()}
-        return Verdict(apply, tuple(said), self._why_stop(actions, said), metrics | counts)
+        stop = self._why_stop(actions, said, has_loss=has_loss)
+        return Verdict(apply, tuple(said), stop, metrics | counts)
 
     def _compared(self, loss: float, grad_norm: float, length: float) -> dict[str, float]:
         """The step beside the window; nothing before that is full."""
@@ -105,14 +122,18 @@ class Guards:
         for name, value in values.items():
             self._window[name] = [*self._window[name], value][-self.config.window :]
 
-    def _why_stop(self, actions: set[GuardAction], said: list[str]) -> str | None:
+    def _why_stop(
+        self, actions: set[GuardAction], said: list[str], *, has_loss: bool
+    ) -> str | None:
         if "stop" in actions:
             return "; ".join(said)
         if self._num_skipped_in_a_row >= self.max_skipped_steps:
+            remedy = (
+                "A lower optimizer.lr or a residual_clip often helps; the" if has_loss else "The"
+            )
             return (
                 f"{self._num_skipped_in_a_row} steps in a row were left out, the last for "
-                f"{'; '.join(said)}. A lower optimizer.lr or a residual_clip often helps; the "
-                "limit is training.max_skipped_steps"
+                f"{'; '.join(said)}. {remedy} limit is training.max_skipped_steps"
             )
         return None
 
@@ -125,10 +146,11 @@ class Guards:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; a window that the settings have made shorter forgets its start."""
+        """Take over `state`, whose missing counts are 0. A window that the settings have made
+        shorter forgets its start."""
         for name, values in state["window"].items():
             self._window[name] = list(values)[-self.config.window :]
-        self._counts = dict(state["counts"])
+        self._counts |= state["counts"]
         self._num_skipped_in_a_row = state["num_skipped_in_a_row"]
 
 

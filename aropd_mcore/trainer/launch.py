@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.plan.layout import Layout, plan
+from aropd_mcore.trainer.preflight import preflight
 
 HOME = Path(__file__).resolve().parents[2]
 """The repository, where the package was installed from it in place."""
@@ -42,6 +43,31 @@ class Launch:
             raise ValueError("sbatch is not on PATH: is this a login node?") from error
 
 
+def check_inputs(config: Config, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Check here what the job will open there; the job runs in this working directory.
+
+    Optional packages are checked only if the job uses this interpreter. Mounts that rename folders
+    hide the job's files from this machine, so nothing is checked then.
+
+    Returns:
+        What was found, one sentence each.
+    Raises:
+        ValueError: The run could not start.
+    """
+    mounts = environment.get("CONTAINER_MOUNTS", "") if environment.get("CONTAINER_IMAGE") else ""
+    for mount in filter(None, mounts.split(",")):
+        source, _, target = mount.partition(":")
+        if target.partition(":")[0] not in ("", source):
+            return [f"data and weights are not checked: CONTAINER_MOUNTS renames {source}"]
+    is_same = Path(_job_venv(environment)).resolve() == Path(sys.prefix).resolve()
+    is_same = is_same and not environment.get("CONTAINER_IMAGE")
+    return preflight(config, same_environment=is_same)
+
+
+def _job_venv(environment: Mapping[str, str]) -> str:
+    return environment.get("VENV") or sys.prefix
+
+
 def launch_of(
     config: Config,
     arguments: Sequence[str],
@@ -62,13 +88,20 @@ def launch_of(
             says otherwise.
         sbatch_options: such as --partition=gpu; they come last, and so they win.
     Raises:
-        ConfigError: num_vllm_nodes leaves nobody to train, or the package is not in its repository.
+        ConfigError: num_vllm_nodes leaves no node to train, sbatch_options change the working
+            directory, or the package is not in its repository.
         ValueError: the layout does not fit that many ranks.
     """
     if not 0 <= num_vllm_nodes < num_nodes:
         raise ConfigError(
             f"--vllm-nodes {num_vllm_nodes}: expected 0 to {num_nodes - 1} of {num_nodes} nodes"
         )
+    for option in sbatch_options:
+        if option.startswith(("--chdir", "-D")):
+            raise ConfigError(
+                f"sbatch option {option}: paths in the config are relative to this working "
+                "directory; call `aropd launch` in the other folder instead"
+            )
     script = HOME / "slurm" / ("serve_and_train.sbatch" if num_vllm_nodes else "train.sbatch")
     if not script.is_file():
         raise ConfigError(
@@ -79,7 +112,7 @@ def launch_of(
     layout = plan(config, (num_nodes - num_vllm_nodes) * ranks_per_node)
     variables = {"AROPD_HOME": str(HOME), "RANKS_PER_NODE": str(ranks_per_node)}
     if not environment.get("CONTAINER_IMAGE"):
-        variables["VENV"] = environment.get("VENV") or sys.prefix
+        variables["VENV"] = _job_venv(environment)
     if num_vllm_nodes:
         variables["VLLM_NODES"] = str(num_vllm_nodes)
     command = [

@@ -19,6 +19,7 @@ from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
+from aropd_mcore.trainer.preflight import describe_rows
 from aropd_mcore.trainer.saving import Counters, Saver
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
@@ -70,7 +71,7 @@ def _train(run: Run) -> None:
 
     with Reporter(run, first_step) as reporter:
         saver.say, saver.before_saving = reporter.say, reporter.sync
-        for note in notes:
+        for note in (*run.notes, *notes):
             reporter.say(note)
         if run.engine:
             run.engine.sync(weight_version=weight_version)
@@ -83,7 +84,7 @@ def _train(run: Run) -> None:
             except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
                 _save_now(saver, step, progress(step))
-                raise _ended(run, why, step, first_step, saver) from why
+                raise _ended(why, step, first_step, saver) from why
             beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
@@ -101,22 +102,26 @@ def _train(run: Run) -> None:
 
 
 def _ended(
-    run: Run, why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
+    why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
 ) -> TrainingStopped | StoppedEarly:
     """The end of a run whose steps before `step` are saved."""
-    goes_on = f"{_last(saver)}; the same command goes on from there."
     if isinstance(why, RolloutFailed):
-        return TrainingStopped(f"no rollouts for step {step}: {why}\n{goes_on}")
+        return TrainingStopped(f"no rollouts for step {step}: {why}\n{_way_on(saver)}")
     if why.is_time_limit and step == first_step:
         return TrainingStopped(
-            "the time limit leaves no room for one step and a save; give the job more time, or "
-            f"mend limits.stop_before, {run.config.limits.stop_before}. {_last(saver)}."
+            "the time limit leaves no room for one step and a save: raise limits.stop_before or "
+            f"Slurm's --time. {_last(saver)}."
         )
-    return StoppedEarly(f"{why} before step {step}. {goes_on}")
+    return StoppedEarly(f"{why} before step {step}. {_way_on(saver)}")
 
 
 def _last(saver: Saver) -> str:
-    return f"The last checkpoint is {saver.newest or 'none'}"
+    newest = saver.newest
+    return f"The last checkpoint is {newest}" if newest else "No checkpoint has been saved"
+
+
+def _way_on(saver: Saver) -> str:
+    return f"{_last(saver)}; rerun the command to {'resume' if saver.newest else 'start again'}."
 
 
 def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
@@ -128,9 +133,7 @@ def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
 
 
 def _cannot_save(saver: Saver, failed: SaveFailed) -> TrainingStopped:
-    return TrainingStopped(
-        f"could not save: {failed}\n{_last(saver)}; the same command goes on from there."
-    )
+    return TrainingStopped(f"could not save: {failed}\n{_way_on(saver)}")
 
 
 class Reporter:
@@ -185,7 +188,7 @@ class Reporter:
             self._console.print(text, markup=False)
 
     def warn(self, step: int, verdict: Verdict) -> None:
-        """Say what the guards have seen, if anything."""
+        """Print what the guards have found, if anything."""
         if verdict.said:
             done = "" if verdict.apply else "; its update is left out"
             self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
@@ -209,14 +212,12 @@ def _headline(run: Run, first_step: int) -> str:
     config, runtime = run.config, run.runtime
     dtype = str(runtime.dtype(config.model.dtype)).removeprefix("torch.")
     layout = describe(config.parallel, runtime.dp_size)
-    rows = f"{len(run.dataset)} rows"
-    if run.dataset.num_bad_rows:
-        rows += f" ({run.dataset.num_bad_rows} left out, first: {run.dataset.bad_rows[0]})"
     start = f"resuming at step {first_step}" if first_step else "starting"
+    steps = f"{run.num_steps} steps of {config.training.global_batch_size} responses"
     return (
         f"{start}: {config.objective.name}, {config.model.path} in {dtype} on "
         f"{runtime.device.type}, {layout}\n"
-        f"{rows}, {run.num_steps} steps of {config.training.global_batch_size} responses, "
+        f"{describe_rows(run.dataset)}, {steps}, "
         f"{config.objective.reduction}, templates {run.view_builder.template_hash}; "
         f"writing to {config.output_dir}"
     )

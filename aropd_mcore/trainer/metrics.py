@@ -6,7 +6,7 @@ The names and definitions are METHOD section 7's; every KL's direction is in its
 import json
 import math
 import os
-import re
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +61,7 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
 
 
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Everything a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
+    """Compute what a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
 
     Collectives: up to three all-gathers over the data-parallel ranks; every rank must call it.
     """
@@ -74,9 +74,17 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
         "step_skipped": int(not result.update.applied),
         **result.verdict.metrics,
     }
-    counts = torch.tensor([[result.num_tokens, result.num_padding_tokens]])
-    num_tokens, num_padding = runtime.gather_over_data(counts).sum(0).tolist()
+    counts = [
+        result.num_tokens,
+        result.num_padding_tokens,
+        len(result.rollouts),
+        result.num_without_loss,
+    ]
+    num_tokens, num_padding, num_rollouts, num_without_loss = (
+        runtime.gather_over_data(torch.tensor([counts])).sum(0).tolist()
+    )
     metrics["padding_fraction"] = num_padding / num_tokens
+    metrics["no_loss_tokens_rate"] = num_without_loss / num_rollouts
     seconds = sum(result.seconds.values())
     metrics["tokens_per_second"] = metrics["num_response_tokens"] / seconds
     if any(rollout.logprobs for rollout in result.rollouts):  # sampled, and not the oracle's
@@ -197,5 +205,17 @@ def _open_wandb(config: Config) -> Any:
         mode=config.logging.wandb,
         config={"yaml": dump_config(config)},
         resume="allow",
-        id=re.sub(r"\W+", "-", str(config.output_dir)).strip("-"),
+        id=_wandb_id(config.output_dir / "wandb_id"),
     )
+
+
+def _wandb_id(path: Path) -> str:
+    """The id of the run in this folder, made by the first attempt and kept in a file.
+
+    Later attempts continue that run, also those before the first checkpoint.
+    """
+    id = path.read_text().strip() if path.exists() else ""
+    if not id:  # a kill can leave an empty file
+        id = secrets.token_hex(8)
+        path.write_text(id + "\n")
+    return id

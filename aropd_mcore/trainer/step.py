@@ -42,7 +42,9 @@ class Run:
     guards: Guards
     stops: Stops = field(default_factory=Stops)
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What its checkpoints say of it (trainer.changes.describe_run)."""
+    """Description of the run for its checkpoints (trainer.changes.describe_run)."""
+    notes: Sequence[str] = ()
+    """Sentences about data and templates for the user to read once, at the start."""
     kept_rollouts: KeptRollouts | None = None
     """Where checkpoint.save_rollouts asks for it."""
 
@@ -55,9 +57,11 @@ class StepResult:
     rollouts: Sequence[Rollout]
     """Of this data-parallel rank, one for each of `views`."""
     num_tokens: int
-    """That this data-parallel rank's models have read, in all views."""
+    """Number of tokens that this data-parallel rank's models have read, in all views."""
     num_padding_tokens: int
-    """Of them, those that are padding."""
+    """Number of padding tokens among num_tokens."""
+    num_without_loss: int
+    """Number of this data-parallel rank's responses without loss tokens."""
     sums: TokenSums
     verdict: Verdict
     update: UpdateResult
@@ -91,10 +95,10 @@ def train_step(run: Run, step: int) -> StepResult:
     with phase("student"):
         sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
 
-    # An update that is not finite, or that a guard refuses, is left out.
+    # An update that is not finite, has no loss tokens, or is refused by a guard, is left out.
     with phase("optimizer"):
         grad_norm = run.student.optimizer.grad_norm()
-        verdict = judge(run, sums, grad_norm)
+        verdict = judge(run, sums, grad_norm, has_loss=batch.has_loss)
         update = run.student.optimizer.step(grad_norm, apply=verdict.apply)
 
     # teacher <- (1 - alpha) teacher + alpha student; the engine samples from the new weights.
@@ -110,6 +114,7 @@ def train_step(run: Run, step: int) -> StepResult:
         rollouts,
         batch.num_tokens,
         batch.num_padding_tokens,
+        batch.num_without_loss,
         sums,
         verdict,
         update,
@@ -184,10 +189,11 @@ def _oracle_responses(run: Run, views: Sequence[Views]) -> list[Rollout]:
     ]
 
 
-def judge(run: Run, sums: TokenSums, grad_norm: float) -> Verdict:
-    """What the guards say of the step, the same on every rank."""
+def judge(run: Run, sums: TokenSums, grad_norm: float, *, has_loss: bool) -> Verdict:
+    """Judge the step by the run's guards, the same on every rank."""
     return run.guards.judge(
         loss=float(sums["loss"].sum()),
         grad_norm=grad_norm,
         length=float(sums["num_tokens"].sum()) / run.config.training.global_batch_size,
+        has_loss=has_loss,
     )

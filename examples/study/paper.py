@@ -21,7 +21,7 @@ from methods import MAIN
 
 from aropd_mcore.config_file import load_config
 from aropd_mcore.evaluate.tasks import parse_task
-from aropd_mcore.trainer.launch import launch_of
+from aropd_mcore.trainer.launch import check_inputs, launch_of
 
 CONFIG = Path("examples/clusters/qwen2.5-7b-8xh100.yaml")
 """The reference settings of METHOD section 6 are the defaults; this adds the layout. Its model is a
@@ -72,8 +72,11 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
             f"data.train=[{args.rows}]",
             *MAIN[method],
         ]
+        config = load_config(CONFIG, overrides)
+        if not args.dry_run and not launches:  # all runs read the same model and rows
+            check_inputs(config)
         launch = launch_of(
-            load_config(CONFIG, overrides),
+            config,
             [str(CONFIG), *overrides],
             num_nodes=1,
             num_vllm_nodes=0,

@@ -9,7 +9,7 @@ from tests.ranks import run_ranks
 from tests.tiny_models import save_tiny_model
 
 NUM_STEPS, NUM_WARMUP = 10, 2
-LR, MIN_LR = 1e-3, 1e-4
+LR, MIN_LR = 1e-3, 0.0
 DECAY = {  # share of the way from min_lr to lr that is left, after a share of the decay is done
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "linear": lambda done: 1 - done,
@@ -41,15 +41,22 @@ def learning_rates(folder: Path, schedules: list[str]) -> dict[str, list[float]]
         model = build_model(folder, rt, dtype=torch.float32)
         optimizer = Optimizer(model, config, num_steps=NUM_STEPS)
         optimizer.zero_grad()
-        # Nothing is updated, and the schedule still advances.
-        rates[schedule] = [optimizer.step(0.0, apply=False).lr for _ in range(NUM_STEPS)]
+        # Updates of no gradient. Every second one is left out, and the schedule waits.
+        rates[schedule] = []
+        for _ in range(NUM_STEPS):
+            grad_norm = optimizer.grad_norm()
+            skipped = optimizer.step(grad_norm, apply=False)
+            applied = optimizer.step(grad_norm, apply=True)
+            assert skipped.lr == applied.lr
+            rates[schedule].append(applied.lr)
     return rates
 
 
 @pytest.mark.parametrize("schedule", DECAY)
 def test_warm_up_then_decay(found, schedule):
     decaying = NUM_STEPS - NUM_WARMUP
-    expected = [LR * n / NUM_WARMUP for n in range(NUM_WARMUP)] + [
+    expected = [LR * n / (NUM_WARMUP + 1) for n in range(1, NUM_WARMUP + 1)] + [
         MIN_LR + (LR - MIN_LR) * DECAY[schedule](n / decaying) for n in range(decaying)
     ]
     assert found[schedule] == pytest.approx(expected)
+    assert min(found[schedule]) > 0

@@ -1,5 +1,6 @@
 """What may differ from a checkpoint's run, and what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
-from aropd_mcore.trainer.changes import FREE, REFUSED, check_changes, describe_run
+from aropd_mcore.trainer.changes import CONTENTS_ONLY, FREE, REFUSED, check_changes, describe_run
+from aropd_mcore.types import Row
 from tests.tiny_runs import write_model, write_run
 
 
@@ -16,9 +18,10 @@ def path(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("changes"))
 
 
-def described(path: Path, *overrides: str) -> dict:
+def described(path: Path, *overrides: str, **identity: str) -> dict:
     config = load_config(path, list(overrides))
-    return describe_run(config, RowDataset.load(config.data.train))
+    identity = {"chat_template": "a", "tokenizer": "b", **identity}
+    return describe_run(config, RowDataset.load(config.data.train), identity)
 
 
 def test_free_changes_are_the_same_run(path):
@@ -69,8 +72,33 @@ def test_another_run_is_refused_with_the_way_out(path):
         check_changes(saved, current, ["optimizer.lr"])
 
 
+@pytest.mark.parametrize("name", ["chat_template", "tokenizer"])
+def test_another_template_or_tokenizer_is_another_run(path, name):
+    saved, current = described(path), described(path, **{name: "other"})
+    assert current["config_hash"] != saved["config_hash"], "kept rollouts would be used"
+    with pytest.raises(ConfigError, match=f"model.{name}: .*\\n.*allow_changes=.model.{name}."):
+        check_changes(saved, current, [])
+    (line,) = check_changes(saved, current, [f"model.{name}"])
+    assert line.startswith(f"changed, and other rules from here on: model.{name}: ")
+
+
+def test_a_checkpoint_that_is_older_than_a_record_resumes_with_a_note(path):
+    saved, current = described(path), described(path)
+    for key in CONTENTS_ONLY:
+        del saved["contents"][key]
+    (note,) = check_changes(saved, current, [])
+    assert "older than the record of model.chat_template, model.tokenizer" in note
+
+
+def test_rows_without_earlier_turns_have_the_fingerprint_of_older_versions():
+    row = Row("1 + 1?", "one and one", "2", origin="rows.jsonl:1")
+    assert RowDataset([row]).fingerprint() == "d7027dc79484e6fb"
+    longer = replace(row, history=(("user", "hello"), ("assistant", "hi")))
+    assert RowDataset([longer]).fingerprint() != RowDataset([row]).fingerprint()
+
+
 def test_every_setting_of_the_lists_exists():
-    for key in (*FREE, *REFUSED):
+    for key in (*FREE, *REFUSED.keys() - set(CONTENTS_ONLY)):
         model = Config
         for name in key.split("."):
             assert name in model.model_fields, key

@@ -80,6 +80,30 @@ def test_what_is_not_finite_is_never_applied(step):
     assert not verdict.apply and "no finite loss and gradient" in str(verdict.stop)
 
 
+def test_a_step_without_loss_is_left_out_counted_and_stops_the_run():
+    judged = guards(loss_spike="stop")
+    without = [
+        judged.judge(loss=0.0, grad_norm=0.0, length=length, has_loss=False)
+        for length in (0.0, 5.0, 0.0)  # without loss tokens, or with tokens of weight 0
+    ]
+    assert not any(verdict.apply for verdict in without)
+    assert [v.metrics["num_steps_without_loss_tokens"] for v in without] == [1, 2, 3]
+    assert all("objective.skip_response_tokens" in str(verdict.said) for verdict in without)
+    assert [verdict.stop is None for verdict in without] == [True, True, False]
+    assert "3 steps in a row were left out" in str(without[-1].stop)
+    assert "optimizer.lr" not in str(without[-1].stop), "no remedy for this"
+    assert judge(judged, *CALM)[-1].apply
+
+
+def test_the_state_of_an_older_checkpoint_lacks_a_count():
+    old = guards().state()
+    del old["counts"]["steps_without_loss_tokens"]
+    judged = guards()
+    judged.load_state(old)
+    [verdict] = judge(judged, CALM[0])
+    assert verdict.metrics["num_steps_without_loss_tokens"] == 0
+
+
 def test_the_state_is_plain_and_goes_on_as_if_nothing_had_been():
     steps = [*CALM, (9.0, 2.0, 100.0), (math.nan, 1.0, 100.0), *CALM, (1.2, 2.0, 3.0)]
     unbroken = guards(loss_spike="skip")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def check_skipped_step(path: Path, poison: str) -> None:
     assert run.engine is not None and run.engine.weight_version == 1  # type: ignore[attr-defined]
     following = train_step(run, 2)
     assert following.update.applied
-    assert following.update.lr < result.update.lr, "the schedule went on"
+    assert following.update.lr == result.update.lr, "the schedule counts applied updates"
     assert not all(
         torch.equal(value, before[name])
         for name, value in everything(run).items()
@@ -136,6 +136,8 @@ def test_the_count_survives_a_resume(path):
     message = run_ranks(train_poisoned, 2, path, out, [4])[0]
     assert message is not None and message.startswith("step 4: 3 steps in a row")
     assert str(out / "checkpoints" / "iter_0000005") in message
+    rates = [line["lr"] for line in read_lines(out)]
+    assert rates[0] > rates[1] > rates[2] == rates[3] == rates[4], "it waits for an update"
 
 
 def test_a_guard_skips_or_stops_before_the_update(path):
@@ -157,6 +159,67 @@ def test_a_guard_skips_or_stops_before_the_update(path):
     assert message is not None and message.startswith(f"step {first}: a spike: loss")
     assert f"The last checkpoint is {out / 'checkpoints' / f'iter_{first + 1:07d}'}." in message
     assert read_lines(out)[-1]["step_skipped"] == 1
+
+
+@pytest.mark.parametrize("objective", ["aropd", "sft"])
+def test_responses_without_loss_tokens_stop_the_run(path, objective):
+    """Loss 0 in every step would look like a perfect run."""
+    out = path.parent / f"no-loss-{objective}"
+    settings = [f"objective.name={objective}", "objective.skip_response_tokens=16"]
+    message = run_ranks(train_poisoned, 2, path, out, [], settings)[0]
+    assert message is not None and message.startswith(
+        "step 2: 3 steps in a row were left out, the last for there is no loss: each response ends "
+        "within objective.skip_response_tokens"
+    )
+    lines = read_lines(out)
+    assert [line["step_skipped"] for line in lines] == [1, 1, 1]
+    assert [line["num_steps_without_loss_tokens"] for line in lines] == [1, 2, 3]
+    assert [line["no_loss_tokens_rate"] for line in lines] == [1.0] * 3
+
+
+def test_steps_of_rows_without_weight_and_of_some_short_responses(path, tmp_path):
+    """The first step's rows have weight 0. Later on some responses are too short."""
+    rows = [json.loads(line) for line in (path.parent / "rows.jsonl").read_text().splitlines()]
+    for row in rows[:8]:
+        row["sample_weight"] = 0.0
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"data.train=[{data}]", "data.shuffle=false", "training.num_steps=3"]
+    settings += ["objective.skip_response_tokens=6", "rollout.max_response_tokens=12"]
+    out = tmp_path / "out"
+    printed = run_ranks(train_printing, 2, path, out, settings)[0]
+    lines = read_lines(out)
+    assert [line["step_skipped"] for line in lines] == [1, 0, 0]
+    assert [line["num_steps_without_loss_tokens"] for line in lines] == [1, 1, 1]
+    assert any(0 < line["no_loss_tokens_rate"] < 1 for line in lines[1:])
+    assert "WARNING: step 0: there is no loss" in printed
+    assert "its update is left out" in printed
+
+
+def train_printing(path: Path, out: Path, overrides: list[str]) -> str:
+    with redirect_stdout(StringIO()) as printed:
+        assert train_poisoned(path, out, [], overrides) is None
+    return printed.getvalue()
+
+
+def test_ends_without_a_checkpoint_name_the_way_on(path):
+    assert run_ranks(ends_without_checkpoint, 1, path)[0] == [
+        "the time limit leaves no room for one step and a save: raise limits.stop_before or "
+        "Slurm's --time. No checkpoint has been saved.",
+        "SIGTERM before step 0. No checkpoint has been saved; rerun the command to start again.",
+    ]
+
+
+def ends_without_checkpoint(path: Path) -> list[str]:
+    import signal
+    from types import SimpleNamespace
+    from typing import cast
+
+    from aropd_mcore.trainer.loop import _ended
+    from aropd_mcore.trainer.stop import _TIME, StopWanted
+
+    nothing = cast(Any, SimpleNamespace(newest=None))
+    return [str(_ended(StopWanted(code), 0, 0, nothing)) for code in (_TIME, signal.SIGTERM)]
 
 
 class Interrupted(Exception):

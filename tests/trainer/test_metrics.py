@@ -65,3 +65,20 @@ def test_a_log_that_cannot_be_cut_back_is_left_alone_and_named(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a step's metrics"):
         MetricsLog(config, first_step=1)
     assert log.read_text().count("\n") == 3
+
+
+def test_a_wandb_run_has_an_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
+    """Two fresh runs in one relative folder, as on two machines; then the second one again."""
+    path = write_run(tmp_path)
+    ids = []
+    for folder in ("one", "two", "two"):
+        (tmp_path / folder / "out").mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        config = load_config(path, ["output_dir=out", "logging.wandb=offline"])
+        log = MetricsLog(config, first_step=0)
+        assert log._wandb.name == "out"
+        ids.append(log._wandb.id)
+        log.close()
+    first, second, again = ids
+    assert first != second == again
+    assert (tmp_path / "two" / "out" / "wandb_id").read_text().strip() == second
