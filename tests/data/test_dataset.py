@@ -47,7 +47,9 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
 
     dataset = RowDataset.load([jsonl, table])
     first, second, third = dataset[:3]
-    assert first == Row("1+1?", "One and one.", "2", "Be brief.", 0.5, "first", f"{jsonl}:1")
+    assert first == Row(
+        "1+1?", "One and one.", "2", "Be brief.", sample_weight=0.5, id="first", origin=f"{jsonl}:1"
+    )
     assert second == Row("1+1?", "One and one.", "\\boxed{zwei} é中", origin=f"{jsonl}:3")
     assert third.reasoning == "" and third.origin == f"{jsonl}:5"  # Blank lines count as lines.
     for number, (line, row) in enumerate(zip(dataset[:3], dataset[3:], strict=True), start=1):
@@ -67,8 +69,15 @@ BROKEN = {
     b"[1, 2]": "expected one JSON object a line; found list",
     b'{"question": "x", "reasoning": "z"}': "key 'answer' is missing (`aropd prepare` converts "
     "other formats); found keys question, reasoning",
-    b'{"question": "x", "reasoning": "z", "answer": 72}': "key 'answer': expected a string; "
-    "found int 72",
+    b'{"question": "x", "reasoning": "z", "answer": true}': "key 'answer': expected a string or a "
+    "finite number; found bool True",
+    b'{"question": "x", "reasoning": "z", "answer": Infinity}': "found float inf",
+    b'{"question": "x", "reasoning": "z", "answer": NaN}': "key 'answer' is missing (`aropd prepare` "
+    "converts other formats); found key 'answer' with value nan",
+    b'{"question": "x", "reasoning": "z", "answer": "1", "answer": "2"}': "the line gives one key "
+    "two values: remove one of them; found key str 'answer'",
+    b'{"question": "x", "reasoning": "z", "answer": "1", "id": 1%s}' % (b"0" * 5000): "the line is "
+    "not JSON; found Exceeds the limit (4300 digits)",
     b'{"question": " \\n", "reasoning": "z", "answer": "a"}': "key 'question': expected a question",
     b'{"question": "x", "reasoning": "", "answer": " "}': "both are empty",
     b'{"question": "x", "reasoning": "z", "answer": "\\ud800"}': "key 'answer': expected valid "

@@ -55,11 +55,7 @@ KEPT = {
     ),
     "chat with a box": (
         "messages",
-        {
-            "messages": turns(
-                "s", "old", "\\boxed{0}", "q", BOXED, roles=["system"] + ["user", "assistant"] * 2
-            )
-        },
+        {"messages": turns("s", "q", BOXED)},
         "q",
         BOXED,
         "\\frac{1}{2}\\text{ of \\} it}",
@@ -83,8 +79,8 @@ DROPPED = [
     ({"messages": "hello"}, "'messages' is not a list of objects with 'role' and 'content'"),
     ({"messages": turns("s", [], TAGGED)}, "'content' is not a string"),
     (
-        {"question": "q", "reasoning": "z", "answer": 7},
-        "key 'answer': expected a string",
+        {"question": "q", "reasoning": 7, "answer": "7"},
+        "'reasoning' is not a string",
     ),
     (
         {"question": "q", "answer": "z\n#### 7", "sample_weight": -1},
