@@ -20,7 +20,6 @@ from aropd_mcore.data.chat import Prompt, read_turns, split_turns
 from aropd_mcore.data.records import DataError, is_absent, read_records, shown, shown_keys
 from aropd_mcore.types import Row
 
-
 ROW_KEYS = ("question", "messages", "reasoning", "answer", "system", "sample_weight", "id")
 """The keys that a row may use; other keys are ignored, since published datasets carry many."""
 

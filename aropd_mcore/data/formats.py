@@ -8,8 +8,8 @@
     messages  messages, or ShareGPT's conversations    the assistant turn after the last user turn
 
 The answer is the record's own `answer`. Where there is none, it is what the trace marks last:
-`<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought in `<think>` is part
-of the reasoning, and what it marks is no answer.
+`<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought in `<think>` is a
+part of the reasoning, and what it marks is no answer.
 """
 
 import re
@@ -228,12 +228,18 @@ def _check_no_lost_turns(record: Record, origin: str) -> None:
 
 
 def _plain(answer: str) -> str:
-    """An answer without the differences of notation that mean nothing."""
-    text = re.sub(r"\\[dt]frac", r"\\frac", answer)
+    """An answer without differences of notation that mean nothing: `\\textbf{(1,025) }` is 1025.
+
+    This is no grader: equal answers in other notations are in doubt.
+    """
+    text = re.sub(r"\\[dt]frac", r"\\frac", answer.replace("−", "-"))
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[!,;:$ ]|[\s$]", "", text)
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,000
-    return text.rstrip(".")
+    text = re.sub(r"(?<=\d)\.0+(?!\d)", "", text).rstrip(".")
+    if match := re.fullmatch(r"\(([^()]*)\)", text):
+        text = match[1]
+    return re.sub(r"^(-?)0+(?=\d+$)", r"\1", text)
 
 
 def _squeezed(text: str) -> str:
