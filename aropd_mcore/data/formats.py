@@ -53,13 +53,8 @@ class Exchange:
     """A row's `question` or `messages`."""
     reasoning: str
     answer: str
-    marked: str | None
-    """The answer that the trace itself marks last; None where it marks none."""
-
-    @property
-    def is_in_doubt(self) -> bool:
-        """Whether the trace marks another answer than the record gives."""
-        return self.marked is not None and _plain(self.marked) != _plain(self.answer)
+    other_answer: str | None
+    """Another answer that the trace marks last; None where it marks the same one or none."""
 
 
 def convert(record: Record, origin: str, format: str = "auto") -> tuple[str, Exchange]:
@@ -183,15 +178,19 @@ def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: 
         missing: the reason to give where there is neither.
     """
     thought, visible = _split_thought(trace, origin)
-    solution = split_tags(visible) or split_hashes(visible) or split_boxed(visible)
-    reasoning, marked = solution or (visible.strip(), None)
-    answer = _own_answer(record, origin) or marked
-    if not answer:
+    solutions = [reader(visible) for reader in (split_tags, split_hashes, split_boxed)]
+    marked = [solution for solution in solutions if solution and solution[1]]
+    reasoning = marked[0][0] if marked else visible.strip()
+    answers = [_unboxed(answer) for _, answer in marked]
+    if own_answer := _own_answer(record, origin):
+        answers.insert(0, own_answer)
+    if not answers:
         raise DataError(origin, missing, shown(trace))
-    if (placeholder := _squeezed(_plain(answer))) in _PLACEHOLDERS:
+    if (placeholder := _squeezed(_plain(answers[0]))) in _PLACEHOLDERS:
         raise DataError(origin, f"the answer is {placeholder!r}: there is no final answer")
+    others = [answer for answer in answers if _plain(answer) != _plain(answers[0])]
     whole = "\n\n".join(part for part in (thought, reasoning) if part)
-    return Exchange(prompt, whole, answer, marked)
+    return Exchange(prompt, whole, answers[0], others[0] if others else None)
 
 
 def _own_answer(record: Record, origin: str) -> str:
@@ -200,7 +199,12 @@ def _own_answer(record: Record, origin: str) -> str:
         answer = answer_text(record.get("answer", ""))
     except Unusable as error:
         raise DataError(origin, str(error), shown(record["answer"])) from error
-    return "" if _squeezed(answer) in _EMPTY_ANSWERS else answer
+    return "" if _squeezed(answer) in _EMPTY_ANSWERS else _unboxed(answer)
+
+
+def _unboxed(answer: str) -> str:
+    boxed = split_boxed(answer)
+    return boxed[1] if boxed else answer
 
 
 def _split_thought(text: str, origin: str) -> tuple[str, str]:

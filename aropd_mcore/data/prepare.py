@@ -143,8 +143,8 @@ def _notes(row: Row, exchange: Exchange, seen: set[int]) -> Iterator[DataError]:
         yield DataError(row.origin, _NO_REASONING)
     elif partial_trace(reasoning, _PARTIAL_RATIO) == reasoning:
         yield DataError(row.origin, _WHOLE, shown(reasoning))
-    if exchange.is_in_doubt:
-        found = f"answer {shown(row.answer)}, in the trace {shown(exchange.marked)}"
+    if exchange.other_answer is not None:
+        found = f"answer {shown(row.answer)}, in the trace {shown(exchange.other_answer)}"
         yield DataError(row.origin, _IN_DOUBT, found)
     key = hash((row.system, row.history, row.question, row.reasoning, row.answer))
     if key in seen:

@@ -170,7 +170,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_parquet(path: Path, columns: Sequence[str] | None) -> Records:
     try:
-        import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
@@ -196,7 +195,10 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Records:
                         yield origin, record
                     else:
                         yield origin, unread | record
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    # Damaged files raise more than ArrowException: UnicodeDecodeError, OverflowError, OSError.
+    except Exception as error:
         raise DataError(str(path), "not a readable Parquet file", _one_line(error)) from error
 
 
