@@ -233,7 +233,30 @@ KEYS = [
     "output", "answer", "messages", "conversations", "system", "sample_weight", "id",
     "question_type", "problem_is_valid",
 ]  # fmt: skip
-RECORD = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=6)
+ANY_RECORD = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=6)
+
+
+def chat(role_key, text_key, *roles):
+    """A strategy for turns that alternate, after an optional system turn."""
+    return st.lists(TEXT, min_size=2, max_size=7).map(
+        lambda texts: [
+            {role_key: roles[0] if n == 0 and len(texts) % 2 else roles[1 + (n + len(texts)) % 2]}
+            | {text_key: text}
+            for n, text in enumerate(texts)
+        ]
+    )
+
+
+PARTS = [
+    {"question": TEXT, "reasoning": TEXT, "answer": SCALAR},
+    {"problem": TEXT, "solution": TEXT, "answer": SCALAR},
+    {"question": TEXT, "answer": TEXT.map("z\n#### {}".format)},
+    {"prompt": TEXT, "response": TEXT.map("z<answer>{}</answer>".format)},
+    {"messages": chat("role", "content", "system", "user", "assistant")},
+    {"conversations": chat("from", "value", "system", "human", "gpt")},
+]
+EXTRA = {"system": SCALAR, "id": SCALAR, "sample_weight": SCALAR}
+RECORD = ANY_RECORD | st.one_of(*(st.fixed_dictionaries(p, optional=EXTRA) for p in PARTS))
 
 
 def check_reads_or_refuses(path):
