@@ -62,12 +62,10 @@ def split_turns(turns: list[Turn], origin: str) -> Prompt:
 
 
 def _read_turn(turn: dict[str, Any], origin: str, place: str) -> Turn:
-    role_key, text_key = "role", "content"
-    if is_absent(turn.get("role")) and "from" in turn:
-        role_key, text_key = "from", "value"
-    role = turn.get(role_key)
-    if role_key == "from" and isinstance(role, str):
-        role = _SHAREGPT_ROLES.get(role, role)
+    turn = {key: value for key, value in turn.items() if not is_absent(value)}
+    role, text_key = turn.get("role"), "content"
+    if role is None and isinstance(turn.get("from"), str):
+        role, text_key = _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "value"
     if not isinstance(role, str) or role not in ROLES:
         problem = f"the role of a turn is not one of {', '.join(ROLES)}"
         raise DataError(origin, problem, f"{place}: {shown(role)}")
@@ -77,7 +75,7 @@ def _read_turn(turn: dict[str, Any], origin: str, place: str) -> Turn:
     if isinstance(content, list) and content:
         content = "".join(_part_text(part, origin, place) for part in content)
     if not isinstance(content, str):
-        problem = f"{text_key!r} is {'missing' if is_absent(content) else 'not a string'}"
+        problem = f"{text_key!r} is {'missing' if content is None else 'not a string'}"
         raise DataError(origin, problem, f"{place}: {shown(content)}")
     return role, content
 

@@ -58,7 +58,7 @@ class Exchange:
 
 
 def convert(record: Record, origin: str, format: str = "auto") -> tuple[str, Exchange]:
-    """The name of the record's format, and what the record says in it.
+    """Read a record as an exchange; return its format's name too.
 
     Args:
         format: a name of the table above, or "auto" to choose by the record's keys.
@@ -132,9 +132,10 @@ def _from_gsm8k(record: Record, origin: str) -> Exchange:
 
 
 def _from_tags(record: Record, origin: str) -> Exchange:
-    question = _text(record, _first_key(record, _QUESTION_KEYS, origin), origin).strip()
-    if str(record.get("input", "")).strip():  # Alpaca: what the instruction is about
-        question += "\n\n" + _text(record, "input", origin).strip()
+    question_key = _first_key(record, _QUESTION_KEYS, origin)
+    question = _text(record, question_key, origin).strip()
+    if question_key == "instruction" and "input" in record:  # Alpaca: what the instruction is for
+        question = f"{question}\n\n{_text(record, 'input', origin)}".strip()
     key = _first_key(record, _RESPONSE_KEYS, origin)
     own = {} if key == "answer" else record
     missing = f"no <answer>...</answer> in {key!r}"
@@ -194,7 +195,7 @@ def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: 
 
 
 def _own_answer(record: Record, origin: str) -> str:
-    """The record's `answer`; empty where it says that there is none."""
+    """Read the record's `answer`; empty if there is none."""
     try:
         answer = answer_text(record.get("answer", ""))
     except Unusable as error:
@@ -208,7 +209,7 @@ def _unboxed(answer: str) -> str:
 
 
 def _split_thought(text: str, origin: str) -> tuple[str, str]:
-    """A response's thought, without its tags, and what follows it.
+    """Split a response into its thought, without tags, and the text after it.
 
     Chat templates may write the opening tag into the prompt, so it need not be there.
     """
@@ -219,6 +220,7 @@ def _split_thought(text: str, origin: str) -> tuple[str, str]:
 
 
 def _check_no_lost_turns(record: Record, origin: str) -> None:
+    """Refuse a record whose chat has turns before the question that was taken from another key."""
     for key in _CHAT_KEYS:
         turns = record.get(key)
         roles = [
@@ -232,9 +234,9 @@ def _check_no_lost_turns(record: Record, origin: str) -> None:
 
 
 def _plain(answer: str) -> str:
-    """An answer without differences of notation that mean nothing: `\\textbf{(1,025) }` is 1025.
+    """Remove differences of notation that mean nothing: `\\textbf{(1,025) }` becomes `1025`.
 
-    This is no grader: equal answers in other notations are in doubt.
+    This is no grader. Equal answers in other notations stay different, and are in doubt.
     """
     text = re.sub(r"\\[dt]frac", r"\\frac", answer.replace("−", "-"))
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)

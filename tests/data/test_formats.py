@@ -65,6 +65,8 @@ KEPT = {
     "problem, reasoning, answer": ({"problem": Q, "reasoning": BOX, "answer": "7"}, (BOX, "7")),
     "answer in a box": (numina(answer="$\\boxed{7}$"), (BOX, "7")),
     "alpaca": ({"instruction": "What is", "input": "3 + 4?", "output": BOX}, (BOX, "7")),
+    "alpaca without input": ({"instruction": Q, "input": "", "output": BOX}, (BOX, "7")),
+    "tool_calls of NaN": (chat(USER | {"tool_calls": NAN}, ASSISTANT), (BOX, "7")),
     "blank before the brace": (
         numina(solution="\\boxed {\\frac{3}{4}}", answer=None),
         ("\\boxed {\\frac{3}{4}}", "\\frac{3}{4}"),
