@@ -219,7 +219,16 @@ TEXT = st.text(max_size=20) | st.sampled_from(
     ["", " ", "proof", "nan", "\\boxed{7}", "\\boxed{", "<think>", "</think>7", "#### 7", "\ud800",
      "<answer>7</answer>", "user", "assistant", "system", "tool", "text"]
 )  # fmt: skip
-SCALAR = TEXT | st.none() | st.booleans() | st.integers() | st.floats()
+RAW = {b'"@digits"': b"7" * 5000, b'"@deep"': b"[" * 990 + b"]" * 990, b'"@big"': b"1e999"}
+"""What a file may hold, though json.dumps does not write it."""
+SCALAR = (
+    TEXT
+    | st.sampled_from([json.loads(text) for text in RAW])
+    | st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+)
 TURN = st.fixed_dictionaries(
     {
         "role": SCALAR,
@@ -284,6 +293,8 @@ def check_reads_or_refuses(path):
 def test_any_jsonl_is_read_or_refused(tmp_path_factory, records, cut, junk):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     data = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+    for placeholder, raw in RAW.items():
+        data = data.replace(placeholder, raw)
     check_reads_or_refuses(write(path, data))
     cut %= len(data) + 1
     check_reads_or_refuses(write(path, data[:cut] + junk + data[cut:]))
