@@ -8,8 +8,8 @@
     messages  messages, or ShareGPT's conversations    the assistant turn after the last user turn
 
 The answer is the record's own `answer`. Where there is none, it is what the trace marks last:
-`<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought in `<think>` is a
-part of the reasoning, and what it marks is no answer.
+`<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought, as in
+`<think>...</think>` or `<reasoning>`, is a part of the reasoning, and what it marks is no answer.
 """
 
 import re
@@ -43,6 +43,14 @@ USED_KEYS = (
 _EMPTY_ANSWERS = ("", "nan", "null")
 _PLACEHOLDERS = ("proof", "notfound", "n/a", *_EMPTY_ANSWERS)
 """What data sets write in the place of an answer, without white space, `_`, `-` and `.`."""
+
+_THOUGHT_START = re.compile(
+    r"<(?:(?:seed:)?think(?:ing)?|thought|reasoning)>|<\|begin_of_thought\|>|\[THINK\]|◁think▷"
+)
+_THOUGHT_END = re.compile(
+    r"</(?:(?:seed:)?think(?:ing)?|thought|reasoning)>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷"
+)
+_SOLUTION_MARK = re.compile(r"<\|(?:begin|end)_of_solution\|>")
 
 
 @dataclass(frozen=True)
@@ -213,10 +221,13 @@ def _split_thought(text: str, origin: str) -> tuple[str, str]:
 
     Chat templates may write the opening tag into the prompt, so it need not be there.
     """
-    thought, _, visible = text.rpartition("</think>")
-    if "<think>" in visible:
-        raise DataError(origin, "the thought has no end (</think>), so it has no answer")
-    return re.sub("</?think>", "", thought).strip(), visible
+    ends = list(_THOUGHT_END.finditer(text))
+    thought, visible = (text[: ends[-1].start()], text[ends[-1].end() :]) if ends else ("", text)
+    if _THOUGHT_START.search(visible):
+        raise DataError(origin, "the thought (<think>) has no end, so there is no answer")
+    for mark in (_THOUGHT_START, _THOUGHT_END):
+        thought = mark.sub("", thought)
+    return thought.strip(), _SOLUTION_MARK.sub("", visible)
 
 
 def _check_no_lost_turns(record: Record, origin: str) -> None:

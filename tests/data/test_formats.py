@@ -12,10 +12,8 @@ Q, BOX = "What is 3 + 4?", "Count on from 3: \\boxed{7}."
 NO_BOX = "no 'answer', and no \\boxed{} in 'solution'"
 PROOF = "the answer is 'proof': there is no final answer"
 NO_NUMBER = "'answer' is neither a string nor a finite number"
-THOUGHT, UNFINISHED = (
-    "Is it \\boxed{8}? No.",
-    "the thought has no end (</think>), so it has no answer",
-)
+THOUGHT = "Is it \\boxed{8}? No."
+UNFINISHED = "the thought (<think>) has no end, so there is no answer"
 BEHIND_USER = "'messages' has more than one turn after the last user turn"
 
 
@@ -86,6 +84,13 @@ KEPT = {
         response(f"{THOUGHT}</think>\n{BOX}"),
         (f"{THOUGHT}\n\n{BOX}", "7"),
     ),
+    "thought and solution of OpenThoughts": (
+        response(
+            f"<|begin_of_thought|>{THOUGHT}<|end_of_thought|>\n\n"
+            f"<|begin_of_solution|>{BOX}<|end_of_solution|>"
+        ),
+        (f"{THOUGHT}\n\n{BOX}", "7"),
+    ),
     "thought of a solution": (
         numina(solution=f"<think>{THOUGHT}</think>\n{BOX}", answer=None),
         (f"{THOUGHT}\n\n{BOX}", "7"),
@@ -137,6 +142,12 @@ DROPPED = {
         "no <answer>...</answer> in 'response'",
     ),
     "unfinished thought": (response("<think>It is \\boxed{7}"), UNFINISHED),
+    "unfinished thinking": (response("<thinking>It is \\boxed{7}"), UNFINISHED),
+    "unfinished reasoning": (response("<reasoning>It is \\boxed{7}"), UNFINISHED),
+    "box within the reasoning only": (
+        response("<reasoning>It is \\boxed{7}</reasoning><answer>"),
+        "no <answer>...</answer> in 'response'",
+    ),
     "unfinished thought of a row": (row(reasoning="<think>It is \\boxed{7}"), UNFINISHED),
     "unfinished thought of a chat": (
         chat(USER, turn("assistant", "<think>\\boxed{7}")),
