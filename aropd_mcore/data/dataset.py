@@ -15,24 +15,36 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aropd_mcore.data.records import DataError, read_records
+from aropd_mcore.data.answer_marks import Unusable, answer_text
+from aropd_mcore.data.chat import Prompt, read_turns, split_turns
+from aropd_mcore.data.records import DataError, is_absent, read_records, shown, shown_keys
 from aropd_mcore.types import Row
+
+ROW_KEYS = ("question", "messages", "reasoning", "answer", "system", "sample_weight", "id")
+"""The keys that a row may use; other keys are ignored, since published datasets carry many."""
 
 
 def parse_row(record: dict[str, Any], origin: str) -> Row:
-    """The record's `question`, `reasoning`, `answer` and optional `system`, `sample_weight`, `id`.
+    """Read a row from a record.
 
-    Other keys are ignored: published datasets carry many. A null counts as absent, which is how
-    Parquet says it. Reasoning or answer may be empty, but not both.
+        question       a string
+        messages       in place of question: chat turns {role, content} that end with the question,
+                       after an optional system turn and earlier user and assistant turns
+        reasoning      a string; may be empty if answer is not
+        answer         a string or a finite number; may be empty if reasoning is not
+        system         optional string
+        sample_weight  optional number, at least 0; 1 if absent
+        id             optional string or integer
+
+    A null counts as absent, as in Parquet. So does a NaN in place of a string, as pandas writes it.
 
     Raises:
         DataError: a key is missing, has the wrong type, or a value out of range; it names origin,
             key, what was found and what is expected.
     """
-    question, system = parse_question(record, origin)
-    reasoning, answer = (
-        _string(record, key, origin, required=True) for key in ("reasoning", "answer")
-    )
+    system, history, question = _parse_prompt(record, origin)
+    reasoning = _string(record, "reasoning", origin, required=True)
+    answer = _answer(record, origin)
     if not (reasoning.strip() or answer.strip()):
         raise DataError(origin, "keys 'reasoning' and 'answer': both are empty")
     return Row(
@@ -40,6 +52,7 @@ def parse_row(record: dict[str, Any], origin: str) -> Row:
         reasoning=reasoning,
         answer=answer,
         system=system,
+        history=history,
         sample_weight=_weight(record, origin),
         id=_identifier(record, origin),
         origin=origin,
@@ -47,7 +60,7 @@ def parse_row(record: dict[str, Any], origin: str) -> Row:
 
 
 def parse_question(record: dict[str, Any], origin: str) -> tuple[str, str | None]:
-    """The record's `question` and optional `system`: what the student sees of a row.
+    """The record's `question` and optional `system`: the student's prompt of a row without history.
 
     Raises:
         DataError: as parse_row.
@@ -55,24 +68,60 @@ def parse_question(record: dict[str, Any], origin: str) -> tuple[str, str | None
     question = _string(record, "question", origin, required=True)
     if not question.strip():
         raise DataError(origin, "key 'question': expected a question", "only white space")
-    system = record.get("system")
-    return question, None if system is None else _string(record, "system", origin)
+    has_system = not is_absent(record.get("system"))
+    return question, _string(record, "system", origin) if has_system else None
+
+
+def _parse_prompt(record: dict[str, Any], origin: str) -> Prompt:
+    if is_absent(record.get("messages")):
+        question, system = parse_question(record, origin)
+        return Prompt(system, (), question)
+    if not is_absent(record.get("question")):
+        problem = "keys 'question' and 'messages': expected one of them; remove the other"
+        raise DataError(origin, problem, shown_keys(record))
+    turns = read_turns(record["messages"], origin)
+    for _, text in turns:
+        _check_unicode(text, "messages", origin)
+    prompt = split_turns(turns, origin)
+    if is_absent(record.get("system")):
+        return prompt
+    system = _string(record, "system", origin)
+    if prompt.system not in (None, system):
+        problem = "key 'system' and the system turn of 'messages' differ: remove one of them"
+        raise DataError(origin, problem, f"{shown(system)} and {shown(prompt.system)}")
+    return prompt._replace(system=system)
 
 
 def _string(record: dict[str, Any], key: str, origin: str, *, required: bool = False) -> str:
     value = record.get(key)
-    if value is None and required:
+    if required and is_absent(value):
         problem = f"key {key!r} is missing (`aropd prepare` converts other formats)"
-        raise DataError(origin, problem, "keys " + (", ".join(map(str, record)) or "none"))
+        found = f"key {key!r} with value {value}" if key in record else shown_keys(record)
+        raise DataError(origin, problem, found)
     if not isinstance(value, str):
         raise DataError(origin, f"key {key!r}: expected a string", shown(value))
+    _check_unicode(value, key, origin)
+    return value
+
+
+def _check_unicode(text: str, key: str, origin: str) -> None:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair; tokenizers cannot take it.
         problem = f"key {key!r}: expected valid Unicode"
-        raise DataError(origin, problem, ascii(value[error.start])) from error
-    return value
+        raise DataError(origin, problem, ascii(text[error.start])) from error
+
+
+def _answer(record: dict[str, Any], origin: str) -> str:
+    value = record.get("answer")
+    if is_absent(value) or isinstance(value, str):
+        return _string(record, "answer", origin, required=True)
+    try:
+        return answer_text(value)
+    except Unusable as error:
+        problem = "key 'answer': expected a string or a finite number"
+        raise DataError(origin, problem, shown(value)) from error
 
 
 def _weight(record: dict[str, Any], origin: str) -> float:
@@ -89,17 +138,13 @@ def _weight(record: dict[str, Any], origin: str) -> float:
 
 def _identifier(record: dict[str, Any], origin: str) -> str:
     value = record.get("id")
-    if value is None:
+    if is_absent(value):
         return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes floats of a column of integers with a gap.
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return _string(record, "id", origin)
-
-
-def shown(value: Any) -> str:
-    """A value's type and the beginning of it, for an error's `found`."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 class RowDataset(Sequence[Row]):
@@ -123,7 +168,7 @@ class RowDataset(Sequence[Row]):
         rows: list[Row] = []
         bad_rows: list[DataError] = []
         for path in paths:
-            for origin, record in read_records(path):
+            for origin, record in read_records(path, ROW_KEYS):
                 try:
                     if isinstance(record, DataError):
                         raise record
@@ -143,13 +188,13 @@ class RowDataset(Sequence[Row]):
         return len(self.bad_rows)
 
     def fingerprint(self) -> str:
-        """Of what the rows say, in their order, wherever their files are."""
+        """Hash of the rows' contents in their order, independent of their files' names."""
         digest = hashlib.sha256()
         for row in self._rows:
-            content = {**asdict(row), "origin": ""}
-            if not row.history:  # as checkpoints hashed rows before rows had earlier turns
-                del content["history"]
-            digest.update(json.dumps(content).encode() + b"\n")
+            fields = {**asdict(row), "origin": ""}
+            if not row.history:
+                del fields["history"]  # Runs from before rows had a history resume.
+            digest.update(json.dumps(fields).encode() + b"\n")
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:

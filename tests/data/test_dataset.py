@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -47,7 +48,9 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
 
     dataset = RowDataset.load([jsonl, table])
     first, second, third = dataset[:3]
-    assert first == Row("1+1?", "One and one.", "2", "Be brief.", 0.5, "first", f"{jsonl}:1")
+    assert first == Row(
+        "1+1?", "One and one.", "2", "Be brief.", sample_weight=0.5, id="first", origin=f"{jsonl}:1"
+    )
     assert second == Row("1+1?", "One and one.", "\\boxed{zwei} é中", origin=f"{jsonl}:3")
     assert third.reasoning == "" and third.origin == f"{jsonl}:5"  # Blank lines count as lines.
     for number, (line, row) in enumerate(zip(dataset[:3], dataset[3:], strict=True), start=1):
@@ -67,8 +70,15 @@ BROKEN = {
     b"[1, 2]": "expected one JSON object a line; found list",
     b'{"question": "x", "reasoning": "z"}': "key 'answer' is missing (`aropd prepare` converts "
     "other formats); found keys question, reasoning",
-    b'{"question": "x", "reasoning": "z", "answer": 72}': "key 'answer': expected a string; "
-    "found int 72",
+    b'{"question": "x", "reasoning": "z", "answer": true}': "key 'answer': expected a string or a "
+    "finite number; found bool True",
+    b'{"question": "x", "reasoning": "z", "answer": Infinity}': "found float inf",
+    b'{"question": "x", "reasoning": "z", "answer": NaN}': "key 'answer' is missing "
+    "(`aropd prepare` converts other formats); found key 'answer' with value nan",
+    b'{"question": "x", "reasoning": "z", "answer": "1", "answer": "2"}': "the line gives one key "
+    "two values: remove one of them; found key str 'answer'",
+    b'{"question": "x", "reasoning": "z", "answer": "1", "id": 1%s}' % (b"0" * 5000): "the line is "
+    "not JSON; found Exceeds the limit (4300 digits)",
     b'{"question": " \\n", "reasoning": "z", "answer": "a"}': "key 'question': expected a question",
     b'{"question": "x", "reasoning": "", "answer": " "}': "both are empty",
     b'{"question": "x", "reasoning": "z", "answer": "\\ud800"}': "key 'answer': expected valid "
@@ -93,6 +103,79 @@ def test_a_broken_row_stops_with_file_and_line(tmp_path, line):
         RowDataset.load([path])
     assert str(raised.value).startswith(f"{path}:2: ")
     assert BROKEN[line] in str(raised.value)
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "2+2?"}],
+    },
+]
+SOLVED = {"reasoning": "Two and two.", "answer": 4}
+
+
+def test_messages_rows_give_system_history_and_question(tmp_path):
+    path = write_records(
+        tmp_path / "rows.jsonl",
+        {"messages": CHAT} | SOLVED,
+        {"messages": CHAT[1:], "system": "Be brief.", "question": None} | SOLVED,
+        {"messages": CHAT[3:], "answer": 4.0, "reasoning": "Two and two."},
+        {"question": "And 2+2?", "system": float("nan"), "id": float("nan")} | SOLVED,
+    )
+    history = (("user", "1+1?"), ("assistant", "2"))
+    plain = Row("And 2+2?", "Two and two.", "4")
+    long = replace(plain, system="Be brief.", history=history)
+    rows = [replace(row, origin="") for row in RowDataset.load([path])]
+    assert rows == [long, long, plain, plain]
+
+
+@pytest.mark.parametrize(
+    "broken, error",
+    [
+        ({"messages": CHAT, "question": "2+2?"}, "keys 'question' and 'messages': expected one"),
+        (
+            {"messages": CHAT, "system": "Be long."},
+            "key 'system' and the system turn of 'messages'",
+        ),
+        ({"messages": CHAT[:3]}, "the last turn is not the user's; found roles system, user, ass"),
+        ({"messages": CHAT[2:]}, "the turns do not alternate between user and assistant"),
+        (
+            {"messages": [*CHAT[1:], CHAT[1]]},
+            "the turns do not alternate between user and assistant",
+        ),
+        ({"messages": [*CHAT[1:3], CHAT[0], CHAT[1]]}, "a system turn is not the first turn"),
+        ({"messages": CHAT[:1]}, "the last turn is not the user's; found roles system"),
+        ({"messages": []}, "the last turn is not the user's"),
+        ({"messages": "1+1?"}, "'messages' is not a list of objects with 'role' and 'content'"),
+        (
+            {"messages": [CHAT[1] | {"role": "tool"}]},
+            "the role of a turn is not one of system, user",
+        ),
+        ({"messages": [CHAT[1] | {"content": " "}]}, "the text of a turn is empty"),
+        ({"messages": [CHAT[1] | {"content": 3}]}, "'content' is not a string; found turn 1 of"),
+        ({"messages": [CHAT[1] | {"content": [{"type": "image"}]}]}, "a part of 'content' is not"),
+        ({"messages": [CHAT[1] | {"content": "\ud800"}]}, "key 'messages': expected valid Unicode"),
+        ({"messages": [CHAT[1] | {"tool_calls": [{"name": "f"}]}]}, "a turn calls a tool"),
+    ],
+)
+def test_messages_rows_that_are_no_chat_are_refused(tmp_path, broken, error):
+    path = write_records(tmp_path / "rows.jsonl", broken | SOLVED)
+    with pytest.raises(DataError) as raised:
+        RowDataset.load([path])
+    assert str(raised.value).startswith(f"{path}:1: {error}")
+
+
+def test_the_fingerprint_of_rows_without_history_is_that_of_earlier_releases():
+    rows = [
+        Row("q", "z", "a", system="s", sample_weight=0.5, id="i", origin="o"),
+        Row("q", "z", "a"),
+    ]
+    assert RowDataset(rows).fingerprint() == "6aa03a2d2d77432b"
+    with_history = [rows[0], replace(rows[1], history=(("user", "u"), ("assistant", "a")))]
+    assert RowDataset(with_history).fingerprint() != RowDataset(rows).fingerprint()
 
 
 def test_broken_rows_are_skipped_and_counted(tmp_path):

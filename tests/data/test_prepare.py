@@ -7,6 +7,7 @@ import pytest
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
 from aropd_mcore.data.records import DataError
+from aropd_mcore.data.templates import partial_trace
 
 TAGGED = "<reasoning>\nHalf of 48\nis 24.\n</reasoning>\n<answer>\n72\n</answer>"
 HALVES = "Half of 48\nis 24."
@@ -55,11 +56,7 @@ KEPT = {
     ),
     "chat with a box": (
         "messages",
-        {
-            "messages": turns(
-                "s", "old", "\\boxed{0}", "q", BOXED, roles=["system"] + ["user", "assistant"] * 2
-            )
-        },
+        {"messages": turns("s", "q", BOXED)},
         "q",
         BOXED,
         "\\frac{1}{2}\\text{ of \\} it}",
@@ -83,8 +80,8 @@ DROPPED = [
     ({"messages": "hello"}, "'messages' is not a list of objects with 'role' and 'content'"),
     ({"messages": turns("s", [], TAGGED)}, "'content' is not a string"),
     (
-        {"question": "q", "reasoning": "z", "answer": 7},
-        "key 'answer': expected a string",
+        {"question": "q", "reasoning": 7, "answer": "7"},
+        "'reasoning' is not a string",
     ),
     (
         {"question": "q", "answer": "z\n#### 7", "sample_weight": -1},
@@ -122,6 +119,30 @@ def test_formats(tmp_path, name, suffix):
         assert read(report.output) == [expected]
         assert report.kept == {format: 1} and not report.dropped
         assert report.num_without_reasoning == (reasoning == "")
+
+
+def test_a_partial_trace_that_is_the_whole_trace_is_counted(tmp_path):
+    traces = ["x" * 600, "One and one is two.", "", "一加一等于二，因为我们从一开始数。"]
+    # Written without spaces in Thai: the cut decides.
+    traces.append("สองบวกสองเท่ากับสี่เพราะว่าเรานับหนึ่งสองสามสี่")
+    records = [{"question": "?", "reasoning": trace, "answer": "2"} for trace in traces]
+    source = write(tmp_path / "in.jsonl", *records, records[1])
+    report = prepare([source], tmp_path / "out.jsonl")
+    num_whole = sum(partial_trace(trace, 0.5) == trace for trace in traces if trace)
+    assert report.num_whole_partials == num_whole >= 1
+    assert f"{num_whole} of them show the teacher the whole trace in both views" in str(report)
+    assert (report.num_without_reasoning, report.num_repeated) == (1, 1)
+    assert f"1 of them repeat the prompt and trace of an earlier row (first at {source}:6)" in str(
+        report
+    )
+
+
+def test_an_output_that_would_not_be_read_back_is_refused(tmp_path):
+    source = write(tmp_path / "in.jsonl", KEPT["gsm8k"][1])
+    for name in ("rows.parquet", "rows.jsonl.gz"):
+        with pytest.raises(ValueError, match="expected a JSONL file"):
+            prepare([source], tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_the_report_says_what_was_dropped_and_why(tmp_path):
@@ -181,6 +202,7 @@ def test_published_files(shared_data, tmp_path):
         report = prepare([shared_data / f"{name}.jsonl"], output)
         assert report.kept.total() == count and not report.dropped
         assert report.num_without_reasoning == num_without_reasoning
+        assert report.num_in_doubt == report.num_repeated == 0
         rows = RowDataset.load([output])
         assert len(rows) == count
         for row in rows:

@@ -1,0 +1,278 @@
+"""Records of published data sets -> question, reasoning and answer.
+
+    name      a record has                             reasoning comes from
+    rows      question or messages, reasoning, answer  reasoning, as it is
+    numina    problem or question, solution, answer    solution
+    gsm8k     question, answer                         answer, up to its last line `#### 7`
+    tags      a question and a response                the response
+    messages  messages, or ShareGPT's conversations    the assistant turn after the last user turn
+
+The answer is the record's own `answer`. Where there is none, it is what the trace marks last:
+`<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought, as in
+`<think>...</think>` or `<reasoning>`, is a part of the reasoning, and what it marks is no answer.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from aropd_mcore.data.answer_marks import (
+    Unusable,
+    answer_text,
+    split_boxed,
+    split_hashes,
+    split_tags,
+)
+from aropd_mcore.data.chat import read_turns
+from aropd_mcore.data.records import DataError, is_absent, shown, shown_keys
+
+Record = dict[str, Any]
+
+_QUESTION_KEYS = ("question", "problem", "prompt", "instruction")
+_RESPONSE_KEYS = ("response", "completion", "output", "answer", "solution")
+_CHAT_KEYS = ("messages", "conversations")
+_TYPE_KEYS = ("question_type", "problem_type")
+_VALIDITY_KEYS = ("problem_is_valid", "solution_is_valid")
+USED_KEYS = (
+    *("reasoning", "input"),
+    *(_QUESTION_KEYS + _RESPONSE_KEYS + _CHAT_KEYS + _TYPE_KEYS + _VALIDITY_KEYS),
+)
+"""The keys that `convert` looks at."""
+
+_EMPTY_ANSWERS = ("", "nan", "null")
+_PLACEHOLDERS = ("proof", "notfound", "n/a", *_EMPTY_ANSWERS)
+"""What data sets write in the place of an answer, without white space, `_`, `-` and `.`."""
+
+_THOUGHT_START = re.compile(
+    r"<(?:(?:seed:)?think(?:ing)?|thought|reasoning)>|<\|begin_of_thought\|>|\[THINK\]|◁think▷"
+)
+_THOUGHT_END = re.compile(
+    r"</(?:(?:seed:)?think(?:ing)?|thought|reasoning)>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷"
+)
+_SOLUTION_MARK = re.compile(r"<\|(?:begin|end)_of_solution\|>")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its oracle solution."""
+
+    prompt: Record
+    """A row's `question` or `messages`."""
+    reasoning: str
+    answer: str
+    other_answer: str | None
+    """Another answer that the trace marks last; None where it marks the same one or none."""
+
+
+def convert(record: Record, origin: str, format: str = "auto") -> tuple[str, Exchange]:
+    """Read a record as an exchange; return its format's name too.
+
+    Args:
+        format: a name of the table above, or "auto" to choose by the record's keys.
+
+    Raises:
+        DataError: the record has no known format, or its question, trace and answer are not whole
+            or not of one exchange.
+    """
+    present = {key: value for key, value in record.items() if not is_absent(value)}
+    name = _detect(present) if format == "auto" else format
+    if name is None:
+        keys = shown_keys(sorted(present)) if present else "keys (none)"
+        raise DataError(origin, f"no known format for the {keys}", shown_keys(record))
+    exchange = CONVERTERS[name](present, origin)
+    if "messages" not in exchange.prompt:
+        _check_no_lost_turns(present, origin)
+    return name, exchange
+
+
+def _detect(record: Record) -> str | None:
+    keys, answer = set(record), record.get("answer")
+    answer_or_trace = answer if isinstance(answer, str) else ""
+    has_response = not keys.isdisjoint(("response", "completion", "output"))
+    if "reasoning" in keys and keys & {"question", "messages"} and not has_response:
+        return "rows"
+    if "problem" in keys and keys & {"solution", "reasoning", "answer"}:
+        return "numina"
+    if keys & set(_CHAT_KEYS):
+        return "messages"
+    if "question" in keys and "####" in answer_or_trace:
+        return "gsm8k"
+    has_parts = "solution" in keys or isinstance(answer, int | float)
+    if "question" in keys and has_parts and "<answer>" not in answer_or_trace:
+        return "numina"
+    if keys & set(_QUESTION_KEYS) and keys & set(_RESPONSE_KEYS):
+        return "tags"
+    return "numina" if "problem" in keys else None
+
+
+def _from_rows(record: Record, origin: str) -> Exchange:
+    key = "messages" if "question" not in record and "messages" in record else "question"
+    reasoning = _text(record, "reasoning", origin)
+    missing = "no 'answer', and no \\boxed{} in 'reasoning'"
+    exchange = _exchange({key: record.get(key)}, reasoning, record, origin, missing)
+    return replace(exchange, reasoning=reasoning)
+
+
+def _from_numina(record: Record, origin: str) -> Exchange:
+    for key in _VALIDITY_KEYS:
+        if record.get(key, "Yes") not in ("Yes", True):
+            raise DataError(origin, f"{key!r} is not 'Yes'", shown(record[key]))
+    for key in _TYPE_KEYS:
+        value = record.get(key)
+        if isinstance(value, str) and _squeezed(value) == "proof":
+            raise DataError(origin, f"{key!r} is 'proof': there is no final answer")
+    questions = [_text(record, key, origin) for key in ("problem", "question") if key in record]
+    if len({question.strip() for question in questions}) > 1:
+        problem = "'problem' and 'question' differ: remove one of them"
+        raise DataError(origin, problem, " and ".join(map(shown, questions)))
+    question = questions[0] if questions else _text(record, "problem", origin)
+    key = "reasoning" if "reasoning" in record and "solution" not in record else "solution"
+    trace = _text(record, key, origin) if key in record else ""
+    missing = f"no 'answer', and no \\boxed{{}} in {key!r}"
+    return _exchange({"question": question.strip()}, trace, record, origin, missing)
+
+
+def _from_gsm8k(record: Record, origin: str) -> Exchange:
+    question, trace = (_text(record, key, origin) for key in ("question", "answer"))
+    missing = "no line '#### answer' at the end of 'answer'"
+    return _exchange({"question": question.strip()}, trace, {}, origin, missing)
+
+
+def _from_tags(record: Record, origin: str) -> Exchange:
+    question_key = _first_key(record, _QUESTION_KEYS, origin)
+    question = _text(record, question_key, origin).strip()
+    if question_key == "instruction" and "input" in record:  # Alpaca: what the instruction is for
+        question = f"{question}\n\n{_text(record, 'input', origin)}".strip()
+    key = _first_key(record, _RESPONSE_KEYS, origin)
+    own = {} if key == "answer" else record
+    missing = f"no <answer>...</answer> in {key!r}"
+    return _exchange({"question": question}, _text(record, key, origin), own, origin, missing)
+
+
+def _from_messages(record: Record, origin: str) -> Exchange:
+    key = _first_key(record, _CHAT_KEYS, origin)
+    turns = read_turns(record[key], origin, key=key)
+    roles = [role for role, _ in turns]
+    if "user" not in roles:
+        raise DataError(origin, f"{key!r} has no user turn")
+    last_user = len(roles) - 1 - roles[::-1].index("user")
+    after = roles[last_user + 1 :]
+    if "assistant" not in after:
+        raise DataError(origin, f"{key!r} has no assistant turn after the last user turn")
+    if len(after) > 1:
+        problem = f"{key!r} has more than one turn after the last user turn"
+        raise DataError(origin, problem, ", ".join(after[:8]))
+    turns[last_user] = ("user", turns[last_user][1].strip())
+    prompt = [{"role": role, "content": text} for role, text in turns[:-1]]
+    thought = record[key][-1].get("reasoning_content")
+    trace = f"<think>{thought}</think>{turns[-1][1]}" if isinstance(thought, str) else turns[-1][1]
+    missing = "the assistant turn has no <answer>, '####' or \\boxed{}"
+    return _exchange({"messages": prompt}, trace, record, origin, missing)
+
+
+CONVERTERS: dict[str, Callable[[Record, str], Exchange]] = {
+    "rows": _from_rows,
+    "gsm8k": _from_gsm8k,
+    "numina": _from_numina,
+    "tags": _from_tags,
+    "messages": _from_messages,
+}
+
+
+def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: str) -> Exchange:
+    """Combine a trace with the `answer` of its record, or with the answer that the trace marks.
+
+    Args:
+        missing: the reason to give where there is neither.
+    """
+    thought, visible = _split_thought(trace, origin)
+    solutions = [reader(visible) for reader in (split_tags, split_hashes, split_boxed)]
+    marked = [solution for solution in solutions if solution and solution[1]]
+    reasoning = marked[0][0] if marked else visible.strip()
+    answers = [_unboxed(answer) for _, answer in marked]
+    if own_answer := _own_answer(record, origin):
+        answers.insert(0, own_answer)
+    if not answers:
+        raise DataError(origin, missing, shown(trace))
+    if (placeholder := _squeezed(_plain(answers[0]))) in _PLACEHOLDERS:
+        raise DataError(origin, f"the answer is {placeholder!r}: there is no final answer")
+    others = [answer for answer in answers if _plain(answer) != _plain(answers[0])]
+    whole = "\n\n".join(part for part in (thought, reasoning) if part)
+    return Exchange(prompt, whole, answers[0], others[0] if others else None)
+
+
+def _own_answer(record: Record, origin: str) -> str:
+    """Read the record's `answer`; empty if there is none."""
+    try:
+        answer = answer_text(record.get("answer", ""))
+    except Unusable as error:
+        raise DataError(origin, str(error), shown(record["answer"])) from error
+    return "" if _squeezed(answer) in _EMPTY_ANSWERS else _unboxed(answer)
+
+
+def _unboxed(answer: str) -> str:
+    boxed = split_boxed(answer)
+    return boxed[1] if boxed else answer
+
+
+def _split_thought(text: str, origin: str) -> tuple[str, str]:
+    """Split a response into its thought, without tags, and the text after it.
+
+    Chat templates may write the opening tag into the prompt, so it need not be there.
+    """
+    ends = list(_THOUGHT_END.finditer(text))
+    thought, visible = (text[: ends[-1].start()], text[ends[-1].end() :]) if ends else ("", text)
+    if _THOUGHT_START.search(visible):
+        raise DataError(origin, "the thought (<think>) has no end, so there is no answer")
+    for mark in (_THOUGHT_START, _THOUGHT_END):
+        thought = mark.sub("", thought)
+    return thought.strip(), _SOLUTION_MARK.sub("", visible)
+
+
+def _check_no_lost_turns(record: Record, origin: str) -> None:
+    """Refuse a record whose chat has turns before the question that was taken from another key."""
+    for key in _CHAT_KEYS:
+        turns = record.get(key)
+        roles = [
+            turn.get("role") or turn.get("from")
+            for turn in (turns if isinstance(turns, list) else ())
+            if isinstance(turn, dict)
+        ]
+        if sum(role in ("user", "human") for role in roles) > 1:
+            problem = f"{key!r} has several user turns beside the question: use --format messages"
+            raise DataError(origin, problem)
+
+
+def _plain(answer: str) -> str:
+    """Remove differences of notation that mean nothing: `\\textbf{(1,025) }` becomes `1025`.
+
+    This is no grader. Equal answers in other notations stay different, and are in doubt.
+    """
+    text = re.sub(r"\\[dt]frac", r"\\frac", answer.replace("−", "-"))
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[!,;:$ ]|[\s$]", "", text)
+    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)  # 1,000
+    text = re.sub(r"(?<=\d)\.0+(?!\d)", "", text).rstrip(".")
+    if match := re.fullmatch(r"\(([^()]*)\)", text):
+        text = match[1]
+    return re.sub(r"^(-?)0+(?=\d+$)", r"\1", text)
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"[\s_.-]", "", text).casefold()
+
+
+def _text(record: Record, key: str, origin: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        problem = f"{key!r} is {'missing' if value is None else 'not a string'}"
+        raise DataError(origin, problem, shown(value))
+    return value
+
+
+def _first_key(record: Record, keys: Sequence[str], origin: str) -> str:
+    for key in keys:
+        if key in record:
+            return key
+    raise DataError(origin, f"none of the keys {', '.join(keys)}", shown_keys(record))
