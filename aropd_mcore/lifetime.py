@@ -125,6 +125,8 @@ def _ask_for_signal() -> None:
 def _become(parent: int, command: list[str]) -> NoReturn:
     """Turn this process into a command that ends with process `parent`."""
     end_with_parent(parent)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec passes that on
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)
     except OSError as error:

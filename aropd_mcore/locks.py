@@ -94,7 +94,7 @@ class RunLock:
 def _holder(path: Path) -> str:
     with suppress(OSError, ValueError, AttributeError):
         return ", ".join(f"{key} {value}" for key, value in json.loads(path.read_text()).items())
-    return "which has not said more"
+    return "holder unknown"
 
 
 _held: set[int] = set()
