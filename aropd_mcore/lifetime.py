@@ -19,6 +19,7 @@ The standard library alone: `python lifetime.py PARENT COMMAND...` runs without 
 """
 
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -43,8 +44,8 @@ def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
     Args:
         options: as subprocess.Popen's.
     """
-    tie = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
-    return in_lasting_thread(lambda: subprocess.Popen([*tie, *command], **options))
+    tied = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+    return in_lasting_thread(functools.partial(subprocess.Popen[bytes], tied, **options))
 
 
 def in_lasting_thread(work: Callable[[], T]) -> T:

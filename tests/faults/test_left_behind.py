@@ -36,15 +36,15 @@ def has_started(job: Job) -> bool:
     return job.pid_of(0) is not None
 
 
-def imports(job: Job) -> bool:
-    pid = job.pid_of(0)
+def imports(job: Job, rank: int = 0) -> bool:
+    pid = job.pid_of(rank)
     return pid is not None and "libtorch_cpu" in read_text(Path(f"/proc/{pid}/maps"))
 
 
 def waits_in_rendezvous(job: Job) -> bool:
     """Rank 0 is connected to the job's store, where rank 1, which is stopped, never comes."""
     pid, other = job.pid_of(0), job.pid_of(1)
-    if other is None or not imports(job):
+    if pid is None or other is None or not (imports(job, 0) and imports(job, 1)):
         return False
     os.kill(other, signal.SIGSTOP)
     port = dict(line.partition("=")[::2] for line in job.processes()[pid])["MASTER_PORT"]
@@ -119,10 +119,9 @@ def test_sigkill_of_the_launcher_during_a_save_ends_the_writers_and_the_run_resu
 # --- servers and graders ---
 
 SERVER = """
-import subprocess, sys, time
+import os, sys, time
 from pathlib import Path
 from aropd_mcore.rollout.vllm_process import ServerProcess
-import os
 script = "trap '' TERM; sleep 600 & sleep 600"
 ServerProcess(["sh", "-c", script], os.environ, Path(sys.argv[1]))
 time.sleep(600)
@@ -146,12 +145,15 @@ time.sleep(600)
 """
 
 
-def family(program: subprocess.Popen, num_processes: int) -> list[psutil.Process]:
-    """The processes below a program, once there are so many; the oldest first."""
-    until = time.monotonic() + 60
-    while len(found := psutil.Process(program.pid).children(recursive=True)) != num_processes:
+def family(
+    program: subprocess.Popen, number: int, of: Callable[[str], bool] = lambda command: True
+) -> list[psutil.Process]:
+    """The processes below a program, once there are so many `of` a command; the oldest first."""
+    until, found = time.monotonic() + 60, []
+    while sum(of(command_of(process.pid)) for process in found) != number:
         assert time.monotonic() < until and program.poll() is None, found
         time.sleep(0.05)
+        found = psutil.Process(program.pid).children(recursive=True)
     return sorted(found, key=lambda process: process.pid)
 
 
@@ -184,7 +186,7 @@ def test_sigkill_of_any_one_process_ends_a_server_with_all_that_it_has_started(t
         subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path / f"log-{number}")], cwd=REPO)
         for number in range(len(victims))
     ]
-    families = [family(program, 5) for program in programs]  # watchdogs, sh, two of sleep
+    families = [family(program, 2, lambda command: command == "sleep 600") for program in programs]
     try:
         for number, program in enumerate(programs):
             [program, *families[number]][number].kill()
