@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from aropd_mcore import __version__
+from aropd_mcore import __version__, lifetime
 from aropd_mcore.config import Config, ParallelConfig
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.commands import add_commands
 from aropd_mcore.evaluate import arguments as eval_arguments
 from aropd_mcore.evaluate import diagnose_arguments
+from aropd_mcore.locks import RunLock
 from aropd_mcore.processes import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; an error that the user can mend is printed without a traceback."""
+    """Run one subcommand; an error that the user can mend is printed without a traceback.
+
+    Args:
+        argv: None: this process is the command, and as a rank it ends with its launcher.
+    """
+    if argv is None:
+        lifetime.end_with_launcher()
     args = _parse(argv)
     try:
         return args.run(args) or 0
@@ -238,6 +245,9 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     if "RANK" in os.environ or num_local == 1:
         return _train_here(config)
+    # Rank 0 takes the lock. A check here refuses the run before its ranks take GPU memory that the
+    # run in output_dir may need.
+    RunLock(config.output_dir).close()
     return start_ranks(num_local, ["train", str(args.config), *args.overrides])
 
 

@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from types import FrameType
 
+from aropd_mcore import lifetime
+
 SAVED = 75
 """Exit code of a job that has stopped early, with everything saved: sysexits.h's EX_TEMPFAIL."""
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
@@ -21,12 +23,12 @@ _LOOK_SECONDS = 0.05
 def start_ranks(count: int, arguments: Sequence[str]) -> int:
     """Run `aropd` with these arguments as the `count` ranks of a job, and wait for its end.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks. Where a rank fails, the others end with
-    it, and with each rank what it has started.
+    SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks. If a rank fails, the other ranks end,
+    and so do the processes that ranks have started. If this process is killed, the ranks are
+    killed (lifetime.py).
 
     Returns:
-        What this process should exit with: the code of the rank that failed first, 1 if it died of
-        a signal.
+        Exit code for this process: that of the rank that failed first, or 1 if a signal killed it.
     """
     import torch.distributed as dist
 
@@ -55,8 +57,8 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         for index in range(count):
             command = [sys.executable, "-m", "aropd_mcore.cli", *arguments]
             own = {"RANK": str(index), "LOCAL_RANK": str(index)}
-            # A session of its own: what it has started can be found when it is gone.
-            rank = subprocess.Popen(command, env=environment | own, start_new_session=True)
+            # A session of its own: the processes that it has started can be found after its end.
+            rank = lifetime.start(command, env=environment | own, start_new_session=True)
             ranks.append(rank)
             for number in passed_on:  # before this rank was there
                 rank.send_signal(number)

@@ -1,6 +1,5 @@
 """Folders that are written whole or not at all, and the small files that travel with weights."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import torch
 
 from aropd_mcore.convert.hf_io import ADAPTER_FILES, INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
 from aropd_mcore.convert.json_file import CheckpointError, read_json
+from aropd_mcore.locks import try_lock
 
 ORDER = "tensors.json"
 """Beside a Megatron checkpoint's HF files: the original's tensor names, in its order."""
@@ -145,13 +145,8 @@ def _only_writer(partial: Path, target: Path) -> Iterator[None]:
     """Hold a lock on the temporary folder; it ends with the process, however that ends."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(f"{target}: another process is writing it") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
+        if not try_lock(descriptor):
+            raise CheckpointError(f"{target}: another process is writing it")
         if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
             raise CheckpointError(f"{target}: another process has just written it")
         yield

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal
 
+from aropd_mcore import lifetime
 from aropd_mcore.evaluate.extract import Extracted, choice_letter, math_answer, python_code
 from aropd_mcore.evaluate.sandbox import Limits, Program, run_tests
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, Gold, MathAnswer
@@ -71,7 +72,7 @@ class _MathChild:
             self._process = None
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        self._process = subprocess.Popen(
+        self._process = lifetime.start(  # it may compute for ever, and must not outlive the grader
             [sys.executable, "-P", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -84,7 +84,7 @@ def run_tests(program: Program, limits: Limits | None = None, *, isolate: bool =
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as other_folder,
     ):
         asked, answered = os.pipe(), os.pipe()
-        settings = {"limits": asdict(limits), "isolate": isolate}
+        settings = {"limits": asdict(limits), "isolate": isolate, "parent": os.getpid()}
         try:
             candidate = _start(
                 "candidate", settings | {"folder": folder}, stdin=asked[0], stdout=answered[1]

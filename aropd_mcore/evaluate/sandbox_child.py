@@ -14,6 +14,7 @@ import json
 import os
 import random
 import resource
+import select
 import signal
 import struct
 import sys
@@ -47,22 +48,28 @@ class Ended(BaseException):
 # Confinement
 
 
-def confine(folder: str, limits: dict[str, int], *, isolate: bool) -> str:
+def confine(folder: str, limits: dict[str, int], *, isolate: bool, parent: int) -> str:
     """Give up everything that a sample does not need; goes on in a child of this process.
 
     Args:
         folder: empty, and this process's alone.
         isolate: into namespaces of its own: no network, no processes and no files but the
             interpreter's and the system's libraries, read-only, and an empty memory disk.
+        parent: process id of the grader. The kernel kills this process when the grader ends.
     Returns:
         Nothing, or why the process is not isolated.
     """
     is_root, problem = os.geteuid() == 0, ""
+
+    def parent_is_gone() -> bool:
+        return os.getppid() != parent
+
     try:
         if not isolate:
             raise OSError("not asked for")
         _leave_namespaces(is_root)
-        _in_a_child()
+        _end_with_parent(parent_is_gone)
+        parent_is_gone = _in_a_child()
         _new_root(folder, limits["disk"])
     except (OSError, AttributeError) as error:  # AttributeError: a system without the call
         problem = str(error)
@@ -86,8 +93,15 @@ def confine(folder: str, limits: dict[str, int], *, isolate: bool) -> str:
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     # Nobody with the same user id may trace it, or read its memory.
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
-    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    _end_with_parent(parent_is_gone)  # a fork and a change of the user clear the setting
     return problem
+
+
+def _end_with_parent(is_gone: Callable[[], bool]) -> None:
+    """Have the kernel kill this process when its parent ends; end now if the parent is gone."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if is_gone():
+        os._exit(1)
 
 
 def _leave_namespaces(is_root: bool) -> None:
@@ -102,8 +116,13 @@ def _leave_namespaces(is_root: bool) -> None:
                 file.write(f"{id} {id} 1")
 
 
-def _in_a_child() -> None:
-    """The first process of the new process namespace; with it ends whatever is in there."""
+def _in_a_child() -> Callable[[], bool]:
+    """Go on in the first process of the new process namespace; with it ends whatever is in there.
+
+    Returns:
+        Whether the process before it is gone; to be called once.
+    """
+    before = os.pidfd_open(os.getpid())
     child = os.fork()
     if child:
         os.closerange(0, 1 << 20)  # the pipes' ends are the child's alone
@@ -111,6 +130,13 @@ def _in_a_child() -> None:
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+    def is_gone() -> bool:  # getppid() is 0 here: the parent is outside of the namespace
+        gone = bool(select.select([before], [], [], 0)[0])
+        os.close(before)
+        return gone
+
+    return is_gone
 
 
 def _new_root(folder: str, size: int) -> None:
@@ -385,7 +411,12 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    problem = confine(settings["folder"], settings["limits"], isolate=settings["isolate"])
+    problem = confine(
+        settings["folder"],
+        settings["limits"],
+        isolate=settings["isolate"],
+        parent=settings["parent"],
+    )
     if role == "candidate":
         channel.send(problem)
         return candidate(channel)

@@ -4,6 +4,9 @@ Each rank writes the files of its own tensors, in a process forked for it (megat
 dist_checkpointing/strategies/async_utils.py): the fork holds the tensors as they were, whatever
 training does to them meanwhile; those of a GPU are copied to the host first. Who wants to wait does
 so: in a process of its own all the same, since torch's writer may crash on a full disk.
+
+The writing processes end with their rank (lifetime.py), even in the middle of a file. The manifest
+is written last, so a checkpoint that they leave behind is never taken for a whole one.
 """
 
 import functools
@@ -15,6 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,6 +33,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
+from aropd_mcore import lifetime
 from aropd_mcore.convert.manifest import FileSum, file_sums
 
 _PATIENCE = 10
@@ -57,13 +62,15 @@ class Writing:
         """What went wrong on this rank; raised by nobody, so that all ranks go on in step."""
         self._queue = AsyncCallsQueue()
         self._is_finished = False
-        _forget_results()
+        _prepare_results()
         self._results, results = multiprocessing.Pipe(duplex=False)
         with self._no_rank_waits_in_vain():
             request = _request(state, folder)
             if request.async_fn is not None:
                 prefix = f"__{dist.get_rank()}_"  # Megatron's, of this rank's files
-                write = functools.partial(_write, request.async_fn, folder, prefix, results)
+                write = functools.partial(
+                    _write, request.async_fn, folder, prefix, results, os.getpid()
+                )
                 request = request._replace(async_fn=write)
             else:
                 results.send(Written({}, 0.0, None))
@@ -151,10 +158,15 @@ def _request(state: dict[str, Any], folder: Path) -> AsyncRequest:
     return cast(AsyncRequest, request)
 
 
-def _forget_results() -> None:
-    """Of a save that was given up, which Megatron would take for this one's."""
+def _prepare_results() -> None:
+    """Make Megatron's queue of results before Megatron does, whose server process would outlive a
+    rank that is killed; and drop the results of a save that was given up."""
     queue = filesystem_async._results_queue
-    while queue is not None and not queue.empty():
+    if queue is None:
+        manager, parent = SyncManager(ctx=multiprocessing.get_context("spawn")), os.getpid()
+        lifetime.in_lasting_thread(lambda: manager.start(lifetime.end_with_parent, (parent,)))
+        queue = filesystem_async._results_queue = manager.Queue()
+    while not queue.empty():
         queue.get()
 
 
@@ -163,10 +175,12 @@ def _write(
     folder: Path,
     prefix: str,
     results: Any,
+    rank_pid: int,
     *args: Any,
     **kwargs: Any,
 ) -> None:
     """In the writing process: Megatron's `write`, then the checksums of what it has written."""
+    lifetime.end_with_parent(rank_pid)
     started = time.perf_counter()
     error = None
     files: dict[str, FileSum] = {}

@@ -1,6 +1,5 @@
 """A JSONL file that is written whole, by as many calls as it takes."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from aropd_mcore.locks import try_lock
 
 
 def partial_folder(path: Path) -> Path:
@@ -44,12 +45,13 @@ class LinesFile:
         """
         self.path = path
         self.folder = partial_folder(path)
-        if path.exists():
-            raise ValueError(f"{path}: exists already; remove it, or name another file")
+        self._refuse_existing()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = (self.folder / "lines.jsonl").open("a+b")
         try:
-            self._lock()
+            if not try_lock(self._file.fileno()):  # until the file is closed
+                raise ValueError(f"{path}: another process is writing it")
+            self._refuse_existing()  # the other process may have ended just before the lock
             self._check_job(job)
             self.num_lines = self._keep_whole(lines_at_once)
             """That were there."""
@@ -80,14 +82,9 @@ class LinesFile:
         os.rename(self.folder / "lines.jsonl", self.path)
         shutil.rmtree(self.folder)
 
-    def _lock(self) -> None:
-        """Until the file is closed, however that comes about."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another process is writing it") from None
-        except OSError:  # a file system without locks
-            pass
+    def _refuse_existing(self) -> None:
+        if self.path.exists():
+            raise ValueError(f"{self.path}: exists already; remove it, or name another file")
 
     def _keep_whole(self, lines_at_once: int) -> int:
         """Drop what an interrupted write has left; how many lines stay."""

@@ -1,6 +1,9 @@
 """Resume, step, log, save, stop."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +14,8 @@ from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
-from aropd_mcore.mcore.checkpoint_folder import SaveFailed
+from aropd_mcore.locks import RunLock
+from aropd_mcore.mcore.checkpoint_folder import SaveFailed, by_first_rank
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
@@ -32,8 +36,8 @@ class TrainingStopped(RuntimeError):
 def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
     """Train until num_steps, from the newest checkpoint under config.output_dir if there is one.
 
-    Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, and hf/ with the
-    model's config and tokenizer, which an export needs.
+    Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, hf/ with the model's
+    config and tokenizer, which an export needs, and .lock (locks.py).
 
     Args:
         stops: what may stop the run before its end; None: nothing.
@@ -43,14 +47,33 @@ def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
             so far are saved first. Or no checkpoint can be written.
         StoppedEarly: a signal or the time limit, once the steps so far are saved.
         CheckpointError, ConfigError: the checkpoints there cannot be gone on from.
+        InUse: another run is writing to output_dir.
     Collectives: every rank of the job must call it.
     """
-    run = build_run(config, runtime, stops)
+    with _locked(config.output_dir):
+        run = build_run(config, runtime, stops)
+        try:
+            _train(run)
+        finally:
+            if run.engine:
+                run.engine.close()
+
+
+@contextmanager
+def _locked(output_dir: Path) -> Iterator[None]:
+    """Hold the lock of output_dir on rank 0 only, from before the first write to the run's end.
+
+    Raises:
+        InUse: another run holds the lock; on every rank alike.
+    Collectives: a broadcast; every rank must call it.
+    """
+    locks: list[RunLock] = []
+    by_first_rank(lambda: locks.append(RunLock(output_dir)))
     try:
-        _train(run)
+        yield
     finally:
-        if run.engine:
-            run.engine.close()
+        for lock in locks:
+            lock.close()
 
 
 def _train(run: Run) -> None:

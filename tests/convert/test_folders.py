@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aropd_mcore import locks
 from aropd_mcore.cli import main
 from aropd_mcore.convert import folders
 from aropd_mcore.convert.architecture import CheckpointError
@@ -171,7 +172,7 @@ def test_a_lock_on_what_another_writer_has_just_renamed_is_none(tmp_path: Path, 
         (tmp_path / ".out.partial").rename(tmp_path / "out")
         flock(descriptor, how)
 
-    monkeypatch.setattr(folders.fcntl, "flock", late)
+    monkeypatch.setattr(locks.fcntl, "flock", late)
     with pytest.raises(CheckpointError, match="another process"), new_folder(tmp_path / "out"):
         pass
     assert names_in(tmp_path) == {"out"} and content(tmp_path / "out") == "theirs"

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from aropd_mcore import cli
+from aropd_mcore import cli, lifetime
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.types import Row
 
@@ -34,5 +34,6 @@ def install(faults: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    lifetime.end_with_launcher()
     install(json.loads(sys.argv[1]))
     sys.exit(cli.main(sys.argv[2:]))

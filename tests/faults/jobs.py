@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -21,12 +22,18 @@ _MARK = "AROPD_TEST_JOB"
 class Job:
     """`aropd train` with its ranks, in a session of their own."""
 
-    def __init__(self, path: Path, num_ranks: int, *overrides: str):
-        self.log = path.parent / "job.log"
+    def __init__(self, path: Path, num_ranks: int, *overrides: str, torchrun: bool = False):
         self.mark = uuid.uuid4().hex
+        self.log = path.parent / f"job-{self.mark}.log"
+        if torchrun:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc-per-node={num_ranks}", "-m"]
+            words = [*launcher, *command(path, *overrides)[2:]]
+        else:
+            words = command(path, *overrides, "--nproc-per-node", str(num_ranks))
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                command(path, *overrides, "--nproc-per-node", str(num_ranks)),
+                words,
                 env=environment(**{_MARK: self.mark}),
                 cwd=REPO,
                 stdout=file,
@@ -50,29 +57,32 @@ class Job:
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         assert self.process.wait(60) != 0, "the job went on without one of its ranks"
-        # A rank's own children, such as a checkpoint's writers, end a moment after it.
+        self.check_nothing_is_left()
+
+    def check_nothing_is_left(self) -> None:
+        """No process of the job outlives its launcher by more than ten seconds."""
         until = time.monotonic() + 10
-        while left := self._processes():
+        while left := self.processes():
             if time.monotonic() > until:
-                names = [read_text(Path(f"/proc/{pid}/cmdline")) for pid in left]
+                names = [command_of(pid) for pid in left]
                 pytest.fail(f"the job left processes behind: {names}")
             time.sleep(0.05)
 
     def end(self) -> None:
         """Nothing of the job lives on."""
-        for pid in self._processes():
+        for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def pid_of(self, rank: int) -> int | None:
         """Of the rank's process, once it has started."""
-        for pid, environ in self._processes().items():
+        for pid, environ in self.processes().items():
             if f"RANK={rank}" in environ and parent_of(pid) == self.process.pid:
                 return pid
         return None
 
-    def _processes(self) -> dict[int, list[str]]:
+    def processes(self) -> dict[int, list[str]]:
         """The job's processes, ranks and what ranks have started, each with its environment."""
         mark = f"{_MARK}={self.mark}"
         found = {}
@@ -86,6 +96,10 @@ class Job:
 def parent_of(pid: int) -> int:
     fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return int(fields[1]) if fields else 0
+
+
+def command_of(pid: int) -> str:
+    return read_text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
 
 
 def read_text(path: Path) -> str:

@@ -1,7 +1,17 @@
 """usage: aropd_watchdog.py PARENT COMMAND...: run a command that ends when process PARENT does.
 
-PARENT, which has started this, may end in any way, kill -9 included. All that the command has
-started in its process group ends with it, and with this process. The standard library alone.
+Two watchdogs, so that SIGKILL of any one process leaves nothing behind:
+
+    first     the process that PARENT has started; watches PARENT and the second watchdog
+    second    its child, in a session of its own, starts the command there; watches the command and
+              the first watchdog
+
+When a watched process is gone, both end, and so do all processes of that session: the command and
+what it has started. vLLM's engine processes do not end by themselves when their server is killed.
+A parent-death signal (aropd_mcore/lifetime.py) would reach the command only. It would also come
+too early: PARENT starts servers from threads that end before it does.
+
+The standard library alone.
 """
 
 import os
@@ -12,33 +22,82 @@ import time
 from contextlib import suppress
 
 POLL_SECONDS = 0.2
-STOP_SECONDS = 10.0
+STOP_SECONDS = 5.0
+"""Time for the command to end by itself, with the polls well within the ten seconds that a process
+may outlive PARENT."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main() -> int:
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    first = os.getpid()
+    second = os.fork()
+    if second == 0:
+        os.setsid()
+        return run(command, first)
+    return guard(second, parent)
+
+
+def run(command: list[str], first: int) -> int:
+    """The second watchdog: the command's exit code, or 0 if it was ended."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     try:
-        while child.poll() is None and os.getppid() == parent:
+        while child.poll() is None and os.getppid() == first:
             time.sleep(POLL_SECONDS)
         return child.returncode or 0
     finally:
-        _end(child)
+        _ignore_signals()
+        if child.poll() is None:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
-def _end(child: subprocess.Popen) -> None:
-    """Ask the child to go; then end by force what is left of its process group."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a second one must not leave the rest behind
-    if child.poll() is None:
-        child.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+def guard(second: int, parent: int) -> int:
+    """The first watchdog: the second one's exit code."""
+    code = None
+    try:
+        while code is None and os.getppid() == parent:
+            code = _wait(second, POLL_SECONDS)
+        return code or 0
+    finally:
+        _ignore_signals()
+        if code is None:
+            os.kill(second, signal.SIGTERM)
+            code = _wait(second, STOP_SECONDS + 1)
+        kill_session(second)
+        if code is None:
+            os.waitpid(second, 0)
+
+
+def _wait(process: int, seconds: float) -> int | None:
+    """Exit code of a child, None while it runs."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(POLL_SECONDS / 4)
+    return None
+
+
+def kill_session(leader: int) -> None:
+    """Kill every process group of a session; its leader may be gone."""
+    for name in os.listdir("/proc"):
+        with suppress(ValueError, ProcessLookupError):
+            if os.getsid(int(name)) == leader:
+                os.killpg(os.getpgid(int(name)), signal.SIGKILL)
+
+
+def _ignore_signals() -> None:
+    """A second signal must not leave the rest behind."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
