@@ -21,7 +21,7 @@ _PHRASES = [
     re.compile(
         rf"\b(?:answer|choice|option)s?\b(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?)?[*_\s]*"
         rf"(?:(?:is|are|was|(?:would|must|should) be)\b[*_\s]*:?|[:=])[*_\s]*"
-        rf"(?:(?:therefore|thus|clearly|simply)\s+)?{_NAMED}{_NOT_A_WORD}",
+        rf"(?:(?:therefore|thus|clearly|simply|definitely|for\s+sure)\s+)?{_NAMED}{_NOT_A_WORD}",
         re.IGNORECASE,
     ),
     # the answer C
@@ -32,6 +32,12 @@ _PHRASES = [
         rf"(?:(?:therefore|clearly|indeed|thus)\s+)?"
         rf"(?:(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|true)\b|the\s+answer\b)",
         re.IGNORECASE,
+    ),
+    # therefore I think it's C
+    re.compile(
+        rf"\b(?i:therefore|thus|hence|so|think|believe)\b,?\s+(?:(?i:it's|it\s+is|that's)\s+)?"
+        rf"{_SUBJECT}{_OPEN}(?P<letter>[A-Z]){_CLOSE}(?=[.,;!]|\s*$)",
+        re.MULTILINE,
     ),
     # I pick C
     re.compile(
@@ -49,8 +55,11 @@ _MORE_LETTERS = re.compile(
 )
 _STANDS_ALONE = re.compile(r"\s*(?:[.,:;)!?]|$|\n|because\b|since\b)", re.IGNORECASE)
 _PARENTHESES = re.compile(r"\(([A-Z])\)")
+_EITHER_OR = re.compile(r"\([A-Z]\)(?:\s*(?:,|/|\bor\b|\band\b)\s*\([A-Z]\))+")
 _ALONE = re.compile(rf"{_SUBJECT}{_OPEN}([A-Za-z]){_CLOSE}[.)\]:!]?{_CLOSE}", re.IGNORECASE)
-_BEFORE_TEXT = re.compile(rf"{_SUBJECT}{_OPEN}([A-Z]){_CLOSE}[.):\]]{_CLOSE}\s+\S", re.IGNORECASE)
+_BEFORE_TEXT = re.compile(
+    rf"{_SUBJECT}{_OPEN}([A-Z]){_CLOSE}(?:[.):\]]{_CLOSE}|\s[-–])\s+\S", re.IGNORECASE
+)
 _MOST_PHRASES = 64
 
 
@@ -136,7 +145,7 @@ def _in_phrases(text: str, choices: Choices, letters: str) -> str | None:
 
 def _on_lines(text: str, letters: str) -> str | None:
     """The last line that is a letter, the one letter that lines begin with, or the last "(C)"."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip("# \t") for line in text.splitlines() if line.strip()]
     alone = [match[1] for line in lines if (match := _ALONE.fullmatch(line))]
     alone = [letter for name in alone if (letter := _among(name, letters))]
     if alone:
@@ -145,7 +154,7 @@ def _on_lines(text: str, letters: str) -> str | None:
     starts = {letter for name in starts if (letter := _among(name, letters))}
     if len(starts) == 1:
         return starts.pop()
-    named = [name for name in _PARENTHESES.findall(text) if name in letters]
+    named = [name for name in _PARENTHESES.findall(_EITHER_OR.sub("", text)) if name in letters]
     return named[-1] if named else None
 
 

@@ -54,6 +54,17 @@ def without_thoughts(response: str) -> str:
     return "".join(parts)
 
 
+def opened_thought(prompt: str) -> str:
+    """The opening tag of a thought with which a prompt ends, or nothing.
+
+    A template may write `<think>` itself: a response that is cut off within the thought has no tag.
+    """
+    last = prompt.rstrip()[-40:]
+    tags = [tag[0] for tag in _THOUGHT_TAG.finditer(last) if tag.end() == len(last)]
+    is_open = bool(tags) and not without_thoughts(f"{tags[0]} within")
+    return tags[0] if is_open else ""
+
+
 def math_answer(response: str, *, words: bool = False) -> Extracted:
     """Find the answer to a mathematical problem.
 

@@ -46,17 +46,17 @@ _WRAPPERS = [
     )
 ]
 _MARKED = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
-_END = re.compile(r"(?:\s|[.,;:!](?![.])|\\[,;:! ])+$")
+_END = re.compile(r"(?:\s|[.,;:](?![.])|(?<=[A-Za-z]{2})!|(?<!\\)\\[,;:! ])+$")
 _START = re.compile(
     r"^(?:\s|[=:,;]|\\[,;:! ]"
-    r"|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:)|\\approx(?![a-z])|(?:about|approximately)\s)+",
+    r"|(?:the\s+)?(?:final\s+)?answer\s*(?:is|:)|it(?:'s|\s+is)\s|\\approx(?![a-z])|(?:about|approximately)\s)+",
     re.IGNORECASE,
 )
-_SPACES = re.compile(r"\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
+_SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
 _NO_MEANING = re.compile(
-    r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"
+    r"(?<!\\)\\!\s*|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"
     r"|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])|°(?:\s*[CF]\b)?"
-    r"|\\?[$€£¥₹₩₽]"
+    r"|(?:\bUS)?\\?[$€£¥₹₩₽]"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}| )\d{3})+(?![\d])(?!,\d)")
 _CONNECTIVE = re.compile(
@@ -74,7 +74,7 @@ _WORD = re.compile(r"(?:^|\s)[(\"']*[^\W\d_]{2,}(?:[.'-]+[^\W\d_]+)*[.,;:!?)\"']
 _MATHEMATICS = re.compile(r"[=^_<>+&\[{]|\\(?:begin|frac|sqrt)|(?:^|\s)[-*/](?:\s|$)")
 _UNIT = re.compile(
     r"(?<=[\d})%])(?:\s*+(?:\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}|/|[A-Za-z][A-Za-z.]++"
-    r"|(?<=[\s/])[ACJKLNVWghms](?![A-Za-z]))(?:\s*\^\s*\{?\s*-?[1-3]\s*\}?)?+)++$"
+    r"|(?<=[\s/])[ACJKLNVWghms](?![A-Za-z])|[cdk]?m(?=\s*\^))(?:\s*\^\s*\{?\s*-?[1-3]\s*\}?)?+)++$"
 )
 
 
@@ -118,6 +118,8 @@ def normal_answer(text: str) -> str:
     text = _POWER_OF_TEN.sub(r"\1 \\times 10^{\2}", text)
     text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({\-])", "^", text)
     text = re.sub(r"\^\s*([-+]?\d+)", r"^{\1}", text)
+    text = re.sub(r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?!\w)", r"\1\\frac{\2}{\3}", text)
     listed = _CONNECTIVE.sub(", ", re.sub(r"^(?:either|both)\s", "", text, flags=re.IGNORECASE))
     if not is_words(listed):
         text = _BARE_FUNCTION.sub(r"\\\1 ", listed)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from aropd_mcore.evaluate.normalize import is_words, normal_answer
 
 _WHOLE = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|[ ])\d{3})++(?!\d)|\d++)"
-_NUMBER = rf"(?:{_WHOLE}(?:\.\d++)?+(?:[eE][-+]?\d++(?!\w))?+|\.\d++)(?:\s?\\?%)?+"
+_NUMBER = rf"(?:\d++[ ]\d++/\d++|{_WHOLE}(?:\.\d++)?+(?:[eE][-+]?\d++(?!\w))?+|\.\d++)(?:\s?\\?%)?+"
 _BRACED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*+\})*+\})*+\}"
 _NO_VALUE = (
     "times|cdot|div|pm|text\\w*|math\\w*|mbox|begin|end|item|left|right|q?quad|approx|l?eq?|g?eq?|n?eq?"
@@ -33,7 +33,8 @@ _COUNTS = re.compile(r"\d|\\(?:pi|infty|emptyset|varnothing|sqrt|frac)(?![A-Za-z
 
 _MATH_MARK = re.compile(r"\\.|\$\$?", re.DOTALL)
 _CLOSES = {"\\[": "\\]", "\\(": "\\)", "$": "$", "$$": "$$"}
-_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}[ ]+[A-Za-z]{2,}|^\s|\s$")
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}[ ]+[A-Za-z]{2,}")
+_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
 _LIST_MARK = re.compile(r"^[ \t]*(?:\d+[.)](?=[ \t]+\S)|[-*+](?=[ \t]))", re.MULTILINE)
 
 _BETWEEN = re.compile(r"[\s*$]*(?:(,|;)?[\s*$]*(and|or)?|\\q?quad)[\s*$]*")
@@ -89,14 +90,23 @@ def _formulas(text: str) -> list[Value]:
     for mark in _MATH_MARK.finditer(text):
         if opened and mark[0] == _CLOSES[opened[0]]:
             content = text[opened.end() : mark.start()]
-            # Of "$5 and $6" each is a currency sign, not the end of a formula.
-            if opened[0] != "$" or (content and not _PROSE.search(content)):
+            if opened[0] != "$" or _is_formula(content):
                 found.append(Value(opened.start(), mark.end(), content.strip(), True))
                 opened = None
                 continue
         if (mark[0] in _CLOSES and not (opened and opened[0] != "$")) or mark[0] in ("\\[", "\\("):
             opened = mark
     return found
+
+
+def _is_formula(content: str) -> bool:
+    """Whether text between two `$` is a formula; in "$5 and $6" they are currency signs."""
+    if not content.strip() or _PROSE.search(content):
+        return False
+    is_padded = (content[0].isspace(), content[-1].isspace())
+    if not any(is_padded):
+        return True
+    return not _WORD.search(content) and (all(is_padded) or "\\" in content)
 
 
 def last_value(text: str) -> str | None:
@@ -145,7 +155,7 @@ def _in_sentence(rest: str, wants_words: bool) -> str | None:
         rest = rest[: end.start() if end else len(rest)]
         values = [value for value in values if value.end <= len(rest)]
     if wants_words:
-        return rest.strip() or None
+        return rest.strip(" \t*_`") or None
     if not values:
         return None
     if first is None:
