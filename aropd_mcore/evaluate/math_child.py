@@ -42,11 +42,11 @@ def main() -> None:
     configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     def same(gold: str, answer: str) -> bool:
-        parsed = [
+        truth, found = (
             parse(f"\\boxed{{{text}}}", extraction_config=configs, parsing_timeout=0)
             for text in (gold, answer)
-        ]
-        return verify(*parsed, timeout_seconds=0)
+        )
+        return verify(truth, found, timeout_seconds=0)
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("true", flush=True)

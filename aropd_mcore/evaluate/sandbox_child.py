@@ -271,7 +271,8 @@ def decode(data: Any, find: Callable[[int], Any]) -> Any:
     if kind == "complex":
         return complex(*content)
     if kind == "numpy":
-        return _decode_numpy(*content, find)
+        dtype, shape, items = content
+        return _decode_numpy(dtype, shape, items, find)
     if kind in ("value", "view"):
         name, items = content[0], [decode(item, find) for item in content[1]]
         if kind == "view":
