@@ -39,6 +39,7 @@ _BETWEEN_BOXES = re.compile(
     r"|\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)?\s*\})*"
 )
 _CONNECTIVE = re.compile(r"[,;&]|\band\b|\bor\b")
+_SET = re.compile(r"(?:\\left)?\\\{")
 _PLACEHOLDER = re.compile(r"(?:[\s.…_?]|\\[lc]?dots|\\square)*")
 
 
@@ -159,9 +160,12 @@ def boxed_answer(text: str) -> str | None:
         if following and not _state_one_answer(text[box.end : following.start]):
             break
         answer = _unwrapped(text, box, nested).strip()
-        if not _PLACEHOLDER.fullmatch(answer):
-            answers.append(answer)
-            following = box
+        if _PLACEHOLDER.fullmatch(answer):
+            continue
+        if answers and (_SET.match(answer) or _SET.match(answers[-1])):
+            break  # a set is an answer by itself
+        answers.append(answer)
+        following = box
     if len(set(answers)) == 1:
         return answers[0]
     return ", ".join(reversed(answers)) or None

@@ -26,6 +26,7 @@ from aropd_mcore.config import ConfigError
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.evaluate.extract import opened_thought
 from aropd_mcore.evaluate.grade import Graders, check_graders
 from aropd_mcore.evaluate.summary import summarize
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Problem, Task, read_task
@@ -143,9 +144,14 @@ def _write_samples(evaluation: Evaluation, path: Path) -> None:
         with evaluation.job.output.open() as responses:
             lines = list(map(json.loads, islice(responses, file.num_lines, None)))
         problems = [evaluation.problems[(file.num_lines + i) // samples] for i in range(len(lines))]
-        texts = (line["text"] for line in lines)
+        prompts = list(_prompts(evaluation, problems))
+        # A thought that the prompt begins is one of the response's.
+        texts = (
+            opened_thought(prompt) + line["text"]
+            for prompt, line in zip(prompts, lines, strict=True)
+        )
         grades = graders.grade_all(zip(texts, (p.gold for p in problems), strict=True))
-        graded_lines = zip(lines, problems, _prompts(evaluation, problems), grades, strict=True)
+        graded_lines = zip(lines, problems, prompts, grades, strict=True)
         for line, problem, prompt, graded in track(
             graded_lines, "grading", len(lines), console=console, disable=not console.is_terminal
         ):

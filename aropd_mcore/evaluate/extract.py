@@ -1,22 +1,24 @@
 """The answer within a response, and the rule that found it.
 
-Every rule is linear in the response's length: a model that repeats itself writes tags by the
-thousand.
+Thoughts are cut off before any rule. Every rule is linear in the response's length: a model that
+repeats itself writes tags by the thousand.
 """
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
-from aropd_mcore.data.answer_marks import split_boxed
-from aropd_mcore.evaluate.tasks import LETTERS, Choices, CodeTests
+from aropd_mcore.data.answer_marks import boxed_answer, hashes_answer, tagged_answer
+from aropd_mcore.evaluate.choices import stated_choice
+from aropd_mcore.evaluate.normalize import plain_text
+from aropd_mcore.evaluate.tasks import Choices, CodeTests
+from aropd_mcore.evaluate.values import last_value, stated_value, words_at_the_end
 
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 _FENCE = re.compile(r"^[ \t]*```")
-_PHRASE = re.compile(
-    r"\b(?i:answer|choice|option)(?:\s{1,3}is)?\s{0,3}:?\s{0,3}[*$]{0,3}\(?([A-Z])\b(?!['’])"
+_THOUGHT_TAG = re.compile(
+    r"<(?P<end>/?)(?P<name>think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>"
+    r"|<\|(?P<mark>begin|end)_of_thought\|>|\[(?P<slash>/?)THINK\]|◁(?P<stroke>/?)think▷",
+    re.IGNORECASE,
 )
-_ALONE = re.compile(r"\(([A-Z])\)|^[ \t*$]*([A-Z])[.)]?[ \t*$]*$", re.MULTILINE)
 
 
 class Extracted(NamedTuple):
@@ -28,62 +30,82 @@ class Extracted(NamedTuple):
 _NOTHING = Extracted(None, "none")
 
 
-def math_answer(text: str) -> Extracted:
-    """By `answer` (the last <answer>...</answer>), `boxed` (the last \\boxed{}), `hashes` (what
-    follows the last ####) or `number` (the last one), whichever is there first."""
-    rules: dict[str, Callable[[str], str | None]] = {
-        "answer": _tagged,
-        "boxed": _boxed,
-        "hashes": _behind_hashes,
-        "number": _last_number,
-    }
-    for rule, find in rules.items():
-        found = find(text)
-        if found and found.strip():
-            # Models put one form into the other.
-            inner = (_boxed(found) or found) if rule == "answer" else found
-            return Extracted(inner.strip(), rule)
-    return _NOTHING
+def without_thoughts(response: str) -> str:
+    """The part of a response that answers: without `<think>...</think>` and the like.
+
+    A closing tag without an opening one ends a thought that the prompt began. A thought that does
+    not end reaches to the end of the response. `<reasoning>` is a thought, too.
+    """
+    parts: list[str] = []
+    position, thought = 0, None
+    for tag in _THOUGHT_TAG.finditer(response):
+        name = (tag["name"] or tag[0].strip("<>[]◁▷/|")).lower().removeprefix("end_")
+        name = name.removeprefix("begin_")
+        is_end = bool(tag["end"] or tag["slash"] or tag["stroke"]) or tag["mark"] == "end"
+        if not is_end and thought is None:
+            parts.append(response[position : tag.start()])
+            thought = name
+        elif is_end and thought is None:
+            parts, position = [], tag.end()
+        elif is_end and thought == name:
+            position, thought = tag.end(), None
+    if thought is None:
+        parts.append(response[position:])
+    return "".join(parts)
 
 
-def choice_letter(text: str, choices: Choices) -> Extracted:
-    """By `answer` and `boxed`, as a letter or as the text of one choice; else by `phrase` (the last
-    "answer is C") or `letter` (the last "(C)", or C alone on its line)."""
-    letters = LETTERS[: len(choices.texts)]
-    for rule, found in (("answer", _tagged(text)), ("boxed", _boxed(text))):
-        letter = _letter_in(found, choices, letters) if found else None
-        if letter:
-            return Extracted(letter, rule)
-    for rule, pattern in (("phrase", _PHRASE), ("letter", _ALONE)):
-        found = [next(filter(None, match.groups())).upper() for match in pattern.finditer(text)]
-        found = [letter for letter in found if letter in letters]
-        if found:
-            return Extracted(found[-1], rule)
-    return _NOTHING
+def opened_thought(prompt: str) -> str:
+    """The opening tag of a thought with which a prompt ends, or nothing.
+
+    A template may write `<think>` itself: a response that is cut off within the thought has no tag.
+    """
+    last = prompt.rstrip()[-40:]
+    tags = [tag[0] for tag in _THOUGHT_TAG.finditer(last) if tag.end() == len(last)]
+    is_open = bool(tags) and not without_thoughts(f"{tags[0]} within")
+    return tags[0] if is_open else ""
 
 
-def _letter_in(found: str, choices: Choices, letters: str) -> str | None:
-    found = _boxed(found) or found
-    plain = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", found).strip(" \n\t$*.")
-    match = re.match(rf"\(?([{letters}])(?:[).:\s]|$)", plain)
-    if match:
-        return match[1]
-    same = [
-        letter
-        for letter, text in zip(letters, choices.texts, strict=True)
-        if text.strip(" .").casefold() == plain.casefold()
-    ]
-    return same[0] if len(same) == 1 else None
+def math_answer(response: str, *, words: bool = False) -> Extracted:
+    """Find the answer to a mathematical problem.
+
+    The rules, in their order: `answer` (the last <answer>...</answer>), `boxed` (the last box, or
+    several that make one answer), `hashes` (what follows the last #### before a number), `phrase`
+    (the last "the answer is ...") and `number` (the last number, expression or formula).
+
+    Args:
+        words: whether the reference is words. `phrase` then takes words, and `words` (the last bold
+            text, or a short last line) takes the place of `number`.
+    """
+    text = plain_text(without_thoughts(response))
+    tagged = tagged_answer(text)
+    if tagged and tagged[1].strip():
+        # Models put one form into the other.
+        return Extracted((boxed_answer(tagged[1]) or tagged[1]).strip(), "answer")
+    for rule, find in (("boxed", boxed_answer), ("hashes", hashes_answer)):
+        if found := find(text):
+            return Extracted(found, rule)
+    if found := stated_value(text, wants_words=words):
+        return Extracted(found, "phrase")
+    if words and (found := words_at_the_end(text)):
+        return Extracted(found, "words")
+    found = last_value(text)
+    return Extracted(found, "number") if found else _NOTHING
 
 
-def python_code(text: str, tests: CodeTests) -> Extracted:
+def choice_letter(response: str, choices: Choices) -> Extracted:
+    """Find the letter of the choice that a response states; see choices.stated_choice."""
+    return Extracted(*stated_choice(plain_text(without_thoughts(response)), choices))
+
+
+def python_code(response: str, tests: CodeTests) -> Extracted:
     """By `answer`, `block` (the last ``` block that defines what was asked for, or the last block)
     or `text` (all of it, which may go on with the prompt): the code, with the task's header or
     prompt before it."""
-    tagged = _tagged(text)
-    if tagged and tagged.strip():
-        blocks = _blocks(tagged)
-        return _program(blocks[-1] if blocks else tagged, "answer", tests)
+    text = without_thoughts(response)
+    tagged = tagged_answer(text)
+    if tagged and tagged[1].strip():
+        blocks = _blocks(tagged[1])
+        return _program(blocks[-1] if blocks else tagged[1], "answer", tests)
     blocks = _blocks(text)
     if blocks:
         whole = [block for block in blocks if _defines(block, tests)]
@@ -113,24 +135,3 @@ def _blocks(text: str) -> list[str]:
         elif is_open:
             blocks[-1].append(line)
     return ["\n".join(block) for block in blocks if block]
-
-
-def _tagged(text: str) -> str | None:
-    head, end, _ = text.rpartition("</answer>")
-    _, start, answer = head.rpartition("<answer>")
-    return answer if start and end else None
-
-
-def _boxed(text: str) -> str | None:
-    solution = split_boxed(text)
-    return solution[1] if solution else None
-
-
-def _behind_hashes(text: str) -> str | None:
-    _, hashes, rest = text.rpartition("####")
-    return rest.strip().partition("\n")[0] if hashes else None
-
-
-def _last_number(text: str) -> str | None:
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from typing import Literal
 
 from aropd_mcore import lifetime
 from aropd_mcore.evaluate.extract import Extracted, choice_letter, math_answer, python_code
+from aropd_mcore.evaluate.normalize import is_words, normal_answer, without_unit, words_of
 from aropd_mcore.evaluate.sandbox import Limits, Program, run_tests
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, Gold, MathAnswer
+from aropd_mcore.evaluate.values import only_value
 
 _CHILD = Path(__file__).with_name("math_child.py")
 _MATH_SECONDS = 20.0
@@ -28,6 +31,9 @@ _MATH_SECONDS = 20.0
 _START_SECONDS = 120.0
 _AT_ONCE = 256
 """Responses, between one that is handed on and the last one that is begun."""
+
+_ELLIPSIS = re.compile(r"\\(?:[lc]?dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}")
+_VERDICTS = ("yes", "no", "true", "false")
 
 Verdict = Literal["right", "wrong", "no answer", "time"]
 
@@ -101,6 +107,20 @@ class _MathChild:
         return said
 
 
+def _in_one_form(gold: str, answer: str) -> tuple[str, str]:
+    """Without units; of an answer in words to a question for a value, the one value in it."""
+    if is_words(without_unit(gold)):
+        if gold.casefold() in _VERDICTS and (match := re.match(r"([A-Za-z]+)\s*[,.;:]", answer)):
+            answer = match[1]  # Yes, because
+        return gold, answer
+    gold = without_unit(gold)
+    if not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold)):
+        answer = without_unit(answer)
+    if is_words(answer):
+        answer = only_value(answer) or answer
+    return gold, answer
+
+
 class Graders:
     """Grades many responses at a time; a context manager, which ends the processes it started.
 
@@ -147,7 +167,7 @@ class Graders:
         """One response's grade; several threads may call."""
         match gold:
             case MathAnswer():
-                found = math_answer(text)
+                found = math_answer(text, words=is_words(normal_answer(gold.text)))
                 return self._compared(found, gold) if found.text else _graded(found, False)
             case Choices():
                 found = choice_letter(text, gold)
@@ -157,12 +177,37 @@ class Graders:
                 return self._tested(found, gold) if found.text else _graded(found, False)
 
     def _compared(self, found: Extracted, gold: MathAnswer) -> Grade:
+        same = self._same(gold.text, found.text or "")
+        return _graded(found, bool(same), out_of_time=same is None)
+
+    def _same(self, gold: str, answer: str) -> bool | None:
+        """Whether two answers are the same; None where that takes too long.
+
+        Words are compared as words, terms of an elided list one by one, all else by math-verify.
+        """
+        gold, answer = _in_one_form(normal_answer(gold), normal_answer(answer))
+        if gold == answer:
+            return True
+        if is_words(gold) or is_words(answer):
+            return is_words(gold) and is_words(answer) and words_of(gold) == words_of(answer)
+        if _ELLIPSIS.search(gold + answer):
+            return self._same_terms(gold, answer)
         child = self._children.get()
         try:
-            same = child.same(gold.text, found.text or "", self._math_seconds)
+            return child.same(gold, answer, self._math_seconds)
         finally:
             self._children.put(child)
-        return _graded(found, bool(same), out_of_time=same is None)
+
+    def _same_terms(self, gold: str, answer: str) -> bool | None:
+        """Compare lists with an ellipsis; what it stands for is not computed."""
+        pairs = [re.split(r",|;", _ELLIPSIS.sub(",", text)) for text in (gold, answer)]
+        has_one = [len(_ELLIPSIS.findall(text)) for text in (gold, answer)]
+        terms, others = ([part.strip("{}()[]\\ ") for part in parts] for parts in pairs)
+        terms, others = list(filter(None, terms)), list(filter(None, others))
+        if has_one[0] != has_one[1] or len(terms) != len(others):
+            return False
+        found = [self._same(*pair) for pair in zip(terms, others, strict=True)]
+        return None if None in found else all(found)
 
     def _tested(self, found: Extracted, gold: CodeTests) -> Grade:
         program = Program(found.text or "", gold.names, gold.tests, gold.setup)

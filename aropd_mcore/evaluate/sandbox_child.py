@@ -1,15 +1,19 @@
 """The two processes of a sandbox; run as a program, with the standard library alone.
 
+numpy is imported only where a sample or a test has made one of its values.
+
     candidate   runs the sample's code, and answers calls of its functions
     checker     runs the task's tests, which call those functions through a pipe
 
-The sample shares no interpreter with the tests: what comes back from it is data, of plain types,
-and the checker compares it and tells the parent. A sample can end, hang or patch its own process
-only.
+The sample shares no interpreter with the tests. What comes back from it is data, of which the
+checker builds values of plain types, of the standard library's value types and of numpy's; it
+compares them as one process would, and tells the parent. A sample can end, hang or patch its own
+process only.
 """
 
 import builtins
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -192,33 +196,94 @@ def _check(result: int) -> None:
 # Data between the two
 
 
+_VALUES: dict[str, Callable[[Any], list[Any]]] = {
+    "array.array": lambda value: [value.typecode, value.tolist()],
+    "builtins.bytearray": lambda value: [bytes(value)],
+    "builtins.memoryview": lambda value: [value.tobytes()],
+    "builtins.range": lambda value: [value.start, value.stop, value.step],
+    "builtins.slice": lambda value: [value.start, value.stop, value.step],
+    "collections.OrderedDict": lambda value: [list(value.items())],
+    "collections.deque": lambda value: [list(value), value.maxlen],
+    "datetime.date": lambda value: [value.year, value.month, value.day],
+    "datetime.datetime": lambda value: [
+        *(value.year, value.month, value.day, value.hour, value.minute, value.second),
+        *(value.microsecond, value.tzinfo),
+    ],
+    "datetime.time": lambda value: [
+        *(value.hour, value.minute, value.second, value.microsecond, value.tzinfo)
+    ],
+    "datetime.timedelta": lambda value: [value.days, value.seconds, value.microseconds],
+    "datetime.timezone": lambda value: [value.utcoffset(None)],
+    "decimal.Decimal": lambda value: [str(value)],
+    "fractions.Fraction": lambda value: [value.numerator, value.denominator],
+    "pathlib.PosixPath": lambda value: [str(value)],
+    "pathlib.PurePosixPath": lambda value: [str(value)],
+    "uuid.UUID": lambda value: [value.hex],
+}
+"""Value types of the standard library -> the arguments that make an equal value."""
+_VIEWS: dict[str, Callable[[list[Any]], Any]] = {
+    "dict_items": lambda items: dict(items).items(),
+    "dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "dict_values": lambda items: dict(enumerate(items)).values(),
+}
+_ARRAY_KINDS = "biufcSUmM"
+"""numpy's booleans, numbers, strings and dates, whose bytes are the value."""
+
+
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
-    """A value as JSON holds it; a subclass's as its base class's, any other object as its number.
+    """Encode a value for JSON, so that the decoded one compares as the value itself would.
+
+    numpy's scalars and arrays and the standard library's value types keep their type. A subclass's
+    value becomes its base class's, without methods such as `__eq__` that a sample may have written.
+    Any other object becomes its number.
 
     Args:
-        keep: the number of an object.
+        keep: returns the number of an object.
     """
+    kind = type(value)
+    if kind.__module__ == "numpy" and (data := _encode_numpy(value, keep)):
+        return data
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name in _VALUES:
+        return {"value": [name, [encode(item, keep) for item in _VALUES[name](value)]]}
+    if kind.__qualname__ in _VIEWS and kind.__module__ == "builtins":
+        return {"view": [kind.__qualname__, [encode(item, keep) for item in value]]}
     if isinstance(value, bytes | bytearray):
-        return {"bytes": value.hex()}
+        return {"bytes": bytes(value).hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, list):
         return [encode(item, keep) for item in value]
     if isinstance(value, dict):
         return {"dict": [[encode(k, keep), encode(v, keep)] for k, v in value.items()]}
-    for kind in (tuple, set, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: [encode(item, keep) for item in value]}
+    for base in (tuple, set, frozenset):
+        if isinstance(value, base):
+            return {base.__name__: [encode(item, keep) for item in value]}
     return {"object": keep(value)}
 
 
+def _encode_numpy(value: Any, keep: Callable[[Any], int]) -> Any:
+    """A scalar or array as dtype, shape (None of a scalar) and bytes or items; None of the rest."""
+    import numpy
+
+    if type(value) is not numpy.ndarray and not isinstance(value, numpy.generic):
+        return None
+    array = numpy.asarray(value)
+    shape = list(array.shape) if type(value) is numpy.ndarray else None
+    if array.dtype.kind == "O":
+        return {"numpy": ["O", shape, [encode(item, keep) for item in array.ravel().tolist()]]}
+    if array.dtype.kind not in _ARRAY_KINDS:
+        return None
+    return {"numpy": [array.dtype.str, shape, array.tobytes().hex()]}
+
+
 def decode(data: Any, find: Callable[[int], Any]) -> Any:
-    """The value that `encode` was given.
+    """Return the value that `encode` was given; builds only types that `encode` knows.
 
     Args:
-        find: the object of a number.
+        find: returns the object of a number.
     """
     if isinstance(data, list):
         return [decode(item, find) for item in data]
@@ -231,8 +296,33 @@ def decode(data: Any, find: Callable[[int], Any]) -> Any:
         return bytes.fromhex(content)
     if kind == "complex":
         return complex(*content)
+    if kind == "numpy":
+        dtype, shape, items = content
+        return _decode_numpy(dtype, shape, items, find)
+    if kind in ("value", "view"):
+        name, items = content[0], [decode(item, find) for item in content[1]]
+        if kind == "view":
+            return _VIEWS[name](items)
+        module, _, type_name = name.rpartition(".")
+        if name not in _VALUES:
+            raise TypeError(name)
+        return getattr(importlib.import_module(module), type_name)(*items)
     items = [decode(item, find) for item in content]
     return {"dict": dict, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](items)
+
+
+def _decode_numpy(dtype: str, shape: list[int] | None, content: Any, find: Any) -> Any:
+    import numpy
+
+    if dtype == "O":
+        array = numpy.empty(len(content), dtype=object)
+        for i, item in enumerate(content):  # a slice would take a list for a row
+            array[i] = decode(item, find)
+    elif dtype.strip("<>=|")[0] in _ARRAY_KINDS:
+        array = numpy.frombuffer(bytearray.fromhex(content), dtype)
+    else:
+        raise TypeError(dtype)
+    return array[0] if shape is None else array.reshape(shape)
 
 
 class Channel:

@@ -1,9 +1,11 @@
 """The sandbox for code: what it decides, and samples that mean harm."""
 
+import ast
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,65 @@ def test_values_go_back_and_forth_as_they_are():
     assert run_tests(program, LIMITS).failure == "AssertionError"
 
 
+IMPORTS = """
+import array, collections, datetime, decimal, fractions, pathlib, types, uuid
+import numpy as np
+"""
+VALUES = """
+np.int64(3); np.uint8(3); np.float64(0.5); np.float32(0.1); np.bool_(True); np.bool_(False)
+np.str_('a'); np.bytes_(b'a'); np.complex128(1j); np.float64('nan'); np.datetime64('2024-02-29')
+np.array([1, 2]); np.array([3]); np.array(3); np.array([[1, 2], [3, 4]]); np.array([])
+np.array([True]); np.array([[1], [2, 3]], dtype=object); np.array(['a', 'bc']); np.arange(3)[::-1]
+[np.int64(1), np.int64(2)]; (np.float64(1.0), 2); {np.int64(1): np.bool_(True)}; {np.int64(3)}
+fractions.Fraction(3); fractions.Fraction(1, 2); [fractions.Fraction(1), fractions.Fraction(2)]
+decimal.Decimal('0.5'); decimal.Decimal('3.00'); decimal.Decimal('NaN'); {decimal.Decimal(3)}
+datetime.date(2024, 2, 29); datetime.datetime(2024, 2, 29, 1); datetime.time(1, 2)
+datetime.datetime(2024, 2, 29, tzinfo=datetime.timezone.utc); datetime.timedelta(hours=1)
+range(3); range(0); range(1, 7, 2); slice(1, 2); {1: 2}.keys(); {1: 2}.items(); {1: 2}.values()
+collections.OrderedDict([(1, 2), (3, 4)]); collections.OrderedDict([(3, 4), (1, 2)])
+collections.Counter('aab'); collections.defaultdict(int, {1: 2}); {'a': 2, 'b': 1}; {1: 2}
+collections.deque([1, 2]); collections.deque([1, 2], 2); collections.namedtuple('P', 'x y')(1, 2)
+types.MappingProxyType({1: 2}); array.array('i', [1, 2]); bytearray(b'a'); memoryview(b'a'); b'a'
+uuid.UUID(int=5); pathlib.Path('a'); pathlib.PurePosixPath('a'); 1j; 3; 3.0; 0.5; 0.1; True; 'a'
+[1, 2]; (1, 2); {1, 2}; [0, 1, 2]; [2, 1, 0]; [3]; []; (); None; [True]; ['a', 'bc']; {1}; {3}
+"""
+
+
+def test_results_compare_with_every_expected_value_as_in_one_process():
+    """The published harnesses run the sample and its tests in one process."""
+    values = [value.strip() for line in VALUES.split("\n") for value in line.split(";") if value]
+    compare = f"""{IMPORTS}
+expected = [{", ".join(values)}]
+def compared(result, value):
+    try:
+        return bool(result == value)
+    except Exception as error:
+        return type(error).__name__
+"""
+    here: dict[str, Any] = {}
+    exec(compare, here)
+    results = eval(f"[{', '.join(values)}]", here)
+    table = [[here["compared"](a, b) for b in here["expected"]] for a in results]
+    # Not carried over: a mapping proxy, which stays an object of the sample.
+    proxy = values.index("types.MappingProxyType({1: 2})")
+    rows = [i for i in range(len(values)) if i != proxy]
+    code = f"{IMPORTS}\ndef double(i): return [{', '.join(values)}][i]"
+    tests = f"{compare}\ntable = {table}\nwrong = [(i, j) for i in {rows}\n"
+    tests += "  for j, value in enumerate(expected) if compared(double(i), value) != table[i][j]]\n"
+    tests += "if wrong: raise type(str(wrong), (Exception,), {})"
+    outcome = run_tests(Program(code, ["double"], tests), Limits(cpu=20))
+    pairs = [(values[i], values[j]) for i, j in ast.literal_eval(outcome.failure or "[]")]
+    assert not pairs
+
+
+def test_a_test_may_hand_library_values_to_the_sample():
+    tests = f"{IMPORTS}\nfor value in [np.float64(0.5), np.array([1, 2]), fractions.Fraction(1, 2),"
+    tests += " datetime.date(2024, 2, 29), collections.deque([1], 1), range(3)]:\n"
+    tests += "    same = double(value)\n    assert type(same) is type(value)\n"
+    tests += "    assert str(same) == str(value)"
+    assert run("def double(x): return x", tests).failure == ""
+
+
 FORGERIES = {
     "ends well": "import sys\nsys.exit(0)",
     "ends at once": "import os\nos._exit(0)",
@@ -85,6 +146,34 @@ def double(x): return Equal()""",
 class Equal:
     def __eq__(self, other): return True
 def double(x): return Equal()""",
+    "a fraction equal to everything": """
+import fractions
+class Fraction(fractions.Fraction):
+    __module__ = 'fractions'
+    def __eq__(self, other): return True
+def double(x): return Fraction(1, 3)""",
+    "an array equal to everything": """
+import numpy as np
+class ndarray(np.ndarray):
+    __module__ = 'numpy'
+    def __eq__(self, other): return True
+np.ndarray = ndarray
+def double(x): return np.zeros(1).view(ndarray)""",
+    "patches numpy and fractions": """
+import fractions, numpy as np
+fractions.Fraction.__eq__ = lambda self, other: True
+np.equal = lambda *a: True
+def double(x): return fractions.Fraction(1, 3)""",
+    "names a type that would run code": """
+import sys
+main = sys.modules['__main__']
+main.encode = lambda *a: {'value': ['os._exit', [0]]}
+def double(x): return None""",
+    "names a dtype that would run code": """
+import sys
+main = sys.modules['__main__']
+main.encode = lambda *a: {'numpy': ['V8', None, '00' * 8]}
+def double(x): return None""",
     "patches the interpreter": """
 import builtins, json, sys
 main = sys.modules['__main__']
