@@ -166,8 +166,14 @@ np.equal = lambda *a: True
 def double(x): return fractions.Fraction(1, 3)""",
     "names a type that would run code": """
 import sys
+code = '''
+import os
+for fd in range(64):
+    try: os.write(fd, b'{"failure": "", "not_isolated": ""}')
+    except OSError: pass
+os._exit(0)'''
 main = sys.modules['__main__']
-main.encode = lambda *a: {'value': ['os._exit', [0]]}
+main.encode = lambda *a: {'value': ['builtins.exec', [code]]}
 def double(x): return None""",
     "names a dtype that would run code": """
 import sys
