@@ -26,6 +26,7 @@ from aropd_mcore.data.answer_marks import (
 )
 from aropd_mcore.data.chat import read_turns
 from aropd_mcore.data.records import DataError, is_absent, shown, shown_keys
+from aropd_mcore.data.thoughts import split_thoughts
 
 Record = dict[str, Any]
 
@@ -44,12 +45,6 @@ _EMPTY_ANSWERS = ("", "nan", "null")
 _PLACEHOLDERS = ("proof", "notfound", "n/a", *_EMPTY_ANSWERS)
 """What data sets write in the place of an answer, without white space, `_`, `-` and `.`."""
 
-_THOUGHT_START = re.compile(
-    r"<(?:(?:seed:)?think(?:ing)?|thought|reasoning)>|<\|begin_of_thought\|>|\[THINK\]|◁think▷"
-)
-_THOUGHT_END = re.compile(
-    r"</(?:(?:seed:)?think(?:ing)?|thought|reasoning)>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷"
-)
 _SOLUTION_MARK = re.compile(r"<\|(?:begin|end)_of_solution\|>")
 
 
@@ -186,7 +181,10 @@ def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: 
     Args:
         missing: the reason to give where there is neither.
     """
-    thought, visible = _split_thought(trace, origin)
+    thought, visible, is_finished = split_thoughts(trace)
+    if not is_finished:
+        raise DataError(origin, "the thought (<think>) has no end, so there is no answer")
+    visible = _SOLUTION_MARK.sub("", visible)
     solutions = [reader(visible) for reader in (split_tags, split_hashes, split_boxed)]
     marked = [solution for solution in solutions if solution and solution[1]]
     reasoning = marked[0][0] if marked else visible.strip()
@@ -214,20 +212,6 @@ def _own_answer(record: Record, origin: str) -> str:
 def _unboxed(answer: str) -> str:
     boxed = split_boxed(answer)
     return boxed[1] if boxed else answer
-
-
-def _split_thought(text: str, origin: str) -> tuple[str, str]:
-    """Split a response into its thought, without tags, and the text after it.
-
-    Chat templates may write the opening tag into the prompt, so it need not be there.
-    """
-    ends = list(_THOUGHT_END.finditer(text))
-    thought, visible = (text[: ends[-1].start()], text[ends[-1].end() :]) if ends else ("", text)
-    if _THOUGHT_START.search(visible):
-        raise DataError(origin, "the thought (<think>) has no end, so there is no answer")
-    for mark in (_THOUGHT_START, _THOUGHT_END):
-        thought = mark.sub("", thought)
-    return thought.strip(), _SOLUTION_MARK.sub("", visible)
 
 
 def _check_no_lost_turns(record: Record, origin: str) -> None:

@@ -24,9 +24,9 @@ from rich.progress import track
 
 from aropd_mcore.config import ConfigError
 from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.data.thoughts import opened_thought
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
-from aropd_mcore.evaluate.extract import opened_thought
 from aropd_mcore.evaluate.grade import Graders, check_graders
 from aropd_mcore.evaluate.summary import summarize
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Problem, Task, read_task

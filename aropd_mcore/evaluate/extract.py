@@ -8,17 +8,13 @@ import re
 from typing import NamedTuple
 
 from aropd_mcore.data.answer_marks import boxed_answer, hashes_answer, tagged_answer
+from aropd_mcore.data.thoughts import split_thoughts
 from aropd_mcore.evaluate.choices import stated_choice
 from aropd_mcore.evaluate.normalize import plain_text
 from aropd_mcore.evaluate.tasks import Choices, CodeTests
 from aropd_mcore.evaluate.values import last_value, stated_value, words_at_the_end
 
 _FENCE = re.compile(r"^[ \t]*```")
-_THOUGHT_TAG = re.compile(
-    r"<(?P<end>/?)(?P<name>think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>"
-    r"|<\|(?P<mark>begin|end)_of_thought\|>|\[(?P<slash>/?)THINK\]|◁(?P<stroke>/?)think▷",
-    re.IGNORECASE,
-)
 
 
 class Extracted(NamedTuple):
@@ -28,41 +24,6 @@ class Extracted(NamedTuple):
 
 
 _NOTHING = Extracted(None, "none")
-
-
-def without_thoughts(response: str) -> str:
-    """The part of a response that answers: without `<think>...</think>` and the like.
-
-    A closing tag without an opening one ends a thought that the prompt began. A thought that does
-    not end reaches to the end of the response. `<reasoning>` is a thought, too.
-    """
-    parts: list[str] = []
-    position, thought = 0, None
-    for tag in _THOUGHT_TAG.finditer(response):
-        name = (tag["name"] or tag[0].strip("<>[]◁▷/|")).lower().removeprefix("end_")
-        name = name.removeprefix("begin_")
-        is_end = bool(tag["end"] or tag["slash"] or tag["stroke"]) or tag["mark"] == "end"
-        if not is_end and thought is None:
-            parts.append(response[position : tag.start()])
-            thought = name
-        elif is_end and thought is None:
-            parts, position = [], tag.end()
-        elif is_end and thought == name:
-            position, thought = tag.end(), None
-    if thought is None:
-        parts.append(response[position:])
-    return "".join(parts)
-
-
-def opened_thought(prompt: str) -> str:
-    """The opening tag of a thought with which a prompt ends, or nothing.
-
-    A template may write `<think>` itself: a response that is cut off within the thought has no tag.
-    """
-    last = prompt.rstrip()[-40:]
-    tags = [tag[0] for tag in _THOUGHT_TAG.finditer(last) if tag.end() == len(last)]
-    is_open = bool(tags) and not without_thoughts(f"{tags[0]} within")
-    return tags[0] if is_open else ""
 
 
 def math_answer(response: str, *, words: bool = False) -> Extracted:
@@ -76,7 +37,7 @@ def math_answer(response: str, *, words: bool = False) -> Extracted:
         words: whether the reference is words. `phrase` then takes words, and `words` (the last bold
             text, or a short last line) takes the place of `number`.
     """
-    text = plain_text(without_thoughts(response))
+    text = plain_text(split_thoughts(response).visible)
     tagged = tagged_answer(text)
     if tagged and tagged[1].strip():
         # Models put one form into the other.
@@ -94,14 +55,14 @@ def math_answer(response: str, *, words: bool = False) -> Extracted:
 
 def choice_letter(response: str, choices: Choices) -> Extracted:
     """Find the letter of the choice that a response states; see choices.stated_choice."""
-    return Extracted(*stated_choice(plain_text(without_thoughts(response)), choices))
+    return Extracted(*stated_choice(plain_text(split_thoughts(response).visible), choices))
 
 
 def python_code(response: str, tests: CodeTests) -> Extracted:
     """By `answer`, `block` (the last ``` block that defines what was asked for, or the last block)
     or `text` (all of it, which may go on with the prompt): the code, with the task's header or
     prompt before it."""
-    text = without_thoughts(response)
+    text = split_thoughts(response).visible
     tagged = tagged_answer(text)
     if tagged and tagged[1].strip():
         blocks = _blocks(tagged[1])

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from aropd_mcore.evaluate.extract import math_answer, opened_thought, without_thoughts
+from aropd_mcore.data.thoughts import opened_thought, split_thoughts
+from aropd_mcore.evaluate.extract import math_answer
 from aropd_mcore.evaluate.grade import Graders
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Task, read_task
 from tests.evaluate.answer_cases import CHOICES, HUMANEVAL, MATHEMATICS, OTHER_CHOICES
@@ -68,8 +69,8 @@ def test_code_that_the_published_harness_passes_is_right(graders, shared_data):
         ("\u25c1think\u25b7a\u25c1/think\u25b7b", "b"),
     ],
 )
-def test_without_thoughts_leaves_what_answers(response, answering):
-    assert without_thoughts(response) == answering
+def test_split_thoughts_leaves_the_text_that_answers(response, answering):
+    assert split_thoughts(response).visible == answering
 
 
 def test_an_unfinished_thought_has_no_answer_of_any_kind(graders):

@@ -1,0 +1,58 @@
+"""Thoughts of a response, `<think>...</think>` and the like, apart from what it answers."""
+
+import re
+from typing import NamedTuple
+
+_TAG = re.compile(
+    r"<(?P<end>/?)(?P<name>think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>"
+    r"|<\|(?P<mark>begin|end)_of_thought\|>|\[(?P<slash>/?)THINK\]|◁(?P<stroke>/?)think▷",
+    re.IGNORECASE,
+)
+
+
+class Response(NamedTuple):
+    """A response in two parts."""
+
+    thought: str
+    """The text of all thoughts, without tags."""
+    visible: str
+    """The text outside of thoughts."""
+    is_finished: bool
+    """False if the last thought does not end; it then reaches to the end of the response."""
+
+
+def split_thoughts(response: str) -> Response:
+    """Split a response into its thoughts and its visible part, in linear time.
+
+    A closing tag without an opening one ends a thought that the prompt began. `<reasoning>` is a
+    thought, too. Tags of other names within a thought belong to the thought.
+    """
+    thoughts: list[str] = []
+    visible: list[str] = []
+    position, open_name = 0, None
+    for tag in _TAG.finditer(response):
+        is_end = bool(tag["end"] or tag["slash"] or tag["stroke"]) or tag["mark"] == "end"
+        name = (tag["name"] or str(tag.lastgroup)).lower()
+        if not is_end and open_name is None:
+            visible.append(response[position : tag.start()])
+            position, open_name = tag.end(), name
+        elif is_end and open_name is None:
+            thoughts, visible = [response[: tag.start()]], []
+            position = tag.end()
+        elif is_end and open_name == name:
+            thoughts.append(response[position : tag.start()])
+            position, open_name = tag.end(), None
+    (visible if open_name is None else thoughts).append(response[position:])
+    thought = "\n\n".join(text for part in thoughts if (text := _TAG.sub("", part).strip()))
+    return Response(thought, "".join(visible), open_name is None)
+
+
+def opened_thought(prompt: str) -> str:
+    """The opening tag of a thought with which a prompt ends, or an empty string.
+
+    A chat template may write `<think>` itself: a response that is cut off within the thought has no
+    tag.
+    """
+    last = prompt.rstrip()[-40:]
+    tags = [tag[0] for tag in _TAG.finditer(last) if tag.end() == len(last)]
+    return tags[0] if tags and not split_thoughts(tags[0]).is_finished else ""
