@@ -107,6 +107,11 @@ class _MathChild:
         return said
 
 
+def _wants_words(gold: str) -> bool:
+    """Whether a reference is words, or the letter of a choice."""
+    return is_words(gold) or bool(re.fullmatch(r"\(?[A-Z]\)?", gold))
+
+
 def _in_one_form(gold: str, answer: str) -> tuple[str, str]:
     """Without units; of an answer in words to a question for a value, the one value in it."""
     if is_words(without_unit(gold)):
@@ -167,7 +172,7 @@ class Graders:
         """One response's grade; several threads may call."""
         match gold:
             case MathAnswer():
-                found = math_answer(text, words=is_words(normal_answer(gold.text)))
+                found = math_answer(text, words=_wants_words(normal_answer(gold.text)))
                 return self._compared(found, gold) if found.text else _graded(found, False)
             case Choices():
                 found = choice_letter(text, gold)

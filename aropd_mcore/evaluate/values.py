@@ -9,7 +9,7 @@ import re
 from collections import deque
 from typing import NamedTuple
 
-from aropd_mcore.evaluate.normalize import is_words, normal_answer
+from aropd_mcore.evaluate.normalize import normal_answer
 
 _WHOLE = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|[ ])\d{3})++(?!\d)|\d++)"
 _NUMBER = rf"(?:\d++[ ]\d++/\d++|{_WHOLE}(?:\.\d++)?+(?:[eE][-+]?\d++(?!\w))?+|\.\d++)(?:\s?\\?%)?+"
@@ -21,8 +21,10 @@ _NO_VALUE = (
 _COMMAND = rf"\\(?!(?:{_NO_VALUE})(?![A-Za-z]))[A-Za-z]++(?:\s?{_BRACED})*+"
 _LETTER = r"(?<![A-Za-z\\])[A-Za-zα-ω](?![A-Za-z'])"
 _GROUP = rf"\((?:[\d\s.,+\-*/^={{}}_√×·]|\\[A-Za-z]++|{_LETTER}){{1,80}}+\)"
+_FUNCTION = r"(?<![A-Za-z\\])(?:log|ln|sin|cos|tan)[ ]?(?=[\d(\\])"
 _RAISED = rf"(?:[\^_](?:{_BRACED}|-?\d++|[A-Za-z](?![A-Za-z])|\\[A-Za-z]++))*+"
-_TERM = rf"(?:(?:{_NUMBER}|{_COMMAND}|{_GROUP}|√|∞|∅|{_LETTER}){_RAISED}(?:[ ](?=\\[a-z]))?+)++"
+_ATOM = rf"(?:{_FUNCTION}|{_NUMBER}|{_COMMAND}|{_GROUP}|√|∞|∅|{_LETTER})"
+_TERM = rf"(?:{_ATOM}{_RAISED}(?:[ ](?=\\[a-z]))?+)++"
 _OPERATOR = r"(?:[ ]?(?:[-+*/^×÷·]|\\(?:times|cdot|div|pm)(?![a-z]))[ ]?|(?<=\d):(?=\d))"
 _SIGN = r"(?:[-+±][ ]?)?+(?:\\?[$€£¥][ ]?)?+-?+"
 _EXPRESSION = re.compile(
@@ -37,7 +39,9 @@ _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}[ ]+[A-Za-z]{2,}")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
 _LIST_MARK = re.compile(r"^[ \t]*(?:\d+[.)](?=[ \t]+\S)|[-*+](?=[ \t]))", re.MULTILINE)
 
-_BETWEEN = re.compile(r"[\s*$]*(?:(,|;)?[\s*$]*(and|or)?|\\q?quad)[\s*$]*")
+_BETWEEN = re.compile(
+    r"[\s*$]*(?:(,|;)?[\s*$]*(and|or)?|\\q?quad)[\s*$]*(?:(?<![A-Za-z])[A-Za-z]\s*=\s*)?"
+)
 _STATED = re.compile(r"(?:\b(?:is|are|be|either|values?|solutions?|roots?)|[=:])[\s*$]*$")
 
 _VERB = r"\b(?:is|are|was|equals|(?:will|would|should|must) be)\b[ ]?:?"
@@ -190,8 +194,3 @@ def only_value(text: str) -> str | None:
             break
     texts = {normal_answer(value.text) for value in values}
     return texts.pop() if len(texts) == 1 else None
-
-
-def wants_words(gold: str) -> bool:
-    """Whether a reference answer is words."""
-    return is_words(normal_answer(gold))

@@ -144,7 +144,8 @@ def _last(saver: Saver) -> str:
 
 
 def _way_on(saver: Saver) -> str:
-    return f"{_last(saver)}; rerun the command to {'resume' if saver.newest else 'start again'}."
+    way = "the same command goes on from there" if saver.newest else "rerun the command to start"
+    return f"{_last(saver)}; {way}."
 
 
 def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:

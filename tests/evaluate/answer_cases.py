@@ -202,6 +202,18 @@ MATHEMATICS = [
     ("mgh", "\\boxed{mgh}", True),
     ("2xy", "\\boxed{2yx}", True),
     ("nine", "<answer>nine</answer>", True),
+    ("2, -3", "x = 2 or x = -3", True),
+    ("2, -3", "$x = 2$ or $x = -3$", True),
+    ("A", "The answer is A.", True),
+    ("2", "The answer is log 2.", False),
+    ("\\log 2", "The answer is log 2.", True),
+    ("2", "So it equals e^2.", False),
+    ("10", "It is \\sqrt{10}.", False),
+    ("1", "The answer is $n-1$.", False),
+    ("n-1", "The answer is n - 1.", True),
+    ("\\text{no solution}", "\\boxed{\\text{No solution}}", True),
+    ("False", "False.", True),
+    ("True", "The statement is **true**.", True),
 ]
 CHOICES = [
     ("B", "**B. 15**", True),

@@ -261,11 +261,15 @@ def train_and_export(overrides: list[str]) -> None:
     torch.distributed.barrier()
 
 
-def test_qwen25_7b_on_eight_gpus(tmp_path, monkeypatch):
+def test_qwen25_7b_on_eight_gpus(tmp_path, monkeypatch, capsys):
     plan, train = readme_commands(GSM8K="", QWEN="")[6:]
     (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B))
     monkeypatch.chdir(REPO)
-    planned = run_here([*plan, f"model.path={tmp_path}"])
+    output = StringIO()
+    with redirect_stdout(output):  # prints the plan, and refuses a folder without weights
+        assert cli.main([*plan[1:], f"model.path={tmp_path}"]) == 2
+    assert "holds no weights" in capsys.readouterr().err
+    planned = output.getvalue()
     assert "# 8 processes: TP 4 x PP 1 x DP 2; 7,615,616,512 parameters" in planned
     assert "32 prompts, 32 responses, 8 microbatches of 2" in planned
     config = load_config(Path(train[-1]))

@@ -206,7 +206,7 @@ def test_ends_without_a_checkpoint_name_the_way_on(path):
     assert run_ranks(ends_without_checkpoint, 1, path)[0] == [
         "the time limit leaves no room for one step and a save: raise limits.stop_before or "
         "Slurm's --time. No checkpoint has been saved.",
-        "SIGTERM before step 0. No checkpoint has been saved; rerun the command to start again.",
+        "SIGTERM before step 0. No checkpoint has been saved; rerun the command to start.",
     ]
 
 
