@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from aropd_mcore.data.thoughts import opened_thought, split_thoughts
 from aropd_mcore.evaluate.extract import math_answer
 from aropd_mcore.evaluate.grade import Graders
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Task, read_task
@@ -49,30 +48,6 @@ def test_code_that_the_published_harness_passes_is_right(graders, shared_data):
     assert not wrongly_graded(graders, cases)
 
 
-@pytest.mark.parametrize(
-    ("response", "answering"),
-    [
-        ("no thought", "no thought"),
-        ("<think>a</think>b", "b"),
-        ("a</think>b", "b"),
-        ("<think>a<think>b</think>c</think>d", "d"),
-        ("<think><think>a</think>b", "b"),
-        ("<think>a</think>b<think>c</think>d", "bd"),
-        ("<think>a</think>b<think>c", "b"),
-        ("<think>a", ""),
-        ("<think>a <reasoning>b</reasoning> c", ""),
-        ("<THINKING>a</THINKING>b", "b"),
-        ("<thought>a</thought>b", "b"),
-        ("<reasoning>a</reasoning>b", "b"),
-        ("<|begin_of_thought|>a<|end_of_thought|>b", "b"),
-        ("[THINK]a[/THINK]b", "b"),
-        ("\u25c1think\u25b7a\u25c1/think\u25b7b", "b"),
-    ],
-)
-def test_split_thoughts_leaves_the_text_that_answers(response, answering):
-    assert split_thoughts(response).visible == answering
-
-
 def test_an_unfinished_thought_has_no_answer_of_any_kind(graders):
     golds = [
         MathAnswer("3"),
@@ -85,19 +60,6 @@ def test_an_unfinished_thought_has_no_answer_of_any_kind(graders):
     }
     code = f"{text}</think>\n```\ndef f(x): return x * x\n```"
     assert graders.grade(code, golds[2]).verdict == "right"
-
-
-@pytest.mark.parametrize(
-    ("prompt", "tag"),
-    [
-        ("Q<|im_start|>assistant\n<think>\n", "<think>"),
-        ("Q<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
-        ("Think between <think> and </think>.<|im_start|>assistant\n", ""),
-        ("", ""),
-    ],
-)
-def test_opened_thought_is_the_tag_with_which_a_prompt_ends(prompt, tag):
-    assert opened_thought(prompt) == tag
 
 
 FORMS = {
