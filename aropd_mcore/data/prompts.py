@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from aropd_mcore.data.chat_template import ChatTemplateError
 from aropd_mcore.data.dataset import parse_question, shown
-from aropd_mcore.data.records import DataError, read_records
+from aropd_mcore.data.records import DataError, is_absent, read_records
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row
 
@@ -124,7 +124,7 @@ class Prompts:
         return ids, num_cut
 
     def _kind(self, record: dict[str, Any], origin: str) -> str:
-        kinds = [kind for kind in KINDS if record.get(kind) is not None]
+        kinds = [kind for kind in KINDS if not is_absent(record.get(kind))]
         if len(kinds) != 1:
             problem = "expected one of the keys " + ", ".join(map(repr, KINDS))
             raise DataError(origin, problem, "keys " + (", ".join(map(str, record)) or "none"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aropd_mcore.data.answer_marks import Unusable, answer_text, split_boxed, split_hashes
-from aropd_mcore.data.records import DataError, read_records
+from aropd_mcore.data.records import DataError, is_absent, read_records
 
 Record = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -103,7 +103,7 @@ def read_task(task: Task) -> list[Problem]:
     for number, (origin, record) in enumerate(read_records(task.path), start=1):
         if isinstance(record, DataError):
             raise record
-        record = {key: value for key, value in record.items() if value is not None}
+        record = {key: value for key, value in record.items() if not is_absent(value)}
         format = format or _detect(record, origin)
         try:
             question, gold = _FORMATS[format].convert(record)
@@ -147,8 +147,8 @@ def _from_gsm8k(record: Record) -> tuple[str, Gold]:
 
 def _from_math(record: Record) -> tuple[str, Gold]:
     question = _text(record, "problem", "question").strip()
-    if "answer" in record:
-        return question, MathAnswer(answer_text(record["answer"]))
+    if answer := answer_text(record.get("answer", "")):
+        return question, MathAnswer(answer)
     solution = split_boxed(_text(record, "solution"))
     if solution is None:
         raise Unusable("no 'answer', and no \\boxed{} in 'solution'")

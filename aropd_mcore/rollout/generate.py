@@ -1,5 +1,6 @@
 """Responses to a file of prompts, from any checkpoint: the work of `aropd generate`."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,9 @@ def generate(job: Job, runtime: Runtime) -> None:
             if runtime.rank == 0:
                 raise
             return  # the first rank says why
+        if runtime.rank == 0:
+            for note in view_builder.notes:
+                print(note, file=sys.stderr)
         probe_ids = (*prompts.ids(next(iter(prompts)))[0], view_builder.end_id)[-_PROBE_TOKENS:]
         sampling = engine_of(
             job,

@@ -47,6 +47,10 @@ def problems_of(folder: Path, *records: Any, task: str = "t") -> list[Problem]:
         ({"question": "q", "answer": "2 * 9 = <<2*9=18>>18\n#### 1,080"}, MathAnswer("1,080")),
         ({"problem": "q", "answer": 27.0, "solution": "s"}, MathAnswer("27")),
         ({"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."}, MathAnswer("\\frac{1}{2}")),
+        *(
+            ({"problem": "q", "solution": "so \\boxed{7}.", "answer": absent}, MathAnswer("7"))
+            for absent in (None, float("nan"), " ")
+        ),
         ({"question": "q", "reasoning": "z", "answer": "70"}, MathAnswer("70")),
         ({"question": "q", "choices": ABC, "answer": 2}, Choices(ABC, "C")),
         ({"question": "q", "options": ABC, "answer": "B", "answer_index": 1}, Choices(ABC, "B")),
