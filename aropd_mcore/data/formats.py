@@ -36,13 +36,18 @@ _CHAT_KEYS = ("messages", "conversations")
 _TYPE_KEYS = ("question_type", "problem_type")
 _VALIDITY_KEYS = ("problem_is_valid", "solution_is_valid")
 USED_KEYS = (
-    *("reasoning", "input"),
+    *("reasoning", "reasoning_content", "thinking", "input", "history"),
     *(_QUESTION_KEYS + _RESPONSE_KEYS + _CHAT_KEYS + _TYPE_KEYS + _VALIDITY_KEYS),
 )
 """The keys that `convert` looks at."""
 
+_THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _EMPTY_ANSWERS = ("", "nan", "null")
-_PLACEHOLDERS = ("proof", "notfound", "n/a", *_EMPTY_ANSWERS)
+_PLACEHOLDERS = (
+    *("proof", "proven", "proved", "qed", "proofiscomplete", "seesolution", "seeproof"),
+    *("notfound", "notprovided", "notavailable", "noanswer", "n/a", "?", "youranswer"),
+    *("youranswerhere", *_EMPTY_ANSWERS),
+)
 """What data sets write in the place of an answer, without white space, `_`, `-` and `.`."""
 
 _SOLUTION_MARK = re.compile(r"<\|(?:begin|end)_of_solution\|>")
@@ -142,7 +147,8 @@ def _from_tags(record: Record, origin: str) -> Exchange:
     key = _first_key(record, _RESPONSE_KEYS, origin)
     own = {} if key == "answer" else record
     missing = f"no <answer>...</answer> in {key!r}"
-    return _exchange({"question": question}, _text(record, key, origin), own, origin, missing)
+    trace = _with_thought(record, _text(record, key, origin))
+    return _exchange({"question": question}, trace, own, origin, missing)
 
 
 def _from_messages(record: Record, origin: str) -> Exchange:
@@ -160,8 +166,7 @@ def _from_messages(record: Record, origin: str) -> Exchange:
         raise DataError(origin, problem, ", ".join(after[:8]))
     turns[last_user] = ("user", turns[last_user][1].strip())
     prompt = [{"role": role, "content": text} for role, text in turns[:-1]]
-    thought = record[key][-1].get("reasoning_content")
-    trace = f"<think>{thought}</think>{turns[-1][1]}" if isinstance(thought, str) else turns[-1][1]
+    trace = _with_thought(record[key][-1], turns[-1][1])
     missing = "the assistant turn has no <answer>, '####' or \\boxed{}"
     return _exchange({"messages": prompt}, trace, record, origin, missing)
 
@@ -200,6 +205,13 @@ def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: 
     return Exchange(prompt, whole, answers[0], others[0] if others else None)
 
 
+def _with_thought(record: Record, response: str) -> str:
+    """A response behind the thought that its record has under a key of its own."""
+    thought = next((v for key in _THOUGHT_KEYS if isinstance(v := record.get(key), str)), "")
+    has_thought = not thought.strip() or thought.strip() in response
+    return response if has_thought else f"<think>{thought}</think>{response}"
+
+
 def _own_answer(record: Record, origin: str) -> str:
     """Read the record's `answer`; empty if there is none."""
     try:
@@ -216,6 +228,9 @@ def _unboxed(answer: str) -> str:
 
 def _check_no_lost_turns(record: Record, origin: str) -> None:
     """Refuse a record whose chat has turns before the question that was taken from another key."""
+    if record.get("history"):  # LLaMA-Factory: [question, response] of each earlier exchange
+        problem = "'history' has earlier turns beside the question: write them as 'messages'"
+        raise DataError(origin, problem, shown(record["history"]))
     for key in _CHAT_KEYS:
         turns = record.get(key)
         roles = [

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 _TAG = re.compile(
     r"<(?P<end>/?)(?P<name>think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think)>"
-    r"|<\|(?P<mark>begin|end)_of_thought\|>|\[(?P<slash>/?)THINK\]|◁(?P<stroke>/?)think▷",
+    r"|<\|(?P<mark>begin|end)_of_thought\|>|\[(?P<slash>/?)THINK\]|◁(?P<stroke>/?)think▷"
+    r"|(?P<channel>(?:<\|start\|>assistant)?<\|channel\|>"
+    r"(?:(?P<final>final)|analysis|commentary)<\|message\|>)",
     re.IGNORECASE,
 )
 
@@ -25,13 +27,16 @@ def split_thoughts(response: str) -> Response:
     """Split a response into its thoughts and its visible part, in linear time.
 
     A closing tag without an opening one ends a thought that the prompt began. `<reasoning>` is a
-    thought, too. Tags of other names within a thought belong to the thought.
+    thought, too, and so are the channels that gpt-oss writes before `final`. Tags of other names
+    within a thought belong to the thought.
     """
     thoughts: list[str] = []
     visible: list[str] = []
     position, open_name = 0, None
     for tag in _TAG.finditer(response):
-        is_end = bool(tag["end"] or tag["slash"] or tag["stroke"]) or tag["mark"] == "end"
+        is_end = (
+            any(tag[name] for name in ("end", "slash", "stroke", "final")) or tag["mark"] == "end"
+        )
         name = (tag["name"] or str(tag.lastgroup)).lower()
         if not is_end and open_name is None:
             visible.append(response[position : tag.start()])

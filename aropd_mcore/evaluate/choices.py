@@ -8,18 +8,18 @@ import re
 from collections import deque
 
 from aropd_mcore.data.answer_marks import boxed_answer, tagged_answer
-from aropd_mcore.evaluate.normalize import normal_answer, words_of
+from aropd_mcore.evaluate.normalize import normal_answer, without_text_commands, words_of
 from aropd_mcore.evaluate.tasks import LETTERS, Choices
 
-_OPEN = r"(?:[*_`\"'(\[{$]|\\(?:text|math)\w*\s*\{|\\[(\[])*"
-_CLOSE = r"[*_`\"')\]}$\\]*"
+_OPEN = r"(?:[*_`\"'(\[{$]|\\(?:text|math)\w{0,8}\s?\{|\\[(\[]){0,12}+"
+_CLOSE = r"[*_`\"')\]}$\\]{0,12}"
 _SUBJECT = r"(?:(?:option|choice|letter|answer)\s+)?"
 _NAMED = rf"{_SUBJECT}{_OPEN}(?P<letter>[A-Za-z]){_CLOSE}"
 _NOT_A_WORD = r"(?![A-Za-z0-9'’-])"
 _PHRASES = [
     # the answer is C; answer: (c) green
     re.compile(
-        rf"\b(?:answer|choice|option)s?\b(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?)?[*_\s]*"
+        rf"\b(?:answers?|(?:choice|option)(?![*_\s]*:[*_\s]*\n))\b(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?)?[*_\s\"']*"
         rf"(?:(?:is|are|was|(?:would|must|should) be)\b[*_\s]*:?|[:=])[*_\s]*"
         rf"(?:(?:therefore|thus|clearly|simply|definitely|for\s+sure)\s+)?{_NAMED}{_NOT_A_WORD}",
         re.IGNORECASE,
@@ -30,7 +30,8 @@ _PHRASES = [
     re.compile(
         rf"(?<![A-Za-z0-9'\\]){_NAMED}(?:[.:)]?\s[^.\n]{{0,80}}?)?\s+(?:is|must\s+be|would\s+be)\s+"
         rf"(?:(?:therefore|clearly|indeed|thus)\s+)?"
-        rf"(?:(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|true)\b|the\s+answer\b)",
+        rf"(?:(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|true)\b|the\s+answer\b)"
+        rf"(?!\s+(?:only|if|when)\b)",
         re.IGNORECASE,
     ),
     # therefore I think it's C
@@ -88,7 +89,7 @@ def stated_choice(text: str, choices: Choices) -> tuple[str | None, str]:
 
 def _letter_in(found: str, choices: Choices, letters: str) -> str | None:
     """The letter that an answer names, or whose text it is."""
-    plain = normal_answer(boxed_answer(found) or found)
+    plain = without_text_commands(normal_answer(boxed_answer(found) or found))
     if len(plain) > 1 and (letter := _by_text(plain, choices)):
         return letter
     if match := _ALONE.fullmatch(plain):

@@ -20,7 +20,13 @@ from typing import Literal
 
 from aropd_mcore import lifetime
 from aropd_mcore.evaluate.extract import Extracted, choice_letter, math_answer, python_code
-from aropd_mcore.evaluate.normalize import is_words, normal_answer, without_unit, words_of
+from aropd_mcore.evaluate.normalize import (
+    LONGEST_ANSWER,
+    is_words,
+    normal_answer,
+    without_unit,
+    words_of,
+)
 from aropd_mcore.evaluate.sandbox import Limits, Program, run_tests
 from aropd_mcore.evaluate.tasks import Choices, CodeTests, Gold, MathAnswer
 from aropd_mcore.evaluate.values import only_value
@@ -33,6 +39,9 @@ _AT_ONCE = 256
 """Responses, between one that is handed on and the last one that is begun."""
 
 _ELLIPSIS = re.compile(r"\\(?:[lc]?dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}")
+_HALF_OF_DAY = re.compile(r"\d\s*(?:\\text\s*\{)?\s*([ap])\.?\s*m(?![A-Za-z])", re.IGNORECASE)
+_BASE = re.compile(r"(?<=[\dA-F}])_\s*\{?\s*(?:\\text\{)?(\d+)\s*\}*$")
+"""The base of a number such as `1010_2`; math-verify does not compare it."""
 _VERDICTS = ("yes", "no", "true", "false")
 
 Verdict = Literal["right", "wrong", "no answer", "time"]
@@ -190,11 +199,20 @@ class Graders:
 
         Words are compared as words, terms of an elided list one by one, all else by math-verify.
         """
-        gold, answer = _in_one_form(normal_answer(gold), normal_answer(answer))
+        gold, answer = normal_answer(gold), normal_answer(answer)
+        if len(answer) > LONGEST_ANSWER:
+            return gold == answer
+        halves = [_HALF_OF_DAY.search(text) for text in (gold, answer)]
+        if halves[0] and halves[1] and halves[0][1].lower() != halves[1][1].lower():
+            return False
+        gold, answer = _in_one_form(gold, answer)
         if gold == answer:
             return True
         if is_words(gold) or is_words(answer):
             return is_words(gold) and is_words(answer) and words_of(gold) == words_of(answer)
+        bases = [_BASE.search(text) for text in (gold, answer)]
+        if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
+            return False
         if _ELLIPSIS.search(gold + answer):
             return self._same_terms(gold, answer)
         child = self._children.get()

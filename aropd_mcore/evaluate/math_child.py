@@ -18,6 +18,7 @@ import json
 import logging
 import resource
 import sys
+from dataclasses import replace
 from typing import Any
 
 _MEMORY = 4 << 30
@@ -39,7 +40,10 @@ def main() -> None:
         return same
 
     grader.sympy_numeric_eq = numeric_eq
-    configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    # normalize.py removes units: math-verify takes the variables of 5t and 4ab for units.
+    form = replace(LatexExtractionConfig().normalization_config, units=False)
+    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=form)
+    configs = [latex, ExprExtractionConfig()]
 
     def same(gold: str, answer: str) -> bool:
         truth, found = (

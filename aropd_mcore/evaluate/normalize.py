@@ -8,6 +8,9 @@ is_words        whether an answer is words, which are compared as words
 import re
 import unicodedata
 
+LONGEST_ANSWER = 4_000
+"""In characters. Some patterns take quadratic time."""
+
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ"
 _SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
 _RAISED = re.compile(rf"([{_SUPERSCRIPTS}]+)|([{_SUBSCRIPTS}]+)")
@@ -42,7 +45,7 @@ _WRAPPERS = [
         r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]",
         r"\*\*(.*)\*\*|\*([^*]*)\*|__(.*)__|`+([^`]*)`+",
         r"\"([^\"]*)\"|'([^']*)'",
-        rf"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|boldsymbol|boxed|fbox)\s*{_BRACED}",
+        rf"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|boldsymbol|underline|boxed|fbox)\s*{_BRACED}",
     )
 ]
 _MARKED = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
@@ -54,7 +57,9 @@ _START = re.compile(
 )
 _SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
 _NO_MEANING = re.compile(
-    r"(?<!\\)\\!\s*|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"
+    r"\\(?:text)?color\s*\{[^{}]*\}|(?<=\d)\s*\^\s*(?:\{\s*)?(?:\\(?:text|mathrm|textrm)\s*\{)?"
+    r"(?:st|nd|rd|th)(?![A-Za-z])\}{0,2}"
+    r"|(?<!\\)\\!\s*|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])"
     r"|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])|°(?:\s*[CF]\b)?"
     r"|(?:\bUS)?\\?[$€£¥₹₩₽]"
 )
@@ -72,8 +77,15 @@ _ROOT = re.compile(
 _PERCENT = re.compile(r"\s*(?:(?<!\\)%|(?<=\d)\s*\bpercent(?:age)?\b)")
 _WORD = re.compile(r"(?:^|\s)[(\"']*[^\W\d_]{2,}(?:[.'-]+[^\W\d_]+)*[.,;:!?)\"']*(?:\s|$)")
 _MATHEMATICS = re.compile(r"[=^_<>+&\[{]|\\(?:begin|frac|sqrt)|(?:^|\s)[-*/](?:\s|$)")
+_SHORT_UNITS = (
+    "[cdkmnμ]?m|[cdkm]?[lL]|[kmM]?g|mi|in|ft|yds?|lbs?|oz|hrs?|ms|min|sec|mph|kph|km/?h|rpm|[kMG]?Hz|[kMG]?W"
+    "|[kM]?J|[kM]?Pa|[kMG]?eV|[kM]?N|[kM]?cal|deg|rad|mol|Rs|USD|EUR|GBP|INR|cts?|pts?|sq|cu|st|nd|rd|th"
+)
+"""Words of any other two letters, as in `5 mn`, and other words without a blank are variables."""
 _UNIT = re.compile(
-    r"(?<=[\d})%])(?:\s*+(?:\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}|/|[A-Za-z][A-Za-z.]++"
+    r"(?<=[\d})%])(?:\s*+(?:\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}|/|(?<=\s)(?:per|of)(?![A-Za-z])|(?<=[A-Za-z.]\s)an?(?![A-Za-z])"
+    rf"|(?:(?!(?:[A-Za-z]|m\^)(?![A-Za-z]))(?:{_SHORT_UNITS})|[aApP]\.?[mM])(?![A-Za-z])\.?"
+    r"|(?<=\s)(?=[A-Za-z]{0,2}[aeiouAEIOU])[A-Za-z]{3}[A-Za-z.]*+|[A-Za-z]{5}[A-Za-z.]*+"
     r"|(?<=[\s/])[ACJKLNVWghms](?![A-Za-z])|[cdk]?m(?=\s*\^))(?:\s*\^\s*\{?\s*-?[1-3]\s*\}?)?+)++$"
 )
 
@@ -104,8 +116,14 @@ def _vulgar_fraction(match: re.Match[str]) -> str:
 
 
 def normal_answer(text: str) -> str:
-    """One answer as LaTeX or words, without Markdown, currency, degree signs and separators."""
-    text = plain_text(text).translate(_SYMBOL_TABLE)
+    """One answer as LaTeX or words, without Markdown, currency, degree signs and separators.
+
+    A text over LONGEST_ANSWER is no answer: it keeps its form.
+    """
+    text = re.sub(r"\s+", " ", plain_text(text)).strip()
+    if len(text) > LONGEST_ANSWER:
+        return text
+    text = text.translate(_SYMBOL_TABLE)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}|^\s*\{\s*\}\s*$", r"\\emptyset", text)
     text = _unwrapped(text)
@@ -118,7 +136,7 @@ def normal_answer(text: str) -> str:
     text = _POWER_OF_TEN.sub(r"\1 \\times 10^{\2}", text)
     text = re.sub(r"(?<=[\w)}])\*\*(?=[\w({\-])", "^", text)
     text = re.sub(r"\^\s*([-+]?\d+)", r"^{\1}", text)
-    text = re.sub(r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*(\w|\\pi)\s*(\w)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?!\w)", r"\1\\frac{\2}{\3}", text)
     listed = _CONNECTIVE.sub(", ", re.sub(r"^(?:either|both)\s", "", text, flags=re.IGNORECASE))
     if not is_words(listed):
@@ -150,11 +168,16 @@ def without_unit(text: str) -> str:
 
 def is_words(text: str) -> bool:
     """Whether an answer is words: letters of them are no product of variables."""
-    plain = _TEXT.sub(r"\1", text)
+    plain = without_text_commands(text)
     return not _MATHEMATICS.search(plain) and bool(_WORD.search(_BARE_FUNCTION.sub("", plain)))
+
+
+def without_text_commands(text: str) -> str:
+    """`B. 15` of `\\text{B. } 15`."""
+    return _TEXT.sub(r"\1", text)
 
 
 def words_of(text: str) -> list[str]:
     """The words and numbers of an answer, without case, punctuation and a first article."""
-    words = re.findall(r"[^\W_]+(?:[.'/-][^\W_]+)*", _TEXT.sub(r"\1", text).casefold())
+    words = re.findall(r"[^\W_]+(?:[.'/-][^\W_]+)*", without_text_commands(text).casefold())
     return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words

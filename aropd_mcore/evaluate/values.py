@@ -12,7 +12,8 @@ from typing import NamedTuple
 from aropd_mcore.evaluate.normalize import normal_answer
 
 _WHOLE = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|[ ])\d{3})++(?!\d)|\d++)"
-_NUMBER = rf"(?:\d++[ ]\d++/\d++|{_WHOLE}(?:\.\d++)?+(?:[eE][-+]?\d++(?!\w))?+|\.\d++)(?:\s?\\?%)?+"
+_AFTER = r"(?:\s?\\?%|[ ]?[aApP]\.?[mM]\b)"  # %, a.m. or p.m.
+_NUMBER = rf"(?:\d++[ ]\d++/\d++|{_WHOLE}(?:\.\d++)?+(?:[eE][-+]?\d++(?!\w))?+|\.\d++){_AFTER}?+"
 _BRACED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*+\})*+\})*+\}"
 _NO_VALUE = (
     "times|cdot|div|pm|text\\w*|math\\w*|mbox|begin|end|item|left|right|q?quad|approx|l?eq?|g?eq?|n?eq?"
@@ -27,10 +28,16 @@ _ATOM = rf"(?:{_FUNCTION}|{_NUMBER}|{_COMMAND}|{_GROUP}|√|∞|∅|{_LETTER})"
 _TERM = rf"(?:{_ATOM}{_RAISED}(?:[ ](?=\\[a-z]))?+)++"
 _OPERATOR = r"(?:[ ]?(?:[-+*/^×÷·]|\\(?:times|cdot|div|pm)(?![a-z]))[ ]?|(?<=\d):(?=\d))"
 _SIGN = r"(?:[-+±][ ]?)?+(?:\\?[$€£¥][ ]?)?+-?+"
+_WORD_CHARACTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"  # Chinese has no spaces: 是12
 _EXPRESSION = re.compile(
-    rf"(?<![\w.\\^}}]){_SIGN}{_TERM}(?:{_OPERATOR}{_SIGN}{_TERM})*+", re.IGNORECASE
+    rf"(?<!{_WORD_CHARACTER})(?<![.\\^}}]){_SIGN}{_TERM}(?:{_OPERATOR}{_SIGN}{_TERM})*+",
+    re.IGNORECASE,
 )
 _CURRENCY = re.compile(r"\\?[$€£¥][ ]?")
+_SQUARED_UNIT = re.compile(
+    r"(?<=[\dπ})])(?:[ ]?(?:[cdkm]m|in|ft|yds?|mi|inches|feet|units?)|[ ]m)"
+    r"[ ]?\^\{?[23]\}?(?!\w)"
+)
 _COUNTS = re.compile(r"\d|\\(?:pi|infty|emptyset|varnothing|sqrt|frac)(?![A-Za-z])|[π∞∅√]")
 
 _MATH_MARK = re.compile(r"\\.|\$\$?", re.DOTALL)
@@ -47,16 +54,17 @@ _STATED = re.compile(r"(?:\b(?:is|are|be|either|values?|solutions?|roots?)|[=:])
 _VERB = r"\b(?:is|are|was|equals|(?:will|would|should|must) be)\b[ ]?:?"
 _PHRASE = re.compile(
     rf"\banswers?(?![a-z])(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?[ ](?={_VERB}))?"
-    rf"[*_ ]*(?:{_VERB}|:|=|(?=\n))(?!\s*not\b)",
+    rf"[*_\"' ]*(?:{_VERB}|:|=|(?=\n))(?!\s*not\b)",
     re.IGNORECASE,
 )
 _HEADING = re.compile(r"[#*_\s]*(?:the\s+|final\s+|correct\s+)*", re.IGNORECASE)
 _FILLER = re.compile(
-    r"(?:[\s*_:=≈`]|\\approx(?![a-z])|(?:therefore|thus|simply|just|equal to|approximately|about"
+    r"(?:[\s*_:=≈`\"]|\\approx(?![a-z])|(?:therefore|thus|simply|just|equal to|approximately|about"
     r"|exactly|given by|now|either|both)\b|(?:[A-Za-z](?:_\w+|\([A-Za-z]\))?\s*=))*",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.!?](?=\s|$|\*)|\n")
+_VERDICT = re.compile(r"\s*(?:yes|no|true|false)\s*[,.;:]", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]{1,60})\*\*")
 _LONGEST = 600
 _MOST_PHRASES = 32
@@ -80,6 +88,7 @@ def values_in(text: str) -> list[Value]:
         position = formula.end
     rest = "".join([*parts, text[position:]])
     rest = _LIST_MARK.sub(lambda match: "\0" * len(match[0]), rest)
+    rest = _SQUARED_UNIT.sub(lambda match: "\0" * len(match[0]), rest)
     plain = [
         Value(*match.span(), _CURRENCY.sub("", match[0]).strip(), False)
         for match in _EXPRESSION.finditer(rest)
@@ -159,6 +168,8 @@ def _in_sentence(rest: str, wants_words: bool) -> str | None:
         rest = rest[: end.start() if end else len(rest)]
         values = [value for value in values if value.end <= len(rest)]
     if wants_words:
+        if rest.count("**") == 1:  # the end of bold words
+            rest = rest.partition("**")[0]
         return rest.strip(" \t*_`") or None
     if not values:
         return None
@@ -177,12 +188,13 @@ def _in_sentence(rest: str, wants_words: bool) -> str | None:
 
 
 def words_at_the_end(text: str) -> str | None:
-    """The last bold words, or the last line where it is a few words."""
+    """The last bold words, or the last line where it is a few words or begins with `Yes,`."""
     lines = [line for line in text.splitlines() if line.strip()]
     bold = _BOLD.findall(text)
     if bold:
         return bold[-1]
-    return lines[-1].strip() if lines and len(lines[-1].split()) <= 4 else None
+    is_short = bool(lines) and (len(lines[-1].split()) <= 4 or bool(_VERDICT.match(lines[-1])))
+    return lines[-1].strip() if is_short else None
 
 
 def only_value(text: str) -> str | None:

@@ -100,6 +100,19 @@ KEPT = {
         chat(USER, turn("assistant", BOX, reasoning_content=THOUGHT)),
         (f"{THOUGHT}\n\n{BOX}", "7"),
     ),
+    "chat with reasoning": (
+        chat(USER, turn("assistant", BOX, reasoning=THOUGHT)),
+        (f"{THOUGHT}\n\n{BOX}", "7"),
+    ),
+    "reasoning beside a response": (
+        response(BOX) | {"reasoning": THOUGHT},
+        (f"{THOUGHT}\n\n{BOX}", "7"),
+    ),
+    "reasoning that the response has": (
+        response(f"<think>{THOUGHT}</think>{BOX}") | {"reasoning": THOUGHT},
+        (f"{THOUGHT}\n\n{BOX}", "7"),
+    ),
+    "empty history": ({"instruction": Q, "output": BOX, "history": []}, (BOX, "7")),
     "chat in parts": (chat(turn("user", part(Q)), turn("assistant", part(BOX))), (BOX, "7")),
     "chat beside its problem": (numina(messages=[USER, ASSISTANT]), (BOX, "7")),
     "sharegpt": (
@@ -121,6 +134,15 @@ DROPPED = {
     "not found": (
         numina(answer="Not found"),
         "the answer is 'notfound': there is no final answer",
+    ),
+    "QED": (numina(answer="\\text{Q.E.D.}"), "the answer is 'qed': there is no final answer"),
+    "example of the format": (
+        response("<answer>your answer here</answer>"),
+        "the answer is 'youranswerhere': there is no final answer",
+    ),
+    "history": (
+        {"instruction": Q, "output": BOX, "history": [["Hi", "Hello"]]},
+        "'history' has earlier turns beside the question: write them as 'messages'",
     ),
     "invalid problem": (numina(problem_is_valid="Incomplete"), "'problem_is_valid' is not 'Yes'"),
     "no solution": (

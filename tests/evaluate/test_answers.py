@@ -103,6 +103,15 @@ def test_aime_solutions_are_right(graders, shared_data):
     assert not wrongly_graded(graders, [(p.gold, solution, True) for p, solution in pairs])
 
 
+@pytest.mark.parametrize("piece", ["$", "{", "**", "\\!", "~", "\n", "answer: 1 "])
+def test_stated_choice_and_same_answer_of_100_000_repeated_marks_finish(graders, piece):
+    text = piece * (100_000 // len(piece))
+    choices = Choices(("1", "2"), "A")
+    for response in (text, f"<answer>1{text}!</answer>"):
+        graders.grade(response, choices)
+        graders.grade(response, MathAnswer("1"))
+
+
 @pytest.mark.parametrize(
     "piece", ["$", "\\(", "\\frac{", "1, ", "(1", "x^", "answer: 1 ", "<think>", "**"]
 )
