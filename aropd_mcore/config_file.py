@@ -33,6 +33,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8: {error}") from error
+    if tree is None:
+        raise ConfigError(f"{path}: the file holds no settings; expected a mapping at the top")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
     for override in overrides or []:

@@ -91,6 +91,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
+        if isinstance(error, yaml.composer.ComposerError) and error.context and error.problem:
+            problem = f"{error.context}, {error.problem}"  # one sentence, in two halves
         raise _not_yaml(where, mark.line if mark else 0, str(problem)) from error
     except yaml.reader.ReaderError as error:
         character = f"character {chr(error.character)!a}: {error.reason}"

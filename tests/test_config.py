@@ -238,7 +238,7 @@ def test_files_that_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"run\.yaml: not YAML"):
         load_config(path)
     path.write_text("")
-    with pytest.raises(ConfigError, match="expected a mapping at the top, found NoneType"):
+    with pytest.raises(ConfigError, match="the file holds no settings; expected a mapping at"):
         load_config(path)
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml")

@@ -85,7 +85,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(
         ("a: 1\n1: 2", "line 2: expected a name as key, found 1"),
         ("{true: 2}", "line 1: expected a name as key, found True"),
         ("? [a]\n: 2", "line 1: expected a name as key, found ['a']"),
-        ("a: 1\n---\na: 2", "not YAML: line 2: but found another document"),
+        ("a: 1\n---\na: 2", "not YAML: line 2: expected a single document"),
         ("a:\n\tb: 1", r"not YAML: line 2: found character '\t' that cannot start any token"),
         ("a: &x [*x]", "line 1: an alias is within the value that its anchor names"),
         ("a: &x {b: *x}", "line 1: an alias is within the value that its anchor names"),

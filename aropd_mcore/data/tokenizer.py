@@ -22,7 +22,8 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir}: no such folder; expected a HF model folder")
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    # Without one of these files transformers makes a tokenizer that drops every text.
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((model_dir / name).is_file() for name in names):
         raise ValueError(f"{model_dir}: no tokenizer in this folder; expected {' or '.join(names)}")
     try:
@@ -30,11 +31,41 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
         # Settings of a wrong type are taken by the constructor and fail at the first use.
         special_tokens(tokenizer)
         plain_ids(tokenizer, "a text")
-        return tokenizer
     except Exception as error:  # Anything, from a Rust parser's error to a KeyError.
         raise ValueError(
-            f"{model_dir}: the tokenizer cannot be loaded: {one_line(error)}"
+            f"{_unreadable_file(model_dir) or model_dir}: the tokenizer cannot be loaded: "
+            f"{one_line(error)}"
         ) from error
+    _check_one_template(model_dir)
+    return tokenizer
+
+
+def _unreadable_file(model_dir: Path) -> Path | None:
+    """The first of the tokenizer's text files that is not UTF-8 or not JSON."""
+    for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json", "chat_template.jinja"):
+        path = model_dir / name
+        if path.is_file():
+            try:
+                text = path.read_text(encoding="utf-8")
+                if path.suffix == ".json":
+                    json.loads(text)
+            except (OSError, ValueError, RecursionError):
+                return path
+    return None
+
+
+def _check_one_template(model_dir: Path) -> None:
+    """Raise ValueError if the folder holds two chat templates that differ."""
+    file, settings = model_dir / "chat_template.jinja", model_dir / "tokenizer_config.json"
+    if not file.is_file() or not settings.is_file():
+        return
+    other = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    template = file.read_text(encoding="utf-8")
+    if isinstance(other, str) and other.rstrip("\n") != template.rstrip("\n"):
+        raise ValueError(
+            f"{file}: the chat template differs from chat_template in {settings.name}; older "
+            "versions of transformers read the latter. Keep the one that is right."
+        )
 
 
 def response_end_id(tokenizer: "PreTrainedTokenizerBase") -> int:

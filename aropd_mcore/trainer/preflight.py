@@ -84,8 +84,8 @@ def preflight(config: Config, *, same_environment: bool = True) -> list[str]:
     """
     if same_environment:
         check_packages(config)
-    _check_writable(config.output_dir)
-    _check_writable(config.output_dir / "checkpoints")
+    for folder in (".", "checkpoints", "hf"):
+        _check_writable(config.output_dir / folder)
     inputs = open_inputs(config)
     steps = f"{inputs.num_steps} steps of {config.training.global_batch_size} responses"
     return [f"{describe_rows(inputs.dataset)}, {steps}", *inputs.notes, *_start(config, inputs)]
@@ -207,6 +207,13 @@ class _RowNotes:
             found.append(
                 f"the partial view of {self._of_all(self._equal)} equals the full view, so their "
                 f"residual is zero; first: {self._equal[0]}"
+            )
+        skip = config.objective.skip_response_tokens
+        if skip >= response:
+            found.append(
+                f"no token counts in the loss, so every step will be skipped: "
+                f"objective.skip_response_tokens {skip} is not less than "
+                f"rollout.max_response_tokens {response}; lower the former"
             )
         if self._truncated:
             found.append(

@@ -40,6 +40,33 @@ def test_folders_without_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+    save_tiny_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer in this folder; expected tok"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_tokenizer_with_a_broken_file_names_the_file(tmp_path):
+    for name, content in (
+        ("tokenizer.json", b'{"version": "1.0", '),
+        ("tokenizer_config.json", b"{"),
+        ("chat_template.jinja", b"{{ messages }} \xe9"),
+    ):
+        save_tiny_tokenizer(tmp_path)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{tmp_path / name}: the tokenizer cannot be loaded"):
+            load_tokenizer(tmp_path)
+
+
+def test_load_tokenizer_with_two_chat_templates_refuses_unless_they_are_equal(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    file, settings = tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    write_json(settings, content | {"chat_template": file.read_text() + "\n"})
+    load_tokenizer(tmp_path)
+    write_json(settings, content | {"chat_template": "{{ messages[0]['content'] }}"})
+    with pytest.raises(ValueError, match=f"{file}: the chat template differs from chat_template"):
+        load_tokenizer(tmp_path)
 
 
 NONSENSE = (None, 5, True, "x", "", [], {}, [1], {"content": 3}, {"content": "<x>", "special": 1})

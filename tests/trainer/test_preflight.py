@@ -144,6 +144,12 @@ CANNOT_START: list[tuple[str, Callable[[], object], list[str], str]] = [
         "file is a file, expected a folder",
     ),
     (
+        "the model's files have no folder",
+        lambda: (Path("out").mkdir(), Path("out/hf").write_text("")),
+        [],
+        "out/hf is a file, expected a folder",
+    ),
+    (
         "no interpreter of vLLM",
         NOTHING,
         ["objective.name=aropd", "rollout.engine=vllm", "rollout.vllm.python=none/python"],
@@ -363,3 +369,10 @@ def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
     with pytest.raises(ValueError, match="none of the checkpoints is whole") as refused:
         preflight(load_config(path, overrides))
     assert "common.pt: has 0 bytes" in str(refused.value)
+
+
+def test_preflight_when_no_token_can_count_in_the_loss_notes_it(run):
+    for skip, is_noted in ((15, False), (16, True)):
+        config = load_config(run, [f"objective.skip_response_tokens={skip}"])
+        text = f"skip_response_tokens {skip} is not less than rollout.max_response_tokens 16"
+        assert any(text in sentence for sentence in preflight(config)) == is_noted
