@@ -38,11 +38,14 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
-        """An empty section has its defaults, and a boolean is no number."""
+        """An empty section has its defaults, a boolean is no number, and only `true` and `false`
+        are booleans: pydantic also takes 1, "yes" and "on" for true."""
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation
         if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
             return {}
+        if annotation is bool and not isinstance(value, bool):
+            raise ValueError(f"expected true or false, found {value!r}")
         if isinstance(value, bool) and _takes_numbers(annotation):  # pydantic takes true for 1
             raise ValueError(f"expected a number, found {str(value).lower()}")
         return value

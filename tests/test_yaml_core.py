@@ -187,11 +187,13 @@ def test_null_of_a_setting_is_null(tmp_path):
         ("objective.residual_clip=false", "expected a number, found false"),
         ("rollout.kv_cache_tokens=true", "expected a number, found true"),
         ("objective.chunk_tokens=true", "expected a number, found true"),
+        ("objective.metrics=yes", "expected true or false, found 'yes'"),
+        ("objective.metrics=1", "expected true or false, found 1"),
         ("logging.wandb=false", "should be 'off', 'online' or 'offline', found False"),
         ("output_dir=true", "not a valid path.*, found True"),
     ],
 )
-def test_a_boolean_is_no_number_and_no_text(tmp_path, override, message):
+def test_only_true_and_false_are_booleans_and_no_numbers(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, HEAD + TRAINING, override)
 

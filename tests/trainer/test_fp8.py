@@ -31,7 +31,7 @@ def path(tmp_path_factory) -> Path:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_fp8_is_refused_without_a_gpu(path, capfd):
     """When a run starts; a dry run on a login node is about another machine."""
-    fp8 = ["precision.fp8=hybrid", "model.dtype=bf16", "views.max_prompt_tokens=64"]
+    fp8 = ["precision.fp8=hybrid", "model.dtype=bf16", "views.max_prompt_tokens=96"]
     assert main(["train", str(path), *fp8, "--nproc-per-node", "1"]) == 2
     said = capfd.readouterr().err
     assert "precision.fp8 hybrid needs a GPU, and torch sees none on this machine" in said
