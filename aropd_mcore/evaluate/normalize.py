@@ -38,6 +38,7 @@ _SYMBOLS = _GREEK | {
 }  # fmt: skip
 _SYMBOL_TABLE = str.maketrans(_SYMBOLS)
 
+_TEXT_COMMAND = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)"
 _BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 _WRAPPERS = [
     re.compile(pattern, re.DOTALL)
@@ -45,7 +46,7 @@ _WRAPPERS = [
         r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]",
         r"\*\*(.*)\*\*|\*([^*]*)\*|__(.*)__|`+([^`]*)`+",
         r"\"([^\"]*)\"|'([^']*)'",
-        rf"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|boldsymbol|underline|boxed|fbox)\s*{_BRACED}",
+        rf"(?:{_TEXT_COMMAND}|\\(?:boldsymbol|underline|boxed|fbox))\s*{_BRACED}",
     )
 ]
 _MARKED = re.compile(r"\*\*([^*]+)\*\*|`([^`]+)`")
@@ -67,7 +68,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}| )\d{3})+(?![\d])(?!,\
 _CONNECTIVE = re.compile(
     r"\s*,?\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
 )
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_TEXT = re.compile(rf"{_TEXT_COMMAND}\s*\{{([^{{}}]*)\}}")
 _POWER_OF_TEN = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
 _FUNCTIONS = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|lim|max|min|gcd|lcm|mod"
 _BARE_FUNCTION = re.compile(rf"(?<![A-Za-z\\{{])({_FUNCTIONS}|pi|infty)(?![A-Za-z])")
@@ -77,16 +78,31 @@ _ROOT = re.compile(
 _PERCENT = re.compile(r"\s*(?:(?<!\\)%|(?<=\d)\s*\bpercent(?:age)?\b)")
 _WORD = re.compile(r"(?:^|\s)[(\"']*[^\W\d_]{2,}(?:[.'-]+[^\W\d_]+)*[.,;:!?)\"']*(?:\s|$)")
 _MATHEMATICS = re.compile(r"[=^_<>+&\[{]|\\(?:begin|frac|sqrt)|(?:^|\s)[-*/](?:\s|$)")
+# Words of any other two letters, as in `5 mn`, and other words without a blank are variables.
 _SHORT_UNITS = (
-    "[cdkmnμ]?m|[cdkm]?[lL]|[kmM]?g|mi|in|ft|yds?|lbs?|oz|hrs?|ms|min|sec|mph|kph|km/?h|rpm|[kMG]?Hz|[kMG]?W"
-    "|[kM]?J|[kM]?Pa|[kMG]?eV|[kM]?N|[kM]?cal|deg|rad|mol|Rs|USD|EUR|GBP|INR|cts?|pts?|sq|cu|st|nd|rd|th"
+    "[cdkmnμ]?m|[cdkm]?[lL]|[kmM]?g|mi|in|ft|yds?|lbs?|oz|hrs?|ms|min|sec|mph|kph|km/?h|rpm"
+    "|[kMG]?Hz|[kMG]?W|[kM]?J|[kM]?Pa|[kMG]?eV|[kM]?N|[kM]?cal|deg|rad|mol|Rs|USD|EUR|GBP|INR|cts?"
+    "|pts?|sq|cu|st|nd|rd|th"
 )
-"""Words of any other two letters, as in `5 mn`, and other words without a blank are variables."""
 _UNIT = re.compile(
-    r"(?<=[\d})%])(?:\s*+(?:\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}|/|(?<=\s)(?:per|of)(?![A-Za-z])|(?<=[A-Za-z.]\s)an?(?![A-Za-z])"
-    rf"|(?:(?!(?:[A-Za-z]|m\^)(?![A-Za-z]))(?:{_SHORT_UNITS})|[aApP]\.?[mM])(?![A-Za-z])\.?"
-    r"|(?<=\s)(?=[A-Za-z]{0,2}[aeiouAEIOU])[A-Za-z]{3}[A-Za-z.]*+|[A-Za-z]{5}[A-Za-z.]*+"
-    r"|(?<=[\s/])[ACJKLNVWghms](?![A-Za-z])|[cdk]?m(?=\s*\^))(?:\s*\^\s*\{?\s*-?[1-3]\s*\}?)?+)++$"
+    rf"""(?<=[\d}})%])
+    (?:
+        \s*+
+        (?:
+            {_TEXT_COMMAND}\s*\{{[^{{}}]*\}}  # \text{{ cm}}
+            | /
+            | (?<=\s)(?:per|of)(?![A-Za-z])
+            | (?<=[A-Za-z.]\s)an?(?![A-Za-z])  # dollars a day
+            | (?!(?:[A-Za-z]|m\^)(?![A-Za-z]))(?:{_SHORT_UNITS})(?![A-Za-z])\.?
+            | [aApP]\.?[mM](?![A-Za-z])\.?
+            | (?<=\s)(?=[A-Za-z]{{0,2}}[aeiouAEIOU])[A-Za-z]{{3}}[A-Za-z.]*+  # a word
+            | [A-Za-z]{{5}}[A-Za-z.]*+
+            | (?<=[\s/])[ACJKLNVWghms](?![A-Za-z])
+            | [cdk]?m(?=\s*\^)  # m^2
+        )
+        (?:\s*\^\s*\{{?\s*-?[1-3]\s*\}}?)?+
+    )++$""",
+    re.VERBOSE,
 )
 
 

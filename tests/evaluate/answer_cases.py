@@ -232,6 +232,8 @@ MATHEMATICS = [
     ("2xy", "\\boxed{2}", False),
     ("2xy", "\\boxed{2xz}", False),
     ("5 mn", "\\boxed{5}", False),
+    ("125", "\\boxed{125\\textnormal{ miles}}", True),
+    ("\\frac{1}{3}", "$\\frac{1}{3} \\textbf{meters}$", True),
     ("4abc", "\\boxed{4}", False),
     ("5t", "\\boxed{5}", False),
     ("4ab", "\\boxed{4}", False),
