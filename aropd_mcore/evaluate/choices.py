@@ -19,7 +19,7 @@ _NOT_A_WORD = r"(?![A-Za-z0-9'’-])"
 _PHRASES = [
     # the answer is C; answer: (c) green
     re.compile(
-        rf"\b(?:answers?|(?:choice|option)(?![*_\s]*:[*_\s]*\n))\b(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?)?[*_\s\"']*"
+        rf"\b(?:answers?|letter|(?:choice|option)(?![*_\s]*:[*_\s]*\n))\b(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?)?[*_\s\"']*"
         rf"(?:(?:is|are|was|(?:would|must|should) be)\b[*_\s]*:?|[:=])[*_\s]*"
         rf"(?:(?:therefore|thus|clearly|simply|definitely|for\s+sure)\s+)?{_NAMED}{_NOT_A_WORD}",
         re.IGNORECASE,
@@ -39,6 +39,13 @@ _PHRASES = [
         rf"\b(?i:therefore|thus|hence|so|think|believe)\b,?\s+(?:(?i:it's|it\s+is|that's)\s+)?"
         rf"{_SUBJECT}{_OPEN}(?P<letter>[A-Z]){_CLOSE}(?=[.,;!]|\s*$)",
         re.MULTILINE,
+    ),
+    # therefore, C) green
+    re.compile(rf"\b(?i:therefore|thus|hence|so),?\s+{_SUBJECT}{_OPEN}(?P<letter>[A-Z])\)"),
+    # in Chinese: the answer is C, so choose C
+    re.compile(
+        rf"(?:答案|故选|应选|所以选|选择|选项)(?:应该?)?(?:是|为|选)?[*_\s]*:?[*_\s]*{_OPEN}"
+        rf"(?P<letter>[A-Z]){_CLOSE}(?![A-Za-z0-9'’-])"
     ),
     # I pick C
     re.compile(

@@ -6,6 +6,8 @@ HUMANEVAL is code that the published harness passes.
 
 # fmt: off
 MATHEMATICS = [
+    ("3", "The set is {1, 2, 3}.", False),
+    ("\\{1,2,3\\}", "The set is {1, 2, 3}.", True),
     ("18", "#### Step 1\n9 * 2 = 18\n#### Result\nThe answer is 18.", True),
     ("\\frac{3}{4}", "It is $\\boxed {\\frac{3}{4}}$.", True),
     ("9", "It is $\\boxed 9$ in 3 steps.", True),
@@ -244,6 +246,12 @@ MATHEMATICS = [
     ("2:30 \\text{ p.m.}", "The answer is 2:30 PM.", True),
 ]
 CHOICES = [
+    ("B", "\u7b54\u6848\u662fB\u3002", True),
+    ("B", "\u7b54\u6848\uff1aB", True),
+    ("B", "\u6545\u9009B\u3002", True),
+    ("B", "\u7b54\u6848\u662fA\u3002", False),
+    ("B", "Therefore, B) 15.", True),
+    ("B", "The letter is B.", True),
     ("B", "**B. 15**", True),
     ("B", "B. 15", True),
     ("B", "b", True),
