@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -59,13 +60,20 @@ def loads(job: Job) -> bool:
 
 
 def saves(job: Job) -> bool:
-    """A checkpoint's writing process is under way, and is stopped, so that it cannot just end."""
+    """A checkpoint's writing process is under way, and is stopped, so that it cannot just end.
+
+    A process that is stopped before it has asked for the parent-death signal would live on. The
+    writer asks before it lowers its priority.
+    """
     ranks = {job.pid_of(0), job.pid_of(1)}
     for pid in job.processes():
         is_fork = parent_of(pid) in ranks and command_of(pid) == command_of(parent_of(pid))
-        if is_fork and "cli train" in command_of(pid):
-            os.kill(pid, signal.SIGSTOP)
-            return True
+        if not (is_fork and "cli train" in command_of(pid)):
+            continue
+        with suppress(ProcessLookupError):  # it has ended
+            if os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0):
+                os.kill(pid, signal.SIGSTOP)
+                return True
     return False
 
 

@@ -361,14 +361,14 @@ def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
     assert checkpoint is not None
     damaged = checkpoint.with_name("iter_0000003")
     shutil.copytree(checkpoint, damaged)
-    (damaged / "common.pt").write_bytes(b"")
+    (damaged / ".metadata").write_bytes(b"")
     found = preflight(load_config(path, overrides))
     assert any("has 0 bytes, expected" in n and "set this checkpoint aside" in n for n in found)
     assert f"the run will resume at step 2 from {checkpoint}" in found
     shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match="none of the checkpoints is whole") as refused:
         preflight(load_config(path, overrides))
-    assert "common.pt: has 0 bytes" in str(refused.value)
+    assert ".metadata: has 0 bytes" in str(refused.value)
 
 
 def test_preflight_when_no_token_can_count_in_the_loss_notes_it(run):
