@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from aropd_mcore.config import ConfigError
@@ -91,7 +92,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise
     except yaml.MarkedYAMLError as error:
         mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
-        if isinstance(error, yaml.composer.ComposerError) and error.context and error.problem:
+        if isinstance(error, ComposerError) and error.context and error.problem:
             problem = f"{error.context}, {error.problem}"  # one sentence, in two halves
         raise _not_yaml(where, mark.line if mark else 0, str(problem)) from error
     except yaml.reader.ReaderError as error:

@@ -41,7 +41,7 @@ _PHRASES = [
         re.MULTILINE,
     ),
     # therefore, C) green
-    re.compile(rf"\b(?i:therefore|thus|hence|so),?\s+{_SUBJECT}{_OPEN}(?P<letter>[A-Z])\)"),
+    re.compile(rf"\b(?i:therefore|thus|hence|so),?\s+{_SUBJECT}(?P<letter>[A-Z])\)"),
     # in Chinese: the answer is C, so choose C
     re.compile(
         rf"(?:答案|故选|应选|所以选|选择|选项)(?:应该?)?(?:是|为|选)?[*_\s]*:?[*_\s]*{_OPEN}"
