@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("inputs", nargs="+", type=Path, help="JSONL or Parquet files")
     prepare.add_argument("--output", required=True, type=Path, help="JSONL file to write")
     prepare.add_argument("--format", default="auto", help="of the inputs (default: by their keys)")
+    prepare.add_argument(
+        "--rows",
+        type=positive,
+        metavar="N",
+        help="write N rows, drawn at random from the usable ones (default: all of them)",
+    )
+    prepare.add_argument("--seed", type=int, default=1234, help="of --rows (default: %(default)s)")
     prepare.set_defaults(run=_prepare)
 
     show = commands.add_parser("show-views", help="print the three views of a row")
@@ -194,7 +201,7 @@ def _add_num_processes(parser: argparse.ArgumentParser) -> None:
 def _prepare(args: argparse.Namespace) -> None:
     from aropd_mcore.data.prepare import prepare
 
-    print(prepare(args.inputs, args.output, format=args.format))
+    print(prepare(args.inputs, args.output, format=args.format, num_rows=args.rows, seed=args.seed))
 
 
 def _show_views(args: argparse.Namespace) -> None:

@@ -6,8 +6,15 @@
     gsm8k     question, answer                         answer, up to its last line `#### 7`
     tags      a question and a response                the response
     messages  messages, or ShareGPT's conversations    the assistant turn after the last user turn
+    medmcqa   question, opa to opd, cop, exp           exp
+    code      a question and a response with a         the response without its code blocks
+              code block
 
-The answer is the record's own `answer`. Where there is none, it is what the trace marks last:
+The answer of `medmcqa` is a letter, that of `code` is the response's first code block with its
+fences. `code` has to be asked for: detection takes such a record for `tags`.
+
+Otherwise the answer is the record's own `answer`. Where there is none, it is what the trace marks
+last:
 `<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought, as in
 `<think>...</think>` or `<reasoning>`, is a part of the reasoning, and what it marks is no answer.
 """
@@ -25,6 +32,12 @@ from aropd_mcore.data.answer_marks import (
     split_tags,
 )
 from aropd_mcore.data.chat import read_turns
+from aropd_mcore.data.multiple_choice import (
+    LETTERS,
+    MEDMCQA_KEYS,
+    choice_question,
+    medmcqa_choices,
+)
 from aropd_mcore.data.records import DataError, is_absent, shown, shown_keys
 from aropd_mcore.data.thoughts import split_thoughts
 
@@ -36,7 +49,7 @@ _CHAT_KEYS = ("messages", "conversations")
 _TYPE_KEYS = ("question_type", "problem_type")
 _VALIDITY_KEYS = ("problem_is_valid", "solution_is_valid")
 USED_KEYS = (
-    *("reasoning", "reasoning_content", "thinking", "input", "history"),
+    *("reasoning", "reasoning_content", "thinking", "input", "history", *MEDMCQA_KEYS),
     *(_QUESTION_KEYS + _RESPONSE_KEYS + _CHAT_KEYS + _TYPE_KEYS + _VALIDITY_KEYS),
 )
 """The keys that `convert` looks at."""
@@ -49,6 +62,14 @@ _PLACEHOLDERS = (
     *("youranswerhere", *_EMPTY_ANSWERS),
 )
 """What data sets write in the place of an answer, without white space, `_`, `-` and `.`."""
+
+_OPENS_WITH_ANSWER = re.compile(
+    r"\W*(?:(?:the\s+)?(?:correct\s+)?(?:ans(?:wer)?|option)(?:\W|is\b)*[a-d]\s*"
+    r"(?:$|[^\w\s]|is\s+correct\b)|[a-d]\s*\)|[a-d]\s*i\.?e\b)",
+    re.IGNORECASE,
+)
+"""An explanation that begins with the letter: `Ans. is 'b' i.e., ...`, `(d) ...`, `Option A is
+correct ...`."""
 
 _SOLUTION_MARK = re.compile(r"<\|(?:begin|end)_of_solution\|>")
 
@@ -96,6 +117,8 @@ def _detect(record: Record) -> str | None:
         return "numina"
     if keys & set(_CHAT_KEYS):
         return "messages"
+    if keys.issuperset(("question", *MEDMCQA_KEYS[:-1])):
+        return "medmcqa"
     if "question" in keys and "####" in answer_or_trace:
         return "gsm8k"
     has_parts = "solution" in keys or isinstance(answer, int | float)
@@ -140,15 +163,52 @@ def _from_gsm8k(record: Record, origin: str) -> Exchange:
 
 
 def _from_tags(record: Record, origin: str) -> Exchange:
-    question_key = _first_key(record, _QUESTION_KEYS, origin)
-    question = _text(record, question_key, origin).strip()
-    if question_key == "instruction" and "input" in record:  # Alpaca: what the instruction is for
-        question = f"{question}\n\n{_text(record, 'input', origin)}".strip()
+    question = _question(record, origin)
     key = _first_key(record, _RESPONSE_KEYS, origin)
     own = {} if key == "answer" else record
     missing = f"no <answer>...</answer> in {key!r}"
     trace = _with_thought(record, _text(record, key, origin))
     return _exchange({"question": question}, trace, own, origin, missing)
+
+
+def _from_medmcqa(record: Record, origin: str) -> Exchange:
+    try:
+        choices, right = medmcqa_choices(record)
+    except Unusable as error:
+        raise DataError(origin, str(error), shown(record.get("cop"))) from error
+    explanation = _text(record, "exp", origin).strip()
+    if _OPENS_WITH_ANSWER.match(explanation):
+        problem = "'exp' begins with the answer, so it is no reasoning towards it"
+        raise DataError(origin, problem, shown(explanation))
+    question = choice_question(_text(record, "question", origin), choices)
+    return Exchange({"question": question}, explanation, LETTERS[right], None)
+
+
+def _from_code(record: Record, origin: str) -> Exchange:
+    question = _question(record, origin)
+    key = _first_key(record, _RESPONSE_KEYS, origin)
+    response = _text(record, key, origin)
+    prose, blocks, is_open = _split_code(response)
+    if not blocks:
+        raise DataError(origin, f"no code block (```) in {key!r}", shown(response))
+    if is_open:
+        raise DataError(origin, f"a code block in {key!r} has no end", shown(blocks[-1]))
+    return Exchange({"question": question}, prose, blocks[0], None)
+
+
+def _split_code(text: str) -> tuple[str, list[str], bool]:
+    """The lines outside of code blocks, the code blocks with their fences, whether one is open."""
+    prose: list[str] = []
+    blocks: list[list[str]] = []
+    is_open = False
+    for line in text.splitlines():
+        is_fence = line.lstrip().startswith("```")
+        if is_fence and not is_open:
+            blocks.append([])
+        (blocks[-1] if is_fence or is_open else prose).append(line.rstrip())
+        is_open ^= is_fence
+    squeezed = re.sub(r"\n{3,}", "\n\n", "\n".join(prose))
+    return squeezed.strip(), ["\n".join(block).strip() for block in blocks], is_open
 
 
 def _from_messages(record: Record, origin: str) -> Exchange:
@@ -177,6 +237,8 @@ CONVERTERS: dict[str, Callable[[Record, str], Exchange]] = {
     "numina": _from_numina,
     "tags": _from_tags,
     "messages": _from_messages,
+    "medmcqa": _from_medmcqa,
+    "code": _from_code,
 }
 
 
@@ -203,6 +265,15 @@ def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: 
     others = [answer for answer in answers if _plain(answer) != _plain(answers[0])]
     whole = "\n\n".join(part for part in (thought, reasoning) if part)
     return Exchange(prompt, whole, answers[0], others[0] if others else None)
+
+
+def _question(record: Record, origin: str) -> str:
+    """The question under any of its names, with Alpaca's `input` below its `instruction`."""
+    key = _first_key(record, _QUESTION_KEYS, origin)
+    question = _text(record, key, origin).strip()
+    if key == "instruction" and "input" in record:
+        question = f"{question}\n\n{_text(record, 'input', origin)}".strip()
+    return question
 
 
 def _with_thought(record: Record, response: str) -> str:

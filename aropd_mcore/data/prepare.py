@@ -4,14 +4,16 @@ A record is kept only if its question, trace and answer are whole and come from 
 `formats.py` has the formats.
 """
 
+import heapq
 import json
 import os
+import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aropd_mcore.config import ViewsConfig
 from aropd_mcore.data.dataset import parse_row
@@ -36,6 +38,8 @@ class PrepareReport:
     """What `prepare` kept and dropped, and why."""
 
     output: Path
+    num_usable: int = 0
+    """Number of records that could be kept; more than were written where num_rows chose some."""
     kept: Counter[str] = field(default_factory=Counter)
     """Number of rows written, by format."""
     noted: Counter[str] = field(default_factory=Counter)
@@ -72,9 +76,11 @@ class PrepareReport:
 
     def __str__(self) -> str:
         formats = ", ".join(f"{count} {name}" for name, count in self.kept.most_common())
+        rest = self.num_usable - self.kept.total()
+        chosen = f", drawn from {self.num_usable} usable ones" if rest else ""
         return "\n".join(
             [
-                f"{self.output}: kept {self.kept.total()} rows ({formats})",
+                f"{self.output}: kept {self.kept.total()} rows ({formats}){chosen}",
                 *(f"  {self._line(f'{n} of them', what)}" for what, n in self.noted.most_common()),
                 f"dropped {self.dropped.total()}",
                 *(f"  {self._line(f'{n}:', what)}" for what, n in self.dropped.most_common()),
@@ -87,17 +93,27 @@ class PrepareReport:
         return f"{count} {reason} (first at {example.origin}){found}"
 
 
-def prepare(inputs: Sequence[Path], output: Path, *, format: str = "auto") -> PrepareReport:
+def prepare(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    format: str = "auto",
+    num_rows: int | None = None,
+    seed: int = 1234,
+) -> PrepareReport:
     """Convert JSONL and Parquet files into one JSONL file of our rows.
 
     The output appears whole or not at all. It may be one of the inputs.
 
     Args:
         format: a name of the table in formats.py, or "auto" to choose for each record by its keys.
+        num_rows: write this many of the usable rows, drawn at random without replacement, in the
+            order of the inputs. None: all of them.
+        seed: decides which rows num_rows draws.
 
     Raises:
-        DataError: an input is missing or unreadable, or no record could be kept (then nothing is
-            written).
+        DataError: an input is missing or unreadable, or there are no usable rows or fewer than
+            num_rows (then nothing is written).
         ValueError: an unknown format, or an output whose name is not JSONL's.
     """
     if format != "auto" and format not in CONVERTERS:
@@ -105,11 +121,22 @@ def prepare(inputs: Sequence[Path], output: Path, *, format: str = "auto") -> Pr
     report = PrepareReport(output=Path(output))
     if report.output.suffix in (".parquet", ".gz"):
         raise ValueError(f"output {output}: expected a JSONL file, found {report.output.suffix}")
-    write_atomically(report.output, _converted_lines(inputs, format, report))
+    usable = _usable_rows(inputs, format, report)
+    chosen = usable if num_rows is None else _draw(usable, num_rows, seed)
+    write_atomically(report.output, _lines(chosen, report, inputs, num_rows or 1))
     return report
 
 
-def _converted_lines(inputs: Iterable[Path], format: str, report: PrepareReport) -> Iterator[str]:
+class _Usable(NamedTuple):
+    """A row that can be written."""
+
+    number: int
+    format: str
+    line: str
+    notes: tuple[DataError, ...]
+
+
+def _usable_rows(inputs: Iterable[Path], format: str, report: PrepareReport) -> Iterator[_Usable]:
     seen: set[int] = set()
     for path in inputs:
         for origin, record in read_records(path, USED_KEYS + _CARRIED_KEYS):
@@ -121,13 +148,34 @@ def _converted_lines(inputs: Iterable[Path], format: str, report: PrepareReport)
             except DataError as error:
                 report.count(report.dropped, error)
                 continue
-            report.kept[name] += 1
-            for note in _notes(row, exchange, seen):
-                report.count(report.noted, note)
-            yield _to_json(row)
+            report.num_usable += 1
+            notes = tuple(_notes(row, exchange, seen))
+            yield _Usable(report.num_usable, name, _to_json(row), notes)
+
+
+def _draw(rows: Iterator[_Usable], num_rows: int, seed: int) -> list[_Usable]:
+    """Draw rows; only num_rows of them are in memory at any time."""
+    generator = random.Random(seed)
+    # A stream of random() is the same in every version of Python.
+    draws = ((generator.random(), row) for row in rows)
+    chosen = heapq.nsmallest(num_rows, draws, key=lambda draw: draw[0])
+    return sorted(row for _, row in chosen)
+
+
+def _lines(
+    rows: Iterable[_Usable], report: PrepareReport, inputs: Sequence[Path], min_rows: int
+) -> Iterator[str]:
+    for row in rows:
+        report.kept[row.format] += 1
+        for note in row.notes:
+            report.count(report.noted, note)
+        yield row.line
+    where = ", ".join(map(str, inputs))
     if not report.kept:
-        where = ", ".join(map(str, inputs))
         raise DataError(where, "no row could be kept, nothing is written", str(report))
+    if report.kept.total() < min_rows:
+        problem = f"expected at least {min_rows} usable rows, nothing is written; ask for fewer"
+        raise DataError(where, problem, str(report))
 
 
 def _row(record: dict[str, Any], exchange: Exchange, origin: str) -> Row:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from aropd_mcore.rollout.arguments import (
     add_sampling_arguments,
     add_source_argument,
+    positive,
     sampling_of_arguments,
 )
 
@@ -53,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the code that the model writes, in a sandbox",
     )
+    parser.add_argument(
+        "--code-asserts",
+        type=positive,
+        metavar="N",
+        help="show up to N of a code problem's asserts in its prompt; they are among those that "
+        "grade it (default: the benchmark's own prompt, which is all of MBPP's test_list and none "
+        "of HumanEval's)",
+    )
     add_sampling_arguments(parser, temperature=0.0)
 
 
@@ -66,5 +75,6 @@ def evaluation_of_arguments(args: argparse.Namespace) -> "Evaluation":
         [parse_task(text) for text in args.tasks],
         args.out,
         allow_code_execution=args.allow_code_execution,
+        code_asserts=args.code_asserts,
         **sampling_of_arguments(args),
     )

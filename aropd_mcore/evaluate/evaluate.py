@@ -47,6 +47,8 @@ class Evaluation:
     out: Path
     not_isolated: str
     """See check_graders."""
+    code_asserts: int | None = None
+    """See tasks.read_task."""
 
     @property
     def is_sampled(self) -> bool:
@@ -58,11 +60,17 @@ class Evaluation:
             f"sha256 of {task.name}": hashlib.sha256(task.path.read_bytes()).hexdigest()
             for task in self.tasks
         }
-        return self.job.identity() | sums
+        return self.job.identity() | sums | {"code_asserts": self.code_asserts}
 
 
 def evaluation_of(
-    model: Path, tasks: Sequence[Task], out: Path, *, allow_code_execution: bool, **job: Any
+    model: Path,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    allow_code_execution: bool,
+    code_asserts: int | None = None,
+    **job: Any,
 ) -> Evaluation:
     """Read the tasks, check all that is asked for, and write OUT's first two files.
 
@@ -70,6 +78,7 @@ def evaluation_of(
 
     Args:
         model: see open_source.
+        code_asserts: see tasks.read_task.
         job: more arguments of rollout.job.job_of.
     Raises:
         ValueError: what cannot be used, and why; or OUT holds another evaluation.
@@ -77,7 +86,9 @@ def evaluation_of(
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks {', '.join(names)}: expected a name each")
-    problems = tuple(problem for task in tasks for problem in read_task(task))
+    problems = tuple(
+        problem for task in tasks for problem in read_task(task, code_asserts=code_asserts)
+    )
     code = next((p.task for p in problems if isinstance(p.gold, CodeTests)), None)
     if code and not allow_code_execution:
         raise ValueError(
@@ -91,7 +102,7 @@ def evaluation_of(
             "--temperature"
         )
     not_isolated = check_graders(problem.gold for problem in problems)
-    evaluation = Evaluation(made, tuple(tasks), problems, out, not_isolated)
+    evaluation = Evaluation(made, tuple(tasks), problems, out, not_isolated, code_asserts)
     _begin(evaluation)
     return evaluation
 
@@ -105,7 +116,10 @@ def _begin(evaluation: Evaluation) -> None:
     if not prompts.is_file():
         write_atomically(prompts, [lines])
     elif prompts.read_text() != lines:
-        raise ValueError(f"{out}: holds an evaluation of other problems; name another --out")
+        raise ValueError(
+            f"{out}: holds an evaluation of other problems, or of the same problems with another "
+            "--code-asserts; name another --out"
+        )
     identity, path = evaluation.identity(), out / "evaluation.json"
     begun = {}
     with suppress(FileNotFoundError):
@@ -130,6 +144,8 @@ def grade(evaluation: Evaluation) -> dict[str, Any]:
             num_samples=evaluation.job.rollout.rollouts_per_prompt,
             not_isolated=evaluation.not_isolated,
         )
+    if evaluation.code_asserts is not None:
+        summary["code_asserts"] = evaluation.code_asserts
     summary_path = evaluation.out / "summary.json"
     write_atomically(summary_path, [json.dumps(summary, indent=2) + "\n"])
     return summary

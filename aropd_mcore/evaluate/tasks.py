@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aropd_mcore.data.answer_marks import Unusable, answer_text, split_boxed, split_hashes
+from aropd_mcore.data.multiple_choice import LETTERS, choice_question, medmcqa_choices
 from aropd_mcore.data.records import DataError, is_absent, read_records
 
 Record = dict[str, Any]
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ID_KEYS = ("task_id", "unique_id", "id", "idx", "question_id", "Record ID")
 
 
@@ -92,12 +92,16 @@ def parse_task(text: str) -> Task:
     return Task(name, Path(path), format or None)
 
 
-def read_task(task: Task) -> list[Problem]:
-    """The task's problems, in the order of its file.
+def read_task(task: Task, *, code_asserts: int | None = None) -> list[Problem]:
+    """Read a task's problems, in the order of its file.
+
+    Args:
+        code_asserts: show up to this many of a code problem's asserts in its question. None: the
+            benchmark's own prompt, which is all of test_list for mbpp and none for humaneval.
 
     Raises:
-        DataError: the file cannot be read or has no problems; a record is broken, or of no known
-            format: it names file, line, the keys found and the formats that there are.
+        DataError: the file cannot be read or has no problems; a record is broken, or has no known
+            format. The message names the file, the line, the keys found and the known formats.
     """
     problems, format = [], task.format
     for number, (origin, record) in enumerate(read_records(task.path), start=1):
@@ -106,7 +110,8 @@ def read_task(task: Task) -> list[Problem]:
         record = {key: value for key, value in record.items() if not is_absent(value)}
         format = format or _detect(record, origin)
         try:
-            question, gold = _FORMATS[format].convert(record)
+            shown = {"num_asserts": code_asserts} if _FORMATS[format].is_code else {}
+            question, gold = _FORMATS[format].convert(record, **shown)
         except Unusable as error:
             found = "keys " + (", ".join(map(str, record)) or "none")
             raise DataError(origin, f"not a problem of format {format}: {error}", found) from error
@@ -159,9 +164,7 @@ def _from_math(record: Record) -> tuple[str, Gold]:
 
 
 def _ask(question: str, choices: Sequence[str], right: int) -> tuple[str, Gold]:
-    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
-    asked = "\n".join([question.strip(), "", *lines, "", "Answer with the letter of the choice."])
-    return asked, Choices(tuple(choices), LETTERS[right])
+    return choice_question(question, choices), Choices(tuple(choices), LETTERS[right])
 
 
 def _from_choices(record: Record) -> tuple[str, Gold]:
@@ -183,12 +186,7 @@ def _from_choices(record: Record) -> tuple[str, Gold]:
 
 
 def _from_medmcqa(record: Record) -> tuple[str, Gold]:
-    right = record.get("cop")
-    if type(right) is not int or not 0 <= right <= 3:
-        # The authors' own release counts from 1: a 4 is how that shows.
-        raise Unusable(f"'cop' is {right!r}, expected 0 to 3, as in the data set on the Hub")
-    choices = [_text(record, key) for key in ("opa", "opb", "opc", "opd")]
-    return _ask(_text(record, "question"), choices, right)
+    return _ask(_text(record, "question"), *medmcqa_choices(record))
 
 
 def _from_gpqa(record: Record) -> tuple[str, Gold]:
@@ -206,31 +204,64 @@ def _from_gpqa(record: Record) -> tuple[str, Gold]:
 # Code
 
 
-def _from_humaneval(record: Record) -> tuple[str, Gold]:
+def _from_humaneval(record: Record, num_asserts: int | None) -> tuple[str, Gold]:
     prompt, name = _text(record, "prompt"), _text(record, "entry_point")
     start = prompt.rfind(f"def {name}(")
     if start < 0:
         raise Unusable("'prompt' does not define 'entry_point'")
-    ask = "Complete this Python function, and give all of it."
-    return f"{ask}\n\n```python\n{prompt.strip()}\n```", CodeTests(
+    tests = _text(record, "test")
+    lines = ["Complete this Python function, and give all of it.", "", *_fenced(prompt.strip())]
+    # HumanEval+ has megabytes of tests: they are parsed only if asserts are asked for.
+    if num_asserts and (shown := _candidate_asserts(tests, name)[:num_asserts]):
+        lines += ["", "These are some of the tests that it must pass:", "", *_fenced(*shown)]
+    return "\n".join(lines), CodeTests(
         names=(name,),
-        tests=f"{_text(record, 'test')}\n\ncheck({name})\n",
+        tests=f"{tests}\n\ncheck({name})\n",
         setup=prompt[:start],
         header=prompt[:start],
         prompt=prompt,
     )
 
 
-def _from_mbpp(record: Record) -> tuple[str, Gold]:
-    shown = record.get("test_list")
-    if not isinstance(shown, list) or not all(isinstance(test, str) for test in shown):
+def _candidate_asserts(tests: str, name: str) -> list[str]:
+    """The asserts of `check(candidate)` that call the candidate directly, under the name `name`.
+
+    HumanEval states its tests so. HumanEval+ has lists of inputs and results instead, and a loop
+    over them: it has no such assert.
+    """
+    try:
+        functions = [s for s in ast.parse(tests).body if isinstance(s, ast.FunctionDef)]
+    except SyntaxError as error:
+        raise Unusable(f"'test' is not Python: {error.msg}") from error
+    body = next((function.body for function in functions if function.name == "check"), [])
+    found = []
+    for statement in body:
+        if not isinstance(statement, ast.Assert):
+            continue
+        names = [n for n in ast.walk(statement.test) if isinstance(n, ast.Name)]
+        candidates = [node for node in names if node.id == "candidate"]
+        for node in candidates:
+            node.id = name
+        if candidates:
+            found.append(f"assert {ast.unparse(statement.test)}")
+    return found
+
+
+def _fenced(*lines: str) -> list[str]:
+    return ["```python", *lines, "```"]
+
+
+def _from_mbpp(record: Record, num_asserts: int | None) -> tuple[str, Gold]:
+    asserts = record.get("test_list")
+    if not isinstance(asserts, list) or not all(isinstance(test, str) for test in asserts):
         raise Unusable("'test_list' is not a list of strings")
     imports = "\n".join(record.get("test_imports", []))
-    body = _text(record, "test") if "test" in record else "\n".join(shown)
+    body = _text(record, "test") if "test" in record else "\n".join(asserts)
     tests = "\n".join([imports, record.get("test_setup_code", ""), body]).strip()
     names, setup = _called(_text(record, "code"), tests)
     lines = [_text(record, "text", "prompt").strip(), "Write it in Python. It must pass:", ""]
-    return "\n".join([*lines, "```python", *shown, "```"]), CodeTests(names, tests, setup=setup)
+    question = "\n".join([*lines, *_fenced(*asserts[:num_asserts])])
+    return question, CodeTests(names, tests, setup=setup)
 
 
 def _called(code: str, tests: str) -> tuple[tuple[str, ...], str]:
@@ -250,8 +281,10 @@ def _called(code: str, tests: str) -> tuple[tuple[str, ...], str]:
 
 
 class _Format(NamedTuple):
-    convert: Callable[[Record], tuple[str, Gold]]
+    convert: Callable[..., tuple[str, Gold]]
+    """Takes the record, and num_asserts if is_code."""
     fits: Callable[[Record], bool]
+    is_code: bool = False
 
 
 def _has(*keys: str, one_of: Sequence[str] = ()) -> Callable[[Record], bool]:
@@ -275,8 +308,8 @@ _FORMATS = {
     "medmcqa": _Format(_from_medmcqa, _has("question", "opa", "opb", "opc", "opd")),
     "gpqa": _Format(_from_gpqa, _has("Question", "Correct Answer")),
     "choices": _Format(_from_choices, _has("question", one_of=("choices", "options"))),
-    "humaneval": _Format(_from_humaneval, _has("prompt", "entry_point", "test")),
-    "mbpp": _Format(_from_mbpp, _has("code", "test_list", one_of=("text", "prompt"))),
+    "humaneval": _Format(_from_humaneval, _has("prompt", "entry_point", "test"), True),
+    "mbpp": _Format(_from_mbpp, _has("code", "test_list", one_of=("text", "prompt")), True),
     "math": _Format(_from_math, _is_math),
 }
 """In the order in which they are tried: the last ones have keys that others have too."""

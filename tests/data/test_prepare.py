@@ -8,6 +8,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.templates import partial_trace
+from aropd_mcore.evaluate.tasks import Task, read_task
 
 TAGGED = "<reasoning>\nHalf of 48\nis 24.\n</reasoning>\n<answer>\n72\n</answer>"
 HALVES = "Half of 48\nis 24."
@@ -63,6 +64,31 @@ KEPT = {
     ),
 }
 
+MEDMCQA = {
+    "id": "e9ad821a",
+    "question": " Which bone is in the thigh? ",
+    "opa": "Femur",
+    "opb": "Tibia",
+    "opc": "Ulna",
+    "opd": "Radius",
+    "cop": 0,
+    "choice_type": "single",
+    "exp": "C. difficile is no bone.\nThe femur is the bone of the thigh.",
+    "subject_name": "Anatomy",
+    "topic_name": None,
+}
+"""With the keys of the data set on the Hub."""
+MEDMCQA_QUESTION = (
+    "Which bone is in the thigh?\n\nA. Femur\nB. Tibia\nC. Ulna\nD. Radius\n\n"
+    "Answer with the letter of the choice."
+)
+EVOL = {
+    "instruction": "Add two numbers.",
+    "response": "Use `+`.\n\n```python\ndef add(a, b):\n\n\n    return a + b\n```\n\nTry:\n"
+    "```\nadd(1, 2)\n```\nIt is 3.",
+}
+"""With the keys of Magicoder-Evol-Instruct-110K."""
+
 NO_MARKER = "the assistant turn has no <answer>, '####' or \\boxed{}"
 DROPPED = [
     ({"text": "x", "label": None}, "no known format for the keys text"),
@@ -95,6 +121,15 @@ def write(path, *records):
     return path
 
 
+def write_records(path, *records):
+    if path.suffix != ".parquet":
+        return write(path, *records)
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    return parquet.write_table(pa.Table.from_pylist(records), path)
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -104,13 +139,7 @@ def read(path):
 def test_formats(tmp_path, name, suffix):
     format, record, question, reasoning, answer = KEPT[name]
     source = tmp_path / f"in.{suffix}"
-    if suffix == "parquet":
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        parquet.write_table(pa.Table.from_pylist([record]), source)
-    else:
-        write(source, record)
+    write_records(source, record)
     expected = {"question": question, "reasoning": reasoning, "answer": answer}
     if format == "messages":
         expected["system"] = "s"
@@ -119,6 +148,69 @@ def test_formats(tmp_path, name, suffix):
         assert read(report.output) == [expected]
         assert report.kept == {format: 1} and not report.dropped
         assert report.num_without_reasoning == (reasoning == "")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_medmcqa_becomes_questions_as_evaluation_asks_them(tmp_path, suffix):
+    def record(**changed):
+        return MEDMCQA | changed
+
+    explanations = [
+        *("Ans. is 'a' i.e., Femur", "Answer- A. Femur*", "(a) Femur", "Ans: A", "a i.e. Femur"),
+        *("The correct answer is A: Femur", "Option A is correct. The"),
+    ]
+    records = [record(), record(cop=3), record(cop=-1), record(exp=None)]
+    source = tmp_path / f"train.{suffix}"
+    write_records(source, *records, *(record(exp=text) for text in explanations))
+    report = prepare([source], tmp_path / "out.jsonl")
+    row = {"id": MEDMCQA["id"], "question": MEDMCQA_QUESTION, "reasoning": MEDMCQA["exp"]}
+    assert read(report.output) == [row | {"answer": "A"}, row | {"answer": "D"}]
+    [problem] = read_task(Task("medmcqa", write(tmp_path / "task.jsonl", MEDMCQA)))
+    assert problem.question == MEDMCQA_QUESTION
+    assert report.kept == {"medmcqa": 2}
+    assert sorted(report.dropped.values()) == [1, 1, len(explanations)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_program_is_the_answer_and_the_prose_around_it_the_reasoning(tmp_path, suffix):
+    source = tmp_path / f"in.{suffix}"
+    responses = ["No program.", "An open one:\n```python\nx = 1", "```python\nx = 1\n```"]
+    records = [EVOL, *({"instruction": "q", "response": text} for text in responses)]
+    write_records(source, *records)
+    report = prepare([source], tmp_path / "out.jsonl", format="code")
+    program = "```python\ndef add(a, b):\n\n\n    return a + b\n```"
+    prose = "Use `+`.\n\nTry:\nIt is 3."
+    assert read(report.output) == [
+        {"question": "Add two numbers.", "reasoning": prose, "answer": program},
+        {"question": "q", "reasoning": "", "answer": responses[2]},
+    ]
+    assert report.dropped == {
+        "no code block (```) in 'response'": 1,
+        "a code block in 'response' has no end": 1,
+    }
+    assert report.num_without_reasoning == 1
+
+
+def test_rows_are_drawn_by_seed_and_counted(tmp_path):
+    records = [{"question": f"q{n}", "answer": f"word\n#### {n}"} for n in range(200)]
+    source = write(tmp_path / "in.jsonl", *records, {"question": "q", "answer": "no marker"})
+
+    def drawn(seed, num_rows=50):
+        report = prepare([source], tmp_path / "out.jsonl", num_rows=num_rows, seed=seed)
+        assert report.kept == {"gsm8k": num_rows} and report.dropped.total() == 1
+        # Each row's trace is one word, so every row that is written is noted.
+        assert report.num_whole_partials == num_rows
+        assert "drawn from 200 usable ones" in str(report) or num_rows == 200
+        return [int(row["answer"]) for row in read(report.output)]
+
+    first = drawn(1)
+    assert first == sorted(set(first)) == drawn(1) and first != drawn(2)
+    assert sum(number < 100 for number in first) in range(13, 38)  # of a fair draw, 25 ± 3.5 sigma
+    assert drawn(1, 200) == list(range(200))
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(DataError, match="expected at least 201 usable rows, nothing is written"):
+        prepare([source], tmp_path / "out.jsonl", num_rows=201)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_a_partial_trace_that_is_the_whole_trace_is_counted(tmp_path):

@@ -164,6 +164,21 @@ def test_the_command_grades_again_and_goes_on(folder, tmp_path, capsys, monkeypa
     assert "holds an evaluation of other problems" in capsys.readouterr().err
 
 
+def test_shown_asserts_are_recorded_and_not_mixed(folder, tmp_path, capsys, monkeypatch):
+    # No assert of this test can be shown, so the prompts alone do not tell the two apart.
+    (tmp_path / "code.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
+    out = tmp_path / "out"
+    call = {"model": folder / "model", "tasks": {"code": tmp_path / "code.jsonl"}, "out": out}
+    run_ranks(evaluate_here, 1, [call | {"allow_code_execution": True, "code_asserts": 3}])
+    assert json.loads((out / "summary.json").read_text())["code_asserts"] == 3
+    monkeypatch.setattr(cli, "_as_ranks", None)
+    task = [f"--task=code={tmp_path / 'code.jsonl'}", "--allow-code-execution"]
+    again = ["eval", "--model", str(folder / "model"), *task, "--max-response-tokens", "12"]
+    assert cli.main([*again, "--out", str(out), "--code-asserts", "3"]) == 0
+    assert cli.main([*again, "--out", str(out)]) == 2
+    assert "code_asserts was 3, and is None now" in capsys.readouterr().err
+
+
 HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f): assert f(1)"}
 
 

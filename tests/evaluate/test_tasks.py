@@ -102,6 +102,55 @@ def test_code_is_asked_for_with_what_its_tests_need(tmp_path):
         read_task(Task("t", path))
 
 
+CHECK = """
+METADATA = {}
+
+def check(candidate):
+    assert candidate(2) == half(2), "a message"
+    assert True, "not about the candidate"
+    for x in [3]:
+        assert candidate(x) == 1.5
+    assert abs(candidate([4,
+        'it\\'s']) - 2) < 1e-6
+    assert candidate(6) == 3
+"""
+CHECK_OF_PLUS = """
+def assertion(out, exp, atol):
+    assert out == exp
+
+def check(candidate):
+    inputs, results = [[2]], [1]
+    for inp, exp in zip(inputs, results):
+        assertion(candidate(*inp), exp, 0)
+"""
+
+
+def test_code_prompts_show_up_to_n_asserts(tmp_path):
+    def question(record, num_asserts=None):
+        path = tmp_path / "task.jsonl"
+        path.write_text(json.dumps(record) + "\n")
+        [problem] = read_task(Task("t", path), code_asserts=num_asserts)
+        assert problem.gold == read_task(Task("t", path))[0].gold
+        return problem.question
+
+    def shown(record, num_asserts=None):
+        lines = question(record, num_asserts).splitlines()
+        return [line for line in lines if line.startswith("assert")]
+
+    checked = HUMANEVAL | {"test": CHECK}
+    asserts = [
+        "assert f(2) == half(2)",
+        'assert abs(f([4, "it\'s"]) - 2) < 1e-06',
+        "assert f(6) == 3",
+    ]
+    assert shown(checked) == [] and shown(checked, 2) == asserts[:2]
+    assert shown(checked, 5) == asserts
+    plus = HUMANEVAL | {"test": CHECK_OF_PLUS}
+    assert question(plus, 5) == question(plus)
+    assert shown(MBPP) == shown(MBPP, 5) == MBPP["test_list"]
+    assert shown(MBPP, 1) == MBPP["test_list"][:1]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
