@@ -1,4 +1,4 @@
-"""examples/study: a miniature through the same driver, its tables, and the paper's setting."""
+"""examples/study: a smaller study by the same driver, and its tables."""
 
 import importlib
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from aropd_mcore.evaluate.tasks import parse_task
 from tests.conftest import REPO
 
 STUDY = REPO / "examples" / "study"
@@ -163,21 +162,3 @@ def test_a_response_that_leaves_out_a_step_is_counted(monkeypatch, out, tmp_path
     (folder / "heldout.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (tmp_path / "base").symlink_to(out / "base")
     assert [found["skips"] for found in counted(tmp_path, tmp_path)["x"]] == [False, True]
-
-
-def test_the_papers_setting(call, tmp_path):
-    words = ("--out", tmp_path, "--dry-run")
-    train = ("train", "--rows", "rows.jsonl", *words)
-    trained = call("paper", *train, "--", "--partition=gpu").splitlines()
-    assert len(trained) == 9 and all("--partition=gpu" in line for line in trained)
-    assert sum("residual_scale=0.4" in line for line in trained) == 1
-    evaluated = call("paper", "evaluate", "--benchmarks", "b", *words)
-    commands = evaluated.splitlines()
-    assert len(commands) == 10, "the base, and a model for each run"
-    assert f"--model {tmp_path}/sft " in evaluated
-    for command in commands:
-        tasks = re.findall(r"--task (\S+)", command)
-        assert len({parse_task(task).name for task in tasks}) == 7
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"config\.json"):
-        call("paper", *train, "--model", tmp_path)

@@ -1,0 +1,366 @@
+"""The experiment of the authors' release: three domains, six methods, a model for each pair.
+
+    python examples/paper/experiment.py prepare math NuminaMath-CoT/data/train-*.parquet
+    python examples/paper/experiment.py mmlu mmlu/all/test-00000-of-00001.parquet --benchmarks DIR
+    python examples/paper/experiment.py train --dry-run -- --partition=gpu --account=me
+    python examples/paper/experiment.py evaluate --benchmarks DIR --dry-run -- --partition=gpu
+    python examples/paper/experiment.py configs
+
+`prepare` writes a domain's rows, `mmlu` one of its benchmarks, `configs` the files in configs/.
+`train` submits a Slurm job of two nodes for each domain and method. `evaluate` submits one of one
+node for each of their models and, for each domain, one for the base model. With --dry-run both
+check every config and print the commands, which needs neither GPUs nor weights. Words after `--`
+go to sbatch. All paths are relative to the repository's root.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from textwrap import indent
+
+from aropd_mcore.config_file import load_config
+from aropd_mcore.data.prepare import prepare, write_atomically
+from aropd_mcore.data.records import DataError, read_records
+from aropd_mcore.evaluate.tasks import parse_task
+from aropd_mcore.trainer.launch import check_inputs, launch_of
+
+CONFIGS = Path("examples/paper/configs")
+RUNS = Path("runs/paper")
+NUM_NODES, GPUS_PER_NODE = 2, 8
+GLOBAL_BATCH_SIZE = 256
+
+# The release's prompts have this structure: the wording is this project's.
+THINK = "between <reasoning> and </reasoning>"
+TEACHER = (
+    "{question}\n\nAs an example, this is a complete response:\n\n{trace}\n\n"
+    "Now respond in your own words. Write out your own reasoning too."
+)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain's data, prompts and benchmarks."""
+
+    data_format: str
+    """`--format` of `aropd prepare`."""
+    num_rows: int
+    system_prompt: str
+    teacher_template: str
+    max_prompt_tokens: int
+    max_response_tokens: int
+    benchmarks: dict[str, str]
+    """NAME:FORMAT of `aropd eval` -> file name."""
+    eval_tokens: int
+    """Limit of a response in evaluation."""
+    eval_options: tuple[str, ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_rows // GLOBAL_BATCH_SIZE
+
+
+DOMAINS = {
+    "math": Domain(
+        data_format="numina",
+        num_rows=100_000,
+        system_prompt=f"Solve the mathematics problem. Write your working {THINK}. Then write "
+        "only the final number or expression between <answer> and </answer>.",
+        teacher_template=TEACHER,
+        max_prompt_tokens=2048,
+        max_response_tokens=4096,
+        benchmarks={"math500:math": "math500.jsonl", "amc23:math": "amc23.jsonl"},
+        eval_tokens=1024,
+    ),
+    "code": Domain(
+        data_format="code",
+        num_rows=100_000,
+        system_prompt=f"Write the program that the task asks for. Outline your approach {THINK}, "
+        "with the cases that need care. Then write the complete program, in one code block, "
+        "between <answer> and </answer>. Write nothing else.",
+        teacher_template=TEACHER,
+        max_prompt_tokens=2048,
+        max_response_tokens=4096,
+        benchmarks={
+            "humaneval_plus:humaneval": "humanevalplus.jsonl",
+            "mbpp_plus:mbpp": "mbppplus.parquet",
+        },
+        eval_tokens=1024,
+        eval_options=("--allow-code-execution", "--code-asserts", "5"),
+    ),
+    "medical": Domain(
+        data_format="medmcqa",
+        num_rows=50_000,
+        system_prompt=f"Answer the multiple-choice question on medicine. Explain {THINK} which "
+        "facts decide it. Then write only the letter of the right choice between <answer> and "
+        "</answer>.",
+        teacher_template=TEACHER,
+        max_prompt_tokens=2048,
+        max_response_tokens=4096,
+        benchmarks={
+            "mmlu_medical:choices": "mmlu_medical.jsonl",
+            "medqa:choices": "medqa_usmle_4_options.jsonl",
+            "medmcqa:medmcqa": "medmcqa_validation.parquet",
+        },
+        eval_tokens=512,
+    ),
+}
+
+METHODS = {
+    "sft": "name: sft\nskip_response_tokens: 0\n",
+    "full_opd": "name: aropd\nresidual_scale: 1.0\nresidual_clip: null\n",
+    "partial_opd": "name: aropd\nresidual_scale: 0.0\nresidual_clip: 5.0\n",
+    **{
+        f"aropd_{scale}": f"name: aropd\nresidual_scale: {scale}\nresidual_clip: 5.0\n"
+        for scale in (0.6, 0.8, 1.2)
+    },
+}
+"""What differs between the methods of a domain, beside the warm-up of sft."""
+DISTILLED = "divergence: kl_target_student\nreduction: sequence_mean\nskip_response_tokens: 3\n"
+
+MMLU_MEDICAL = (
+    *("anatomy", "clinical_knowledge", "college_biology", "college_medicine"),
+    *("medical_genetics", "professional_medicine"),
+)
+"""The subjects of MMLU that make up MMLU-medical: 1,089 questions."""
+
+YAML = Template("""\
+# Written by `python examples/paper/experiment.py configs`: change the table there.
+
+output_dir: $runs/$name-$method
+
+model:
+  path: models/Qwen2.5-7B-Instruct
+  dtype: bf16
+
+data:
+  train: [$runs/rows/$name.jsonl] # $num_rows rows: $num_steps steps
+  on_bad_row: skip # rows whose trace does not fit into the prompt
+
+views:
+  system_prompt: |-
+$system_prompt
+  student_template: "{question}"
+  teacher_template: |-
+$teacher_template
+  trace_template: |-
+    <reasoning>
+    {reasoning}
+    </reasoning>
+    <answer>
+    {answer}
+    </answer>
+  partial_view: prefix_with_answer
+  partial_ratio: 0.5
+  max_prompt_tokens: $max_prompt_tokens
+  on_long_prompt: cut
+
+rollout:
+  engine: native
+  rollouts_per_prompt: 1
+  max_response_tokens: $max_response_tokens
+  temperature: 1.0
+  top_p: 1.0
+  batch_size: 64 # a replica's share of a step
+
+objective:
+$objective
+teacher:
+  kind: ema
+  ema_rate: 0.01
+
+optimizer: # AdamW
+  lr: 2e-5
+  beta1: 0.9
+  beta2: 0.999
+  weight_decay: 0.0
+  schedule: cosine
+  min_lr: 0.0
+  warmup_ratio: $warmup_ratio
+  clip_grad: 1.0
+
+training:
+  num_epochs: 1
+  global_batch_size: $global_batch_size
+  packing: true
+  max_tokens_per_microbatch: 12288 # two responses of full length
+  seed: 42
+
+parallel: # on 2 nodes of 8 x H100: 4 replicas
+  tensor: 4
+  sequence: true
+
+checkpoint:
+  save_every_steps: 50
+""")
+
+
+def config_text(name: str, method: str) -> str:
+    """The YAML of a domain and a method."""
+    domain, is_sft = DOMAINS[name], method == "sft"
+    objective = METHODS[method] + ("" if is_sft else DISTILLED)
+    # The release warms SFT up over 10 steps. A half more keeps a few skipped rows from making it 9.
+    warmup = f"{10.5 / domain.num_steps:.4f} # 10 steps" if is_sft else "0.1"
+    return YAML.substitute(
+        runs=RUNS,
+        name=name,
+        method=method,
+        num_rows=f"{domain.num_rows:,}",
+        num_steps=domain.num_steps,
+        system_prompt=_block(domain.system_prompt),
+        teacher_template=_block(domain.teacher_template),
+        max_prompt_tokens=domain.max_prompt_tokens,
+        max_response_tokens=domain.max_response_tokens,
+        objective=indent(objective, "  "),
+        warmup_ratio=warmup,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+    )
+
+
+def _block(text: str) -> str:
+    return indent(text, "    ", lambda line: bool(line.strip()))
+
+
+def config_path(name: str, method: str) -> Path:
+    return CONFIGS / name / f"{method}.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, for_sbatch = words, []
+    if "--" in words:
+        own, for_sbatch = words[: words.index("--")], words[words.index("--") + 1 :]
+    args = _parser().parse_args(own)
+    match args.command:
+        case "configs":
+            for name in DOMAINS:
+                for method in METHODS:
+                    config_path(name, method).parent.mkdir(parents=True, exist_ok=True)
+                    config_path(name, method).write_text(config_text(name, method))
+        case "prepare":
+            domain, rows = DOMAINS[args.domain], RUNS / "rows" / f"{args.domain}.jsonl"
+            size = args.rows or domain.num_rows
+            print(prepare(args.files, rows, format=domain.data_format, num_rows=size))
+        case "mmlu":
+            path = args.benchmarks / DOMAINS["medical"].benchmarks["mmlu_medical:choices"]
+            write_atomically(path, mmlu_medical(args.file))
+            print(path)
+        case "train":
+            return train_all(args, for_sbatch)
+        case "evaluate":
+            return evaluate_all(args, for_sbatch)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    jobs = argparse.ArgumentParser(add_help=False)
+    jobs.add_argument("--domains", nargs="+", choices=list(DOMAINS), default=list(DOMAINS))
+    jobs.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    jobs.add_argument(
+        "--model",
+        type=Path,
+        default=Path("models/Qwen2.5-7B-Instruct"),
+        help="HF folder (default: %(default)s); for --dry-run its config.json is enough",
+    )
+    jobs.add_argument("--dry-run", action="store_true", help="print the jobs, submit none")
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser("configs", help="write configs/")
+    rows = commands.add_parser("prepare", help="write a domain's rows")
+    rows.add_argument("domain", choices=list(DOMAINS))
+    rows.add_argument("files", nargs="+", type=Path, help="the data set as its hub has it")
+    rows.add_argument("--rows", type=int, help="(default: the release's number)")
+    mmlu = commands.add_parser("mmlu", help="write MMLU's medical subjects as one benchmark")
+    mmlu.add_argument("file", type=Path, help="test split of cais/mmlu, configuration `all`")
+    commands.add_parser("train", parents=[jobs], help="submit the training runs")
+    evaluate = commands.add_parser("evaluate", parents=[jobs], help="submit the evaluations")
+    for command in (mmlu, evaluate):
+        command.add_argument("--benchmarks", type=Path, required=True, help="folder of the files")
+    return parser
+
+
+def mmlu_medical(path: Path) -> Iterator[str]:
+    """The records of MMLU_MEDICAL as JSONL.
+
+    Raises:
+        DataError: a record cannot be read, or a subject has no questions.
+    """
+    missing = set(MMLU_MEDICAL)
+    for _, record in read_records(path):
+        if isinstance(record, DataError):
+            raise record
+        if record.get("subject") in MMLU_MEDICAL:
+            missing.discard(record["subject"])
+            yield json.dumps(record) + "\n"
+    if missing:
+        raise DataError(str(path), f"no questions of the subjects {', '.join(sorted(missing))}")
+
+
+def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
+    """Check all runs, then submit them."""
+    launches = []
+    for name in args.domains:
+        for method in args.methods:
+            arguments = [str(config_path(name, method)), f"model.path={args.model}"]
+            config = load_config(Path(arguments[0]), arguments[1:])
+            if not args.dry_run and method == args.methods[0]:  # a domain's runs read the same rows
+                check_inputs(config)
+            launch = launch_of(
+                config,
+                arguments,
+                num_nodes=NUM_NODES,
+                num_vllm_nodes=0,
+                gpus_per_node=GPUS_PER_NODE,
+                sbatch_options=for_sbatch,
+            )
+            launches.append(launch)
+    for launch in launches:
+        print(launch, flush=True)
+        if not args.dry_run and launch.submit():
+            return 1
+    return 0
+
+
+def evaluate_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
+    """Submit a job of one node for each model; submitted again, it resumes."""
+    for name in args.domains:
+        domain = DOMAINS[name]
+        tasks = [f"{task}={args.benchmarks / file}" for task, file in domain.benchmarks.items()]
+        for task in tasks:
+            path = parse_task(task).path
+            if not args.dry_run and not path.is_file():
+                raise SystemExit(f"{path}: no such file; README.md lists the benchmarks' files")
+        models = {"base": args.model} | {m: RUNS / f"{name}-{m}" for m in args.methods}
+        for method, model in models.items():
+            # For its views, which are the same for all methods of a domain.
+            config = config_path(name, "sft")
+            command = [
+                "aropd", "eval", "--model", model, "--config", config,
+                "--out", RUNS / "eval" / f"{name}-{method}",
+                *(word for task in tasks for word in ("--task", task)),
+                "--max-response-tokens", domain.eval_tokens, "--batch-size", 64,
+                *domain.eval_options,
+            ]  # fmt: skip
+            job = [
+                "sbatch", f"--job-name=eval-{name}-{method}", "--nodes=1",
+                f"--gpus-per-node={GPUS_PER_NODE}", "--exclusive", *for_sbatch,
+                f"--wrap={shlex.join(map(str, command))}",
+            ]  # fmt: skip
+            print(shlex.join(job), flush=True)
+            if not args.dry_run and subprocess.run(job).returncode:
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"experiment.py: error: {error}")
