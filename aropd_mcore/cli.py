@@ -78,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="make rows from published data formats")
     prepare.add_argument("inputs", nargs="+", type=Path, help="JSONL or Parquet files")
     prepare.add_argument("--output", required=True, type=Path, help="JSONL file to write")
-    prepare.add_argument("--format", default="auto", help="of the inputs (default: by their keys)")
+    prepare.add_argument(
+        "--format",
+        default="auto",
+        help="of the inputs, such as numina or code (default: by the keys of each record)",
+    )
     prepare.add_argument(
         "--rows",
         type=positive,

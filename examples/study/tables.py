@@ -1,7 +1,7 @@
 """From the study's runs to results.json, from that to tables and the figure.
 
     python examples/study/tables.py collect                    # runs/study -> results.json
-    python examples/study/tables.py teacher                    # prints a table: also main, lengths,
+    python examples/study/tables.py teacher                    # prints a table; others: main,
                                                                # differences, ablations
     python examples/study/tables.py figure                     # -> study.png
 
@@ -113,16 +113,12 @@ def differences(results: Mapping[str, Any], first: str, second: str, name: str) 
     return [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
 
 
-def percent(values: Sequence[float], *, sign: str = "", digits: int = 1) -> str:
+def percent(values: Sequence[float], *, sign: str = "") -> str:
     if not values:
         return "–"
     middle, half = over_seeds(values)
-    text = f"{100 * middle:{sign}.{digits}f}"
-    return text if half is None else f"{text} ± {100 * half:.{digits}f}"
-
-
-def fine(values: Sequence[float]) -> str:
-    return percent(values, digits=2)
+    text = f"{100 * middle:{sign}.1f}"
+    return text if half is None else f"{text} ± {100 * half:.1f}"
 
 
 def plain(values: Sequence[float]) -> str:
@@ -172,18 +168,7 @@ def main_table(results: Mapping[str, Any]) -> str:
         "sampled, %": column(results, "sampled/right"),
         "greedy, %": column(results, "greedy/right"),
         "skips steps, %": column(results, "sampled/skips"),
-        "right of those, %": column(results, "sampled/right/skipping"),
-        "hindsight tokens, %": column(results, "hindsight_token_rate", fine),
-        "premature, %": column(results, "sampled/premature"),
         "tokens": column(results, "sampled/length", plain),
-    }
-    return table(results, ["base", *MAIN], columns)
-
-
-def lengths_table(results: Mapping[str, Any]) -> str:
-    columns = {
-        f"{bucket}, {steps[0]} to {steps[-1]} steps, %": column(results, f"sampled/right/{bucket}")
-        for bucket, steps in BUCKETS.items()
     }
     return table(results, ["base", *MAIN], columns)
 
@@ -212,8 +197,6 @@ def ablations_table(results: Mapping[str, Any]) -> str:
         "less the reference": gain,
         "greedy, %": column(results, "greedy/right"),
         "skips steps, %": column(results, "sampled/skips"),
-        "hindsight tokens, %": column(results, "hindsight_token_rate", fine),
-        "seeds": column(results, "sampled/right", lambda values: str(len(values))),
     }
     return table(results, [REFERENCE, *ABLATIONS], columns)
 
@@ -221,7 +204,6 @@ def ablations_table(results: Mapping[str, Any]) -> str:
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "teacher": teacher_table,
     "main": main_table,
-    "lengths": lengths_table,
     "differences": differences_table,
     "ablations": ablations_table,
 }

@@ -127,7 +127,7 @@ def test_tables_follow_from_the_runs(call, out, tmp_path):
     results.write_text(json.dumps(made))
     tables = {
         name: call("tables", name, "--results", results)
-        for name in ("teacher", "main", "lengths", "differences", "ablations")
+        for name in ("teacher", "main", "differences", "ablations")
     }
     # t = 4.303 for two degrees of freedom, s = 0.1, n = 3.
     assert "| AR-OPD, λ = 0.8 | 60.0 ± 24.8 |" in tables["main"]
@@ -140,8 +140,8 @@ def test_tables_follow_from_the_runs(call, out, tmp_path):
 
 def test_the_readme_has_the_tables_of_the_results(call):
     readme = (STUDY / "README.md").read_text()
-    names = re.findall(r"tables\.py (teacher|main|lengths|differences|ablations)", readme)
-    assert len(names) == 5
+    names = re.findall(r"tables\.py (teacher|main|differences|ablations)", readme)
+    assert len(names) == 4
     for name in names:
         assert call("tables", name).strip() in readme, name
 
