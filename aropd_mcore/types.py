@@ -38,7 +38,7 @@ class Views:
     partial_ids: tuple[int, ...]
     full_ids: tuple[int, ...]
     num_cut_tokens: int = 0
-    """Question tokens cut on the left, over the three views together."""
+    """Tokens cut to fit views.max_prompt_tokens, over the three views together."""
 
 
 @dataclass(frozen=True)
