@@ -144,3 +144,6 @@ class TeacherOutput(NamedTuple):
 
     def to(self, device: torch.device) -> "TeacherOutput":
         return TeacherOutput(*(h if h is None else h.to(device, non_blocking=True) for h in self))
+
+    def divided_by(self, number: float) -> "TeacherOutput":
+        return TeacherOutput(*(h if h is None else h / number for h in self))

@@ -231,7 +231,9 @@ class ViewBuilder:
         if view == "partial":
             mode = self.config.partial_view
             ratio = 0.0 if mode == "answer_only" else self.config.partial_ratio
-            cut = reference_partial_trace if self.config.partial_cut == "reference" else partial_trace
+            cut = (
+                reference_partial_trace if self.config.partial_cut == "reference" else partial_trace
+            )
             reasoning = cut(reasoning, ratio)
             answer = "" if mode == "prefix_without_answer" else answer
         return self._write_trace(reasoning, answer, mark)

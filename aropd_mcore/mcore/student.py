@@ -127,18 +127,15 @@ class Student:
         objective = self.objective
         has_both = len(objective.views) == 2
         token_weights_T, mismatch = self._importance(hidden_TH, microbatch)
-        partial_TH, full_TH = teacher_output.partial_hidden_TH, teacher_output.full_hidden_TH
         if objective.temper_logits and self.rollout.temperature != 1:
-            # The output layer has no bias: hidden states / T give logits / T, in value and gradient.
-            hidden_TH, partial_TH, full_TH = (
-                None if hidden is None else hidden / self.rollout.temperature
-                for hidden in (hidden_TH, partial_TH, full_TH)
-            )
+            # No bias in the output layer: this divides the logits, in the gradient too.
+            hidden_TH = hidden_TH / self.rollout.temperature
+            teacher_output = teacher_output.divided_by(self.rollout.temperature)
         loss, metrics = fused_linear_anchored_residual_kl(
             hidden_TH,
             self.model.head_weight(),
-            partial_TH,
-            full_TH,
+            teacher_output.partial_hidden_TH,
+            teacher_output.full_hidden_TH,
             teacher.head_weight,
             token_weights_T,
             residual_scale=objective.residual_scale,
