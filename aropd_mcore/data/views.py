@@ -43,6 +43,9 @@ VIEWS: tuple[View, ...] = get_args(View)
 # or escaping changes it.
 _SLOT = "aropd-slot"
 
+_CUTS = {"word_end": partial_trace, "reference": reference_partial_trace}
+"""views.partial_cut -> how a reasoning is cut."""
+
 
 class PromptTooLong(DataError):
     """A row whose prompt does not fit `max_prompt_tokens`; the caller drops and counts it."""
@@ -231,10 +234,7 @@ class ViewBuilder:
         if view == "partial":
             mode = self.config.partial_view
             ratio = 0.0 if mode == "answer_only" else self.config.partial_ratio
-            cut = (
-                reference_partial_trace if self.config.partial_cut == "reference" else partial_trace
-            )
-            reasoning = cut(reasoning, ratio)
+            reasoning = _CUTS[self.config.partial_cut](reasoning, ratio)
             answer = "" if mode == "prefix_without_answer" else answer
         return self._write_trace(reasoning, answer, mark)
 
