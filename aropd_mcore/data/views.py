@@ -176,8 +176,8 @@ class ViewBuilder:
     def _cut_on_the_left(self, ids: list[int], question: str, trace: str) -> Prompt:
         num_cut = len(ids) - self.config.max_prompt_tokens
         text = str(self.tokenizer.decode(ids[num_cut:]))
-        shown = (_end_that_is_shown(part, text) for part in (question, trace))
-        return Prompt(tuple(ids[num_cut:]), *shown, num_cut)
+        question, trace = (_end_that_is_shown(part, text) for part in (question, trace))
+        return Prompt(tuple(ids[num_cut:]), question, trace, num_cut)
 
     def chat_ids(self, messages: Messages) -> tuple[int, ...]:
         """The prompt of chat turns, up to where the assistant's next turn begins.
