@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import psutil
 
 from aropd_mcore import __version__, lifetime
 from aropd_mcore.config import Config, ParallelConfig
-from aropd_mcore.config_file import dump_config, load_config
+from aropd_mcore.config_file import PRESETS, dump_config, load_config, preset_changes
 from aropd_mcore.convert.commands import add_commands
 from aropd_mcore.evaluate import arguments as eval_arguments
 from aropd_mcore.evaluate import diagnose_arguments
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
+    _add_preset(train)
     _add_num_processes(train)
     train.add_argument(
         "--dry-run",
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("config", type=Path, help="YAML file")
     plan.add_argument("overrides", nargs="*", help="such as parallel.tensor=4")
+    _add_preset(plan)
     size = plan.add_mutually_exclusive_group()
     size.add_argument("--nodes", type=positive, default=1, help="(default: %(default)s)")
     size.add_argument("--gpus", type=positive, help="in place of --nodes")
@@ -149,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     launch.add_argument("config", type=Path, help="YAML file")
     launch.add_argument("overrides", nargs="*", help="such as optimizer.lr=1e-5")
+    _add_preset(launch)
     launch.add_argument("--nodes", type=positive, default=1, help="(default: %(default)s)")
     launch.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
     launch.add_argument(
@@ -167,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("config", type=Path, help="YAML file")
     serve.add_argument("overrides", nargs="*", help="such as rollout.vllm.port=8000")
+    _add_preset(serve)
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser("generate", help="responses of any checkpoint, as JSONL")
@@ -192,6 +196,31 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="checkpoints from and to HF folders")
     add_commands(convert.add_subparsers(required=True, metavar="COMMAND"))
     return parser
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"settings of a method, over the YAML file and under overrides: {', '.join(PRESETS)}; "
+        "aropd_mcore/presets/NAME.yaml states what each reproduces",
+    )
+
+
+def _load_config(args: argparse.Namespace) -> Config:
+    return load_config(args.config, args.overrides, preset=args.preset)
+
+
+def _run_arguments(args: argparse.Namespace) -> list[str]:
+    """Arguments with which another process loads the same configuration."""
+    preset = ["--preset", args.preset] if args.preset else []
+    return [str(args.config), *preset, *args.overrides]
+
+
+def _print_preset(args: argparse.Namespace, config: Config) -> None:
+    if args.preset:
+        changes = preset_changes(args.config, args.preset, config)
+        _print_found(f"preset {args.preset}: {line}" for line in changes or ["changes nothing"])
 
 
 def _add_num_processes(parser: argparse.ArgumentParser) -> None:
@@ -233,7 +262,7 @@ def _plan(args: argparse.Namespace) -> None:
     from aropd_mcore.plan.render import render_plan, render_sweep
 
     job = job_of(
-        load_config(args.config, args.overrides),
+        _load_config(args),
         args.gpus or args.nodes * args.gpus_per_node,
         gpus_per_node=args.gpus_per_node,
         memory_bytes=args.memory * 1e9,
@@ -247,11 +276,12 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.stop_before is not None:
         args.overrides.append(f"limits.stop_before={json.dumps(args.stop_before)}")
-    config = load_config(args.config, args.overrides)
+    config = _load_config(args)
     num_local = args.nproc_per_node or _default_num_processes(config.parallel)
     layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
     if args.dry_run:
         _print_plan(config, layout)
+        _print_preset(args, config)
         _print_found(preflight(config))
         return 0
     if "RANK" in os.environ or num_local == 1:
@@ -259,7 +289,7 @@ def _train(args: argparse.Namespace) -> int:
     # Rank 0 takes the lock. A check here refuses the run before its ranks take GPU memory that the
     # run in output_dir may need.
     RunLock(config.output_dir).close()
-    return start_ranks(num_local, ["train", str(args.config), *args.overrides])
+    return start_ranks(num_local, ["train", *_run_arguments(args)])
 
 
 def _train_here(config: Config) -> int:
@@ -298,10 +328,10 @@ def _launch(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import describe
     from aropd_mcore.trainer.launch import check_inputs, launch_of
 
-    config = load_config(args.config, args.overrides)
+    config = _load_config(args)
     launch = launch_of(
         config,
-        [str(args.config), *args.overrides],
+        _run_arguments(args),
         num_nodes=args.nodes,
         num_vllm_nodes=args.vllm_nodes,
         gpus_per_node=args.gpus_per_node,
@@ -309,6 +339,7 @@ def _launch(args: argparse.Namespace) -> int:
     )
     layout, found = launch.layout, check_inputs(config)
     print(f"# {layout.world_size} ranks: {describe(config.parallel, layout.data)}")
+    _print_preset(args, config)
     _print_found(found)
     print(launch)
     if args.dry_run:
@@ -321,7 +352,7 @@ def _launch(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> None:
     from aropd_mcore.rollout.vllm_process import serve
 
-    serve(load_config(args.config, args.overrides))
+    serve(_load_config(args))
 
 
 def _print_plan(config: Config, layout: "Layout") -> None:
@@ -340,7 +371,7 @@ def _print_plan(config: Config, layout: "Layout") -> None:
     )
 
 
-def _print_found(found: Sequence[str]) -> None:
+def _print_found(found: Iterable[str]) -> None:
     """Print what a check found, as comments below the YAML or the command that it belongs to."""
     print("".join(f"# {line}\n" for text in found for line in text.splitlines()), end="")
 

@@ -16,6 +16,7 @@ from aropd_mcore.durations import seconds_of
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
+Reduction = Literal["sequence_mean", "sequence_mean_all", "token_mean"]
 Recompute = Literal["none", "selective", "full"]
 Place = Literal["device", "host"]
 Fp8Format = Literal["hybrid", "e4m3"]
@@ -181,10 +182,16 @@ class ViewsConfig(Section):
     """What the partial view shows of the oracle trace."""
     partial_ratio: Ratio = 0.5
     """Share of the reasoning's characters in the partial view; the cut moves on to a word's end."""
+    partial_cut: Literal["word_end", "reference"] = "word_end"
+    """How that share is cut. `word_end`: the share is rounded down, and a word is a run without
+    white space. `reference`: as in the authors' release, rounded up; a word is a run of letters,
+    digits, underscores and backslashes; a reasoning of one or two words stays whole."""
     max_prompt_tokens: Positive = 1024
     """Limit for each view's prompt."""
-    on_long_prompt: Literal["cut", "drop"] = "cut"
-    """Cut the question on its left until the prompt fits, or drop the row; both are counted."""
+    on_long_prompt: Literal["cut", "cut_chat", "drop"] = "cut"
+    """`cut`: cut the question on its left until the prompt fits. `cut_chat`: as in the authors'
+    release, keep the last max_prompt_tokens tokens of the rendered chat, of each view by itself:
+    the system prompt goes first. `drop`: drop the row. All are counted."""
 
 
 class SamplingConfig(Section):
@@ -330,10 +337,20 @@ class ObjectiveConfig(Section):
     """KL(target || student), KL(student || target), or jsd with jsd_weight."""
     jsd_weight: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Beta of `jsd`: the mixture is (1 - beta) student + beta target."""
-    reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
-    """Mean over a response's tokens, then over responses; or mean over all tokens. Global."""
+    reduction: Reduction = "sequence_mean"
+    """`sequence_mean`: mean over a response's loss tokens, then over responses that have any.
+    `sequence_mean_all`: the same, with responses without loss tokens as 0 in the mean.
+    `token_mean`: mean over all loss tokens. All are means over the global batch."""
     skip_response_tokens: Annotated[int, Field(ge=0)] = 3
     """The first tokens of each response that the loss leaves out."""
+    temper_logits: bool = False
+    """Divide the logits of student, partial view and full view by rollout.temperature before the
+    loss of `aropd`, as the authors' release does. The metrics from the same pass are then of the
+    tempered distributions. Importance ratios are not. Without effect at temperature 1."""
+    sft_prompt_loss: bool = False
+    """In `sft`, count every token of prompt and response but the prompt's first, as the authors'
+    release does; skip_response_tokens is then not applied. Positions count from the prompt's
+    second token."""
     router_aux_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
     """Mixture-of-experts models: times the load-balancing loss of each router in the student view,
     added to what is minimized (METHOD section 3, Routers). 0: none."""
@@ -352,6 +369,10 @@ class ObjectiveConfig(Section):
     """Tau, nats: a sampled token counts as hindsight when log f - log p exceeds this ..."""
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Epsilon: ... and the partial view gives it less than this probability."""
+
+    @property
+    def has_prompt_loss(self) -> bool:
+        return self.name == "sft" and self.sft_prompt_loss
 
     @property
     def has_router_losses(self) -> bool:
@@ -578,6 +599,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _engine_in_layout(self) -> "Config":
         check_engine_layout(self.rollout, self.parallel, self.precision)
+        return self
+
+    @model_validator(mode="after")
+    def _divides_by_temperature(self) -> "Config":
+        if self.objective.temper_logits and self.rollout.temperature == 0:
+            raise ValueError(
+                "objective.temper_logits divides logits by rollout.temperature, which is 0; sample "
+                "at a temperature above 0, or set objective.temper_logits to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,12 @@
-"""A run's configuration from YAML with dotted overrides, and back to YAML.
+"""A run's configuration from YAML with a preset and dotted overrides, and back to YAML.
 
 Files and overrides go through one reader (yaml_core). Unknown keys are refused with the nearest
-known name.
+known name. Precedence: defaults < YAML file < preset < overrides.
 """
 
 import difflib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +17,77 @@ from aropd_mcore.yaml_core import dump_yaml, parse_yaml
 
 T = TypeVar("T", bound=Section)
 
+_PRESETS = Path(__file__).with_name("presets")
+PRESETS = tuple(sorted(path.stem for path in _PRESETS.glob("*.yaml")))
+"""Names of the settings that the package ships for a method."""
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Load the YAML file at `path` and apply dotted overrides such as `optimizer.lr=1e-5`.
+
+def load_config(
+    path: Path, overrides: list[str] | None = None, *, preset: str | None = None
+) -> Config:
+    """Load the YAML file at `path`, then apply a preset, then overrides like `optimizer.lr=1e-5`.
 
     Values of overrides are YAML too: `objective.residual_clip=null`, `data.train=[a.jsonl]`. Of
     several overrides of one key the last wins.
 
+    Args:
+        preset: One of PRESETS.
     Raises:
         ConfigError: no such file, broken YAML, a key given twice, an unknown key (with the nearest
-            known name), a missing key, or a value out of range; the message names the key and the
-            value.
+            known name), a missing key, a value out of range, or an unknown preset; the message
+            names the key and the value.
     """
+    tree = _read(path)
+    if preset is not None:
+        for key, value in _preset_settings(preset).items():
+            _set(tree, key, value, f"preset {preset}")
+    for override in overrides or []:
+        where = f"override {_shown(override)}"
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{where}: expected section.key=value")
+        _set(tree, key, parse_yaml(value, where), where)
+    return validated(Config, tree, str(path))
+
+
+def preset_changes(path: Path, preset: str, config: Config) -> list[str]:
+    """State what a preset changes in a run: one line per setting.
+
+    Args:
+        path: The run's YAML file.
+        config: What `load_config` made of the file, the preset and overrides.
+    Returns:
+        `key: value of the file, or default -> value of the preset`, where the two differ. A value
+        that an override replaces is followed by the override's.
+    """
+    tree, resolved = _read(path), config.model_dump(mode="json")
+    lines = []
+    for dotted, value in _preset_settings(preset).items():
+        section, key = dotted.split(".")
+        before = (tree.get(section) or {}).get(key, _default(section, key))
+        if before == value:
+            continue
+        line = f"{dotted}: {json.dumps(before)} -> {json.dumps(value)}"
+        if (found := resolved[section][key]) != value:
+            line += f", replaced by an override: {json.dumps(found)}"
+        lines.append(line)
+    return lines
+
+
+def _preset_settings(preset: str) -> Mapping[str, Any]:
+    """Dotted key -> value."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {_shown(preset)}: expected one of {', '.join(PRESETS)}")
+    tree = _read(_PRESETS / f"{preset}.yaml")
+    return {f"{section}.{key}": v for section, keys in tree.items() for key, v in keys.items()}
+
+
+def _default(section: str, key: str) -> Any:
+    model: Any = Config.model_fields[section].annotation
+    return model.model_fields[key].default
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -37,9 +98,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: the file holds no settings; expected a mapping at the top")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return validated(Config, tree, str(path))
+    return tree
 
 
 def validated(section: type[T], values: dict, where: str) -> T:
@@ -50,11 +109,8 @@ def validated(section: type[T], values: dict, where: str) -> T:
         raise ConfigError(_explain(error, where)) from error
 
 
-def _apply_override(tree: dict, override: str) -> None:
-    where = f"override {_shown(override)}"
-    dotted, equals, value = override.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"{where}: expected section.key=value")
+def _set(tree: dict, dotted: str, value: Any, where: str) -> None:
+    """Set a value at a dotted key; `where` opens the message of a ConfigError."""
     *sections, key = dotted.split(".")
     for depth, section in enumerate(sections):
         if tree.get(section) is None:  # absent, or an empty section
@@ -64,7 +120,7 @@ def _apply_override(tree: dict, override: str) -> None:
             name = _printable(".".join(sections[: depth + 1]))
             raise ConfigError(f"{where}: {name} is a value, not a section")
         tree = node
-    tree[key] = parse_yaml(value, where)
+    tree[key] = value
 
 
 def _explain(error: ValidationError, path: str) -> str:

@@ -38,7 +38,7 @@ class Views:
     partial_ids: tuple[int, ...]
     full_ids: tuple[int, ...]
     num_cut_tokens: int = 0
-    """Question tokens cut on the left, over the three views together."""
+    """Tokens cut to fit views.max_prompt_tokens, over the three views together."""
 
 
 @dataclass(frozen=True)
@@ -144,3 +144,6 @@ class TeacherOutput(NamedTuple):
 
     def to(self, device: torch.device) -> "TeacherOutput":
         return TeacherOutput(*(h if h is None else h.to(device, non_blocking=True) for h in self))
+
+    def divided_by(self, number: float) -> "TeacherOutput":
+        return TeacherOutput(*(h if h is None else h / number for h in self))

@@ -104,6 +104,12 @@ def cross_entropy(student_logits: Tensor, target_ids: Tensor) -> Tensor:
 
 def reduced_loss(losses_by_response: list[Tensor], weights: list[float], reduction: str) -> Tensor:
     """The loss of a global batch from each response's token losses; METHOD section 3, Reduction."""
+    if reduction == "sequence_mean_all":
+        terms = [
+            w * (x.sum() / max(x.numel(), 1))
+            for x, w in zip(losses_by_response, weights, strict=True)
+        ]
+        return sum(terms) / sum(weights)
     counted = [
         (losses, weight)
         for losses, weight in zip(losses_by_response, weights, strict=True)

@@ -74,6 +74,9 @@ class Method:
     importance: str | None = None
     """`sequence` or `token`."""
     cap: float = 2.0
+    temperature: float = 1.0
+    """Divides the logits of all three views before the loss."""
+    sft_prompt_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ class Oracle:
             loss_T, metrics_T = self._sft(sample) if method.sft else self._aropd(sample)
             losses.append(loss_T)
             metrics.append(metrics_T)
-            offsets.append(torch.arange(method.skip, method.skip + len(loss_T)))
+            first = 0 if method.sft_prompt_loss else method.skip
+            offsets.append(torch.arange(first, first + len(loss_T)))
         loss = oracles.reduced_loss(losses, [s.weight for s in samples], method.reduction)
         minimized, routers = loss, {}
         if method.router_aux or method.router_z:
@@ -173,6 +177,10 @@ class Oracle:
         with torch.no_grad():
             partial = self._logits(self.teacher, sample.partial, sample.response)
             full = self._logits(self.teacher, sample.full, sample.response)
+        sampled = torch.tensor(sample.response[method.skip :], dtype=torch.int64)
+        # Of the distribution that was sampled from, at any temperature of the loss.
+        log_s = -oracles.cross_entropy(student.detach(), sampled)
+        student, partial, full = (x / method.temperature for x in (student, partial, full))
         losses = oracles.token_losses(
             student,
             partial,
@@ -186,14 +194,14 @@ class Oracle:
             student,
             partial,
             full,
-            torch.tensor(sample.response[method.skip :], dtype=torch.int64),
+            sampled,
             scale=method.scale,
             clip=method.clip,
         )
         log_f, log_p = metrics.pop("logprob_full"), metrics.pop("logprob_partial")
         hindsight = (log_f - log_p > method.gap) & (log_p.exp() < method.floor)
         metrics["hindsight_token_rate"] = hindsight.double()
-        log_s = metrics.pop("logprob_student")
+        metrics.pop("logprob_student")
         if method.importance is not None:
             log_engine = torch.tensor(sample.engine_logprobs[method.skip :], dtype=torch.float64)
             ratio = (log_s - log_engine).exp()
@@ -206,8 +214,12 @@ class Oracle:
         return losses, metrics
 
     def _sft(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self._logits(self.student, sample.student, sample.response)
-        targets = torch.tensor(sample.response[self.method.skip :], dtype=torch.int64)
+        if self.method.sft_prompt_loss:
+            sequence = torch.tensor([[*sample.student, *sample.response]])
+            logits, targets = self.student(sequence).logits[0, :-1], sequence[0, 1:]
+        else:
+            logits = self._logits(self.student, sample.student, sample.response)
+            targets = torch.tensor(sample.response[self.method.skip :], dtype=torch.int64)
         losses = oracles.cross_entropy(logits, targets)
         logprobs = torch.log_softmax(logits.detach(), -1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)

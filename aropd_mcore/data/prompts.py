@@ -32,7 +32,7 @@ class PromptCounts(NamedTuple):
 
     num_prompts: int
     num_cut: int
-    """Prompts that lose the beginning of their question."""
+    """Number of prompts that are cut to fit views.max_prompt_tokens."""
     longest: int
     """Tokens of the longest prompt."""
 
@@ -102,7 +102,7 @@ class Prompts:
         return PromptCounts(num_prompts, num_cut, longest)
 
     def ids(self, line: PromptLine) -> tuple[tuple[int, ...], int]:
-        """A line's prompt as token ids, and how many tokens of its question were cut off.
+        """A line's prompt as token ids, and how many tokens were cut off.
 
         Raises:
             DataError: it is broken, or too long: a question by the rules of views.max_prompt_tokens

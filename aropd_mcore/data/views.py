@@ -22,7 +22,13 @@ from aropd_mcore.data.chat_template import (
 )
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.special_tokens import SpecialTokens, unused_character
-from aropd_mcore.data.templates import check_fields, fill, partial_trace, write_trace
+from aropd_mcore.data.templates import (
+    check_fields,
+    fill,
+    partial_trace,
+    reference_partial_trace,
+    write_trace,
+)
 from aropd_mcore.data.tokenizer import response_end_id
 from aropd_mcore.data.vocabulary import check_vocabulary, short_hash, tokenizer_hash
 from aropd_mcore.types import Row, Views
@@ -36,6 +42,9 @@ VIEWS: tuple[View, ...] = get_args(View)
 # Stands for a text while the chat template is rendered; plain ASCII, so that no template's trimming
 # or escaping changes it.
 _SLOT = "aropd-slot"
+
+_CUTS = {"word_end": partial_trace, "reference": reference_partial_trace}
+"""views.partial_cut -> how a reasoning is cut."""
 
 
 class PromptTooLong(DataError):
@@ -110,7 +119,8 @@ class ViewBuilder:
         """The three prompts of a row, each of at most `max_prompt_tokens`.
 
         With on_long_prompt "cut", a prompt over the limit loses the beginning of its question and
-        nothing else: chat template, instructions and trace stay whole.
+        nothing else: chat template, instructions and trace stay whole. With "cut_chat" it loses its
+        first tokens, whatever they are.
 
         Raises:
             PromptTooLong: A prompt is over the limit, and on_long_prompt is "drop" or the prompt
@@ -147,6 +157,8 @@ class ViewBuilder:
             if self.config.on_long_prompt == "drop":
                 problem = f"the {view} view's prompt is over max_prompt_tokens {limit}"
                 raise PromptTooLong(row.origin, problem, f"{num_tokens} tokens")
+            if self.config.on_long_prompt == "cut_chat":
+                return self._cut_on_the_left(ids, question, trace.replace(mark, ""))
             # The least cut that fits. The number of tokens need not fall with every character, but
             # the cut that bisection ends at was itself encoded and found to fit.
             cuts = range(len(question) + 1)
@@ -160,6 +172,12 @@ class ViewBuilder:
             ids = ids_from(cut)
         shown_trace = trace.replace(mark, "")
         return Prompt(tuple(ids), question[cut:], shown_trace, num_tokens - len(ids))
+
+    def _cut_on_the_left(self, ids: list[int], question: str, trace: str) -> Prompt:
+        num_cut = len(ids) - self.config.max_prompt_tokens
+        text = str(self.tokenizer.decode(ids[num_cut:]))
+        question, trace = (_end_that_is_shown(part, text) for part in (question, trace))
+        return Prompt(tuple(ids[num_cut:]), question, trace, num_cut)
 
     def chat_ids(self, messages: Messages) -> tuple[int, ...]:
         """The prompt of chat turns, up to where the assistant's next turn begins.
@@ -216,7 +234,7 @@ class ViewBuilder:
         if view == "partial":
             mode = self.config.partial_view
             ratio = 0.0 if mode == "answer_only" else self.config.partial_ratio
-            reasoning = partial_trace(reasoning, ratio)
+            reasoning = _CUTS[self.config.partial_cut](reasoning, ratio)
             answer = "" if mode == "prefix_without_answer" else answer
         return self._write_trace(reasoning, answer, mark)
 
@@ -277,6 +295,14 @@ class ViewBuilder:
                 ids.update(self.chat_ids(messages))
         named = self._special_tokens.ids.items()
         return ids | {id for name, id in named if any(name in text for text in self._templates)}
+
+
+def _end_that_is_shown(part: str, text: str) -> str:
+    """What is left of a part of a text after the text was cut on its left."""
+    if part in text:
+        return part
+    ends = (part[start:] for start in range(1, len(part) + 1))
+    return next((end for end in ends if text.startswith(end)), "")
 
 
 def _unused_slot(texts: Sequence[str]) -> str:

@@ -127,6 +127,10 @@ class Student:
         objective = self.objective
         has_both = len(objective.views) == 2
         token_weights_T, mismatch = self._importance(hidden_TH, microbatch)
+        if objective.temper_logits and self.rollout.temperature != 1:
+            # No bias in the output layer: this divides the logits, in the gradient too.
+            hidden_TH = hidden_TH / self.rollout.temperature
+            teacher_output = teacher_output.divided_by(self.rollout.temperature)
         loss, metrics = fused_linear_anchored_residual_kl(
             hidden_TH,
             self.model.head_weight(),

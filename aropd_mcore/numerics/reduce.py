@@ -7,24 +7,27 @@ and gradient for every layout.
 Shape letters: N samples of this rank, over all microbatches of a step.
 """
 
-from typing import Literal
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from aropd_mcore.config import Reduction
 
 
 def sample_token_weights(
     num_loss_tokens_N: Tensor,
     sample_weights_N: Tensor,
     *,
-    reduction: Literal["sequence_mean", "token_mean"],
+    reduction: Reduction,
     dp_group=None,
 ) -> Tensor:
     """The weight of each loss token of sample i: the plain sum over all tokens is the loss.
 
-        sequence_mean: w_i / (n_i * sum_j w_j),  over responses j with loss tokens (n_j > 0)
-        token_mean:    w_i / sum_j w_j n_j
+        sequence_mean:     w_i / (n_i * sum_j w_j),  over responses j with loss tokens (n_j > 0)
+        sequence_mean_all: w_i / (n_i * sum_j w_j),  over all responses j
+        token_mean:        w_i / sum_j w_j n_j
 
     with n_i the loss tokens of sample i and w_i its sample weight; j runs over all ranks. These
     are weighted means: with weights of 1, a mean over responses of their means over tokens, and a
@@ -56,14 +59,15 @@ def sample_token_weights(
         if bad.numel():
             raise ValueError(f"{name} holds {bad[0].item():g}: expected finite numbers >= 0")
 
-    if reduction == "sequence_mean":
-        shares = torch.where(counts > 0, weights, 0)
-        per_token = shares / counts.clamp(min=1)
-    elif reduction == "token_mean":
-        shares = weights * counts
-        per_token = torch.where(counts > 0, weights, 0)
+    if reduction not in get_args(Reduction):
+        known = ", ".join(get_args(Reduction))
+        raise ValueError(f"reduction {reduction!r}: expected one of {known}")
+    counted = torch.where(counts > 0, weights, 0)
+    if reduction == "token_mean":
+        shares, per_token = weights * counts, counted
     else:
-        raise ValueError(f"reduction {reduction!r}: expected sequence_mean or token_mean")
+        shares = weights if reduction == "sequence_mean_all" else counted
+        per_token = counted / counts.clamp(min=1)
     total = shares.sum()
     if dp_group is not None:
         dist.all_reduce(total, group=dp_group)

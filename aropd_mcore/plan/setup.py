@@ -46,6 +46,8 @@ class Setup:
     """Of a rank's tokens, in fp8."""
     prompt_tokens: int = 1024
     response_tokens: int = 1024
+    prompt_loss: bool = False
+    """The loss counts the prompt's tokens too."""
     samples: bool = True
     """Rollouts are the model's own; False: servers', which are not planned."""
     rollout_batch_size: int = 32
@@ -106,7 +108,8 @@ class Setup:
     @property
     def loss_tokens(self) -> int:
         """Of a microbatch, on one context rank if they fall evenly."""
-        return round(self.microbatch_sequences * self.response_tokens) // self.context
+        counted = self.response_tokens + (self.prompt_tokens - 1 if self.prompt_loss else 0)
+        return round(self.microbatch_sequences * counted) // self.context
 
     @property
     def num_responses(self) -> int:
@@ -168,6 +171,7 @@ def setup_of(
         size_multiple=precision.size_multiple,
         prompt_tokens=config.views.max_prompt_tokens,
         response_tokens=config.rollout.max_response_tokens,
+        prompt_loss=config.objective.has_prompt_loss,
         samples=num_views > 0 and config.rollout.model_samples,
         rollout_batch_size=config.rollout.batch_size,
         kv_cache_tokens=config.rollout.kv_cache_tokens,

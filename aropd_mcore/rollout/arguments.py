@@ -22,8 +22,8 @@ finish_reason (stop: an EOS; length: --max-response-tokens) and, of a training c
 weight_version, its training steps. Order and seeds are those of the prompts, whatever the layout.
 
 Of a run's checkpoint, questions are rendered by the views of its config.yaml, where
-views.on_long_prompt: cut shortens long ones; their lines say num_cut_tokens. Any other prompt that
-does not fit is an error, and every prompt is checked before the first response.
+views.on_long_prompt: cut and cut_chat shorten long ones; their lines have num_cut_tokens. Any other
+prompt that does not fit is an error, and every prompt is checked before the first response.
 
 With --engine vllm the processes hand their weights to vLLM servers: those of --config's
 rollout.vllm, never of the checkpoint's run by itself, or one that is started on this machine.

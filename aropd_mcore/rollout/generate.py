@@ -240,8 +240,8 @@ def _headline(job: Job, runtime: Runtime, extent: _Extent) -> str:
     if extent.counts.num_cut:
         cut = (
             f"\n{extent.counts.num_cut} prompts are over views.max_prompt_tokens "
-            f"{job.views.max_prompt_tokens}: their questions lose their beginning, and their lines "
-            "say so (num_cut_tokens)"
+            f"{job.views.max_prompt_tokens}: they are cut by views.on_long_prompt "
+            f"{job.views.on_long_prompt}, and their lines have num_cut_tokens"
         )
     return (
         f"{start}: {job.source.path} ({job.who}) in {dtype} on {runtime.device.type}, "

@@ -1,7 +1,7 @@
 """From rollouts to what the models read: weights, microbatches, and this rank's share of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,7 +45,11 @@ def form_batch(
         an all-gather.
     """
     objective, training = config.objective, config.training
-    num_tokens_N = num_loss_tokens(rollouts, objective.skip_response_tokens)
+    num_skipped = objective.skip_response_tokens
+    if objective.has_prompt_loss:
+        views, rollouts = _with_prompt_as_response(views, rollouts)
+        num_skipped = 0
+    num_tokens_N = num_loss_tokens(rollouts, num_skipped)
     weights = sample_token_weights(
         num_tokens_N,
         torch.tensor([v.row.sample_weight for v in views]),
@@ -71,7 +75,7 @@ def form_batch(
     microbatches = collate(
         samples,
         groups,
-        skip_response_tokens=objective.skip_response_tokens,
+        skip_response_tokens=num_skipped,
         pad_token_id=pad_token_id,
         length_multiple=runtime.length_multiple,
         segment_multiple=runtime.segment_multiple if training.packing else None,
@@ -89,6 +93,19 @@ def form_batch(
         num_tokens - num_real,
         num_without_loss=int((num_tokens_N == 0).sum()),
         has_loss=bool(runtime.max_over_job(int(weights.any()))),
+    )
+
+
+def _with_prompt_as_response(
+    views: Sequence[Views], rollouts: Sequence[Rollout]
+) -> tuple[list[Views], list[Rollout]]:
+    """The same sequences, with the prompt's first token as prompt and all others as response."""
+    return (
+        [replace(v, student_ids=v.student_ids[:1]) for v in views],
+        [
+            replace(r, response_ids=v.student_ids[1:] + r.response_ids)
+            for v, r in zip(views, rollouts, strict=True)
+        ],
     )
 
 

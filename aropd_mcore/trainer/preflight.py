@@ -172,7 +172,7 @@ class _RowNotes:
         self._num_rows = 0
         self._longest = 0
         self._cut: list[str] = []
-        """Origins of the rows whose question is cut."""
+        """Origins of the rows of which a prompt is cut."""
         self._equal: list[str] = []
         """Origins of the rows whose partial view is the full view."""
         self._truncated: list[str] = []
@@ -199,8 +199,9 @@ class _RowNotes:
             f"have up to {response}"
         )
         if self._cut:
+            part = "chat" if config.views.on_long_prompt == "cut_chat" else "question"
             found.append(
-                f"the question of {self._of_all(self._cut)} is cut to fit "
+                f"the {part} of {self._of_all(self._cut)} is cut to fit "
                 f"views.max_prompt_tokens; first: {self._cut[0]}"
             )
         if self._equal and len(config.objective.views) == 2:
@@ -209,7 +210,7 @@ class _RowNotes:
                 f"residual is zero; first: {self._equal[0]}"
             )
         skip = config.objective.skip_response_tokens
-        if skip >= response:
+        if skip >= response and not config.objective.has_prompt_loss:
             found.append(
                 f"no token counts in the loss, so every step will be skipped: "
                 f"objective.skip_response_tokens {skip} is not less than "

@@ -14,7 +14,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.show import render_views
-from aropd_mcore.data.templates import partial_trace, write_trace
+from aropd_mcore.data.templates import partial_trace, reference_partial_trace, write_trace
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
 from aropd_mcore.types import Row
@@ -70,6 +70,25 @@ def chatml(user, system=None):
 )
 def test_partial_trace(text, ratio, expected):
     assert partial_trace(text, ratio) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "expected"),
+    [
+        ("one two three", 0.0, ""),
+        ("one two three", 1.0, "one two three"),
+        ("one two three", 0.01, "one"),  # Rounded up to 1 character.
+        ("one two three", 0.3, "one"),  # Cut at 4: behind a word and its space.
+        ("one two three", 0.31, "one two"),  # Cut at 5.
+        ("one two.", 0.1, "one two."),  # Two words stay whole.
+        ("a (b+c) d", 0.4, "a (b"),  # Cut at 4: `b` ends there, and `+` is no part of a word.
+        ("x = \\frac{1}{2} so", 0.3, "x = \\frac"),
+        ("let x_1 be", 0.5, "let x_1"),
+        ("ab 一加一等于二 c", 0.3, "ab 一加一等于二"),  # One run, without spaces too.
+    ],
+)
+def test_reference_partial_trace(text, ratio, expected):
+    assert reference_partial_trace(text, ratio) == expected
 
 
 def before(text, ratio):
@@ -260,6 +279,38 @@ def test_cut_prompts_fit_and_keep_everything_but_the_question(tokenizer, questio
         assert len(prompt.ids) > limit - 4
         num_cut += prompt.num_cut_tokens
     assert builder.build(row).num_cut_tokens == num_cut
+
+
+@pytest.mark.parametrize("limit", [30, 90, 125, 150])
+def test_a_whole_chat_is_cut_on_its_left(tokenizer, limit):
+    """Each view by itself: the system prompt goes first, then the question, then the trace."""
+    row = replace(ROW, system="Be brief.")
+    builder = ViewBuilder(
+        tokenizer, ViewsConfig(**PLAIN, max_prompt_tokens=limit, on_long_prompt="cut_chat")
+    )
+    num_cut = 0
+    for name, whole in zip(VIEWS, texts(tokenizer, row), strict=True):
+        ids = tokenizer.encode(whole, add_special_tokens=False)
+        prompt = builder.prompt(row, name)
+        assert list(prompt.ids) == ids[-limit:]
+        assert prompt.num_cut_tokens == max(len(ids) - limit, 0)
+        text = tokenizer.decode(prompt.ids)
+        for part in (prompt.question, prompt.trace):
+            assert part in text
+        shows_question = row.question in text
+        assert (prompt.question == row.question) == shows_question
+        assert row.question.endswith(prompt.question)
+        num_cut += prompt.num_cut_tokens
+    assert builder.build(row).num_cut_tokens == num_cut > 0
+
+
+def test_the_partial_view_is_cut_as_configured(tokenizer):
+    row = replace(ROW, reasoning="a (b+c) d")
+    shown = [
+        texts(tokenizer, row, partial_ratio=0.4, partial_cut=cut)[1].split("reasoning>")[1]
+        for cut in ("word_end", "reference")
+    ]
+    assert shown == ["\na (b+c)\n</", "\na (b\n</"]
 
 
 def test_rows_that_do_not_fit(tokenizer):

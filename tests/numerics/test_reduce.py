@@ -1,10 +1,13 @@
 """Token weights: the plain sum over tokens and ranks is METHOD's loss."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
+from aropd_mcore.config import Reduction
 from aropd_mcore.numerics import sample_token_weights
 from tests import oracles
 from tests.ranks import run_ranks
@@ -14,7 +17,7 @@ WEIGHTS = [1.0, 4.0, 0.5, 2.0]
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0] * 4])
-@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("reduction", get_args(Reduction))
 def test_the_sum_is_the_loss(reduction, weights):
     losses = [torch.rand(count, dtype=torch.float64) for count in COUNTS]
     token_weights = sample_token_weights(
@@ -33,21 +36,21 @@ def weights_of_rank(splits: list[list[int]]) -> list[list[float]]:
         sample_token_weights(
             counts, weights, reduction=reduction, dp_group=dist.group.WORLD
         ).tolist()
-        for reduction in ("sequence_mean", "token_mean")
+        for reduction in get_args(Reduction)
     ]
 
 
 def test_global_over_data_parallel_ranks():
     whole = [
         sample_token_weights(torch.tensor(COUNTS), torch.tensor(WEIGHTS), reduction=name).tolist()
-        for name in ("sequence_mean", "token_mean")
+        for name in get_args(Reduction)
     ]
     for splits in ([[0, 1], [2, 3]], [[0, 1, 2, 3], []]):
         by_rank = run_ranks(weights_of_rank, 2, splits)
         assert [[*first, *second] for first, second in zip(*by_rank, strict=True)] == whole
 
 
-@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("reduction", get_args(Reduction))
 @pytest.mark.parametrize("counts, weights", [([0, 0], [1, 1]), ([3, 2], [0, 0]), ([], [])])
 def test_nothing_to_count_weighs_nothing(counts, weights, reduction):
     counts, weights = torch.tensor(counts, dtype=torch.int64), torch.tensor(weights).float()

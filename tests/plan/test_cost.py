@@ -31,6 +31,8 @@ def test_flops_of_the_loss():
     setup = Setup(read_architecture(MODELS["qwen2"]), micro_batch_size=2, response_tokens=10)
     assert loss_flops(setup) == 5 * 2 * 20 * 64 * 509
     assert loss_flops(replace(setup, num_views=1)) == 4 * 2 * 20 * 64 * 509
+    sft = replace(setup, num_views=0, prompt_tokens=7, prompt_loss=True)
+    assert loss_flops(sft) == 3 * 2 * 2 * 16 * 64 * 509
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def test_other_rules_are_said(path):
         "teacher.ema_rate: 0.1 -> 0.2"
     ]
     assert current["config_hash"] != saved["config_hash"]
+    # The same rows, with other prompts.
+    current = described(path, "views.on_long_prompt=cut_chat")
+    (line,) = check_changes(saved, current, [])
+    assert line.startswith("changed, and other rules from here on: views.on_long_prompt: ")
+    assert current["config_hash"] != saved["config_hash"], "kept rollouts would be used"
 
 
 def test_another_run_is_refused_with_the_way_out(path):

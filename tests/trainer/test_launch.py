@@ -34,12 +34,15 @@ def run(tmp_path) -> Path:
 
 def test_everything_reaches_sbatch(run, sbatch, capsys):
     words = ["launch", str(run), "optimizer.lr=1e-5", "--nodes", "3", "--gpus-per-node", "4"]
+    words += ["--preset", "sdft"]
     assert cli.main([*words, "--", "--partition=a b", "--exclude=n7"]) == 0
     expected = ["--job-name=aropd-out", "--nodes=3", "--gpus-per-node=4", "--partition=a b"]
-    expected += ["--exclude=n7", f"{REPO}/slurm/train.sbatch", str(run), "optimizer.lr=1e-5"]
+    expected += ["--exclude=n7", f"{REPO}/slurm/train.sbatch", str(run), "--preset", "sdft"]
+    expected += ["optimizer.lr=1e-5"]
     expected += [str(REPO), sys.prefix, "4", ""]
     assert sbatch.read_text().splitlines() == expected
     said = capsys.readouterr().out
+    assert "# preset sdft: objective.residual_scale: 0.8 -> 1.0" in said
     assert "# 12 ranks: TP 2" in said and "'--partition=a b'" in said
 
     # Of three nodes one serves: eight ranks train.

@@ -330,6 +330,30 @@ CASES = [
         layouts=[Layout(2, 2), Layout(1, 1, context=2)],
     ),
     Case(
+        # Of the loss alone: what an engine sampled from is compared without the temperature.
+        "tempered",
+        {
+            "objective": AROPD
+            | {
+                "temper_logits": True,
+                "reduction": "sequence_mean_all",
+                "skip_response_tokens": 5,
+                "residual_scale": 1.4,
+            },
+            "rollout": {"temperature": 1.7, "importance": "sequence", "importance_cap": 1.3},
+        },
+        tie=True,
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[Layout(2, 2), Layout(1, 2, context=2)],
+    ),
+    Case(
+        "sft-prompt-loss",
+        {"objective": {"name": "sft", "reduction": "token_mean", "sft_prompt_loss": True}},
+        num_microbatches=2,
+        layouts=[Layout(2, 1, context=2), Layout(1, 4)],
+    ),
+    Case(
         # The teacher reads one view.
         "partial-opd",
         {"objective": AROPD | {"residual_scale": 0.0, "metrics": False}},
@@ -543,6 +567,8 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
         cap=config.rollout.importance_cap,
         router_aux=objective.router_aux_loss_coeff,
         router_z=objective.router_z_loss_coeff,
+        temperature=config.rollout.temperature if objective.temper_logits else 1.0,
+        sft_prompt_loss=objective.sft_prompt_loss,
     )
     plain = Oracle(case.model(root), method)
     return [plain.step(of_a_step, case.groups) for of_a_step in samples]
