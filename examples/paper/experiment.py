@@ -112,7 +112,7 @@ DOMAINS = {
 }
 
 METHODS = {
-    "sft": "name: sft\nskip_response_tokens: 0\n",
+    "sft": "name: sft\nsft_prompt_loss: true\nreduction: token_mean\n",
     "full_opd": "name: aropd\nresidual_scale: 1.0\nresidual_clip: null\n",
     "partial_opd": "name: aropd\nresidual_scale: 0.0\nresidual_clip: 5.0\n",
     **{
@@ -121,7 +121,7 @@ METHODS = {
     },
 }
 """What differs between the methods of a domain, beside the warm-up of sft."""
-DISTILLED = "divergence: kl_target_student\nreduction: sequence_mean\nskip_response_tokens: 3\n"
+DISTILLED = "divergence: kl_target_student\nreduction: sequence_mean_all\nskip_response_tokens: 3\n"
 
 MMLU_MEDICAL = (
     *("anatomy", "clinical_knowledge", "college_biology", "college_medicine"),
@@ -140,7 +140,6 @@ model:
 
 data:
   train: [$runs/rows/$name.jsonl] # $num_rows rows: $num_steps steps
-  on_bad_row: skip # rows whose trace does not fit into the prompt
 
 views:
   system_prompt: |-
@@ -157,8 +156,9 @@ $teacher_template
     </answer>
   partial_view: prefix_with_answer
   partial_ratio: 0.5
+  partial_cut: reference
   max_prompt_tokens: $max_prompt_tokens
-  on_long_prompt: cut
+  on_long_prompt: cut_chat
 
 rollout:
   engine: native
@@ -173,6 +173,7 @@ $objective
 teacher:
   kind: ema
   ema_rate: 0.01
+  fp32_master: false # the average itself is bf16
 
 optimizer: # AdamW
   lr: 2e-5
@@ -204,7 +205,7 @@ def config_text(name: str, method: str) -> str:
     """The YAML of a domain and a method."""
     domain, is_sft = DOMAINS[name], method == "sft"
     objective = METHODS[method] + ("" if is_sft else DISTILLED)
-    # The release warms SFT up over 10 steps. A half more keeps a few skipped rows from making it 9.
+    # The release warms SFT up over 10 steps. A half more keeps rounding from making it 9.
     warmup = f"{10.5 / domain.num_steps:.4f} # 10 steps" if is_sft else "0.1"
     return YAML.substitute(
         runs=RUNS,
