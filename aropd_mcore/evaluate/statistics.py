@@ -5,6 +5,7 @@ A problem's samples are a list of booleans, True where one is right.
 
 import math
 from collections.abc import Sequence
+from statistics import mean, stdev
 
 import numpy as np
 
@@ -12,6 +13,8 @@ Samples = Sequence[Sequence[bool]]
 _Z = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
 _NUM_RESAMPLES = 2000
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves for more."""
 
 
 def accuracy(samples: Samples) -> float:
@@ -68,3 +71,17 @@ def bootstrap(samples: Samples, *, seed: int = 0) -> tuple[float, float]:
         means.append(num_right[chosen].sum() / num[chosen].sum())
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of one number per seed, and half of its 95 % interval.
+
+        t_{0.975, n - 1} s / sqrt(n),   n values with standard deviation s
+
+    Returns:
+        The second is None for one value. With more than 10 values it is slightly too wide.
+    """
+    if len(values) < 2:
+        return mean(values), None
+    t = _T_975[min(len(values) - 1, len(_T_975)) - 1]
+    return mean(values), t * stdev(values) / math.sqrt(len(values))

@@ -12,22 +12,19 @@ difference is taken seed by seed, over the same problems. The base's intervals a
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from methods import ABLATIONS, MAIN, REFERENCE, SCALES, TITLES
 from study import DECODINGS, VIEWS, counted
 
-from aropd_mcore.evaluate.statistics import wilson
+from aropd_mcore.evaluate.statistics import over_seeds, wilson
 
 HERE = Path(__file__).parent
 BUCKETS = {"short": range(3, 7), "middle": range(7, 11), "long": range(11, 15)}
 """Numbers of operations."""
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t for 1, 2, ... degrees of freedom; the last one serves for more."""
 COLOURS = {"base": "grey", "sft": "C1", "partial_opd": "C2", "full_opd": "C3", REFERENCE: "C0"}
 
 
@@ -91,14 +88,6 @@ def numbers(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------- results.json -> tables
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of its 95 % interval; None: of one seed there is none."""
-    if len(values) < 2:
-        return mean(values), None
-    t = T_975[min(len(values) - 1, len(T_975)) - 1]
-    return mean(values), t * stdev(values) / math.sqrt(len(values))
 
 
 def of_method(results: Mapping[str, Any], method: str, name: str) -> list[float]:
