@@ -1,8 +1,8 @@
 """Train and evaluate each method on each seed.
 
-    python examples/smollm2/study.py base                       # data, warm start, base under each view
-    python examples/smollm2/study.py grid --jobs 2              # learning rates, on validation.jsonl
-    python examples/smollm2/study.py runs --jobs 2 --lr 1e-5    # MAIN and ABLATIONS on every seed
+    python examples/smollm2/study.py base                    # data, warm start, base by view
+    python examples/smollm2/study.py grid --jobs 2           # learning rates, on validation.jsonl
+    python examples/smollm2/study.py runs --jobs 2 --lr 1e-5 # every method on every seed
 
 Each command makes what is missing, so that rerunning it resumes. A finished run is its result.json.
 A seed has training rows and held-out problems of its own, and seeds the order and the sampling. The
@@ -35,12 +35,7 @@ DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures at which problems are answered."""
 NUM_LAST_STEPS = 8
 """Number of steps that the training metrics of a result are means over."""
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    # glibc otherwise returns each large temporary to the system, and page faults dominate.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -166,7 +161,8 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
     tasks = write_views(out)
     for name, path in {"untouched": model, "base": out / "base"}.items():
         for decoding in DECODINGS:
-            found = answers(path, out / name, decoding, tasks, core)
+            found = answers(path, out / "views" / name, decoding, tasks, core)
+            (out / "views" / name / f"{decoding}.json").write_text(json.dumps(found) + "\n")
             for view, samples in found.items():
                 print(f"{name}, {decoding}, {view}: {means(samples)}", flush=True)
 

@@ -1,0 +1,212 @@
+"""Make results.json from the study's runs, and tables from results.json.
+
+    python examples/smollm2/tables.py collect      # runs/smollm2 -> results.json
+    python examples/smollm2/tables.py views        # prints a table; also grid, main, lengths,
+                                                   # differences, ablations
+
+Each number is a mean over seeds with its 95 % interval (Student's t). A seed has training rows,
+held-out problems, order and samples of its own; the base is the same for all. Differences are taken
+seed by seed, over the same problems.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from methods import ABLATIONS, GRID, MAIN, RATES, REFERENCE
+from study import DECODINGS, VIEWS
+
+from aropd_mcore.evaluate.statistics import over_seeds, wilson
+
+HERE = Path(__file__).parent
+BUCKETS = {"2 steps": (2,), "3 and 4 steps": (3, 4), "5 and 6 steps": (5, 6)}
+TRAINING = (
+    *("hindsight_token_rate", "kl_full_partial", "clip_fraction", "residual_capture_ratio"),
+    *("truncation_rate", "eos_prob_student", "eos_prob_target"),
+)
+"""Metrics of training that a result keeps: means over the last steps."""
+Results = Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["collect", *TABLES])
+    parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--results", type=Path, default=HERE / "results.json")
+    args = parser.parse_args(argv)
+    if args.what == "collect":
+        args.results.write_text(json.dumps(collect(args.runs), indent=1) + "\n")
+    else:
+        print(TABLES[args.what](json.loads(args.results.read_text())))
+
+
+def collect(runs: Path) -> dict[str, Any]:
+    """Every run's numbers: by model and view, by method and rate, and by method and seed."""
+    views = {
+        model: {
+            view: numbers(
+                {d: json.loads((runs / "views" / model / f"{d}.json").read_text())[view] for d in DECODINGS}
+            )
+            for view in VIEWS
+        }
+        for model in ("untouched", "base")
+    }
+    found: dict[str, Any] = {"views": views, "grid": {}, "runs": {}}
+    for path in sorted(runs.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        training = {k: result["training"][k] for k in TRAINING if k in result["training"]}
+        is_grid = path.parent.parent.name == "grid"
+        group = found["grid" if is_grid else "runs"].setdefault(result["method"], {})
+        group[f"{result['lr']:g}" if is_grid else str(result["seed"])] = (
+            numbers(result) | training | {"seconds": round(result["seconds"]["train"])}
+        )
+    return found
+
+
+def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Means over all problems, and accuracy by kind and by number of steps."""
+    found: dict[str, float] = {}
+    for decoding in DECODINGS:
+        lines = answers[decoding]
+        for name in ("right", "cut", "skips", "premature", "length"):
+            found[f"{decoding}/{name}"] = mean(line[name] for line in lines)
+        groups = {kind: [a for a in lines if a["kind"] == kind] for kind in ("shop", "carry")}
+        groups |= {b: [a for a in lines if a["num_steps"] in n] for b, n in BUCKETS.items()}
+        for name, group in groups.items():
+            found[f"{decoding}/right/{name}"] = mean(line["right"] for line in group)
+    found["num"] = len(answers["greedy"])
+    return {name: round(value, 6) for name, value in found.items()}
+
+
+def percent(values: Sequence[float], *, sign: str = "", digits: int = 1) -> str:
+    if not values:
+        return "–"
+    middle, half = over_seeds(values)
+    text = f"{100 * middle:{sign}.{digits}f}"
+    return text if half is None else f"{text} ± {100 * half:.{digits}f}"
+
+
+def of_method(results: Results, method: str, name: str) -> list[float]:
+    return [run[name] for run in results["runs"][method].values() if name in run]
+
+
+def gains(results: Results, first: str, second: str, name: str) -> list[float]:
+    """The first method's number less the second's, for every seed that both have."""
+    ours, theirs = results["runs"][first], results["runs"][second]
+    return [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
+
+
+def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [heading, ["---"] * len(heading), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def table(
+    results: Results, methods: Iterable[str], columns: Mapping[str, Callable[[str], str]]
+) -> str:
+    there = [method for method in methods if method in results["runs"]]
+    return markdown(
+        ["", *columns], [[method, *(cell(method) for cell in columns.values())] for method in there]
+    )
+
+
+def cells(results: Results, names: Mapping[str, str]) -> dict[str, Callable[[str], str]]:
+    """Heading -> cell of a method, for headings of names."""
+    return {
+        heading: lambda method, name=name: percent(of_method(results, method, name))
+        for heading, name in names.items()
+    }
+
+
+def views_table(results: Results) -> str:
+    def cell(found: Mapping[str, float], decoding: str) -> str:
+        share, num = found[f"{decoding}/right"], int(found["num"])
+        low, high = wilson(round(share * num), num)
+        return f"{100 * share:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+
+    lines = [
+        [
+            model,
+            view,
+            *(cell(found, decoding) for decoding in DECODINGS),
+            percent([found["greedy/cut"]], digits=0),
+            f"{found['greedy/length']:.0f}",
+        ]
+        for model, views in results["views"].items()
+        for view, found in views.items()
+    ]
+    heading = ["model", "it is shown", *(f"{decoding}, %" for decoding in DECODINGS)]
+    return markdown([*heading, "cut at the limit, %", "tokens"], lines)
+
+
+def grid_table(results: Results) -> str:
+    def cell(method: str, rate: float) -> str:
+        run = results["grid"].get(method, {}).get(f"{rate:g}")
+        if run is None:
+            return "–"
+        return f"{100 * run['greedy/right']:.0f} / {100 * run['sampled/right']:.0f}"
+
+    lines = [[method, *(cell(method, rate) for rate in RATES)] for method in GRID]
+    return markdown(["greedy / sampled, %", *(f"{rate:g}" for rate in RATES)], lines)
+
+
+def main_table(results: Results) -> str:
+    names = {
+        "sampled, %": "sampled/right",
+        "greedy, %": "greedy/right",
+        "cut, %": "sampled/cut",
+        "skips steps, %": "sampled/skips",
+        "premature, %": "sampled/premature",
+        "hindsight tokens, %": "hindsight_token_rate",
+    }
+    return table(results, MAIN, cells(results, names))
+
+
+def lengths_table(results: Results) -> str:
+    names = {f"{bucket}, sampled, %": f"sampled/right/{bucket}" for bucket in BUCKETS}
+    return table(results, MAIN, cells(results, names))
+
+
+def _less(results: Results, names: Mapping[str, str], *, reverse: bool) -> dict[str, Any]:
+    def cell(method: str, name: str) -> str:
+        pair = (method, REFERENCE) if reverse else (REFERENCE, method)
+        return percent(gains(results, *pair, name), sign="+")
+
+    return {
+        heading: lambda method, name=name: cell(method, name) for heading, name in names.items()
+    }
+
+
+_COMPARED = {
+    "sampled": "sampled/right",
+    "greedy": "greedy/right",
+    **{f"{bucket}, sampled": f"sampled/right/{bucket}" for bucket in BUCKETS},
+}
+
+
+def differences_table(results: Results) -> str:
+    others = [method for method in MAIN if method != REFERENCE]
+    return table(results, others, _less(results, _COMPARED, reverse=False))
+
+
+def ablations_table(results: Results) -> str:
+    return table(results, ABLATIONS, _less(results, _COMPARED, reverse=True))
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "views": views_table,
+    "grid": grid_table,
+    "main": main_table,
+    "lengths": lengths_table,
+    "differences": differences_table,
+    "ablations": ablations_table,
+}
+
+
+if __name__ == "__main__":
+    main()
