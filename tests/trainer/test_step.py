@@ -632,6 +632,7 @@ OF_ANOTHER_TEST = {
     "no_loss_tokens_rate",
     "num_cut_tokens",
     "num_length_collapses",
+    "num_truncation_rises",
     "num_loss_spikes",
     "num_non_finite_steps",
     "num_steps_without_loss_tokens",
@@ -642,6 +643,7 @@ OF_ANOTHER_TEST = {
     "rollout_tokens_per_second",
     "tokens_per_second",
     "truncation_rate",
+    "truncation_rise",
 }
 
 
