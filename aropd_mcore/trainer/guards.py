@@ -242,7 +242,7 @@ class _Truncation:
     def error(self) -> float:
         """Standard error of the rise of a share that stays.
 
-            sqrt(p (1 - p) (1 / n + 1 / m)),  p the share over both, n and m their responses
+        sqrt(p (1 - p) (1 / n + 1 / m)),  p the share over both, n and m their responses
         """
         p = _share([*self.first, *self.last])
         n, m = (sum(num for _, num in steps) for steps in (self.first, self.last))

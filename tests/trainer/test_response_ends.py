@@ -1,8 +1,8 @@
 """The gradient at the end of a response, position by position, against METHOD in plain torch.
 
 The output head is the identity: the hidden states are the logits, so the gradient that arrives at
-the hidden states is the gradient at the logits, of every token of the vocabulary. For the forward KL that is weight * (s - q) where a loss token is predicted, and 0
-everywhere else.
+the hidden states is the gradient at the logits, of every token of the vocabulary. For the forward
+KL it is weight * (s - q) where a loss token is predicted, and 0 everywhere else.
 """
 
 from pathlib import Path
