@@ -9,7 +9,7 @@ Of each response, means over its loss tokens y_t, in nats:
 with s the student, p the partial view and f the full view. A signal's AUC is the probability that
 it is higher for a right response than for a wrong one.
 
-Source: METHOD section 7, `signal_auc`.
+Source: METHOD section 7, `predictors`.
 """
 
 from collections.abc import Sequence
@@ -116,11 +116,9 @@ def compare(
         reason = "no row has an answer"
     if reason is None and not (num_right and num_wrong):
         kind = "wrong" if num_wrong else "right"
-        reason = (
-            f"all graded responses with loss tokens are {kind}"
-            if compared
-            else ("no graded response has loss tokens")
-        )
+        reason = f"all graded responses with loss tokens are {kind}"
+        if not compared:
+            reason = "no graded response has loss tokens"
     signals: dict[str, Any] = {name: {"auc": None, "interval_95": None} for name in SIGNALS}
     if reason is None:
         rows = [one.row for one, _ in compared]

@@ -181,7 +181,7 @@ function diagnosisSection(all) {
         h("p", { class: "note" }, "Full over partial: the full view's mass on tokens that only it supports, by the run's thresholds. That is the teacher's hindsight; target over partial is what the anchor lets through.")),
       h("div", { class: "card" }, h("h3", {}, "Response ends"),
         table(["distribution", "P(EOS), %"], Object.entries(ends.eos_prob).map(([name, prob]) => [name, format(prob, "share").replace(" %", "")]), { label: "P(EOS) at response ends" }),
-        h("p", { class: "note" }, `Mean probability of the EOS where responses ended by themselves: ${format(ends.finished, "tokens")} of them; ${format(ends.cut, "tokens")} were cut at the limit. A target below the student teaches it not to end.`)),
+        h("p", { class: "note" }, `Mean probability of the EOS where responses ended by themselves: ${format(ends.finished, "tokens")} of them; ${format(ends.cut, "tokens")} were cut at the limit. A target far below the student teaches it not to end there; the student's own value is high by selection.`)),
       h("div", { class: "card" }, h("h3", {}, "Predictors of a right answer"),
         table(["signal", "AUC", "95 % interval"], Object.entries(SIGNALS).map(([name, title]) => {
           const { auc, interval_95: bounds } = predictors.signals[name], number = (value) => (value === null ? "–" : value.toFixed(3));
