@@ -554,6 +554,12 @@ class GuardsConfig(Section):
     """How short: less than this share of the window's mean ..."""
     length_collapse_floor: Annotated[float, Field(ge=0)] = 0.0
     """... or, from the first step on, less than this many tokens on the average."""
+    truncation: GuardAction = "warn"
+    """A growing share of responses cut at rollout.max_response_tokens, over the last 8 steps."""
+    truncation_rise: Ratio = 0.2
+    """Share above that of the run's first 8 steps which counts as growth ..."""
+    truncation_ceiling: Ratio = 0.9
+    """... or, from the first step on, any share above this one. 1: no ceiling."""
     window: Annotated[int, Field(ge=2)] = 32
     """Steps that are looked back on; nothing is judged by them before there are so many."""
 

@@ -68,6 +68,8 @@ class Sample:
     """Of each of its loss tokens; globally normalized."""
     logprobs: tuple[float, ...] = ()
     """Of the response's tokens under the weights that sampled it, where they are wanted."""
+    finished: bool = False
+    """Whether the response ended by EOS, which is then its last token."""
 
 
 class ViewBatch(NamedTuple):
@@ -117,6 +119,8 @@ class Microbatch:
     token_weights_T: Tensor
     """fp32 [T]: globally normalized; the weighted sum of per-token losses over all microbatches
     and data-parallel ranks is the loss."""
+    is_end_T: Tensor
+    """bool [T]: True at the EOS of a response that ended by itself."""
     engine_logprobs_T: Tensor | None = None
     """fp32 [T]: of the sampled tokens under the weights that sampled them, where they are wanted:
     for importance weights."""

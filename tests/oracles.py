@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 TOP_K = 16
+DISTRIBUTIONS = ("student", "partial", "full", "target")
 
 
 def target_logprobs(
@@ -77,6 +78,7 @@ def token_metrics(
         torch.log_softmax(logits.detach(), -1)
         for logits in (student_logits, partial_logits, full_logits)
     )
+    log_q = target_logprobs(log_p, log_f, scale, clip)
     clipped = (log_f - log_p).abs() > (torch.inf if clip is None else clip)
     top_k = min(TOP_K, log_s.size(-1))
     # A token is in the top 16 when fewer than 16 are strictly likelier.
@@ -84,7 +86,7 @@ def token_metrics(
         logits >= logits.topk(top_k).values[:, -1:] for logits in (student_logits, full_logits)
     )
     metrics = {
-        "kl_target_student": kl(target_logprobs(log_p, log_f, scale, clip), log_s),
+        "kl_target_student": kl(log_q, log_s),
         "kl_full_student": kl(log_f, log_s),
         "kl_partial_student": kl(log_p, log_s),
         "kl_full_partial": kl(log_f, log_p),
@@ -93,7 +95,8 @@ def token_metrics(
     }
     for view, logprobs in (("student", log_s), ("partial", log_p), ("full", log_f)):
         metrics[f"entropy_{view}"] = -(logprobs.exp() * logprobs).sum(-1)
-        metrics[f"logprob_{view}"] = logprobs.gather(-1, sampled_ids[:, None]).squeeze(-1)
+    for name, logprobs in zip(DISTRIBUTIONS, (log_s, log_p, log_f, log_q), strict=True):
+        metrics[f"logprob_{name}"] = logprobs.gather(-1, sampled_ids[:, None]).squeeze(-1)
     return metrics
 
 

@@ -44,6 +44,8 @@ class Sample:
     weight: float
     engine_logprobs: tuple[float, ...] = ()
     """Of the response, by whoever sampled it."""
+    finished: bool = False
+    """Whether the response ended by EOS."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Oracle:
         report = {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": lr}
         joined = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
         report |= routers
+        report |= _at_ends(samples, metrics)
         report |= self._means(joined, torch.cat(offsets))
         return OracleStep(report, _weights(self.student), _weights(self.teacher))
 
@@ -198,10 +201,9 @@ class Oracle:
             scale=method.scale,
             clip=method.clip,
         )
-        log_f, log_p = metrics.pop("logprob_full"), metrics.pop("logprob_partial")
+        log_f, log_p = metrics["logprob_full"], metrics["logprob_partial"]
         hindsight = (log_f - log_p > method.gap) & (log_p.exp() < method.floor)
         metrics["hindsight_token_rate"] = hindsight.double()
-        metrics.pop("logprob_student")
         if method.importance is not None:
             log_engine = torch.tensor(sample.engine_logprobs[method.skip :], dtype=torch.float64)
             ratio = (log_s - log_engine).exp()
@@ -223,7 +225,8 @@ class Oracle:
         losses = oracles.cross_entropy(logits, targets)
         logprobs = torch.log_softmax(logits.detach(), -1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy}
+        logprob = {"logprob_student": -losses.detach()}
+        return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy} | logprob
 
     def _logits(self, model, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
         """[T, V] in fp64: what predicts each response token that the loss counts."""
@@ -262,7 +265,11 @@ class Oracle:
 
     def _means(self, metrics: dict[str, Tensor], offsets: Tensor) -> dict[str, float]:
         """METHOD section 7, means over the global batch's loss tokens."""
-        report = {name: float(values.mean()) for name, values in metrics.items()}
+        report = {
+            name: float(values.mean())
+            for name, values in metrics.items()
+            if not name.startswith("logprob_")
+        }
         report["num_loss_tokens"] = len(offsets)
         for name in metrics.keys() & {"engine_gap", "importance_ratio"}:
             report[f"{name}_max"] = float(metrics[name].max())
@@ -276,6 +283,18 @@ class Oracle:
                 for name in BY_POSITION:
                     report[f"{name}/{bucket}"] = float(metrics[name][inside].mean())
         return report
+
+
+def _at_ends(samples: Sequence[Sample], metrics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """P(EOS) at the last token of each response that ended by itself; METHOD section 7."""
+    ends = [m for sample, m in zip(samples, metrics, strict=True) if sample.finished]
+    ends = [m for m in ends if len(m["logprob_student"])]
+    report = {"num_response_ends": len(ends)}
+    for name in metrics[0]:
+        if name.startswith("logprob_") and ends:
+            probs = [math.exp(m[name][-1]) for m in ends]
+            report[name.replace("logprob", "eos_prob")] = sum(probs) / len(probs)
+    return report
 
 
 _MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

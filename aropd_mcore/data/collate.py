@@ -81,6 +81,7 @@ def collate(
         if with_logprobs:
             rows = [torch.tensor(sample.logprobs) for sample in members]
             logprobs_T = pad_sequence(rows, batch_first=True)[sample_T, offset_T]
+        finished_B = torch.tensor([sample.finished for sample in members])
         return Microbatch(
             student=student,
             partial=view_batch([s.partial_ids for s in members]) if "partial" in views else None,
@@ -89,6 +90,7 @@ def collate(
             sample_T=sample_T,
             offset_T=offset_T,
             token_weights_T=torch.tensor([s.token_weight for s in members])[sample_T],
+            is_end_T=finished_B[sample_T] & (offset_T == lengths_B[sample_T] - 1),
             engine_logprobs_T=logprobs_T,
         )
 

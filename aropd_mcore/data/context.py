@@ -72,6 +72,7 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
         sample_T=microbatch.sample_T[mine_T],
         offset_T=microbatch.offset_T[mine_T],
         token_weights_T=microbatch.token_weights_T[mine_T],
+        is_end_T=microbatch.is_end_T[mine_T],
         engine_logprobs_T=None if logprobs_T is None else logprobs_T[mine_T],
     )
 

@@ -20,7 +20,8 @@ from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluate.diagnosis import Scored, summarize
-from aropd_mcore.evaluate.figures import plot_diagnosis
+from aropd_mcore.evaluate.figures import describe_diagnosis, plot_diagnosis
+from aropd_mcore.evaluate.predictors import predict
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.scores import Scores, score_responses
@@ -166,7 +167,10 @@ def diagnose(asked: Diagnosis, runtime: Runtime) -> None:
         shutil.rmtree(scratch, ignore_errors=True)  # logs of servers
         diagnosis = {"model": _model(asked), "data": _data(asked), "settings": _settings(asked)}
         diagnosis |= summarize(scored, asked.views, tokenizer, asked.objective)
+        skip = asked.objective.skip_response_tokens
+        diagnosis["predictors"] = predict(scored, asked.views, tokenizer, skip_response_tokens=skip)
         write_atomically(job.output, [json.dumps(diagnosis), "\n"])
+        console.print(describe_diagnosis(diagnosis), markup=False)
         plot_diagnosis(diagnosis, job.output.with_suffix(".png"))
 
 

@@ -23,6 +23,9 @@ where it has none, and with --weights teacher, the model itself. Views, lambda, 
 skip_response_tokens and, unless it is given, --max-response-tokens are those of the checkpoint's
 run or of --config.
 
+The terminal shows P(EOS) where responses end, by view, the accuracy, and the AUC of the teacher's
+signals for a right response. Grading needs math-verify: pip install 'aropd-mcore[eval]'.
+
 OUT gets NAME.json, whose parts evaluate/diagnosis.py describes, and NAME.png; NAME is of the file,
 the weights and the step. `aropd report` shows what lies in a run's folder `diagnose`. Processes are
 those of `aropd generate`.

@@ -1,6 +1,6 @@
 """Scored responses -> a diagnosis, as JSON holds it. SCHEMA counts its changes.
 
-    schema        "aropd-diagnosis/1"
+    schema        "aropd-diagnosis/2"
     model         path, weights (student or teacher), step, teacher, dtype
     data          path, rows, samples (of a row)
     settings      lambda, clip, thresholds, views and sampling, by their names in a run's config
@@ -12,6 +12,10 @@
     hindsight     gaps, floors, and the rate at [gap][floor]: the thresholds swept
     tenths        metrics by the tenth of its response that a token is in, and num_tokens
     reliability   by tokens of the oracle trace that the full view shows: see `_reliability`
+    response_ends numbers of responses that ended by themselves (finished) or were cut at the limit
+                  (cut), and eos_prob: the mean probability of the EOS at the end of the finished
+                  ones under each distribution (student, partial, full, target)
+    predictors    AUC of the teacher's signals for a right response: see predictors.py
     vocabulary    token id -> text, of those in `rollouts`
     rollouts      the reader's: row, sample, question, answer, prompt, text, finished, premature,
                   ends_with_answer, num_skipped (tokens that the loss leaves out), and a list a
@@ -45,7 +49,7 @@ from aropd_mcore.types import Rollout, Views
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = "aropd-diagnosis/1"
+SCHEMA = "aropd-diagnosis/2"
 GAPS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 """Tau, nats, that the hindsight rate is swept over."""
 FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -76,7 +80,7 @@ def summarize(
     tokenizer: "PreTrainedTokenizerBase",
     objective: ObjectiveConfig,
 ) -> dict[str, Any]:
-    """The diagnosis, but for what was asked: model, data and settings.
+    """The diagnosis, without `predictors` and what was asked for: model, data and settings.
 
     Raises:
         ValueError: no response reaches a token that the loss counts.
@@ -106,6 +110,7 @@ def summarize(
         "hindsight": _swept(logprobs),
         "tenths": _tenths(tokens, offset_T, lengths, skip),
         "reliability": list(_reliability(scored, views, right, skip)),
+        "response_ends": _response_ends(scored),
         **_reader(scored, views, tokenizer, objective),
     }
 
@@ -220,6 +225,19 @@ def _reliability(
             "entropy_full": mean_of("entropy_full"),
             "gain_full_student": _mean(np.concatenate([gains[i] for i in members])),
         }
+
+
+def _response_ends(scored: Sequence[Scored]) -> dict[str, Any]:
+    """P(EOS) where responses ended by themselves: there the sampled token is the EOS."""
+    finished = [one.scores for one in scored if one.rollout.finished]
+    return {
+        "finished": len(finished),
+        "cut": len(scored) - len(finished),
+        "eos_prob": {
+            name: _mean(np.exp([scores[f"logprob_{name}"][-1] for scores in finished]))
+            for name in DISTRIBUTIONS
+        },
+    }
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -130,6 +130,34 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], out: Path) -> None:
     pyplot.close(figure)
 
 
+def describe_diagnosis(diagnosis: Mapping[str, Any]) -> str:
+    """What a terminal shows of a diagnosis: how responses end, and what predicts a right one."""
+    ends, predictors = diagnosis["response_ends"], diagnosis["predictors"]
+    lines = [f"response ends: {ends['finished']} finished, {ends['cut']} cut at the limit"]
+    if ends["finished"]:
+        probs = ", ".join(f"{name} {prob:.3f}" for name, prob in ends["eos_prob"].items())
+        lines.append(f"P(EOS) at the end of finished responses: {probs}")
+    if predictors["graded"]:
+        low, high = predictors["accuracy_95"]
+        lines.append(
+            f"accuracy: {predictors['accuracy']:.1%} of {predictors['graded']} responses "
+            f"({low:.1%} to {high:.1%})"
+        )
+    if predictors["reason"]:
+        lines.append(f"predictors of a right answer: none, {predictors['reason']}")
+    else:
+        of = f"{predictors['right']} right, {predictors['wrong']} wrong"
+        found = ", ".join(_auc_text(*signal) for signal in predictors["signals"].items())
+        lines.append(f"predictors of a right answer, AUC ({of}): {found}")
+    return "\n".join(lines)
+
+
+def _auc_text(name: str, signal: Mapping[str, Any]) -> str:
+    bounds = signal["interval_95"]
+    interval = f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else ""
+    return f"{name} {signal['auc']:.3f}{interval}"
+
+
 def _label(axis: Any, title: str, x: str, y: str) -> None:
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x, fontsize=8)

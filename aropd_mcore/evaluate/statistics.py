@@ -4,7 +4,7 @@ A problem's samples are a list of booleans, True where one is right.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 
 import numpy as np
@@ -63,13 +63,66 @@ def bootstrap(samples: Samples, *, seed: int = 0) -> tuple[float, float]:
     """Percentile interval of `accuracy` over problems drawn with replacement."""
     num_right = np.array([sum(problem) for problem in samples])
     num = np.array([len(problem) for problem in samples])
+    return _percentiles(
+        [num_right[chosen].sum() / num[chosen].sum() for chosen in _resamples(len(samples), seed)]
+    )
+
+
+def auc(values: np.ndarray, right: np.ndarray, weights: np.ndarray | None = None) -> float | None:
+    """Area under the ROC curve: how often a right response has the higher value; a tie counts half.
+
+        sum_ij w_i w_j ([v_i > v_j] + [v_i = v_j] / 2) / sum_ij w_i w_j,   i right, j wrong
+
+    Source: Hanley and McNeil, 1982: the Mann-Whitney statistic.
+
+    Args:
+        values: [N], of the responses.
+        right: bool [N].
+        weights: [N], how often each response counts; None: once.
+    Returns:
+        A number from 0 to 1, 0.5 by chance; None where there is no pair.
+    """
+    weights = np.ones(len(values)) if weights is None else weights
+    _, place = np.unique(values, return_inverse=True)  # in ascending order
+    of_right, of_wrong = (np.bincount(place, weights * kind) for kind in (right, ~right))
+    pairs = of_right.sum() * of_wrong.sum()
+    below = np.cumsum(of_wrong) - of_wrong
+    return float((of_right * (below + of_wrong / 2)).sum() / pairs) if pairs else None
+
+
+def auc_interval(
+    values: np.ndarray, right: np.ndarray, problems: Sequence[int], *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile interval of `auc` over problems drawn with replacement.
+
+    Draws without a right or without a wrong response are left out.
+
+    Args:
+        problems: [N], the problem that each response answers.
+    Returns:
+        None for a single problem.
+    """
+    names, problem_of = np.unique(problems, return_inverse=True)
+    if len(names) < 2:
+        return None
+    found = []
+    for chosen in _resamples(len(names), seed):
+        count = np.bincount(chosen.astype(np.int64), minlength=len(names))
+        found.append(auc(values, right, count[problem_of]))
+    known = [value for value in found if value is not None]
+    return _percentiles(known) if known else None
+
+
+def _resamples(num: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices below `num`, drawn with replacement, once per resample."""
     # Raw draws, since numpy keeps their stream from one release to the next.
     draws = np.random.PCG64(seed)
-    means = []
     for _ in range(_NUM_RESAMPLES):
-        chosen = draws.random_raw(len(samples)) % np.uint64(len(samples))
-        means.append(num_right[chosen].sum() / num[chosen].sum())
-    low, high = np.quantile(means, [0.025, 0.975])
+        yield draws.random_raw(num) % np.uint64(num)
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

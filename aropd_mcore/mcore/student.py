@@ -14,7 +14,13 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.numerics import fused_linear_anchored_residual_kl, fused_linear_cross_entropy
-from aropd_mcore.numerics.diagnostics import POSITION_BUCKETS, hindsight_tokens, sum_by_position
+from aropd_mcore.numerics.diagnostics import (
+    EOS_PROBS,
+    POSITION_BUCKETS,
+    hindsight_tokens,
+    response_ends,
+    sum_by_position,
+)
 from aropd_mcore.numerics.importance import (
     IMPORTANCE_MAXIMA,
     IMPORTANCE_MEANS,
@@ -37,7 +43,14 @@ _METRIC_SUMS = (
     "kl_partial_student",
     "kl_target_student",
 )
-_SFT_SUMS = ("loss", "num_tokens", "cross_entropy", "entropy_student")
+_SFT_SUMS = (
+    "loss",
+    "num_tokens",
+    "cross_entropy",
+    "entropy_student",
+    "num_response_ends",
+    "eos_prob_student",
+)
 
 
 class Student:
@@ -208,6 +221,7 @@ class Student:
     def _token_sums(
         self, loss: Tensor, metrics: dict[str, Tensor], microbatch: Microbatch
     ) -> TokenSums:
+        metrics = metrics | response_ends(metrics, microbatch.is_end_T)
         names = [name for name in self._sum_names if name in metrics]
         sums = sum_by_position({name: metrics[name] for name in names}, microbatch.offset_T)
         numbers = {"loss": loss.detach()}
@@ -242,7 +256,7 @@ class Student:
             return _SFT_SUMS
         names = _AROPD_SUMS
         if len(self.objective.views) == 2:
-            names += ("hindsight_token_rate",)
+            names += ("hindsight_token_rate", "num_response_ends", *EOS_PROBS)
         if self.objective.metrics:
             names += _METRIC_SUMS
             if self.objective.topk_overlap:

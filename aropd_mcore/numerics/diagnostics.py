@@ -23,6 +23,10 @@ BY_POSITION = (
     "hindsight_token_rate",
 )
 """What is reported by position bucket too."""
+EOS_PROBS = {
+    f"eos_prob_{name}": f"logprob_{name}" for name in ("student", "partial", "full", "target")
+}
+"""P(EOS) under a distribution -> the log-prob of the sampled token that it is computed from."""
 _AS_THEY_COME = ("loss", "router_aux_loss", "router_z_loss", *IMPORTANCE_MAXIMA)
 
 
@@ -46,6 +50,27 @@ def hindsight_tokens(
     return ((logprob_full_T - logprob_partial_T > gap) & unsupported).float()
 
 
+def response_ends(metrics: Mapping[str, Tensor], is_end_T: Tensor) -> dict[str, Tensor]:
+    """P(EOS) where responses ended by themselves, in the form that `sum_by_position` adds up.
+
+    The token sampled at such a position is the EOS.
+
+    Source: METHOD section 7, `eos_prob_student` and the like.
+
+    Args:
+        metrics: of the loss; log-probs that it lacks are left out of the result.
+        is_end_T: bool [T], `Microbatch.is_end_T`.
+    Returns:
+        name -> [T]: EOS_PROBS, 0 where no response ends, and `num_response_ends`, 0 or 1.
+    """
+    ends = {
+        name: torch.where(is_end_T, metrics[logprob].exp(), 0.0)
+        for name, logprob in EOS_PROBS.items()
+        if logprob in metrics
+    }
+    return ends | {"num_response_ends": is_end_T.double()}
+
+
 def sum_by_position(metrics: dict[str, Tensor], offset_T: Tensor) -> dict[str, Tensor]:
     """Sum each metric over the tokens of each position bucket.
 
@@ -67,11 +92,12 @@ def sum_by_position(metrics: dict[str, Tensor], offset_T: Tensor) -> dict[str, T
 
 
 def token_metrics(sums: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Means over the loss tokens, and by position bucket; the loss, the routers' losses and maxima
-    as they come.
+    """Compute means over the loss tokens, and by position bucket.
 
-    `residual_uptake` is KL(p || s) - KL(f || s) and `residual_capture_ratio` its share of
-    KL(f || p). A bucket without tokens is left out.
+    The loss, the routers' losses and maxima are no means. EOS_PROBS are means over the responses
+    that ended by themselves; without such a response they are left out. `residual_uptake` is
+    KL(p || s) - KL(f || s) and `residual_capture_ratio` its share of KL(f || p). A bucket without
+    tokens is left out.
 
     Args:
         sums: of `sum_by_position`, over all ranks.
@@ -81,12 +107,18 @@ def token_metrics(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         name: float(values.sum()) / total
         for name, values in sums.items()
-        if name not in (*_AS_THEY_COME, "num_tokens")
+        if name not in (*_AS_THEY_COME, *EOS_PROBS, "num_tokens", "num_response_ends")
     }
     metrics = {
         **{name: float(sums[name].sum()) for name in _AS_THEY_COME if name in sums},
         "num_loss_tokens": int(num_tokens.sum()),
     } | metrics
+    if "num_response_ends" in sums:
+        num_ends = int(sums["num_response_ends"].sum())
+        metrics["num_response_ends"] = num_ends
+        if num_ends:
+            names = [name for name in EOS_PROBS if name in sums]
+            metrics |= {name: float(sums[name].sum()) / num_ends for name in names}
     if "kl_full_partial" in metrics:
         metrics["residual_uptake"] = metrics["kl_partial_student"] - metrics["kl_full_student"]
         if metrics["kl_full_partial"] > 0:

@@ -24,7 +24,15 @@ from aropd_mcore.config import Divergence
 from aropd_mcore.numerics.checks import check_ids, check_matrices
 from aropd_mcore.numerics.gradients import refuse_second_derivative, wants_gradient
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, Softmax, TorchPasses, Views, wide_dtype
+from aropd_mcore.numerics.passes import (
+    MOMENTS,
+    TARGET,
+    Softmax,
+    TorchPasses,
+    Views,
+    wide_dtype,
+)
+from aropd_mcore.numerics.residual import unnormalized_target
 from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards, vocab_shard
 
 TOP_K = 16
@@ -82,7 +90,7 @@ def vocab_parallel_anchored_residual_kl(
             kl_full_student, kl_partial_student, kl_full_partial, entropy_student, entropy_partial,
             entropy_full; clip_fraction, the p-mass whose residual is clipped; topk_overlap, the
             share of the student's top 16 in the full view's (a tie for place 16 is in). With
-            sampled_ids_T also logprob_student, logprob_partial, logprob_full.
+            sampled_ids_T also logprob_student, logprob_partial, logprob_full, logprob_target.
     Raises:
         ValueError: shapes differ, dtypes differ or are not floating, the shards cover fewer than
             vocab_size columns, a setting or a sampled id is out of range, or the divergence is
@@ -208,6 +216,7 @@ def token_losses(
     gathered = gather_over_shards(local, shard.tp_group)
     softmax, log_means_KT = add_up_views(gathered["views"], moments)
     metrics = _view_metrics(log_means_KT) if wanted.metrics else {}
+    sampled_KT = None
     if wanted.sampled_ids_T is not None:
         sampled_KT = (gathered["sampled"].sum(0) - softmax.max_KT).sub_(softmax.log_sum_KT)
         metrics |= {f"logprob_{view}": sampled_KT[k] for k, view in enumerate(Views._fields)}
@@ -219,6 +228,8 @@ def token_losses(
     gathered = gather_over_shards({"target": local_KT}, shard.tp_group)
     softmax, sums_KT = add_up_target(softmax, gathered["target"])
     kl_target_T, kl_student_T, clipped_T, num_both_T = sums_KT
+    if sampled_KT is not None:
+        metrics["logprob_target"] = target_logprobs(sampled_KT, softmax, objective)
     if wanted.metrics:
         metrics |= {"kl_target_student": kl_target_T, "clip_fraction": clipped_T}
     if wanted.topk:
@@ -293,6 +304,23 @@ def add_up_target(views: Softmax, local_RKT: Tensor) -> tuple[Softmax, tuple[Ten
     kl_target_T = _scaled_sum(log_ratio_RT, scale_RT) / total_T - log_sum_T
     kl_student_T = log_ratio_student_T + max_T + log_sum_T
     return softmax, (kl_target_T, kl_student_T, clipped_T, num_both_T)
+
+
+def target_logprobs(logprobs_KT: Tensor, softmax: Softmax, objective: Objective) -> Tensor:
+    """Compute log q of tokens from their log-probs under the three views.
+
+        log q = log u - log sum_v u_v,    log u = log p + lambda * clip(log f - log p, -c, +c)
+
+    Args:
+        logprobs_KT: [3, ...], normalized, of student, partial and full.
+        softmax: with the target's row, which is broadcast against the dimensions behind the first.
+    Returns:
+        [...], nats.
+    """
+    log_u = unnormalized_target(
+        logprobs_KT[1], logprobs_KT[2], objective.residual_scale, objective.residual_clip
+    )
+    return log_u - softmax.max_KT[TARGET] - softmax.log_sum_KT[TARGET]
 
 
 def _scaled_sum(numbers_RKT: Tensor, scale_RKT: Tensor) -> Tensor:

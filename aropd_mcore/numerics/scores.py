@@ -22,10 +22,15 @@ from torch.nn.functional import pad
 
 from aropd_mcore.numerics.checks import check_head, check_ids
 from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
-from aropd_mcore.numerics.kl import Wanted, passes_for, sampled_logits, token_losses
+from aropd_mcore.numerics.kl import (
+    Wanted,
+    passes_for,
+    sampled_logits,
+    target_logprobs,
+    token_losses,
+)
 from aropd_mcore.numerics.objective import Objective
 from aropd_mcore.numerics.passes import BLOCK_ELEMENTS, TARGET, Softmax, Views, wide_dtype
-from aropd_mcore.numerics.residual import unnormalized_target
 from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards, vocab_shard
 
 DISTRIBUTIONS = ("student", "partial", "full", "target")
@@ -80,7 +85,7 @@ def fused_linear_scores(
             a chunk of tokens are all that exists of [T, V].
     Returns:
         name -> [T], fp32 (fp64 for fp64), the same on every rank of tp_group: the metrics of
-        `vocab_parallel_anchored_residual_kl` with sampled ids, logprob_target, and SUPPORT_GAPS.
+        `vocab_parallel_anchored_residual_kl` with sampled ids, and SUPPORT_GAPS.
         With num_top also top_ids, int64 [T, 4 K], the K likeliest of each distribution in the order
         of DISTRIBUTIONS, likeliest first; and top_logprobs, [T, 4 K, 4], of each of these under
         every distribution, nats.
@@ -108,8 +113,6 @@ def fused_linear_scores(
         views = Views(*logits)
         losses = token_losses(passes_for(views), views, objective, shard, Wanted(ids_T, True, True))
         found = {"loss_T": losses.loss_T} | losses.metrics
-        of_sampled = torch.stack([found[f"logprob_{view}"] for view in Views._fields])
-        found["logprob_target"] = _log_target(of_sampled, losses.softmax, objective)
         distributions = _Distributions(views, losses.softmax, objective, shard)
         return found | distributions.look(thresholds, num_top)
 
@@ -126,17 +129,6 @@ def fused_linear_scores(
         )
     del scores["loss_T"]
     return scores
-
-
-def _log_target(logprobs_KT: Tensor, softmax: Softmax, objective: Objective) -> Tensor:
-    """log q of what has these log-probs under student, partial and full: [3, ...] -> [...].
-
-    The softmax's numbers are broadcast against the dimensions behind the first.
-    """
-    log_u = unnormalized_target(
-        logprobs_KT[1], logprobs_KT[2], objective.residual_scale, objective.residual_clip
-    )
-    return log_u - softmax.max_KT[TARGET] - softmax.log_sum_KT[TARGET]
 
 
 class _Local(NamedTuple):
@@ -189,7 +181,7 @@ class _Distributions:
             views = views.to(wide_dtype(views.dtype))
             of_block = Softmax(*(n_KT[:, tokens, None] for n_KT in self._softmax))
             logprobs = views - of_block.max_KT[:TARGET] - of_block.log_sum_KT[:TARGET]
-            yield torch.cat([logprobs, _log_target(logprobs, of_block, self._objective)[None]])
+            yield torch.cat([logprobs, target_logprobs(logprobs, of_block, self._objective)[None]])
 
     def _local(self, log_DTV: Tensor, thresholds: Thresholds, num_top: int) -> _Local:
         gaps = []
@@ -212,5 +204,5 @@ class _Distributions:
         logits_XKT = logits_YT.unflatten(0, (len(ids_XT), TARGET))
         views = Softmax(*(n_KT[:TARGET] for n_KT in self._softmax))
         logprobs_XKT = logits_XKT - views.max_KT - views.log_sum_KT
-        target_XT = _log_target(logprobs_XKT.transpose(0, 1), self._softmax, self._objective)
+        target_XT = target_logprobs(logprobs_XKT.transpose(0, 1), self._softmax, self._objective)
         return torch.cat([logprobs_XKT, target_XT[:, None]], dim=1).permute(2, 0, 1)

@@ -57,7 +57,15 @@ def form_batch(
         dp_group=runtime.dp_group,
     )
     samples = [
-        Sample(v.student_ids, v.partial_ids, v.full_ids, r.response_ids, weight, r.logprobs)
+        Sample(
+            v.student_ids,
+            v.partial_ids,
+            v.full_ids,
+            r.response_ids,
+            weight,
+            r.logprobs,
+            r.finished,
+        )
         for v, r, weight in zip(views, rollouts, weights.tolist(), strict=True)
     ]
     if training.packing:

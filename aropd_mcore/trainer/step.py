@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from aropd_mcore.config import Config
 from aropd_mcore.data.dataset import RowDataset, step_positions
 from aropd_mcore.data.views import ViewBuilder
@@ -98,7 +100,7 @@ def train_step(run: Run, step: int) -> StepResult:
     # An update that is not finite, has no loss tokens, or is refused by a guard, is left out.
     with phase("optimizer"):
         grad_norm = run.student.optimizer.grad_norm()
-        verdict = judge(run, sums, grad_norm, has_loss=batch.has_loss)
+        verdict = judge(run, rollouts, sums, grad_norm, has_loss=batch.has_loss)
         update = run.student.optimizer.step(grad_norm, apply=verdict.apply)
 
     # teacher <- (1 - alpha) teacher + alpha student; the engine samples from the new weights.
@@ -189,11 +191,21 @@ def _oracle_responses(run: Run, views: Sequence[Views]) -> list[Rollout]:
     ]
 
 
-def judge(run: Run, sums: TokenSums, grad_norm: float, *, has_loss: bool) -> Verdict:
-    """Judge the step by the run's guards, the same on every rank."""
+def judge(
+    run: Run, rollouts: Sequence[Rollout], sums: TokenSums, grad_norm: float, *, has_loss: bool
+) -> Verdict:
+    """Judge the step by the run's guards, the same on every rank.
+
+    Collectives: one all-gather over the data-parallel ranks.
+    """
+    num_responses = run.config.training.global_batch_size
+    num_cut = torch.tensor([sum(not rollout.finished for rollout in rollouts)])
     return run.guards.judge(
         loss=float(sums["loss"].sum()),
         grad_norm=grad_norm,
-        length=float(sums["num_tokens"].sum()) / run.config.training.global_batch_size,
+        length=float(sums["num_tokens"].sum()) / num_responses,
         has_loss=has_loss,
+        num_cut=int(run.runtime.gather_over_data(num_cut).sum()),
+        # The oracle's responses are no sign of what the student does.
+        num_sampled=num_responses if run.engine else 0,
     )

@@ -17,8 +17,10 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.evaluate import grade
 from aropd_mcore.evaluate.diagnose import NUM_TOP, diagnose, diagnosis_of
 from aropd_mcore.evaluate.diagnosis import FLOORS, GAPS, Scored, summarize
+from aropd_mcore.evaluate.predictors import predict
 from aropd_mcore.mcore import runtime
 from aropd_mcore.numerics.scores import SUPPORT_GAPS
 from aropd_mcore.rollout.generate import start_runtime
@@ -147,7 +149,7 @@ def test_the_metrics_are_those_of_the_method_over_the_loss_tokens(diagnosed, den
     expected = oracles.token_metrics(
         log["student"], log["partial"], log["full"], ids, scale=SCALE, clip=CLIP
     )
-    sampled = {name: expected.pop(f"logprob_{name}") for name in VIEWS[:3]}
+    sampled = {name: expected.pop(f"logprob_{name}") for name in VIEWS}
     for a, b in (
         ("full", "partial"), ("full", "student"), ("target", "partial"), ("target", "student")
     ):  # fmt: skip
@@ -232,6 +234,95 @@ def test_a_teacher_is_as_reliable_as_it_prefers_right_responses(tmp_path):
     assert found["metrics"]["ends_with_answer_rate"] == pytest.approx(3 / 6)
 
 
+def _responses(tokenizer, made, answer: str = "42") -> tuple[list[Scored], list[Views]]:
+    """Responses as (text, finished, log f - log s, log p - log s) of every token but the first."""
+    row = Row(question="?", reasoning="", answer=answer)
+    scored = []
+    for number, (text, finished, total, partial) in enumerate(made):
+        ids = (*tokenizer.encode(text), *[tokenizer.eos_token_id] * finished)
+        scores = {name: np.ones(len(ids), np.float32) for name in _METRICS}
+        for name, gain in zip(VIEWS, (0.0, partial, total, 0.0), strict=True):
+            scores[f"logprob_{name}"] = np.full(len(ids), -2.0 + gain, np.float32)
+            scores[f"logprob_{name}"][0] = -90.0 * number  # which does not count
+        scored.append(Scored(number, 0, Rollout(ids, (), finished, 0), scores))
+    return scored, [Views(row, (1, 2), (1, 2), (1, 2))] * len(scored)
+
+
+def test_predictors_compare_right_responses_with_wrong_ones(tmp_path):
+    """Graded as `aropd eval` does: the last answer counts, and 42.0 is 42."""
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    made = [
+        ("I add them: the answer is 42.0", True, 0.9, 0.2),
+        ("so it is 42", True, 0.4, 0.3),
+        ("42 it is not, the answer is 7", True, 0.5, 0.3),
+        ("no idea", False, 0.1, 0.4),
+        ("7", False, 5.0, 5.0),  # without loss tokens: graded, not compared
+    ]
+    scored, views = _responses(tokenizer, made)
+    found = predict(scored, views, tokenizer, skip_response_tokens=1)
+    assert (found["graded"], found["right"], found["wrong"]) == (5, 2, 2)
+    assert found["accuracy"] == pytest.approx(2 / 5) and found["reason"] is None
+    low, high = found["accuracy_95"]
+    assert 0 < low < 0.4 < high < 1
+    # total 0.9, 0.4 | 0.5, 0.1; partial 0.2, 0.3 | 0.3, 0.4; marginal 0.7, 0.1 | 0.2, -0.3
+    areas = {name: signal["auc"] for name, signal in found["signals"].items()}
+    assert areas == pytest.approx({"total": 3 / 4, "partial": 0.5 / 4, "marginal": 3 / 4})
+    for signal in found["signals"].values():
+        low, high = signal["interval_95"]
+        assert 0 <= low <= signal["auc"] <= high <= 1
+
+
+def test_predictors_name_the_reason_where_there_is_no_auc(tmp_path, monkeypatch):
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    made = [("it is 42", True, 0.9, 0.2), ("so 42", True, 0.4, 0.3)]
+    for answer, right, reason in (
+        ("42", 2, "all graded responses with loss tokens are right"),
+        ("43", 0, "all graded responses with loss tokens are wrong"),
+        ("", 0, "no row has an answer"),
+    ):
+        scored, views = _responses(tokenizer, made, answer)
+        found = predict(scored, views, tokenizer, skip_response_tokens=1)
+        assert (found["right"], found["reason"]) == (right, reason)
+        assert found["signals"]["total"] == {"auc": None, "interval_95": None}
+    assert found["accuracy"] is None and found["graded"] == 0
+    monkeypatch.setattr(grade.importlib.util, "find_spec", lambda _: None)
+    found = predict(scored, views, tokenizer, skip_response_tokens=1)
+    assert "pip install 'aropd-mcore[eval]'" in found["reason"] and found["graded"] == 0
+
+
+def test_response_ends_are_of_finished_responses(tmp_path):
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    made = [("a", True, 0.5, 0.25), ("longer", True, 1.0, -0.5), ("cut", False, 1.5, 1.5)]
+    scored, views = _responses(tokenizer, made)
+    objective = ObjectiveConfig(skip_response_tokens=1)
+    found = summarize(scored, views, tokenizer, objective)["response_ends"]
+    assert (found["finished"], found["cut"]) == (2, 1)
+    mean = {"student": (0, 0), "partial": (0.25, -0.5), "full": (0.5, 1.0), "target": (0, 0)}
+    assert found["eos_prob"] == pytest.approx(
+        {name: sum(math.exp(gain - 2) for gain in gains) / 2 for name, gains in mean.items()}
+    )
+    found = summarize(scored[2:], views, tokenizer, objective)["response_ends"]
+    assert found == {"finished": 0, "cut": 1, "eos_prob": dict.fromkeys(VIEWS)}
+
+
+def test_ends_and_predictors_are_those_of_the_dense_log_probs(diagnosed, dense):
+    ends = diagnosed["response_ends"]
+    finished = [
+        (rollout["ids"][-1], logs)
+        for rollout, logs in zip(diagnosed["rollouts"], dense, strict=True)
+        if rollout["finished"]
+    ]
+    assert (ends["finished"], ends["cut"]) == (len(finished), len(dense) - len(finished))
+    assert 1 < len(finished) < len(dense)
+    for name in VIEWS:
+        probs = [float(logs[name][-1, eos].exp()) for eos, logs in finished]
+        assert ends["eos_prob"][name] == pytest.approx(sum(probs) / len(probs), abs=1e-4)
+    predictors = diagnosed["predictors"]
+    lengths = [len(rollout["ids"]) for rollout in diagnosed["rollouts"]]
+    assert predictors["graded"] == len(dense)
+    assert predictors["right"] + predictors["wrong"] == sum(n > SKIP for n in lengths)
+
+
 def test_the_diagnosis_does_not_depend_on_the_layout(folder, tmp_path):
     """In pieces; the model with experts with fewer responses than replicas at the end."""
 
@@ -305,7 +396,11 @@ def test_the_command_writes_beside_the_run(folder, capsys, tmp_path):
     files = ["--model", folder / "out", "--data", folder / "rows.jsonl", "--weights", "teacher"]
     assert cli.main(["diagnose", *map(str, files), "--rows", "2", "--read", "0"]) == 0
     out = folder / "out" / "diagnose" / "rows-teacher-step2.json"
-    assert capsys.readouterr().out == f"{folder / 'rows.jsonl'} -> {out}\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"{folder / 'rows.jsonl'} -> {out}\n"
     found = _read(out)
+    ends = found["response_ends"]
+    text = f"response ends: {ends['finished']} finished, {ends['cut']} cut at the limit\n"
+    assert text in printed.err and "predictors of a right answer" in printed.err
     assert found["rollouts"] == [] and found["model"]["teacher"] == "the model itself"
     assert found["data"]["rows"] == 2

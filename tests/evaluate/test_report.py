@@ -86,9 +86,22 @@ def a_diagnosis() -> dict[str, Any]:
         "hindsight": {"gaps": GAPS, "floors": FLOORS, "rates": [[0.1] * len(FLOORS)] * len(GAPS)},
         "tenths": tenths | {"num_tokens": [6] * 10},
         "reliability": [part],
+        "response_ends": {
+            "finished": 2, "cut": 1,
+            "eos_prob": {"student": 0.66, "partial": 0.55, "full": 0.46, "target": None},
+        },
+        "predictors": {
+            "graded": 3, "accuracy": 0.34, "accuracy_95": [0.3, 0.4], "right": 2, "wrong": 1,
+            "signals": {
+                "total": {"auc": 0.779, "interval_95": [0.7, 0.85]},
+                "partial": {"auc": 0.766, "interval_95": None},
+                "marginal": {"auc": None, "interval_95": None},
+            },
+            "reason": HOSTILE,
+        },
         "vocabulary": dict(enumerate(texts)),
         "rollouts": [rollout, rollout, rollout],
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +137,24 @@ def test_it_opens_by_itself_and_shows_every_part(page, report):
     assert re.match(r"\s*<i>full\s+Full OPD\s+1\s+none", rows[1])
     drawn = page.run("[...document.querySelectorAll('.chart svg')].every(e => e.clientHeight > 99)")
     assert drawn and page.said == []
+
+
+def test_it_shows_response_ends_and_predictors(page, report):
+    page.open(report)
+
+    def card(heading: str) -> str:
+        return page.run(
+            "[...document.querySelectorAll('#diagnosis .card')]"
+            f".find(e => e.querySelector('h3').textContent === {heading!r}).innerText"
+        )
+
+    ends, predictors = card("Response ends"), card("Predictors of a right answer")
+    assert re.search(r"student\s+66\.0\s+partial\s+55\.0\s+full\s+46\.0\s+target\s+–", ends)
+    assert "2 of them; 1 were cut" in ends
+    assert re.search(r"total: full over student\s+0\.779\s+0\.700–0\.850", predictors)
+    assert re.search(r"partial over student\s+0\.766\s+–", predictors)
+    assert re.search(r"marginal: full over partial\s+–\s+–", predictors)
+    assert "Accuracy 34.0 %" in predictors and HOSTILE in predictors
 
 
 def test_what_a_model_wrote_is_text(page, report):
@@ -294,7 +325,7 @@ def test_long_curves_are_thinned_and_names_told_apart(tmp_path):
         (lambda run: None, "nothing to show; expected metrics.jsonl, diagnose"),
         (
             lambda run: write_json(run / "diagnose" / "x.json", {"schema": "aropd-diagnosis/0"}),
-            "x.json: schema: found 'aropd-diagnosis/0', expected 'aropd-diagnosis/1'",
+            "x.json: schema: found 'aropd-diagnosis/0', expected 'aropd-diagnosis/2'",
         ),
         (lambda run: write_json(run / "eval" / "summary.json", {}), "summary.json: expected the"),
     ],

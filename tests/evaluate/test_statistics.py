@@ -4,9 +4,18 @@ import math
 from itertools import combinations
 from random import Random
 
+import numpy as np
 import pytest
 
-from aropd_mcore.evaluate.statistics import accuracy, bootstrap, interval, pass_at, wilson
+from aropd_mcore.evaluate.statistics import (
+    accuracy,
+    auc,
+    auc_interval,
+    bootstrap,
+    interval,
+    pass_at,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("num_right", range(7))
@@ -53,3 +62,33 @@ def test_intervals_cover_what_they_estimate():
         low, high = bootstrap(samples, seed=experiment)
         hits += low <= 1 / 3 <= high
     assert hits >= 180
+
+
+def test_auc_counts_the_pairs_that_are_in_order_and_ties_half():
+    values = np.array([3.0, 1.0, 2.0, 2.0, 0.0])
+    right = np.array([True, True, True, False, False])
+    # 3 > 2, 3 > 0, 1 < 2, 1 > 0, 2 = 2, 2 > 0
+    assert auc(values, right) == pytest.approx(4.5 / 6)
+    assert auc(-values, right) == pytest.approx(1.5 / 6)
+    # The wrong 2 counts twice: 1, 1, 0, 0, 0.5, 0.5 and 1, 1, 1.
+    assert auc(values, right, np.array([1, 1, 1, 2, 1])) == pytest.approx(6 / 9)
+    assert auc(values, np.ones(5, dtype=bool)) is None
+    assert auc(values, right, np.array([1, 1, 1, 0, 0])) is None
+
+
+def test_an_auc_of_samples_that_agree_is_no_better_known_than_of_one():
+    random = np.random.default_rng(0)
+    right = random.random(120) < 0.4
+    values = random.normal(size=120) + right
+    problems = list(range(120))
+    bounds = auc_interval(values, right, problems)
+    assert bounds is not None
+    area = auc(values, right)
+    # Hanley and McNeil's standard error, by the variance of the mean rank of each side.
+    above = np.array([[(v > w) + (v == w) / 2 for w in values[~right]] for v in values[right]])
+    error = math.sqrt(above.mean(1).var(ddof=1) / right.sum() + above.mean(0).var(ddof=1) / 72)
+    assert area and bounds[0] < area < bounds[1]
+    assert bounds[1] - bounds[0] == pytest.approx(2 * 1.96 * error, rel=0.15)
+    eight = auc_interval(np.repeat(values, 8), np.repeat(right, 8), sorted(problems * 8))
+    assert eight == pytest.approx(bounds)
+    assert auc_interval(values, right, [0] * 120) is None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 
@@ -95,13 +96,95 @@ def test_a_step_without_loss_is_left_out_counted_and_stops_the_run():
     assert judge(judged, *CALM)[-1].apply
 
 
-def test_the_state_of_an_older_checkpoint_lacks_a_count():
+DRIFT = [2, 3, 3, 3, 4, 3, 5, 4, 5, 6, 6, 5, 7, 7, 8, 7, 9, 9, 10, 9, 11, 11, 12, 12]
+"""Responses cut, of 16 in each of 24 steps: 17 % at first, 75 % at last."""
+
+
+def judge_cut(guards: Guards, num_cut: list[int], num_sampled: int = 16) -> list[Verdict]:
+    return [
+        guards.judge(loss=1.0, grad_norm=1.0, length=50.0, num_cut=n, num_sampled=num_sampled)
+        for n in num_cut
+    ]
+
+
+def test_truncation_that_drifts_slowly_warns_well_before_the_end():
+    """The default window of 32 steps is longer than this run."""
+    judged = Guards(GuardsConfig(), max_skipped_steps=3)
+    verdicts = judge_cut(judged, DRIFT)
+    warned = [step for step, verdict in enumerate(verdicts) if verdict.said]
+    assert 12 <= warned[0] <= 17 and len(warned) <= 2, "a level is reported once"
+    (line,) = verdicts[warned[0]].said
+    assert "responses stop ending" in line and "(guards.truncation_rise 0.2)" in line
+    share = sum(DRIFT[warned[0] - 7 : warned[0] + 1]) / 128
+    assert f"{share:.0%} of the last responses were cut" in line
+    assert f"{sum(DRIFT[:8]) / 128:.0%} at the run's start" in line
+    assert "eos_prob_student" in line and "Troubleshooting" in line
+    assert all(verdict.apply for verdict in verdicts)
+    last = verdicts[-1].metrics
+    assert last["num_truncation_rises"] == len(warned)
+    assert last["truncation_rise"] == pytest.approx((sum(DRIFT[-8:]) - sum(DRIFT[:8])) / 128)
+
+
+@pytest.mark.parametrize(("num_sampled", "mean"), [(16, 5), (4, 1.5), (256, 200)])
+def test_truncation_that_only_fluctuates_is_silent(num_sampled, mean):
+    """Also with 4 responses a step, whose shares differ by 0.2 and more by chance."""
+    draws, cut = random.Random(5), []
+    for _ in range(200):
+        cut.append(sum(draws.random() < mean / num_sampled for _ in range(num_sampled)))
+    assert max(cut) - min(cut) > 0.1 * num_sampled
+    judged = Guards(GuardsConfig(truncation="stop"), max_skipped_steps=3)
+    assert not any(verdict.said for verdict in judge_cut(judged, cut, num_sampled))
+
+
+def test_truncation_above_the_ceiling_is_reported_once_from_the_first_step_on():
+    verdicts = judge_cut(Guards(GuardsConfig(), max_skipped_steps=3), [15] * 20)
+    assert [bool(verdict.said) for verdict in verdicts] == [True] + [False] * 19
+    assert "(guards.truncation_ceiling 0.9)" in verdicts[0].said[0]
+    without = GuardsConfig(truncation_ceiling=1.0)
+    assert not judge_cut(Guards(without, max_skipped_steps=3), [16])[0].said
+
+
+def test_each_action_on_truncation():
+    steps = [4] * 8 + [14] * 6
+    for action in ("off", "warn", "skip", "stop"):
+        judged = Guards(GuardsConfig(truncation=action), max_skipped_steps=2)
+        verdicts = judge_cut(judged, steps)
+        first = next((step for step, verdict in enumerate(verdicts) if verdict.said), None)
+        assert (first is None) == (action == "off")
+        if first is not None:
+            verdict, following = verdicts[first : first + 2]
+            assert verdict.apply == (action == "warn")
+            assert (verdict.stop is not None) == (action == "stop")
+            # What is left out does not hide the next.
+            assert bool(following.said) == (action != "warn")
+            assert (following.stop is not None) == (action in ("skip", "stop"))
+
+
+def test_the_oracles_responses_are_not_judged():
+    verdicts = judge_cut(guards(truncation="stop"), [16] * 20, num_sampled=0)
+    assert not any(verdict.said or "truncation_rise" in verdict.metrics for verdict in verdicts)
+
+
+def test_truncation_is_compared_with_the_runs_start_across_restarts():
+    unbroken = Guards(GuardsConfig(), max_skipped_steps=3)
+    expected = judge_cut(unbroken, DRIFT)
+    for cut in (3, 8, 12, 20):
+        first, second = (Guards(GuardsConfig(), max_skipped_steps=3) for _ in range(2))
+        found = judge_cut(first, DRIFT[:cut])
+        second.load_state(json.loads(json.dumps(first.state())))
+        assert found + judge_cut(second, DRIFT[cut:]) == expected
+        assert second.state() == unbroken.state()
+
+
+def test_the_state_of_an_older_checkpoint_lacks_counts_and_truncation():
     old = guards().state()
-    del old["counts"]["steps_without_loss_tokens"]
+    del old["counts"]["steps_without_loss_tokens"], old["counts"]["truncation_rises"]
+    del old["truncation"]
     judged = guards()
     judged.load_state(old)
-    [verdict] = judge(judged, CALM[0])
+    [verdict] = judge_cut(judged, [3])
     assert verdict.metrics["num_steps_without_loss_tokens"] == 0
+    assert verdict.metrics["num_truncation_rises"] == 0
 
 
 def test_the_state_is_plain_and_goes_on_as_if_nothing_had_been():

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aropd_mcore.config import Config
+from tests import oracles
 from tests.ranks import run_ranks
 from tests.step_oracle import Method, Oracle, OracleStep, Sample
 from tests.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
@@ -464,6 +465,7 @@ def take(run: "Run", steps: range) -> RankSteps:
                     rollout.response_ids,
                     views.row.sample_weight,
                     rollout.logprobs,
+                    rollout.finished,
                 )
                 for views, rollout in zip(result.views, result.rollouts, strict=True)
             ]
@@ -638,11 +640,12 @@ def check_weights(rank: RankSteps, expected: OracleStep | RankSteps) -> None:
 
 
 METRICS = ("kl_", "entropy_", "residual_", "clip_fraction", "topk_overlap")
+OF_BOTH_VIEWS = ("hindsight_", "eos_prob_", "num_response_ends")
 NOT_REPORTED = {
     "overlap": METRICS,
     "importance-of-tokens": ("topk_overlap",),
-    "partial-opd": (*METRICS, "hindsight_"),
-    "full-opd-one-view": (*METRICS, "hindsight_"),
+    "partial-opd": (*METRICS, *OF_BOTH_VIEWS),
+    "full-opd-one-view": (*METRICS, *OF_BOTH_VIEWS),
     "full-opd": ("topk_overlap",),
     "packed-routers": ("router_z_loss",),
 }
@@ -655,6 +658,7 @@ OF_ANOTHER_TEST = {
     "no_loss_tokens_rate",
     "num_cut_tokens",
     "num_length_collapses",
+    "num_truncation_rises",
     "num_loss_spikes",
     "num_non_finite_steps",
     "num_steps_without_loss_tokens",
@@ -665,6 +669,7 @@ OF_ANOTHER_TEST = {
     "rollout_tokens_per_second",
     "tokens_per_second",
     "truncation_rate",
+    "truncation_rise",
 }
 
 
@@ -677,6 +682,8 @@ def test_the_cases_are_worth_comparing(root, on_one_rank, oracle):
     assert len({sample.weight for sample in on_one_rank["live"].samples[0]}) > 2
     assert on_one_rank["routers"].metrics[0]["padding_fraction"] > 0.05
     first = oracle["ema"][0].metrics
+    assert 0 < first["num_response_ends"] < len(on_one_rank["ema"].samples[0])
+    assert len({first[f"eos_prob_{name}"] for name in oracles.DISTRIBUTIONS}) == 4
     for name in ("clip_fraction", "hindsight_token_rate", "topk_overlap"):
         assert 0.01 < first[name] < 0.99, name
     assert "hindsight_token_rate/256-511" in oracle["long"][0].metrics

@@ -157,12 +157,14 @@ function accuracySection(all, shown) {
   return made;
 }
 
+const SIGNALS = { total: "total: full over student", partial: "partial over student", marginal: "marginal: full over partial" };
+
 function diagnosisSection(all) {
   const found = all.flatMap((run) => run.diagnoses.map((one) => [run, one]));
   if (!found.length) return null;
   const host = h("div", { class: "columns" });
   const show = (index) => {
-    const one = found[index][1], { residual, hindsight, reliability, metrics, settings } = one;
+    const one = found[index][1], { residual, hindsight, reliability, metrics, settings, response_ends: ends, predictors } = one;
     const total = residual.counts.reduce((a, b) => a + b, 0);
     const chart = h("div", {}), most = Math.max(...hindsight.rates.flat(), 1e-9);
     const gaps = ["support_gap_full_partial", "support_gap_target_partial", "support_gap_full_student", "support_gap_target_student"];
@@ -177,6 +179,15 @@ function diagnosisSection(all) {
       h("div", { class: "card" }, h("h3", {}, "Support gaps"),
         table(["mass", "%"], gaps.map((name) => [label(name)[0], format(metrics[name], "share").replace(" %", "")]), { label: "Support gaps" }),
         h("p", { class: "note" }, "Full over partial: the full view's mass on tokens that only it supports, by the run's thresholds. That is the teacher's hindsight; target over partial is what the anchor lets through.")),
+      h("div", { class: "card" }, h("h3", {}, "Response ends"),
+        table(["distribution", "P(EOS), %"], Object.entries(ends.eos_prob).map(([name, prob]) => [name, format(prob, "share").replace(" %", "")]), { label: "P(EOS) at response ends" }),
+        h("p", { class: "note" }, `Mean probability of the EOS where responses ended by themselves: ${format(ends.finished, "tokens")} of them; ${format(ends.cut, "tokens")} were cut at the limit. A target far below the student teaches it not to end there; the student's own value is high by selection.`)),
+      h("div", { class: "card" }, h("h3", {}, "Predictors of a right answer"),
+        table(["signal", "AUC", "95 % interval"], Object.entries(SIGNALS).map(([name, title]) => {
+          const { auc, interval_95: bounds } = predictors.signals[name], number = (value) => (value === null ? "–" : value.toFixed(3));
+          return [title, number(auc), bounds ? `${number(bounds[0])}–${number(bounds[1])}` : "–"];
+        }), { label: "Predictors of a right answer" }),
+        h("p", { class: "note" }, `${predictors.reason ? `No AUC: ${predictors.reason}.` : `${predictors.right} right and ${predictors.wrong} wrong responses; 0.5 is chance.`} Accuracy ${format(predictors.accuracy, "share")}.`)),
       h("div", { class: "card" }, h("h3", {}, "Can the teacher be trusted?"),
         table(["trace shown, tokens", "responses", "end with answer, %", "prefers right", "KL(full ‖ partial)"], reliability.map((part) => [
           part.tokens_from === part.tokens_to ? `${part.tokens_from}` : `${part.tokens_from}–${part.tokens_to}`, format(part.responses, "tokens"), format(part.ends_with_answer, "share").replace(" %", ""), format(part.prefers_right, "share"), format(part.kl_full_partial, "nats")]), { label: "Reliability by length of the privileged context" }),
