@@ -3,6 +3,7 @@
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
 # make test-slurm   the job scripts on a real Slurm, started here (Debian packages; about 8 minutes)
+# make test-smollm2 a real model of 135 million parameters: conversion and greedy tokens (3 minutes)
 # make test-faults  20 kills at random moments, and every other fault (10 minutes)
 # make soak         steps for an hour: memory, files and threads of each rank stay flat
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
-.PHONY: demo demo-compare test test-latest test-vllm test-slurm test-faults soak
+.PHONY: demo demo-compare test test-latest test-vllm test-slurm test-smollm2 test-faults soak
 .PHONY: bench-memory bench-step bench-save lint clean
 
 demo: $(VENV)/.installed
@@ -57,6 +58,13 @@ test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
 test-slurm: $(VENV)/.installed-dev
 	./tools/install_slurm.sh
 	AROPD_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+test-smollm2: $(VENV)/.installed-dev models/SmolLM2-135M-Instruct
+	AROPD_SMOLLM2='$(abspath models/SmolLM2-135M-Instruct)' $(BIN)/python -m pytest tests/examples/test_smollm2.py
+
+models/SmolLM2-135M-Instruct: $(VENV)/.installed
+	$(PIP_INSTALL) --editable '.[gguf]'
+	$(BIN)/python examples/smollm2/fetch.py $@
 
 test-faults: $(VENV)/.installed-dev
 	AROPD_KILLS=20 $(BIN)/python -m pytest -s tests/faults

