@@ -64,12 +64,16 @@ def _change(rng: random.Random, amount: int) -> tuple[str, int, int]:
     changes = []
     if amount > 3:
         number = rng.randint(2, min(30, amount - 1))
-        changes += [(verb, number, amount - number) for verb in ("gives away {number} {item}",)]
-        changes += [("loses {number} {item}", number, amount - number)]
+        changes += [
+            ("gives away {number} {item}", number, amount - number),
+            ("loses {number} {item}", number, amount - number),
+        ]
     if amount < LARGEST - 2:
         number = rng.randint(2, min(30, LARGEST - amount))
-        changes += [(verb, number, amount + number) for verb in ("buys {number} more {item}",)]
-        changes += [("finds {number} {item}", number, amount + number)]
+        changes += [
+            ("buys {number} more {item}", number, amount + number),
+            ("finds {number} {item}", number, amount + number),
+        ]
     if 2 * amount <= LARGEST:
         changes.append(("gets as many {item} again", amount, 2 * amount))
     return rng.choice(changes)

@@ -16,11 +16,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from methods import ABLATIONS, GRID, MAIN, METHODS, RATES
 
@@ -30,6 +30,7 @@ from aropd_mcore.data.templates import fill, partial_trace, write_trace
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.evaluate.figures import read_metrics
 
+T = TypeVar("T")
 HERE = Path(__file__).parent
 CONFIG = HERE / "aropd.yaml"
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for seed in args.seeds
             for method in args.methods
         ]
-    make_all([run for run in todo if not run.is_done], args.jobs)
+    over_cores(Run.make, [run for run in todo if not run.is_done], args.jobs)
 
 
 class Run:
@@ -131,22 +132,23 @@ class Run:
         return f"{self.name}: {', '.join(shares)}; {time.monotonic() - started:.0f} s"
 
 
-def make_all(runs: Sequence[Run], jobs: int) -> None:
-    print(f"{len(runs)} runs to make", flush=True)
+def over_cores(make: Callable[[T, int], str], items: Iterable[T], jobs: int) -> None:
+    """Call make(item, core) for each item, `jobs` at a time with a core each; print its lines."""
+    todo = list(items)
     cores: SimpleQueue[int] = SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[:jobs]:
         cores.put(core)
 
-    def make(run: Run) -> str:
+    def call(item: T) -> str:
         core = cores.get()
         try:
-            return run.make(core)
+            return make(item, core)
         finally:
             cores.put(core)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for number, done in enumerate(as_completed([pool.submit(make, run) for run in runs]), 1):
-            print(f"[{number}/{len(runs)}] {done.result()}", flush=True)
+        for number, done in enumerate(as_completed([pool.submit(call, it) for it in todo]), 1):
+            print(f"[{number}/{len(todo)}] {done.result()}", flush=True)
 
 
 def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:

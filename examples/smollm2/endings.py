@@ -1,0 +1,133 @@
+"""Find out why responses of the untouched model stop ending when AR-OPD trains it.
+
+    python examples/smollm2/endings.py --jobs 2    # trains what is missing, prints the table
+
+Each variant trains the untouched model for 24 steps of 16 responses of at most 80 tokens, on
+problems of one step, and changes one thing. Every variant has the same rows, seeds and held-out
+problems. Columns: greedy accuracy, greedy responses cut at the limit, greedy responses that open
+with a preamble ("To solve", "Let's"), their tokens, and P(EOS) under student and target where
+sampled responses ended, over the first and the last four steps.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from problems import shop
+from study import aropd, over_cores
+
+from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.evaluate.figures import read_metrics
+
+HERE = Path(__file__).parent
+CONFIG = HERE / "aropd.yaml"
+LIMIT = 80
+NUM_HELDOUT, NUM_TRAIN = 100, 400
+COMMON = (
+    "views.system_prompt=null",
+    "views.partial_view=prefix_with_answer",
+    "optimizer.lr=5e-5",
+    f"rollout.max_response_tokens={LIMIT}",
+)
+"""No view asks the student for the trace's format, and the learning rate is high."""
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "as it is": (),
+    "lr 1e-5": ("optimizer.lr=1e-5",),
+    "no skipped tokens": ("objective.skip_response_tokens=0",),
+    "no skipped tokens, lr 1e-5": ("objective.skip_response_tokens=0", "optimizer.lr=1e-5"),
+    "views ask for the format": (
+        'views.system_prompt="Show the calculation, then write: The answer is X."',
+    ),
+    "views ask for the format, lr 1e-5": (
+        'views.system_prompt="Show the calculation, then write: The answer is X."',
+        "optimizer.lr=1e-5",
+    ),
+    "limit 160": ("rollout.max_response_tokens=160",),
+    "temperature 0.7": ("rollout.temperature=0.7",),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm2/endings"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a core each")
+    args = parser.parse_args(argv)
+    write_problems(args.out)
+    over_cores(lambda name, core: make(args.out, args.model, name, core), VARIANTS, args.jobs)
+    print("| | right, % | cut, % | preamble, % | tokens | P(EOS), first 4 | last 4 |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(line(args.out / folder_name("as it is") / "untouched", "untouched model", []))
+    for name in VARIANTS:
+        folder = args.out / folder_name(name)
+        print(line(folder / "eval", name, read_metrics(folder / "metrics.jsonl")))
+
+
+def write_problems(out: Path) -> None:
+    rng, seen = random.Random("endings"), set[str]()
+    for name, size in {"heldout": NUM_HELDOUT, "train": NUM_TRAIN}.items():
+        lines = []
+        while len(lines) < size:
+            row = shop(rng, num_steps=1)
+            if row.question not in seen:
+                seen.add(row.question)
+                lines.append(json.dumps(row._asdict()) + "\n")
+        write_atomically(out / f"{name}.jsonl", lines)
+
+
+def folder_name(variant: str) -> str:
+    return variant.replace(", ", "-").replace(" ", "_")
+
+
+def make(out: Path, model: Path, variant: str, core: int) -> str:
+    """Train a variant and answer the held-out problems, unless that is done."""
+    folder = out / folder_name(variant)
+    settings = [
+        f"output_dir={folder}",
+        f"model.path={model}",
+        f"data.train=[{out / 'train.jsonl'}]",
+        *COMMON,
+        *VARIANTS[variant],
+    ]
+    if not (folder / "eval/summary.json").exists():
+        aropd("train", CONFIG, *settings, core=core, log=folder / "train.log")
+        evaluate(out, folder, folder / "config.yaml", folder / "eval", core)
+    if variant == "as it is" and not (folder / "untouched/summary.json").exists():
+        evaluate(out, model, folder / "config.yaml", folder / "untouched", core)
+    return variant
+
+
+def evaluate(out: Path, model: Path, config: Path, results: Path, core: int) -> None:
+    """Answer the held-out problems greedily, as the student view of `config` asks them."""
+    aropd(
+        "eval", "--model", model, "--config", config, "--dtype", "bf16", "--out", results,
+        "--task", f"heldout:math={out / 'heldout.jsonl'}", "--max-response-tokens", LIMIT,
+        "--batch-size", NUM_HELDOUT, core=core, log=results.with_suffix(".log"),
+    )  # fmt: skip
+
+
+def line(results: Path, name: str, metrics: Sequence[dict]) -> str:
+    samples = [json.loads(text) for text in (results / "samples.jsonl").read_text().splitlines()]
+    shares = [
+        mean(sample["verdict"] == "right" for sample in samples),
+        mean(sample["finish_reason"] == "length" for sample in samples),
+        mean(sample["text"].startswith(("To ", "Let")) for sample in samples),
+    ]
+    cells = [f"{100 * share:.0f}" for share in shares]
+    cells.append(f"{mean(sample['length'] for sample in samples):.0f}")
+    for steps in (metrics[:4], metrics[-4:]):
+        ends = [step for step in steps if "eos_prob_target" in step]
+        found = [
+            mean(step[f"eos_prob_{who}"] for step in ends) for who in ("student", "target") if ends
+        ]
+        cells.append(" / ".join(f"{value:.2f}" for value in found) or "–")
+    return "| " + " | ".join([name, *cells]) + " |"
+
+
+if __name__ == "__main__":
+    main()
