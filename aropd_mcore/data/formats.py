@@ -22,6 +22,7 @@ last:
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from textwrap import dedent
 from typing import Any
 
 from aropd_mcore.data.answer_marks import (
@@ -65,7 +66,7 @@ _PLACEHOLDERS = (
 
 _OPENS_WITH_ANSWER = re.compile(
     r"\W*(?:(?:the\s+)?(?:correct\s+)?(?:ans(?:wer)?|option)(?:\W|is\b)*[a-d]\s*"
-    r"(?:$|[^\w\s]|is\s+correct\b)|[a-d]\s*\)|[a-d]\s*i\.?e\b)",
+    r"(?:$|[^\w\s]|is\s+correct\b|i\.?e\b)|[a-d]\s*\)|[a-d](?:\W*\si\.?e\b|\s*i\.e\b))",
     re.IGNORECASE,
 )
 """An explanation that begins with the letter: `Ans. is 'b' i.e., ...`, `(d) ...`, `Option A is
@@ -193,22 +194,35 @@ def _from_code(record: Record, origin: str) -> Exchange:
         raise DataError(origin, f"no code block (```) in {key!r}", shown(response))
     if is_open:
         raise DataError(origin, f"a code block in {key!r} has no end", shown(blocks[-1]))
+    if not "".join(blocks[0].splitlines()[1:-1]).strip():
+        raise DataError(origin, f"the first code block in {key!r} is empty", shown(response))
     return Exchange({"question": question}, prose, blocks[0], None)
 
 
 def _split_code(text: str) -> tuple[str, list[str], bool]:
-    """The lines outside of code blocks, the code blocks with their fences, whether one is open."""
+    """The lines outside of code blocks, the code blocks with their fences, whether one is open.
+
+    Fences are those of CommonMark: a block ends at a line of at least as many backticks as it
+    began with, and nothing else.
+    """
     prose: list[str] = []
     blocks: list[list[str]] = []
-    is_open = False
+    fence = ""
     for line in text.splitlines():
-        is_fence = line.lstrip().startswith("```")
-        if is_fence and not is_open:
+        opens = None if fence else _FENCE.match(line)
+        if opens:
+            fence = opens[1]
             blocks.append([])
-        (blocks[-1] if is_fence or is_open else prose).append(line.rstrip())
-        is_open ^= is_fence
+        (blocks[-1] if fence else prose).append(line.rstrip())
+        mark = line.strip()
+        if fence and not opens and mark.startswith(fence) and not mark.strip("`"):
+            fence = ""
     squeezed = re.sub(r"\n{3,}", "\n\n", "\n".join(prose))
-    return squeezed.strip(), ["\n".join(block).strip() for block in blocks], is_open
+    return squeezed.strip(), [dedent("\n".join(block)).strip() for block in blocks], bool(fence)
+
+
+_FENCE = re.compile(r"\s*(`{3,})[^`]*$")
+"""A line that begins a code block, with its language behind the backticks."""
 
 
 def _from_messages(record: Record, origin: str) -> Exchange:

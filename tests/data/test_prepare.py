@@ -157,7 +157,7 @@ def test_medmcqa_becomes_questions_as_evaluation_asks_them(tmp_path, suffix):
 
     explanations = [
         *("Ans. is 'a' i.e., Femur", "Answer- A. Femur*", "(a) Femur", "Ans: A", "a i.e. Femur"),
-        *("The correct answer is A: Femur", "Option A is correct. The"),
+        *("The correct answer is A: Femur", "Option A is correct. The", "Ans is A i.e. Femur"),
     ]
     records = [record(), record(cop=3), record(cop=-1), record(exp=None)]
     source = tmp_path / f"train.{suffix}"
@@ -168,6 +168,8 @@ def test_medmcqa_becomes_questions_as_evaluation_asks_them(tmp_path, suffix):
     [problem] = read_task(Task("medmcqa", write(tmp_path / "task.jsonl", MEDMCQA)))
     assert problem.question == MEDMCQA_QUESTION
     assert report.kept == {"medmcqa": 2}
+    words = write(tmp_path / "words.jsonl", record(exp="Die-cast rods hold the femur."))
+    assert prepare([words], tmp_path / "kept.jsonl").kept == {"medmcqa": 1}
     assert sorted(report.dropped.values()) == [1, 1, len(explanations)]
 
 
@@ -189,6 +191,24 @@ def test_a_program_is_the_answer_and_the_prose_around_it_the_reasoning(tmp_path,
         "a code block in 'response' has no end": 1,
     }
     assert report.num_without_reasoning == 1
+
+
+def test_code_blocks_end_at_a_fence_of_their_own_length(tmp_path):
+    responses = [
+        "Nested:\n````md\n```python\nx = 1\n```\n````\nEnd.",
+        "1. A list:\n   ```python\n   if x:\n       y = 1\n   ```\nEnd.",
+        "Use ```x``` here.\n```python\nx = 1\n```",
+        "Empty:\n```python\n\n```",
+    ]
+    records = [{"instruction": "q", "response": text} for text in responses]
+    source = write(tmp_path / "in.jsonl", *records)
+    report = prepare([source], tmp_path / "out.jsonl", format="code")
+    assert [(row["reasoning"], row["answer"]) for row in read(report.output)] == [
+        ("Nested:\nEnd.", "````md\n```python\nx = 1\n```\n````"),
+        ("1. A list:\nEnd.", "```python\nif x:\n    y = 1\n```"),
+        ("Use ```x``` here.", "```python\nx = 1\n```"),
+    ]
+    assert report.dropped == {"the first code block in 'response' is empty": 1}
 
 
 def test_rows_are_drawn_by_seed_and_counted(tmp_path):
