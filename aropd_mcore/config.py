@@ -609,7 +609,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _divides_by_temperature(self) -> "Config":
-        if self.objective.temper_logits and self.rollout.temperature == 0:
+        objective = self.objective
+        is_divided = objective.temper_logits and objective.name == "aropd"
+        if is_divided and self.rollout.temperature == 0:
             raise ValueError(
                 "objective.temper_logits divides logits by rollout.temperature, which is 0; sample "
                 "at a temperature above 0, or set objective.temper_logits to false"
