@@ -60,7 +60,8 @@ def grade(
     """Grade each response as `aropd eval` grades a task of format `math`.
 
     Returns:
-        Whether each response is right; None where its row has no answer.
+        Whether each response is right; None where its row has no answer, or a program as the
+        answer, which can only be run.
     """
 
     def text(one: Scored) -> str:
@@ -70,14 +71,15 @@ def grade(
         return opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=True))
 
     answers = [views[one.row].row.answer.strip() for one in scored]
+    can_grade = [bool(answer) and not answer.startswith("```") for answer in answers]
     asked = [
         (text(one), MathAnswer(answer))
-        for one, answer in zip(scored, answers, strict=True)
-        if answer
+        for one, answer, can in zip(scored, answers, can_grade, strict=True)
+        if can
     ]
     with Graders() as graders:
         grades = graders.grade_all(asked)
-        return [next(grades).verdict == "right" if answer else None for answer in answers]
+        return [next(grades).verdict == "right" if can else None for can in can_grade]
 
 
 def compare(
@@ -113,7 +115,7 @@ def compare(
     num_right = int(rights.sum())
     num_wrong = len(rights) - num_right
     if reason is None and not by_row:
-        reason = "no row has an answer"
+        reason = "no row has an answer that can be graded"
     if reason is None and not (num_right and num_wrong):
         kind = "wrong" if num_wrong else "right"
         reason = f"all graded responses with loss tokens are {kind}"

@@ -278,7 +278,8 @@ def test_predictors_name_the_reason_where_there_is_no_auc(tmp_path, monkeypatch)
     for answer, right, reason in (
         ("42", 2, "all graded responses with loss tokens are right"),
         ("43", 0, "all graded responses with loss tokens are wrong"),
-        ("", 0, "no row has an answer"),
+        ("", 0, "no row has an answer that can be graded"),
+        ("```python\nx = 42\n```", 0, "no row has an answer that can be graded"),
     ):
         scored, views = _responses(tokenizer, made, answer)
         found = predict(scored, views, tokenizer, skip_response_tokens=1)
