@@ -147,8 +147,12 @@ def over_cores(make: Callable[[T, int], str], items: Iterable[T], jobs: int) -> 
             cores.put(core)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for number, done in enumerate(as_completed([pool.submit(call, it) for it in todo]), 1):
-            print(f"[{number}/{len(todo)}] {done.result()}", flush=True)
+        try:
+            for number, done in enumerate(as_completed([pool.submit(call, it) for it in todo]), 1):
+                print(f"[{number}/{len(todo)}] {done.result()}", flush=True)
+        except BaseException:  # a call failed: the calls that have not begun are left out
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:

@@ -34,6 +34,27 @@ def data(tmp_path_factory) -> Path:
     return out
 
 
+def test_after_a_failed_run_of_the_study_no_run_begins():
+    program = """
+import sys, time
+import study
+
+def make(item, core):
+    print("begun", flush=True)
+    time.sleep(0.2)
+    sys.exit("failed")
+
+study.over_cores(make, range(20), 1)
+"""
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{REPO}:{EXAMPLE}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == "failed\n"
+    # The next one may begin before the failure is seen.
+    assert done.stdout.count("begun") <= 2
+
+
 def test_problems_of_all_files_differ_and_answers_follow_from_the_questions(data):
     rows = [row for path in sorted(data.rglob("*.jsonl")) for row in rows_of(path)]
     assert len(rows) == 400 + 100 + 2 * (400 + 200)
