@@ -16,6 +16,7 @@ go to sbatch. All paths are relative to the repository's root.
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.prepare import prepare, write_atomically
 from aropd_mcore.data.records import DataError, read_records
 from aropd_mcore.evaluate.tasks import parse_task
+from aropd_mcore.rollout.arguments import positive
 from aropd_mcore.trainer.launch import check_inputs, launch_of
 
 CONFIGS = Path("examples/paper/configs")
@@ -277,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     rows = commands.add_parser("prepare", help="write a domain's rows")
     rows.add_argument("domain", choices=list(DOMAINS))
     rows.add_argument("files", nargs="+", type=Path, help="the data set as its hub has it")
-    rows.add_argument("--rows", type=int, help="(default: the release's number)")
+    rows.add_argument("--rows", type=positive, help="(default: the release's number)")
     mmlu = commands.add_parser("mmlu", help="write MMLU's medical subjects as one benchmark")
     mmlu.add_argument("file", type=Path, help="test split of cais/mmlu, configuration `all`")
     commands.add_parser("train", parents=[jobs], help="submit the training runs")
@@ -331,6 +333,8 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
 
 def evaluate_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
     """Submit a job of one node for each model; submitted again, it resumes."""
+    if not args.dry_run and shutil.which("sbatch") is None:
+        raise SystemExit("sbatch is not on PATH: is this a login node?")
     for name in args.domains:
         domain = DOMAINS[name]
         tasks = [f"{task}={args.benchmarks / file}" for task, file in domain.benchmarks.items()]

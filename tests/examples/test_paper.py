@@ -153,3 +153,17 @@ def test_the_jobs_of_all_runs_and_models_are_printed(paper, capsys):
     }
     assert ("code", Path("runs/paper/code-aropd_0.8")) in models
     assert sorted(REPO.glob("runs/paper/*")) == before
+
+
+def test_nothing_is_evaluated_without_slurm(paper, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    for name in ("math500.jsonl", "amc23.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match="sbatch is not on PATH"):
+        paper.main(["evaluate", "--domains", "math", "--benchmarks", str(tmp_path)])
+
+
+def test_0_rows_are_refused(paper, capsys):
+    with pytest.raises(SystemExit):
+        paper.main(["prepare", "math", "x.jsonl", "--rows", "0"])
+    assert "expected at least 1, found 0" in capsys.readouterr().err
