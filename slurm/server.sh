@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# server.sh CONFIG [section.key=value ...]
+# server.sh CONFIG [--preset NAME] [section.key=value ...]
 #
 # One vLLM server of serve_and_train.sbatch: its share of the node's GPUs, a port of its own. It ends
 # with the job; should it end before, that is written down at once, before training misses it.

@@ -29,7 +29,7 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
     """Lengths, truncation, early answers and cut prompts over the global batch.
 
     `premature_answer_rate`: share of rollouts whose first half states the gold answer, as a word
-    of its own. `num_cut_tokens`: of questions, where a prompt would have been over the limit.
+    of its own. `num_cut_tokens`: of prompts that would have been over the limit.
 
     Collectives: one all-gather over the data-parallel ranks.
     """
