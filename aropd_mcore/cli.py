@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     source = show.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, help="YAML file of a run: its tokenizer and views")
     source.add_argument("--model", type=Path, help="HF folder: its tokenizer, default views")
+    _add_preset(show)
     show.set_defaults(run=_show_views)
 
     train = commands.add_parser(
@@ -246,7 +247,9 @@ def _show_views(args: argparse.Namespace) -> None:
     from aropd_mcore.data.tokenizer import load_tokenizer
     from aropd_mcore.data.views import ViewBuilder
 
-    config = load_config(args.config) if args.config else None
+    if args.preset and not args.config:
+        raise ValueError("--preset changes the views of a run: give --config in place of --model")
+    config = load_config(args.config, preset=args.preset) if args.config else None
     views = config.views if config else ViewsConfig()
     rows = RowDataset.load([args.data])
     if not 0 <= args.row < len(rows):

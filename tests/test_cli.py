@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -143,6 +144,13 @@ def test_show_views_prints_the_three_views_of_a_row(run, capsys):
     for text in ("student view", "partial view", "full view", "3 + 9?", "tokens"):
         assert text in printed
     assert cli.main(["show-views", str(rows), "--row", "99", "--config", str(run)]) == 2
+    preset = ["show-views", str(rows), "--preset", "er_opd"]
+    assert cli.main([*preset, "--config", str(run)]) == 0
+    printed = capsys.readouterr().out
+    (student, partial) = re.findall(r"(?:student|partial) view: (\d+) tokens", printed)
+    assert student == partial  # its anchor sees no part of the trace
+    assert cli.main([*preset, "--model", str(run.parent)]) == 2
+    assert "give --config" in capsys.readouterr().err
     assert "rows 0 to 23" in capsys.readouterr().err
 
 
