@@ -144,6 +144,7 @@ def test_show_views_prints_the_three_views_of_a_row(run, capsys):
     for text in ("student view", "partial view", "full view", "3 + 9?", "tokens"):
         assert text in printed
     assert cli.main(["show-views", str(rows), "--row", "99", "--config", str(run)]) == 2
+    assert "rows 0 to 23" in capsys.readouterr().err
     preset = ["show-views", str(rows), "--preset", "er_opd"]
     assert cli.main([*preset, "--config", str(run)]) == 0
     printed = capsys.readouterr().out
@@ -151,7 +152,6 @@ def test_show_views_prints_the_three_views_of_a_row(run, capsys):
     assert student == partial  # its anchor sees no part of the trace
     assert cli.main([*preset, "--model", str(run.parent)]) == 2
     assert "give --config" in capsys.readouterr().err
-    assert "rows 0 to 23" in capsys.readouterr().err
 
 
 def test_prepare_reports_what_it_kept(tmp_path, capsys):
