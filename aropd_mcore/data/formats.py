@@ -14,8 +14,7 @@ The answer of `medmcqa` is a letter, that of `code` is the response's first code
 fences. `code` has to be asked for: detection takes such a record for `tags`.
 
 Otherwise the answer is the record's own `answer`. Where there is none, it is what the trace marks
-last:
-`<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought, as in
+last: `<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought, as in
 `<think>...</think>` or `<reasoning>`, is a part of the reasoning, and what it marks is no answer.
 """
 

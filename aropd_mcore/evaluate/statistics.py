@@ -138,3 +138,16 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
         return mean(values), None
     t = _T_975[min(len(values) - 1, len(_T_975)) - 1]
     return mean(values), t * stdev(values) / math.sqrt(len(values))
+
+
+def percent(values: Sequence[float], *, sign: str = "", digits: int = 1) -> str:
+    """Write the mean of shares over seeds and its interval in percent, such as `52.5 ± 2.8`.
+
+    Args:
+        sign: "+" writes the sign of a positive mean too.
+    """
+    if not values:
+        return "–"
+    middle, half = over_seeds(values)
+    text = f"{100 * middle:{sign}.{digits}f}"
+    return text if half is None else f"{text} ± {100 * half:.{digits}f}"

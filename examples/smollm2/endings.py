@@ -18,6 +18,7 @@ from statistics import mean
 
 from problems import shop
 from study import aropd, over_cores
+from tables import markdown
 
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.evaluate.figures import read_metrics
@@ -33,18 +34,14 @@ COMMON = (
     f"rollout.max_response_tokens={LIMIT}",
 )
 """No view asks the student for the trace's format, and the learning rate is high."""
+ASKED = 'views.system_prompt="Show the calculation, then write: The answer is X."'
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as it is": (),
     "lr 1e-5": ("optimizer.lr=1e-5",),
     "no skipped tokens": ("objective.skip_response_tokens=0",),
     "no skipped tokens, lr 1e-5": ("objective.skip_response_tokens=0", "optimizer.lr=1e-5"),
-    "views ask for the format": (
-        'views.system_prompt="Show the calculation, then write: The answer is X."',
-    ),
-    "views ask for the format, lr 1e-5": (
-        'views.system_prompt="Show the calculation, then write: The answer is X."',
-        "optimizer.lr=1e-5",
-    ),
+    "views ask for the format": (ASKED,),
+    "views ask for the format, lr 1e-5": (ASKED, "optimizer.lr=1e-5"),
     "limit 160": ("rollout.max_response_tokens=160",),
     "temperature 0.7": ("rollout.temperature=0.7",),
 }
@@ -60,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     write_problems(args.out)
     over_cores(lambda name, core: make(args.out, args.model, name, core), VARIANTS, args.jobs)
-    print("| | right, % | cut, % | preamble, % | tokens | P(EOS), first 4 | last 4 |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    print(line(args.out / folder_name("as it is") / "untouched", "untouched model", []))
+    heading = ["", "right, %", "cut, %", "preamble, %", "tokens", "P(EOS), first 4", "last 4"]
+    lines = [line(args.out / folder_name("as it is") / "untouched", "untouched model", [])]
     for name in VARIANTS:
         folder = args.out / folder_name(name)
-        print(line(folder / "eval", name, read_metrics(folder / "metrics.jsonl")))
+        lines.append(line(folder / "eval", name, read_metrics(folder / "metrics.jsonl")))
+    print(markdown(heading, lines))
 
 
 def write_problems(out: Path) -> None:
@@ -111,7 +108,7 @@ def evaluate(out: Path, model: Path, config: Path, results: Path, core: int) -> 
     )  # fmt: skip
 
 
-def line(results: Path, name: str, metrics: Sequence[dict]) -> str:
+def line(results: Path, name: str, metrics: Sequence[dict]) -> list[str]:
     samples = [json.loads(text) for text in (results / "samples.jsonl").read_text().splitlines()]
     shares = [
         mean(sample["verdict"] == "right" for sample in samples),
@@ -126,7 +123,7 @@ def line(results: Path, name: str, metrics: Sequence[dict]) -> str:
             mean(step[f"eos_prob_{who}"] for step in ends) for who in ("student", "target") if ends
         ]
         cells.append(" / ".join(f"{value:.2f}" for value in found) or "–")
-    return "| " + " | ".join([name, *cells]) + " |"
+    return [name, *cells]
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from methods import ABLATIONS, GRID, MAIN, METHODS, RATES
 
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.answers import is_premature
-from aropd_mcore.data.templates import fill, partial_trace, write_trace
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.templates import fill
 from aropd_mcore.data.tokenizer import load_tokenizer
+from aropd_mcore.data.views import View, ViewBuilder
 from aropd_mcore.evaluate.figures import read_metrics
 
 T = TypeVar("T")
@@ -35,8 +37,6 @@ HERE = Path(__file__).parent
 CONFIG = HERE / "aropd.yaml"
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures at which problems are answered."""
-MAX_TOKENS = 160
-"""Limit of a response, in training and evaluation."""
 NUM_LAST_STEPS = 8
 """Number of steps that the training metrics of a result are means over."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -166,7 +166,7 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
             f"data.train=[{out / 'data/warm.jsonl'}]", core=core, log=out / "warm.log",
         )  # fmt: skip
         aropd("convert", "export", out / "warm", out / "base", core=core, log=out / "export.log")
-    tasks = write_views(out)
+    tasks = write_views(out, model)
     for name, path in {"untouched": model, "base": out / "base"}.items():
         for decoding in DECODINGS:
             found = answers(path, out / "views" / name, decoding, tasks, core)
@@ -175,37 +175,32 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
                 print(f"{name}, {decoding}, {view}: {means(samples)}", flush=True)
 
 
-VIEWS = {
-    "none": None,
-    "partial": "prefix_without_answer",
-    "partial_with_answer": "prefix_with_answer",
-    "full": "full",
+VIEWS: dict[str, tuple[View, str]] = {
+    "none": ("student", "prefix_without_answer"),
+    "partial": ("partial", "prefix_without_answer"),
+    "partial_with_answer": ("partial", "prefix_with_answer"),
+    "full": ("full", "prefix_without_answer"),
 }
-"""What a model is shown -> views.partial_view, or None for the question only."""
+"""What a model is shown -> the view, and views.partial_view."""
 
 
-def write_views(out: Path) -> dict[str, Path]:
+def write_views(out: Path, model: Path) -> dict[str, Path]:
     """Write the validation problems as the teacher is asked them; return a file for each view."""
-    views = load_config(CONFIG).views
-    rows = [json.loads(line) for line in (out / "data/validation.jsonl").read_text().splitlines()]
+    settings, tokenizer = load_config(CONFIG).views, load_tokenizer(model)
+    rows = RowDataset.load([out / "data/validation.jsonl"])[:]
     tasks = {}
-    for name, shown in VIEWS.items():
+    for name, (view, partial_view) in VIEWS.items():
+        builder = ViewBuilder(tokenizer, settings.model_copy(update={"partial_view": partial_view}))
         tasks[name] = path = out / "data" / f"validation-{name}.jsonl"
         with path.open("w") as file:
             for row in rows:
-                question = row["question"] if shown is None else teacher_turn(row, shown, views)
-                file.write(json.dumps(row | {"question": question}) + "\n")
+                trace = builder.prompt(row, view).trace
+                question = row.question
+                if trace:
+                    question = fill(settings.teacher_template, question=question, trace=trace)
+                line = {"id": row.id, "question": question, "answer": row.answer}
+                file.write(json.dumps(line) + "\n")
     return tasks
-
-
-def teacher_turn(row: Mapping[str, str], shown: str, views: Any) -> str:
-    """The user turn of a privileged view, as views.teacher_template renders it."""
-    reasoning = row["reasoning"]
-    if shown != "full":
-        reasoning = partial_trace(reasoning, views.partial_ratio)
-    answer = "" if shown == "prefix_without_answer" else row["answer"]
-    trace = write_trace(views.trace_template, reasoning, answer)
-    return fill(views.teacher_template, question=row["question"], trace=trace)
 
 
 def answers(
@@ -217,8 +212,8 @@ def answers(
         aropd(
             "eval", "--model", model, "--config", CONFIG, "--dtype", "bf16", "--out", folder,
             *(f"--task={name}:math={path}" for name, path in tasks.items()),
-            "--temperature", DECODINGS[decoding], "--max-response-tokens", MAX_TOKENS,
-            "--batch-size", 100,
+            "--temperature", DECODINGS[decoding], "--batch-size", 100,
+            "--max-response-tokens", load_config(CONFIG).rollout.max_response_tokens,
             core=core, log=out / f"eval-{decoding}.log",
         )  # fmt: skip
     rows = {

@@ -20,7 +20,7 @@ from typing import Any
 from methods import ABLATIONS, GRID, MAIN, RATES, REFERENCE
 from study import DECODINGS, VIEWS
 
-from aropd_mcore.evaluate.statistics import over_seeds, wilson
+from aropd_mcore.evaluate.statistics import percent, wilson
 
 HERE = Path(__file__).parent
 BUCKETS = {"2 steps": (2,), "3 and 4 steps": (3, 4), "5 and 6 steps": (5, 6)}
@@ -78,14 +78,6 @@ def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, flo
             found[f"{decoding}/right/{name}"] = mean(line["right"] for line in group)
     found["num"] = len(answers["greedy"])
     return {name: round(value, 6) for name, value in found.items()}
-
-
-def percent(values: Sequence[float], *, sign: str = "", digits: int = 1) -> str:
-    if not values:
-        return "–"
-    middle, half = over_seeds(values)
-    text = f"{100 * middle:{sign}.{digits}f}"
-    return text if half is None else f"{text} ± {100 * half:.{digits}f}"
 
 
 def of_method(results: Results, method: str, name: str) -> list[float]:

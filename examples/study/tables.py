@@ -20,7 +20,7 @@ from typing import Any
 from methods import ABLATIONS, MAIN, REFERENCE, SCALES, TITLES
 from study import DECODINGS, VIEWS, counted
 
-from aropd_mcore.evaluate.statistics import over_seeds, wilson
+from aropd_mcore.evaluate.statistics import over_seeds, percent, wilson
 
 HERE = Path(__file__).parent
 BUCKETS = {"short": range(3, 7), "middle": range(7, 11), "long": range(11, 15)}
@@ -100,14 +100,6 @@ def differences(results: Mapping[str, Any], first: str, second: str, name: str) 
     """The first method less the second, for every seed that both have."""
     ours, theirs = results["runs"][first], results["runs"][second]
     return [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
-
-
-def percent(values: Sequence[float], *, sign: str = "") -> str:
-    if not values:
-        return "–"
-    middle, half = over_seeds(values)
-    text = f"{100 * middle:{sign}.1f}"
-    return text if half is None else f"{text} ± {100 * half:.1f}"
 
 
 def plain(values: Sequence[float]) -> str:

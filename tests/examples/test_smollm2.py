@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aropd_mcore.config_file import load_config
 from tests.conftest import REPO
 
 EXAMPLE = REPO / "examples" / "smollm2"
@@ -151,7 +152,7 @@ def test_greedy_tokens_of_the_real_model_equal_those_of_transformers(model, data
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     hf = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    system = "Solve the problem in short steps, one per line. Then write: The answer is X."
+    system = load_config(EXAMPLE / "aropd.yaml").views.system_prompt
     for row, line in zip(rows, rows_of(tmp_path / "out.jsonl"), strict=True):
         chat = [
             {"role": "system", "content": system},
