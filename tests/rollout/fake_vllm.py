@@ -91,6 +91,7 @@ class FakeVllm:
         """Begin to serve, with the weights of a new server."""
         self.label, self.is_paused, self.value, self.model = "default", False, UNLOADED, None
         self.digests: dict[str, str] | None = None
+        self._is_dying = False
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -123,6 +124,7 @@ class FakeVllm:
 
     def die(self) -> None:
         """Break every connection, and take no more."""
+        self._is_dying = True
         self._http.shutdown()
         self._http.server_close()
         for connection in self._connections:
@@ -136,6 +138,8 @@ class FakeVllm:
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         self._connections.append(handler.connection)
+        if self._is_dying:
+            return self._hang_up(handler)
         path = handler.path.partition("?")[0]
         if self.key and handler.headers.get("Authorization") != f"Bearer {self.key}":
             return self._reply(handler, 401, {"error": "unauthorized"})
@@ -215,7 +219,11 @@ class FakeVllm:
     def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         assert not self.is_paused
         with self._lock:
+            if self._is_dying:
+                return self._hang_up(handler)
             fault = self.faults.pop(0) if self.faults else self.always
+            # From here on nobody else gets a response, however long it takes to stop serving.
+            self._is_dying |= fault in ("die", "restart")
             self._at_a_time += 1
             self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
         self.hold.wait()
@@ -267,8 +275,7 @@ class FakeVllm:
             case "slow":
                 time.sleep(3)
             case "hang up":
-                handler.connection.shutdown(socket.SHUT_RDWR)
-                return None
+                return self._hang_up(handler)
             case "die":
                 return self.die()
             case "restart":
@@ -310,6 +317,9 @@ class FakeVllm:
         content = [{"token_id": last, "logprob": 0.0 if self.processed else logprobs[-1]}]
         choice = {"token_ids": [last], "logprobs": {"content": content}}
         return {"choices": [choice], "prompt_logprobs": places}
+
+    def _hang_up(self, handler: BaseHTTPRequestHandler) -> None:
+        handler.connection.shutdown(socket.SHUT_RDWR)
 
     def _reply(self, handler: BaseHTTPRequestHandler, status: int, content: Any) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
