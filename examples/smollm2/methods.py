@@ -27,8 +27,12 @@ ABLATIONS: dict[str, list[str]] = {
     "clip_none": ["objective.residual_clip=null"],
     "rho_0.25": ["views.partial_ratio=0.25"],
     "rho_0.75": ["views.partial_ratio=0.75"],
+    "top_20": [],
+    "sampled_token": [],
 }
-"""One setting of REFERENCE at a time."""
+"""One setting of REFERENCE at a time, or one of LOSSES."""
+LOSSES = ("top_20", "sampled_token")
+"""Methods whose loss is the one of that name in other_losses.py."""
 
 METHODS = MAIN | ABLATIONS
 

@@ -6,7 +6,7 @@
 
 Each command makes what is missing, so that rerunning it resumes. A finished run is its result.json.
 A seed has training rows and held-out problems of its own, and seeds the order and the sampling. The
-base is the same for all.
+base is the same for all. Seed 0 is also diagnosed, on its held-out problems.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from methods import ABLATIONS, GRID, MAIN, METHODS, RATES
+from methods import ABLATIONS, GRID, LOSSES, MAIN, METHODS, RATES
 
-from aropd_mcore.config_file import load_config
+from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.data.answers import is_premature
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.templates import fill
@@ -39,6 +39,8 @@ DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures at which problems are answered."""
 NUM_LAST_STEPS = 8
 """Number of steps that the training metrics of a result are means over."""
+NUM_DIAGNOSED = 200
+"""Number of problems that a diagnosis samples a response to."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -78,10 +80,9 @@ class Run:
     def __init__(self, out: Path, name: str, method: str, seed: int, lr: float):
         self.out, self.name, self.method, self.seed, self.lr = out, name, method, seed, lr
         self.folder = out / name
-        is_grid = name.startswith("grid/")
-        self.problems = (
-            out / "data" / ("validation.jsonl" if is_grid else f"seed-{seed}/heldout.jsonl")
-        )
+        self.is_grid = name.startswith("grid/")
+        heldout = out / f"data/seed-{seed}/heldout.jsonl"
+        self.problems = out / "data/validation.jsonl" if self.is_grid else heldout
 
     @property
     def overrides(self) -> list[str]:
@@ -115,7 +116,12 @@ class Run:
     def make(self, core: int) -> str:
         """Train, answer the problems, write result.json, and return a line to print."""
         started = time.monotonic()
-        aropd("train", CONFIG, *self.overrides, core=core, log=self.folder / "train.log")
+        words = ["train", CONFIG, *self.overrides]
+        if self.method in LOSSES:
+            words = [self.method, *words]
+            python(HERE / "other_losses.py", *words, core=core, log=self.folder / "train.log")
+        else:
+            aropd(*words, core=core, log=self.folder / "train.log")
         trained = time.monotonic()
         result = {
             "method": self.method,
@@ -126,6 +132,10 @@ class Run:
             "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
             "config": load_config(CONFIG, self.overrides).model_dump(mode="json"),
         }
+        if self.seed == 0 and not self.is_grid:
+            result["diagnosis"] = diagnosis(
+                self.folder, self.folder / "config.yaml", self.problems, self.folder, core
+            )
         (self.folder / "result.json").write_text(json.dumps(result) + "\n")
         shutil.rmtree(self.folder / "checkpoints")  # 2 GB each
         shares = [f"{name} {means(result[name])['right']:.1%}" for name in DECODINGS]
@@ -159,7 +169,8 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
     """Make data, the warm start, and its answers to the validation problems under each view."""
     core = min(os.sched_getaffinity(0))
     if not (out / "data").exists():
-        python(HERE / "problems.py", out / "data", "--seeds", *seeds)
+        words = [HERE / "problems.py", out / "data", "--seeds", *seeds]
+        python(*words, core=core, log=out / "problems.log")
     if not (out / "base").exists():
         aropd(
             "train", HERE / "warm.yaml", f"output_dir={out / 'warm'}", f"model.path={model}",
@@ -173,7 +184,22 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
             (out / "views" / name / f"{decoding}.json").write_text(json.dumps(found) + "\n")
             for view, samples in found.items():
                 print(f"{name}, {decoding}, {view}: {means(samples)}", flush=True)
+    for name, partial_view in ANCHORS.items():
+        folder = out / "views" / name
+        config = folder / "config.yaml"
+        settings = load_config(CONFIG, [f"views.partial_view={partial_view}"])
+        config.write_text(dump_config(settings))
+        problems = out / "data/seed-0/heldout.jsonl"
+        found = diagnosis(out / "base", config, problems, folder, core)
+        (folder / "diagnosis.json").write_text(json.dumps(found) + "\n")
+        print(f"{name}: {found['metrics']}", flush=True)
 
+
+ANCHORS = {
+    "anchor_without_answer": "prefix_without_answer",
+    "anchor_with_answer": "prefix_with_answer",
+}
+"""What the base is diagnosed with -> views.partial_view."""
 
 VIEWS: dict[str, tuple[View, str]] = {
     "none": ("student", "prefix_without_answer"),
@@ -242,6 +268,17 @@ def answers(
     return found
 
 
+def diagnosis(model: Path, config: Path, problems: Path, out: Path, core: int) -> dict[str, Any]:
+    """Diagnose the model on the problems; return the numbers that a result keeps."""
+    aropd(
+        "diagnose", "--model", model, "--config", config, "--dtype", "bf16",
+        "--data", problems, "--rows", NUM_DIAGNOSED, "--batch-size", 100, "--out", out / "diagnose",
+        core=core, log=out / "diagnose.log",
+    )  # fmt: skip
+    found = json.loads((out / "diagnose" / f"{problems.stem}.json").read_text())
+    return {name: found[name] for name in ("metrics", "tenths", "response_ends", "predictors")}
+
+
 def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means of the keys that are numbers in every line."""
     names = [
@@ -255,8 +292,12 @@ def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def aropd(*arguments: object, core: int, log: Path) -> None:
     """Run an `aropd` command on one core, with its output in `log`."""
+    python("-m", "aropd_mcore.cli", *arguments, core=core, log=log)
+
+
+def python(*arguments: object, core: int, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "aropd_mcore.cli", *map(str, arguments)]
+    words = [sys.executable, *map(str, arguments)]
     with log.open("w") as file:
         done = subprocess.run(
             ["taskset", "-c", str(core), *words],
@@ -266,10 +307,6 @@ def aropd(*arguments: object, core: int, log: Path) -> None:
         )
     if done.returncode:
         sys.exit(f"study.py: error: {' '.join(words)} failed; its output is in {log}")
-
-
-def python(*arguments: object) -> None:
-    subprocess.run([sys.executable, *map(str, arguments)], check=True)
 
 
 if __name__ == "__main__":

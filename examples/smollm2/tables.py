@@ -1,8 +1,8 @@
 """Make results.json from the study's runs, and tables from results.json.
 
-    python examples/smollm2/tables.py collect      # runs/smollm2 -> results.json
-    python examples/smollm2/tables.py views        # prints a table; also grid, main, lengths,
-                                                   # differences, ablations
+    python examples/smollm2/tables.py collect      # adds what is in runs/smollm2 to results.json
+    python examples/smollm2/tables.py views        # prints a table; also signals, grid, main,
+                                                   # lengths, differences, ablations, predictors
 
 Each number is a mean over seeds with its 95 % interval (Student's t). A seed has training rows,
 held-out problems, order and samples of its own; the base is the same for all. Differences are taken
@@ -18,8 +18,9 @@ from statistics import mean
 from typing import Any
 
 from methods import ABLATIONS, GRID, MAIN, RATES, REFERENCE
-from study import DECODINGS, VIEWS
+from study import ANCHORS, DECODINGS, VIEWS
 
+from aropd_mcore.evaluate.predictors import SIGNALS
 from aropd_mcore.evaluate.statistics import percent, wilson
 
 HERE = Path(__file__).parent
@@ -41,19 +42,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
     args = parser.parse_args(argv)
     if args.what == "collect":
-        args.results.write_text(json.dumps(collect(args.runs), indent=1) + "\n")
+        old = json.loads(args.results.read_text()) if args.results.exists() else {}
+        found = merged(old, collect(args.runs))
+        args.results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     else:
         print(TABLES[args.what](json.loads(args.results.read_text())))
 
 
 def collect(runs: Path) -> dict[str, Any]:
-    """Every run's numbers: by model and view, by method and rate, and by method and seed."""
+    """Every run's numbers: by model and view, by method and rate, and by method and seed; and the
+    diagnoses, by model."""
     views = {}
     for model in ("untouched", "base"):
         paths = {decoding: runs / "views" / model / f"{decoding}.json" for decoding in DECODINGS}
         answers = {decoding: json.loads(path.read_text()) for decoding, path in paths.items()}
         views[model] = {v: numbers({d: answers[d][v] for d in DECODINGS}) for v in VIEWS}
-    found: dict[str, Any] = {"views": views, "grid": {}, "runs": {}}
+    found: dict[str, Any] = {"views": views, "grid": {}, "runs": {}, "diagnoses": {}}
+    for name in ANCHORS:
+        path = runs / "views" / name / "diagnosis.json"
+        found["diagnoses"][name] = json.loads(path.read_text())
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text())
         training = {k: result["training"][k] for k in TRAINING if k in result["training"]}
@@ -62,6 +69,17 @@ def collect(runs: Path) -> dict[str, Any]:
         group[f"{result['lr']:g}" if is_grid else str(result["seed"])] = (
             numbers(result) | training | {"seconds": round(result["seconds"]["train"])}
         )
+        if "diagnosis" in result:
+            found["diagnoses"][result["method"]] = result["diagnosis"]
+    return found
+
+
+def merged(old: Results, new: Results) -> dict[str, Any]:
+    """`new`, and what only `old` has: a study may be made on several machines."""
+    found = {}
+    for name, group in new.items():
+        before = old.get(name, {})
+        found[name] = {key: before.get(key, {}) | of for key, of in (before | group).items()}
     return found
 
 
@@ -187,8 +205,47 @@ def ablations_table(results: Results) -> str:
     return table(results, ABLATIONS, _less(results, _COMPARED, reverse=True))
 
 
+def signals_table(results: Results) -> str:
+    """What the two anchors leave to the residual, on the base's samples."""
+    names = {
+        "KL(full ‖ partial), nats": "kl_full_partial",
+        "KL(partial ‖ student), nats": "kl_partial_student",
+    }
+    shares = {"hindsight tokens, %": "hindsight_token_rate", "clipped p-mass, %": "clip_fraction"}
+    lines = []
+    for name, partial_view in ANCHORS.items():
+        found = results["diagnoses"][name]
+        tenths = found["tenths"]["kl_full_partial"]
+        cells = [f"{found['metrics'][metric]:.3f}" for metric in names.values()]
+        cells += [f"{tenths[k]:.3f}" for k in (0, 4, 9)]
+        cells += [f"{100 * found['metrics'][metric]:.2f}" for metric in shares.values()]
+        lines.append([partial_view, *cells])
+    tenths = ("in the 1st tenth", "5th", "10th")
+    return markdown(["partial view", *names, *tenths, *shares], lines)
+
+
+def predictors_table(results: Results) -> str:
+    def cell(signal: Mapping[str, Any]) -> str:
+        if signal["auc"] is None:
+            return "–"
+        low, high = signal["interval_95"] or (float("nan"),) * 2
+        return f"{signal['auc']:.3f} ({low:.2f} to {high:.2f})"
+
+    lines = [
+        [
+            name,
+            f"{found['predictors']['right']} / {found['predictors']['wrong']}",
+            *(cell(found["predictors"]["signals"][signal]) for signal in SIGNALS),
+        ]
+        for name, found in results["diagnoses"].items()
+    ]
+    return markdown(["", "right / wrong", *SIGNALS], lines)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "views": views_table,
+    "signals": signals_table,
+    "predictors": predictors_table,
     "grid": grid_table,
     "main": main_table,
     "lengths": lengths_table,

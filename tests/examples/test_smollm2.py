@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from aropd_mcore.config_file import load_config
+from aropd_mcore.numerics import fused_linear_anchored_residual_kl
 from tests.conftest import REPO
 
 EXAMPLE = REPO / "examples" / "smollm2"
@@ -124,6 +126,44 @@ def test_the_same_arguments_give_the_same_files(data, tmp_path):
     run(EXAMPLE / "problems.py", tmp_path / "again", "--seeds", 1)
     for path in data.rglob("*.jsonl"):
         assert (tmp_path / "again" / path.relative_to(data)).read_bytes() == path.read_bytes()
+
+
+VOCAB = 20
+
+
+@pytest.mark.parametrize("loss", ["top_20", "sampled_token"])
+def test_other_losses_are_the_product_s_where_they_must_be(loss, monkeypatch):
+    """Over 20 tokens the top 20 are all of them; sampled tokens are right on the average."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    from other_losses import LOSSES, loss_with
+
+    torch.manual_seed(0)
+    hidden_TH, partial_TH, full_TH = torch.randn(3, 6, 8, dtype=torch.float64)
+    student_VH, teacher_VH = torch.randn(2, VOCAB + 4, 8, dtype=torch.float64)
+    weights_T = torch.rand(6, dtype=torch.float64)
+
+    def gradients(function, weights_T, ids_T, **more) -> list[torch.Tensor]:
+        leaves = [hidden_TH.clone().requires_grad_(), student_VH.clone().requires_grad_()]
+        loss, metrics = function(
+            *leaves, partial_TH, full_TH, teacher_VH, weights_T, residual_scale=0.8,
+            residual_clip=0.5, vocab_size=VOCAB, main_grad_VH=None, sampled_ids_T=ids_T, **more,
+        )  # fmt: skip
+        assert set(metrics) >= {"loss_T", "kl_full_partial", "logprob_full"}
+        loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    ours, ids_T = loss_with(LOSSES[loss]), torch.zeros(6, dtype=torch.long)
+    if loss == "top_20":
+        found = gradients(ours, weights_T, ids_T)
+        expected = gradients(fused_linear_anchored_residual_kl, weights_T, ids_T)
+    else:
+        s_TV = (hidden_TH @ student_VH[:VOCAB].T).softmax(-1)
+        each = [gradients(ours, weights_T * s_TV[:, y], ids_T + y) for y in range(VOCAB)]
+        found = [sum(parts) for parts in zip(*each, strict=True)]
+        divergence = {"divergence": "kl_student_target"}
+        expected = gradients(fused_linear_anchored_residual_kl, weights_T, ids_T, **divergence)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
