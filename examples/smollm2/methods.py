@@ -1,19 +1,21 @@
 """What the study runs: each method as overrides of aropd.yaml."""
 
 REFERENCE = "aropd_0.8"
-SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+SCALES = (0.4, 0.8, 1.4)
 """Values of lambda."""
 _SFT = ["objective.name=sft", "objective.skip_response_tokens=0"]
 _WITH_ANSWER = "views.partial_view=prefix_with_answer"
 
+BASE = "base"
+"""The model that all methods begin with, itself."""
 MAIN: dict[str, list[str]] = {
+    BASE: [],
     "sft": _SFT,
     "sft_release": [*_SFT, "objective.sft_prompt_loss=true", "objective.reduction=token_mean"],
     "full_opd": ["objective.residual_scale=1", "objective.residual_clip=null"],
     "partial_opd": ["objective.residual_scale=0"],
     "partial_opd_answer": ["objective.residual_scale=0", _WITH_ANSWER],
     **{f"aropd_{scale}": [f"objective.residual_scale={scale}"] for scale in SCALES},
-    "aropd_answer_0.8": ["objective.residual_scale=0.8", _WITH_ANSWER],
 }
 """The comparison. Settings that are not overridden are those of REFERENCE."""
 
@@ -36,7 +38,7 @@ LOSSES = ("top_20", "sampled_token")
 
 METHODS = MAIN | ABLATIONS
 
-RATES = (5e-6, 1e-5, 2e-5, 5e-5)
+RATES = (1e-5, 2e-5, 5e-5)
 """Learning rates of the grid."""
 GRID = ("sft", "full_opd", "partial_opd", REFERENCE)
 """Methods whose learning rate the grid chooses on validation.jsonl."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from methods import ABLATIONS, GRID, LOSSES, MAIN, METHODS, RATES
+from methods import ABLATIONS, BASE, GRID, LOSSES, MAIN, METHODS, RATES
 
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.data.answers import is_premature
@@ -35,8 +35,8 @@ from aropd_mcore.evaluate.figures import read_metrics
 T = TypeVar("T")
 HERE = Path(__file__).parent
 CONFIG = HERE / "aropd.yaml"
-DECODINGS = {"greedy": 0.0, "sampled": 1.0}
-"""Temperatures at which problems are answered."""
+DECODINGS = {"greedy": (0.0, 1), "sampled": (1.0, 4)}
+"""Temperature at which problems are answered, and the number of responses per problem."""
 NUM_LAST_STEPS = 8
 """Number of steps that the training metrics of a result are means over."""
 NUM_DIAGNOSED = 200
@@ -110,34 +110,42 @@ class Run:
             raise ValueError(f"{path}: result of a run with other settings; remove it to run again")
         return True
 
+    @property
+    def model(self) -> Path:
+        return self.out / "base" if self.method == BASE else self.folder
+
+    def train(self, core: int) -> None:
+        words, log = ["train", CONFIG, *self.overrides], self.folder / "train.log"
+        if self.method in LOSSES:
+            python(HERE / "other_losses.py", self.method, *words, core=core, log=log)
+        else:
+            aropd(*words, core=core, log=log)
+
     def answers(self, decoding: str, core: int) -> list[dict[str, Any]]:
-        return answers(self.folder, self.folder, decoding, {"run": self.problems}, core)["run"]
+        return answers(self.model, self.folder, decoding, {"run": self.problems}, core)["run"]
 
     def make(self, core: int) -> str:
         """Train, answer the problems, write result.json, and return a line to print."""
         started = time.monotonic()
-        words = ["train", CONFIG, *self.overrides]
-        if self.method in LOSSES:
-            words = [self.method, *words]
-            python(HERE / "other_losses.py", *words, core=core, log=self.folder / "train.log")
-        else:
-            aropd(*words, core=core, log=self.folder / "train.log")
+        config, training = CONFIG, {}
+        if self.method != BASE:
+            self.train(core)
+            config = self.folder / "config.yaml"
+            training = means(read_metrics(self.folder / "metrics.jsonl")[-NUM_LAST_STEPS:])
         trained = time.monotonic()
         result = {
             "method": self.method,
             "seed": self.seed,
             "lr": self.lr,
             **{name: self.answers(name, core) for name in DECODINGS},
-            "training": means(read_metrics(self.folder / "metrics.jsonl")[-NUM_LAST_STEPS:]),
+            "training": training,
             "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
             "config": load_config(CONFIG, self.overrides).model_dump(mode="json"),
         }
         if self.seed == 0 and not self.is_grid:
-            result["diagnosis"] = diagnosis(
-                self.folder, self.folder / "config.yaml", self.problems, self.folder, core
-            )
+            result["diagnosis"] = diagnosis(self.model, config, self.problems, self.folder, core)
         (self.folder / "result.json").write_text(json.dumps(result) + "\n")
-        shutil.rmtree(self.folder / "checkpoints")  # 2 GB each
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # 2 GB each
         shares = [f"{name} {means(result[name])['right']:.1%}" for name in DECODINGS]
         return f"{self.name}: {', '.join(shares)}; {time.monotonic() - started:.0f} s"
 
@@ -234,28 +242,30 @@ def answers(
 ) -> dict[str, list[dict[str, Any]]]:
     """Answer the problems of each task; return what is counted of each response."""
     folder = out / f"eval-{decoding}"
+    temperature, num_samples = DECODINGS[decoding]
     if not (folder / "summary.json").exists():
         aropd(
             "eval", "--model", model, "--config", CONFIG, "--dtype", "bf16", "--out", folder,
             *(f"--task={name}:math={path}" for name, path in tasks.items()),
-            "--temperature", DECODINGS[decoding], "--batch-size", 100,
+            "--temperature", temperature, "--samples", num_samples, "--batch-size", 100,
             "--max-response-tokens", load_config(CONFIG).rollout.max_response_tokens,
             core=core, log=out / f"eval-{decoding}.log",
         )  # fmt: skip
     rows = {
-        name: [json.loads(line) for line in path.read_text().splitlines()]
+        (name, row["id"]): row
         for name, path in tasks.items()
+        for row in map(json.loads, path.read_text().splitlines())
     }
     tokenizer = load_tokenizer(model if (model / "tokenizer.json").exists() else model / "hf")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
     for line in (folder / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
-        task = found[sample["task"]]
-        row = rows[sample["task"]][len(task)]
+        row = rows[sample["task"], sample["id"]]
         kind, num_steps, _ = row["id"].split("-")
         steps = sample["text"].split("The answer is")[0].strip().splitlines()
-        task.append(
+        found[sample["task"]].append(
             {
+                "id": row["id"],
                 "kind": kind,
                 "num_steps": int(num_steps),
                 "right": sample["verdict"] == "right",

@@ -21,7 +21,7 @@ from methods import ABLATIONS, GRID, MAIN, RATES, REFERENCE
 from study import ANCHORS, DECODINGS, VIEWS
 
 from aropd_mcore.evaluate.predictors import SIGNALS
-from aropd_mcore.evaluate.statistics import percent, wilson
+from aropd_mcore.evaluate.statistics import interval, percent
 
 HERE = Path(__file__).parent
 BUCKETS = {"2 steps": (2,), "3 and 4 steps": (3, 4), "5 and 6 steps": (5, 6)}
@@ -84,7 +84,7 @@ def merged(old: Results, new: Results) -> dict[str, Any]:
 
 
 def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Means over all problems, and accuracy by kind and by number of steps."""
+    """Means over all responses; accuracy with its 95 % interval, by kind, and by number of steps."""
     found: dict[str, float] = {}
     for decoding in DECODINGS:
         lines = answers[decoding]
@@ -94,7 +94,11 @@ def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, flo
         groups |= {b: [a for a in lines if a["num_steps"] in n] for b, n in BUCKETS.items()}
         for name, group in groups.items():
             found[f"{decoding}/right/{name}"] = mean(line["right"] for line in group)
-    found["num"] = len(answers["greedy"])
+        problems: dict[str, list[bool]] = {}
+        for line in lines:
+            problems.setdefault(line["id"], []).append(line["right"])
+        for name, bound in zip(("low", "high"), interval(list(problems.values())), strict=True):
+            found[f"{decoding}/right/{name}"] = bound
     return {name: round(value, 6) for name, value in found.items()}
 
 
@@ -132,9 +136,8 @@ def cells(results: Results, names: Mapping[str, str]) -> dict[str, Callable[[str
 
 def views_table(results: Results) -> str:
     def cell(found: Mapping[str, float], decoding: str) -> str:
-        share, num = found[f"{decoding}/right"], int(found["num"])
-        low, high = wilson(round(share * num), num)
-        return f"{100 * share:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+        share, low, high = (100 * found[f"{decoding}/right{end}"] for end in ("", "/low", "/high"))
+        return f"{share:.0f} ({low:.0f} to {high:.0f})"
 
     lines = [
         [
