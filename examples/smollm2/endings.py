@@ -39,9 +39,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "as it is": (),
     "lr 1e-5": ("optimizer.lr=1e-5",),
     "no skipped tokens": ("objective.skip_response_tokens=0",),
-    "no skipped tokens, lr 1e-5": ("objective.skip_response_tokens=0", "optimizer.lr=1e-5"),
     "views ask for the format": (ASKED,),
-    "views ask for the format, lr 1e-5": (ASKED, "optimizer.lr=1e-5"),
     "limit 160": ("rollout.max_response_tokens=160",),
     "temperature 0.7": ("rollout.temperature=0.7",),
 }

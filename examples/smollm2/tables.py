@@ -84,7 +84,7 @@ def merged(old: Results, new: Results) -> dict[str, Any]:
 
 
 def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Means over all responses; accuracy with its 95 % interval, by kind, and by number of steps."""
+    """Means over responses; accuracy with its 95 % interval, by kind and by number of steps."""
     found: dict[str, float] = {}
     for decoding in DECODINGS:
         lines = answers[decoding]
