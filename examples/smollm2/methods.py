@@ -38,7 +38,7 @@ LOSSES = ("top_20", "sampled_token")
 
 METHODS = MAIN | ABLATIONS
 
-RATES = (1e-5, 2e-5, 5e-5)
+RATES = (5e-6, 1e-5, 2e-5)
 """Learning rates of the grid."""
 GRID = ("sft", "full_opd", "partial_opd", REFERENCE)
 """Methods whose learning rate the grid chooses on validation.jsonl."""

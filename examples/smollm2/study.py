@@ -35,7 +35,7 @@ from aropd_mcore.evaluate.figures import read_metrics
 T = TypeVar("T")
 HERE = Path(__file__).parent
 CONFIG = HERE / "aropd.yaml"
-DECODINGS = {"greedy": (0.0, 1), "sampled": (1.0, 4)}
+DECODINGS = {"greedy": (0.0, 1), "sampled": (1.0, 2)}
 """Temperature at which problems are answered, and the number of responses per problem."""
 NUM_LAST_STEPS = 8
 """Number of steps that the training metrics of a result are means over."""
