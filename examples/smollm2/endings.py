@@ -4,14 +4,17 @@
 
 Each variant trains the untouched model for 24 steps of 16 responses of at most 80 tokens, on
 problems of one step, and changes one thing. Every variant has the same rows, seeds and held-out
-problems. Columns: greedy accuracy, greedy responses cut at the limit, greedy responses that open
-with a preamble ("To solve", "Let's"), their tokens, and P(EOS) under student and target where
-sampled responses ended, over the first and the last four steps.
+problems. Columns, of greedy responses: right; cut at the limit; cut though the answer was stated;
+with a line that comes three times, numbers aside; with a preamble ("To solve", "Let's"); tokens. Then
+P(EOS) under student and target where sampled responses ended, over the first and the last four
+steps.
 """
 
 import argparse
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -57,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     write_problems(args.out)
     over_cores(lambda name, core: make(args.out, args.model, name, core), VARIANTS, args.jobs)
-    heading = ["", "right, %", "cut, %", "preamble, %", "tokens", "P(EOS), first 4", "last 4"]
+    heading = ["", "right, %", "cut, %", "cut after the answer, %", "loops, %", "preamble, %"]
+    heading += ["tokens", "P(EOS), first 4", "last 4"]
     lines = [line(args.out / folder_name("as it is") / "untouched", "untouched model", [])]
     for name in VARIANTS:
         folder = args.out / folder_name(name)
@@ -108,11 +112,23 @@ def evaluate(out: Path, model: Path, config: Path, results: Path, core: int) -> 
     )  # fmt: skip
 
 
+def is_cut(sample: dict) -> bool:
+    return sample["finish_reason"] == "length"
+
+
+def loops(text: str) -> bool:
+    """Whether a sentence or line comes three times, numbers aside."""
+    parts = [re.sub(r"\d+", "#", part.strip()) for part in re.split(r"(?<=[.\n])\s*", text)]
+    return max(Counter(filter(None, parts)).values(), default=0) >= 3
+
+
 def line(results: Path, name: str, metrics: Sequence[dict]) -> list[str]:
     samples = [json.loads(text) for text in (results / "samples.jsonl").read_text().splitlines()]
     shares = [
         mean(sample["verdict"] == "right" for sample in samples),
-        mean(sample["finish_reason"] == "length" for sample in samples),
+        mean(is_cut(sample) for sample in samples),
+        mean(is_cut(sample) and "The answer is" in sample["text"] for sample in samples),
+        mean(loops(sample["text"]) for sample in samples),
         mean(sample["text"].startswith(("To ", "Let")) for sample in samples),
     ]
     cells = [f"{100 * share:.0f}" for share in shares]
