@@ -5,9 +5,9 @@
 Each variant trains the untouched model for 24 steps of 16 responses of at most 80 tokens, on
 problems of one step, and changes one thing. Every variant has the same rows, seeds and held-out
 problems. Columns, of greedy responses: right; cut at the limit; cut though the answer was stated;
-with a line that comes three times, numbers aside; with a preamble ("To solve", "Let's"); tokens. Then
-P(EOS) under student and target where sampled responses ended, over the first and the last four
-steps.
+with a line that comes three times, numbers aside; with a preamble ("To solve", "Let's"); tokens.
+Then P(EOS) under student and target where sampled responses ended, over the first and the last
+four steps.
 """
 
 import argparse
