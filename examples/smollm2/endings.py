@@ -7,23 +7,28 @@ problems of one step, and changes one thing. Every variant has the same rows, se
 problems. Columns, of greedy responses: right; cut at the limit; cut though the answer was stated;
 with a line that comes three times, numbers aside; with a preamble ("To solve", "Let's"); tokens.
 Then P(EOS) under student and target where sampled responses ended, over the first and the last
-four steps.
+four steps. The second table has P(EOS) of each trained model where the untouched model's greedy
+responses ended.
 """
 
 import argparse
 import json
+import os
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+import torch
 from problems import shop
 from study import aropd, over_cores
 from tables import markdown
+from transformers import AutoModelForCausalLM
 
 from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.evaluate.figures import read_metrics
 
 HERE = Path(__file__).parent
@@ -67,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.out / folder_name(name)
         lines.append(line(folder / "eval", name, read_metrics(folder / "metrics.jsonl")))
     print(markdown(heading, lines))
+    print()
+    ends = response_ends(args.model, args.out / folder_name("as it is") / "untouched")
+    lines = [[name, *eos_probs(path, ends)] for name, path in exported(args.out, args.model)]
+    print(markdown(["P(EOS) at ends", *(f"{k} ({len(ids)})" for k, ids in ends.items())], lines))
 
 
 def write_problems(out: Path) -> None:
@@ -120,6 +129,42 @@ def loops(text: str) -> bool:
     """Whether a sentence or line comes three times, numbers aside."""
     parts = [re.sub(r"\d+", "#", part.strip()) for part in re.split(r"(?<=[.\n])\s*", text)]
     return max(Counter(filter(None, parts)).values(), default=0) >= 3
+
+
+def response_ends(model: Path, results: Path) -> dict[str, list[list[int]]]:
+    """Kind of response -> the token ids in front of its end, prompt and response."""
+    tokenizer = load_tokenizer(model)
+    ends: dict[str, list[list[int]]] = {"answer stated": [], "no answer stated": []}
+    for sample in map(json.loads, (results / "samples.jsonl").read_text().splitlines()):
+        if not is_cut(sample):
+            prompt = tokenizer(sample["prompt"], add_special_tokens=False).input_ids
+            kind = "answer stated" if "The answer is" in sample["text"] else "no answer stated"
+            ends[kind].append(prompt + sample["response_ids"][:-1])
+    return ends
+
+
+def exported(out: Path, model: Path) -> Iterator[tuple[str, Path]]:
+    """Each model as an HF folder, the untouched one first."""
+    yield "untouched model", model
+    for name in VARIANTS:
+        path = out / folder_name(name) / "model"
+        if not path.exists():
+            log = out / folder_name(name) / "export.log"
+            core = min(os.sched_getaffinity(0))
+            aropd("convert", "export", out / folder_name(name), path, core=core, log=log)
+        yield name, path
+
+
+def eos_probs(path: Path, ends: Mapping[str, list[list[int]]]) -> list[str]:
+    """Mean P(EOS) at the ends of each kind of response, in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    eos = load_tokenizer(path).eos_token_id
+    cells = []
+    for sequences in ends.values():
+        with torch.no_grad():
+            logits = [model(torch.tensor([ids])).logits[0, -1] for ids in sequences]
+        cells.append(f"{mean(float(row.softmax(-1)[eos]) for row in logits):.2f}")
+    return cells
 
 
 def line(results: Path, name: str, metrics: Sequence[dict]) -> list[str]:
