@@ -121,6 +121,14 @@ def evaluate(out: Path, model: Path, config: Path, results: Path, core: int) -> 
     )  # fmt: skip
 
 
+def read_samples(results: Path) -> list[dict]:
+    return [json.loads(line) for line in (results / "samples.jsonl").read_text().splitlines()]
+
+
+def states_answer(sample: dict) -> bool:
+    return "The answer is" in sample["text"]
+
+
 def is_cut(sample: dict) -> bool:
     return sample["finish_reason"] == "length"
 
@@ -135,10 +143,10 @@ def response_ends(model: Path, results: Path) -> dict[str, list[list[int]]]:
     """Kind of response -> the token ids in front of its end, prompt and response."""
     tokenizer = load_tokenizer(model)
     ends: dict[str, list[list[int]]] = {"answer stated": [], "no answer stated": []}
-    for sample in map(json.loads, (results / "samples.jsonl").read_text().splitlines()):
+    for sample in read_samples(results):
         if not is_cut(sample):
             prompt = tokenizer(sample["prompt"], add_special_tokens=False).input_ids
-            kind = "answer stated" if "The answer is" in sample["text"] else "no answer stated"
+            kind = "answer stated" if states_answer(sample) else "no answer stated"
             ends[kind].append(prompt + sample["response_ids"][:-1])
     return ends
 
@@ -168,11 +176,11 @@ def eos_probs(path: Path, ends: Mapping[str, list[list[int]]]) -> list[str]:
 
 
 def line(results: Path, name: str, metrics: Sequence[dict]) -> list[str]:
-    samples = [json.loads(text) for text in (results / "samples.jsonl").read_text().splitlines()]
+    samples = read_samples(results)
     shares = [
         mean(sample["verdict"] == "right" for sample in samples),
         mean(is_cut(sample) for sample in samples),
-        mean(is_cut(sample) and "The answer is" in sample["text"] for sample in samples),
+        mean(is_cut(sample) and states_answer(sample) for sample in samples),
         mean(loops(sample["text"]) for sample in samples),
         mean(sample["text"].startswith(("To ", "Let")) for sample in samples),
     ]

@@ -19,6 +19,8 @@ MAIN: dict[str, list[str]] = {
 }
 """The comparison. Settings that are not overridden are those of REFERENCE."""
 
+LOSSES = ("top_20", "sampled_token")
+"""Methods whose loss is the one of that name in other_losses.py."""
 ABLATIONS: dict[str, list[str]] = {
     "kl_student_target": ["objective.divergence=kl_student_target"],
     "jsd": ["objective.divergence=jsd"],
@@ -29,12 +31,9 @@ ABLATIONS: dict[str, list[str]] = {
     "clip_none": ["objective.residual_clip=null"],
     "rho_0.25": ["views.partial_ratio=0.25"],
     "rho_0.75": ["views.partial_ratio=0.75"],
-    "top_20": [],
-    "sampled_token": [],
+    **{name: [] for name in LOSSES},
 }
 """One setting of REFERENCE at a time, or one of LOSSES."""
-LOSSES = ("top_20", "sampled_token")
-"""Methods whose loss is the one of that name in other_losses.py."""
 
 METHODS = MAIN | ABLATIONS
 

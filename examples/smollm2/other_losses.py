@@ -92,7 +92,7 @@ def loss_with(losses: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in [[name] for name in LOSSES]:
+    if len(sys.argv) < 2 or sys.argv[1] not in LOSSES:
         sys.exit(f"usage: other_losses.py {'|'.join(LOSSES)} train CONFIG [key=value ...]")
     student.fused_linear_anchored_residual_kl = loss_with(LOSSES[sys.argv[1]])
     sys.exit(main(sys.argv[2:]))

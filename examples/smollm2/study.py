@@ -40,7 +40,7 @@ DECODINGS = {"greedy": (0.0, 1), "sampled": (1.0, 2)}
 NUM_LAST_STEPS = 8
 """Number of steps that the training metrics of a result are means over."""
 NUM_DIAGNOSED = 200
-"""Number of problems that a diagnosis samples a response to."""
+"""Largest number of problems in a diagnosis, with one response each."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -194,11 +194,11 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
                 print(f"{name}, {decoding}, {view}: {means(samples)}", flush=True)
     for name, partial_view in ANCHORS.items():
         folder = out / "views" / name
+        folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
         settings = load_config(CONFIG, [f"views.partial_view={partial_view}"])
         config.write_text(dump_config(settings))
-        problems = out / "data/seed-0/heldout.jsonl"
-        found = diagnosis(out / "base", config, problems, folder, core)
+        found = diagnosis(out / "base", config, out / "data/validation.jsonl", folder, core)
         (folder / "diagnosis.json").write_text(json.dumps(found) + "\n")
         print(f"{name}: {found['metrics']}", flush=True)
 

@@ -241,6 +241,7 @@ def predictors_table(results: Results) -> str:
             *(cell(found["predictors"]["signals"][signal]) for signal in SIGNALS),
         ]
         for name, found in results["diagnoses"].items()
+        if name not in ANCHORS
     ]
     return markdown(["", "right / wrong", *SIGNALS], lines)
 

@@ -222,7 +222,7 @@ class FakeVllm:
             if self._is_dying:
                 return self._hang_up(handler)
             fault = self.faults.pop(0) if self.faults else self.always
-            # From here on nobody else gets a response, however long it takes to stop serving.
+            # die() takes a while: no other request may get a response in the meantime.
             self._is_dying |= fault in ("die", "restart")
             self._at_a_time += 1
             self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
