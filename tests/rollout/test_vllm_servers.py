@@ -1,6 +1,5 @@
 """Servers that fail in every way that they can, spoken to over HTTP: a fake for each."""
 
-import os
 import signal
 import subprocess
 import sys
