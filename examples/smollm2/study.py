@@ -53,16 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*MAIN, *ABLATIONS])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of `grid`")
     parser.add_argument("--lr", type=float, default=1e-5, help="of `runs` (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a core each")
     args = parser.parse_args(argv)
     if args.what == "base":
         make_base(args.out, args.model, args.seeds)
         return
+    if not (args.out / "base").exists():
+        raise ValueError(f"{args.out / 'base'}: no such folder; run `study.py base` first")
     if args.what == "grid":
         todo = [
             Run(args.out, f"grid/{method}-{rate:g}", method, 0, rate)
-            for rate in RATES
+            for rate in args.rates
             for method in GRID
         ]
     else:
