@@ -39,6 +39,8 @@ WARM_UP = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 4, 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 """Environment in which the C library gives freed blocks back to the system at once; it reads it
 when a process starts."""
+_NUM_STEPS = 1000
+"""Of the learning-rate schedule; more than a benchmark takes."""
 
 
 def on_ranks(
@@ -125,7 +127,9 @@ def build_run(
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
     overlap = config.parallel.overlap_grad_reduce
-    optimizer = Optimizer(model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap)
+    optimizer = Optimizer(
+        model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap
+    )
     dataset: Any = SimpleNamespace(row_at=lambda *_, **__: Row("", "", ""))
     view_builder: Any = _Views(config, hf["vocab_size"], prompt_tokens or {})
     return Run(
