@@ -8,6 +8,7 @@ import pytest
 
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore import runtime
+from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.rollout.engine import Progress, PromptBatch, RolloutFailed, ignore
 from aropd_mcore.rollout.rollout_cache import RolloutCache
 from aropd_mcore.rollout.sources import Prefetched, Replayed, RolloutSource, Sampled, StepRollouts
@@ -119,7 +120,8 @@ def stop_in_step_0(folder: Path) -> None:
         raise Stop
 
     engine = FakeEngine()
-    source = Prefetched(cached(folder, sampled(engine, check_stop)), depth=1, num_steps=NUM_STEPS)
+    replayed = cached(folder, runtime.start(), sampled(engine, check_stop))
+    source = Prefetched(replayed, depth=1, num_steps=NUM_STEPS)
     with pytest.raises(Stop):
         source.take(0)
     assert engine.events == ["submit 0", "result 0"] and not list(folder.iterdir())
@@ -129,8 +131,8 @@ def stop_in_step_0(folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def cached(folder: Path, source: Sampled, max_staleness: int = 2) -> Replayed:
-    cache = RolloutCache(folder, "a run", runtime.start())
+def cached(folder: Path, ranks: Runtime, source: Sampled, max_staleness: int = 2) -> Replayed:
+    cache = RolloutCache(folder, "a run", ranks)
     return Replayed(source, cache, prompts, max_staleness=max_staleness)  # type: ignore[arg-type]
 
 
@@ -139,8 +141,10 @@ def test_prefetched_with_kept_steps_takes_them_and_samples_the_next_as_an_unbrok
 
 
 def replay(folder: Path) -> None:
+    ranks = runtime.start()
+
     def source(engine: FakeEngine, max_staleness: int = 2) -> Prefetched:
-        replayed = cached(folder, sampled(engine), max_staleness)
+        replayed = cached(folder, ranks, sampled(engine), max_staleness)
         return Prefetched(replayed, depth=2, num_steps=NUM_STEPS)
 
     unbroken = train(Prefetched(sampled(FakeEngine()), depth=2, num_steps=NUM_STEPS), range(5))
