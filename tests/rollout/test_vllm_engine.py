@@ -18,7 +18,7 @@ from aropd_mcore.config import Config, ConfigError, SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
-from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
+from aropd_mcore.rollout.engine import PromptBatch, RolloutFailed, rollout_seed
 from aropd_mcore.types import Rollout
 from tests.ranks import run_ranks
 from tests.rollout.fake_vllm import FakeVllm, response_to
@@ -137,10 +137,13 @@ def check_errors(path: Path) -> None:
     engine.update_weights(1)
     with pytest.raises(RolloutFailed, match="the weights of step 1 could not be handed on: "):
         sample(engine, [[10, 11]], [1], SAMPLING)
+    pending = engine.submit(PromptBatch([[10, 11]], [1], SAMPLING))
     if runtime.rank == 0:
         folder.unlink()
     dist.barrier()
     engine.update_weights(2)
+    [rollout] = pending.result()
+    assert rollout.weight_version == 2, "its own weights never came"
     assert len(sample(engine, [[10, 11]], [1], SAMPLING)) == 1
     os.environ.pop("VLLM_API_KEY")
 
