@@ -143,13 +143,13 @@ def test_sigusr1_to_the_command_saves_and_the_command_goes_on(path, unbroken, ca
 
 
 def test_a_signal_prints_no_stack():
-    """As Megatron's inference, once it is imported, has it do."""
+    """As Megatron's inference engines have it do once they are imported, by faulthandler and before
+    the run's own handler is asked (inference/data_parallel_inference_coordinator.py)."""
     code = """
 import signal
 from aropd_mcore.trainer.stop import Stops
 with Stops().listening(signal.SIGTERM, signal.SIGINT) as stops:
-    import aropd_mcore.trainer.build
-    from megatron.core.inference import data_parallel_inference_coordinator
+    import aropd_mcore.rollout.generate, aropd_mcore.trainer.loop
     for number in (signal.SIGTERM, signal.SIGINT):
         stops.signal = 0
         signal.raise_signal(number)

@@ -8,7 +8,6 @@ import pytest
 from aropd_mcore.config import LimitsConfig
 from aropd_mcore.trainer import stop
 from aropd_mcore.trainer.stop import Stops, StopWanted, deadline_of
-from tests.ranks import run_ranks
 
 HOUR = 3600.0
 
@@ -103,17 +102,3 @@ def test_a_signal_is_noted_and_forks_ignore_it():
         with pytest.raises(StopWanted, match="SIGTERM"):
             stops.check(Alone())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def faulthandler_signals() -> list[signal.Signals]:
-    import faulthandler
-
-    import aropd_mcore.trainer.loop  # noqa: F401
-
-    return [s for s in (signal.SIGTERM, signal.SIGINT) if faulthandler.unregister(s)]
-
-
-def test_importing_the_trainer_leaves_signals_to_the_run():
-    """Megatron's inference engines have faulthandler print a stack before the run's own handler is
-    asked (inference/data_parallel_inference_coordinator.py). Nothing imports them."""
-    assert run_ranks(faulthandler_signals, 1) == [[]]
