@@ -132,10 +132,6 @@ class ParallelConfig(Section):
     weights. Saves activations; experts with parallel.tensor > 1 need it."""
     overlap_grad_reduce: bool = False
     """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters over data-parallel ranks bucket by bucket while the next forward
-    goes on. With objective.name `sft` alone, and with overlap_grad_reduce: in `aropd` the teacher
-    and the rollouts read all parameters right after the update."""
 
     @model_validator(mode="after")
     def _something_to_split_over(self) -> "ParallelConfig":
@@ -146,8 +142,6 @@ class ParallelConfig(Section):
                 f"virtual_pipeline {self.virtual_pipeline} interleaves over pipeline stages, and "
                 "pipeline is 1"
             )
-        if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("overlap_param_gather needs overlap_grad_reduce, which is false")
         return self
 
 
@@ -256,38 +250,40 @@ class VllmConfig(Section):
 
 
 class RolloutConfig(SamplingConfig):
-    engine: Literal["native", "megatron", "vllm"] = "native"
-    """Who samples: `native` is the student's own forward with a KV cache; `megatron` is the same in
-    Megatron's dynamic inference engine, whose cache has pages of 256 tokens, on GPUs with
-    flash-attn; `vllm`, vLLM servers."""
+    engine: Literal["native", "vllm"] = "native"
+    """Engine that samples: `native` is the student's own forward with a KV cache, in every layout;
+    `vllm` is one or more vLLM servers."""
     rollouts_per_prompt: Positive = 1
     """Responses sampled for each row."""
     batch_size: Positive = 32
     """Sequences decoded together on one model replica at most; where one ends, a waiting prompt
     takes its place. With vLLM, on one server."""
     kv_cache_tokens: Positive | None = None
-    """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
-    the longest prompt with max_response_tokens is long. null: batch_size of them. With engine
-    megatron, in whole pages: a sequence has those that it has filled so far."""
+    """Capacity of each replica's KV cache in tokens, with engine native. If it is too small for
+    batch_size sequences of maximum length, fewer are decoded at once. null: room for batch_size
+    sequences."""
     importance: ImportanceLevel | Literal["auto", "off"] = "auto"
     """Truncated importance sampling, where the engine's log-probs differ from the trainer's: a
     response's loss times the mean of its tokens' ratios (`sequence`), or each token's times its
-    own (`token`). `auto`: off where the model itself samples (engine native or megatron), and
-    ratios are 1 up to rounding."""
+    own (`token`). `auto`: off with engine native, where the model itself samples and ratios are 1
+    up to rounding; else `sequence`."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
     """Largest ratio that counts."""
-    async_steps: Literal[0, 1] = 0
-    """1: a step's responses are sampled while the step before it trains, by weights that are one
-    update older; with vLLM alone. A run that is resumed samples its first step anew."""
+    async_steps: Annotated[int, Field(ge=0)] = 0
+    """Number of steps that sampling runs ahead of training, with engine vllm only. 1: a step's
+    responses are sampled while the step before trains, by weights that are one update older. A
+    larger number makes responses older, and steps no faster: an update of the servers' weights
+    waits for all responses that older weights have begun. A run that is resumed samples its first
+    step from the current weights."""
 
     vllm: VllmConfig = VllmConfig()
 
     @model_validator(mode="after")
-    def _somebody_else_samples(self) -> "RolloutConfig":
+    def _servers_sample_ahead(self) -> "RolloutConfig":
         if self.async_steps and self.model_samples:
             raise ValueError(
-                f"async_steps 1 samples while the model trains, and with engine {self.engine} the "
-                "model itself samples; it is for engine vllm"
+                f"async_steps {self.async_steps} samples while the model trains, and with engine "
+                f"{self.engine} the model itself samples; set async_steps to 0, or engine to vllm"
             )
         return self
 
@@ -302,26 +298,6 @@ class RolloutConfig(SamplingConfig):
         if self.importance == "auto":
             return None if self.model_samples else "sequence"
         return None if self.importance == "off" else self.importance
-
-
-def check_engine_layout(
-    rollout: RolloutConfig, parallel: ParallelConfig, precision: PrecisionConfig
-) -> None:
-    """Raise ConfigError for a layout that engine megatron does not sample in, and native does."""
-    asked = {
-        "parallel.virtual_pipeline": parallel.virtual_pipeline,
-        "parallel.context": parallel.context,
-        "parallel.expert": parallel.expert,
-        "parallel.expert_tensor": parallel.expert_tensor,
-    }
-    found = [f"{name} {size}" for name, size in asked.items() if size > 1]
-    if precision.fp8 is not None:
-        found.append(f"precision.fp8 {precision.fp8}")
-    if rollout.engine == "megatron" and found:
-        raise ConfigError(
-            "rollout.engine megatron samples without virtual pipeline, context and expert "
-            f"parallelism and in bf16 or fp32; found {', '.join(found)}; take rollout.engine native"
-        )
 
 
 class ObjectiveConfig(Section):
@@ -603,11 +579,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _engine_in_layout(self) -> "Config":
-        check_engine_layout(self.rollout, self.parallel, self.precision)
-        return self
-
-    @model_validator(mode="after")
     def _divides_by_temperature(self) -> "Config":
         objective = self.objective
         is_divided = objective.temper_logits and objective.name == "aropd"
@@ -627,16 +598,6 @@ class Config(Section):
             raise ValueError(
                 f"precision.teacher_fp8 is {precision.teacher_fp8}: a live teacher is the student "
                 f"itself, with precision.fp8 {precision.fp8}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _nobody_reads_parameters_early(self) -> "Config":
-        if self.parallel.overlap_param_gather and self.objective.name != "sft":
-            raise ValueError(
-                "parallel.overlap_param_gather is true, and objective.name is "
-                f"{self.objective.name!r}, whose teacher and rollouts read all parameters right "
-                "after the update; it is for 'sft'"
             )
         return self
 

@@ -181,20 +181,21 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
         ),
         (
             "parallel.overlap_param_gather=true",
-            "parallel",
-            "overlap_param_gather needs overlap_grad_reduce, which is false",
+            "parallel.overlap_param_gather",
+            "found true, a key that was removed; remove the key; updated parameters are gathered "
+            "right after the update",
         ),
         (
-            "parallel={overlap_param_gather: true, overlap_grad_reduce: true}",
-            "(top level)",
-            "parallel.overlap_param_gather is true, and objective.name is 'aropd', whose teacher "
-            "and rollouts read all parameters right after the update; it is for 'sft'",
+            "rollout={engine: megatron, batch_size: 8}",
+            "rollout.engine",
+            'found "megatron", a value that was removed; expected vllm, the fast engine, or '
+            "native, which samples in every layout",
         ),
         (
-            "rollout.async_steps=1",
+            "rollout.async_steps=2",
             "rollout",
-            "async_steps 1 samples while the model trains, and with engine native the model itself "
-            "samples; it is for engine vllm",
+            "async_steps 2 samples while the model trains, and with engine native the model itself "
+            "samples; set async_steps to 0, or engine to vllm",
         ),
         ("optimizer.lr=.nan", "optimizer.lr", "Input should be a finite number, found nan"),
         (
@@ -223,6 +224,13 @@ def test_overrides_that_are_refused(path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
     assert str(caught.value).startswith(message)
+
+
+def test_load_config_with_the_default_of_a_removed_key_ignores_it(tmp_path, path):
+    """As the config.yaml of a run of an earlier version states it."""
+    tree = load_config(path).model_dump(mode="json")
+    tree["parallel"]["overlap_param_gather"] = False
+    assert load_config(write(tmp_path / "config.yaml", tree)) == load_config(path)
 
 
 def test_files_that_are_refused(tmp_path):

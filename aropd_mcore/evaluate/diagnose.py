@@ -27,9 +27,9 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.scores import Scores, score_responses
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.plan.layout import describe
-from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
+from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
 from aropd_mcore.rollout.job import Job, config_of_run, job_of, run_folder
-from aropd_mcore.rollout.job_engine import engine_of, load_model
 from aropd_mcore.rollout.lines_file import partial_folder
 from aropd_mcore.types import Microbatch, Rollout, Sample, Views
 
@@ -37,7 +37,6 @@ NUM_TOP = 5
 """Likeliest tokens of each distribution that the reader shows."""
 _MICRO_BATCH_SIZE = 8
 """Responses that are scored together."""
-_PROBE_TOKENS = 128
 
 Place = tuple[int, int]
 """A row and a sample of it."""
@@ -149,12 +148,12 @@ def diagnose(asked: Diagnosis, runtime: Runtime) -> None:
     student = load_model(job, runtime)
     teacher = _teacher(asked, runtime, student)
     scratch = partial_folder(job.output)
-    sampling = engine_of(
+    sampling = generation_engine(
         job,
         runtime,
         student,
         eos_token_ids=eos_token_ids(job.source.hf_folder, tokenizer),
-        probe_ids=asked.views[0].full_ids[-_PROBE_TOKENS:],
+        probe_ids=asked.views[0].full_ids[-PROBE_TOKENS:],
         longest_prompt=max(len(views.student_ids) for views in asked.views),
         scratch=scratch,
     )
@@ -204,11 +203,12 @@ def _score_piece(
     """
     job = asked.job
     share = places[runtime.dp_rank :: runtime.dp_size]
-    rollouts = engine.generate(
+    batch = PromptBatch(
         [asked.views[row].student_ids for row, _ in share],
         [rollout_seed(job.seed, row, sample) for row, sample in share],
         job.rollout,
     )
+    rollouts = engine.submit(batch).result()
     groups = consecutive(len(share), _MICRO_BATCH_SIZE)
     # As many as the replica with most has: those that share experts go through them together.
     most = -(-len(places) // runtime.dp_size)

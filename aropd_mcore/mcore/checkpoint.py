@@ -27,12 +27,12 @@ from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.manifest import FileSum, folder_name
 from aropd_mcore.mcore.checkpoint_folder import (
     SaveFailed,
-    by_first_rank,
     give_up,
     make_whole,
     new_partial,
 )
 from aropd_mcore.mcore.optim import STATE_FORMAT
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
@@ -81,8 +81,7 @@ class Saving:
             "packages": {name: import_module(of).__version__ for name, of in _PACKAGES.items()},
             **(about or {}),
         }
-        self._partial = by_first_rank(lambda: new_partial(folder, step))
-        student.optimizer.finish_param_gather()
+        self._partial = run_on_rank0(lambda: new_partial(folder, step))
         state = _sharded_state(student, teacher, runtime, is_loading=False)
         state["progress"] = dict(progress)
         state["layout"] = _layout(runtime)
@@ -111,7 +110,7 @@ class Saving:
         started = time.perf_counter()
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, (written, errors))
-        by_first_rank(
+        run_on_rank0(
             lambda: make_whole(self._partial, self.step, self._files(everybody), self._about)
         )
         writing = max(written.seconds for written, _ in everybody)
@@ -141,7 +140,7 @@ def save(
     Returns:
         The checkpoint's folder.
     """
-    by_first_rank(lambda: folder.mkdir(parents=True, exist_ok=True))
+    run_on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
     Saving(folder, step, student, teacher, progress, runtime).commit()
     return folder / folder_name(step)
 

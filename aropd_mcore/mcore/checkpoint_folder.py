@@ -1,17 +1,16 @@
 """The folder of a run's checkpoints: which are there, which is whole, which stay.
 
-One rank changes it, the first, and every rank learns what came of it (`by_first_rank`): an error
-that one of them alone met would leave the others waiting in the next collective.
+Rank 0 changes it, and every rank learns of the result or the error (mcore.rank0.run_on_rank0).
 """
 
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
@@ -27,8 +26,7 @@ from aropd_mcore.convert.manifest import (
     write_manifest,
 )
 from aropd_mcore.convert.source import TRACKER
-
-T = TypeVar("T")
+from aropd_mcore.mcore.rank0 import run_on_rank0
 
 _PARTIAL, _DELETED, _CORRUPT = ".partial", ".deleted", ".corrupt"
 
@@ -36,24 +34,6 @@ _PARTIAL, _DELETED, _CORRUPT = ".partial", ".deleted", ".corrupt"
 class SaveFailed(RuntimeError):
     """A checkpoint could not be written; the message says why. Raised on every rank alike, and the
     checkpoints before it are as they were."""
-
-
-def by_first_rank(work: Callable[[], T]) -> T:
-    """`work()` of the first rank; what it returns or raises, on every rank alike.
-
-    Collectives: a broadcast of an object over the job; every rank must call it.
-    """
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            told = [(work(), None)]
-        except Exception as error:
-            told = [(None, error)]
-    dist.broadcast_object_list(told, src=0)
-    result, error = told[0]
-    if error is not None:
-        raise error
-    return result
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> None:
@@ -74,7 +54,7 @@ def prepare(folder: Path) -> None:
         CheckpointError: nothing can be written there.
     Collectives: a broadcast; every rank must call it.
     """
-    by_first_rank(lambda: _prepare(folder))
+    run_on_rank0(lambda: _prepare(folder))
 
 
 def _prepare(folder: Path) -> None:
@@ -101,7 +81,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
     Collectives: a gather of objects for each checkpoint that is looked at, and broadcasts. Each
         rank reads its share of the files.
     """
-    candidates, num_corrupt = by_first_rank(
+    candidates, num_corrupt = run_on_rank0(
         lambda: (iterations(folder), len(list(folder.glob(f"iter_*{_CORRUPT}*"))))
     )
     wrong: dict[Path, list[str]] = {}
@@ -111,7 +91,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
         wrong[path] = [line for lines in found for line in lines]
         if not wrong[path]:
             del wrong[path]
-            return path, by_first_rank(partial(_go_back, path, wrong))
+            return path, run_on_rank0(partial(_go_back, path, wrong))
     if candidates or num_corrupt:
         lines = [f"\n  {line}" for lines in wrong.values() for line in lines[:3]]
         raise CheckpointError(

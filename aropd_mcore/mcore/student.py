@@ -95,7 +95,6 @@ class Student:
             hidden_TH: Tensor, item: tuple[Microbatch, TeacherOutput | None]
         ) -> tuple[Tensor, TokenSums]:
             microbatch, teacher_output = item
-            self.optimizer.finish_param_gather()  # the head, which no module's forward asks for
             if self.objective.name == "sft":
                 return self._cross_entropy(hidden_TH, microbatch)
             assert teacher is not None and teacher_output is not None

@@ -13,14 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aropd_mcore.data.prompts import PromptCounts, PromptLine, Prompts
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
-from aropd_mcore.mcore.dynamic import check_dynamic
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime, start
 from aropd_mcore.plan.layout import describe
-from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
+from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
+from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
 from aropd_mcore.rollout.job import Job
-from aropd_mcore.rollout.job_engine import engine_of, load_model
 from aropd_mcore.rollout.lines_file import LinesFile, partial_folder
-from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.types import Rollout
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 _BATCHES_AT_ONCE = 8
 """On each replica, between one writing and the next: at its end fewer and fewer rows decode."""
-_PROBE_TOKENS = 128
 FIELDS = (
     "sample",
     "text",
@@ -42,13 +40,7 @@ FIELDS = (
 
 
 def start_runtime(job: Job) -> Runtime:
-    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`.
-
-    Raises:
-        ConfigError: also for Megatron's engine where it cannot run.
-    """
-    if job.rollout.engine == "megatron":
-        check_dynamic()
+    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`."""
     sizes = job.parallel
     return start(
         tensor=sizes.tensor,
@@ -103,16 +95,16 @@ def generate(job: Job, runtime: Runtime) -> None:
             return _Extent(counts, file.num_lines // samples)
 
         try:
-            extent = on_first_rank(begin)
-        except (ValueError, RuntimeError):
+            extent = run_on_rank0(begin, takes_long=True)
+        except Exception:
             if runtime.rank == 0:
                 raise
             return  # the first rank says why
         if runtime.rank == 0:
             for note in view_builder.notes:
                 print(note, file=sys.stderr)
-        probe_ids = (*prompts.ids(next(iter(prompts)))[0], view_builder.end_id)[-_PROBE_TOKENS:]
-        sampling = engine_of(
+        probe_ids = (*prompts.ids(next(iter(prompts)))[0], view_builder.end_id)[-PROBE_TOKENS:]
+        sampling = generation_engine(
             job,
             runtime,
             load_model(job, runtime),
@@ -170,11 +162,12 @@ def _respond(
     places = [(index, sample) for index in range(len(piece)) for sample in range(samples)]
     share = places[runtime.dp_rank :: runtime.dp_size]
     ids = {index: prompts.ids(piece[index]) for index, _ in share}
-    rollouts = engine.generate(
+    batch = PromptBatch(
         [ids[index][0] for index, _ in share],
         [rollout_seed(job.seed, position + index, sample) for index, sample in share],
         job.rollout,
     )
+    rollouts = engine.submit(batch).result()
     mine = [
         (place, (rollout, ids[place[0]][1])) for place, rollout in zip(share, rollouts, strict=True)
     ]

@@ -10,11 +10,9 @@ from aropd_mcore.config import (
     Config,
     ConfigError,
     ParallelConfig,
-    PrecisionConfig,
     RolloutConfig,
     SamplingConfig,
     ViewsConfig,
-    check_engine_layout,
 )
 from aropd_mcore.config_file import load_config, validated
 from aropd_mcore.convert.architecture import check_layout
@@ -114,7 +112,6 @@ def job_of(
         expert=layout.expert,
         expert_tensor=layout.expert_tensor,
     )
-    check_engine_layout(settings, layout, PrecisionConfig())
     room = _room(source, settings)
     if room < 1:
         raise ConfigError(

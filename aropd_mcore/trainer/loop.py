@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
@@ -15,11 +22,11 @@ from aropd_mcore.convert.convert import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.locks import RunLock
-from aropd_mcore.mcore.checkpoint_folder import SaveFailed, by_first_rank
+from aropd_mcore.mcore.checkpoint_folder import SaveFailed
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
-from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
 from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
@@ -68,7 +75,7 @@ def _locked(output_dir: Path) -> Iterator[None]:
     Collectives: a broadcast; every rank must call it.
     """
     locks: list[RunLock] = []
-    by_first_rank(lambda: locks.append(RunLock(output_dir)))
+    run_on_rank0(lambda: locks.append(RunLock(output_dir)))
     try:
         yield
     finally:
@@ -89,21 +96,20 @@ def _train(run: Run) -> None:
         return {
             "step": num_done,
             "guards": run.guards.state(),
-            "weight_version": run.engine.weight_version if run.engine else num_done,
+            "weight_version": run.source.weight_version,
         }
 
     with Reporter(run, first_step) as reporter:
         saver.say, saver.before_saving = reporter.say, reporter.sync
         for note in (*run.notes, *notes):
             reporter.say(note)
-        if run.engine:
-            run.engine.sync(weight_version=weight_version)
+        run.source.weights_changed(weight_version)
         for step in range(first_step, run.num_steps):
             try:
                 run.stops.longest_save = saver.seconds
                 run.stops.check(runtime, before_step=True)
                 with run.stops.timing_step():
-                    result = train_step(run, step)
+                    result = train_step(run, step, on_progress=reporter.show_rollouts)
             except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
                 _save_now(saver, step, progress(step))
@@ -168,6 +174,7 @@ class Reporter:
         self._first_step = first_step
         self._is_here = run.runtime.rank == 0
         self._console = Console(file=sys.stdout, soft_wrap=True)
+        self._rollouts: TaskID | None = None
         self._progress = Progress(
             TextColumn("{task.fields[what]}"),
             MofNCompleteColumn(),
@@ -191,9 +198,6 @@ class Reporter:
             self._task = self._progress.add_task(
                 "", total=self._run.num_steps, completed=self._first_step, what="step"
             )
-            if isinstance(self._run.engine, VllmEngine):
-                self._rollouts = self._progress.add_task("", total=None, what="rollout")
-                self._run.engine.on_response = self._show_rollouts
         self._progress.start()
         return self
 
@@ -228,7 +232,10 @@ class Reporter:
         if self._progress.disable:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
 
-    def _show_rollouts(self, num_done: int, num_all: int) -> None:
+    def show_rollouts(self, num_done: int, num_all: int) -> None:
+        """Show how many of a step's responses are done (rollout.engine.Progress)."""
+        if self._rollouts is None:
+            self._rollouts = self._progress.add_task("", total=None, what="rollout")
         self._progress.update(self._rollouts, completed=num_done, total=num_all)
 
 

@@ -13,6 +13,7 @@ from aropd_mcore.convert.manifest import newest, read_manifest
 from aropd_mcore.mcore import checkpoint, checkpoint_folder
 from aropd_mcore.mcore.checkpoint import Saving
 from aropd_mcore.mcore.checkpoint_folder import SaveFailed
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.trainer.changes import check_changes
 from aropd_mcore.trainer.step import Run
 
@@ -71,7 +72,7 @@ class Saver:
             notes += check_changes(read_manifest(path), run.about, self._settings.allow_changes)
             progress = checkpoint.load(path, run.student, run.teacher, run.runtime)
             self._num_saved = progress["step"]
-        self._forget_rollouts()
+        self._run.source.steps_saved(self._num_saved)
         return progress, notes
 
     def after_step(self, num_done: int, progress: Counters) -> None:
@@ -122,7 +123,7 @@ class Saver:
 
     def _begin(self, num_done: int, progress: Counters) -> None:
         self._last_time = time.monotonic()
-        checkpoint_folder.by_first_rank(self._prepare)
+        run_on_rank0(self._prepare)
         run = self._run
         self._pending = Saving(
             self._folder,
@@ -152,7 +153,7 @@ class Saver:
             checkpoint_folder.prune(
                 self._folder, keep_last=settings.keep_last, keep_every=settings.keep_every
             )
-        self._forget_rollouts()
+        self._run.source.steps_saved(self._num_saved)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
@@ -161,10 +162,6 @@ class Saver:
             if self._settings.on_failure == "stop":
                 raise
             self.say(f"could not save, and goes on: {failed}")
-
-    def _forget_rollouts(self) -> None:
-        if self._run.kept_rollouts is not None:
-            self._run.kept_rollouts.forget(before=self._num_saved)
 
     @contextmanager
     def _blocking(self) -> Iterator[None]:

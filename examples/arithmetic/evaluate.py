@@ -11,7 +11,6 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.numerics.diagnostics import token_metrics
 from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.build import build_run
-from aropd_mcore.trainer.step import respond, views_of_step
 
 
 def main() -> None:
@@ -44,8 +43,8 @@ def evaluate(config_path: Path, rows: Path, model: Path, here: Runtime) -> dict[
         ],
     )
     run = build_run(config, here)
-    views, seeds = views_of_step(run, 0)
-    rollouts = respond(run, 0, views, seeds)
+    taken = run.source.take(0)
+    views, rollouts = taken.views, taken.rollouts
     microbatches = form_batch(config, here, views, rollouts, run.pad_token_id).microbatches
     assert run.teacher is not None
     sums = run.student.forward_backward(microbatches, run.teacher, run.teacher.score(microbatches))

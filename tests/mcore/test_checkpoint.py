@@ -3,11 +3,12 @@
 That a run goes on bitwise in fp32 is tested on real processes in tests/trainer/test_resume.py.
 """
 
+import itertools
 import random
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -33,6 +34,7 @@ from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import Run, StepResult, train_step
 from aropd_mcore.types import Rollout
 from tests.ranks import run_ranks
+from tests.support.rollouts import ReplaySource, sample
 from tests.tiny_runs import write_model, write_run
 
 PROMPT = list(range(40, 60))
@@ -64,17 +66,9 @@ def step(run: Run, number: int) -> tuple[StepResult, float]:
     return result, float(result.sums["loss"].sum())
 
 
-@dataclass
-class Replay:
-    """An engine that gives the same responses to whatever model."""
-
-    rollouts: list[Rollout]
-
-    def generate(self, *_: Any) -> list[Rollout]:
-        return self.rollouts
-
-    def sync(self, weight_version: int) -> None:
-        pass
+def replay(run: Run, rollouts: Sequence[Rollout]) -> Run:
+    """The run, with the same responses for every step."""
+    return replace(run, source=ReplaySource(run.source, itertools.repeat(rollouts)))
 
 
 def teacher_of(run: Run) -> Teacher:
@@ -102,7 +96,7 @@ def check_bf16(path: Path, folder: Path) -> None:
     exact, exact_loss = step(run, 0)
     runtime.stop()
 
-    run = replace(build(path, "model.dtype=bf16"), engine=Replay(list(exact.rollouts)))
+    run = replay(build(path, "model.dtype=bf16"), exact.rollouts)
     for model in (run.student.model, teacher_of(run).model):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     start = {name: p.detach().clone() for name, p in teacher_of(run).model.named_parameters()}
@@ -138,7 +132,7 @@ def check_bf16(path: Path, folder: Path) -> None:
     assert checkpoint.load(path_of_save, run.student, run.teacher, run.runtime) == {"step": 1}
     assert_equal(masters(run), saved)
     assert draw() == drawn, "every generator goes on from where it was"
-    assert step(replace(run, engine=Replay(list(exact.rollouts))), 1)[1] == following
+    assert step(replay(run, exact.rollouts), 1)[1] == following
     assert_equal(masters(run), reached)
 
 
@@ -222,7 +216,7 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
     rollouts = {}
     for who, live in (("student", run.student.model), ("teacher", teacher_of(run).model)):
         engine = NativeEngine(live, run.runtime, eos_token_ids=[], batch_size=1)
-        rollouts[who] = engine.generate([PROMPT], [5], sampling)
+        rollouts[who] = sample(engine, [PROMPT], [5], sampling)
         export_hf(live, model, folder / f"live-{who}", run.runtime)
     return rollouts
 

@@ -351,11 +351,11 @@ def owned_config(tmp_path: Path, *arguments: str):
 def owned_servers(config) -> Servers:
     from functools import partial
 
-    from aropd_mcore.rollout.vllm_process import new_key, serving_of, start_server
+    from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 
     key = new_key()
     return Servers(
-        [Server("server 0", key, start=partial(start_server, serving_of(config), key, 0))],
+        [Server("server 0", key, start=partial(start_server, Serving.from_config(config), key, 0))],
         config.rollout.vllm,
         batch_size=4,
         eos_token_ids=(EOS,),

@@ -30,7 +30,7 @@ def test_every_method_size_and_pipeline_is_measured(tmp_path):
         taught = {"student", "optimizer"} | ({"rollout", "teacher"} if name != "SFT" else set())
         assert phases == taught
         assert row["bytes"]["peak"] == max(row["bytes"].values()) > row["bytes"]["state"] > 0
-        parts = {"data", "rollout", "teacher", "student", "optimizer", "sync"}
+        parts = {"rollout", "teacher", "student", "optimizer", "sync"}
         assert set(row["seconds"]) == {*parts, "step"}
         assert row["seconds"]["step"] > 0
     # SFT has no teacher's weights: 5.2 million parameters in fp32.

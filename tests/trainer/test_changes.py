@@ -40,6 +40,8 @@ def test_free_changes_are_the_same_run(path):
     (line,) = check_changes(saved, current, [])
     assert line.startswith("changed, and the same run: checkpoint.keep_last: 2 -> 7, parallel.")
     assert check_changes(saved, described(path), []) == []
+    saved["config"]["parallel"]["overlap_param_gather"] = False  # of an earlier version
+    assert check_changes(saved, described(path), []) == []
 
 
 def test_other_rules_are_said(path):

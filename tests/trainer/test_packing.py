@@ -55,10 +55,9 @@ def padded_and_packed(path: Path) -> list[dict]:
 def forward_and_backward(run) -> dict:
     from aropd_mcore.mcore.schedule import run_schedule
     from aropd_mcore.trainer.batch import form_batch
-    from aropd_mcore.trainer.step import views_of_step
     from aropd_mcore.types import Rollout
 
-    views, _ = views_of_step(run, 0)
+    views, _ = run.source.prompts(0)
     # Each response has a token of its own, by which it is known in whatever microbatch it comes.
     responses = [tuple([40 + i] * length) for i, length in enumerate(LENGTHS)]
     rollouts = [Rollout(ids, (), True, 0) for ids in responses]

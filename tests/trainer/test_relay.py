@@ -83,12 +83,11 @@ def relay(root: Path, case: Case) -> list[RankSteps]:
         config = case.config(root, layout, dist.get_world_size() // layout.replica_size)
         rt = start_runtime(config)
         run = build_run(config, rt)
-        assert run.engine is not None
         if leg:
             last = newest(folder)
             assert last is not None and step_of(last) == leg
             checkpoint.load(last, run.student, run.teacher, rt)
-            run.engine.sync(weight_version=leg)
+            run.source.weights_changed(leg)
         legs.append(take(run, range(leg, leg + 1)))
         checkpoint.save(folder, leg + 1, run.student, run.teacher, {}, rt)
         if rt.rank == 0:

@@ -61,10 +61,9 @@ def gradients(path: Path) -> dict[str, Found]:
 
 def gradients_of(run) -> Found:
     from aropd_mcore.trainer.batch import form_batch
-    from aropd_mcore.trainer.step import views_of_step
     from aropd_mcore.types import Rollout
 
-    views, _ = views_of_step(run, 0)
+    views, _ = run.source.prompts(0)
     rollouts = [Rollout(ids, (), ended, 0) for ids, ended in RESPONSES]
     # Padding is the EOS here: a padded position that were counted would be an end.
     batch = form_batch(run.config, run.runtime, views, rollouts, pad_token_id=EOS)

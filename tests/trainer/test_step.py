@@ -443,7 +443,7 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
     if run.teacher:
         run.teacher.score = with_the_views_that_are_read(run.teacher.score, case)
     if config.rollout.importance_level:
-        run.engine.generate = with_another_engine(run.engine.generate)
+        run.source.take = with_another_engine(run.source.take)
     return take(run, range(case.num_steps))
 
 
@@ -471,7 +471,6 @@ def take(run: "Run", steps: range) -> RankSteps:
             ]
         )
         metrics.append(step_metrics(step, result, run.view_builder.tokenizer, rt))
-    run.student.optimizer.finish_param_gather()
     return RankSteps(
         rt.dp_rank,
         samples,
@@ -481,14 +480,16 @@ def take(run: "Run", steps: range) -> RankSteps:
     )
 
 
-def with_another_engine(generate):
+def with_another_engine(take):
     """As if an engine had sampled whose log-probs are not the trainer's."""
 
-    def sampled(*args):
-        return [
+    def sampled(step, **how):
+        taken = take(step, **how)
+        rollouts = [
             replace(r, logprobs=tuple(p + 0.3 + math.sin(k) for k, p in enumerate(r.logprobs)))
-            for r in generate(*args)
+            for r in taken.rollouts
         ]
+        return replace(taken, rollouts=rollouts)
 
     return sampled
 

@@ -39,6 +39,8 @@ WARM_UP = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 4, 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 """Environment in which the C library gives freed blocks back to the system at once; it reads it
 when a process starts."""
+_NUM_STEPS = 1000
+"""Of the learning-rate schedule; more than a benchmark takes."""
 
 
 def on_ranks(
@@ -102,6 +104,7 @@ def build_run(
     from aropd_mcore.mcore.student import Student
     from aropd_mcore.mcore.teacher import Teacher
     from aropd_mcore.rollout.native import NativeEngine
+    from aropd_mcore.rollout.sources import StepPrompts, build_source
     from aropd_mcore.trainer.guards import Guards
     from aropd_mcore.trainer.step import Run
 
@@ -124,15 +127,27 @@ def build_run(
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
     overlap = config.parallel.overlap_grad_reduce
-    optimizer = Optimizer(model, config.optimizer, num_steps=1000, overlap_grad_reduce=overlap)
+    optimizer = Optimizer(
+        model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap
+    )
+    dataset: Any = SimpleNamespace(row_at=lambda *_, **__: Row("", "", ""))
+    view_builder: Any = _Views(config, hf["vocab_size"], prompt_tokens or {})
     return Run(
         config=config,
         runtime=runtime,
-        num_steps=1000,
-        dataset=SimpleNamespace(row_at=lambda *_, **__: Row("", "", "")),  # type: ignore[arg-type]
-        view_builder=_Views(config, hf["vocab_size"], prompt_tokens or {}),  # type: ignore[arg-type]
+        num_steps=_NUM_STEPS,
+        dataset=dataset,
+        view_builder=view_builder,
         student=Student(model, optimizer, config.objective, config.rollout, runtime),
         teacher=teacher,
+        source=build_source(
+            config,
+            runtime,
+            StepPrompts(config, runtime, dataset, view_builder),
+            engine,
+            num_steps=_NUM_STEPS,
+            check_stop=lambda: None,
+        ),
         engine=engine,
         pad_token_id=0,
         guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
@@ -173,7 +188,7 @@ class Phases:
         student.forward_backward = self._begins("student", student.forward_backward)
         if run.teacher:
             run.teacher.score = self._begins("teacher", run.teacher.score)
-            run.engine.generate = self._begins("rollout", run.engine.generate)
+            run.source.take = self._begins("rollout", run.source.take)
 
     def _begins(self, phase: str, call: Any) -> Any:
         def measured(*args: Any, **kwargs: Any) -> Any:

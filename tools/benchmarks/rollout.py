@@ -26,6 +26,7 @@ from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore import runtime as mcore_runtime
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.engine import PromptBatch
 from aropd_mcore.rollout.native import NativeEngine
 
 MODEL: dict[str, Any] = {
@@ -123,7 +124,8 @@ def sample(
     engine: NativeEngine, prompts: list[list[int]], sampling: SamplingConfig, first: int = 0
 ) -> list[list[int]]:
     seeds = range(first, first + len(prompts))
-    return [list(r.response_ids) for r in engine.generate(prompts, list(seeds), sampling)]
+    pending = engine.submit(PromptBatch(prompts, seeds, sampling))
+    return [list(rollout.response_ids) for rollout in pending.result()]
 
 
 def batch_after_batch(

@@ -26,6 +26,7 @@ def measure_seconds(
     """Median seconds of each phase. The methods have one student, teacher and optimizer, and take
     turns step by step; they differ in objective, batch and response length."""
     from aropd_mcore.mcore.student import Student
+    from aropd_mcore.rollout.sources import StepPrompts, build_source
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.step import train_step
 
@@ -43,6 +44,14 @@ def measure_seconds(
             config=config,
             student=student,
             teacher=run.teacher if distils else None,
+            source=build_source(
+                config,
+                runtime,
+                StepPrompts(config, runtime, run.dataset, run.view_builder),
+                run.engine if distils else None,
+                num_steps=run.num_steps,
+                check_stop=lambda: None,
+            ),
             engine=run.engine if distils else None,
         )
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
@@ -73,13 +82,11 @@ def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
     from aropd_mcore.mcore.schedule import run_schedule
     from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.trainer.build import start_runtime
-    from aropd_mcore.trainer.step import respond, views_of_step
 
     runtime = start_runtime(config)
     run = build_run(config, runtime, hf, PROMPTS)
-    views, _ = views_of_step(run, 0)
-    rollouts = respond(replace(run, engine=None), 0, views, [])  # a random response, not sampled
-    microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
+    taken = _random_responses(run, config)
+    microbatches = form_batch(config, runtime, taken.views, taken.rollouts, 0).microbatches
     assert run.teacher is not None and len(microbatches) == 1
     with _counter() as teacher:
         outputs = run.teacher.score(microbatches)
@@ -112,7 +119,6 @@ def measure_bubble(
     """
     from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.trainer.build import start_runtime
-    from aropd_mcore.trainer.step import respond, views_of_step
 
     runtime = start_runtime(configs[0])
     run = build_run(configs[0], runtime, hf)
@@ -134,10 +140,8 @@ def measure_bubble(
         chunk.forward = timed(chunk.forward)
     found = []
     for config in configs:
-        of_batch = replace(run, config=config, engine=None)
-        views, _ = views_of_step(of_batch, 0)
-        rollouts = respond(of_batch, 0, views, [])
-        microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
+        taken = _random_responses(run, config)
+        microbatches = form_batch(config, runtime, taken.views, taken.rollouts, 0).microbatches
         idle = []
         for _ in range(1 + repeats):
             busy.clear()
@@ -188,3 +192,12 @@ def _by_kind(counter: FlopCounterMode) -> dict[str, int]:
         kind = "attention" if "attention" in str(operation) else "products"
         found[kind] += flops
     return found
+
+
+def _random_responses(run: Any, config: Config) -> Any:
+    """A step's StepRollouts, whose responses are random and not sampled."""
+    from aropd_mcore.rollout.sources import OracleTraces, StepPrompts
+
+    prompts = StepPrompts(config, run.runtime, run.dataset, run.view_builder)
+    limit = config.rollout.max_response_tokens
+    return OracleTraces(prompts, max_response_tokens=limit).take(0)

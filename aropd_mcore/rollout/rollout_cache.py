@@ -1,18 +1,17 @@
-"""Responses on the disk, for a run that is started again after it has sampled them.
+"""Responses of the steps since the last checkpoint, on disk, for a run that is started again.
 
-    rollouts/step_0000012.rank_0003.json    a data-parallel rank's, behind their checksum
+    rollouts/step_0000012.rank_0003.json    of one data-parallel rank, behind their checksum
 
-They are kept until a checkpoint has their step behind it. A run that goes on from an earlier one
-trains the same steps on the same responses: on the very weights that sampled them in its first
-step, and later on those that the same training leads to, which are the same up to rounding (and
-bit for bit on a CPU, in the same layout).
+A run that resumes from an earlier checkpoint trains the same steps on the same responses. In its
+first step its weights are the very weights that sampled them. Later they are those that the same
+training leads to: the same up to rounding, and bit for bit on a CPU in the same layout.
 """
 
 import json
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,24 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.types import Rollout
 
 
-class KeptRollouts:
-    """The responses of each step since the last checkpoint, by their seeds: whatever the layout."""
+class RolloutCache:
+    """Responses by step and seed, whatever the layout that sampled them."""
 
     def __init__(self, folder: Path, run_hash: str, runtime: Runtime):
         """
         Args:
-            folder: made when something is written.
-            run_hash: of the configuration; responses of another one are not used.
+            folder: made by the first write.
+            run_hash: hash of the configuration; responses of another one are not used.
         Collectives: a broadcast; every rank must call it.
         """
         self._folder = folder
         self._run_hash = run_hash
         self._runtime = runtime
-        found = [sorted({_step_of(path) for path in folder.glob("step_*.json")})]
-        dist.broadcast_object_list(found, src=0)
-        self.steps = set(found[0])
-        """Those that an attempt before this one has left; the same on every rank."""
+        steps = [sorted({_step_of(path) for path in folder.glob("step_*.json")})]
+        dist.broadcast_object_list(steps, src=0)
+        self.steps = set(steps[0])
+        """Steps that an earlier attempt has left and that were not read yet; the same on every
+        rank."""
 
     def read(
         self,
@@ -48,7 +48,7 @@ class KeptRollouts:
         seeds: Sequence[int],
         versions: range,
     ) -> list[Rollout] | None:
-        """This rank's responses of a step, if every rank's are there and belong to this run.
+        """Read this rank's responses of a step, if every rank's are there and belong to this run.
 
         Args:
             versions: weights that may have sampled them.
@@ -60,13 +60,13 @@ class KeptRollouts:
             return None
         self.steps.remove(step)
         rollouts = self._read(step, prompts, seeds, versions)
-        is_here = torch.tensor(int(rollouts is not None), device=self._runtime.device)
-        dist.all_reduce(is_here, dist.ReduceOp.MIN)
-        if is_here:
+        is_complete = torch.tensor(int(rollouts is not None), device=self._runtime.device)
+        dist.all_reduce(is_complete, dist.ReduceOp.MIN)
+        if is_complete:
             return rollouts
         if self._runtime.rank == 0:
-            self._remove(lambda found: found == step)
-        dist.barrier()  # before anybody writes what takes their place
+            self._remove(lambda other: other == step)
+        dist.barrier()  # before a rank writes what takes their place
         return None
 
     def write(
@@ -76,9 +76,9 @@ class KeptRollouts:
         seeds: Sequence[int],
         rollouts: Sequence[Rollout],
     ) -> None:
-        """Keep this data-parallel rank's responses; the first rank of its replica does.
+        """Keep this data-parallel rank's responses; the first rank of its replica writes.
 
-        What cannot be written is said, and is sampled again if it comes to that.
+        What cannot be written is reported, and is sampled again if the run is started again.
         """
         runtime = self._runtime
         if runtime.tp_rank or runtime.pp_rank or runtime.cp_rank:
@@ -101,10 +101,10 @@ class KeptRollouts:
             print(f"aropd: rank {runtime.rank} cannot keep rollouts: {error}", file=sys.stderr)
 
     def forget(self, *, before: int) -> None:
-        """Remove what a checkpoint of so many steps has no use for."""
+        """Remove the responses of steps before `before`, which a checkpoint has behind it."""
         self.steps = {step for step in self.steps if step >= before}
         if self._runtime.rank == 0:
-            self._remove(lambda found: found < before)
+            self._remove(lambda step: step < before)
 
     def _read(
         self,
@@ -113,7 +113,7 @@ class KeptRollouts:
         seeds: Sequence[int],
         versions: range,
     ) -> list[Rollout] | None:
-        kept: dict[int, list[Any]] = {}
+        records: dict[int, list[Any]] = {}
         for path in self._folder.glob(f"step_{step:07d}.*.json"):
             try:
                 checksum, _, text = path.read_text().partition("\n")
@@ -124,18 +124,18 @@ class KeptRollouts:
                 return None
             content = json.loads(text)
             if content["run"] == self._run_hash:
-                kept |= {record[0]: record[1:] for record in content["rollouts"]}
+                records |= {record[0]: record[1:] for record in content["rollouts"]}
         rollouts = []
         for prompt, seed in zip(prompts, seeds, strict=True):
-            prompt_hash, ids, logprobs, finished, version = kept.get(seed, [None] * 5)
+            prompt_hash, ids, logprobs, finished, version = records.get(seed, [None] * 5)
             if prompt_hash != _hash(prompt) or version not in versions:
                 return None
             rollouts.append(Rollout(tuple(ids), tuple(logprobs), finished, version))
         return rollouts
 
-    def _remove(self, is_meant: Any) -> None:
+    def _remove(self, is_removed: Callable[[int], bool]) -> None:
         for path in self._folder.glob("step_*"):
-            if is_meant(_step_of(path)):
+            if is_removed(_step_of(path)):
                 path.unlink(missing_ok=True)
 
 

@@ -44,12 +44,12 @@ def train_and_count(path: Path, overrides: list[str], end_in: int | None) -> lis
     from aropd_mcore.trainer import step as step_module
 
     sampled: list[int] = []
-    generate, form_batch = NativeEngine.generate, step_module.form_batch
+    submit, form_batch = NativeEngine.submit, step_module.form_batch
     trained = 0
 
     def counted(self, *args):
         sampled.append(self.weight_version)
-        return generate(self, *args)
+        return submit(self, *args)
 
     def form_or_end(*args):
         nonlocal trained
@@ -59,7 +59,7 @@ def train_and_count(path: Path, overrides: list[str], end_in: int | None) -> lis
         return form_batch(*args)
 
     with (
-        patch.object(NativeEngine, "generate", counted),
+        patch.object(NativeEngine, "submit", counted),
         patch.object(step_module, "form_batch", form_or_end),
         suppress(Interrupted),
     ):
