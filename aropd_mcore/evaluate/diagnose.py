@@ -24,7 +24,7 @@ from aropd_mcore.evaluate.figures import describe_diagnosis, plot_diagnosis
 from aropd_mcore.evaluate.predictors import predict
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.scores import Scores, score_responses
+from aropd_mcore.mcore.scoring import Scores, score_responses
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed

@@ -37,13 +37,13 @@ from torch import Tensor
 
 from aropd_mcore.config import ObjectiveConfig
 from aropd_mcore.data.answers import ends_with_answer, is_premature
-from aropd_mcore.numerics.diagnostics import (
+from aropd_mcore.numerics.position_metrics import (
     BY_POSITION,
     hindsight_tokens,
     sum_by_position,
     token_metrics,
 )
-from aropd_mcore.numerics.scores import DISTRIBUTIONS
+from aropd_mcore.numerics.token_diagnostics import DISTRIBUTIONS
 from aropd_mcore.types import Rollout, Views
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Scored:
     sample: int
     rollout: Rollout
     scores: Mapping[str, np.ndarray]
-    """Of `numerics.scores.fused_linear_scores`; with the likeliest tokens where it is read."""
+    """Scores of `numerics.token_diagnostics`; with the likeliest tokens where a reader shows them."""
 
 
 def summarize(

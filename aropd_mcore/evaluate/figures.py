@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from aropd_mcore.numerics.diagnostics import BY_POSITION
-from aropd_mcore.numerics.scores import SUPPORT_GAPS
+from aropd_mcore.numerics.position_metrics import BY_POSITION
+from aropd_mcore.numerics.token_diagnostics import SUPPORT_GAPS
 
 PANELS = {
     "loss": "loss",

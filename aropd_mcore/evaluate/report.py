@@ -24,6 +24,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.evaluate.diagnosis import SCHEMA
 from aropd_mcore.evaluate.figures import read_metrics
+from aropd_mcore.numerics.position_metrics import METRICS
 
 _PAGE = Path(__file__).with_name("report_page")
 _SCRIPTS = ("labels.js", "chart.js", "sections.js", "reader.js", "page.js")
@@ -40,6 +41,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     data = {
         "version": __version__,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "labels": {name: [metric.title, metric.unit] for name, metric in METRICS.items()},
         "runs": [{"name": name} | _run(run) for name, run in zip(_names(runs), runs, strict=True)],
     }
     write_atomically(out, [render(data)])

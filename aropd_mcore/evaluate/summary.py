@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from aropd_mcore.evaluate.statistics import accuracy, interval, pass_at
-from aropd_mcore.numerics.diagnostics import BUCKET_NAMES, POSITION_BUCKETS
+from aropd_mcore.numerics.position_metrics import BUCKET_NAMES, POSITION_BUCKETS
 
 Sample = Mapping[str, Any]
 """A line of samples.jsonl."""

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from aropd_mcore.config import ImportanceLevel
 
-IMPORTANCE_MEANS = ("engine_gap", "importance_ratio", "importance_capped", "kl_engine_student")
-IMPORTANCE_MAXIMA = ("engine_gap_max", "importance_ratio_max")
+IMPORTANCE_METRICS = (
+    *("engine_gap", "importance_ratio", "importance_capped", "kl_engine_student"),
+    *("engine_gap_max", "importance_ratio_max"),
+)
+"""Names, of `position_metrics.METRICS`, that `importance_weights` has the token values of."""
 
 
 def importance_weights(

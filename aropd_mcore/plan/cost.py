@@ -5,6 +5,7 @@ Rates are a GPU's peaks times an efficiency; nothing of it is fitted to a run. S
 these times, and expect a real step to differ from them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aropd_mcore.convert.architecture import Architecture
@@ -76,11 +77,33 @@ def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int
     return layers * 2 * weights * num_tokens, layers * attention
 
 
+def layers_flops(
+    architecture: Architecture, *, student_tokens: Iterable[int], teacher_tokens: Iterable[int]
+) -> int:
+    """Count the FLOPs of all layers in a step's teacher and student phases, without recomputation.
+
+    Args:
+        student_tokens: number of tokens of each sequence that goes forward and backward.
+        teacher_tokens: number of tokens of each sequence that the teacher scores.
+    """
+    trained = sum(sum(forward_flops(architecture, tokens)) for tokens in student_tokens)
+    scored = sum(sum(forward_flops(architecture, tokens)) for tokens in teacher_tokens)
+    return 3 * trained + scored
+
+
+def head_flops(architecture: Architecture, num_tokens: int, *, num_views: int) -> int:
+    """Count the FLOPs of the output layer over num_tokens loss tokens.
+
+    These are the logits of the student and of the teacher's views, and the student's two gradients.
+    """
+    sizes, products = architecture.sizes, 3 + num_views
+    return 2 * products * num_tokens * sizes["hidden"] * sizes["vocab"]
+
+
 def loss_flops(setup: Setup) -> int:
-    """Of a microbatch on all tensor and context ranks together: the logits of the student and of
-    the teacher's views, and the student's two gradients."""
-    sizes, products = setup.architecture.sizes, 3 + setup.num_views
-    return 2 * products * setup.loss_tokens * setup.context * sizes["hidden"] * sizes["vocab"]
+    """Count the FLOPs of a microbatch's loss on all tensor and context ranks together."""
+    num_tokens = setup.loss_tokens * setup.context
+    return head_flops(setup.architecture, num_tokens, num_views=setup.num_views)
 
 
 def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: int) -> float:

@@ -20,6 +20,7 @@ from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine
 from aropd_mcore.rollout.sources import StepPrompts, build_source
 from aropd_mcore.rollout.vllm_process import Serving
 from aropd_mcore.trainer.guards import Guards
+from aropd_mcore.trainer.hooks import DeviceUse
 from aropd_mcore.trainer.preflight import check_packages, open_inputs
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.trainer.stop import Stops
@@ -100,7 +101,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         num_steps=inputs.num_steps,
         dataset=dataset,
         view_builder=view_builder,
-        student=Student(model, optimizer, config.objective, config.rollout, runtime),
+        student=Student.from_config(config, model, optimizer, teacher, runtime),
         teacher=teacher,
         source=source,
         engine=engine,
@@ -110,6 +111,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         stops=stops,
         about=inputs.about,
         notes=inputs.notes,
+        hooks=[DeviceUse(runtime)] if runtime.device.type == "cuda" else [],
     )
 
 

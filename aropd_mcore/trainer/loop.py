@@ -1,6 +1,7 @@
 """Resume, step, log, save, stop."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from aropd_mcore.trainer.preflight import describe_rows
 from aropd_mcore.trainer.saving import Counters, Saver
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
+from aropd_mcore.trainer.timing import time_metrics
 
 
 class TrainingStopped(RuntimeError):
@@ -105,6 +107,7 @@ def _train(run: Run) -> None:
             reporter.say(note)
         run.source.weights_changed(weight_version)
         for step in range(first_step, run.num_steps):
+            started = time.perf_counter()
             try:
                 run.stops.longest_save = saver.seconds
                 run.stops.check(runtime, before_step=True)
@@ -117,7 +120,15 @@ def _train(run: Run) -> None:
             beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
-            reporter.report(metrics, blocked_seconds=saver.blocked_seconds())
+            for hook in run.hooks:
+                metrics |= hook.after_step(run, step, result, metrics)
+            metrics |= time_metrics(
+                result.seconds,
+                elapsed=time.perf_counter() - started,
+                saving=saver.blocked_seconds(),
+                num_response_tokens=metrics["num_response_tokens"],
+            )
+            reporter.report(metrics)
             reporter.warn(step, result.verdict)
             if result.verdict.stop:
                 _save_now(saver, step + 1, progress(step + 1))
@@ -221,11 +232,10 @@ class Reporter:
             done = "" if verdict.apply else "; its update is left out"
             self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
 
-    def report(self, metrics: Metrics, *, blocked_seconds: float) -> None:
-        """Write one step's metrics, with the time that saves have taken from it."""
+    def report(self, metrics: Metrics) -> None:
+        """Write one step's metrics."""
         if not self._is_here:
             return
-        metrics["seconds/checkpoint"] = blocked_seconds
         self._log.write(metrics)
         line = _step_line(metrics)
         self._progress.update(self._task, advance=1, description=line)

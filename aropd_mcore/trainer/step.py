@@ -5,7 +5,7 @@ Source: METHOD sections 2 to 4; AR-OPD, arXiv:2606.10385.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -48,6 +48,25 @@ class Run:
     """Description of the run for its checkpoints (trainer.changes.describe_run)."""
     notes: Sequence[str] = ()
     """Sentences about data and templates for the user to read once, at the start."""
+    hooks: Sequence["StepHook"] = ()
+    """What runs after every step, in this order."""
+
+
+class StepHook(Protocol):
+    """What follows a step: validation, samples, a profiler."""
+
+    def after_step(
+        self, run: Run, step: int, result: "StepResult", metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Act after the update of a step, and before its metrics are written and its checkpoint.
+
+        Args:
+            metrics: the step's, those of earlier hooks included.
+        Returns:
+            Metrics to add.
+        Collectives: any; every rank calls it.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,8 +104,9 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
         taken = run.source.take(step, on_progress=on_progress)
         views, rollouts = taken.views, taken.rollouts
 
-    # Every loss token's weight in the global loss; then three sequences and one response a sample.
-    batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
+    # The weight of every loss token in the global loss; three sequences with one response each.
+    with phase("batch"):
+        batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
 
     # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
     with phase("teacher"):
@@ -94,7 +114,7 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
 
     # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
     with phase("student"):
-        sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
+        sums = run.student.forward_backward(batch.microbatches, outputs)
 
     # An update that is not finite, has no loss tokens, or is refused by a guard, is left out.
     with phase("optimizer"):

@@ -8,7 +8,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.numerics.diagnostics import token_metrics
+from aropd_mcore.numerics.position_metrics import token_metrics
 from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.build import build_run
 
@@ -47,7 +47,7 @@ def evaluate(config_path: Path, rows: Path, model: Path, here: Runtime) -> dict[
     views, rollouts = taken.views, taken.rollouts
     microbatches = form_batch(config, here, views, rollouts, run.pad_token_id).microbatches
     assert run.teacher is not None
-    sums = run.student.forward_backward(microbatches, run.teacher, run.teacher.score(microbatches))
+    sums = run.student.forward_backward(microbatches, run.teacher.score(microbatches))
     decode = run.view_builder.tokenizer.decode
     responses = [str(decode(list(r.response_ids[:-1]))) for r in rollouts]
     num_right = sum(

@@ -22,7 +22,7 @@ from aropd_mcore.evaluate.diagnose import NUM_TOP, diagnose, diagnosis_of
 from aropd_mcore.evaluate.diagnosis import FLOORS, GAPS, Scored, summarize
 from aropd_mcore.evaluate.predictors import predict
 from aropd_mcore.mcore import runtime
-from aropd_mcore.numerics.scores import SUPPORT_GAPS
+from aropd_mcore.numerics.token_diagnostics import SUPPORT_GAPS
 from aropd_mcore.rollout.generate import start_runtime
 from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from aropd_mcore.numerics.diagnostics import token_metrics
+from aropd_mcore.numerics.position_metrics import token_metrics
 from tests import oracles
 from tests.ranks import run_ranks
 from tests.tiny_runs import write_model, write_run
@@ -75,7 +75,7 @@ def gradients_of(run) -> Found:
     (stage,) = run.student.model
     stage.decoder.final_layernorm.register_forward_hook(keep_gradient)
     outputs = run.teacher.score(batch.microbatches)
-    sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
+    sums = run.student.forward_backward(batch.microbatches, outputs)
     return Found(
         [
             {

@@ -138,7 +138,7 @@ def build_run(
         num_steps=_NUM_STEPS,
         dataset=dataset,
         view_builder=view_builder,
-        student=Student(model, optimizer, config.objective, config.rollout, runtime),
+        student=Student.from_config(config, model, optimizer, teacher, runtime),
         teacher=teacher,
         source=build_source(
             config,

@@ -35,15 +35,16 @@ def measure_seconds(
     run = build_run(first, runtime, hf)
     runs = {}
     for name, config in methods.items():
-        student = Student(
-            run.student.model, run.student.optimizer, config.objective, config.rollout, runtime
-        )
         distils = config.objective.name == "aropd"
+        teacher = run.teacher if distils else None
+        student = Student.from_config(
+            config, run.student.model, run.student.optimizer, teacher, runtime
+        )
         runs[name] = replace(
             run,
             config=config,
             student=student,
-            teacher=run.teacher if distils else None,
+            teacher=teacher,
             source=build_source(
                 config,
                 runtime,
@@ -99,7 +100,7 @@ def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
             forward_only=True,
         )
     with _counter() as both:
-        run.student.forward_backward(microbatches, run.teacher, outputs)
+        run.student.forward_backward(microbatches, outputs)
     counts = {"teacher": teacher, "student forward": forward, "student": both}
     _leave(folder, {name: _by_kind(counter) for name, counter in counts.items()})
 

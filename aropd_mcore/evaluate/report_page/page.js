@@ -1,6 +1,5 @@
 // From the data to the page.
 
-const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs.map((run, index) => ({ ...run, color: seriesColor(index), dash: seriesDash(index), shown: true }));
 const shown = () => runs.filter((run) => run.shown);
 

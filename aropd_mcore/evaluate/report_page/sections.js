@@ -87,7 +87,7 @@ function curvesSection(all, shown) {
 }
 
 function timeSection(shown, all) {
-  const order = ["rollout", "teacher", "student", "optimizer", "sync", "checkpoint"], rank = (phase) => (order.indexOf(phase) + 99) % 99;
+  const order = ["rollout", "batch", "teacher", "student", "optimizer", "sync", "other", "checkpoint"], rank = (phase) => (order.indexOf(phase) + 99) % 99;
   const phases = [...new Set(all.flatMap((run) => Object.keys(run.metrics)))].filter((name) => name.startsWith("seconds/")).map((name) => name.slice(8)).sort((a, b) => rank(a) - rank(b));
   if (!phases.length) return null;
   const color = (phase) => seriesColor(phases.indexOf(phase));

@@ -9,11 +9,11 @@ from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.numerics.scores import Thresholds, fused_linear_scores
+from aropd_mcore.numerics.token_diagnostics import Thresholds, fused_linear_scores
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 Scores = dict[str, Tensor]
-"""Of `numerics.scores.fused_linear_scores`."""
+"""Of `numerics.token_diagnostics.fused_linear_scores`."""
 
 
 def score_responses(
