@@ -71,7 +71,7 @@ class Scored:
     sample: int
     rollout: Rollout
     scores: Mapping[str, np.ndarray]
-    """Scores of `numerics.token_diagnostics`; with the likeliest tokens where a reader shows them."""
+    """Scores of `numerics.token_diagnostics`; with the likeliest tokens where they are read."""
 
 
 def summarize(

@@ -63,7 +63,7 @@ class AnchoredResidual:
         vocab_size: int,
     ):
         self.views = objective.views
-        self.metrics = _reported(objective, rollout)
+        self.metrics = reported_metrics(objective, rollout)
         self._config = objective
         self._rollout = rollout
         self._teacher = teacher
@@ -148,7 +148,7 @@ class AnchoredResidual:
         return microbatch.token_weights_T * weights_T, mismatch
 
 
-def _reported(objective: ObjectiveConfig, rollout: RolloutConfig) -> tuple[str, ...]:
+def reported_metrics(objective: ObjectiveConfig, rollout: RolloutConfig) -> tuple[str, ...]:
     """Metrics of AnchoredResidual under these settings."""
     names = ("loss", "num_tokens")
     if len(objective.views) == 2:
