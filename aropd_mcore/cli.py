@@ -16,19 +16,17 @@ from aropd_mcore import __version__, lifetime
 from aropd_mcore.config import Config, ParallelConfig
 from aropd_mcore.config_file import PRESETS, dump_config, load_config, preset_changes
 from aropd_mcore.convert.commands import add_commands
-from aropd_mcore.evaluate import arguments as eval_arguments
-from aropd_mcore.evaluate import diagnose_arguments
+from aropd_mcore.evaluation import arguments as eval_arguments
+from aropd_mcore.evaluation import diagnose_arguments
+from aropd_mcore.local_launch import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.locks import RunLock
-from aropd_mcore.processes import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.rollout.arguments import add_arguments, job_of_arguments, positive
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
 
 if TYPE_CHECKING:
-    from aropd_mcore.evaluate.diagnose import Diagnosis
-    from aropd_mcore.evaluate.evaluate import Evaluation
+    from aropd_mcore.evaluation.run import Evaluation
     from aropd_mcore.mcore.runtime import Runtime
     from aropd_mcore.plan.layout import Layout
-    from aropd_mcore.rollout.job import Job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -261,10 +259,10 @@ def _show_views(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from aropd_mcore.plan.fit import job_of
+    from aropd_mcore.plan.fit import build_generation_spec
     from aropd_mcore.plan.render import render_plan, render_sweep
 
-    job = job_of(
+    job = build_generation_spec(
         _load_config(args),
         args.gpus or args.nodes * args.gpus_per_node,
         gpus_per_node=args.gpus_per_node,
@@ -329,10 +327,10 @@ def _train_until(config: Config, stops: Stops) -> int:
 
 def _launch(args: argparse.Namespace) -> int:
     from aropd_mcore.plan.layout import describe
-    from aropd_mcore.trainer.launch import check_inputs, launch_of
+    from aropd_mcore.trainer.slurm_launch import build_launch, check_inputs
 
     config = _load_config(args)
-    launch = launch_of(
+    launch = build_launch(
         config,
         _run_arguments(args),
         num_nodes=args.nodes,
@@ -427,21 +425,21 @@ def _sampling_here(job: "Job", work: "Callable[[Runtime], None]") -> int:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    asked = diagnose_arguments.diagnosis_of_arguments(args)
-    return _as_ranks(args, asked.job, lambda: _diagnose_here(asked))
+    request = diagnose_arguments.diagnosis_of_arguments(args)
+    return _as_ranks(args, request.job, lambda: _diagnose_here(request))
 
 
-def _diagnose_here(asked: "Diagnosis") -> int:
-    from aropd_mcore.evaluate.diagnose import diagnose
+def _diagnose_here(request: "Diagnosis") -> int:
+    from aropd_mcore.evaluation.diagnose.score import diagnose
 
-    stopped = _sampling_here(asked.job, lambda here: diagnose(asked, here))
+    stopped = _sampling_here(request.job, lambda here: diagnose(request, here))
     if not stopped and int(os.environ.get("RANK", "0")) == 0:
-        print(f"{asked.job.prompts} -> {asked.job.output}")
+        print(f"{request.job.prompts} -> {request.job.output}")
     return stopped
 
 
 def _report(args: argparse.Namespace) -> None:
-    from aropd_mcore.evaluate.report import write_report
+    from aropd_mcore.evaluation.report import write_report
 
     print(write_report(args.runs, args.out))
 
@@ -458,8 +456,8 @@ def _eval(args: argparse.Namespace) -> int:
 def _grade_here(evaluation: "Evaluation") -> int:
     from rich.console import Console
 
-    from aropd_mcore.evaluate.evaluate import grade
-    from aropd_mcore.evaluate.summary import tables
+    from aropd_mcore.evaluation.run import grade
+    from aropd_mcore.evaluation.summary import tables
 
     if int(os.environ.get("RANK", "0")) == 0:
         if evaluation.not_isolated:

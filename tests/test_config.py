@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.architecture import read_architecture
-from aropd_mcore.plan.setup import setup_of
+from aropd_mcore.plan.setup import build_setup
 from tests.conftest import REPO
 
 CLUSTERS = REPO / "examples" / "clusters"
@@ -64,7 +64,7 @@ def test_defaults_are_the_reference_settings(path):
 def test_views_that_are_read(path, overrides, views):
     config = load_config(path, [f"objective.{override}" for override in overrides.split()])
     assert config.objective.views == views
-    setup = setup_of(config, 1, architecture=read_architecture(CLUSTERS / "Qwen2.5-7B-Instruct"))
+    setup = build_setup(config, 1, architecture=read_architecture(CLUSTERS / "Qwen2.5-7B-Instruct"))
     assert (setup.num_views, setup.teacher) == (len(views), "ema" if views else None)
 
 

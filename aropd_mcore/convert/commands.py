@@ -169,7 +169,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     from aropd_mcore.convert.architecture import check_layout
-    from aropd_mcore.convert.convert import import_hf
+    from aropd_mcore.convert.import_export import import_hf
     from aropd_mcore.convert.source import HFSource, open_source
 
     source = open_source(args.hf_dir, allow_pickle=args.allow_pickle)
@@ -192,7 +192,7 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from aropd_mcore.convert.convert import export_hf
+    from aropd_mcore.convert.import_export import export_hf
     from aropd_mcore.convert.source import MegatronSource, open_source
 
     source = open_source(args.mcore_dir, who=args.weights, hf=args.hf)

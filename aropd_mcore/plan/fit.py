@@ -9,7 +9,7 @@ from aropd_mcore.config import Config, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.cost import StepTime, step_time
 from aropd_mcore.plan.memory import Memory, worst_stage
-from aropd_mcore.plan.setup import Setup, setup_of
+from aropd_mcore.plan.setup import Setup, build_setup
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Remedy:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """A configuration and its machines."""
 
     config: Config
@@ -51,7 +51,7 @@ class Job:
 
     def setup(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Setup:
         """What `estimate` is made from; raises as it does."""
-        return setup_of(
+        return build_setup(
             _changed(self.config, changes),
             num_gpus or self.num_gpus,
             gpus_per_node=self.gpus_per_node,
@@ -62,21 +62,23 @@ class Job:
         return memory.peak <= self.memory_bytes
 
 
-def job_of(config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float) -> Job:
+def build_planned_run(
+    config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float
+) -> PlannedRun:
     architecture = read_architecture(config.model.path)
-    return Job(config, num_gpus, gpus_per_node, memory_bytes, architecture)
+    return PlannedRun(config, num_gpus, gpus_per_node, memory_bytes, architecture)
 
 
-def remedies(job: Job) -> list[Remedy]:
+def remedies(run: PlannedRun) -> list[Remedy]:
     """Single changes that suffice, the least of each kind; least memory last."""
     found = []
-    for kind in _candidates(job):
+    for kind in _candidates(run):
         for change, num_gpus, changes in kind:
             try:
-                estimate = job.estimate(num_gpus, **changes)
+                estimate = run.estimate(num_gpus, **changes)
             except ValueError:  # the model or the batch does not divide
                 continue
-            if job.fits(estimate.memory):
+            if run.fits(estimate.memory):
                 found.append(Remedy(change, estimate.memory.peak))
                 break
     return sorted(found, key=lambda remedy: -remedy.peak)
@@ -86,9 +88,9 @@ Change = tuple[str, int, dict[str, dict[str, Any]]]
 """How it is given, number of GPUs, values by section."""
 
 
-def _candidates(job: Job) -> Iterator[list[Change]]:
+def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
     """Kinds of change; of each the smallest first."""
-    config, gpus = job.config, job.num_gpus
+    config, gpus = run.config, run.num_gpus
 
     def changes(section: str, key: str, values: list[Any]) -> list[Change]:
         keys = [f"{section}.{key}={yaml_value(value)}" for value in values]
@@ -96,10 +98,10 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
         return [(text, gpus, section) for text, section in zip(keys, sections, strict=True)]
 
     parallel, training = config.parallel, config.training
-    sizes = {"tensor": job.gpus_per_node, "pipeline": gpus, "context": job.gpus_per_node}
+    sizes = {"tensor": run.gpus_per_node, "pipeline": gpus, "context": run.gpus_per_node}
     for key, largest in sizes.items():
         yield changes("parallel", key, _doublings(getattr(parallel, key), largest))
-    more_experts = [n for n in _expert_sizes(job) if n > parallel.expert]
+    more_experts = [n for n in _expert_sizes(run) if n > parallel.expert]
     yield changes("parallel", "expert", more_experts)
     if parallel.tensor > 1 and not parallel.sequence:
         yield changes("parallel", "sequence", [True])
@@ -131,32 +133,32 @@ def yaml_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def sweep(job: Job) -> list[Estimate]:
+def sweep(run: PlannedRun) -> list[Estimate]:
     """Every layout of the job's GPUs that fits, the shortest step first; of equal ones the one
     with less memory."""
     fitting = []
     for layout, recompute, micro_batch_size in product(
-        _layouts(job), get_args(Recompute), _micro_batch_sizes(job.config)
+        _layouts(run), get_args(Recompute), _micro_batch_sizes(run.config)
     ):
         training = {"recompute": recompute, "micro_batch_size": micro_batch_size}
         try:
-            setup = job.setup(parallel=layout, training=training)
+            setup = run.setup(parallel=layout, training=training)
         except ValueError:  # heads or batch do not divide; experts on tensor ranks without SP
             continue
         memory = worst_stage(setup)
-        if job.fits(memory):
+        if run.fits(memory):
             fitting.append(Estimate(setup, memory, step_time(setup)))
     return sorted(fitting, key=lambda e: (e.time.total, e.memory.peak))
 
 
-def _layouts(job: Job) -> Iterator[dict[str, Any]]:
+def _layouts(run: PlannedRun) -> Iterator[dict[str, Any]]:
     """Values of the section `parallel` that the GPUs, the layers and the experts divide into."""
-    gpus, num_layers = job.num_gpus, job.architecture.num_layers
-    within_a_node = _powers(job.gpus_per_node)
+    gpus, num_layers = run.num_gpus, run.architecture.num_layers
+    within_a_node = _powers(run.gpus_per_node)
     for pipeline in _divisors(num_layers):
         chunks = _divisors(num_layers // pipeline) if pipeline > 1 else [1]
         for tensor, context, virtual_pipeline, expert in product(
-            within_a_node, within_a_node, chunks, _expert_sizes(job)
+            within_a_node, within_a_node, chunks, _expert_sizes(run)
         ):
             if gpus % (tensor * pipeline * context) or gpus // pipeline % expert:
                 continue
@@ -171,8 +173,8 @@ def _layouts(job: Job) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _expert_sizes(job: Job) -> list[int]:
-    routing = job.architecture.routing
+def _expert_sizes(run: PlannedRun) -> list[int]:
+    routing = run.architecture.routing
     return _divisors(routing.num_experts if routing else 1)
 
 

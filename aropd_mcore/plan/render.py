@@ -5,7 +5,7 @@ from rich.table import Table
 
 from aropd_mcore.config import Config
 from aropd_mcore.plan.cost import H100
-from aropd_mcore.plan.fit import Estimate, Job, Remedy, remedies, sweep, yaml_value
+from aropd_mcore.plan.fit import Estimate, PlannedRun, Remedy, remedies, sweep, yaml_value
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.setup import Setup
 
@@ -13,21 +13,21 @@ GB = 1e9
 SWEEP_ROWS = 20
 
 
-def render_plan(job: Job) -> RenderableType:
+def render_plan(run: PlannedRun) -> RenderableType:
     """Parameters, memory, time and bubble of a job; whether it fits, and else what would."""
-    estimate = job.estimate()
+    estimate = run.estimate()
     parts: list[RenderableType] = [_headline(estimate), _memory_table(estimate)]
-    parts += [_verdict(job, estimate), "", _time_table(estimate), _assumptions(estimate.setup)]
-    if not job.fits(estimate.memory):
-        parts += ["", *_what_would_fit(job, remedies(job))]
+    parts += [_verdict(run, estimate), "", _time_table(estimate), _assumptions(estimate.setup)]
+    if not run.fits(estimate.memory):
+        parts += ["", *_what_would_fit(run, remedies(run))]
     return Group(*parts)
 
 
-def render_sweep(job: Job) -> RenderableType:
+def render_sweep(run: PlannedRun) -> RenderableType:
     """The fitting layouts, the shortest step first."""
-    found = sweep(job)
+    found = sweep(run)
     if not found:
-        return f"no layout of {job.num_gpus} GPUs fits into {job.memory_bytes / GB:g} GB each"
+        return f"no layout of {run.num_gpus} GPUs fits into {run.memory_bytes / GB:g} GB each"
     table = Table(
         title=f"{len(found)} layouts fit; the {SWEEP_ROWS} with the shortest step",
         collapse_padding=True,  # for 80 columns
@@ -91,9 +91,9 @@ def _memory_table(estimate: Estimate) -> Table:
     return table
 
 
-def _verdict(job: Job, estimate: Estimate) -> str:
-    peak, room = estimate.memory.peak / GB, job.memory_bytes / GB
-    how = "fits" if job.fits(estimate.memory) else "does not fit"
+def _verdict(run: PlannedRun, estimate: Estimate) -> str:
+    peak, room = estimate.memory.peak / GB, run.memory_bytes / GB
+    how = "fits" if run.fits(estimate.memory) else "does not fit"
     return (
         f"{how} into {room:g} GB: the peak is {peak:.1f} GB, in the phase "
         f"{estimate.memory.peak_phase!r}, on stage {estimate.memory.stage}"
@@ -131,18 +131,18 @@ def _assumptions(setup: Setup) -> str:
     )
 
 
-def _what_would_fit(job: Job, found: list[Remedy]) -> list[str]:
+def _what_would_fit(run: PlannedRun, found: list[Remedy]) -> list[str]:
     if found:
         return ["Each of these alone would make it fit:"] + [
             f"  {remedy.change}  (peak {remedy.peak / GB:.1f} GB)" for remedy in found
         ]
-    layouts = sweep(job)
+    layouts = sweep(run)
     if not layouts:
-        return [f"No single change makes it fit, and no layout of {job.num_gpus} GPUs does."]
+        return [f"No single change makes it fit, and no layout of {run.num_gpus} GPUs does."]
     best = layouts[0]
     return [
         "No single change makes it fit; of the layouts that do, the one with the shortest step:",
-        f"  {' '.join(_changes(job.config, best.setup))}  (peak {best.memory.peak / GB:.1f} GB)",
+        f"  {' '.join(_changes(run.config, best.setup))}  (peak {best.memory.peak / GB:.1f} GB)",
     ]
 
 

@@ -125,7 +125,7 @@ class Setup:
         return rows
 
 
-def setup_of(
+def build_setup(
     config: Config,
     world_size: int,
     *,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from aropd_mcore.config import ModelConfig, RolloutConfig
 
 if TYPE_CHECKING:
-    from aropd_mcore.rollout.job import Job
+    pass
 
 _DESCRIPTION = """\
 Write responses of a student, a teacher or any other checkpoint, as JSONL.
@@ -120,14 +120,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
 
 
 def job_of_arguments(args: argparse.Namespace) -> "Job":
-    """As rollout.job.job_of; ValueError too where there are no prompts, or the output is there."""
-    from aropd_mcore.rollout.job import job_of
+    """As rollout.generation_spec.build_generation_spec; ValueError too where there are no prompts, or the output is there."""
+    from aropd_mcore.rollout.generation_spec import build_generation_spec
 
     if not args.prompts.is_file():
         raise ValueError(f"{args.prompts}: no such file; expected prompts, JSONL or Parquet")
     if args.output.exists():
         raise ValueError(f"{args.output}: exists already; remove it, or name another --output")
-    return job_of(
+    return build_generation_spec(
         args.checkpoint,
         args.prompts,
         args.output,
@@ -137,7 +137,7 @@ def job_of_arguments(args: argparse.Namespace) -> "Job":
 
 
 def sampling_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sampling_arguments` adds, as arguments of rollout.job.job_of."""
+    """What `add_sampling_arguments` adds, as arguments of rollout.generation_spec.build_generation_spec."""
     return {
         "who": args.who,
         "hf": args.hf,

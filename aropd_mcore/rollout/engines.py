@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from aropd_mcore.convert.convert import export_hf
+from aropd_mcore.convert.import_export import export_hf
 from aropd_mcore.convert.source import MegatronSource, Source
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import load_weights
 from aropd_mcore.rollout.engine import RolloutEngine, never
-from aropd_mcore.rollout.job import Job
+from aropd_mcore.rollout.generation_spec import GenerationSpec
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import Serving
@@ -66,19 +66,19 @@ def build_engine(
             )
 
 
-def load_model(job: Job, runtime: Runtime, source: Source | None = None) -> StageModel:
+def load_model(spec: GenerationSpec, runtime: Runtime, source: Source | None = None) -> StageModel:
     """This rank's shard of the job's model, or of another checkpoint of the same architecture.
 
     Collectives: those of the model's construction; every rank must call it.
     """
-    model = build_model(job.source.hf_folder, runtime, dtype=runtime.dtype(job.dtype))
-    load_weights(model, source or job.source, runtime)
+    model = build_model(spec.source.hf_folder, runtime, dtype=runtime.dtype(spec.dtype))
+    load_weights(model, source or spec.source, runtime)
     return model
 
 
 @contextmanager
 def generation_engine(
-    job: Job,
+    spec: GenerationSpec,
     runtime: Runtime,
     model: StageModel,
     *,
@@ -98,16 +98,16 @@ def generation_engine(
         ValueError, OSError: what is wrong with the checkpoint or the engine's settings.
     Collectives: those of `update_weights`; every rank must call it.
     """
-    weights = _weights_folder(job, scratch)
+    weights = _weights_folder(spec, scratch)
     engine = build_engine(
-        _serving(job, model, weights, longest_prompt, scratch),
+        _serving(spec, model, weights, longest_prompt, scratch),
         model,
         runtime,
         eos_token_ids=eos_token_ids,
         probe_ids=probe_ids,
     )
     try:
-        engine.update_weights(job.weight_version or 0)
+        engine.update_weights(spec.weight_version or 0)
         yield engine
     finally:
         engine.close()
@@ -115,26 +115,26 @@ def generation_engine(
             shutil.rmtree(weights, ignore_errors=True)
 
 
-def _weights_folder(job: Job, scratch: Path) -> Path:
+def _weights_folder(spec: GenerationSpec, scratch: Path) -> Path:
     """Folder of the servers' weights, of this job only even below a weights_dir that jobs share."""
-    if job.rollout.vllm.weights_dir is None:
+    if spec.rollout.vllm.weights_dir is None:
         return scratch / "weights"
-    name = hashlib.sha256(str(job.output.resolve()).encode()).hexdigest()[:16]
-    return job.rollout.vllm.weights_dir / f"generate-{name}"
+    name = hashlib.sha256(str(spec.output.resolve()).encode()).hexdigest()[:16]
+    return spec.rollout.vllm.weights_dir / f"generate-{name}"
 
 
 def _serving(
-    job: Job, model: StageModel, weights: Path, longest_prompt: int, scratch: Path
+    spec: GenerationSpec, model: StageModel, weights: Path, longest_prompt: int, scratch: Path
 ) -> Serving:
     """What servers are started with: a complete HF folder, whose weights are replaced later."""
-    path, vllm = job.source.hf_folder, job.rollout.vllm
-    starts_servers = job.rollout.engine == "vllm" and not vllm.urls
-    if starts_servers and isinstance(job.source, MegatronSource):
+    path, vllm = spec.source.hf_folder, spec.rollout.vllm
+    starts_servers = spec.rollout.engine == "vllm" and not vllm.urls
+    if starts_servers and isinstance(spec.source, MegatronSource):
         path = weights / "hf"
         export = partial(
-            export_hf, job.source, path, dtype=model.config.params_dtype, overwrite=True
+            export_hf, spec.source, path, dtype=model.config.params_dtype, overwrite=True
         )
         run_on_rank0(export, takes_long=True)
     servers = vllm.model_copy(update={"weights_dir": weights})
-    rollout = job.rollout.model_copy(update={"vllm": servers})
-    return Serving(rollout, path, job.dtype, longest_prompt, scratch)
+    rollout = spec.rollout.model_copy(update={"vllm": servers})
+    return Serving(rollout, path, spec.dtype, longest_prompt, scratch)

@@ -19,7 +19,7 @@ from rich.progress import (
 
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
-from aropd_mcore.convert.convert import keep_companions
+from aropd_mcore.convert.import_export import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.locks import RunLock

@@ -30,7 +30,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.templates import fill
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import View, ViewBuilder
-from aropd_mcore.evaluate.figures import read_metrics
+from aropd_mcore.evaluation.figures import read_metrics
 
 T = TypeVar("T")
 HERE = Path(__file__).parent

@@ -21,8 +21,8 @@ from typing import Any
 from methods import ABLATIONS, GRID, MAIN, RATES, REFERENCE
 from study import ANCHORS, DECODINGS, VIEWS
 
-from aropd_mcore.evaluate.predictors import SIGNALS
-from aropd_mcore.evaluate.statistics import interval, percent
+from aropd_mcore.evaluation.predictors import SIGNALS
+from aropd_mcore.evaluation.statistics import interval, percent
 
 HERE = Path(__file__).parent
 BUCKETS = {"2 steps": (2,), "3 and 4 steps": (3, 4), "5 and 6 steps": (5, 6)}

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from aropd_mcore import cli
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
-from aropd_mcore.evaluate.tasks import Choices, parse_task, read_task
+from aropd_mcore.evaluation.tasks import Choices, parse_task, read_task
 from tests.conftest import REPO
 from tests.tiny_runs import write_model
 

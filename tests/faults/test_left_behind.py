@@ -138,9 +138,9 @@ time.sleep(600)
 
 GRADER = """
 import threading, time
-from aropd_mcore.evaluate.grade import Graders
-from aropd_mcore.evaluate.sandbox import Program, run_tests
-from aropd_mcore.evaluate.tasks import MathAnswer
+from aropd_mcore.evaluation.grade import Graders
+from aropd_mcore.evaluation.sandbox import Program, run_tests
+from aropd_mcore.evaluation.tasks import MathAnswer
 
 def sleep(isolate):
     run_tests(Program("import time; time.sleep(600)", [], ""), isolate=isolate)

@@ -21,7 +21,7 @@ from aropd_mcore import cli
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.convert import keep_companions
+from aropd_mcore.convert.import_export import keep_companions
 from aropd_mcore.convert.inspect import inspect
 from aropd_mcore.convert.manifest import newest, read_manifest, step_of
 from aropd_mcore.convert.source import HF_FOLDER, HFSource, open_source

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aropd_mcore.convert.convert import export_hf, import_hf
 from aropd_mcore.convert.hf_io import HFWeights
+from aropd_mcore.convert.import_export import export_hf, import_hf
 from aropd_mcore.convert.source import HFSource, MegatronSource
 from aropd_mcore.convert.verify import verify
 from tests.ranks import run_ranks

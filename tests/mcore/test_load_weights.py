@@ -12,7 +12,7 @@ import torch
 from aropd_mcore import cli
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.convert import import_hf
+from aropd_mcore.convert.import_export import import_hf
 from aropd_mcore.convert.source import HFSource, open_source
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.model import StageModel, build_model

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from aropd_mcore.cli import main
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import load_config
-from aropd_mcore.plan.fit import job_of, remedies, sweep
+from aropd_mcore.plan.fit import build_planned_run, remedies, sweep
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.plan.memory import worst_stage
-from aropd_mcore.plan.setup import Setup, setup_of
+from aropd_mcore.plan.setup import Setup, build_setup
 from tests.conftest import REPO
 from tests.tiny_models import save_tiny_model
 from tests.tiny_runs import tiny_config
@@ -57,7 +57,9 @@ def test_remedies_make_it_fit(override: str, expected: set[str], monkeypatch, ca
     monkeypatch.chdir(REPO)
     path = str(CLUSTERS / "qwen2.5-7b-8xh100.yaml")
     room = ["--memory", "70"]
-    job = job_of(load_config(Path(path), [override]), 8, gpus_per_node=8, memory_bytes=70e9)
+    job = build_planned_run(
+        load_config(Path(path), [override]), 8, gpus_per_node=8, memory_bytes=70e9
+    )
     found = [remedy.change for remedy in remedies(job)]
     assert main(["plan", path, override, *room]) == 0
     printed = capsys.readouterr().out
@@ -76,7 +78,7 @@ def _arguments(change: str) -> list[str]:
 def test_sweep_is_sorted_and_fits(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen2.5-7b-8xh100.yaml"
-    job = job_of(load_config(path), 8, gpus_per_node=8, memory_bytes=80e9)
+    job = build_planned_run(load_config(path), 8, gpus_per_node=8, memory_bytes=80e9)
     found = sweep(job)
     times = [estimate.time.total for estimate in found]
     assert times == sorted(times)
@@ -112,13 +114,13 @@ def test_sweep_lists_every_layout_that_fits(family: str, tmp_path: Path):
             config = Config.model_validate(
                 {**tree, "parallel": parallel, "training": tree["training"] | training}
             )
-            peaks[values] = worst_stage(setup_of(config, 8)).peak
+            peaks[values] = worst_stage(build_setup(config, 8)).peak
         except (ValidationError, ValueError):
             continue
     assert any(values[PARALLEL.index("virtual_pipeline")] == 2 for values in peaks)
     assert any(values[PARALLEL.index("expert")] == 4 for values in peaks) == (family == "mixtral")
     room = sorted(peaks.values())[len(peaks) // 2]
-    job = job_of(Config.model_validate(tree), 8, gpus_per_node=8, memory_bytes=room)
+    job = build_planned_run(Config.model_validate(tree), 8, gpus_per_node=8, memory_bytes=room)
     found = [_settings(estimate.setup) for estimate in sweep(job)]
     assert len(found) == len(set(found))
     assert set(found) == {values for values, peak in peaks.items() if peak <= room}
@@ -134,7 +136,7 @@ def test_experts_shared_out_are_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen3-235b-a22b-256xh100.yaml"
     machines = {"gpus_per_node": 8, "memory_bytes": 80e9}
-    whole = job_of(load_config(path, ["parallel.expert=1"]), 256, **machines)
+    whole = build_planned_run(load_config(path, ["parallel.expert=1"]), 256, **machines)
     assert whole.estimate().memory.state["weights"] > 100e9
     assert "parallel.expert=64" in [remedy.change for remedy in remedies(whole)]
 
@@ -189,7 +191,7 @@ def test_packing_is_planned_by_its_budget(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen2.5-7b-8xh100.yaml"
     packed = ["training.packing=true", "training.max_tokens_per_microbatch=4500"]
-    job = job_of(load_config(path, packed), 8, gpus_per_node=8, memory_bytes=80e9)
+    job = build_planned_run(load_config(path, packed), 8, gpus_per_node=8, memory_bytes=80e9)
     setup = job.estimate().setup
     assert (setup.num_microbatches, setup.microbatch_tokens) == (8, 4500)
 

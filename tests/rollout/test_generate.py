@@ -21,7 +21,7 @@ from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.rollout.generate import generate, start_runtime
-from aropd_mcore.rollout.job import job_of
+from aropd_mcore.rollout.generation_spec import build_generation_spec
 from aropd_mcore.rollout.lines_file import LinesFile
 from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train
@@ -63,7 +63,7 @@ def generate_all(calls: list[Call]) -> list[str]:
     """On every rank: what each call's error says, or nothing."""
     errors = []
     for call in calls:
-        job = job_of(**{"rollout": SAMPLING, "parallel": {}} | call)
+        job = build_generation_spec(**{"rollout": SAMPLING, "parallel": {}} | call)
         here = start_runtime(job)
         try:
             generate(job, here)

@@ -24,7 +24,7 @@ from random_runs import DENSE, WARM_UP, build_run, on_ranks, peaks_of_a_step
 from aropd_mcore.config import Config
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.memory import Memory, stage_memory
-from aropd_mcore.plan.setup import setup_of
+from aropd_mcore.plan.setup import build_setup
 
 ON_GPU = torch.cuda.is_available()
 if ON_GPU:  # Qwen2.5-1.5B's shape
@@ -129,7 +129,9 @@ def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict
     layout = LAYOUTS[name]
     config = _config(layout, responses)
     device = "gpu" if ON_GPU else "cpu"
-    setup = setup_of(config, layout.ranks, device=device, architecture=_architecture(layout.model))
+    setup = build_setup(
+        config, layout.ranks, device=device, architecture=_architecture(layout.model)
+    )
     with tempfile.TemporaryDirectory() as folder:
         on_ranks(_rank, layout.ranks, folder, name, responses, exact_memory=True)
         found = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank*.json"))]

@@ -38,7 +38,7 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_flops
-from aropd_mcore.plan.setup import Setup, setup_of
+from aropd_mcore.plan.setup import Setup, build_setup
 
 SMALL: dict[str, Any] = DENSE | {
     "hidden_size": 256,
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         args.config, args.hf = _run_of(paths, overrides)
         for config in rows_of(args.config).values():
-            setup_of(config, args.ranks, architecture=read_architecture(args.hf))
+            build_setup(config, args.ranks, architecture=read_architecture(args.hf))
     except ValueError as error:
         parser.error(str(error))
     return args

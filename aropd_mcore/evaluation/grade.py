@@ -19,17 +19,17 @@ from types import TracebackType
 from typing import Literal
 
 from aropd_mcore import lifetime
-from aropd_mcore.evaluate.extract import Extracted, choice_letter, math_answer, python_code
-from aropd_mcore.evaluate.normalize import (
+from aropd_mcore.evaluation.extract import Extracted, choice_letter, math_answer, python_code
+from aropd_mcore.evaluation.normalize import (
     LONGEST_ANSWER,
     is_words,
     normal_answer,
     without_unit,
     words_of,
 )
-from aropd_mcore.evaluate.sandbox import Limits, Program, run_tests
-from aropd_mcore.evaluate.tasks import Choices, CodeTests, Gold, MathAnswer
-from aropd_mcore.evaluate.values import only_value
+from aropd_mcore.evaluation.sandbox import Limits, Program, run_tests
+from aropd_mcore.evaluation.tasks import Choices, CodeTests, Gold, MathAnswer
+from aropd_mcore.evaluation.values import only_value
 
 _CHILD = Path(__file__).with_name("math_child.py")
 _MATH_SECONDS = 20.0
@@ -52,7 +52,7 @@ class Grade:
     extracted: str | None
     """The answer within the response."""
     rule: str
-    """Which found it (evaluate/extract.py); `none`."""
+    """Which found it (evaluation/extract.py); `none`."""
     verdict: Verdict
     """`time`: grading it went over a time limit; it counts as wrong."""
     failure: str | None = None

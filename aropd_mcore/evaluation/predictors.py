@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aropd_mcore.data.thoughts import opened_thought
-from aropd_mcore.evaluate.diagnosis import Scored
-from aropd_mcore.evaluate.grade import Graders, check_graders
-from aropd_mcore.evaluate.statistics import accuracy, auc, auc_interval, interval
-from aropd_mcore.evaluate.tasks import MathAnswer
+from aropd_mcore.evaluation.diagnose.summary import Scored
+from aropd_mcore.evaluation.grade import Graders, check_graders
+from aropd_mcore.evaluation.statistics import accuracy, auc, auc_interval, interval
+from aropd_mcore.evaluation.tasks import MathAnswer
 from aropd_mcore.types import Views
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ def grade(
 
     answers = [views[one.row].row.answer.strip() for one in scored]
     can_grade = [bool(answer) and not answer.startswith("```") for answer in answers]
-    asked = [
+    request = [
         (text(one), MathAnswer(answer))
         for one, answer, can in zip(scored, answers, can_grade, strict=True)
         if can
     ]
     with Graders() as graders:
-        grades = graders.grade_all(asked)
+        grades = graders.grade_all(request)
         return [next(grades).verdict == "right" if can else None for can in can_grade]
 
 

@@ -27,10 +27,10 @@ from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.data.thoughts import opened_thought
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
-from aropd_mcore.evaluate.grade import Graders, check_graders
-from aropd_mcore.evaluate.summary import summarize
-from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Problem, Task, read_task
-from aropd_mcore.rollout.job import Job, job_of
+from aropd_mcore.evaluation.grade import Graders, check_graders
+from aropd_mcore.evaluation.summary import summarize
+from aropd_mcore.evaluation.tasks import Choices, CodeTests, MathAnswer, Problem, Task, read_task
+from aropd_mcore.rollout.generation_spec import GenerationSpec, build_generation_spec
 from aropd_mcore.rollout.lines_file import LinesFile, other_value
 from aropd_mcore.types import Row
 
@@ -39,7 +39,7 @@ from aropd_mcore.types import Row
 class Evaluation:
     """A model, problems, and the folder for what comes of them."""
 
-    job: Job
+    spec: GenerationSpec
     """Which makes the responses."""
     tasks: tuple[Task, ...]
     problems: tuple[Problem, ...]
@@ -52,7 +52,7 @@ class Evaluation:
 
     @property
     def is_sampled(self) -> bool:
-        return self.job.output.exists()
+        return self.spec.output.exists()
 
     def identity(self) -> dict[str, Any]:
         """What its samples depend on, as JSON holds it."""
@@ -60,17 +60,17 @@ class Evaluation:
             f"sha256 of {task.name}": hashlib.sha256(task.path.read_bytes()).hexdigest()
             for task in self.tasks
         }
-        return self.job.identity() | sums | {"code_asserts": self.code_asserts}
+        return self.spec.identity() | sums | {"code_asserts": self.code_asserts}
 
 
-def evaluation_of(
+def build_evaluation(
     model: Path,
     tasks: Sequence[Task],
     out: Path,
     *,
     allow_code_execution: bool,
     code_asserts: int | None = None,
-    **job: Any,
+    **spec: Any,
 ) -> Evaluation:
     """Read the tasks, check all that is asked for, and write OUT's first two files.
 
@@ -79,7 +79,7 @@ def evaluation_of(
     Args:
         model: see open_source.
         code_asserts: see tasks.read_task.
-        job: more arguments of rollout.job.job_of.
+        job: more arguments of rollout.generation_spec.build_generation_spec.
     Raises:
         ValueError: what cannot be used, and why; or OUT holds another evaluation.
     """
@@ -95,7 +95,7 @@ def evaluation_of(
             f"task {code!r} is graded by running the code that the model writes, in a sandbox; "
             "give --allow-code-execution"
         )
-    made = job_of(model, out / "prompts.jsonl", out / "responses.jsonl", **job)
+    made = build_generation_spec(model, out / "prompts.jsonl", out / "responses.jsonl", **spec)
     if made.rollout.temperature == 0 and made.rollout.rollouts_per_prompt > 1:
         raise ConfigError(
             f"--samples {made.rollout.rollouts_per_prompt}: greedy samples are all the same; give "
@@ -108,7 +108,7 @@ def evaluation_of(
 
 
 def _begin(evaluation: Evaluation) -> None:
-    out, prompts = evaluation.out, evaluation.job.prompts
+    out, prompts = evaluation.out, evaluation.spec.prompts
     lines = "".join(
         json.dumps({"task": p.task, "id": p.id, "question": p.question}) + "\n"
         for p in evaluation.problems
@@ -141,7 +141,7 @@ def grade(evaluation: Evaluation) -> dict[str, Any]:
     with path.open() as file:
         summary = summarize(
             [json.loads(line) for line in file],
-            num_samples=evaluation.job.rollout.rollouts_per_prompt,
+            num_samples=evaluation.spec.rollout.rollouts_per_prompt,
             not_isolated=evaluation.not_isolated,
         )
     if evaluation.code_asserts is not None:
@@ -152,12 +152,12 @@ def grade(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _write_samples(evaluation: Evaluation, path: Path) -> None:
-    samples = evaluation.job.rollout.rollouts_per_prompt
+    samples = evaluation.spec.rollout.rollouts_per_prompt
     num_all = len(evaluation.problems) * samples
     console = Console(stderr=True, highlight=False)
     with LinesFile(path, evaluation.identity()) as file, Graders() as graders:
         console.print(f"grading {num_all - file.num_lines} responses")
-        with evaluation.job.output.open() as responses:
+        with evaluation.spec.output.open() as responses:
             lines = list(map(json.loads, islice(responses, file.num_lines, None)))
         problems = [evaluation.problems[(file.num_lines + i) // samples] for i in range(len(lines))]
         prompts = list(_prompts(evaluation, problems))
@@ -180,9 +180,9 @@ def _write_samples(evaluation: Evaluation, path: Path) -> None:
 
 def _prompts(evaluation: Evaluation, problems: Sequence[Problem]) -> Iterator[str]:
     """Each problem's prompt, as the model sees it."""
-    job = evaluation.job
-    tokenizer = load_tokenizer(job.source.hf_folder)
-    views = ViewBuilder(tokenizer, job.views)
+    spec = evaluation.spec
+    tokenizer = load_tokenizer(spec.source.hf_folder)
+    views = ViewBuilder(tokenizer, spec.views)
     last, text = None, ""
     for problem in problems:
         if problem is not last:  # its next sample

@@ -20,7 +20,7 @@ from aropd_mcore.convert.source import MegatronSource, Source, Who, open_source
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationSpec:
     """Responses to a file of prompts, from one model."""
 
     source: Source
@@ -69,7 +69,7 @@ class Job:
         }
 
 
-def job_of(
+def build_generation_spec(
     checkpoint: Path,
     prompts: Path,
     output: Path,
@@ -82,7 +82,7 @@ def job_of(
     dtype: str = "auto",
     seed: int = 1234,
     with_logprobs: bool = False,
-) -> Job:
+) -> GenerationSpec:
     """Open the checkpoint, by its headers alone, and check what is asked of it.
 
     Args:
@@ -120,7 +120,7 @@ def job_of(
             + (f", kv_cache_tokens is {c}" if (c := settings.kv_cache_tokens) else "")
         )
     run = given or config_of_run(source)
-    return Job(
+    return GenerationSpec(
         source=source,
         who=who,
         prompts=prompts,

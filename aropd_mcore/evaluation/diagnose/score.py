@@ -19,9 +19,9 @@ from aropd_mcore.data.packing import Groups, consecutive
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
-from aropd_mcore.evaluate.diagnosis import Scored, summarize
-from aropd_mcore.evaluate.figures import describe_diagnosis, plot_diagnosis
-from aropd_mcore.evaluate.predictors import predict
+from aropd_mcore.evaluation.diagnose.summary import Scored, summarize
+from aropd_mcore.evaluation.figures import describe_diagnosis, plot_diagnosis
+from aropd_mcore.evaluation.predictors import predict
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.scoring import Scores, score_responses
@@ -29,7 +29,12 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
 from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
-from aropd_mcore.rollout.job import Job, config_of_run, job_of, run_folder
+from aropd_mcore.rollout.generation_spec import (
+    GenerationSpec,
+    build_generation_spec,
+    config_of_run,
+    run_folder,
+)
 from aropd_mcore.rollout.lines_file import partial_folder
 from aropd_mcore.types import Microbatch, Rollout, Sample, Views
 
@@ -43,10 +48,10 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class DiagnosisSpec:
     """A model, rows with their views, and the file for what comes of them."""
 
-    job: Job
+    spec: GenerationSpec
     """Which makes the responses; its output is the JSON file."""
     views: tuple[Views, ...]
     """Of each row."""
@@ -55,18 +60,18 @@ class Diagnosis:
 
     @property
     def places(self) -> list[Place]:
-        samples = self.job.rollout.rollouts_per_prompt
+        samples = self.spec.rollout.rollouts_per_prompt
         return [(row, sample) for row in range(len(self.views)) for sample in range(samples)]
 
     @property
     def has_own_teacher(self) -> bool:
-        source = self.job.source
+        source = self.spec.source
         return (
-            self.job.who == "student" and isinstance(source, MegatronSource) and source.has_teacher
+            self.spec.who == "student" and isinstance(source, MegatronSource) and source.has_teacher
         )
 
 
-def diagnosis_of(
+def build_diagnosis_spec(
     model: Path,
     data: Path,
     *,
@@ -75,24 +80,24 @@ def diagnosis_of(
     num_read: int,
     config: Path | None = None,
     rollout: Mapping[str, Any],
-    **job: Any,
-) -> Diagnosis:
+    **spec: Any,
+) -> DiagnosisSpec:
     """Open the checkpoint, by its headers alone, read the rows, and check what is asked of both.
 
     Args:
         model: see open_source.
         data: JSONL or Parquet of rows.
         out: folder; None: `diagnose` in the folder of the run that the checkpoint is of.
-        config, rollout, job: as in rollout.job.job_of; a max_response_tokens of None is the run's.
+        config, rollout, job: as in rollout.generation_spec.build_generation_spec; a max_response_tokens of None is the run's.
     Raises:
         ValueError: what cannot be used, and why.
     """
-    settings = load_config(config) if config else _config_of(model, job.get("hf"))
+    settings = load_config(config) if config else _config_of(model, spec.get("hf"))
     sampling = dict(rollout)
     if sampling.get("max_response_tokens") is None:
         known = settings.rollout if settings else RolloutConfig()
         sampling["max_response_tokens"] = known.max_response_tokens
-    made = job_of(model, data, Path(), config=config, rollout=sampling, **job)
+    made = build_generation_spec(model, data, Path(), config=config, rollout=sampling, **spec)
     folder = out or _default_folder(made)
     objective = settings.objective if settings else ObjectiveConfig()
     tokenizer = load_tokenizer(made.source.hf_folder)
@@ -107,30 +112,30 @@ def diagnosis_of(
             f"{made.source.architecture.max_position_embeddings} positions; lower "
             "--max-response-tokens, or views.max_prompt_tokens in --config"
         )
-    return Diagnosis(replace(made, output=folder / _name(made)), views, objective, num_read)
+    return DiagnosisSpec(replace(made, output=folder / _name(made)), views, objective, num_read)
 
 
 def _config_of(model: Path, hf: Path | None) -> Config | None:
     return config_of_run(open_source(model, hf=hf))
 
 
-def _default_folder(job: Job) -> Path:
-    run = run_folder(job.source)
+def _default_folder(spec: GenerationSpec) -> Path:
+    run = run_folder(spec.source)
     if run is None:
-        raise ConfigError(f"{job.source.path}: not a run's checkpoint; give --out")
+        raise ConfigError(f"{spec.source.path}: not a run's checkpoint; give --out")
     return run / "diagnose"
 
 
-def _name(job: Job) -> str:
-    parts = [job.prompts.name.partition(".")[0]]
-    if job.who == "teacher":
+def _name(spec: GenerationSpec) -> str:
+    parts = [spec.prompts.name.partition(".")[0]]
+    if spec.who == "teacher":
         parts.append("teacher")
-    if job.weight_version is not None:
-        parts.append(f"step{job.weight_version}")
+    if spec.weight_version is not None:
+        parts.append(f"step{spec.weight_version}")
     return "-".join(parts) + ".json"
 
 
-def diagnose(asked: Diagnosis, runtime: Runtime) -> None:
+def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
     """Sample, score, and write job.output and the plots beside it.
 
     Every response has the seed that `aropd generate` gives it, and the numbers are the same up to
@@ -141,56 +146,62 @@ def diagnose(asked: Diagnosis, runtime: Runtime) -> None:
         ValueError: on the first rank, where no response reaches a token that the loss counts.
     Collectives: the engine's and the models'; gathers over the job. Every rank must call.
     """
-    job = asked.job
-    tokenizer = load_tokenizer(job.source.hf_folder)
+    spec = request.spec
+    tokenizer = load_tokenizer(spec.source.hf_folder)
     console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=runtime.rank != 0)
-    console.print(_headline(asked, runtime), markup=False)
-    student = load_model(job, runtime)
-    teacher = _teacher(asked, runtime, student)
-    scratch = partial_folder(job.output)
+    console.print(_headline(request, runtime), markup=False)
+    student = load_model(spec, runtime)
+    teacher = _teacher(request, runtime, student)
+    scratch = partial_folder(spec.output)
     sampling = generation_engine(
-        job,
+        spec,
         runtime,
         student,
-        eos_token_ids=eos_token_ids(job.source.hf_folder, tokenizer),
-        probe_ids=asked.views[0].full_ids[-PROBE_TOKENS:],
-        longest_prompt=max(len(views.student_ids) for views in asked.views),
+        eos_token_ids=eos_token_ids(spec.source.hf_folder, tokenizer),
+        probe_ids=request.views[0].full_ids[-PROBE_TOKENS:],
+        longest_prompt=max(len(views.student_ids) for views in request.views),
         scratch=scratch,
     )
     scored: list[Scored] = []
     with sampling as engine:
-        for places in _pieces(asked, runtime):
-            scored += _score_piece(asked, runtime, engine, student, teacher, places)
-            console.print(f"responses {len(scored)}/{len(asked.places)}")
+        for places in _pieces(request, runtime):
+            scored += _score_piece(request, runtime, engine, student, teacher, places)
+            console.print(f"responses {len(scored)}/{len(request.places)}")
     if runtime.rank == 0:
         shutil.rmtree(scratch, ignore_errors=True)  # logs of servers
-        diagnosis = {"model": _model(asked), "data": _data(asked), "settings": _settings(asked)}
-        diagnosis |= summarize(scored, asked.views, tokenizer, asked.objective)
-        skip = asked.objective.skip_response_tokens
-        diagnosis["predictors"] = predict(scored, asked.views, tokenizer, skip_response_tokens=skip)
-        write_atomically(job.output, [json.dumps(diagnosis), "\n"])
+        diagnosis = {
+            "model": _model(request),
+            "data": _data(request),
+            "settings": _settings(request),
+        }
+        diagnosis |= summarize(scored, request.views, tokenizer, request.objective)
+        skip = request.objective.skip_response_tokens
+        diagnosis["predictors"] = predict(
+            scored, request.views, tokenizer, skip_response_tokens=skip
+        )
+        write_atomically(spec.output, [json.dumps(diagnosis), "\n"])
         console.print(describe_diagnosis(diagnosis), markup=False)
-        plot_diagnosis(diagnosis, job.output.with_suffix(".png"))
+        plot_diagnosis(diagnosis, spec.output.with_suffix(".png"))
 
 
-def _teacher(asked: Diagnosis, runtime: Runtime, student: StageModel) -> Teacher:
-    if not asked.has_own_teacher:
+def _teacher(request: DiagnosisSpec, runtime: Runtime, student: StageModel) -> Teacher:
+    if not request.has_own_teacher:
         return Teacher(TeacherConfig(kind="live"), runtime, student=student, model=None)
-    job = asked.job
-    source = open_source(job.source.path, who="teacher", hf=job.source.hf_folder)
-    model = load_model(job, runtime, source)
+    spec = request.spec
+    source = open_source(spec.source.path, who="teacher", hf=spec.source.hf_folder)
+    model = load_model(spec, runtime, source)
     return Teacher(TeacherConfig(kind="frozen"), runtime, student=student, model=model)
 
 
-def _pieces(asked: Diagnosis, runtime: Runtime) -> Iterator[list[Place]]:
+def _pieces(request: DiagnosisSpec, runtime: Runtime) -> Iterator[list[Place]]:
     """Whose hidden states exist at the same time."""
-    places, num_at_once = asked.places, 2 * asked.job.rollout.batch_size * runtime.dp_size
+    places, num_at_once = request.places, 2 * request.spec.rollout.batch_size * runtime.dp_size
     for first in range(0, len(places), num_at_once):
         yield places[first : first + num_at_once]
 
 
 def _score_piece(
-    asked: Diagnosis,
+    request: DiagnosisSpec,
     runtime: Runtime,
     engine: RolloutEngine,
     student: StageModel,
@@ -201,27 +212,27 @@ def _score_piece(
 
     Model replicas take turns at the responses: the same ones whatever their number.
     """
-    job = asked.job
+    spec = request.spec
     share = places[runtime.dp_rank :: runtime.dp_size]
     batch = PromptBatch(
-        [asked.views[row].student_ids for row, _ in share],
-        [rollout_seed(job.seed, row, sample) for row, sample in share],
-        job.rollout,
+        [request.views[row].student_ids for row, _ in share],
+        [rollout_seed(spec.seed, row, sample) for row, sample in share],
+        spec.rollout,
     )
     rollouts = engine.submit(batch).result()
     groups = consecutive(len(share), _MICRO_BATCH_SIZE)
     # As many as the replica with most has: those that share experts go through them together.
     most = -(-len(places) // runtime.dp_size)
     groups += [[]] * (-(-most // _MICRO_BATCH_SIZE) - len(groups))
-    microbatches = _microbatches(asked, runtime, share, rollouts, groups)
-    is_read = [row * job.rollout.rollouts_per_prompt + s < asked.num_read for row, s in share]
+    microbatches = _microbatches(request, runtime, share, rollouts, groups)
+    is_read = [row * spec.rollout.rollouts_per_prompt + s < request.num_read for row, s in share]
     num_top = min(NUM_TOP, student.vocab_size)
     scores = score_responses(
         student,
         teacher,
         microbatches,
         [num_top if any(is_read[i] for i in group) else 0 for group in groups],
-        asked.objective,
+        request.objective,
         runtime,
     )
     mine = []
@@ -235,7 +246,7 @@ def _score_piece(
 
 
 def _microbatches(
-    asked: Diagnosis,
+    request: DiagnosisSpec,
     runtime: Runtime,
     share: Sequence[Place],
     rollouts: Sequence[Rollout],
@@ -243,13 +254,13 @@ def _microbatches(
 ) -> list[Microbatch]:
     samples = [
         Sample(v.student_ids, v.partial_ids, v.full_ids, rollout.response_ids, 1.0)
-        for v, rollout in zip((asked.views[row] for row, _ in share), rollouts, strict=True)
+        for v, rollout in zip((request.views[row] for row, _ in share), rollouts, strict=True)
     ]
     microbatches = collate(
         samples,
         groups,
         skip_response_tokens=0,
-        pad_token_id=asked.views[0].student_ids[0],  # nobody sees it
+        pad_token_id=request.views[0].student_ids[0],  # nobody sees it
         length_multiple=runtime.length_multiple,
     )
     return [microbatch.to(runtime.device) for microbatch in microbatches]
@@ -274,24 +285,24 @@ def _scored(
         yield Scored(*share[index], rollouts[index], own)
 
 
-def _model(asked: Diagnosis) -> dict[str, Any]:
-    job = asked.job
+def _model(request: DiagnosisSpec) -> dict[str, Any]:
+    spec = request.spec
     return {
-        "path": str(job.source.path),
-        "weights": job.who,
-        "step": job.weight_version,
-        "teacher": "own" if asked.has_own_teacher else "the model itself",
-        "dtype": job.dtype,
+        "path": str(spec.source.path),
+        "weights": spec.who,
+        "step": spec.weight_version,
+        "teacher": "own" if request.has_own_teacher else "the model itself",
+        "dtype": spec.dtype,
     }
 
 
-def _data(asked: Diagnosis) -> dict[str, Any]:
-    samples = asked.job.rollout.rollouts_per_prompt
-    return {"path": str(asked.job.prompts), "rows": len(asked.views), "samples": samples}
+def _data(request: DiagnosisSpec) -> dict[str, Any]:
+    samples = request.spec.rollout.rollouts_per_prompt
+    return {"path": str(request.spec.prompts), "rows": len(request.views), "samples": samples}
 
 
-def _settings(asked: Diagnosis) -> dict[str, Any]:
-    objective, rollout, views = asked.objective, asked.job.rollout, asked.job.views
+def _settings(request: DiagnosisSpec) -> dict[str, Any]:
+    objective, rollout, views = request.objective, request.spec.rollout, request.spec.views
     return {
         "residual_scale": objective.residual_scale,
         "residual_clip": objective.residual_clip,
@@ -305,17 +316,17 @@ def _settings(asked: Diagnosis) -> dict[str, Any]:
         "temperature": rollout.temperature,
         "top_p": rollout.top_p,
         "top_k": rollout.top_k,
-        "seed": asked.job.seed,
+        "seed": request.spec.seed,
     }
 
 
-def _headline(asked: Diagnosis, runtime: Runtime) -> str:
-    job = asked.job
-    dtype = str(runtime.dtype(job.dtype)).removeprefix("torch.")
-    teacher = "its own teacher" if asked.has_own_teacher else "itself as the teacher"
+def _headline(request: DiagnosisSpec, runtime: Runtime) -> str:
+    spec = request.spec
+    dtype = str(runtime.dtype(spec.dtype)).removeprefix("torch.")
+    teacher = "its own teacher" if request.has_own_teacher else "itself as the teacher"
     return (
-        f"{job.source.path} ({job.who}) with {teacher}, in {dtype} on {runtime.device.type}, "
-        f"{describe(job.parallel, runtime.dp_size)}\n"
-        f"{len(asked.views)} rows, {job.rollout.rollouts_per_prompt} samples each, engine "
-        f"{job.rollout.engine}, seed {job.seed}"
+        f"{spec.source.path} ({spec.who}) with {teacher}, in {dtype} on {runtime.device.type}, "
+        f"{describe(spec.parallel, runtime.dp_size)}\n"
+        f"{len(request.views)} rows, {spec.rollout.rollouts_per_prompt} samples each, engine "
+        f"{spec.rollout.engine}, seed {spec.seed}"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from aropd_mcore.evaluate.statistics import accuracy, interval, pass_at
+from aropd_mcore.evaluation.statistics import accuracy, interval, pass_at
 from aropd_mcore.numerics.position_metrics import BUCKET_NAMES, POSITION_BUCKETS
 
 Sample = Mapping[str, Any]

@@ -83,18 +83,18 @@ def run_tests(program: Program, limits: Limits | None = None, *, isolate: bool =
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as other_folder,
     ):
-        asked, answered = os.pipe(), os.pipe()
+        request, answered = os.pipe(), os.pipe()
         settings = {"limits": asdict(limits), "isolate": isolate, "parent": os.getpid()}
         try:
             candidate = _start(
-                "candidate", settings | {"folder": folder}, stdin=asked[0], stdout=answered[1]
+                "candidate", settings | {"folder": folder}, stdin=request[0], stdout=answered[1]
             )
-            pipes = (answered[0], asked[1])
+            pipes = (answered[0], request[1])
             checker = _start(
                 "checker", settings | {"folder": other_folder, "pipes": pipes}, pipes=pipes
             )
         finally:
-            for end in (*asked, *answered):
+            for end in (*request, *answered):
                 os.close(end)
         try:
             said, _ = checker.communicate(json.dumps(asdict(program)).encode(), limits.wall)

@@ -9,7 +9,7 @@ import re
 from collections import deque
 from typing import NamedTuple
 
-from aropd_mcore.evaluate.normalize import normal_answer
+from aropd_mcore.evaluation.normalize import normal_answer
 
 _WHOLE = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|[ ])\d{3})++(?!\d)|\d++)"
 _AFTER = r"(?:\s?\\?%|[ ]?[aApP]\.?[mM]\b)"  # %, a.m. or p.m.

@@ -22,8 +22,8 @@ from aropd_mcore import __version__
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.prepare import write_atomically
-from aropd_mcore.evaluate.diagnosis import SCHEMA
-from aropd_mcore.evaluate.figures import read_metrics
+from aropd_mcore.evaluation.diagnose.summary import SCHEMA
+from aropd_mcore.evaluation.figures import read_metrics
 from aropd_mcore.numerics.position_metrics import METRICS
 
 _PAGE = Path(__file__).with_name("report_page")

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from aropd_mcore.data.answer_marks import boxed_answer, hashes_answer, tagged_answer
 from aropd_mcore.data.thoughts import split_thoughts
-from aropd_mcore.evaluate.choices import stated_choice
-from aropd_mcore.evaluate.normalize import plain_text
-from aropd_mcore.evaluate.tasks import Choices, CodeTests
-from aropd_mcore.evaluate.values import last_value, stated_value, words_at_the_end
+from aropd_mcore.evaluation.choices import stated_choice
+from aropd_mcore.evaluation.normalize import plain_text
+from aropd_mcore.evaluation.tasks import Choices, CodeTests
+from aropd_mcore.evaluation.values import last_value, stated_value, words_at_the_end
 
 _FENCE = re.compile(r"^[ \t]*```")
 

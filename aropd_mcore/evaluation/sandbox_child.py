@@ -454,7 +454,7 @@ def _number_of(value: Any) -> int:
     return value._number
 
 
-def check(channel: Channel, job: dict[str, Any]) -> str:
+def check(channel: Channel, spec: dict[str, Any]) -> str:
     """Run a task's tests; nothing where they pass, or what stopped them.
 
     Args:
@@ -479,11 +479,11 @@ def check(channel: Channel, job: dict[str, Any]) -> str:
 
     names: dict[str, Any] = {"__name__": "tests"}
     try:
-        exec(compile(job["setup"], "setup.py", "exec"), names)
-        ask(job["code"])
+        exec(compile(spec["setup"], "setup.py", "exec"), names)
+        ask(spec["code"])
         module = _Remote(ask, _MODULE)
-        names |= {name: getattr(module, name) for name in job["names"]}
-        exec(compile(job["tests"], "tests.py", "exec"), names)
+        names |= {name: getattr(module, name) for name in spec["names"]}
+        exec(compile(spec["tests"], "tests.py", "exec"), names)
     except Ended:
         return "ended"
     except BaseException as error:
@@ -492,10 +492,10 @@ def check(channel: Channel, job: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """`role settings`, as evaluate/sandbox.py starts it."""
+    """`role settings`, as evaluation/sandbox.py starts it."""
     role, settings = sys.argv[1], json.loads(sys.argv[2])
     sys.set_int_max_str_digits(0)
-    job = json.load(sys.stdin.buffer) if role == "checker" else {}
+    spec = json.load(sys.stdin.buffer) if role == "checker" else {}
     verdict = os.dup(1)
     channel = Channel(*settings["pipes"]) if role == "checker" else Channel(os.dup(0), verdict)
     null = os.open(os.devnull, os.O_RDWR)
@@ -513,7 +513,7 @@ def main() -> None:
     # What the candidate says before it has seen any code can be believed.
     try:
         problem = channel.receive() or problem
-        failure = check(channel, job)
+        failure = check(channel, spec)
     except Ended:
         failure = "ended"
     os.write(verdict, json.dumps({"failure": failure, "not_isolated": problem}).encode())

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from aropd_mcore.evaluate.extract import math_answer
-from aropd_mcore.evaluate.grade import Graders
-from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Task, read_task
-from tests.evaluate.answer_cases import CHOICES, HUMANEVAL, MATHEMATICS, OTHER_CHOICES
+from aropd_mcore.evaluation.extract import math_answer
+from aropd_mcore.evaluation.grade import Graders
+from aropd_mcore.evaluation.tasks import Choices, CodeTests, MathAnswer, Task, read_task
+from tests.evaluation.answer_cases import CHOICES, HUMANEVAL, MATHEMATICS, OTHER_CHOICES
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from collections import deque
 
 from aropd_mcore.data.answer_marks import boxed_answer, tagged_answer
 from aropd_mcore.data.multiple_choice import LETTERS
-from aropd_mcore.evaluate.normalize import normal_answer, without_text_commands, words_of
-from aropd_mcore.evaluate.tasks import Choices
+from aropd_mcore.evaluation.normalize import normal_answer, without_text_commands, words_of
+from aropd_mcore.evaluation.tasks import Choices
 
 _OPEN = r"(?:[*_`\"'(\[{$]|\\(?:text|math)\w{0,8}\s?\{|\\[(\[]){0,12}+"
 _CLOSE = r"[*_`\"')\]}$\\]{0,12}"

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from aropd_mcore.evaluate.extract import choice_letter, math_answer
-from aropd_mcore.evaluate.grade import Graders
-from aropd_mcore.evaluate.tasks import Choices, CodeTests, MathAnswer, Task, read_task
+from aropd_mcore.evaluation.extract import choice_letter, math_answer
+from aropd_mcore.evaluation.grade import Graders
+from aropd_mcore.evaluation.tasks import Choices, CodeTests, MathAnswer, Task, read_task
 
 FOUR = Choices(("a red ball", "blue", "green", "None of these"), "C")
 CODE = CodeTests(("f",), "assert f(2) == 4", header="K = 2\n", prompt="K = 2\ndef f(x):\n")

@@ -68,7 +68,7 @@ def _job_venv(environment: Mapping[str, str]) -> str:
     return environment.get("VENV") or sys.prefix
 
 
-def launch_of(
+def build_launch(
     config: Config,
     arguments: Sequence[str],
     *,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aropd_mcore.evaluate.sandbox import Limits, Outcome, Program, run_tests
+from aropd_mcore.evaluation.sandbox import Limits, Outcome, Program, run_tests
 
 LIMITS = Limits(cpu=1, wall=5.0, memory=1 << 30, disk=1 << 20)
 RIGHT = "def double(x): return x * 2\n"

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from aropd_mcore import cli
-from aropd_mcore.evaluate.evaluate import evaluation_of, grade
-from aropd_mcore.evaluate.tasks import parse_task
+from aropd_mcore.evaluation.run import build_evaluation, grade
+from aropd_mcore.evaluation.tasks import parse_task
 from aropd_mcore.mcore import runtime
 from aropd_mcore.rollout.generate import generate, start_runtime
 from tests.ranks import run_ranks, shutdown_pool
@@ -48,7 +48,7 @@ def evaluate_here(calls: list[dict[str, Any]]) -> None:
         tasks = [parse_task(f"{name}={path}") for name, path in call.pop("tasks").items()]
         sampling = {"max_response_tokens": 12, "temperature": 0.0} | call.pop("rollout", {})
         call = {"allow_code_execution": False, "parallel": {}, "rollout": sampling} | call
-        evaluation = evaluation_of(tasks=tasks, **call)
+        evaluation = build_evaluation(tasks=tasks, **call)
         here = start_runtime(evaluation.job)
         generate(evaluation.job, here)
         runtime.stop()

@@ -17,10 +17,10 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
-from aropd_mcore.evaluate import grade
-from aropd_mcore.evaluate.diagnose import NUM_TOP, diagnose, diagnosis_of
-from aropd_mcore.evaluate.diagnosis import FLOORS, GAPS, Scored, summarize
-from aropd_mcore.evaluate.predictors import predict
+from aropd_mcore.evaluation import grade
+from aropd_mcore.evaluation.diagnose.score import NUM_TOP, build_diagnosis_spec, diagnose
+from aropd_mcore.evaluation.diagnose.summary import FLOORS, GAPS, Scored, summarize
+from aropd_mcore.evaluation.predictors import predict
 from aropd_mcore.mcore import runtime
 from aropd_mcore.numerics.token_diagnostics import SUPPORT_GAPS
 from aropd_mcore.rollout.generate import start_runtime
@@ -68,8 +68,10 @@ Call = dict[str, Any]
 def _diagnose_all(calls: list[Call]) -> None:
     for call in calls:
         common = {"num_rows": NUM_ROWS, "num_read": NUM_READ, "parallel": {}}
-        asked = diagnosis_of(**common | {"rollout": {"rollouts_per_prompt": SAMPLES}} | call)
-        diagnose(asked, start_runtime(asked.job))
+        request = build_diagnosis_spec(
+            **common | {"rollout": {"rollouts_per_prompt": SAMPLES}} | call
+        )
+        diagnose(request, start_runtime(request.job))
         runtime.stop()
 
 

@@ -79,7 +79,7 @@ def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str
 
 
 def plot_diagnosis(diagnosis: Mapping[str, Any], out: Path) -> None:
-    """Draw a diagnosis (evaluate/diagnosis.py) to a PNG: its parts that are more than a number."""
+    """Draw a diagnosis (evaluation/diagnose/summary.py) to a PNG: its parts that are more than a number."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
-from aropd_mcore.evaluate.figures import plot_curves, read_metrics, results_table
+from aropd_mcore.evaluation.figures import plot_curves, read_metrics, results_table
 
 
 def write_metrics(path, *, num_steps, **curves):

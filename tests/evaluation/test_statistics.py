@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from aropd_mcore.evaluate.statistics import (
+from aropd_mcore.evaluation.statistics import (
     accuracy,
     auc,
     auc_interval,

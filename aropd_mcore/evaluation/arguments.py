@@ -12,7 +12,7 @@ from aropd_mcore.rollout.arguments import (
 )
 
 if TYPE_CHECKING:
-    from aropd_mcore.evaluate.evaluate import Evaluation
+    from aropd_mcore.evaluation.run import Evaluation
 
 _DESCRIPTION = """\
 Accuracy of a student, a teacher or any other checkpoint on benchmarks in local files.
@@ -26,7 +26,7 @@ or name:format=FILE. Questions are rendered as in training, by the views of the 
 of --config, greedy unless --temperature says otherwise.
 
 Mathematics is graded by math-verify, choices by letter, code by running it: --allow-code-execution
-does that in a sandbox, which evaluate/README.md describes.
+does that in a sandbox, which evaluation/README.md describes.
 
 OUT gets responses.jsonl, samples.jsonl (a graded line a response) and summary.json. After an
 interruption the same command goes on where it stopped. Processes are those of `aropd generate`.
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluation_of_arguments(args: argparse.Namespace) -> "Evaluation":
     """As evaluate.evaluation_of."""
-    from aropd_mcore.evaluate.evaluate import evaluation_of
-    from aropd_mcore.evaluate.tasks import parse_task
+    from aropd_mcore.evaluation.run import build_evaluation
+    from aropd_mcore.evaluation.tasks import parse_task
 
-    return evaluation_of(
+    return build_evaluation(
         args.model,
         [parse_task(text) for text in args.tasks],
         args.out,

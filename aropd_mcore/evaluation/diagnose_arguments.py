@@ -12,7 +12,7 @@ from aropd_mcore.rollout.arguments import (
 )
 
 if TYPE_CHECKING:
-    from aropd_mcore.evaluate.diagnose import Diagnosis
+    pass
 
 _DESCRIPTION = """\
 Look at what a teacher would teach: responses are sampled, and scored once by the student and under
@@ -26,7 +26,7 @@ run or of --config.
 The terminal shows P(EOS) where responses end, by view, the accuracy, and the AUC of the teacher's
 signals for a right response. Grading needs math-verify: pip install 'aropd-mcore[eval]'.
 
-OUT gets NAME.json, whose parts evaluate/diagnosis.py describes, and NAME.png; NAME is of the file,
+OUT gets NAME.json, whose parts evaluation/diagnose/summary.py describes, and NAME.png; NAME is of the file,
 the weights and the step. `aropd report` shows what lies in a run's folder `diagnose`. Processes are
 those of `aropd generate`.
 """
@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def diagnosis_of_arguments(args: argparse.Namespace) -> "Diagnosis":
     """As diagnose.diagnosis_of."""
-    from aropd_mcore.evaluate.diagnose import diagnosis_of
+    from aropd_mcore.evaluation.diagnose.score import build_diagnosis_spec
 
-    return diagnosis_of(
+    return build_diagnosis_spec(
         args.model,
         args.data,
         out=args.out,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from aropd_mcore import cli
-from aropd_mcore.evaluate.diagnosis import FLOORS, GAPS, SCHEMA
-from aropd_mcore.evaluate.report import write_report
-from tests.evaluate.browser import chromium
+from aropd_mcore.evaluation.diagnose.summary import FLOORS, GAPS, SCHEMA
+from aropd_mcore.evaluation.report import write_report
+from tests.evaluation.browser import chromium
 from tests.tiny_runs import tiny_config
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><!--"

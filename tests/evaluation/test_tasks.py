@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aropd_mcore.data.records import DataError
-from aropd_mcore.evaluate.tasks import (
+from aropd_mcore.evaluation.tasks import (
     Choices,
     CodeTests,
     MathAnswer,

@@ -1,7 +1,7 @@
 """Whether two answers are the same, by math-verify; a process of its own, which may be killed.
 
 Run as a program: it prints `true` when it is ready, then answers a line of JSON, [gold, answer],
-both in normal form (evaluate/normalize.py), with `true` or `false`. An answer may keep sympy busy
+both in normal form (evaluation/normalize.py), with `true` or `false`. An answer may keep sympy busy
 for ever, or fill the memory.
 
 Numbers are compared here, not by math-verify, whose tolerances are absolute: 1/2^99 and 1/2^98
