@@ -79,7 +79,7 @@ def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str
 
 
 def plot_diagnosis(diagnosis: Mapping[str, Any], out: Path) -> None:
-    """Draw a diagnosis (evaluation/diagnose/summary.py) to a PNG: its parts that are more than a number."""
+    """Draw the parts of a diagnosis (evaluation/diagnose/summary.py) that are curves to a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -79,7 +79,7 @@ def build_evaluation(
     Args:
         model: see open_source.
         code_asserts: see tasks.read_task.
-        job: more arguments of rollout.generation_spec.build_generation_spec.
+        spec: more arguments of rollout.generation_spec.build_generation_spec.
     Raises:
         ValueError: what cannot be used, and why; or OUT holds another evaluation.
     """

@@ -15,11 +15,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.managers import SyncManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
@@ -164,10 +166,25 @@ def _prepare_results() -> None:
     queue = filesystem_async._results_queue
     if queue is None:
         manager, parent = SyncManager(ctx=multiprocessing.get_context("spawn")), os.getpid()
-        lifetime.in_lasting_thread(lambda: manager.start(lifetime.end_with_parent, (parent,)))
+        with _without_main():
+            lifetime.in_lasting_thread(lambda: manager.start(lifetime.end_with_parent, (parent,)))
         queue = filesystem_async._results_queue = manager.Queue()
     while not queue.empty():
         queue.get()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide `__main__` from a process that is spawned inside.
+
+    multiprocessing imports it there again: a script without a `__main__` guard would train twice.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _write(

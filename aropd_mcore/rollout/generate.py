@@ -39,7 +39,7 @@ FIELDS = (
 """What is written beside the prompt's own fields."""
 
 
-def start_runtime(spec: GenerationSpec) -> Runtime:
+def start_generation_runtime(spec: GenerationSpec) -> Runtime:
     """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`."""
     sizes = spec.parallel
     return start(

@@ -25,11 +25,11 @@ from pathlib import Path
 from string import Template
 from textwrap import indent
 
+from aropd_mcore.cli.sampling_arguments import positive
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.prepare import prepare, write_atomically
 from aropd_mcore.data.records import DataError, read_records
 from aropd_mcore.evaluation.tasks import parse_task
-from aropd_mcore.rollout.arguments import positive
 from aropd_mcore.trainer.slurm_launch import build_launch, check_inputs
 
 CONFIGS = Path("examples/paper/configs")

@@ -187,11 +187,11 @@ def make(out: Path, method: str, seed: int, common: Sequence[str]) -> str:
 
 def answers(out: Path, folder: Path, decoding: str, seed: int) -> list[dict[str, Any]]:
     """What the student answers to each held-out problem."""
-    from aropd_mcore.evaluation.run import evaluation_of, grade
+    from aropd_mcore.evaluation.run import build_evaluation, grade
     from aropd_mcore.evaluation.tasks import Task
     from aropd_mcore.rollout.generate import generate
 
-    evaluation = evaluation_of(
+    evaluation = build_evaluation(
         folder,
         [Task("heldout", out / "data/heldout.jsonl")],
         folder / f"eval-{decoding}",

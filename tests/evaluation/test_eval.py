@@ -143,7 +143,7 @@ def test_the_command_grades_again_and_goes_on(folder, tmp_path, capsys, monkeypa
     partial.mkdir()
     (partial / "lines.jsonl").write_bytes(kept)
     (partial / "job.json").write_bytes(whole["evaluation.json"])
-    monkeypatch.setattr(cli, "_as_ranks", None)  # nothing is sampled again
+    monkeypatch.setattr("aropd_mcore.cli.evaluate.run_as_ranks", None)  # nothing is sampled again
     assert cli.main(command(folder, out, *sampled)) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     printed = capsys.readouterr()
@@ -171,7 +171,7 @@ def test_shown_asserts_are_recorded_and_not_mixed(folder, tmp_path, capsys, monk
     call = {"model": folder / "model", "tasks": {"code": tmp_path / "code.jsonl"}, "out": out}
     run_ranks(evaluate_here, 1, [call | {"allow_code_execution": True, "code_asserts": 3}])
     assert json.loads((out / "summary.json").read_text())["code_asserts"] == 3
-    monkeypatch.setattr(cli, "_as_ranks", None)
+    monkeypatch.setattr("aropd_mcore.cli.evaluate.run_as_ranks", None)
     task = [f"--task=code={tmp_path / 'code.jsonl'}", "--allow-code-execution"]
     again = ["eval", "--model", str(folder / "model"), *task, "--max-response-tokens", "12"]
     assert cli.main([*again, "--out", str(out), "--code-asserts", "3"]) == 0

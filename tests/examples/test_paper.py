@@ -138,7 +138,7 @@ def test_the_jobs_of_all_runs_and_models_are_printed(paper, capsys):
     for line in capsys.readouterr().out.splitlines():
         wrapped = next(word for word in shlex.split(line) if word.startswith("--wrap="))
         program, *words = shlex.split(wrapped.removeprefix("--wrap="))
-        args = cli._parse(words)
+        args = cli.main.parse(words)
         assert program == "aropd" and args.config.is_file()
         assert args.temperature == 0 and args.samples == 1
         domain = args.config.parent.name

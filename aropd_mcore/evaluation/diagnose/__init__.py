@@ -1,1 +1,1 @@
-"""`aropd diagnose`: what is requested (spec), the scoring, and the summary that becomes its JSON."""
+"""`aropd diagnose`: its request (spec), the scoring (score), and its JSON (summary)."""

@@ -2,23 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
 
-from aropd_mcore.config import Config, ConfigError, ObjectiveConfig, RolloutConfig, TeacherConfig
-from aropd_mcore.config_file import load_config
-from aropd_mcore.convert.source import MegatronSource, open_source
+from aropd_mcore.config import TeacherConfig
+from aropd_mcore.convert.source import open_source
 from aropd_mcore.data.collate import collate
-from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.packing import Groups, consecutive
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
-from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.evaluation.diagnose.spec import DiagnosisSpec, ResponseKey
 from aropd_mcore.evaluation.diagnose.summary import Scored, summarize
 from aropd_mcore.evaluation.figures import describe_diagnosis, plot_diagnosis
 from aropd_mcore.evaluation.predictors import predict
@@ -29,110 +25,13 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
 from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
-from aropd_mcore.rollout.generation_spec import (
-    GenerationSpec,
-    build_generation_spec,
-    config_of_run,
-    run_folder,
-)
 from aropd_mcore.rollout.lines_file import partial_folder
-from aropd_mcore.types import Microbatch, Rollout, Sample, Views
+from aropd_mcore.types import Microbatch, Rollout, Sample
 
 NUM_TOP = 5
 """Likeliest tokens of each distribution that the reader shows."""
 _MICRO_BATCH_SIZE = 8
 """Responses that are scored together."""
-
-Place = tuple[int, int]
-"""A row and a sample of it."""
-
-
-@dataclass(frozen=True)
-class DiagnosisSpec:
-    """A model, rows with their views, and the file for what comes of them."""
-
-    spec: GenerationSpec
-    """Which makes the responses; its output is the JSON file."""
-    views: tuple[Views, ...]
-    """Of each row."""
-    objective: ObjectiveConfig
-    num_read: int
-
-    @property
-    def places(self) -> list[Place]:
-        samples = self.spec.rollout.rollouts_per_prompt
-        return [(row, sample) for row in range(len(self.views)) for sample in range(samples)]
-
-    @property
-    def has_own_teacher(self) -> bool:
-        source = self.spec.source
-        return (
-            self.spec.who == "student" and isinstance(source, MegatronSource) and source.has_teacher
-        )
-
-
-def build_diagnosis_spec(
-    model: Path,
-    data: Path,
-    *,
-    out: Path | None,
-    num_rows: int,
-    num_read: int,
-    config: Path | None = None,
-    rollout: Mapping[str, Any],
-    **spec: Any,
-) -> DiagnosisSpec:
-    """Open the checkpoint, by its headers alone, read the rows, and check what is asked of both.
-
-    Args:
-        model: see open_source.
-        data: JSONL or Parquet of rows.
-        out: folder; None: `diagnose` in the folder of the run that the checkpoint is of.
-        config, rollout, job: as in rollout.generation_spec.build_generation_spec; a max_response_tokens of None is the run's.
-    Raises:
-        ValueError: what cannot be used, and why.
-    """
-    settings = load_config(config) if config else _config_of(model, spec.get("hf"))
-    sampling = dict(rollout)
-    if sampling.get("max_response_tokens") is None:
-        known = settings.rollout if settings else RolloutConfig()
-        sampling["max_response_tokens"] = known.max_response_tokens
-    made = build_generation_spec(model, data, Path(), config=config, rollout=sampling, **spec)
-    folder = out or _default_folder(made)
-    objective = settings.objective if settings else ObjectiveConfig()
-    tokenizer = load_tokenizer(made.source.hf_folder)
-    vocab_size = made.source.architecture.vocab_size
-    builder = ViewBuilder(tokenizer, made.views, vocab_size=vocab_size)
-    views = tuple(builder.build(row) for row in RowDataset.load([data])[:num_rows])
-    longest = max(len(ids) for v in views for ids in (v.student_ids, v.partial_ids, v.full_ids))
-    if longest > made.max_prompt_tokens:
-        raise ConfigError(
-            f"{data}: a privileged view has {longest} tokens, and with max_response_tokens "
-            f"{made.rollout.max_response_tokens} exceeds the model's "
-            f"{made.source.architecture.max_position_embeddings} positions; lower "
-            "--max-response-tokens, or views.max_prompt_tokens in --config"
-        )
-    return DiagnosisSpec(replace(made, output=folder / _name(made)), views, objective, num_read)
-
-
-def _config_of(model: Path, hf: Path | None) -> Config | None:
-    return config_of_run(open_source(model, hf=hf))
-
-
-def _default_folder(spec: GenerationSpec) -> Path:
-    run = run_folder(spec.source)
-    if run is None:
-        raise ConfigError(f"{spec.source.path}: not a run's checkpoint; give --out")
-    return run / "diagnose"
-
-
-def _name(spec: GenerationSpec) -> str:
-    parts = [spec.prompts.name.partition(".")[0]]
-    if spec.who == "teacher":
-        parts.append("teacher")
-    if spec.weight_version is not None:
-        parts.append(f"step{spec.weight_version}")
-    return "-".join(parts) + ".json"
 
 
 def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
@@ -164,9 +63,9 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
     )
     scored: list[Scored] = []
     with sampling as engine:
-        for places in _pieces(request, runtime):
-            scored += _score_piece(request, runtime, engine, student, teacher, places)
-            console.print(f"responses {len(scored)}/{len(request.places)}")
+        for keys in _pieces(request, runtime):
+            scored += _score_piece(request, runtime, engine, student, teacher, keys)
+            console.print(f"responses {len(scored)}/{len(request.keys)}")
     if runtime.rank == 0:
         shutil.rmtree(scratch, ignore_errors=True)  # logs of servers
         diagnosis = {
@@ -193,11 +92,11 @@ def _teacher(request: DiagnosisSpec, runtime: Runtime, student: StageModel) -> T
     return Teacher(TeacherConfig(kind="frozen"), runtime, student=student, model=model)
 
 
-def _pieces(request: DiagnosisSpec, runtime: Runtime) -> Iterator[list[Place]]:
+def _pieces(request: DiagnosisSpec, runtime: Runtime) -> Iterator[list[ResponseKey]]:
     """Whose hidden states exist at the same time."""
-    places, num_at_once = request.places, 2 * request.spec.rollout.batch_size * runtime.dp_size
-    for first in range(0, len(places), num_at_once):
-        yield places[first : first + num_at_once]
+    keys, num_at_once = request.keys, 2 * request.spec.rollout.batch_size * runtime.dp_size
+    for first in range(0, len(keys), num_at_once):
+        yield keys[first : first + num_at_once]
 
 
 def _score_piece(
@@ -206,14 +105,14 @@ def _score_piece(
     engine: RolloutEngine,
     student: StageModel,
     teacher: Teacher,
-    places: Sequence[Place],
+    keys: Sequence[ResponseKey],
 ) -> list[Scored]:
-    """Responses with their scores, in the order of `places`, on the first rank; elsewhere a part.
+    """Responses with their scores, in the order of `keys`, on the first rank; elsewhere a part.
 
     Model replicas take turns at the responses: the same ones whatever their number.
     """
     spec = request.spec
-    share = places[runtime.dp_rank :: runtime.dp_size]
+    share = keys[runtime.dp_rank :: runtime.dp_size]
     batch = PromptBatch(
         [request.views[row].student_ids for row, _ in share],
         [rollout_seed(spec.seed, row, sample) for row, sample in share],
@@ -222,7 +121,7 @@ def _score_piece(
     rollouts = engine.submit(batch).result()
     groups = consecutive(len(share), _MICRO_BATCH_SIZE)
     # As many as the replica with most has: those that share experts go through them together.
-    most = -(-len(places) // runtime.dp_size)
+    most = -(-len(keys) // runtime.dp_size)
     groups += [[]] * (-(-most // _MICRO_BATCH_SIZE) - len(groups))
     microbatches = _microbatches(request, runtime, share, rollouts, groups)
     is_read = [row * spec.rollout.rollouts_per_prompt + s < request.num_read for row, s in share]
@@ -242,13 +141,13 @@ def _score_piece(
     gathered: list[list[Scored]] = [[] for _ in range(runtime.world_size)]
     dist.gather_object(mine, gathered if runtime.rank == 0 else None, dst=0)
     found = {(one.row, one.sample): one for part in gathered for one in part}
-    return [found[place] for place in places if place in found]
+    return [found[key] for key in keys if key in found]
 
 
 def _microbatches(
     request: DiagnosisSpec,
     runtime: Runtime,
-    share: Sequence[Place],
+    share: Sequence[ResponseKey],
     rollouts: Sequence[Rollout],
     groups: Groups,
 ) -> list[Microbatch]:
@@ -268,7 +167,7 @@ def _microbatches(
 
 def _scored(
     group: Sequence[int],
-    share: Sequence[Place],
+    share: Sequence[ResponseKey],
     rollouts: Sequence[Rollout],
     is_read: Sequence[bool],
     scores: Scores,

@@ -1,18 +1,20 @@
-"""The arguments of `aropd diagnose`."""
+"""`aropd diagnose`."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aropd_mcore.rollout.arguments import (
+from aropd_mcore.cli.ranks import add_num_processes_argument, run_as_ranks, sample_here
+from aropd_mcore.cli.sampling_arguments import (
     add_sampling_arguments,
     add_source_argument,
     positive,
-    sampling_of_arguments,
+    sampling_settings,
 )
 
 if TYPE_CHECKING:
-    pass
+    from aropd_mcore.evaluation.diagnose.spec import DiagnosisSpec
 
 _DESCRIPTION = """\
 Look at what a teacher would teach: responses are sampled, and scored once by the student and under
@@ -26,9 +28,9 @@ run or of --config.
 The terminal shows P(EOS) where responses end, by view, the accuracy, and the AUC of the teacher's
 signals for a right response. Grading needs math-verify: pip install 'aropd-mcore[eval]'.
 
-OUT gets NAME.json, whose parts evaluation/diagnose/summary.py describes, and NAME.png; NAME is of the file,
-the weights and the step. `aropd report` shows what lies in a run's folder `diagnose`. Processes are
-those of `aropd generate`.
+OUT gets NAME.json, whose parts evaluation/diagnose/summary.py describes, and NAME.png; NAME is of
+the file, the weights and the step. `aropd report` shows what lies in a run's folder `diagnose`.
+Processes are those of `aropd generate`.
 """
 _EXAMPLES = """\
 examples:
@@ -38,7 +40,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything but how many processes to start."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add_source_argument(parser, "--model")
@@ -57,17 +58,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="responses that are written token by token, for the reader (default: %(default)s)",
     )
     add_sampling_arguments(parser, max_response_tokens=None)
+    add_num_processes_argument(parser)
+    parser.set_defaults(run=_run)
 
 
-def diagnosis_of_arguments(args: argparse.Namespace) -> "Diagnosis":
-    """As diagnose.diagnosis_of."""
-    from aropd_mcore.evaluation.diagnose.score import build_diagnosis_spec
+def _run(args: argparse.Namespace) -> int:
+    from aropd_mcore.evaluation.diagnose.spec import build_diagnosis_spec
 
-    return build_diagnosis_spec(
+    request = build_diagnosis_spec(
         args.model,
         args.data,
         out=args.out,
         num_rows=args.rows,
         num_read=args.read,
-        **sampling_of_arguments(args),
+        **sampling_settings(args),
     )
+    return run_as_ranks(args, request.spec, lambda: _diagnose_here(request))
+
+
+def _diagnose_here(request: "DiagnosisSpec") -> int:
+    from aropd_mcore.evaluation.diagnose.score import diagnose
+
+    code = sample_here(request.spec, lambda here: diagnose(request, here))
+    if not code and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{request.spec.prompts} -> {request.spec.output}")
+    return code

@@ -1,14 +1,18 @@
-"""The arguments of `aropd eval`."""
+"""`aropd eval`."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aropd_mcore.rollout.arguments import (
+from aropd_mcore.cli.generate import generate_here
+from aropd_mcore.cli.ranks import add_num_processes_argument, run_as_ranks
+from aropd_mcore.cli.sampling_arguments import (
     add_sampling_arguments,
     add_source_argument,
     positive,
-    sampling_of_arguments,
+    sampling_settings,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +45,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Everything but how many processes to start."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add_source_argument(parser, "--model")
@@ -63,18 +66,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of HumanEval's)",
     )
     add_sampling_arguments(parser, temperature=0.0)
+    add_num_processes_argument(parser)
+    parser.set_defaults(run=_run)
 
 
-def evaluation_of_arguments(args: argparse.Namespace) -> "Evaluation":
-    """As evaluate.evaluation_of."""
+def _run(args: argparse.Namespace) -> int:
     from aropd_mcore.evaluation.run import build_evaluation
     from aropd_mcore.evaluation.tasks import parse_task
 
-    return build_evaluation(
+    evaluation = build_evaluation(
         args.model,
         [parse_task(text) for text in args.tasks],
         args.out,
         allow_code_execution=args.allow_code_execution,
         code_asserts=args.code_asserts,
-        **sampling_of_arguments(args),
+        **sampling_settings(args),
     )
+    if evaluation.is_sampled:
+        return _grade_here(evaluation)
+    spec = evaluation.spec
+    return run_as_ranks(args, spec, lambda: generate_here(spec) or _grade_here(evaluation))
+
+
+def _grade_here(evaluation: "Evaluation") -> int:
+    from rich.console import Console
+
+    from aropd_mcore.evaluation.run import grade
+    from aropd_mcore.evaluation.summary import tables
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        if evaluation.not_isolated:
+            print(
+                f"aropd: the sandbox for code has no namespaces here ({evaluation.not_isolated}): "
+                "the model's code can reach the network, and files that are not its own",
+                file=sys.stderr,
+            )
+        Console(soft_wrap=True).print(*tables(grade(evaluation)), sep="\n")
+    return 0

@@ -1,4 +1,4 @@
-"""The `aropd convert` commands; tools/ has the two directions as scripts of their own."""
+"""`aropd convert` and its commands; tools/ has the two directions as scripts of their own."""
 
 import argparse
 import json
@@ -28,15 +28,17 @@ _EXIT = """
 """
 
 
-def add_commands(subparsers: Any) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Register import, export, verify and inspect."""
-    for name, add, help_text in (
-        ("import", add_import, "an HF folder to a Megatron checkpoint"),
-        ("export", add_export, "a Megatron or training checkpoint to an HF folder"),
+    parser.description = "Convert, compare and inspect checkpoints: no GPU and no Megatron needed."
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add, summary in (
+        ("import", add_import, "convert an HF folder to a Megatron checkpoint"),
+        ("export", add_export, "convert a Megatron or training checkpoint to an HF folder"),
         ("verify", add_verify, "compare two checkpoints of either kind, tensor by tensor"),
-        ("inspect", add_inspect, "say what a checkpoint of either kind holds"),
+        ("inspect", add_inspect, "describe a checkpoint of either kind"),
     ):
-        add(subparsers.add_parser(name, help=help_text))
+        add(subparsers.add_parser(name, help=summary))
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
