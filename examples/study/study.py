@@ -201,7 +201,7 @@ def answers(out: Path, folder: Path, decoding: str, seed: int) -> list[dict[str,
         seed=seed,
     )
     if not evaluation.is_sampled:
-        generate(evaluation.job, _runtime[0])
+        generate(evaluation.spec, _runtime[0])
     grade(evaluation)
     return counted(folder / f"eval-{decoding}", out)["heldout"]
 
