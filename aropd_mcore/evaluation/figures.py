@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
-from aropd_mcore.numerics.position_metrics import BY_POSITION
+from aropd_mcore.numerics.position_metrics import BY_POSITION, METRICS
 from aropd_mcore.numerics.token_diagnostics import SUPPORT_GAPS
 
 PANELS = {
-    "loss": "loss",
-    "kl_full_student": "KL(full ‖ student)",
-    "residual_uptake": "residual uptake",
-    "hindsight_token_rate": "hindsight token rate",
+    **{
+        name: METRICS[name].title
+        for name in ("loss", "kl_full_student", "residual_uptake", "hindsight_token_rate")
+    },
     "response_length_mean": "mean response length",
     "grad_norm": "gradient norm",
 }

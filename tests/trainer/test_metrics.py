@@ -12,11 +12,12 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.mcore.objectives import reported_metrics
 from aropd_mcore.mcore.router import RouterLosses
-from aropd_mcore.numerics.position_metrics import METRICS
+from aropd_mcore.numerics.position_metrics import METRICS, token_metrics
 from aropd_mcore.numerics.token_diagnostics import SUPPORT_GAPS
 from aropd_mcore.plan.cost import forward_flops
 from aropd_mcore.plan.devices import peak_bf16_flops
-from aropd_mcore.trainer.hooks import utilization
+from aropd_mcore.trainer import hooks
+from aropd_mcore.trainer.hooks import DeviceUse, utilization
 from aropd_mcore.trainer.metrics import MetricsLog, rollout_metrics
 from aropd_mcore.trainer.timing import time_metrics
 from aropd_mcore.types import Rollout, Row, Views
@@ -90,6 +91,8 @@ def test_a_wandb_run_has_an_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
         log = MetricsLog(config, first_step=0)
         assert log._wandb.name == "out"
         ids.append(log._wandb.id)
+        settings = dict(log._wandb.config)
+        assert settings["objective"] == config.model_dump(mode="json")["objective"]
         log.close()
     first, second, again = ids
     assert first != second == again
@@ -165,11 +168,60 @@ def test_utilization_counts_layers_of_every_view_and_the_head_once(tmp_path):
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A1000", None),
     ],
 )
 def test_peak_of_a_device_is_looked_up_by_its_name(name, flops):
     assert peak_bf16_flops(name) == flops
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", {"device_memory_peak_gb": 5.0, "mfu": 0.25}),
+        ("Some other GPU", {"device_memory_peak_gb": 5.0}),
+    ],
+)
+def test_device_use_of_a_step_is_its_own_peak_and_no_mfu_on_unknown_devices(
+    monkeypatch, name, expected
+):
+    resets = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(3e9))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(hooks, "utilization", lambda run, result, metrics, peak: peak / 3956e12)
+    # Another rank of the job holds 2 GB more.
+    runtime = SimpleNamespace(device="cuda:0", max_over_job=lambda held: held + int(2e9))
+    hook, run = DeviceUse(runtime), SimpleNamespace(runtime=runtime)  # type: ignore[arg-type]
+    assert hook.after_step(run, 0, None, {}) == expected  # type: ignore[arg-type]
+    assert resets == ["cuda:0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "derived"),
+    [("aropd", {"residual_uptake", "residual_capture_ratio"}), ("sft", set())],
+)
+def test_objective_in_a_real_step_reports_all_that_it_declares_and_nothing_else(
+    tmp_path, name, derived
+):
+    path = write_run(tmp_path, training={"num_steps": 1}, objective={"name": name})
+    [(declared, sums, reported)] = run_ranks(names_of_a_step, 1, path)
+    assert sums == declared <= METRICS.keys()
+    plain = {metric for metric in reported if "/" not in metric}
+    assert plain == declared - {"num_tokens"} | {"num_loss_tokens"} | derived
+
+
+def names_of_a_step(path) -> tuple[set[str], set[str], set[str]]:
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+
+    config = load_config(path)
+    run = build_run(config, start_runtime(config))
+    run.source.weights_changed(0)
+    sums = train_step(run, 0).sums
+    return set(run.student.objective.metrics), set(sums), set(token_metrics(sums))
 
 
 def test_every_declared_metric_is_reported_by_an_objective_a_router_or_a_diagnosis():

@@ -5,7 +5,7 @@
     data          path, rows, samples (of a row)
     settings      lambda, clip, thresholds, views and sampling, by their names in a run's config
     metrics       METHOD section 7 by its names, over the loss tokens, with `NAME/BUCKET`; the
-                  support gaps (numerics/scores.py); and of the responses: lengths,
+                  support gaps (numerics/token_diagnostics.py); and of the responses: lengths,
                   truncation_rate, premature_answer_rate, ends_with_answer_rate
     residual      log f - log p of the sampled loss tokens: mean, quantiles, and a histogram whose
                   first and last bin have no end
