@@ -1,6 +1,8 @@
-"""Run Biome, the formatter and linter of the report page, as `python tools/biome.py check --write`.
+"""Run Biome, the formatter and linter of the report page.
 
-Biome comes from npm, in the version of package-lock.json. Node.js comes with `pip install -e .[dev]`.
+    python tools/biome.py check --write
+
+Biome comes from npm, in the version of package-lock.json. Node.js comes with the extra `dev`.
 """
 
 import sys
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _is_installed() -> bool:
-    """Whether node_modules is newer than the lock file; npm writes its own copy of the lock last."""
+    """Whether node_modules is newer than the lock file. npm writes its copy of the lock last."""
     copy = _MODULES / ".package-lock.json"
     return copy.exists() and copy.stat().st_mtime >= (_TOOLS / "package-lock.json").stat().st_mtime
 
