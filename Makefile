@@ -9,6 +9,7 @@
 # make bench-memory planned and measured memory of real steps on every kind of layout (10 minutes)
 # make bench-step   time and memory of steps by phase, and what two views cost (4 minutes)
 # make bench-save   what saving adds to steps, in the background and not (3 minutes)
+# make docs         the documentation as a site, in build/docs; a broken link is an error
 # make demo-compare AR-OPD, Full OPD and Partial OPD from the same base
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt '$(MEGATRON)'
 
 .PHONY: demo demo-compare test test-latest test-vllm test-slurm test-smollm2 test-faults soak
-.PHONY: bench-memory bench-step bench-save lint clean
+.PHONY: bench-memory bench-step bench-save docs lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py
@@ -48,6 +49,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck --external-sources slurm/*.sh slurm/*.sbatch tools/*.sh .ci/run
+	$(BIN)/python tools/biome.py check --error-on-warnings
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-latest:
 	$(MAKE) test VENV=.venv-latest MEGATRON='megatron-core>=0.19,<0.20' PYTHON="$$(./tools/find_python.sh 3.12)"
@@ -86,4 +91,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-latest .venv-vllm runs
+	rm -rf .venv .venv-latest .venv-vllm build tools/node_modules runs
