@@ -54,9 +54,9 @@ def check_views(hidden: Mapping[str, Tensor | None], target_view: str | None) ->
     for view, hidden_TH in hidden.items():
         if hidden_TH is None and target_view in (None, view):
             raise ValueError(
-                f"{view}_hidden_TH is None: expected the hidden states of both views. Without "
-                "metrics and sampled ids, one view is enough: the partial view for residual_scale "
-                "0, and the full view for residual_scale 1 without residual_clip"
+                f"{view}_hidden_TH is None: expected the hidden states of both views. One view is "
+                "enough without metrics and sampled ids: the partial view for residual_scale 0, "
+                "and the full view for residual_scale 1 without residual_clip"
             )
 
 

@@ -67,9 +67,9 @@ def compare(views: Views, settings: Settings, with_metrics: bool = True) -> None
     from aropd_mcore.numerics import kernels
 
     expected = numbers_and_gradient(TorchPasses(views.student), views, settings, with_metrics)
-    found = numbers_and_gradient(kernels, views, settings, with_metrics)
+    actual = numbers_and_gradient(kernels, views, settings, with_metrics)
     again = numbers_and_gradient(kernels, views, settings, with_metrics)
-    for ours, twice, torchs in zip(found, again, expected, strict=True):
+    for ours, twice, torchs in zip(actual, again, expected, strict=True):
         assert torch.equal(ours.nan_to_num(7), twice.nan_to_num(7))
         assert_close(ours, torchs, **CLOSE)
 

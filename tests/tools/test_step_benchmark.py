@@ -18,9 +18,9 @@ def test_every_method_size_and_pipeline_is_measured(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    found = json.loads(figures.read_text())
+    figures_by_name = json.loads(figures.read_text())
 
-    steps = found["steps"]
+    steps = figures_by_name["steps"]
     assert steps.keys() == METHODS | {
         f"{factor} x {what}" for factor in (2, 4) for what in ("response tokens", "microbatches")
     }
@@ -39,16 +39,16 @@ def test_every_method_size_and_pipeline_is_measured(tmp_path):
 
     for kind in ("products", "attention"):
         for of in ("teacher", "student forward"):
-            forward = found["forward"]
+            forward = figures_by_name["forward"]
             assert forward[f"{of}, executed"][kind] == forward[f"{of}, planned"][kind]
     executed, planned = (forward[f"student, {how}"] for how in ("executed", "planned"))
     assert executed["products"] == planned["products"]
 
-    for row in found["bubble"]:
+    for row in figures_by_name["bubble"]:
         pipeline, num_views = row["pipeline"], 2 * row["microbatches"]
         assert row["views"] == num_views
         assert row["expected"] == (pipeline - 1) / (num_views + pipeline - 1)
         assert row["from"] <= row["measured"] <= row["to"] < 1
         # The wait for the first view and after the last one; other ranks only add to it.
         assert row["measured"] > 0.9 * row["expected"]
-    assert {row["pipeline"] for row in found["bubble"] if row["stage_seconds"]} == {2, 4}
+    assert {row["pipeline"] for row in figures_by_name["bubble"] if row["stage_seconds"]} == {2, 4}
