@@ -50,7 +50,7 @@ def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
 def test_router_losses_need_routers(tmp_path: Path):
     losses = {"objective": {"router_z_loss_coeff": 0.001}}
     plan(config(tmp_path, "mixtral", **losses), 1)
-    with pytest.raises(ConfigError, match=r"router_z_loss_coeff 0.001; .*\(Qwen2ForCausalLM\)"):
+    with pytest.raises(ConfigError, match=r"router_z_loss_coeff 0.001: .*\(Qwen2ForCausalLM\)"):
         plan(config(tmp_path, "qwen2", **losses), 1)
 
 
