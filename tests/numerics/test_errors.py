@@ -1,4 +1,4 @@
-"""Every error says what was found and what is expected."""
+"""Every error states what was found and what is expected."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Truncated importance sampling, by hand."""
+"""Truncated importance sampling, against numbers computed by hand."""
 
 import math
 
@@ -17,7 +17,7 @@ EXPECTED = {"token": [1, 2, 0.5, 0.5], "sequence": [3.5 / 3, 3.5 / 3, 3.5 / 3, 0
 
 
 def weights_of_share(level: str) -> list[list[float]]:
-    """This rank's share of the tokens: every other one."""
+    """Return weights and metrics of this rank's tokens, which are interleaved over the ranks."""
     share = slice(dist.get_rank(), None, dist.get_world_size())
     weights_T, metrics = importance_weights(
         torch.tensor(STUDENT[share], requires_grad=True),
