@@ -103,7 +103,7 @@ class PrecisionConfig(Section):
 
     @property
     def size_multiple(self) -> int:
-        """Number of which every dimension of a matrix product, tokens included, is a multiple."""
+        """Required divisor of every dimension of a matrix product, including its tokens."""
         if not self.has_fp8:
             return 1
         return 32 if self.fp8_recipe == "mxfp8" else 16
@@ -221,7 +221,7 @@ class ViewsConfig(Section):
     """Action on a prompt that is longer than max_prompt_tokens. `cut`: cut the question on its left
     until the prompt fits. `cut_chat`: keep the last max_prompt_tokens tokens of each view's
     rendered chat, as the authors' release does. The system prompt is lost first. `drop`: drop the
-    row. Each action is counted."""
+    row. Shortened and dropped rows are counted."""
 
 
 class SamplingConfig(Section):
@@ -248,7 +248,7 @@ class VllmConfig(Section):
     """Addresses of running servers that `aropd serve` started, such as http://node7:8000. Their API
     key is read from $VLLM_API_KEY. Empty: the run starts its own servers."""
     servers: Positive = 1
-    """Number of servers that the run starts on the first rank's machine and ends with itself."""
+    """Number of servers that the run starts on the first rank's machine. They end with the run."""
     python: Path | None = None
     """Python interpreter with vLLM installed, which may be in a separate environment. null: the
     interpreter of the run."""
@@ -271,13 +271,13 @@ class VllmConfig(Section):
     """Largest allowed difference between a server's and the trainer's log-probs after a sync, in
     nats, averaged over the tokens of a probe. null: 1e-3 in fp32, 0.1 in bf16."""
     checksums: bool = False
-    """Comparison of a SHA-256 of every tensor after each sync: as training gathers it, and as each
-    process of each server receives it for loading. Servers given by urls must be started with this
-    setting, too."""
+    """Comparison of every tensor's SHA-256 after each sync: between the tensor that training
+    gathers and the one that each process of each server receives for loading. Servers given by
+    urls must be started with this setting, too."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Timeout of a response, or of a server's loading of weights, in seconds."""
+    """Timeout in seconds for a response, and for loading weights into a server."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
-    """Timeout of a server's start or restart, in seconds."""
+    """Timeout in seconds for the start or restart of a server."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Number of retries of a failed response, per server. A server that fails more than this many
     times in a row is left out until the next step."""
@@ -287,7 +287,7 @@ class VllmConfig(Section):
         if self.devices and len(self.devices) != self.servers:
             raise ValueError(
                 f"devices has {len(self.devices)} entries: expected one per server, and servers is "
-                f"{self.servers}"
+                f"{self.servers}; change one of them"
             )
         if self.urls and self.devices:
             raise ValueError(
@@ -417,11 +417,11 @@ class ObjectiveConfig(Section):
     """Report of the metric `topk_overlap`, which costs more than all other metrics together. It
     requires metrics."""
     hindsight_gap: float = 2.0
-    """Threshold tau in nats of the hindsight metric: a sampled token counts if log f - log p
-    exceeds tau and the partial view's probability is below hindsight_floor."""
+    """Threshold tau in nats of the metric hindsight_token_rate. A sampled token counts if its
+    log f - log p exceeds tau and its probability in the partial view is below hindsight_floor."""
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Threshold epsilon of the hindsight metric: the partial view's probability below which a token
-    with log f - log p above hindsight_gap counts."""
+    """Threshold epsilon of the metric hindsight_token_rate: the probability in the partial view
+    below which a token can count (see hindsight_gap)."""
 
     @property
     def has_prompt_loss(self) -> bool:
@@ -459,7 +459,7 @@ class TeacherConfig(Section):
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Rate alpha of `ema`: teacher <- (1 - alpha) teacher + alpha student, after every step."""
     fp32_master: bool = True
-    """Moving average in fp32 for a bf16 model. In bf16, changes as small as alpha would be rounded
+    """Moving average in fp32 if the model is in bf16. In bf16, most updates would be rounded
     away."""
     weights: Place = "device"
     """Location of the teacher's weights and fp32 average while the teacher is not scoring. `host`:
@@ -542,8 +542,8 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check_sizes(self) -> "TrainingConfig":
         if (self.num_steps is None) == (self.num_epochs is None):
-            found = "neither" if self.num_steps is None else "both"
-            raise ValueError(f"found {found} of num_steps and num_epochs: set exactly one of them")
+            given = "neither" if self.num_steps is None else "both"
+            raise ValueError(f"found {given} of num_steps and num_epochs: set exactly one of them")
         if self.packing == (self.max_tokens_per_microbatch is None):
             raise ValueError(
                 f"packing is {str(self.packing).lower()}: max_tokens_per_microbatch is required "
@@ -719,7 +719,7 @@ class Config(Section):
         if self.teacher.kind == "live" and precision.of_teacher.fp8 != precision.fp8:
             raise ValueError(
                 f"precision.teacher_fp8 {precision.teacher_fp8}: expected as_student, since a live "
-                f"teacher is the student itself, with precision.fp8 {precision.fp8}"
+                "teacher is the student itself; set it to as_student or choose another teacher.kind"
             )
         return self
 

@@ -187,7 +187,7 @@ finish() { # CODE of the step: end the job, or requeue it
     [[ ! -s $ATTEMPT_DIR/first-exit ]] || read -r code name host <"$ATTEMPT_DIR/first-exit"
     case $code in
         0)
-            say "done"
+            say "complete"
             exit 0
             ;;
         2 | 3)

@@ -144,7 +144,7 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
         (
             "rollout.vllm.devices=['0', '1', '2']",
             "rollout.vllm",
-            "devices has 3 entries: expected one per server, and servers is 1",
+            "devices has 3 entries: expected one per server, and servers is 1; change one of them",
         ),
         (
             "data.train=[]",

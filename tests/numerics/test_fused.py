@@ -118,7 +118,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
 
 @pytest.mark.parametrize("live, products", [(False, 2), (True, 1)])
 def test_a_live_teachers_head_is_projected_once(live, products):
-    """One weight needs one product for all three views, and gradients come from the student only."""
+    """One weight needs one product for all three views, and only the student gives gradients."""
     problem = make_problem().shard(0, 1)
     apart = replace(problem, teacher_weight=problem.student_weight.detach().clone())
     shared = replace(problem, teacher_weight=problem.student_weight.detach())
