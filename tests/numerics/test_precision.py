@@ -27,7 +27,7 @@ def rms(error: Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
-def problem_of(dtype: torch.dtype, device: str, seed: int) -> Problem:
+def draw_problem(dtype: torch.dtype, device: str, seed: int) -> Problem:
     problem = make_problem(16, vocab_size=32_700, padded_vocab_size=32_768, seed=seed)
     if dtype == torch.float16:  # fp16 is trained with a scaled loss
         problem = replace(problem, token_weights=2**10 * problem.token_weights)
@@ -53,14 +53,14 @@ def test_errs_no_more_than_eager_in_the_same_dtype(divergence, dtype, device):
     kwargs |= {"divergence": divergence, "jsd_weight": settings.jsd_weight}
     ours_squared = eager_squared = 0.0
     for seed in range(3):
-        problem = problem_of(dtype, device, seed)
+        problem = draw_problem(dtype, device, seed)
         weights, vocab_size = problem.token_weights, problem.vocab_size
         logits = [x.detach()[:, :vocab_size] for x in problem.shard(0, 1).logits()]
 
-        def gradient(loss_of, to: torch.dtype, logits=logits, weights=weights) -> Tensor:
+        def gradient(compute_losses, to: torch.dtype, logits=logits, weights=weights) -> Tensor:
             student, partial, full = (x.to(to, copy=True) for x in logits)
             student.requires_grad_()
-            loss = (weights.to(to) * loss_of(student, partial, full)).sum()
+            loss = (weights.to(to) * compute_losses(student, partial, full)).sum()
             return torch.autograd.grad(loss, student)[0]
 
         def dense(*views: Tensor) -> Tensor:

@@ -19,7 +19,16 @@ from typing import Any, get_args
 
 import torch
 from loss_measure import TOLERANCE, Job, measure_memory, measure_times, run_on_ranks
-from loss_methods import DTYPES, FORMS, OURS, RESIDUAL_CLIP, RESIDUAL_SCALE, Form, Point, methods_of
+from loss_methods import (
+    DTYPES,
+    FORMS,
+    OURS,
+    RESIDUAL_CLIP,
+    RESIDUAL_SCALE,
+    Form,
+    Point,
+    build_methods,
+)
 from loss_report import draw, print_bars, print_point
 from loss_results import add_ratios, are_bars_for, machine_rates, verdicts
 
@@ -113,7 +122,7 @@ def measure(point: Point, tps: list[int], repeats: int, threads: int) -> list[di
     every: list[tuple[Form, str]] = []
     ours: list[tuple[Form, str]] = []
     for form in FORMS:
-        for method in methods_of(form, point.device):
+        for method in build_methods(form, point.device):
             every.append((form, method.name))
             if method.kind == "ours":
                 ours.append((form, method.name))

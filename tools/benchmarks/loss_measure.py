@@ -29,9 +29,9 @@ from loss_methods import (
     Inputs,
     Method,
     Point,
+    build_methods,
     make_inputs,
     matmul_flops,
-    methods_of,
     our_memory,
     our_traffic,
 )
@@ -263,7 +263,7 @@ def full_view_answer(inputs: Inputs, point: Point) -> tuple[Tensor, list[Tensor]
     """Compute the dense loss and gradients with the full view's distribution as the target."""
     assert isinstance(inputs, HiddenInputs)
     same_views = replace(inputs, partial_hidden_TH=inputs.full_hidden_TH)
-    dense = methods_of("hidden", point.device)[0]
+    dense = build_methods("hidden", point.device)[0]
     forward_backward(dense, same_views, point)
     loss = dense.loss(same_views, point.divergence).detach()
     return loss, [leaf.grad for leaf in inputs.leaves if leaf.grad is not None]
@@ -326,7 +326,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _methods(job: Job, form: Form) -> list[Method]:
-    methods = methods_of(form, job.point.device)
+    methods = build_methods(form, job.point.device)
     return [method for method in methods if (form, method.name) in job.methods]
 
 

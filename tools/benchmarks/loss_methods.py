@@ -297,7 +297,7 @@ OURS, METRICS, EVERYTHING = "ours", "ours, metrics", "ours, metrics, top-k"
 DENSE = "dense"
 
 
-def methods_of(form: Form, device: str) -> list[Method]:
+def build_methods(form: Form, device: str) -> list[Method]:
     compiled = torch.compile(partial(baseline, dense_losses)) if device == "cuda" else None
     methods = [Method(DENSE, partial(baseline, dense_losses), "eager")]
     if compiled is not None:

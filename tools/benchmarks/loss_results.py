@@ -47,14 +47,14 @@ def add_ratios(result: Result, alone: Result) -> None:
         if row["missing"]:
             continue
         row["median"] = statistics.median(row["seconds"])
-        dense = row_of(alone, row["form"], DENSE)
+        dense = find_row(alone, row["form"], DENSE)
         if not dense["missing"]:
             row["time_to_dense"] = row["median"] / dense["median"]
             row["memory_to_dense"] = row["peak_bytes"] / dense["peak_bytes"]
         row["time_to_floor"] = row["median"] / alone["floors"][row["form"]]
 
 
-def row_of(result: Result, form: str, method: str) -> dict[str, Any]:
+def find_row(result: Result, form: str, method: str) -> dict[str, Any]:
     [row] = [row for row in result["rows"] if (row["form"], row["method"]) == (form, method)]
     return row
 
@@ -65,7 +65,7 @@ def verdicts(point: Point, result: Result) -> list[dict[str, Any]]:
 
 
 def _cpu_bars(point: Point, result: Result) -> list[dict[str, Any]]:
-    fused, logits = (row_of(result, form, OURS) for form in ("hidden", "logits"))
+    fused, logits = (find_row(result, form, OURS) for form in ("hidden", "logits"))
     longer = result["longer"]
     hidden_gradient = 4 * point.hidden
     beyond, beyond_longer = (
@@ -88,7 +88,7 @@ def _cpu_bars(point: Point, result: Result) -> list[dict[str, Any]]:
 
 
 def _cuda_goals(result: Result) -> list[dict[str, Any]]:
-    fused, logits = (row_of(result, form, OURS) for form in ("hidden", "logits"))
+    fused, logits = (find_row(result, form, OURS) for form in ("hidden", "logits"))
     bars = [
         _bar("logits: share of a copy's bandwidth", 1 / logits["time_to_floor"], 0.75, least=True),
         _bar("fused: time / five products", fused["time_to_floor"], 1.25),
@@ -108,7 +108,7 @@ def _cuda_goals(result: Result) -> list[dict[str, Any]]:
 
 
 def _metrics_ratio(result: Result, form: str) -> float:
-    return row_of(result, form, METRICS)["median"] / row_of(result, form, OURS)["median"]
+    return find_row(result, form, METRICS)["median"] / find_row(result, form, OURS)["median"]
 
 
 def _bar(
