@@ -61,7 +61,8 @@ import aropd_mcore as aropd
 
 print("script begins")
 for name in ("first", "second"):
-    config = aropd.load_config({str(run)!r}, [f"output_dir={{name}}", "checkpoint.asynchronous=true"])
+    overrides = [f"output_dir={{name}}", "checkpoint.asynchronous=true"]
+    config = aropd.load_config({str(run)!r}, overrides)
     result = aropd.train(config)
     assert [line["step"] for line in result.history] == [0, 1]
     assert result.metrics["loss"] > 0 and result.checkpoint.name == "iter_0000002"

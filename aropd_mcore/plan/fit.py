@@ -1,4 +1,4 @@
-"""Whether a job fits into its GPUs; what would make it fit; the layouts that do."""
+"""Estimates of a job, changes that make it fit into its GPUs, and layouts that fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from aropd_mcore.plan.setup import Setup, build_setup
 
 @dataclass(frozen=True)
 class Estimate:
-    """A job, and what is planned for it."""
+    """Estimated memory and time of a job."""
 
     setup: Setup
     memory: Memory
@@ -23,34 +23,36 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change that makes a job fit, as it is given to `aropd plan`."""
+    """A change that makes a job fit."""
 
     change: str
+    """Argument of `aropd plan` that makes the change."""
     peak: float
+    """Peak memory after the change, in bytes."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A configuration and its machines."""
+    """A configuration and the machines that it runs on."""
 
     config: Config
     num_gpus: int
     gpus_per_node: int
     memory_bytes: float
-    """Of a GPU."""
+    """Memory of a GPU."""
     architecture: Architecture
 
     def estimate(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Estimate:
-        """Of the job, with other values in sections of its configuration.
+        """Estimate the job after changes to sections of its configuration.
 
         Raises:
-            ValueError: the model or the batch cannot be shared so.
+            ValueError: the model or the batch cannot be split over this layout.
         """
         setup = self.setup(num_gpus, **changes)
         return Estimate(setup, worst_stage(setup), step_time(setup))
 
     def setup(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Setup:
-        """What `estimate` is made from; raises as it does."""
+        """Return the setup that `estimate` is computed from, with the same errors."""
         return build_setup(
             _changed(self.config, changes),
             num_gpus or self.num_gpus,
@@ -70,8 +72,8 @@ def build_planned_run(
 
 
 def remedies(run: PlannedRun) -> list[Remedy]:
-    """Single changes that suffice, the least of each kind; least memory last."""
-    found = []
+    """Return single changes that suffice, the smallest of each kind, by descending peak memory."""
+    sufficient = []
     for kind in _candidates(run):
         for change, num_gpus, changes in kind:
             try:
@@ -79,17 +81,17 @@ def remedies(run: PlannedRun) -> list[Remedy]:
             except ValueError:  # the model or the batch does not divide
                 continue
             if run.fits(estimate.memory):
-                found.append(Remedy(change, estimate.memory.peak))
+                sufficient.append(Remedy(change, estimate.memory.peak))
                 break
-    return sorted(found, key=lambda remedy: -remedy.peak)
+    return sorted(sufficient, key=lambda remedy: -remedy.peak)
 
 
 Change = tuple[str, int, dict[str, dict[str, Any]]]
-"""How it is given, number of GPUs, values by section."""
+"""Argument of `aropd plan`, number of GPUs, values by section."""
 
 
 def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
-    """Kinds of change; of each the smallest first."""
+    """Yield the changes of each kind, the smallest first."""
     config, gpus = run.config, run.num_gpus
 
     def changes(section: str, key: str, values: list[Any]) -> list[Change]:
@@ -129,13 +131,12 @@ def _halvings(number: int) -> list[int]:
 
 
 def yaml_value(value: Any) -> str:
-    """As an override gives it."""
+    """Format a value as in an override."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def sweep(run: PlannedRun) -> list[Estimate]:
-    """Every layout of the job's GPUs that fits, the shortest step first; of equal ones the one
-    with less memory."""
+    """Return every layout of the job's GPUs that fits, by step time and then by peak memory."""
     fitting = []
     for layout, recompute, micro_batch_size in product(
         _layouts(run), get_args(Recompute), _micro_batch_sizes(run.config)
@@ -152,13 +153,13 @@ def sweep(run: PlannedRun) -> list[Estimate]:
 
 
 def _layouts(run: PlannedRun) -> Iterator[dict[str, Any]]:
-    """Values of the section `parallel` that the GPUs, the layers and the experts divide into."""
+    """Yield values of section `parallel` that divide GPUs, layers and experts."""
     gpus, num_layers = run.num_gpus, run.architecture.num_layers
-    within_a_node = _powers(run.gpus_per_node)
+    node_sizes = _powers(run.gpus_per_node)
     for pipeline in _divisors(num_layers):
         chunks = _divisors(num_layers // pipeline) if pipeline > 1 else [1]
         for tensor, context, virtual_pipeline, expert in product(
-            within_a_node, within_a_node, chunks, _expert_sizes(run)
+            node_sizes, node_sizes, chunks, _expert_sizes(run)
         ):
             if gpus % (tensor * pipeline * context) or gpus // pipeline % expert:
                 continue
@@ -179,7 +180,7 @@ def _expert_sizes(run: PlannedRun) -> list[int]:
 
 
 def _micro_batch_sizes(config: Config) -> list[int]:
-    """To try; packed microbatches go by their tokens instead, and stay as they are configured."""
+    """Return the sizes that the sweep tries; with packing, only the configured one."""
     training = config.training
     if training.packing:
         return [training.micro_batch_size]
@@ -196,7 +197,7 @@ def _powers(largest: int) -> list[int]:
 
 
 def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
-    """Unchecked: callers give values that are in range; layouts are checked by `setup_of`."""
+    """Apply changes without validation: their values are valid, and `setup_of` checks layouts."""
     sections = {
         section: getattr(config, section).model_copy(update=values)
         for section, values in changes.items()

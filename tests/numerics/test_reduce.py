@@ -29,9 +29,9 @@ def test_the_sum_is_the_loss(reduction, weights):
 
 
 def weights_of_rank(splits: list[list[int]]) -> list[list[float]]:
-    """This rank's token weights, for each reduction."""
-    mine = splits[dist.get_rank()]
-    counts, weights = torch.tensor(COUNTS)[mine], torch.tensor(WEIGHTS)[mine]
+    """Return this rank's token weights for each reduction."""
+    own = splits[dist.get_rank()]
+    counts, weights = torch.tensor(COUNTS)[own], torch.tensor(WEIGHTS)[own]
     return [
         sample_token_weights(
             counts, weights, reduction=reduction, dp_group=dist.group.WORLD

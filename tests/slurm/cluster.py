@@ -1,7 +1,7 @@
-"""A real Slurm on this machine: munged, slurmctld and a slurmd for each node, in one folder.
+"""A real Slurm on this machine: munged, slurmctld and one slurmd per node, in one folder.
 
-It needs Debian's `slurm-wlm` and `munge` and no settings of the system: keys, sockets, state and
-logs are in that folder, the daemons belong to whoever runs the tests, and they end with the test.
+It needs Debian's `slurm-wlm` and `munge`, but no system settings. Keys, sockets, state and logs are
+in the folder. The daemons run as the user who runs the tests, and end with the test.
 """
 
 import getpass
@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-"""What has to be installed."""
+"""Programs that must be installed."""
 
-# Nodes are called by loopback addresses of their own, so that their names are found without DNS.
+# The names of nodes are loopback addresses, which need no DNS.
 _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -25,7 +25,7 @@ SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# A requeued job becomes eligible when the credentials of its last start have ended.
+# A requeued job becomes eligible when the credentials of its last start have expired.
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -42,7 +42,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-# The CPUs and the memory that are declared here, whatever the machine has.
+# Use the CPUs and the memory that are declared here, not those of the machine.
 SlurmdParameters=config_overrides
 {nodes}
 PartitionName=all Nodes={names} Default=YES MaxTime=INFINITE State=UP
@@ -50,13 +50,13 @@ PartitionName=all Nodes={names} Default=YES MaxTime=INFINITE State=UP
 
 
 def missing_programs() -> list[str]:
-    """The programs of PROGRAMS that are not here."""
+    """Return the programs of PROGRAMS that are not installed."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
 class Slurm:
-    """Commands of a Slurm that runs."""
+    """Commands of a running Slurm."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -67,7 +67,7 @@ class Slurm:
         }
 
     def __call__(self, *command: object, check: bool = True) -> str:
-        """What a command prints."""
+        """Run a command and return its output."""
         words = [str(word) for word in command]
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True)
         if check and done.returncode:
@@ -75,7 +75,7 @@ class Slurm:
         return done.stdout.strip()
 
     def submit(self, *words: object, cwd: Path, env: Mapping[str, str]) -> int:
-        """`sbatch` with these words and this environment beside its own: the job's number."""
+        """Call `sbatch` with these arguments and added variables, and return the job's number."""
         done = subprocess.run(
             ["sbatch", "--parsable", *map(str, words)],
             cwd=cwd,
@@ -87,7 +87,7 @@ class Slurm:
         return int(done.stdout)
 
     def job(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says of it."""
+        """Return the fields of `scontrol show job`."""
         words = self("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -97,16 +97,16 @@ class Slurm:
     def restarts(self, job: int) -> int:
         return int(self.job(job)["Restarts"])
 
-    def wait_for(self, what: str, is_so: Callable[[], bool], *, seconds: float) -> None:
-        """Until it is so."""
+    def wait_for(self, event: str, has_happened: Callable[[], bool], *, seconds: float) -> None:
+        """Wait until `has_happened()` is true; raise AssertionError after `seconds`."""
         deadline = time.monotonic() + seconds
-        while not is_so():
+        while not has_happened():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{what}: not within {seconds:g} s")
+                raise AssertionError(f"{event}: not within {seconds:g} s")
             time.sleep(0.3)
 
     def wait_until_ended(self, job: int, *, seconds: float) -> str:
-        """The state that a job ends in; one that is requeued goes on."""
+        """Wait until a job has ended, and return its state. A requeued job has not ended."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL")
         self.wait_for(f"job {job} ends", lambda: self.state(job) in over, seconds=seconds)
         return self.state(job)
@@ -114,9 +114,9 @@ class Slurm:
 
 @contextmanager
 def slurm(folder: Path, *, num_nodes: int, cpus: int) -> Iterator[Slurm]:
-    """A Slurm of nodes 127.0.0.1, 127.0.0.2, ... with so many CPUs declared each.
+    """Run a Slurm with nodes 127.0.0.1, 127.0.0.2, ... and `cpus` declared CPUs on each.
 
-    Everything that it started is gone at the end, whatever happens in between.
+    All its processes are ended in the end, also after an error.
     """
     (folder / "state").mkdir(parents=True)
     (folder / "munge.key").touch(mode=0o600)
@@ -139,7 +139,7 @@ def slurm(folder: Path, *, num_nodes: int, cpus: int) -> Iterator[Slurm]:
         )
 
     try:
-        # --force: it wants a folder that every user may pass, and there is but one.
+        # --force: munged requires a folder that all users can enter, and this one is private.
         start("munged", "--foreground", "--force", *files)
         here.wait_for("munged", (folder / "munge.socket").exists, seconds=10)
         start("slurmctld", "-D", "-c")

@@ -1,6 +1,6 @@
-"""Runs without files, for benchmarks: a random model, prompts and responses of full length.
+"""Runs without files, for benchmarks: a random model, with prompts and responses of full length.
 
-Imports torch and the configuration alone; what needs Megatron is imported on the ranks.
+This module imports only torch and the configuration. Megatron is imported on the ranks.
 """
 
 import ctypes
@@ -35,22 +35,22 @@ DENSE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
 }
 WARM_UP = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 512}
-"""What makes a config.json one of a tiny model."""
+"""Settings that turn a config.json into that of a tiny model."""
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Environment in which the C library gives freed blocks back to the system at once; it reads it
-when a process starts."""
+"""Environment in which the C library returns freed blocks to the system at once. The library reads
+these variables when a process starts."""
 _NUM_STEPS = 1000
-"""Of the learning-rate schedule; more than a benchmark takes."""
+"""Length of the learning-rate schedule; more than a benchmark takes."""
 
 
 def on_ranks(
     function: Callable[..., None], num_ranks: int, folder: str, *args: Any, exact_memory: bool
 ) -> None:
-    """`function(folder, *args)` on every rank of a job of its own; what it finds it leaves there.
+    """Run `function(folder, *args)` on every rank of a new job. It writes its results to `folder`.
 
     Args:
-        folder: empty.
-        exact_memory: with GIVE_BACK, which makes a step slower.
+        folder: an empty folder.
+        exact_memory: whether to set GIVE_BACK, which makes a step slower.
     """
     added = GIVE_BACK if exact_memory else {}
     before = {name: os.environ.get(name) for name in added}
@@ -81,9 +81,9 @@ def _rank(
     )
     function(folder, *args)
     dist.barrier()
-    for child in multiprocessing.active_children():  # Megatron's checkpointing leaves one behind
+    for child in multiprocessing.active_children():  # Megatron's checkpointing leaves a process
         child.kill()
-    os._exit(0)  # megatron's groups end with the process
+    os._exit(0)  # Megatron's process groups end with the process
 
 
 def build_run(
@@ -92,11 +92,13 @@ def build_run(
     hf: Mapping[str, Any],
     prompt_tokens: Mapping[str, int] | None = None,
 ) -> Any:
-    """As trainer.build.build_run, without files. Responses never end before their limit.
+    """Build a run as trainer.build.build_run does, but without files.
+
+    Responses never end before their limit.
 
     Args:
         hf: contents of a config.json.
-        prompt_tokens: of each view (student, partial, full); those left out have
+        prompt_tokens: prompt length by view (student, partial, full). The default is
             views.max_prompt_tokens.
     """
     from aropd_mcore.mcore.model import build_model
@@ -175,9 +177,9 @@ class _Views:
 
 
 class Phases:
-    """The largest memory of each phase of a step, by the calls that begin them.
+    """Peak memory of each phase of a step. Calls of the run mark where a phase begins.
 
-    On a GPU what torch has allocated; on a CPU what is resident, by the kernel's VmHWM.
+    On a GPU it is torch's allocated memory, on a CPU the resident memory by the kernel's VmHWM.
     """
 
     def __init__(self, run: Any):
@@ -205,22 +207,22 @@ class Phases:
         return self.peaks
 
 
-def peaks_of_a_step(config: Config, runtime: Any, hf: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of a run on this rank: its `state`, each phase of a step with it, and the `peak`."""
+def measure_step_peaks(config: Config, runtime: Any, hf: Mapping[str, Any]) -> dict[str, int]:
+    """Measure a run's bytes on this rank: `state`, each phase including the state, and `peak`."""
     from aropd_mcore.trainer.step import train_step
 
     baseline = settle()
     run = build_run(config, runtime, hf)
-    train_step(run, 0)  # buffers that stay are there from now on
-    found = {"state": settle() - baseline}
+    train_step(run, 0)  # allocates the permanent buffers
+    sizes = {"state": settle() - baseline}
     phases = Phases(run)
     train_step(run, 1)
-    found |= {name: peak - baseline for name, peak in phases.finish().items()}
-    return found | {"peak": max(found.values())}
+    sizes |= {name: peak - baseline for name, peak in phases.finish().items()}
+    return sizes | {"peak": max(sizes.values())}
 
 
 def settle() -> int:
-    """Bytes that are held with nothing freed kept back; the peak starts from there."""
+    """Return all freed memory to the system, reset the peak, and return the bytes still held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
