@@ -17,9 +17,9 @@ from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.numerics import vocab_parallel_anchored_residual_kl
 from aropd_mcore.types import Row
 from tests.conftest import REPO
-from tests.oracles import kl
-from tests.tiny_runs import write_run
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.support.oracles import kl
+from tests.support.tiny_runs import write_run
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 SMALLEST = {
     "output_dir": "runs/one",

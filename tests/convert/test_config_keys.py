@@ -21,7 +21,7 @@ from transformers.utils import logging
 from aropd_mcore.convert.architecture import CheckpointError, HFConfig, read_config
 from aropd_mcore.convert.mapping import FAMILIES as TABLES
 from aropd_mcore.convert.mapping import Family
-from tests.tiny_models import FAMILIES, LLAMA31_ROPE, tiny_config
+from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, tiny_config
 
 VARIANTS = tuple(name for name in FAMILIES if name not in ("llama2", "qwen3_moe_unnormalized"))
 STYLES = ("transformers 4", "transformers 5")

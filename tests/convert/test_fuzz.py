@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.hf_io import INDEX, SINGLE
 from aropd_mcore.convert.source import HFSource
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 FAMILIES = ("llama31", "mistral", "qwen2", "qwen3_moe", "mixtral")
 SIZES = {

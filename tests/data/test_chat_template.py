@@ -11,7 +11,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row
-from tests.tiny_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
 
 USER = {"role": "user", "content": "1+1?"}
 LOOP = (

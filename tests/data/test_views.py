@@ -18,7 +18,7 @@ from aropd_mcore.data.templates import partial_trace, reference_partial_trace, w
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
 from aropd_mcore.types import Row
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 ROW = Row(
     question="What is {1} + 1?",

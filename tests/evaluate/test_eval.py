@@ -12,9 +12,9 @@ from aropd_mcore.evaluate.evaluate import evaluation_of, grade
 from aropd_mcore.evaluate.tasks import parse_task
 from aropd_mcore.mcore import runtime
 from aropd_mcore.rollout.generate import generate, start_runtime
-from tests.ranks import run_ranks, shutdown_pool
-from tests.rollout.fake_vllm import FakeVllm
-from tests.tiny_runs import write_model, write_run
+from tests.support.fake_vllm import FakeVllm
+from tests.support.ranks import run_ranks, shutdown_pool
+from tests.support.tiny_runs import write_model, write_run
 
 KEY = "a key"
 MATH = [{"problem": f"{i} + {i}?", "answer": 2 * i, "id": f"m{i}"} for i in range(7)]

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aropd_mcore import cli
 from aropd_mcore.config_file import load_config
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 EXAMPLE = REPO / "examples" / "gsm8k"
 NUM_ROWS = 400

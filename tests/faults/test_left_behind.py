@@ -16,8 +16,8 @@ import pytest
 
 from aropd_mcore.convert.manifest import newest, problems
 from tests.conftest import REPO
-from tests.faults.jobs import Job, command_of, parent_of, read_text
-from tests.tiny_runs import write_run
+from tests.support.jobs import Job, command_of, parent_of, read_text
+from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import command, environment, read_lines
 
 SECONDS = 10.0

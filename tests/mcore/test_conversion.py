@@ -17,8 +17,8 @@ from aropd_mcore.convert.convert import export_hf, import_hf
 from aropd_mcore.convert.hf_io import HFWeights
 from aropd_mcore.convert.source import HFSource, MegatronSource
 from aropd_mcore.convert.verify import verify
-from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
 
 LAYOUTS = {  # world size -> settings of runtime.start
     1: [{}, {}],

@@ -1,7 +1,7 @@
 """The Megatron model against transformers, for every family and layout, and weights there and back.
 
 The reference is made once, in the test's process; each world of ranks then goes through all its
-layouts and models in one call. A family comes in by its entry in tests/tiny_models.FAMILIES, which
+layouts and models in one call. A family comes in by its entry in tests/support/tiny_models.FAMILIES, which
 tests/convert/test_architecture.py demands of every family that convert/mapping.py has a table of.
 """
 
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, MOE_FAMILIES, TINY, save_tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import FAMILIES, MOE_FAMILIES, TINY, save_tiny_model
 
 NUM_PROMPT_TOKENS = 24
 NUM_NEW_TOKENS = 8

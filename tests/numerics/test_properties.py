@@ -13,7 +13,7 @@ from aropd_mcore.numerics import anchored_residual_logprobs, vocab_parallel_anch
 from aropd_mcore.numerics.kl import add_up_target, add_up_views
 from aropd_mcore.numerics.objective import Objective
 from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, Views
-from tests import oracles
+from tests.support import oracles
 
 INF = torch.inf
 DIVERGENCES = ("kl_target_student", "kl_student_target", "jsd")

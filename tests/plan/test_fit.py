@@ -16,8 +16,8 @@ from aropd_mcore.plan.layout import plan
 from aropd_mcore.plan.memory import worst_stage
 from aropd_mcore.plan.setup import Setup, setup_of
 from tests.conftest import REPO
-from tests.tiny_models import save_tiny_model
-from tests.tiny_runs import tiny_config
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_runs import tiny_config
 
 CLUSTERS = REPO / "examples" / "clusters"
 GPUS = {

@@ -9,7 +9,7 @@ from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
 from aropd_mcore.plan.setup import Setup
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TINY = {
     "hidden_act": "silu",

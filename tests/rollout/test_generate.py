@@ -27,9 +27,9 @@ from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train
 from aropd_mcore.types import Row
 from tests.conftest import REPO
-from tests.ranks import run_ranks, shutdown_pool
-from tests.rollout.fake_vllm import FakeVllm, response_to
-from tests.tiny_runs import EOS_IDS, write_model, write_run
+from tests.support.fake_vllm import FakeVllm, response_to
+from tests.support.ranks import run_ranks, shutdown_pool
+from tests.support.tiny_runs import EOS_IDS, write_model, write_run
 
 SAMPLING = {"max_response_tokens": 16, "rollouts_per_prompt": 2}
 KEY = "a key"

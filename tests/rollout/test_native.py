@@ -16,8 +16,8 @@ from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.sampling import sample, uniform_numbers
 from aropd_mcore.types import Rollout
-from tests.ranks import run_ranks
-from tests.tiny_models import save_tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import save_tiny_model
 
 FAMILIES = ("qwen2", "qwen3", "llama31")
 LENGTHS = (7, 1, 19, 4, 12)

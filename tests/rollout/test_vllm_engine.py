@@ -21,9 +21,9 @@ from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.types import Rollout
-from tests.ranks import run_ranks
-from tests.rollout.fake_vllm import FakeVllm, response_to
-from tests.tiny_runs import write_model, write_run
+from tests.support.fake_vllm import FakeVllm, response_to
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
 
 KEY = "a key"
 SAMPLING = SamplingConfig(max_response_tokens=10)

@@ -3,7 +3,7 @@
 import importlib.util
 
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def test_methods_and_report():

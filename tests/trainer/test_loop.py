@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_rows
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_rows
 from tests.trainer.test_step import (
     AROPD,
     ONE,

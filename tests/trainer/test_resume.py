@@ -18,8 +18,8 @@ import torch
 
 from aropd_mcore.convert.manifest import newest
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
 
 NOT_REPEATABLE = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
 """Metrics of the machine, not of the run."""

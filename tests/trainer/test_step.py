@@ -1,4 +1,4 @@
-"""AR-OPD steps on every layout against the plain-PyTorch oracle of tests/step_oracle.py.
+"""AR-OPD steps on every layout against the plain-PyTorch oracle of tests/support/step_oracle.py.
 
 One rank goes first: its rollouts are what the oracle learns from, and what the ranks of every other
 layout must sample again by themselves.
@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aropd_mcore.config import Config
-from tests import oracles
-from tests.ranks import run_ranks
-from tests.step_oracle import Method, Oracle, OracleStep, Sample
-from tests.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
+from tests.support import oracles
+from tests.support.ranks import run_ranks
+from tests.support.step_oracle import Method, Oracle, OracleStep, Sample
+from tests.support.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
 
 if TYPE_CHECKING:
     from aropd_mcore.trainer.step import Run

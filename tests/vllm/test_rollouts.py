@@ -19,8 +19,8 @@ from aropd_mcore.config import Config, SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.rollout import vllm_api
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
 
 pytestmark = pytest.mark.vllm
 
