@@ -27,9 +27,7 @@ SIZES = {
     "head_dim": 2,
 }
 fuzz = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
+    max_examples=3 * settings.default.max_examples,  # an example takes a millisecond
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 scalars = (

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import time
 
 import pytest
 
@@ -57,11 +56,10 @@ def test_a_choice_is_found_by_its_letter(text, expected):
 
 
 def test_rules_take_time_in_proportion_to_the_text():
-    started = time.process_time()
+    """A square of that length would be hours: the suite's time-out ends it."""
     for piece in ("<answer>", "</answer>", "\\boxed{", "answer\n\n", "####", " 1,111", "```\n("):
         text = piece * 20_000
         math_answer(text), choice_letter(text, FOUR)
-    assert time.process_time() - started < 60  # a square of that length would be hours
 
 
 @pytest.mark.parametrize(

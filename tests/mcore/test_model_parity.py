@@ -1,8 +1,9 @@
 """The Megatron model against transformers, for every family and layout, and weights there and back.
 
 The reference is made once, in the test's process; each world of ranks then goes through all its
-layouts and models in one call. A family comes in by its entry in tests/support/tiny_models.FAMILIES, which
-tests/convert/test_architecture.py demands of every family that convert/mapping.py has a table of.
+layouts and models in one call. A family comes in by its entry in FAMILIES of
+tests/support/tiny_models.py, which tests/convert/test_architecture.py demands of every family that
+convert/mapping.py has a table of.
 """
 
 import json
