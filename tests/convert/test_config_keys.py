@@ -24,6 +24,8 @@ from aropd_mcore.convert.mapping import FAMILIES as TABLES
 from aropd_mcore.convert.mapping import Family
 from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, tiny_config
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = tuple(name for name in FAMILIES if name not in ("llama2", "qwen3_moe_unnormalized"))
 STYLES = ("transformers 4", "transformers 5")
 # Numbers of heads that the default numbers of key/value heads divide.

@@ -16,6 +16,8 @@ from aropd_mcore.convert.hf_io import INDEX, SINGLE
 from aropd_mcore.convert.source import HFSource
 from tests.support.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("llama31", "mistral", "qwen2", "qwen3_moe", "mixtral")
 SIZES = {
     "num_hidden_layers": 1,

@@ -324,6 +324,7 @@ def test_ends_and_predictors_are_those_of_the_dense_log_probs(diagnosed, dense):
     assert predictors["right"] + predictors["wrong"] == sum(n > SKIP for n in lengths)
 
 
+@pytest.mark.rest
 def test_the_diagnosis_does_not_depend_on_the_layout(folder, tmp_path):
     """In pieces; the model with experts with fewer responses than replicas at the end."""
 

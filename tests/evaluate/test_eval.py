@@ -91,6 +91,7 @@ def test_a_line_says_what_was_asked_answered_and_decided(folder, tmp_path):
     assert {json.loads(line)["weight_version"] for line in responses} == {1}
 
 
+@pytest.mark.rest
 def test_engines_layouts_and_repetitions_give_the_same_file(folder, tmp_path, monkeypatch):
     """From the run's own student: by its forward on one rank and in two layouts, by servers that
     speak vLLM's protocol and sample from the weights that they are told to load."""

@@ -21,6 +21,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import read_lines, repeatable, saved_steps, train_on_ranks
 
+pytestmark = pytest.mark.rest
+
 MIB = 2**20
 
 

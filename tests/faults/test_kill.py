@@ -21,6 +21,8 @@ from tests.trainer.test_resume import (
     train_on_ranks,
 )
 
+pytestmark = pytest.mark.rest
+
 NUM_STEPS, SAVE_EVERY = 30, 2
 NUM_RANKS = 4
 

@@ -20,6 +20,8 @@ from tests.support.jobs import Job, command_of, parent_of, read_text
 from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import command, environment, read_lines
 
+pytestmark = pytest.mark.rest
+
 SECONDS = 10.0
 """That a process may outlive its launcher."""
 ENDLESS = ["training.num_steps=100000", "checkpoint.save_every_steps=1"]

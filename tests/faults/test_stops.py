@@ -21,6 +21,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import read_checkpoints, read_lines, repeatable, train_on_ranks
 
+pytestmark = pytest.mark.rest
+
 NUM_STEPS = 6
 NUM_RANKS = 4
 PATIENCE = 150.0

@@ -23,6 +23,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_models import save_tiny_model
 from tests.support.tiny_runs import write_model, write_run
 
+pytestmark = pytest.mark.rest
+
 WHO = ("student", "teacher")
 Layouts = dict[int, list[dict[str, int]]]
 """World size -> settings of runtime.start."""

@@ -27,6 +27,8 @@ from tests.numerics.runs import (
 from tests.support import oracles
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def expected_collectives(run, problem: Problem, settings: Settings | None, kwargs: dict) -> list:
     """Name and bytes of each, in order, by the documented numbers a token: all in fp32."""

@@ -13,6 +13,8 @@ from tests.numerics.problems import Problem, Settings, make_problem, oracle_answ
 from tests.numerics.runs import run_cross_entropy, run_fused, run_logits_form
 from tests.support import oracles
 
+pytestmark = pytest.mark.slow
+
 DIVERGENCES = ("kl_target_student", "kl_student_target", "jsd")
 GPU = pytest.param(
     "cuda",

@@ -92,6 +92,7 @@ PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequ
 TRAINING = ("recompute", "micro_batch_size")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_sweep_lists_every_layout_that_fits(family: str, tmp_path: Path):
     """All settings that the config and `plan` accept, tried one by one: with 4 key/value heads, 4
@@ -128,6 +129,7 @@ def _settings(setup: Setup) -> tuple:
     return tuple(getattr(setup, name) for name in PARALLEL + TRAINING)
 
 
+@pytest.mark.slow
 def test_experts_shared_out_are_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     """235B parameters, 227B of them experts': a rank of two stages without a share of them holds
     more than 100 GB of weights alone."""

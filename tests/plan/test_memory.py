@@ -115,6 +115,7 @@ def test_experts_share_their_optimizer_with_the_ranks_that_hold_the_same():
     assert found.state["optimizer moments"] == 8 * on_rank
 
 
+@pytest.mark.rest
 def test_planned_is_what_real_steps_need(monkeypatch: pytest.MonkeyPatch):
     """Within 10 % on two layouts; `make bench-memory` is about all of them."""
     monkeypatch.syspath_prepend(str(REPO / "tools" / "benchmarks"))

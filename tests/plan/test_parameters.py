@@ -91,6 +91,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.rest
 def test_built_models_have_as_many():
     counted_by_layout = zip(*run_ranks(_count, 4), strict=True)
     for (name, layout), counts in zip(LAYOUTS, counted_by_layout, strict=True):

@@ -243,6 +243,7 @@ def both_ways(path: Path) -> list[list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.rest
 def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
     path = config_of(
         tmp_path,

@@ -17,6 +17,8 @@ from tests.trainer.test_resume import (
     train_on_ranks,
 )
 
+pytestmark = pytest.mark.rest
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:

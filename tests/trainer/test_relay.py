@@ -28,6 +28,8 @@ from tests.trainer.test_step import (
     take,
 )
 
+pytestmark = pytest.mark.rest
+
 
 def far_apart(layouts: list[Layout]) -> list[Layout]:
     """A ring: after each layout the one, of those left, that differs from it in the most sizes."""
