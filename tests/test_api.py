@@ -10,7 +10,7 @@ import pytest
 
 import aropd_mcore as aropd
 from tests.conftest import REPO
-from tests.tiny_runs import write_run
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture(scope="module")

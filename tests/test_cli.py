@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from aropd_mcore import cli
 from tests.conftest import REPO
-from tests.tiny_runs import write_run
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture(scope="module")

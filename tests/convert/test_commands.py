@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from aropd_mcore import cli
 from aropd_mcore.convert.hf_io import SINGLE
 from tests.conftest import REPO
-from tests.tiny_models import LLAMA31_ROPE, save_tiny_model
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.support.tiny_models import LLAMA31_ROPE, save_tiny_model
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 NORM = "model.layers.1.input_layernorm.weight"
 

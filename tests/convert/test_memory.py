@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import REPO
 from tests.convert.big_models import write_llama
 
+pytestmark = pytest.mark.rest
+
 BEYOND_IMPORTS = 240 * 2**20
 """Ten of the largest tensors, and less than a fifth of the model."""
 

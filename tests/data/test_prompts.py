@@ -12,7 +12,7 @@ from aropd_mcore.data.prompts import PromptLine, Prompts
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 VIEWS = ViewsConfig(max_prompt_tokens=80, system_prompt="Add.", student_template="Q: {question}")
 

@@ -4,7 +4,7 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
@@ -58,7 +58,6 @@ def all_ids(builder, row):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
 @given(row=rows())
 def test_names_in_user_text_are_encoded_as_by_a_tokenizer_that_does_not_know_them(
     builders, kind, row
@@ -75,7 +74,6 @@ def test_names_in_user_text_are_encoded_as_by_a_tokenizer_that_does_not_know_the
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-@settings(max_examples=60, deadline=None)
 @given(row=rows())
 def test_user_text_with_names_is_decoded_to_itself(builders, kind, row):
     form = (lambda text: unicodedata.normalize("NFC", text)) if kind == "byte_level" else str
@@ -90,7 +88,6 @@ def test_user_text_with_names_is_decoded_to_itself(builders, kind, row):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
 @given(row=rows(ORDINARY), text=ORDINARY)
 def test_ordinary_text_is_encoded_as_the_tokenizer_encodes_it(builders, kind, row, text):
     builder = builders(kind)

@@ -5,7 +5,7 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -18,7 +18,7 @@ from aropd_mcore.data.templates import partial_trace, reference_partial_trace, w
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
 from aropd_mcore.types import Row
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 ROW = Row(
     question="What is {1} + 1?",
@@ -110,7 +110,6 @@ LETTERS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(
     st.text(st.characters(max_codepoint=0xDFF) | st.sampled_from("一二。ーが１ \n"), max_size=30),
     st.text(LETTERS, min_size=40, max_size=60),
@@ -256,7 +255,6 @@ def test_oracle_response(tokenizer):
 HEAD = "<|im_start|>user\n"
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.text(min_size=1, max_size=60).filter(str.strip), st.integers(125, 190))
 def test_cut_prompts_fit_and_keep_everything_but_the_question(tokenizer, question, limit):
     row = replace(ROW, question=question)

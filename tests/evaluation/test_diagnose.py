@@ -27,10 +27,10 @@ from aropd_mcore.rollout.generate import start_runtime
 from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train
 from aropd_mcore.types import Rollout, Row, Views
-from tests import oracles
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.support import oracles
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 NUM_ROWS, SAMPLES, NUM_READ = 7, 2, 5
 SKIP, GAP, FLOOR = 2, 0.3, 0.2
@@ -326,6 +326,7 @@ def test_ends_and_predictors_are_those_of_the_dense_log_probs(diagnosed, dense):
     assert predictors["right"] + predictors["wrong"] == sum(n > SKIP for n in lengths)
 
 
+@pytest.mark.rest
 def test_the_diagnosis_does_not_depend_on_the_layout(folder, tmp_path):
     """In pieces; the model with experts with fewer responses than replicas at the end."""
 

@@ -12,9 +12,9 @@ from aropd_mcore.evaluation.run import build_evaluation, grade
 from aropd_mcore.evaluation.tasks import parse_task
 from aropd_mcore.mcore import runtime
 from aropd_mcore.rollout.generate import generate, start_runtime
-from tests.ranks import run_ranks, shutdown_pool
-from tests.rollout.fake_vllm import FakeVllm
-from tests.tiny_runs import write_model, write_run
+from tests.support.fake_vllm import FakeVllm
+from tests.support.ranks import run_ranks, shutdown_pool
+from tests.support.tiny_runs import write_model, write_run
 
 KEY = "a key"
 MATH = [{"problem": f"{i} + {i}?", "answer": 2 * i, "id": f"m{i}"} for i in range(7)]
@@ -91,6 +91,7 @@ def test_a_line_says_what_was_asked_answered_and_decided(folder, tmp_path):
     assert {json.loads(line)["weight_version"] for line in responses} == {1}
 
 
+@pytest.mark.rest
 def test_engines_layouts_and_repetitions_give_the_same_file(folder, tmp_path, monkeypatch):
     """From the run's own student: by its forward on one rank and in two layouts, by servers that
     speak vLLM's protocol and sample from the weights that they are told to load."""

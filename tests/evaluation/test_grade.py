@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import time
 
 import pytest
 
@@ -57,11 +56,10 @@ def test_a_choice_is_found_by_its_letter(text, expected):
 
 
 def test_rules_take_time_in_proportion_to_the_text():
-    started = time.process_time()
+    """A square of that length would be hours: the suite's time-out ends it."""
     for piece in ("<answer>", "</answer>", "\\boxed{", "answer\n\n", "####", " 1,111", "```\n("):
         text = piece * 20_000
         math_answer(text), choice_letter(text, FOUR)
-    assert time.process_time() - started < 60  # a square of that length would be hours
 
 
 @pytest.mark.parametrize(
@@ -82,6 +80,7 @@ def test_equal_answers_are_equal_in_every_form(graders, gold, right, wrong):
     assert [grade.verdict for grade in found] == ["right"] * len(right) + ["wrong"] * len(wrong)
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_for_ever_holds_nobody_up():
     gold = MathAnswer("18")
     hard = "<answer>9^{9^{9^{9}}}</answer>"
@@ -90,6 +89,7 @@ def test_an_answer_that_takes_for_ever_holds_nobody_up():
         assert [grade.verdict for grade in found] == ["time", "right", "no answer"]
 
 
+@pytest.mark.slow
 def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(graders, shared_data):
     path = shared_data / "gsm8k" / "test.jsonl"
     problems = read_task(Task("gsm8k", path))
@@ -127,6 +127,7 @@ def test_code_is_found_where_models_write_it(graders, text, rule):
     assert (grade.verdict, grade.rule) == ("right", rule)
 
 
+@pytest.mark.slow
 def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(graders, shared_data):
     path = shared_data / "humaneval" / "HumanEval.jsonl.gz"
     problems = read_task(Task("humaneval", path))

@@ -10,8 +10,8 @@ import pytest
 from aropd_mcore import cli
 from aropd_mcore.evaluation.diagnose.summary import FLOORS, GAPS, SCHEMA
 from aropd_mcore.evaluation.report import write_report
-from tests.evaluation.browser import chromium
-from tests.tiny_runs import tiny_config
+from tests.support.browser import chromium
+from tests.support.tiny_runs import tiny_config
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><!--"
 """As a token, a question and an answer."""

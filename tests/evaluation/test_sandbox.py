@@ -11,6 +11,8 @@ import pytest
 
 from aropd_mcore.evaluation.sandbox import Limits, Outcome, Program, run_tests
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(cpu=1, wall=5.0, memory=1 << 30, disk=1 << 20)
 RIGHT = "def double(x): return x * 2\n"
 TESTS = """

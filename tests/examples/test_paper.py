@@ -17,7 +17,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.evaluation.tasks import Choices, parse_task, read_task
 from tests.conftest import REPO
-from tests.tiny_runs import write_model
+from tests.support.tiny_runs import write_model
 
 NUM_ROWS = 260
 """One step has 256."""

@@ -17,9 +17,11 @@ import pytest
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.manifest import iterations, newest, problems, read_manifest
 from aropd_mcore.convert.source import find_iteration
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import read_lines, repeatable, saved_steps, train_on_ranks
+
+pytestmark = pytest.mark.rest
 
 MIB = 2**20
 

@@ -16,9 +16,11 @@ import pytest
 
 from aropd_mcore.convert.manifest import newest, problems
 from tests.conftest import REPO
-from tests.faults.jobs import Job, command_of, parent_of, read_text
-from tests.tiny_runs import write_run
+from tests.support.jobs import Job, command_of, parent_of, read_text
+from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import command, environment, read_lines
+
+pytestmark = pytest.mark.rest
 
 SECONDS = 10.0
 """That a process may outlive its launcher."""

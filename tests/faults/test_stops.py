@@ -17,9 +17,11 @@ import torch
 
 from aropd_mcore.convert.manifest import newest
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import read_checkpoints, read_lines, repeatable, train_on_ranks
+
+pytestmark = pytest.mark.rest
 
 NUM_STEPS = 6
 NUM_RANKS = 4

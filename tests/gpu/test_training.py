@@ -19,7 +19,7 @@ from aropd_mcore.config import Config, ConfigError, PrecisionConfig
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.types import Rollout
 from tests.support.rollouts import ReplaySource, sample
-from tests.tiny_runs import tiny_config, write_model, write_rows
+from tests.support.tiny_runs import tiny_config, write_model, write_rows
 
 pytestmark = pytest.mark.gpu
 

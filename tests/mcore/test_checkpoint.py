@@ -33,9 +33,9 @@ from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import Run, StepResult, train_step
 from aropd_mcore.types import Rollout
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.rollouts import ReplaySource, sample
-from tests.tiny_runs import write_model, write_run
+from tests.support.tiny_runs import write_model, write_run
 
 PROMPT = list(range(40, 60))
 EMA_RATE = 1e-3

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from aropd_mcore.mcore import rank0
 from aropd_mcore.mcore.rank0 import run_on_rank0
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 class Unpicklable(Exception):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from tests import oracles
+from tests.support import oracles
 
 
 @dataclass(frozen=True)

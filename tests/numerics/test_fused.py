@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from aropd_mcore.numerics import chunks
 from tests.numerics.problems import Settings, make_problem, oracle_answer
 from tests.numerics.runs import counted_collectives, run_cross_entropy, run_fused, run_one_view
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
 

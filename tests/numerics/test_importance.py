@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from aropd_mcore.numerics.importance import importance_weights
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 LOG = math.log
 STUDENT = [LOG(0.5), LOG(0.5), LOG(0.2), LOG(0.1)]

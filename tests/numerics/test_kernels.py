@@ -22,6 +22,8 @@ from tests.numerics.problems import EVERY_SETTING, ONE_VIEW, Settings, make_prob
 from tests.numerics.runs import run_fused, run_logits_form
 from tests.numerics.test_loss import check
 
+pytestmark = pytest.mark.slow
+
 CLOSE = {"rtol": 2e-5, "atol": 2e-5, "equal_nan": True}
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aropd_mcore.numerics import vocab_parallel_anchored_residual_kl
-from tests import oracles
 from tests.numerics.problems import (
     EVERY_SETTING,
     ONE_VIEW,
@@ -25,7 +24,10 @@ from tests.numerics.runs import (
     run_logits_form,
     run_one_view,
 )
-from tests.ranks import run_ranks
+from tests.support import oracles
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 
 def expected_collectives(run, problem: Problem, settings: Settings | None, kwargs: dict) -> list:

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aropd_mcore.numerics import vocab_parallel_anchored_residual_kl
-from tests import oracles
 from tests.numerics.problems import Problem, Settings, make_problem, oracle_answer
 from tests.numerics.runs import run_cross_entropy, run_fused, run_logits_form
+from tests.support import oracles
+
+pytestmark = pytest.mark.slow
 
 DIVERGENCES = ("kl_target_student", "kl_student_target", "jsd")
 GPU = pytest.param(

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from aropd_mcore.config import Reduction
 from aropd_mcore.numerics import sample_token_weights
-from tests import oracles
-from tests.ranks import run_ranks
+from tests.support import oracles
+from tests.support.ranks import run_ranks
 
 COUNTS = [3, 0, 5, 1]
 WEIGHTS = [1.0, 4.0, 0.5, 2.0]

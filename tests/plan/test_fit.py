@@ -16,8 +16,8 @@ from aropd_mcore.plan.layout import plan
 from aropd_mcore.plan.memory import worst_stage
 from aropd_mcore.plan.setup import Setup, build_setup
 from tests.conftest import REPO
-from tests.tiny_models import save_tiny_model
-from tests.tiny_runs import tiny_config
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_runs import tiny_config
 
 CLUSTERS = REPO / "examples" / "clusters"
 GPUS = {
@@ -94,6 +94,7 @@ PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequ
 TRAINING = ("recompute", "micro_batch_size")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_sweep_lists_every_layout_that_fits(family: str, tmp_path: Path):
     """The sweep equals a search over all settings that the config and `plan` accept: 4 key/value
@@ -130,6 +131,7 @@ def _settings(setup: Setup) -> tuple:
     return tuple(getattr(setup, name) for name in PARALLEL + TRAINING)
 
 
+@pytest.mark.slow
 def test_expert_parallelism_is_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     """227B of 235B parameters are experts. Without expert parallelism, on two stages, the weights
     of a rank take more than 100 GB."""

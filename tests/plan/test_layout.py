@@ -7,8 +7,8 @@ import pytest
 
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.plan.layout import Layout, plan
-from tests.tiny_models import save_tiny_model
-from tests.tiny_runs import tiny_config
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_runs import tiny_config
 
 
 def config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:

@@ -116,6 +116,7 @@ def test_experts_share_their_optimizer_with_the_ranks_that_hold_the_same():
     assert memory.state["optimizer moments"] == 8 * on_rank
 
 
+@pytest.mark.rest
 def test_planned_is_what_real_steps_need(monkeypatch: pytest.MonkeyPatch):
     """Planned memory is within 10 % on two layouts; `make bench-memory` measures all of them."""
     monkeypatch.syspath_prepend(str(REPO / "tools" / "benchmarks"))

@@ -9,7 +9,7 @@ from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
 from aropd_mcore.plan.setup import Setup
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TINY = {
     "hidden_act": "silu",
@@ -91,6 +91,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.rest
 def test_built_models_have_as_many():
     counted_by_layout = zip(*run_ranks(_count, 4), strict=True)
     for (name, layout), counts in zip(LAYOUTS, counted_by_layout, strict=True):

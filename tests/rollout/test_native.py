@@ -17,9 +17,9 @@ from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.sampling import sample as draw
 from aropd_mcore.rollout.sampling import uniform_numbers
 from aropd_mcore.types import Rollout
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.rollouts import sample
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 FAMILIES = ("qwen2", "qwen3", "llama31")
 LENGTHS = (7, 1, 19, 4, 12)

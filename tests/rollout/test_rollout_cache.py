@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 from tests.trainer.test_resume import (
     assert_same_in_any_layout,
     read_lines,
@@ -16,6 +16,8 @@ from tests.trainer.test_resume import (
     saved_steps,
     train_on_ranks,
 )
+
+pytestmark = pytest.mark.rest
 
 
 @pytest.fixture(scope="module")

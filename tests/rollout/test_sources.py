@@ -13,7 +13,7 @@ from aropd_mcore.rollout.engine import Progress, PromptBatch, RolloutFailed, ign
 from aropd_mcore.rollout.rollout_cache import RolloutCache
 from aropd_mcore.rollout.sources import Prefetched, Replayed, RolloutSource, Sampled, StepRollouts
 from aropd_mcore.types import Rollout, Row, Views
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 NUM_STEPS = 5
 SAMPLING = SamplingConfig(max_response_tokens=4)

@@ -20,10 +20,10 @@ from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.rollout.engine import PromptBatch, RolloutFailed, rollout_seed
 from aropd_mcore.types import Rollout
-from tests.ranks import run_ranks
-from tests.rollout.fake_vllm import FakeVllm, response_to
+from tests.support.fake_vllm import FakeVllm, response_to
+from tests.support.ranks import run_ranks
 from tests.support.rollouts import sample
-from tests.tiny_runs import write_model, write_run
+from tests.support.tiny_runs import write_model, write_run
 
 KEY = "a key"
 SAMPLING = SamplingConfig(max_response_tokens=10)
@@ -247,6 +247,7 @@ def by_async_steps(path: Path) -> list[list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.rest
 def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
     path = config_of(
         tmp_path,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.slurm.cluster import Slurm, missing_programs, slurm
+from tests.support.cluster import Slurm, missing_programs, slurm
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -201,7 +201,7 @@ def test_servers_and_training_on_separate_nodes(site: Site, base: Path):
     interpreter = site.folder / "python with vllm"
     interpreter.write_text(
         f"#!/bin/sh\nPYTHONPATH='{REPO}' "
-        f"exec '{sys.executable}' -m tests.rollout.fake_vllm \"$@\"\n"
+        f"exec '{sys.executable}' -m tests.support.fake_vllm \"$@\"\n"
     )
     interpreter.chmod(0o700)
     output_dir = RUN.with_name("served")

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.conftest import REPO
+
+pytestmark = pytest.mark.rest
 
 METHODS = ["dense", "vocabulary chunks", "ours", "ours, metrics", "ours, metrics, top-k"]
 

@@ -2,8 +2,12 @@
 
 import importlib.util
 
+import pytest
+
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.rest
 
 
 def test_methods_and_report():

@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPO
+
+pytestmark = pytest.mark.rest
 
 
 def test_both_ways_of_saving_are_measured(tmp_path):

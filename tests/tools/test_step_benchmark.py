@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPO
+
+pytestmark = pytest.mark.rest
 
 TINY = ["views.max_prompt_tokens=12", "rollout.max_response_tokens=6"]
 METHODS = {"AR-OPD", "AR-OPD, no metrics", "Full OPD, one view", "SFT"}

@@ -10,7 +10,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.trainer.changes import CONTENTS_ONLY, FREE, REFUSED, check_changes, describe_run
 from aropd_mcore.types import Row
-from tests.tiny_runs import write_model, write_run
+from tests.support.tiny_runs import write_model, write_run
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ def infinite_gradient(run) -> Iterator[None]:
 # --- the run around such steps ---
 
 
+@pytest.mark.rest
 def test_skipped_steps_are_counted_and_the_run_goes_on(path):
     out = path.parent / "goes-on"
     run_ranks(train_poisoned, 2, path, out, [1, 2, 4])
@@ -129,6 +130,7 @@ def test_too_many_in_a_row_stop_the_run(path):
     assert [line["step_skipped"] for line in read_lines(out)] == [0, 1, 1, 1]
 
 
+@pytest.mark.rest
 def test_the_count_survives_a_resume(path):
     out = path.parent / "resumed"
     saves = ["checkpoint.save_every_steps=4", "checkpoint.asynchronous=false"]
@@ -161,6 +163,7 @@ def test_a_guard_skips_or_stops_before_the_update(path):
     assert read_lines(out)[-1]["step_skipped"] == 1
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("objective", ["aropd", "sft"])
 def test_responses_without_loss_tokens_stop_the_run(path, objective):
     """Loss 0 in every step would look like a perfect run."""
@@ -177,6 +180,7 @@ def test_responses_without_loss_tokens_stop_the_run(path, objective):
     assert [line["no_loss_tokens_rate"] for line in lines] == [1.0] * 3
 
 
+@pytest.mark.rest
 def test_steps_of_rows_without_weight_and_of_some_short_responses(path, tmp_path):
     """The first step's rows have weight 0. Later on some responses are too short."""
     rows = [json.loads(line) for line in (path.parent / "rows.jsonl").read_text().splitlines()]

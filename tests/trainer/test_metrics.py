@@ -21,8 +21,8 @@ from aropd_mcore.trainer.hooks import DeviceUse, utilization
 from aropd_mcore.trainer.metrics import MetricsLog, rollout_metrics
 from aropd_mcore.trainer.timing import time_metrics
 from aropd_mcore.types import Rollout, Row, Views
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
 
 RESPONSES = [  # of two ranks: text, whether it ended by itself, the gold answer
     [("42 at once, then more words", True, "42"), ("a 421 is no 42", True, "42")],

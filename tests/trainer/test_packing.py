@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 
 LIMIT = 64
 LENGTHS = [1, LIMIT, 2, 1, 3, 1, 1, 7]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_rows
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_rows
 from tests.trainer.test_step import (
     AROPD,
     ONE,
@@ -27,6 +27,8 @@ from tests.trainer.test_step import (
     every_layout,
     take,
 )
+
+pytestmark = pytest.mark.rest
 
 
 def far_apart(layouts: list[Layout]) -> list[Layout]:

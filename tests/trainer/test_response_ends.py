@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aropd_mcore.numerics.position_metrics import token_metrics
-from tests import oracles
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
-from tests.tiny_tokenizer import VOCAB_SIZE
+from tests.support import oracles
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
+from tests.support.tiny_tokenizer import VOCAB_SIZE
 
 EOS = VOCAB_SIZE - 1
 SCALE, CLIP, SKIP, LIMIT = 0.8, 2.0, 3, 12

@@ -18,8 +18,8 @@ import torch
 
 from aropd_mcore.convert.manifest import newest
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
 
 NOT_REPEATABLE = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
 """Metrics of the machine, not of the run."""
@@ -56,6 +56,7 @@ def unbroken(path) -> Path:
     return out
 
 
+@pytest.mark.rest
 def test_killed_twice_and_resumed_is_bitwise_the_unbroken_run(path, unbroken):
     out = path.parent / "out"
     # While step 4 of 4 is under way: two steps are saved, in the background, the third is only
@@ -120,6 +121,7 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
     assert tracker.read_text() == "4"
 
 
+@pytest.mark.rest
 def test_experts_move_between_layouts(tmp_path):
     """From tensor ranks, with one optimizer, to expert ranks, with two, which then cut each expert
     as well, and to a rank alone."""
@@ -163,6 +165,7 @@ def checkpoint_of(run: Path, step: int, out: Path) -> Path:
     return out
 
 
+@pytest.mark.rest
 def test_saves_by_the_clock_and_what_is_kept_for_good(path, unbroken):
     out = path.parent / "by-the-clock"
     settings = {

@@ -7,7 +7,7 @@ import pytest
 
 from aropd_mcore import cli
 from tests.conftest import REPO
-from tests.tiny_runs import write_run
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from aropd_mcore.config import Config, SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.rollout import vllm_api
 from aropd_mcore.rollout.engine import Progress, RolloutFailed, ignore, rollout_seed
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.rollouts import sample
-from tests.tiny_runs import write_model, write_run
+from tests.support.tiny_runs import write_model, write_run
 
 pytestmark = pytest.mark.vllm
 

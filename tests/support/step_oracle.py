@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests import oracles
+from tests.support import oracles
 
 BUCKETS = {
     "0-255": (0, 256),

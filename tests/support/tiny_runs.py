@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from tests.tiny_models import save_tiny_model
-from tests.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 
 EOS_IDS = list(range(5, VOCAB_SIZE, 16))
 """Many, so that a random model's responses end at lengths of their own."""
