@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aropd_mcore.config import Config
     from aropd_mcore.config_file import load_config
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CommandFailed",
     "Config",

@@ -18,7 +18,7 @@ Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
 Reduction = Literal["sequence_mean", "sequence_mean_all", "token_mean"]
 Recompute = Literal["none", "selective", "full"]
-Place = Literal["device", "host"]
+MemorySpace = Literal["device", "host"]
 Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 Positive = Annotated[int, Field(gt=0)]
@@ -437,11 +437,11 @@ class TeacherConfig(Section):
     fp32_master: bool = True
     """Moving average in fp32 if the model is in bf16. In bf16, most updates would be rounded
     away."""
-    weights: Place = "device"
+    weights: MemorySpace = "device"
     """Location of the teacher's weights and fp32 average while the teacher is not scoring. `host`:
     pinned memory. The weights are then copied to the device for scoring, and only the output head,
     which the loss needs, stays there."""
-    hidden_states: Place = "device"
+    hidden_states: MemorySpace = "device"
     """Location of the views' final hidden states until the loss reads them. `host`: pinned memory,
     from which one microbatch at a time is copied to the device."""
 

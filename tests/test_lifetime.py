@@ -107,7 +107,7 @@ STARTS = {
     "evaluation/sandbox.py": "sandbox_child.py, which asks for the signal itself",
     "evaluation/sandbox_child.py": "its fork asks again",
     "lifetime.py": "the mechanism",
-    "mcore/writing.py": "the queue's server and the writers ask first thing",
+    "mcore/checkpoint/writer.py": "the queue's server and the writers ask first thing",
     "local_launch.py": "ranks: lifetime.start",
     "rollout/vllm_process.py": "the first watchdog, which watches this process",
     "rollout/vllm_side/aropd_watchdog.py": "two watchdogs, which watch each other",

@@ -23,7 +23,7 @@ def _run(args: argparse.Namespace) -> None:
     from aropd_mcore.config import ViewsConfig
     from aropd_mcore.config_file import load_config
     from aropd_mcore.data.dataset import RowDataset
-    from aropd_mcore.data.show import render_views
+    from aropd_mcore.data.preview import render_views
     from aropd_mcore.data.tokenizer import load_tokenizer
     from aropd_mcore.data.views import ViewBuilder
 

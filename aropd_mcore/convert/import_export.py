@@ -14,7 +14,7 @@ from aropd_mcore.convert.folders import ORDER, copy_companions, new_folder
 from aropd_mcore.convert.global_tensors import (
     chunks,
     extra_state_keys,
-    place,
+    global_slice,
     stored_weights,
 )
 from aropd_mcore.convert.hf_write import SafetensorsWriter
@@ -66,7 +66,7 @@ def import_hf(
             def write(weights: Iterator[Weight]) -> None:
                 buffers = (Buffer(), Buffer(), Buffer())
                 for weight in weights:
-                    where = place(weight, architecture)
+                    where = global_slice(weight, architecture)
                     for start, chunk in chunks(
                         weight, source.files, architecture, tensor_parallel, buffers
                     ):
@@ -139,7 +139,7 @@ def _global_infos(source: HFSource) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     firsts: dict[str, str] = {}
     for weight in stored_weights(source.architecture):
-        where = place(weight, source.architecture)
+        where = global_slice(weight, source.architecture)
         for name in weight.hf:
             dtype = source.tensors[name].dtype
             info = infos.setdefault(where.key, TensorInfo(dtype, where.global_shape))

@@ -22,8 +22,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from aropd_mcore.config import OptimizerConfig
-from aropd_mcore.mcore import adam
 from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.patches import adam
 
 adam.install()
 

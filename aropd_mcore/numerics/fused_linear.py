@@ -18,7 +18,7 @@ from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
 from aropd_mcore.numerics.cross_entropy import cross_entropies, write_cross_entropy_gradient
 from aropd_mcore.numerics.kl import Wanted, join, passes_for, token_groups, token_losses
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import TorchPasses, Views
+from aropd_mcore.numerics.passes import TorchPasses, ViewLogits
 from aropd_mcore.numerics.vocab_shard import vocab_shard
 
 
@@ -113,7 +113,7 @@ def fused_linear_anchored_residual_kl(
         logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
     ) -> dict[str, Tensor]:
         # With one privileged view, it takes both places: the target reads the same from either.
-        views, parts = Views(logits[0], logits[1], logits[-1]), []
+        views, parts = ViewLogits(logits[0], logits[1], logits[-1]), []
         run = passes_for(views)
         wanted = Wanted(ids_T, with_metrics, with_metrics and with_topk)
         for group in token_groups(run, views.student.size(0), shard):

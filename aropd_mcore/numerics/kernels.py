@@ -57,7 +57,7 @@ from aropd_mcore.numerics.kernel_blocks import (
     shift,
 )
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, Softmax, Views
+from aropd_mcore.numerics.passes import MOMENTS, Softmax, ViewLogits
 
 NUM_WARPS = LANES.value // 32
 SIZES = ["num_tokens", "num_columns"]  # kernels are compiled once for all sizes
@@ -71,7 +71,7 @@ class Matrix(NamedTuple):
     column_stride: int
 
 
-def view_statistics(views: Views, moments: Sequence[tuple[int, int]]) -> Tensor:
+def view_statistics(views: ViewLogits, moments: Sequence[tuple[int, int]]) -> Tensor:
     assert tuple(moments) in ((), MOMENTS), moments
     out_KT = _empty_numbers(6 + len(moments), views)
     with torch.cuda.device_of(out_KT):
@@ -82,7 +82,7 @@ def view_statistics(views: Views, moments: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def target_statistics(
-    views: Views,
+    views: ViewLogits,
     softmax: Softmax,
     objective: Objective,
     *,
@@ -105,7 +105,7 @@ def target_statistics(
     return out_KT
 
 
-def mixture_statistics(views: Views, softmax: Softmax, objective: Objective) -> Tensor:
+def mixture_statistics(views: ViewLogits, softmax: Softmax, objective: Objective) -> Tensor:
     out_KT = _empty_numbers(2, views)
     with torch.cuda.device_of(out_KT):
         _mixture_statistics[(out_KT.size(1),)](
@@ -121,7 +121,7 @@ def mixture_statistics(views: Views, softmax: Softmax, objective: Objective) -> 
 
 def write_gradient(
     out_TV: Tensor,
-    views: Views,
+    views: ViewLogits,
     softmax: Softmax,
     kl_student_T: Tensor,
     objective: Objective,
@@ -143,7 +143,7 @@ def write_gradient(
         )
 
 
-def _empty_numbers(num_numbers: int, views: Views) -> Tensor:
+def _empty_numbers(num_numbers: int, views: ViewLogits) -> Tensor:
     assert views.student.dtype in (torch.float16, torch.bfloat16, torch.float32)
     shape = (num_numbers, views.student.size(0))
     return views.student.new_empty(shape, dtype=torch.float32)
@@ -153,9 +153,9 @@ def _matrix(tensor_TV: Tensor) -> Matrix:
     return Matrix(tensor_TV, *tensor_TV.stride())
 
 
-def _sizes(views: Views) -> tuple[Views, int, int]:
+def _sizes(views: ViewLogits) -> tuple[ViewLogits, int, int]:
     num_tokens, num_columns = views.student.shape
-    return Views._make(map(_matrix, views)), num_tokens, num_columns
+    return ViewLogits._make(map(_matrix, views)), num_tokens, num_columns
 
 
 def _contiguous(softmax: Softmax) -> Softmax:

@@ -29,7 +29,7 @@ from aropd_mcore.numerics.passes import (
     TARGET,
     Softmax,
     TorchPasses,
-    Views,
+    ViewLogits,
     wide_dtype,
 )
 from aropd_mcore.numerics.residual import unnormalized_target
@@ -119,7 +119,7 @@ def vocab_parallel_anchored_residual_kl(
 
     wanted = Wanted(sampled_ids_T, with_metrics, with_metrics and with_topk)
     with torch.no_grad():
-        views = Views(*(logits_TV[:, : shard.num_columns] for logits_TV in logits.values()))
+        views = ViewLogits(*(logits_TV[:, : shard.num_columns] for logits_TV in logits.values()))
         run = passes_for(views)
         groups = token_groups(run, num_tokens, shard)
         parts = [token_losses(run, views.rows(g), objective, shard, wanted.rows(g)) for g in groups]
@@ -160,11 +160,13 @@ class Passes(Protocol):
     `TorchPasses` documents the functions.
     """
 
-    def view_statistics(self, views: Views, moments: Sequence[tuple[int, int]], /) -> Tensor: ...
+    def view_statistics(
+        self, views: ViewLogits, moments: Sequence[tuple[int, int]], /
+    ) -> Tensor: ...
 
     def target_statistics(
         self,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         objective: Objective,
         /,
@@ -174,13 +176,13 @@ class Passes(Protocol):
     ) -> Tensor: ...
 
     def mixture_statistics(
-        self, views: Views, softmax: Softmax, objective: Objective, /
+        self, views: ViewLogits, softmax: Softmax, objective: Objective, /
     ) -> Tensor: ...
 
     def write_gradient(
         self,
         out_TV: Tensor,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         kl_student_T: Tensor,
         objective: Objective,
@@ -189,7 +191,7 @@ class Passes(Protocol):
     ) -> None: ...
 
 
-def passes_for(views: Views) -> Passes:
+def passes_for(views: ViewLogits) -> Passes:
     """Choose the passes for logits like these: Triton on a GPU except in fp64, else torch."""
     if views.student.is_cuda and views.student.dtype != torch.float64:
         from aropd_mcore.numerics import kernels  # Triton comes with the CUDA builds of torch
@@ -210,7 +212,7 @@ def token_groups(run: Passes, num_tokens: int, shard: VocabShard) -> list[slice]
 
 
 def token_losses(
-    run: Passes, views: Views, objective: Objective, shard: VocabShard, wanted: Wanted
+    run: Passes, views: ViewLogits, objective: Objective, shard: VocabShard, wanted: Wanted
 ) -> TokenLosses:
     """Compute loss and metrics of unpadded logit shards, from validated arguments.
 
@@ -228,7 +230,7 @@ def token_losses(
     sampled_KT = None
     if wanted.sampled_ids_T is not None:
         sampled_KT = (gathered["sampled"].sum(0) - softmax.max_KT).sub_(softmax.log_sum_KT)
-        metrics |= {f"logprob_{view}": sampled_KT[k] for k, view in enumerate(Views._fields)}
+        metrics |= {f"logprob_{view}": sampled_KT[k] for k, view in enumerate(ViewLogits._fields)}
 
     least_top_2T = _least_top_logits(gathered["tops"]) if wanted.topk else None
     local_KT = run.target_statistics(
@@ -352,7 +354,7 @@ def sampled_logits(views: Sequence[Tensor], ids_T: Tensor, shard: VocabShard) ->
     return picked.to(wide).masked_fill_(~is_owned_T, 0.0)
 
 
-def _top_logits(views: Views, shard: VocabShard) -> Tensor:
+def _top_logits(views: ViewLogits, shard: VocabShard) -> Tensor:
     """Return this shard's TOP_K largest logits of student and full, [2 * TOP_K, T].
 
     A shard with fewer columns is filled up with -inf.
@@ -400,7 +402,7 @@ class _LogitsLoss(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         refuse_second_derivative()
         *logits, max_KT, log_sum_KT, kl_student_T = ctx.saved_tensors
-        views = Views(*(logits_TV[:, : ctx.num_columns] for logits_TV in logits))
+        views = ViewLogits(*(logits_TV[:, : ctx.num_columns] for logits_TV in logits))
         softmax = Softmax(max_KT, log_sum_KT)
         gradient_TV = torch.empty_like(logits[0])
         gradient_TV[:, ctx.num_columns :] = 0

@@ -35,7 +35,7 @@ LOWEST = torch.finfo(torch.float32).min
 NaN."""
 
 
-class Views(NamedTuple):
+class ViewLogits(NamedTuple):
     """Logits of a shard, [T, V] each, of one dtype."""
 
     student: Tensor
@@ -44,10 +44,10 @@ class Views(NamedTuple):
     """Logits of the full view. If one view takes both places, this is the same object as `partial`,
     and is read once."""
 
-    def rows(self, tokens: slice) -> "Views":
+    def rows(self, tokens: slice) -> "ViewLogits":
         student_TV, partial_TV = self.student[tokens], self.partial[tokens]
         is_one = self.full is self.partial
-        return Views(student_TV, partial_TV, partial_TV if is_one else self.full[tokens])
+        return ViewLogits(student_TV, partial_TV, partial_TV if is_one else self.full[tokens])
 
 
 class Softmax(NamedTuple):
@@ -130,7 +130,7 @@ class TorchPasses:
 
     def target_statistics(
         self,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         objective: Objective,
         *,
@@ -180,7 +180,9 @@ class TorchPasses:
 
         return self._in_blocks(views, 6, statistics)
 
-    def mixture_statistics(self, views: Views, softmax: Softmax, objective: Objective) -> Tensor:
+    def mixture_statistics(
+        self, views: ViewLogits, softmax: Softmax, objective: Objective
+    ) -> Tensor:
         """Compute this shard's parts of KL(q || m) and KL(s || m), m = (1 - beta) s + beta q.
 
         Returns:
@@ -204,7 +206,7 @@ class TorchPasses:
     def write_gradient(
         self,
         out_TV: Tensor,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         kl_student_T: Tensor,
         objective: Objective,
@@ -301,7 +303,7 @@ def _expectation(weights_TV: Tensor, scale_T: Tensor, values_TV: Tensor, careful
 
 
 def _log_views(
-    views: Views, softmax: Softmax, tokens: slice, buffers: Sequence[Tensor]
+    views: ViewLogits, softmax: Softmax, tokens: slice, buffers: Sequence[Tensor]
 ) -> list[Tensor]:
     """Compute log s, log p, log f in the first three buffers. One view for both: log f is log p."""
     rows = views.rows(tokens)
@@ -320,7 +322,7 @@ def _log_target(
 
 
 def _log_student_and_target(
-    views: Views,
+    views: ViewLogits,
     softmax: Softmax,
     objective: Objective,
     tokens: slice,

@@ -30,7 +30,7 @@ from aropd_mcore.numerics.kl import (
     token_losses,
 )
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import BLOCK_ELEMENTS, TARGET, Softmax, Views, wide_dtype
+from aropd_mcore.numerics.passes import BLOCK_ELEMENTS, TARGET, Softmax, ViewLogits, wide_dtype
 from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards, vocab_shard
 
 DISTRIBUTIONS = ("student", "partial", "full", "target")
@@ -110,7 +110,7 @@ def fused_linear_scores(
     def chunk_scores(
         logits: list[Tensor], ids_T: Tensor | None, _: Tensor | None
     ) -> dict[str, Tensor]:
-        views = Views(*logits)
+        views = ViewLogits(*logits)
         losses = token_losses(passes_for(views), views, objective, shard, Wanted(ids_T, True, True))
         found = {"loss_T": losses.loss_T} | losses.metrics
         distributions = _Distributions(views, losses.softmax, objective, shard)
@@ -145,7 +145,9 @@ class _Local(NamedTuple):
 class _Distributions:
     """A chunk's logit shards with everybody's softmax."""
 
-    def __init__(self, views: Views, softmax: Softmax, objective: Objective, shard: VocabShard):
+    def __init__(
+        self, views: ViewLogits, softmax: Softmax, objective: Objective, shard: VocabShard
+    ):
         self._views = views
         self._softmax = softmax
         self._objective = objective

@@ -250,7 +250,8 @@ def chunk_tokens(setup: Setup) -> int:
 def _optimizer(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
     parts: dict[str, float] = {}
     if setup.device == "cpu":
-        # mcore.adam computes all denominators at once. Then gloo gathers the weights into a copy.
+        # mcore.patches.adam computes all denominators at once. Then gloo gathers the weights into a
+        # copy.
         shared, experts = sharing_ranks(setup)
         on_rank = parameters.shared / shared + parameters.experts / experts
         gathered = parameters.total * setup.dtype_bytes if shared > 1 else 0

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aropd_mcore.config import Config, Place, Recompute
+from aropd_mcore.config import Config, MemorySpace, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.layout import Layout, plan
 
@@ -55,8 +55,8 @@ class Setup:
     chunk_tokens: int | Literal["auto"] = "auto"
     max_tokens_per_microbatch: int | None = None
     """Tokens of a packed microbatch; None without packing."""
-    teacher_hidden_states: Place = "device"
-    teacher_weights: Place = "device"
+    teacher_hidden_states: MemorySpace = "device"
+    teacher_weights: MemorySpace = "device"
     """Location of the weights. `host`: all but the output head are on the device only while the
     teacher scores."""
     overlap_grad_reduce: bool = False
@@ -89,7 +89,9 @@ class Setup:
     @property
     def sequence_tokens(self) -> int:
         """Tokens of prompt and response, padded for context and tensor ranks and for FP8."""
-        rank_multiple = math.lcm(self.size_multiple, 2 if self.context > 1 else 1)  # data.context
+        rank_multiple = math.lcm(
+            self.size_multiple, 2 if self.context > 1 else 1
+        )  # data.context_parallel
         multiple = rank_multiple * self.context * self.sequence_size
         return -(-(self.prompt_tokens + self.response_tokens) // multiple) * multiple
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aropd_mcore.data.prompts import PromptCounts, PromptLine, Prompts
+from aropd_mcore.data.generation_prompts import PromptCounts, PromptLine, Prompts
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore.rank0 import run_on_rank0

@@ -23,16 +23,16 @@ from aropd_mcore.convert.import_export import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.locks import RunLock
-from aropd_mcore.mcore.checkpoint_folder import SaveFailed
+from aropd_mcore.mcore.checkpoint.directory import SaveFailed
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
 from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.checkpointing import Counters, Saver
 from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
 from aropd_mcore.trainer.preflight import describe_rows
-from aropd_mcore.trainer.saving import Counters, Saver
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
 from aropd_mcore.trainer.timing import time_metrics

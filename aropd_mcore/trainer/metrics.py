@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aropd_mcore.config import Config
-from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.numerics.position_metrics import token_metrics
 from aropd_mcore.trainer.step import StepResult

@@ -45,7 +45,7 @@ class Run:
     guards: Guards
     stops: Stops = field(default_factory=Stops)
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Description of the run for its checkpoints (trainer.changes.describe_run)."""
+    """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
     notes: Sequence[str] = ()
     """Sentences about data and templates for the user to read once, at the start."""
     hooks: Sequence["StepHook"] = ()

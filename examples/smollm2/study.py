@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from methods import ABLATIONS, BASE, GRID, LOSSES, MAIN, METHODS, RATES
 
 from aropd_mcore.config_file import dump_config, load_config
-from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.templates import fill
 from aropd_mcore.data.tokenizer import load_tokenizer

@@ -24,7 +24,7 @@ from make_data import LETTERS
 from methods import ABLATIONS, MAIN, METHODS
 
 from aropd_mcore.config_file import load_config
-from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.evaluation.figures import read_metrics
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
+from aropd_mcore.data.preview import render_views
 from aropd_mcore.data.records import DataError
-from aropd_mcore.data.show import render_views
 from aropd_mcore.data.templates import partial_trace, reference_partial_trace, write_trace
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder

@@ -62,7 +62,7 @@ def assert_as_unbroken(out: Path, unbroken: Path) -> None:
 
 
 def progress_of(outs: list[Path]) -> list[dict[str, Any]]:
-    from aropd_mcore.mcore.checkpoint import read_common
+    from aropd_mcore.mcore.checkpoint.state import read_common
 
     return [read_common(newest(out / "checkpoints") or out)["progress"] for out in outs]
 

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from aropd_mcore.numerics import kernels
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, Softmax, Views
+from aropd_mcore.numerics.passes import MOMENTS, Softmax, ViewLogits
 
 
 class NoGPU:
@@ -49,7 +49,7 @@ def compile_all() -> list[tuple[str, Any]]:
     driver.set_active(NoGPU())
     num_tokens, num_columns = 4, 5000
     for dtype in (torch.bfloat16, torch.float32):
-        views = Views(*torch.zeros(3, num_tokens, num_columns, dtype=dtype))
+        views = ViewLogits(*torch.zeros(3, num_tokens, num_columns, dtype=dtype))
         views_softmax = Softmax(torch.zeros(3, num_tokens), torch.zeros(3, num_tokens))
         softmax = Softmax(torch.zeros(4, num_tokens), torch.zeros(4, num_tokens))
         numbers, tops = torch.zeros(num_tokens), torch.zeros(2, num_tokens)

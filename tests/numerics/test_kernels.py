@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from aropd_mcore.numerics.kl import add_up_target, add_up_views
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, Views
+from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, ViewLogits
 from tests.numerics.problems import EVERY_SETTING, ONE_VIEW, Settings, make_problem
 from tests.numerics.runs import run_fused, run_logits_form
 from tests.numerics.test_loss import check
@@ -27,13 +27,17 @@ pytestmark = pytest.mark.slow
 CLOSE = {"rtol": 2e-5, "atol": 2e-5, "equal_nan": True}
 
 
-def random_views(num_tokens: int, num_columns: int, dtype=torch.float32, device="cpu") -> Views:
+def random_views(
+    num_tokens: int, num_columns: int, dtype=torch.float32, device="cpu"
+) -> ViewLogits:
     generator = torch.Generator(device).manual_seed(num_columns)
     rows = torch.randn(3, num_tokens, num_columns, generator=generator, device=device)
-    return Views(*(3 * rows).to(dtype))
+    return ViewLogits(*(3 * rows).to(dtype))
 
 
-def numbers_and_gradient(run, views: Views, settings: Settings, with_metrics: bool) -> list[Tensor]:
+def numbers_and_gradient(
+    run, views: ViewLogits, settings: Settings, with_metrics: bool
+) -> list[Tensor]:
     """Return the results of every pass of `run`, in order, over one shard."""
     objective = Objective(*astuple(settings))
     moments = MOMENTS if with_metrics else ()
@@ -65,7 +69,7 @@ def numbers_and_gradient(run, views: Views, settings: Settings, with_metrics: bo
     return [*numbers, gradient_TV]
 
 
-def compare(views: Views, settings: Settings, with_metrics: bool = True) -> None:
+def compare(views: ViewLogits, settings: Settings, with_metrics: bool = True) -> None:
     from aropd_mcore.numerics import kernels
 
     expected = numbers_and_gradient(TorchPasses(views.student), views, settings, with_metrics)
@@ -109,13 +113,13 @@ class TestInterpreted:
     def test_one_view_for_both(self):
         student, partial, _ = random_views(3, 1024 + 45)
         for settings in ONE_VIEW:
-            compare(Views(student, partial, partial), settings, with_metrics=False)
+            compare(ViewLogits(student, partial, partial), settings, with_metrics=False)
 
     def test_other_strides(self):
         for views in (
-            Views(*torch.randn(3, 5, 128)[..., :100]),
-            Views(*torch.randn(3, 5, 200)[..., ::2]),
-            Views(*torch.randn(3, 100, 5).transpose(1, 2)),
+            ViewLogits(*torch.randn(3, 5, 128)[..., :100]),
+            ViewLogits(*torch.randn(3, 5, 200)[..., ::2]),
+            ViewLogits(*torch.randn(3, 100, 5).transpose(1, 2)),
         ):
             compare(views, Settings())
 

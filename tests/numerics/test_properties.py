@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from aropd_mcore.numerics import anchored_residual_logprobs, vocab_parallel_anchored_residual_kl
 from aropd_mcore.numerics.kl import add_up_target, add_up_views
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, Views
+from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, ViewLogits
 from tests.support import oracles
 
 INF = torch.inf
@@ -110,7 +110,8 @@ def test_shards_of_any_sizes_add_up(rows, scale, clip, cuts):
     results = []
     for edges in ([0, num_columns], bounds):
         shards = [
-            Views(*(row[:, start:end] for row in rows)) for start, end in itertools.pairwise(edges)
+            ViewLogits(*(row[:, start:end] for row in rows))
+            for start, end in itertools.pairwise(edges)
         ]
         runs = [TorchPasses(shard.student) for shard in shards]
         pairs = list(zip(runs, shards, strict=True))

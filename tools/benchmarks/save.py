@@ -65,7 +65,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
     from random_runs import build_run
 
     from aropd_mcore.convert.manifest import iterations
-    from aropd_mcore.mcore import checkpoint, checkpoint_folder
+    from aropd_mcore.mcore.checkpoint import directory, state
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.step import train_step
 
@@ -73,10 +73,10 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
     runtime = start_runtime(config)
     run = build_run(config, runtime, hf)
     saves = Path(folder) / "checkpoints"
-    checkpoint_folder.prepare(saves)
+    directory.prepare(saves)
     parts = run.student, run.teacher, {}, runtime
     train_step(run, 0)
-    checkpoint.save(saves, 0, *parts)  # the first save starts processes of Megatron that remain
+    state.save(saves, 0, *parts)  # the first save starts processes of Megatron that remain
     blocked: dict[str, list[float]] = {method: [] for method in METHODS}
     total: dict[str, list[float]] = {method: [] for method in METHODS}
     for repeat in range(1, repeats + 1):
@@ -88,7 +88,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
                 save_started = time.perf_counter()
                 if step == 0 and method != METHODS[0]:
                     background = method == METHODS[2]
-                    saving = checkpoint.Saving(saves, repeat, *parts)
+                    saving = state.Saving(saves, repeat, *parts)
                     if not background:
                         saving.commit()
                         saving = None
@@ -100,7 +100,7 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
             blocked[method].append(waited)
             total[method].append(time.perf_counter() - started)
             if runtime.rank == 0:
-                checkpoint_folder.prune(saves, keep_last=1)
+                directory.prune(saves, keep_last=1)
             dist.barrier()
     if runtime.rank == 0:
         (last,) = iterations(saves)

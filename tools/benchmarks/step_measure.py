@@ -133,7 +133,7 @@ def measure_bubble(
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             output = forward(*args, **kwargs)
-            torch.cuda.synchronize()  # without a GPU, mcore.cpu_mode makes it do nothing
+            torch.cuda.synchronize()  # without a GPU, mcore.patches.cpu_mode makes it do nothing
             time.sleep(max(start + stage_seconds - time.perf_counter(), 0.0))
             busy.append(time.perf_counter() - start)
             return output

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from aropd_mcore.config import ObjectiveConfig
-from aropd_mcore.data.answers import ends_with_answer, is_premature
+from aropd_mcore.data.answer_match import ends_with_answer, is_premature
 from aropd_mcore.numerics.position_metrics import (
     BY_POSITION,
     hindsight_tokens,

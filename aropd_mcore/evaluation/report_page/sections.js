@@ -214,7 +214,16 @@ function curvesSection(all, shown) {
 }
 
 function timeSection(shown, all) {
-  const order = ["rollout", "batch", "teacher", "student", "optimizer", "sync", "other", "checkpoint"],
+  const order = [
+      "rollout",
+      "batch",
+      "teacher",
+      "student",
+      "optimizer",
+      "sync",
+      "other",
+      "checkpoint",
+    ],
     rank = (phase) => (order.indexOf(phase) + 99) % 99;
   const phases = [...new Set(all.flatMap((run) => Object.keys(run.metrics)))]
     .filter((name) => name.startsWith("seconds/"))

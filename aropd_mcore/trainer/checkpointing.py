@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from aropd_mcore.convert.manifest import newest, read_manifest
-from aropd_mcore.mcore import checkpoint, checkpoint_folder
-from aropd_mcore.mcore.checkpoint import Saving
-from aropd_mcore.mcore.checkpoint_folder import SaveFailed
+from aropd_mcore.mcore.checkpoint import directory, state
+from aropd_mcore.mcore.checkpoint.directory import SaveFailed
+from aropd_mcore.mcore.checkpoint.state import Saving
 from aropd_mcore.mcore.rank0 import run_on_rank0
-from aropd_mcore.trainer.changes import check_changes
+from aropd_mcore.trainer.resume_policy import check_changes
 from aropd_mcore.trainer.step import Run
 
 Counters = Mapping[str, Any]
@@ -47,7 +47,7 @@ class Saver:
         self._num_saved = 0
         """Steps that the newest checkpoint has seen."""
         self._blocked = 0.0
-        checkpoint_folder.prepare(self._folder)
+        directory.prepare(self._folder)
         self._last_time = time.monotonic()
 
     @property
@@ -65,12 +65,12 @@ class Saver:
             CheckpointError: there are checkpoints, and none is whole.
             ConfigError: it is of another run, by a change that is refused.
         """
-        path, notes = checkpoint_folder.find(self._folder)
+        path, notes = directory.find(self._folder)
         progress = None
         if path is not None:
             run = self._run
             notes += check_changes(read_manifest(path), run.about, self._settings.allow_changes)
-            progress = checkpoint.load(path, run.student, run.teacher, run.runtime)
+            progress = state.load(path, run.student, run.teacher, run.runtime)
             self._num_saved = progress["step"]
         self._run.source.steps_saved(self._num_saved)
         return progress, notes
@@ -150,7 +150,7 @@ class Saver:
         self._num_saved = saving.step
         if self._run.runtime.rank == 0:
             settings = self._settings
-            checkpoint_folder.prune(
+            directory.prune(
                 self._folder, keep_last=settings.keep_last, keep_every=settings.keep_every
             )
         self._run.source.steps_saved(self._num_saved)

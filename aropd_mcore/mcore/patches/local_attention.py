@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from aropd_mcore.data.context import positions_of_rank
+from aropd_mcore.data.context_parallel import positions_of_rank
 
 
 class LocalCoreAttention(torch.nn.Module):
@@ -19,9 +19,8 @@ class LocalCoreAttention(torch.nn.Module):
 
     Query [S, B, heads, D], key and value [S, B, KV heads, D], rotated already; the result is
     [S, B, heads x D]. Packed, with packed_seq_params: [S, heads, D] and so on, to [S, heads, D].
-    Under context parallelism S counts this rank's positions (data.context), and every rank gathers
-    all keys and values: the plainest of the schemes that exist for it, for a machine where
-    plainness counts.
+    Under context parallelism S counts this rank's positions (data.context_parallel), and every rank
+    gathers all keys and values: the simplest scheme, for CPU ranks.
 
     Collectives: under context parallelism an all-gather of keys and one of values over the context
         group, and in the backward a reduce-scatter of each gradient.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aropd_mcore.config import ViewsConfig
-from aropd_mcore.data.prompts import PromptLine, Prompts
+from aropd_mcore.data.generation_prompts import PromptLine, Prompts
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row

@@ -25,18 +25,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.manifest import FileSum, folder_name
-from aropd_mcore.mcore.checkpoint_folder import (
+from aropd_mcore.mcore.checkpoint.directory import (
     SaveFailed,
     give_up,
     make_whole,
     new_partial,
 )
+from aropd_mcore.mcore.checkpoint.writer import Writing, Written
 from aropd_mcore.mcore.optim import STATE_FORMAT
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.mcore.writing import Writing, Written
 
 _PACKAGES = {
     "aropd-mcore": "aropd_mcore",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aropd_mcore.data.collate import collate
-from aropd_mcore.data.context import positions_of_rank, share_of_rank
+from aropd_mcore.data.context_parallel import positions_of_rank, share_of_rank
 from aropd_mcore.types import Sample
 
 

@@ -8,7 +8,13 @@ import pytest
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
-from aropd_mcore.trainer.changes import CONTENTS_ONLY, FREE, REFUSED, check_changes, describe_run
+from aropd_mcore.trainer.resume_policy import (
+    CONTENTS_ONLY,
+    FREE,
+    REFUSED,
+    check_changes,
+    describe_run,
+)
 from aropd_mcore.types import Row
 from tests.support.tiny_runs import write_model, write_run
 
