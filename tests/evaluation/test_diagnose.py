@@ -18,12 +18,13 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluation import grade
-from aropd_mcore.evaluation.diagnose.score import NUM_TOP, build_diagnosis_spec, diagnose
+from aropd_mcore.evaluation.diagnose.score import NUM_TOP, diagnose
+from aropd_mcore.evaluation.diagnose.spec import build_diagnosis_spec
 from aropd_mcore.evaluation.diagnose.summary import FLOORS, GAPS, Scored, summarize
 from aropd_mcore.evaluation.predictors import predict
 from aropd_mcore.mcore import runtime
 from aropd_mcore.numerics.token_diagnostics import SUPPORT_GAPS
-from aropd_mcore.rollout.generate import start_runtime
+from aropd_mcore.rollout.generate import start_generation_runtime
 from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train
 from aropd_mcore.types import Rollout, Row, Views
@@ -68,10 +69,8 @@ Call = dict[str, Any]
 def _diagnose_all(calls: list[Call]) -> None:
     for call in calls:
         common = {"num_rows": NUM_ROWS, "num_read": NUM_READ, "parallel": {}}
-        request = build_diagnosis_spec(
-            **common | {"rollout": {"rollouts_per_prompt": SAMPLES}} | call
-        )
-        diagnose(request, start_runtime(request.job))
+        spec = build_diagnosis_spec(**common | {"rollout": {"rollouts_per_prompt": SAMPLES}} | call)
+        diagnose(spec, start_generation_runtime(spec.spec))
         runtime.stop()
 
 

@@ -11,7 +11,7 @@ from aropd_mcore import cli
 from aropd_mcore.evaluation.run import build_evaluation, grade
 from aropd_mcore.evaluation.tasks import parse_task
 from aropd_mcore.mcore import runtime
-from aropd_mcore.rollout.generate import generate, start_runtime
+from aropd_mcore.rollout.generate import generate, start_generation_runtime
 from tests.ranks import run_ranks, shutdown_pool
 from tests.rollout.fake_vllm import FakeVllm
 from tests.tiny_runs import write_model, write_run
@@ -49,8 +49,8 @@ def evaluate_here(calls: list[dict[str, Any]]) -> None:
         sampling = {"max_response_tokens": 12, "temperature": 0.0} | call.pop("rollout", {})
         call = {"allow_code_execution": False, "parallel": {}, "rollout": sampling} | call
         evaluation = build_evaluation(tasks=tasks, **call)
-        here = start_runtime(evaluation.job)
-        generate(evaluation.job, here)
+        here = start_generation_runtime(evaluation.spec)
+        generate(evaluation.spec, here)
         runtime.stop()
         if here.rank == 0:
             grade(evaluation)

@@ -20,7 +20,7 @@ from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
-from aropd_mcore.rollout.generate import generate, start_runtime
+from aropd_mcore.rollout.generate import generate, start_generation_runtime
 from aropd_mcore.rollout.generation_spec import build_generation_spec
 from aropd_mcore.rollout.lines_file import LinesFile
 from aropd_mcore.trainer import build
@@ -63,10 +63,10 @@ def generate_all(calls: list[Call]) -> list[str]:
     """On every rank: what each call's error says, or nothing."""
     errors = []
     for call in calls:
-        job = build_generation_spec(**{"rollout": SAMPLING, "parallel": {}} | call)
-        here = start_runtime(job)
+        spec = build_generation_spec(**{"rollout": SAMPLING, "parallel": {}} | call)
+        here = start_generation_runtime(spec)
         try:
-            generate(job, here)
+            generate(spec, here)
             errors.append("")
         except (ValueError, RolloutFailed) as error:
             errors.append(str(error))
