@@ -92,14 +92,10 @@ print("script ends")
     assert not list(tmp_path.glob("eval*")), "without `out` nothing is left"
 
 
-def test_several_processes_give_the_metrics_of_one(run, tmp_path, monkeypatch):
+def test_processes_that_train_starts_give_the_metrics_of_torchrun(run, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    results = [
-        aropd.train(
-            aropd.load_config(run, [f"output_dir={tmp_path / str(number)}"]), num_processes=number
-        )
-        for number in (2,)
-    ]
+    config = aropd.load_config(run, [f"output_dir={tmp_path / 'started'}"])
+    result = aropd.train(config, num_processes=2)
     script = f"""
 import aropd_mcore as aropd
 print(aropd.train(aropd.load_config({str(run)!r}, ["output_dir=ranks"])).metrics["loss"])
@@ -108,8 +104,8 @@ print(len(aropd.generate("ranks", prompts=["1?"], out="out.jsonl", max_response_
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     output = python(script, tmp_path, *torchrun)
     lines = (tmp_path / "ranks/metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["loss"] == results[0].metrics["loss"]
-    assert output.count(str(results[0].metrics["loss"])) == 2, "both ranks return the result"
+    assert json.loads(lines[-1])["loss"] == result.metrics["loss"]
+    assert output.count(str(result.metrics["loss"])) == 2, "both ranks return the result"
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
@@ -134,11 +130,21 @@ except ValueError as error:
     assert not (tmp_path / "shared/metrics.jsonl").exists()
 
 
-def test_failed_job_names_its_command_and_exit_code(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(REPO))
+def test_train_with_a_missing_model_raises_the_error_itself(run, tmp_path):
     config = aropd.load_config(run, [f"output_dir={tmp_path}", "model.path=/nowhere"])
     with pytest.raises(ValueError, match="/nowhere"):
         aropd.train(config)
+
+
+def test_failed_job_of_several_processes_raises_its_command_and_exit_code(
+    run, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    config = aropd.load_config(run, [f"output_dir={tmp_path}", "data.train=[/nowhere.jsonl]"])
+    with pytest.raises(aropd.CommandFailed, match="aropd train: exit code 2") as failure:
+        aropd.train(config, num_processes=2)
+    assert failure.value.code == 2
+    assert "/nowhere.jsonl" in capfd.readouterr().err
 
 
 def test_train_outside_the_main_thread_is_refused(run):

@@ -137,7 +137,7 @@ def gather_hf(
     run_on_rank0(raise_error)
 
 
-def export_hf(
+def export_model(
     model: StageModel,
     source_hf_dir: Path | str,
     out_dir: Path | str,

@@ -197,7 +197,7 @@ def _powers(largest: int) -> list[int]:
 
 
 def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
-    """Apply changes without validation: their values are valid, and `setup_of` checks layouts."""
+    """Apply changes without validation: values are valid, and `build_setup` checks layouts."""
     sections = {
         section: getattr(config, section).model_copy(update=values)
         for section, values in changes.items()

@@ -29,7 +29,7 @@ from aropd_mcore.convert.verify import verify
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.checkpoint import directory, state, writer
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.mcore.weights import export_hf
+from aropd_mcore.mcore.weights import export_model
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import Run, StepResult, train_step
@@ -218,7 +218,7 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
     for who, live in (("student", run.student.model), ("teacher", teacher_of(run).model)):
         engine = NativeEngine(live, run.runtime, eos_token_ids=[], batch_size=1)
         rollouts[who] = sample(engine, [PROMPT], [5], sampling)
-        export_hf(live, model, folder / f"live-{who}", run.runtime)
+        export_model(live, model, folder / f"live-{who}", run.runtime)
     return rollouts
 
 

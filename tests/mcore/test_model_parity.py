@@ -148,7 +148,7 @@ def _export_name(layout: Layout, case: Case) -> str:
 def _visit(visits: dict[Layout, list[Case]], out: Path) -> dict[tuple, torch.Tensor]:
     """On every rank: each layout's and model's logits, and its export."""
     from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.weights import export_hf
+    from aropd_mcore.mcore.weights import export_model
 
     results = {}
     for layout, cases in visits.items():
@@ -159,7 +159,7 @@ def _visit(visits: dict[Layout, list[Case]], out: Path) -> dict[tuple, torch.Ten
             # back to the wrong rank make a difference.
             mine = case.tokens_BS.roll(rt.dp_rank, 0)
             results[layout, case.name] = _logits(model, mine, rt).roll(-rt.dp_rank, 0)
-            export_hf(model, case.folder, out / _export_name(layout, case), rt)
+            export_model(model, case.folder, out / _export_name(layout, case), rt)
         runtime.stop()
     return results
 
@@ -210,18 +210,18 @@ def test_dtypes_shards_and_replaced_values(tmp_path: Path):
 def _export_variants(folder: Path) -> None:
     from aropd_mcore.convert.architecture import CheckpointError
     from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.weights import export_hf
+    from aropd_mcore.mcore.weights import export_model
 
     rt = runtime.start(tensor=2, pipeline=2)
     source = folder / "source"
     model = _load(source, rt, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    export_hf(model, source, folder / "bf16", rt)
-    export_hf(model, source, folder / "fp32", rt, dtype=torch.float32)
+    export_model(model, source, folder / "bf16", rt)
+    export_model(model, source, folder / "fp32", rt, dtype=torch.float32)
     doubled = {name: 2 * p.detach().float() for name, p in model.named_parameters()}
-    export_hf(model, source, folder / "doubled", rt, dtype=torch.float32, values=doubled)
+    export_model(model, source, folder / "doubled", rt, dtype=torch.float32, values=doubled)
     with pytest.raises(CheckpointError, match="bf16: exists already"):
-        export_hf(model, source, folder / "bf16", rt)
+        export_model(model, source, folder / "bf16", rt)
 
 
 def test_vocabulary_padding_and_cached_decoding(tmp_path: Path):
