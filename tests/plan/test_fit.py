@@ -73,6 +73,7 @@ def _arguments(change: str) -> list[str]:
     return change.split() if change.startswith("--") else [change]
 
 
+@pytest.mark.slow
 def test_sweep_is_sorted_and_fits(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen2.5-7b-8xh100.yaml"
@@ -157,6 +158,7 @@ def test_experts_shared_out_are_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sweep_shows_the_columns_that_say_something(monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     for name, machines, columns in (
