@@ -136,6 +136,7 @@ def test_train_with_a_missing_model_raises_the_error_itself(run, tmp_path):
         aropd.train(config)
 
 
+@pytest.mark.processes
 def test_failed_job_of_several_processes_raises_its_command_and_exit_code(
     run, tmp_path, monkeypatch, capfd
 ):

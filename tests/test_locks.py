@@ -15,7 +15,7 @@ from aropd_mcore.locks import InUse, RunLock
 from tests.conftest import REPO
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
-from tests.trainer.test_resume import train_on_ranks
+from tests.support.training import train_on_ranks
 
 HOLDER = """
 import os, sys, time

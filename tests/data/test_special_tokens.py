@@ -15,6 +15,8 @@ from aropd_mcore.data.views import VIEWS, ViewBuilder
 from aropd_mcore.types import Row
 from tests.data.small_tokenizers import KINDS, LOSSLESS, NAMES, OTHER_NAMES, small_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ViewsConfig(system_prompt="Be the one.", max_prompt_tokens=100_000)
 # Characters that a mark could be, and characters on which tokenizers differ.
 CHARACTERS = st.sampled_from(

@@ -27,6 +27,7 @@ def wrongly_graded(graders, cases):
     ]
 
 
+@pytest.mark.slow
 def test_mathematical_answers_of_every_form_get_their_verdict(graders):
     cases = [(MathAnswer(gold), response, right) for gold, response, right in MATHEMATICS]
     assert not wrongly_graded(graders, cases)

@@ -52,6 +52,7 @@ def test_samples_of_a_problem_are_not_independent():
     assert high - low > 2 * (naive[1] - naive[0])
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_they_estimate():
     """Of 200 experiments with problems of different difficulty; 95 % of 200, less three sigma."""
     random = Random(1)

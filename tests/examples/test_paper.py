@@ -84,6 +84,7 @@ def write_hub_files(name: str, folder: Path) -> list[Path]:
     return shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["math", "code", "medical"])
 def test_every_run_of_a_domain_starts_on_rows_from_the_hubs_files(
     paper, tmp_path, monkeypatch, capsys, name

@@ -19,7 +19,7 @@ from aropd_mcore.convert.manifest import iterations, newest, problems, read_mani
 from aropd_mcore.convert.source import find_iteration
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
-from tests.trainer.test_resume import read_lines, repeatable, saved_steps, train_on_ranks
+from tests.support.training import read_lines, repeatable, saved_steps, train_on_ranks
 
 pytestmark = pytest.mark.rest
 

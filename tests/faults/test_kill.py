@@ -14,7 +14,7 @@ import torch
 from tests.support.jobs import Job
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
-from tests.trainer.test_resume import (
+from tests.support.training import (
     read_checkpoints,
     read_lines,
     repeatable,

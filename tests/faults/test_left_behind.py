@@ -18,7 +18,7 @@ from aropd_mcore.convert.manifest import newest, problems
 from tests.conftest import REPO
 from tests.support.jobs import Job, command_of, parent_of, read_text
 from tests.support.tiny_runs import write_run
-from tests.trainer.test_resume import command, environment, read_lines
+from tests.support.training import command, environment, read_lines
 
 pytestmark = pytest.mark.rest
 

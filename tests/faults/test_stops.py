@@ -19,7 +19,7 @@ from aropd_mcore.convert.manifest import newest
 from tests.conftest import REPO
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
-from tests.trainer.test_resume import read_checkpoints, read_lines, repeatable, train_on_ranks
+from tests.support.training import read_checkpoints, read_lines, repeatable, train_on_ranks
 
 pytestmark = pytest.mark.rest
 

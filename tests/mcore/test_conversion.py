@@ -68,6 +68,7 @@ def of_layout(layout: dict[str, int], number: int, part: str, cases: list[Case])
     return [case for case in possible if (case is first) == (part == "first")]
 
 
+@pytest.mark.slow
 def test_round_trip_is_bitwise_in_the_originals_order(cases: list[Case], tmp_path: Path):
     for case in cases:
         back = tmp_path / case.name

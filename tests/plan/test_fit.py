@@ -75,6 +75,7 @@ def _arguments(change: str) -> list[str]:
     return change.split() if change.startswith("--") else [change]
 
 
+@pytest.mark.slow
 def test_sweep_is_sorted_and_fits(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen2.5-7b-8xh100.yaml"
@@ -159,6 +160,7 @@ def test_expert_parallelism_is_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sweep_leaves_out_columns_of_ones(monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     for name, machines, columns in (

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
-from tests.trainer.test_resume import (
+from tests.support.training import (
     assert_same_in_any_layout,
     read_lines,
     repeatable,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.trainer.test_resume import command, environment
+from tests.support.training import command, environment
 
 _MARK = "AROPD_TEST_JOB"
 """Ranks are in sessions of their own: what belongs to a job is known by its environment."""

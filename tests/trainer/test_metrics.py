@@ -80,6 +80,7 @@ def test_a_log_that_cannot_be_cut_back_is_left_alone_and_named(tmp_path):
     assert log.read_text().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_a_wandb_run_has_an_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
     """Two fresh runs in one relative folder, as on two machines; then the second one again."""
     path = write_run(tmp_path)
