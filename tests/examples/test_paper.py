@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from aropd_mcore import cli
+from aropd_mcore.cli.main import parse
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.evaluation.tasks import Choices, parse_task, read_task
@@ -139,7 +139,7 @@ def test_the_jobs_of_all_runs_and_models_are_printed(paper, capsys):
     for line in capsys.readouterr().out.splitlines():
         wrapped = next(word for word in shlex.split(line) if word.startswith("--wrap="))
         program, *words = shlex.split(wrapped.removeprefix("--wrap="))
-        args = cli.main.parse(words)
+        args = parse(words)
         assert program == "aropd" and args.config.is_file()
         assert args.temperature == 0 and args.samples == 1
         domain = args.config.parent.name
