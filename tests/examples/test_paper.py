@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from aropd_mcore.cli.main import parse
+from aropd_mcore.cli.main import main, parse
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.evaluation.tasks import Choices, parse_task, read_task
@@ -99,7 +99,7 @@ def test_every_run_of_a_domain_starts_on_rows_from_the_hubs_files(
     capsys.readouterr()
     for method, config in configs.items():
         words = ["train", config, f"model.path={model}", "--dry-run", "--nproc-per-node", 16]
-        assert cli.main([*map(str, words)]) == 0, capsys.readouterr().err
+        assert main([*map(str, words)]) == 0, capsys.readouterr().err
         printed = capsys.readouterr().out
         assert f"output_dir: runs/paper/{name}-{method}\n" in printed
         assert f"{NUM_ROWS} rows, 1 steps of 256 responses" in printed
