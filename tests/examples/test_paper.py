@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from aropd_mcore.cli.main import main, parse
+from aropd_mcore.cli.entry import main, parse
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.evaluation.tasks import Choices, parse_task, read_task
