@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 def test_quickstart_commands_run_as_written(tmp_path: Path):
     """In order, with a tiny model in place of the one that it names."""
     files = {"json": "rows.jsonl", "yaml": "run.yaml"}
-    write_model(tmp_path / "Qwen2.5-0.5B-Instruct", "qwen2")
+    write_model(tmp_path / "Qwen2.5-0.5B-Instruct", max_position_embeddings=2048)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPO),
