@@ -1,7 +1,7 @@
 """A run's configuration from YAML with a preset and dotted overrides, and back to YAML.
 
-Files and overrides go through one reader (yaml_core). Unknown keys are refused with the nearest
-known name. Precedence: defaults < YAML file < preset < overrides.
+One reader (yaml_core) parses files and overrides. An unknown key is an error that suggests the
+nearest known key. Precedence: defaults < YAML file < preset < overrides.
 """
 
 import difflib
@@ -20,7 +20,7 @@ T = TypeVar("T", bound=Section)
 
 _PRESETS = Path(__file__).with_name("presets")
 PRESETS = tuple(sorted(path.stem for path in _PRESETS.glob("*.yaml")))
-"""Names of the settings that the package ships for a method."""
+"""Names of the presets: YAML files of settings that the package ships."""
 
 
 def load_config(
@@ -28,11 +28,11 @@ def load_config(
 ) -> Config:
     """Load the YAML file at `path`, then apply a preset, then overrides like `optimizer.lr=1e-5`.
 
-    Values of overrides are YAML too: `objective.residual_clip=null`, `data.train=[a.jsonl]`. Of
-    several overrides of one key the last wins.
+    Values of overrides are YAML: `objective.residual_clip=null`, `data.train=[a.jsonl]`. If a key
+    has several overrides, the last one applies.
 
     Args:
-        preset: One of PRESETS.
+        preset: one of PRESETS.
     Raises:
         ConfigError: no such file, broken YAML, a key given twice, an unknown key (with the nearest
             known name), a removed setting (with what to use now), a missing key, a value out of
@@ -53,14 +53,15 @@ def load_config(
 
 
 def preset_changes(path: Path, preset: str, config: Config) -> list[str]:
-    """State what a preset changes in a run: one line per setting.
+    """Describe the settings that a preset changes in a run, one line per setting.
 
     Args:
-        path: The run's YAML file.
-        config: What `load_config` made of the file, the preset and overrides.
+        path: the run's YAML file.
+        config: the result of `load_config` for this file, the preset and the overrides.
     Returns:
-        `key: value of the file, or default -> value of the preset`, where the two differ. A value
-        that an override replaces is followed by the override's.
+        Lines `key: value before -> value of the preset`, where the value before is the file's or
+        the default. Settings that the preset leaves equal are omitted. If an override replaces the
+        preset's value, the line ends with the override's value.
     """
     tree, resolved = _read(path), config.model_dump(mode="json")
     lines = []
@@ -70,14 +71,14 @@ def preset_changes(path: Path, preset: str, config: Config) -> list[str]:
         if before == value:
             continue
         line = f"{dotted}: {json.dumps(before)} -> {json.dumps(value)}"
-        if (found := resolved[section][key]) != value:
-            line += f", replaced by an override: {json.dumps(found)}"
+        if (final := resolved[section][key]) != value:
+            line += f", replaced by an override: {json.dumps(final)}"
         lines.append(line)
     return lines
 
 
 def _preset_settings(preset: str) -> Mapping[str, Any]:
-    """Dotted key -> value."""
+    """Read a preset as {dotted key: value}."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {_shown(preset)}: expected one of {', '.join(PRESETS)}")
     tree = _read(_PRESETS / f"{preset}.yaml")
@@ -97,14 +98,15 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8: {error}") from error
     if tree is None:
-        raise ConfigError(f"{path}: the file holds no settings; expected a mapping at the top")
+        raise ConfigError(f"{path}: the file has no settings; expected a mapping at the top level")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, found {type(tree).__name__}")
+        kind = type(tree).__name__
+        raise ConfigError(f"{path}: found {kind} at the top level, expected a mapping")
     return tree
 
 
 def validated(section: type[T], values: dict, where: str) -> T:
-    """A section with these values; `where` opens the message of a ConfigError."""
+    """Build a section from `values`. The message of a ConfigError starts with `where`."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -112,7 +114,7 @@ def validated(section: type[T], values: dict, where: str) -> T:
 
 
 def _set(tree: dict, dotted: str, value: Any, where: str) -> None:
-    """Set a value at a dotted key; `where` opens the message of a ConfigError."""
+    """Set the value of a dotted key. The message of a ConfigError starts with `where`."""
     *sections, key = dotted.split(".")
     for depth, section in enumerate(sections):
         if tree.get(section) is None:  # absent, or an empty section
@@ -136,7 +138,7 @@ def _explain(error: ValidationError, path: str) -> str:
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             lines.append(f"{key}: unknown key; {hint}")
         elif problem["type"] == "missing":
-            lines.append(f"{key}: required, and missing")
+            lines.append(f"{key}: missing; this key is required")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             is_complete = problem["type"] == "value_error"
@@ -146,14 +148,14 @@ def _explain(error: ValidationError, path: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text, or an escaped form of it where a terminal would not show it in one line."""
+    """Escape a text that a terminal would not show in one line."""
     return _shortened(text if text.isprintable() else ascii(text))
 
 
 def _shown(value: Any) -> str:
     try:
         return _shortened(repr(value))
-    except ValueError:  # Python writes no decimal of thousands of digits
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
         return f"{type(value).__name__} of thousands of digits"
 
 
@@ -169,5 +171,5 @@ def _known_keys(sections: tuple) -> list[str]:
 
 
 def dump_config(config: Config) -> str:
-    """Write the resolved configuration as YAML; loading it again gives an equal configuration."""
+    """Write the resolved configuration as YAML. Loading this YAML gives an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""Durations as people and Slurm write them."""
+"""Durations in the notations of users and of Slurm."""
 
 import re
 
@@ -7,22 +7,22 @@ _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(\d+)-(\d+)(?::(\d\d))?")
 
 
 def seconds_of(text: str) -> int:
-    """Seconds of `3h55m`, `90m`, `1d`, `30s`, or Slurm's `3:55:00`, `1-02:30:00`, `1-02`.
+    """Parse `3h55m`, `90m`, `1d`, `30s`, or Slurm's `3:55:00`, `1-02:30:00`, `1-02` to seconds.
 
-    A bare number, and Slurm's `90:00`, are refused: minutes to one reader and hours to another.
+    A bare number and Slurm's `90:00` are refused, since they are ambiguous.
 
     Raises:
-        ValueError: anything else, and no time at all.
+        ValueError: the text has another form, or the duration is 0.
     """
     if (match := _UNITS.fullmatch(text)) and text:
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     elif match := _CLOCK.fullmatch(text):
-        found = match.groups()
-        parts = found[:4] if found[1] else (*found[4:], None)
+        groups = match.groups()
+        parts = groups[:4] if groups[1] else (*groups[4:], None)
         days, hours, minutes, seconds = (int(part or 0) for part in parts)
     else:
-        raise ValueError(f"expected a time such as 3h55m, 90m or 1-02:30:00, found {text!r}")
+        raise ValueError(f"found {text!r}, expected a time such as 3h55m, 90m or 1-02:30:00")
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if not total:
-        raise ValueError(f"expected a time above 0, such as 3h55m, found {text!r}")
+        raise ValueError(f"found {text!r}, expected a time above 0, such as 3h55m")
     return total

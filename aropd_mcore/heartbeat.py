@@ -1,7 +1,7 @@
-"""Where this process stands in the run, and since when: for whoever watches it from outside.
+"""Progress of this process in the run, for the watchdog.
 
-One process has one heart, as it has one log: what waits deep in the model beats without being
-handed anything. A beat is two assignments, cheap enough for every token and microbatch.
+The state is global, one per process, so code deep in the model can report progress without an
+extra argument. A beat is two assignments, cheap enough for every token and microbatch.
 """
 
 import time
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Beat:
-    """The last sign of life."""
+    """The last reported progress."""
 
     phase: str
-    """`start`, a phase of a step (trainer.step), `metrics` or `checkpoint`."""
+    """Phase of the run: `start`, a phase of a step (trainer.step), `metrics` or `checkpoint`."""
     step: int | None
-    """None before the first one."""
+    """Current step. None before the first one."""
     at: float
-    """By time.monotonic()."""
+    """Time of the report, by time.monotonic()."""
 
     def __str__(self) -> str:
         return f"step {'-' if self.step is None else self.step}, phase {self.phase}"
@@ -27,7 +27,7 @@ _last = Beat("start", None, time.monotonic())
 
 
 def beat(phase: str | None = None, step: int | None = None) -> None:
-    """Say that the work goes on: in the phase and step given, or else in those said before."""
+    """Report progress. A phase or step that is None keeps its last reported value."""
     global _last
     last = _last
     _last = Beat(phase or last.phase, last.step if step is None else step, time.monotonic())

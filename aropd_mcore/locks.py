@@ -1,9 +1,9 @@
-"""Locks on files: one process at a time writes a folder or a file.
+"""File locks: one process at a time writes a folder or a file.
 
-The locks are flock(2). They end with the process that holds them, however it ends, so a run that
-was killed never blocks its successor. flock also works on folders, which POSIX record locks do not.
-A forked process shares the lock of its parent; `RunLock` closes the fork's copy, so that a
-checkpoint writer in its last write does not keep the lock of a run that is gone.
+The locks are flock(2). A lock ends with the process that holds it, however the process ends, so a
+killed run never blocks its successor. flock also works on folders, unlike POSIX record locks. A
+forked process shares its parent's lock. `RunLock` closes the fork's copy, so that a checkpoint
+writer that is still writing does not hold the lock of a run that has ended.
 """
 
 import fcntl
@@ -15,22 +15,22 @@ from contextlib import suppress
 from pathlib import Path
 
 LOCK = ".lock"
-"""The lock file's name in output_dir."""
+"""Name of the lock file in output_dir."""
 _PATIENCE = 15.0
-"""Seconds that `RunLock` waits for a holder that may be ending: a requeued job starts while the
-memory of the killed attempt is still being released."""
+"""Seconds that `RunLock` waits for another holder: a requeued job can start while the memory of the
+killed attempt is still being released."""
 _POLL_SECONDS = 0.1
 
 
 class InUse(ValueError):
-    """Another run holds the lock; the message names it."""
+    """Error: another run holds the lock. The message describes that run."""
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take the lock of an open file or folder, until it is closed or this process ends.
+    """Lock an open file or folder until it is closed or this process ends.
 
     Returns:
-        False if another process holds it. True also on a file system without locks.
+        False if another process holds the lock. True also on a file system without locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,12 +44,12 @@ def try_lock(descriptor: int) -> bool:
 class RunLock:
     """The lock of a run's output_dir, from its creation to `close` or the end of the process.
 
-    The lock file `output_dir/.lock` stays behind. It holds host, process id, start time and Slurm
-    job id of the last holder, as JSON.
+    The lock file `output_dir/.lock` is not removed. It contains host, process id, start time and
+    Slurm job id of the last holder, as JSON.
     """
 
     def __init__(self, output_dir: Path):
-        """Make output_dir if it is missing, and take its lock; wait a while for another holder.
+        """Create output_dir if it is missing, and lock it. Waits up to 15 s for another holder.
 
         Raises:
             InUse: another run holds the lock.
@@ -59,15 +59,15 @@ class RunLock:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:  # The run cannot write there either, and reports why.
+        except OSError:  # The run cannot write there either, and will report the reason.
             return
         until = time.monotonic() + _PATIENCE
         while not try_lock(descriptor):
             if time.monotonic() > until:
                 os.close(descriptor)
                 raise InUse(
-                    f"output_dir {output_dir} is in use by another run ({_holder(path)}): wait for "
-                    "its end, stop it, or give this run another output_dir"
+                    f"output_dir {output_dir} is in use by another run ({_holder(path)}): wait "
+                    "until that run ends, stop it, or choose another output_dir"
                 )
             time.sleep(_POLL_SECONDS)
         self._descriptor = descriptor
@@ -79,7 +79,7 @@ class RunLock:
         }
         if "SLURM_JOB_ID" in os.environ:
             holder["Slurm job"] = os.environ["SLURM_JOB_ID"]
-        with suppress(OSError):  # a full disk: the lock holds without its description
+        with suppress(OSError):  # on a full disk, the lock works without its description
             os.truncate(descriptor, 0)
             os.write(descriptor, json.dumps(holder).encode() + b"\n")
 
@@ -98,7 +98,7 @@ def _holder(path: Path) -> str:
 
 
 _held: set[int] = set()
-"""Descriptors of this process's run locks."""
+"""File descriptors of this process's run locks."""
 
 
 def _release_in_fork() -> None:

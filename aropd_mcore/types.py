@@ -1,4 +1,4 @@
-"""What travels between the rooms: plain, frozen records.
+"""Frozen records that the packages hand to each other.
 
     Row -> Views -> Rollout -> Sample -> Microbatch -> TeacherOutput
 
@@ -26,19 +26,19 @@ class Row:
     sample_weight: float = 1.0
     id: str = ""
     origin: str = ""
-    """Where it came from, as `file:line`; errors name it."""
+    """Source of the row, as `file:line`, for error messages."""
 
 
 @dataclass(frozen=True)
 class Views:
-    """The three prompts of a row, as token ids; the response is spliced behind each of them."""
+    """The three prompts of a row, as token ids. The response is appended to each of them."""
 
     row: Row
     student_ids: tuple[int, ...]
     partial_ids: tuple[int, ...]
     full_ids: tuple[int, ...]
     num_cut_tokens: int = 0
-    """Tokens cut to fit views.max_prompt_tokens, over the three views together."""
+    """Number of tokens cut to fit views.max_prompt_tokens, summed over the three views."""
 
 
 @dataclass(frozen=True)
@@ -46,47 +46,48 @@ class Rollout:
     """One sampled response."""
 
     response_ids: tuple[int, ...]
-    """The sampled ids, with the EOS that ended it; never decoded and encoded again."""
+    """Sampled token ids, including the final EOS if there is one. The ids are never decoded and
+    encoded again."""
     logprobs: tuple[float, ...]
     """Natural log-prob of each sampled token under the sampling weights, before temperature,
     top-k and top-p."""
     finished: bool
-    """True when it ended by EOS, False when the limit cut it off."""
+    """True if the response ended by EOS, False if the length limit cut it off."""
     weight_version: int
-    """The sampling weights: the number of training steps behind their last update."""
+    """Version of the sampling weights: the number of training steps done at their last update."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What training needs of a rollout: its three prompts, the response and its weight."""
+    """The parts of a rollout that training uses: three prompts, the response and its weight."""
 
     student_ids: tuple[int, ...]
     partial_ids: tuple[int, ...]
     full_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     token_weight: float
-    """Of each of its loss tokens; globally normalized."""
+    """Loss weight of each loss token of the sample, normalized over the global batch."""
     logprobs: tuple[float, ...] = ()
-    """Of the response's tokens under the weights that sampled it, where they are wanted."""
+    """Log-probs of the response tokens under the sampling weights. Empty if they are not used."""
     finished: bool = False
     """Whether the response ended by EOS, which is then its last token."""
 
 
 class ViewBatch(NamedTuple):
-    """One of a microbatch's three views: prompts and responses, padded on the right, or packed."""
+    """One of a microbatch's three views: prompts and responses, padded on the right or packed."""
 
     tokens_BS: Tensor
-    """int64 [B, S]; [1, S] where samples are packed one behind another."""
+    """int64 [B, S]; [1, S] if the samples are packed into one sequence."""
     hidden_index_T: Tensor
     """int64 [T]: index into the flattened [S * B] hidden states (Megatron's [S, B, H] order) of
     the position that predicts each loss token."""
     bounds: Tensor | None = None
-    """int32 [B + 1]: where each packed sample begins, and where the last one ends; over all context
-    ranks. None where samples are padded."""
+    """int32 [B + 1]: start of each packed sample and end of the last one, as positions in the
+    whole sequence of all context-parallel ranks. None if samples are padded."""
     longest: int = 0
-    """Tokens of the longest packed sample, for which the device need not be asked."""
+    """Number of tokens of the longest packed sample, kept on the host to avoid a device sync."""
     padding_BS: Tensor | None = None
-    """bool [B, S]: True where there is no real token; where routers have losses (mcore.router)."""
+    """bool [B, S]: True for padding tokens. Set only if routers have losses (mcore.router)."""
 
     def to(self, device: torch.device) -> "ViewBatch":
         moved = {
@@ -101,15 +102,15 @@ class ViewBatch(NamedTuple):
 class Microbatch:
     """B samples under three views, and the T response tokens that the loss counts.
 
-    The T tokens come in the same (sample, response offset) order for every view, so that row t of
-    the student's, the partial view's and the full view's hidden states speak of the same token.
+    The T tokens have the same (sample, response offset) order in every view. Row t of the student,
+    partial-view and full-view hidden states therefore belongs to the same token.
     """
 
     student: ViewBatch
     partial: ViewBatch | None
-    """None where the objective does not read this view (ObjectiveConfig.views)."""
+    """Partial view. None if the objective does not read it (ObjectiveConfig.views)."""
     full: ViewBatch | None
-    """Likewise."""
+    """Full view. None if the objective does not read it."""
     response_ids_T: Tensor
     """int64 [T]: the sampled token at each loss position."""
     sample_T: Tensor
@@ -117,13 +118,13 @@ class Microbatch:
     offset_T: Tensor
     """int64 [T]: position in the response, counted from 0."""
     token_weights_T: Tensor
-    """fp32 [T]: globally normalized; the weighted sum of per-token losses over all microbatches
-    and data-parallel ranks is the loss."""
+    """fp32 [T]: loss weights, normalized over the global batch. The loss is the weighted sum of
+    per-token losses over all microbatches and data-parallel ranks."""
     is_end_T: Tensor
-    """bool [T]: True at the EOS of a response that ended by itself."""
+    """bool [T]: True at the EOS of a response that ended by EOS."""
     engine_logprobs_T: Tensor | None = None
-    """fp32 [T]: of the sampled tokens under the weights that sampled them, where they are wanted:
-    for importance weights."""
+    """fp32 [T]: log-probs of the tokens under the sampling weights, for importance weights. None
+    if they are not used."""
 
     @property
     def num_samples(self) -> int:
@@ -131,16 +132,16 @@ class Microbatch:
         return self.student.tokens_BS.size(0) if bounds is None else bounds.numel() - 1
 
     def to(self, device: torch.device) -> "Microbatch":
-        """The same microbatch with every tensor on `device`."""
+        """Return the same microbatch with every tensor on `device`."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: part.to(device) for name, part in parts.items() if part is not None}
         return replace(self, **moved)
 
 
 class TeacherOutput(NamedTuple):
-    """The teacher's final hidden states at a microbatch's loss tokens; last stage only.
+    """The teacher's final hidden states at a microbatch's loss tokens. Last pipeline stage only.
 
-    None for a view that the microbatch does not have.
+    The states of a view that the microbatch does not have are None.
     """
 
     partial_hidden_TH: Tensor | None

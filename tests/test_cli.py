@@ -92,7 +92,7 @@ def test_dry_run_prints_the_config_and_the_layout_and_starts_nothing(run, capsys
         (["parallel.tensor=3"], "tensor-parallel size 3 does not divide"),
         (["parallel.tensor=2", "--nproc-per-node", "3"], "3 processes: expected a multiple of"),
         (["training.micro_batch_size=4", "--nproc-per-node", "2"], "2 data-parallel ranks x"),
-        (["--stop-before", "90"], "limits.stop_before: expected a time such as 3h55m"),
+        (["--stop-before", "90"], "limits.stop_before: found '90', expected a time such as 3h55m"),
     ],
 )
 def test_what_cannot_be_run_is_said_in_a_line(run, capsys, arguments, message):

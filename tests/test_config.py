@@ -246,9 +246,9 @@ def test_load_config_with_the_default_of_a_removed_key_ignores_it(tmp_path, path
 def test_files_that_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
     for tree, message in (
-        ({}, "output_dir: required, and missing"),
-        (["a list"], "expected a mapping at the top, found list"),
-        ({**SMALLEST, "model": {}}, "model.path: required, and missing"),
+        ({}, "output_dir: missing; this key is required"),
+        (["a list"], "found list at the top level, expected a mapping"),
+        ({**SMALLEST, "model": {}}, "model.path: missing; this key is required"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(write(path, tree))
@@ -256,7 +256,7 @@ def test_files_that_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"run\.yaml: not YAML"):
         load_config(path)
     path.write_text("")
-    with pytest.raises(ConfigError, match="the file holds no settings; expected a mapping at"):
+    with pytest.raises(ConfigError, match="the file has no settings; expected a mapping at"):
         load_config(path)
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
         load_config(tmp_path / "absent.yaml")

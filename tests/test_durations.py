@@ -1,4 +1,4 @@
-"""Times as people and Slurm write them."""
+"""Durations in the notations of users and of Slurm."""
 
 import pytest
 
@@ -19,14 +19,14 @@ from aropd_mcore.durations import seconds_of
         ("100:00:01", 360001),
     ],
 )
-def test_what_is_a_time(text, seconds):
+def test_seconds_of_known_notation_returns_seconds(text, seconds):
     assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize(
     "text", ["", "90", "90:00", "5m3h", "3h55", "-1h", "1.5h", "3h 5m", "0s", "0-00", "soon"]
 )
-def test_what_is_none(text):
+def test_seconds_of_unknown_notation_is_refused(text):
     with pytest.raises(ValueError, match="expected a time") as error:
         seconds_of(text)
     assert repr(text) in str(error.value)

@@ -1,4 +1,4 @@
-"""Children end with their parent: also their forks, and not with the thread that started them."""
+"""Children and their forks end with the parent process, not with the thread that started them."""
 
 import os
 import re
@@ -26,7 +26,7 @@ from aropd_mcore import lifetime
 lifetime.end_with_parent()
 if os.fork() == 0:
     os.fork()
-os.write(1, b"%d " % os.getpid())  # in one piece
+os.write(1, b"%d " % os.getpid())  # in a single write
 time.sleep(600)
 '''
 lifetime.start([sys.executable, "-c", code])
@@ -44,7 +44,7 @@ def test_sigkill_ends_a_child_and_the_forks_of_its_forks():
         pids += parent.stdout.read(1)
     family = [psutil.Process(int(pid)) for pid in pids.split()]
     for process in family:
-        process.suspend()  # as in a C call that hangs
+        process.suspend()  # like a process in a C call that hangs
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -69,8 +69,8 @@ def test_a_child_outlives_the_thread_that_started_it():
     assert child.wait() == -signal.SIGKILL
 
 
-def test_a_child_whose_parent_is_gone_already_does_not_start(tmp_path):
-    """As after a SIGKILL between the parent's fork and the child's first instruction."""
+def test_a_child_whose_parent_has_ended_does_not_start(tmp_path):
+    """The parent may be killed between its fork and the child's first instruction."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     done = subprocess.run(
@@ -79,15 +79,15 @@ def test_a_child_whose_parent_is_gone_already_does_not_start(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "started").exists()
 
 
-def test_a_command_that_does_not_exist_is_reported_in_a_line():
+def test_a_command_that_does_not_exist_is_reported_in_one_line():
     child = lifetime.start(["/no/such/program"], stderr=subprocess.PIPE)
     assert child.communicate()[1] == b"/no/such/program: No such file or directory\n"
     assert child.returncode == 1
 
 
-def test_a_rank_whose_launcher_took_its_store_with_it_ends_at_once():
-    """torchrun's process id is unknown to its ranks, so no rank can compare it."""
-    with socket.socket() as probe:  # bound and closed: a port that refuses connections
+def test_a_rank_whose_launcher_and_store_have_ended_exits_at_once():
+    """Ranks do not know torchrun's process id, so they cannot compare it."""
+    with socket.socket() as probe:  # bind and close a port, which then refuses connections
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     job = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -99,7 +99,7 @@ def test_a_rank_whose_launcher_took_its_store_with_it_ends_at_once():
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr == "aropd: the process that started this rank is gone\n"
+    assert done.stderr == "aropd: the process that started this rank has ended\n"
 
 
 STARTS = {
@@ -113,10 +113,10 @@ STARTS = {
     "rollout/vllm_side/aropd_watchdog.py": "two watchdogs, which watch each other",
     "trainer/slurm_launch.py": "sbatch, which ends by itself and must not end half-way",
 }
-"""Modules that start processes, and why none of these is left behind."""
+"""Modules that start processes, and the reason why none of these processes is left behind."""
 
 
-def test_no_module_starts_processes_that_nothing_ends():
+def test_every_module_that_starts_processes_is_listed():
     call = re.compile(
         r"subprocess\.(Popen|run|call|check_\w+)\b|os\.(fork|forkpty|system|spawn\w+|posix_spawn)\("
         r"|\w*(Manager|Process|ProcessPoolExecutor)\(ctx|multiprocessing\.\w*(Process|Pool)"

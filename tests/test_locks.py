@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one holder, which is named, and none that is gone."""
+"""The lock of a run's folder: one holder, which errors describe, and none after it has ended."""
 
 import fcntl
 import os
@@ -22,18 +22,18 @@ import os, sys, time
 from pathlib import Path
 from aropd_mcore.locks import RunLock
 lock = RunLock(Path(sys.argv[1]))
-if os.fork() == 0:  # as a checkpoint's writing process that hangs in the kernel
+if os.fork() == 0:  # like a checkpoint's writing process that hangs in the kernel
     print(os.getpid(), flush=True)
 time.sleep(600)
 """
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_wait(monkeypatch):
     monkeypatch.setattr(locks, "_PATIENCE", 0.2)
 
 
-def test_a_killed_holder_blocks_nobody_though_its_fork_lives(tmp_path, impatient, monkeypatch):
+def test_a_killed_holder_whose_fork_lives_blocks_no_run(tmp_path, short_wait, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=REPO, stdout=subprocess.PIPE, text=True
@@ -41,13 +41,13 @@ def test_a_killed_holder_blocks_nobody_though_its_fork_lives(tmp_path, impatient
     assert holder.stdout is not None
     fork = int(holder.stdout.readline())
     try:
-        said = re.escape(f"output_dir {tmp_path} is in use by another run (host ")
-        said += rf".*, pid {holder.pid}, since .*, Slurm job 123\): wait for its end"
-        with pytest.raises(InUse, match=said):
+        message = re.escape(f"output_dir {tmp_path} is in use by another run (host ")
+        message += rf".*, pid {holder.pid}, since .*, Slurm job 123\): wait until that run ends"
+        with pytest.raises(InUse, match=message):
             RunLock(tmp_path)
         holder.kill()
         holder.wait()
-        os.kill(fork, 0)  # lives
+        os.kill(fork, 0)  # raises if the fork has ended
         RunLock(tmp_path).close()
     finally:
         holder.kill()
@@ -56,7 +56,7 @@ def test_a_killed_holder_blocks_nobody_though_its_fork_lives(tmp_path, impatient
         os.kill(fork, signal.SIGKILL)
 
 
-def test_a_holder_that_is_ending_is_waited_for(tmp_path):
+def test_run_lock_waits_for_a_holder_that_is_ending(tmp_path):
     program = "import sys, time; from pathlib import Path; from aropd_mcore.locks import RunLock\n"
     program += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(1)"
     with subprocess.Popen(
@@ -67,26 +67,26 @@ def test_a_holder_that_is_ending_is_waited_for(tmp_path):
         assert holder.wait() == 0
 
 
-def test_a_file_system_without_locks_does_not_refuse(tmp_path, monkeypatch):
-    def none(*_: object) -> None:
+def test_run_lock_on_a_file_system_without_locks_succeeds(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
         raise OSError("Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", fail)
     RunLock(tmp_path).close()
 
 
-def test_every_rank_of_a_second_run_is_refused_alike_before_it_writes(tmp_path):
+def test_every_rank_of_a_second_run_raises_the_same_error_before_it_writes(tmp_path):
     path = write_run(tmp_path)
     lock = RunLock(tmp_path / "out")
-    messages = run_ranks(refused, 2, path)
+    messages = run_ranks(error_of_second_run, 2, path)
     assert messages[0] == messages[1] and f"pid {os.getpid()}" in messages[0]
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
     lock.close()
     run_ranks(train_on_ranks, 2, path, ["training.num_steps=1"])
-    RunLock(tmp_path / "out").close()  # the ranks live on: the run has released it
+    RunLock(tmp_path / "out").close()  # the run has released the lock, and its ranks still live
 
 
-def refused(path: Path) -> str:
+def error_of_second_run(path: Path) -> str:
     locks._PATIENCE, patience = 0.2, locks._PATIENCE
     try:
         with pytest.raises(InUse) as failed:

@@ -1,4 +1,4 @@
-"""YAML 1.2 core, unique keys: values, refusals, and that nothing but ConfigError comes out."""
+"""YAML 1.2 core with unique keys: values, refused texts, and no exception but ConfigError."""
 
 import math
 from pathlib import Path
@@ -63,9 +63,9 @@ def load(folder: Path, text: str, *overrides: str) -> Config:
         ),
     ],
 )
-def test_a_value_is_read_as_the_core_schema_has_it(text, value):
-    found = parse_yaml(text, "here")
-    assert found == value and type(found) is type(value)
+def test_parse_yaml_follows_the_core_schema(text, value):
+    parsed = parse_yaml(text, "run.yaml")
+    assert parsed == value and type(parsed) is type(value)
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(
@@ -76,37 +76,37 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3: key 'a' is given a second time, first in line 1"),
-        ("a:\n  b: 1\n  c: 2\n  b: 1", "line 4: key 'b' is given a second time, first in line 2"),
-        ("[{a: 1, 'a': 2}]", "line 1: key 'a' is given a second time"),
-        ("x: &x {a: 1}\ny: {<<: *x, <<: *x}", "line 2: key '<<' is given a second time"),
-        ("a: 1\n1: 2", "line 2: expected a name as key, found 1"),
-        ("{true: 2}", "line 1: expected a name as key, found True"),
-        ("? [a]\n: 2", "line 1: expected a name as key, found ['a']"),
+        ("a: 1\nb: 2\na: 3", "line 3: found key 'a' a second time, first in line 1"),
+        ("a:\n  b: 1\n  c: 2\n  b: 1", "line 4: found key 'b' a second time, first in line 2"),
+        ("[{a: 1, 'a': 2}]", "line 1: found key 'a' a second time"),
+        ("x: &x {a: 1}\ny: {<<: *x, <<: *x}", "line 2: found key '<<' a second time"),
+        ("a: 1\n1: 2", "line 2: found key 1, expected a name as key"),
+        ("{true: 2}", "line 1: found key True, expected a name as key"),
+        ("? [a]\n: 2", "line 1: found key ['a'], expected a name as key"),
         ("a: 1\n---\na: 2", "not YAML: line 2: expected a single document"),
         ("a:\n\tb: 1", r"not YAML: line 2: found character '\t' that cannot start any token"),
-        ("a: &x [*x]", "line 1: an alias is within the value that its anchor names"),
-        ("a: &x {b: *x}", "line 1: an alias is within the value that its anchor names"),
+        ("a: &x [*x]", "line 1: found an alias inside the value of its own anchor; remove it"),
+        ("a: &x {b: *x}", "line 1: found an alias inside the value of its own anchor; remove it"),
         ("a: *x", "not YAML: line 1: found undefined alias 'x'"),
-        ("a: {<<: 3}", "line 1: expected a mapping, or a list of them, behind <<"),
-        (BOMB, "more than 100000 values, aliases included"),
-        ("[" * 5000, "values are nested too deeply"),
+        ("a: {<<: 3}", "line 1: expected a mapping or a list of mappings after <<"),
+        (BOMB, "found more than 100000 values, aliases included"),
+        ("[" * 5000, "found too many levels of nesting"),
         ("a: !!python/object:os.system {}", "unknown tag 'tag:yaml.org,2002:python/object:os"),
         ("a: !!python/none", "unknown tag 'tag:yaml.org,2002:python/none'; remove it"),
         ("a: !mine 3", "line 1: unknown tag '!mine'; remove it"),
         ("a: !!timestamp 2026-11-28", "unknown tag 'tag:yaml.org,2002:timestamp'; remove it"),
         ("a: !!set {b}", "unknown tag 'tag:yaml.org,2002:set'; remove it"),
-        ("a: !!int many", "line 1: expected a value of tag int, found 'many'"),
+        ("a: !!int many", "line 1: found 'many', expected a value of tag int"),
         ("\na: " + "9" * 5000, "line 2: the number '999"),
-        (r'a: "\ud83d"', r"expected Unicode text without NUL characters, found '\ud83d'"),
-        (r'a: "\0"', r"expected Unicode text without NUL characters, found '\x00'"),
+        (r'a: "\ud83d"', r"found '\ud83d', expected Unicode text without NUL characters"),
+        (r'a: "\0"', r"found '\x00', expected Unicode text without NUL characters"),
         (r'a: "\UFFFFFFFF"', "not YAML: "),
         ("a: 1\nb: \a", r"not YAML: line 2: character '\x07': special characters"),
         ("a: @b", "not YAML: line 1: found character '@' that cannot start any token"),
         ("%YAML 3.0\n---\na: 1", "not YAML: line 1: found incompatible YAML document"),
     ],
 )
-def test_a_text_that_is_refused_is_named_with_its_line(text, message):
+def test_parse_yaml_of_a_bad_text_names_the_line(text, message):
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "run.yaml")
     assert str(caught.value).startswith("run.yaml: ") and message in str(caught.value)
@@ -118,13 +118,13 @@ def test_a_text_that_is_refused_is_named_with_its_line(text, message):
 
 def test_a_section_given_twice_is_refused(tmp_path):
     twice = "training: {num_steps: 2, global_batch_size: 8, seed: 7}\ntraining: {num_steps: 2}\n"
-    with pytest.raises(ConfigError, match=r"run\.yaml: line 5: key 'training' is given a second"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: line 5: found key 'training' a second"):
         load(tmp_path, HEAD + twice)
-    with pytest.raises(ConfigError, match=r"override 'views=.*line 1: key 'partial_ratio'"):
+    with pytest.raises(ConfigError, match=r"override 'views=.*line 1: found key 'partial_ratio'"):
         load(tmp_path, HEAD + TRAINING, "views={partial_ratio: 0.1, partial_ratio: 0.2}")
 
 
-def test_off_is_a_value_as_documented(tmp_path):
+def test_off_is_a_string(tmp_path):
     sections = {"logging": "wandb", "guards": "loss_spike", "rollout": "importance"}
     text = "".join(f"{section}: {{{key}: off}}\n" for section, key in sections.items())
     overrides = [f"{section}.{key}=off" for section, key in sections.items()]
@@ -132,8 +132,8 @@ def test_off_is_a_value_as_documented(tmp_path):
         load(tmp_path, HEAD + TRAINING + text),
         load(tmp_path, HEAD + TRAINING, *overrides),
     ):
-        found = [getattr(getattr(config, section), key) for section, key in sections.items()]
-        assert found == ["off"] * 3
+        values = [getattr(getattr(config, section), key) for section, key in sections.items()]
+        assert values == ["off"] * 3
 
 
 def test_leading_zeros_are_decimal(tmp_path):
@@ -162,7 +162,7 @@ def test_an_empty_section_has_its_defaults(tmp_path, nothing):
     assert load(tmp_path, HEAD + TRAINING + "views: {max_prompt_tokens: 4}", "views=").views == (
         load(tmp_path, HEAD + TRAINING).views
     )
-    with pytest.raises(ConfigError, match=r"model\.path: required, and missing"):
+    with pytest.raises(ConfigError, match=r"model\.path: missing; this key is required"):
         load(tmp_path, HEAD + TRAINING, "model=")
 
 
@@ -191,18 +191,18 @@ def test_null_of_a_setting_is_null(tmp_path):
         ("output_dir=true", "not a valid path.*, found True"),
     ],
 )
-def test_only_true_and_false_are_booleans_and_no_numbers(tmp_path, override, message):
+def test_booleans_and_numbers_do_not_replace_each_other(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, HEAD + TRAINING, override)
 
 
 def test_an_anchored_section_is_copied(tmp_path):
-    """An override of one of the sections that share an anchor leaves the other as it is."""
+    """If two sections share an anchor, an override of one section does not change the other."""
     text = HEAD + TRAINING + "views: {partial_ratio: &half 0.5}\nobjective: {jsd_weight: *half}\n"
     config = load(tmp_path, text, "views.partial_ratio=0.25")
     assert (config.views.partial_ratio, config.objective.jsd_weight) == (0.25, 0.5)
     shared = "a: &x {k: {l: 1}}\nb: *x"
-    tree = parse_yaml(shared, "here")
+    tree = parse_yaml(shared, "run.yaml")
     tree["a"]["k"]["l"] = 2
     assert tree["b"] == {"k": {"l": 1}}
 
@@ -251,7 +251,7 @@ TREES = st.recursive(
 @FUZZ
 @given(TREES)
 def test_dumped_trees_come_back_equal(tree):
-    assert parse_yaml(dump_yaml(tree), "here") == tree
+    assert parse_yaml(dump_yaml(tree), "run.yaml") == tree
 
 
 PIECES = st.sampled_from(
@@ -269,7 +269,7 @@ CONFIGS = st.dictionaries(
 
 
 def load_anything(folder: Path, text: str, overrides: list[str]) -> None:
-    """Loads, or is refused in words that fit a terminal."""
+    """Load the text, or raise a ConfigError whose lines fit a terminal."""
     path = folder / "run.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
