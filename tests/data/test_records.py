@@ -1,4 +1,4 @@
-"""Files of records: each unreadable file, line or value gives an error of one line with its place."""
+"""Files of records: an unreadable file, line or value gives an error of one line with its place."""
 
 import datetime
 import gzip
