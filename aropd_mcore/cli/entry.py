@@ -21,7 +21,7 @@ from aropd_mcore.cli import (
     show_views,
     train,
 )
-from aropd_mcore.cli.ranks import leave_job
+from aropd_mcore.cli.ranks import joined_job, leave_job
 from aropd_mcore.local_launch import PASSED_ON, SAVED
 
 _DESCRIPTION = """\
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         lifetime.end_with_launcher()
+    is_in_job = joined_job()
     try:
         code = run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("aropd: interrupted", file=sys.stderr)
         return 130
-    if code in (0, SAVED):
+    if code in (0, SAVED) and not is_in_job:
         leave_job()
     if argv is None and "RANK" in os.environ:
         for number in PASSED_ON:  # torchrun sends these to the other ranks once the first has left

@@ -75,10 +75,15 @@ def sample_here(spec: "GenerationSpec", work: "Callable[[Runtime], None]") -> in
     return 0
 
 
+def joined_job() -> bool:
+    """Return whether this process is in a job of torch.distributed."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def leave_job() -> None:
     """Leave torch.distributed and drop Megatron's groups, if this process has joined a job."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    if joined_job():
         from aropd_mcore.mcore import runtime
 
         runtime.stop(leave_job=True)

@@ -123,7 +123,7 @@ CANNOT_START: list[tuple[str, Callable[[], object], list[str], str]] = [
     ),
     ("no tokenizer", forget_tokenizer, [], "model: no tokenizer in this folder"),
     ("no model", NOTHING, ["model.path=nowhere"], "nowhere/config.json: cannot be read"),
-    ("tokens beyond the vocabulary", smaller_vocabulary, [], "beyond the model's vocabulary"),
+    ("tokens beyond the vocabulary", smaller_vocabulary, [], "outside the model's vocabulary"),
     (
         "a broken chat template",
         lambda: Path("model/chat_template.jinja").write_text("{% if %}"),

@@ -68,7 +68,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "SFT": {"name": "sft"},
 }
-PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
+PHASES = ("rollout", "batch", "teacher", "student", "optimizer", "sync")
 PARTS = ("steps", "forward", "bubble")
 FACTORS = (1, 2, 4)
 MICROBATCHES = (2, 8)
@@ -194,7 +194,7 @@ def print_steps(config: Config, figures: dict[str, dict[str, dict[str, float]]])
         for name in names:
             _print_row(name, figures, names[0], "seconds", (*PHASES, "step"), 1.0, ".3f")
         print(f"{title}: peak MB per rank, and ratio to the first row")
-        columns = ("state", *PHASES[:-1], "peak")
+        columns = ("state", *(p for p in PHASES if p not in ("batch", "sync")), "peak")
         print(" " * 22 + "".join(f"{phase:>15}" for phase in columns))
         for name in names:
             _print_row(name, figures, names[0], "bytes", columns, 1e6, ".0f")
