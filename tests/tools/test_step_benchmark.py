@@ -34,7 +34,7 @@ def test_every_method_size_and_pipeline_is_measured(tmp_path):
         distilled = {"rollout", "teacher"} if name != "SFT" else set()
         assert phases == {"student", "optimizer"} | distilled
         assert row["bytes"]["peak"] == max(row["bytes"].values()) > row["bytes"]["state"] > 0
-        parts = {"rollout", "teacher", "student", "optimizer", "sync"}
+        parts = {"rollout", "batch", "teacher", "student", "optimizer", "sync"}
         assert set(row["seconds"]) == {*parts, "step"}
         assert row["seconds"]["step"] > 0
     # SFT has no teacher, whose weights are 5.2 million parameters in fp32.
