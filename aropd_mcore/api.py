@@ -23,13 +23,14 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.local_launch import SAVED
 
 _CODES = {
     1: "a process of the job died",
     2: "a process met an error",
     3: "it cannot continue, and has saved what it could",
     4: "the job hung",
-    75: "it was stopped early, with everything saved; the same call resumes",
+    SAVED: "it was stopped early, with everything saved; the same call resumes",
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aropd_mcore.convert.architecture import Architecture
+from aropd_mcore.plan.devices import PEAK_BF16_FLOPS
 from aropd_mcore.plan.memory import sharing_ranks
 from aropd_mcore.plan.parameters import rank_parameters
 from aropd_mcore.plan.setup import Setup
@@ -18,7 +19,7 @@ from aropd_mcore.plan.setup import Setup
 class Rates:
     """Peak rates of one GPU per second, and the share of each that is assumed to be reached."""
 
-    bf16_flops: float = 989e12
+    bf16_flops: float = PEAK_BF16_FLOPS["H100"]
     fp8_flops: float = 1979e12
     memory_bytes: float = 3.35e12
     nvlink_bytes: float = 450e9

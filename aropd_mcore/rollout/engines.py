@@ -66,7 +66,9 @@ def build_engine(
             )
 
 
-def load_model(spec: GenerationSpec, runtime: Runtime, source: Source | None = None) -> StageModel:
+def load_generation_model(
+    spec: GenerationSpec, runtime: Runtime, source: Source | None = None
+) -> StageModel:
     """This rank's shard of the job's model, or of another checkpoint of the same architecture.
 
     Collectives: those of the model's construction; every rank must call it.
@@ -90,7 +92,7 @@ def generation_engine(
     """The job's engine, with the weights of its checkpoint; what it starts ends with the block.
 
     Args:
-        model: of `load_model`.
+        model: of `load_generation_model`.
         probe_ids: see VllmEngine.
         longest_prompt: tokens that vLLM servers make room for, before the response.
         scratch: folder for the servers' logs and, while they run, their weights.

@@ -17,7 +17,7 @@ from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime, start
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
-from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
+from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_generation_model
 from aropd_mcore.rollout.generation_spec import GenerationSpec
 from aropd_mcore.rollout.lines_file import LinesFile, partial_folder
 from aropd_mcore.types import Rollout
@@ -107,7 +107,7 @@ def generate(spec: GenerationSpec, runtime: Runtime) -> None:
         sampling = generation_engine(
             spec,
             runtime,
-            load_model(spec, runtime),
+            load_generation_model(spec, runtime),
             eos_token_ids=eos_token_ids(spec.source.hf_folder, tokenizer),
             probe_ids=probe_ids,
             longest_prompt=extent.counts.longest,

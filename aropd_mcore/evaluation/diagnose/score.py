@@ -24,7 +24,7 @@ from aropd_mcore.mcore.scoring import Scores, score_responses
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
-from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
+from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_generation_model
 from aropd_mcore.rollout.lines_file import partial_folder
 from aropd_mcore.types import Microbatch, Rollout, Sample
 
@@ -49,7 +49,7 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
     tokenizer = load_tokenizer(spec.source.hf_folder)
     console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=runtime.rank != 0)
     console.print(_headline(request, runtime), markup=False)
-    student = load_model(spec, runtime)
+    student = load_generation_model(spec, runtime)
     teacher = _teacher(request, runtime, student)
     scratch = partial_folder(spec.output)
     sampling = generation_engine(
@@ -88,7 +88,7 @@ def _teacher(request: DiagnosisSpec, runtime: Runtime, student: StageModel) -> T
         return Teacher(TeacherConfig(kind="live"), runtime, student=student, model=None)
     spec = request.spec
     source = open_source(spec.source.path, who="teacher", hf=spec.source.hf_folder)
-    model = load_model(spec, runtime, source)
+    model = load_generation_model(spec, runtime, source)
     return Teacher(TeacherConfig(kind="frozen"), runtime, student=student, model=model)
 
 
@@ -159,7 +159,7 @@ def _microbatches(
         samples,
         groups,
         skip_response_tokens=0,
-        pad_token_id=request.views[0].student_ids[0],  # nobody sees it
+        pad_token_id=request.views[0].student_ids[0],  # attention never reads padding
         length_multiple=runtime.length_multiple,
     )
     return [microbatch.to(runtime.device) for microbatch in microbatches]
