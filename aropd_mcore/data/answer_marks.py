@@ -1,7 +1,7 @@
-"""Marks by which data sets and models state a final answer: answer tags, boxes, `####`.
+"""Marks of final answers in data sets and responses: answer tags, boxes, `####`.
 
-Every reader takes time linear in the length of the text: a model that repeats itself writes marks
-by the thousand.
+Every reader takes time linear in the length of the text, since a model that repeats itself can
+write thousands of marks.
 """
 
 import math
@@ -13,7 +13,7 @@ Solution = tuple[str, str]
 
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _MENTION = re.compile(r"(?:[\s`'\"*.,…]|\b(?:and|or|to|tags?)\b)*", re.IGNORECASE)
-"""Text between two tags that are only named, as in "I kept to <answer> and </answer>"."""
+"""Text between two tags that are only mentioned, as in "I kept to <answer> and </answer>"."""
 
 _LAST_LINE_HASHES = re.compile(r"^####[ \t]*(\S[^\n]*)\s*\Z", re.MULTILINE)
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
@@ -21,7 +21,7 @@ _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]+)")
 _NUMBER_FIRST = re.compile(r"[*_$`(\\ ]*[-+−]?[ ]*[\\$€£¥]*[ ]*(?:\d|\.\d|[dt]?frac(?![A-Za-z]))")
 _NUMBERED_HEADING = re.compile(r"\d+(?:\.\d+)*[.):]?[*_]*(?:\s+[*_]*[A-Z]|[.):]+[*_]*\s+[*_]*\w)")
 
-# `\\{1,4}` covers text that was escaped twice. Escaped braces, \{ and \}, open and close nothing.
+# `\\{1,4}` covers text that was escaped twice. Escaped braces, \{ and \}, are not counted.
 _BOX = r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])"
 _BRACES = re.compile(rf"(?P<box>{_BOX})(?P<open>\s*\{{)?|\\.|[{{}}]", re.DOTALL)
 _TO_END_OF_MATH = re.compile(r"\s*([^$\n]{1,200}?)\s*(?:\$|\\[)\]])")
@@ -44,19 +44,20 @@ _PLACEHOLDER = re.compile(r"(?:[\s.…_?]|\\[lc]?dots|\\square)*")
 
 
 class Unusable(Exception):
-    """A record that a converter cannot use; the message is the reason, free of its values."""
+    """Error: a converter cannot use a record. The message is the reason, without the record's
+    values."""
 
 
 def answer_text(value: Any) -> str:
-    """An `answer` as text: a string, or a finite number without the `.0` of whole ones.
+    """Convert an `answer` to text. A whole number such as 27.0 loses its `.0`.
 
     Raises:
-        Unusable: the value is neither.
+        Unusable: the value is neither a string nor a finite number.
     """
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC 2023 writes 27.0 for 27.
+        value = int(value)  # The data set AMC 2023 writes 27.0 for 27.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
         raise Unusable("'answer' is neither a string nor a finite number")
@@ -70,8 +71,8 @@ def tagged_answer(text: str) -> tuple[int, str] | None:
     """Find the last `<answer>a</answer>` that states an answer.
 
     Returns:
-        The start of its first tag and the text between the tags; None without such a pair. A pair
-        with nothing between its tags, or that is only named, counts if there is no other.
+        The start of the opening tag and the text between the tags. None if there is no pair of
+        tags. A pair that is empty or only mentioned counts if there is no other pair.
     """
     pairs: list[tuple[int, str]] = []
     opened: re.Match[str] | None = None
@@ -84,11 +85,14 @@ def tagged_answer(text: str) -> tuple[int, str] | None:
 
 
 def split_tags(text: str) -> Solution | None:
-    """`<reasoning>z</reasoning> <answer>a</answer>`; what precedes the answer, without tags."""
-    found = tagged_answer(text)
-    if found is None:
+    """Return `z` and `a` of `<reasoning>z</reasoning> <answer>a</answer>`.
+
+    Without `<reasoning>` tags, the reasoning is the text before the answer.
+    """
+    marked = tagged_answer(text)
+    if marked is None:
         return None
-    start, answer = found
+    start, answer = marked
     _, opening, rest = text.partition("<reasoning>")
     reasoning, closing, _ = rest.partition("</reasoning>")
     return (reasoning if opening and closing else text[:start]).strip(), answer.strip()
@@ -98,10 +102,10 @@ def split_tags(text: str) -> Solution | None:
 
 
 def split_hashes(text: str) -> Solution | None:
-    """`z` and `a` of `z\\n#### a`, without calculator annotations such as `<<48/2=24>>`.
+    """Return `z` and `a` of `z\\n#### a`, without calculator annotations such as `<<48/2=24>>`.
 
-    The mark stands on the last line, as in GSM8K's records. Before words it counts only if the text
-    has no other `####`: several are Markdown headings.
+    The mark must be on the last line, as in GSM8K's records. If words follow the mark, it counts
+    only if the text has no other `####`: several such lines are Markdown headings.
     """
     match = _LAST_LINE_HASHES.search(text)
     if not match or ("####" in text[: match.start()] and not _NUMBER_FIRST.match(match[1])):
@@ -111,7 +115,7 @@ def split_hashes(text: str) -> Solution | None:
 
 
 def hashes_answer(text: str) -> str | None:
-    """Return the rest of the line after the last `####` that stands directly before a number.
+    """Return the rest of the line after the last `####` that is directly before a number.
 
     `#### Result` and `#### 1. Step` are Markdown headings, not marks.
     """
@@ -127,7 +131,7 @@ def hashes_answer(text: str) -> str | None:
 
 
 class _Box(NamedTuple):
-    """Positions of one complete box: \\boxed{ from start to inside, the closing brace at close."""
+    """Positions of a complete box: \\boxed{ is [start, inside), the closing brace [close, end)."""
 
     start: int
     inside: int
@@ -136,7 +140,7 @@ class _Box(NamedTuple):
 
 
 def split_boxed(text: str) -> Solution | None:
-    """The whole text, and the answer in its last box; see boxed_answer."""
+    """Return the whole text, and the answer in its last box; see boxed_answer."""
     answer = boxed_answer(text)
     return (text.strip(), answer) if answer else None
 
@@ -144,11 +148,11 @@ def split_boxed(text: str) -> Solution | None:
 def boxed_answer(text: str) -> str | None:
     """Return the text in the last complete `\\boxed` or `\\fbox`, with nested boxes unwrapped.
 
-    A box may have white space before its brace, or no braces (`\\boxed 9`). Boxes that follow each
-    other with only commas, `and` or `or` between them state one answer: `3, 5, 7`. Boxes without
-    content (`\\boxed{}`, `\\boxed{...}`) are skipped.
+    A box may have white space before its brace, or no braces (`\\boxed 9`). Boxes that only commas,
+    `and` or `or` separate state one answer: `3, 5, 7`. Boxes without content (`\\boxed{}`,
+    `\\boxed{...}`) are skipped.
     """
-    outermost: list[list[_Box]] = []  # each followed by the boxes within it
+    outermost: list[list[_Box]] = []  # each list: an outermost box and the boxes within it
     for box in sorted(_complete_boxes(text)):
         if outermost and box.start < outermost[-1][0].close:
             outermost[-1].append(box)
@@ -172,7 +176,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def _complete_boxes(text: str) -> list[_Box]:
-    """All boxes whose braces close, nested ones too."""
+    """Return all boxes whose braces close, nested boxes included."""
     boxes: list[_Box] = []
     open_braces: list[tuple[int, int] | None] = []
     for token in _BRACES.finditer(text):
@@ -191,7 +195,7 @@ def _complete_boxes(text: str) -> list[_Box]:
 
 
 def _without_braces(text: str, start: int) -> re.Match[str] | None:
-    """The content of `\\boxed 9$`: up to the end of the formula, or one token within prose."""
+    """Match the content of `\\boxed 9$`: up to the end of the formula, or one token in prose."""
     formula = _TO_END_OF_MATH.match(text, start)
     if formula and not _WORDS.search(_TEXT_COMMAND.sub("", formula[1])):
         return formula
@@ -205,7 +209,7 @@ def _state_one_answer(gap: str) -> bool:
 
 
 def _unwrapped(text: str, box: _Box, nested: list[_Box]) -> str:
-    """The content of a box without the marks of the boxes within it."""
+    """Return the content of a box without the marks of the boxes within it."""
     marks = [span for b in nested for span in ((b.start, b.inside), (b.close, b.end))]
     parts, position = [], box.inside
     for start, end in sorted(marks):

@@ -1,4 +1,4 @@
-"""Whether a response states the gold answer, by its text alone; `aropd eval` grades."""
+"""Whether a response states the gold answer, by its text only. `aropd eval` does the grading."""
 
 import re
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 def is_premature(
     tokenizer: "PreTrainedTokenizerBase", response_ids: Sequence[int], answer: str
 ) -> bool:
-    """Whether the response's first half states the answer (METHOD section 7)."""
+    """Return whether the response's first half states the answer (METHOD section 7)."""
     return _states(tokenizer, response_ids[: len(response_ids) // 2], answer)
 
 
 def ends_with_answer(
     tokenizer: "PreTrainedTokenizerBase", response_ids: Sequence[int], answer: str
 ) -> bool:
-    """Whether the response's second half does."""
+    """Return whether the response's second half states the answer."""
     return _states(tokenizer, response_ids[len(response_ids) // 2 :], answer)
 
 
 def _states(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], answer: str) -> bool:
-    """As a word of its own."""
+    """Return whether the decoded ids contain the answer as a separate word."""
     if not answer:
         return False
     text = str(tokenizer.decode(list(ids)))

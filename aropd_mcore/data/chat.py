@@ -1,4 +1,4 @@
-"""Chat turns of a record: read, and taken apart into system text, history and question."""
+"""Reading the chat turns of a record, and splitting them into system text, history and question."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class Prompt(NamedTuple):
-    """What a model is asked: the parts of a Row that come before the response."""
+    """The parts of a Row that come before the response."""
 
     system: str | None
     history: tuple[Turn, ...]
@@ -26,10 +26,10 @@ def read_turns(value: Any, origin: str, *, key: str = "messages") -> list[Turn]:
     that calls a tool is refused, since its text is not the whole turn.
 
     Args:
-        value: what the record has under `key`.
+        value: the record's value under `key`.
 
     Raises:
-        DataError: the value is no such list, or a turn has another role or other content.
+        DataError: the value is not such a list, or a turn has another role or other content.
     """
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         problem = f"{key!r} is not a list of objects with 'role' and 'content'"
@@ -38,9 +38,9 @@ def read_turns(value: Any, origin: str, *, key: str = "messages") -> list[Turn]:
 
 
 def split_turns(turns: list[Turn], origin: str) -> Prompt:
-    """Take apart turns that end with the question: the last user turn.
+    """Split turns that end with the question, which is the last user turn.
 
-    Before the question come an optional system turn and pairs of a user and an assistant turn.
+    The question may follow a system turn and pairs of a user turn and an assistant turn.
 
     Raises:
         DataError: the turns are in another order, or a user or assistant turn is empty.
@@ -54,7 +54,7 @@ def split_turns(turns: list[Turn], origin: str) -> Prompt:
             problem = "the turns do not alternate between user and assistant, from a user turn on"
             raise DataError(origin, problem, f"roles {_roles(turns)}")
         if not text.strip():
-            raise DataError(origin, f"the text of a turn is empty: a turn of the {role}")
+            raise DataError(origin, f"the text of a turn is empty (role {role!r})")
     if len(history) % 2 == 0:
         raise DataError(origin, "the last turn is not the user's", f"roles {_roles(turns)}")
     system = turns[0][1] if has_system else None

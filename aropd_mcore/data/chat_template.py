@@ -1,4 +1,4 @@
-"""Chat templates: messages as text, the same on every day, and errors in one line."""
+"""Rendering of chat templates, independent of the date, with errors in one line."""
 
 import re
 import traceback
@@ -23,29 +23,29 @@ PLAIN_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-"""For tokenizers without a chat template: `User:`, a line break, the turn, a blank line."""
+"""Template for tokenizers without one: `User:`, a line break, the turn, a blank line."""
 
 _TODAY = datetime(2024, 7, 26)
-"""Date of every prompt, and the default of Llama 3's templates. Prompts must not change with the
-moment at which a run is resumed."""
+"""Date in every prompt, which is the default of Llama 3's templates. The date is fixed because
+prompts must not change when a run is resumed on another day."""
 _LONGEST_ERROR = 300
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}>")
 _USER = {"role": "user", "content": "a question"}
 
 
 class ChatTemplateError(ConfigError):
-    """A chat template that cannot be used, or cannot show these messages."""
+    """Error: a chat template cannot be used, or cannot render these messages."""
 
 
 class MessagesRefused(ChatTemplateError):
-    """The template itself refuses the messages, such as a system turn."""
+    """Error: the template itself refuses the messages, for example a system turn."""
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The tokenizer's own (default) chat template, or PLAIN_CHAT_TEMPLATE where it has none.
+    """Return the tokenizer's (default) chat template, or PLAIN_CHAT_TEMPLATE if it has none.
 
     Raises:
-        ChatTemplateError: The tokenizer has several templates and no default.
+        ChatTemplateError: the tokenizer has several templates and no default.
     """
     if not tokenizer.chat_template:
         return PLAIN_CHAT_TEMPLATE
@@ -60,17 +60,18 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def template_file(tokenizer: "PreTrainedTokenizerBase") -> Path:
-    """The file that the chat template is read from; errors name it."""
+    """Return the file that contains the chat template, for error messages."""
     folder = Path(tokenizer.name_or_path)
     file = folder / "chat_template.jinja"
     return file if file.is_file() else folder / "tokenizer_config.json"
 
 
 def check_repeatable(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a chat template that is random, or prints where an object lies in memory.
+    """Refuse a chat template that uses random numbers, or prints an object's memory address.
 
     Raises:
-        ChatTemplateError: Names the filter or function, and its line. Or the template fails.
+        ChatTemplateError: the template does so (the message names the filter or function and its
+            line), or it fails.
     """
     template = chat_template(tokenizer)
     try:
@@ -79,15 +80,15 @@ def check_repeatable(tokenizer: "PreTrainedTokenizerBase") -> None:
         raise _error(tokenizer, error) from error
     random = [(f.lineno, "the filter 'random'") for f in tree.find_all(nodes.Filter) if _draws(f)]
     lorem = [name for name in tree.find_all(nodes.Name) if name.name == "lipsum"]
-    if all(name.ctx == "load" for name in lorem):  # Otherwise it is a variable of the template.
+    if all(name.ctx == "load" for name in lorem):  # Otherwise `lipsum` is a template variable.
         random += [(name.lineno, "the function 'lipsum'") for name in lorem]
-    found = [f"line {line}: found {source}" for line, source in sorted(random)]
-    if not found and _ADDRESS.search(render_chat(tokenizer, [_USER])):
-        found = ["found an object printed with its address, such as a filter's generator"]
-    if found:
+    problems = [f"line {line}: found {source}" for line, source in sorted(random)]
+    if not problems and _ADDRESS.search(render_chat(tokenizer, [_USER])):
+        problems = ["found an object printed with its address, such as a filter's generator"]
+    if problems:
         raise ChatTemplateError(
-            f"{template_file(tokenizer)}: {found[0]}, expected a chat template that renders a chat "
-            "the same way every time; remove it from the template"
+            f"{template_file(tokenizer)}: {problems[0]}, expected a chat template that renders a "
+            "chat the same way every time; remove it from the template"
         )
 
 
@@ -101,19 +102,20 @@ def _draws(filter: nodes.Filter) -> bool:
 def render_chat(
     tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_generation_prompt: bool = True
 ) -> str:
-    """The messages as text, by `chat_template`, with the clock stopped at 26 July 2024.
+    """Render messages as text by `chat_template`, with the date fixed at 26 July 2024.
 
-    The text holds whatever BOS the template writes: encode it with add_special_tokens=False.
+    The text includes the BOS that the template writes, so encode it with add_special_tokens=False.
 
     Raises:
-        MessagesRefused: The template refuses the messages (jinja's own errors count as refusals).
-        ChatTemplateError: Any other failure of the template. Both name its file, and where jinja
-            knows it the line.
+        MessagesRefused: the template refuses the messages. Errors of jinja itself, other than
+            syntax errors, count as refusals.
+        ChatTemplateError: any other failure of the template. Both errors name the template's file,
+            and the line if jinja reports it.
     """
     template = chat_template(tokenizer)
     try:
-        # apply_chat_template renders with this compiled template, which transformers caches. It
-        # takes no functions as arguments, so the clock is stopped here.
+        # apply_chat_template renders with this compiled template, which transformers caches. The
+        # method accepts no functions as arguments, so the date is fixed in the template's globals.
         _compiled(template).environment.globals["strftime_now"] = _TODAY.strftime
         text = tokenizer.apply_chat_template(
             messages,
@@ -124,21 +126,21 @@ def render_chat(
         )
         assert isinstance(text, str)
         text.encode()  # Refuses half a surrogate pair, which tokenizers cannot take.
-    except Exception as error:  # Templates are programs: anything, from a TypeError on.
+    except Exception as error:  # A template is a program and can raise any error.
         raise _error(tokenizer, error) from error
     return text
 
 
 def generation_prompt_notes(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    """A sentence where prompts end before the assistant's turn begins, otherwise nothing.
+    """Return a warning if prompts end before the header of the assistant's turn.
 
-    The template is at fault where add_generation_prompt changes nothing, and a chat with a response
-    has more than white space between the prompt and the response.
+    The template has this defect if add_generation_prompt changes nothing, and a chat with a
+    response has more than white space between the prompt and the response.
     """
     response = "a response"
     turns = [_USER, {"role": "assistant", "content": response}]
     prompt, without = (
-        render_chat(tokenizer, [_USER], add_generation_prompt=wanted) for wanted in (True, False)
+        render_chat(tokenizer, [_USER], add_generation_prompt=flag) for flag in (True, False)
     )
     before, _, _ = render_chat(tokenizer, turns, add_generation_prompt=False).rpartition(response)
     missing = before.removeprefix(prompt)
@@ -146,7 +148,7 @@ def generation_prompt_notes(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, 
         return ()
     return (
         f"{template_file(tokenizer)}: the chat template ignores add_generation_prompt: prompts end "
-        f"before {missing!r}, so the student is not shown that its turn begins; add that text "
+        f"before {missing!r}, so they do not show the student that its turn begins; add that text "
         "under {% if add_generation_prompt %}",
     )
 
@@ -173,7 +175,7 @@ def _error(tokenizer: "PreTrainedTokenizerBase", error: Exception) -> ChatTempla
 
 
 def one_line(error: Exception) -> str:
-    """An error's text in one line, with its type where the text alone would not explain it."""
+    """Return an error's text in one line, with its type unless it is a ValueError or jinja's."""
     text = " ".join(str(error).split())
     if not text or not isinstance(error, ValueError | jinja2.TemplateError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__

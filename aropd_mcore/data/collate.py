@@ -1,4 +1,4 @@
-"""Samples -> Microbatches: the same response tokens, aligned across the three sequences.
+"""Conversion of Samples to Microbatches, with response tokens aligned across the three views.
 
 Shape letters: B samples of a microbatch, S tokens of a padded or packed sequence, R padded
 response, T loss tokens of a microbatch.
@@ -17,7 +17,7 @@ from aropd_mcore.types import Microbatch, Rollout, Sample, ViewBatch
 
 
 def num_loss_tokens(rollouts: Sequence[Rollout], skip_response_tokens: int) -> Tensor:
-    """int64 [N]: the tokens of each response that the loss counts."""
+    """Count the loss tokens of each response, as int64 [N]."""
     lengths_N = torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.int64)
     return (lengths_N - skip_response_tokens).clamp(min=0)
 
@@ -34,24 +34,29 @@ def collate(
     with_padding: bool = False,
     with_logprobs: bool = False,
 ) -> list[Microbatch]:
-    """Splice each response behind the three prompts of its row, and lay out the microbatches.
+    """Append each response to the three prompts of its row, and build the microbatches.
 
-    Padded, a microbatch of B samples is B rows of S tokens, and response token j of sample b,
-    behind a prompt of P tokens, is predicted by row (P - 1 + j) * B + b of the flattened [S * B]
-    hidden states. Packed, its samples stand one behind another in one row, sample b from position
-    start_b on, and that row is start_b + P - 1 + j. Each view has lengths of its own; the T loss
-    tokens (j >= skip_response_tokens) come in the same order, by sample and then by j, in all.
+    Padded: a microbatch of B samples is B rows of S tokens. Response token j of sample b, after a
+    prompt of P tokens, is predicted by row (P - 1 + j) * B + b of the flattened [S * B] hidden
+    states.
+
+    Packed: the samples are concatenated into one row, with sample b starting at position start_b.
+    The token is then predicted by row start_b + P - 1 + j.
+
+    Prompt lengths differ between the views. The T loss tokens (j >= skip_response_tokens) have the
+    same order in all views: by sample, then by j.
 
     Args:
-        groups: the samples of each microbatch. One without samples has a token that nobody counts.
-        length_multiple: S is padded to a multiple of it.
-        segment_multiple: pack, with each sample's tokens padded to a multiple of it; None: pad.
-        views: those of the teacher; a microbatch does not have the others.
-        with_padding: say of the student view which of its tokens are padding.
-        with_logprobs: keep the log-probs that the samples were sampled with.
+        groups: sample indices of each microbatch. An empty group becomes a microbatch with one
+            padding token and no loss token.
+        length_multiple: S is padded to a multiple of this number.
+        segment_multiple: pack, with each sample padded to a multiple of this number. None: pad.
+        views: privileged views to build. The microbatch's other views are None.
+        with_padding: set padding_BS of the student view.
+        with_logprobs: keep the log-probs under the sampling weights.
 
     Returns:
-        CPU tensors; T is 0 where no response reaches skip_response_tokens.
+        Microbatches of CPU tensors. T is 0 if no response exceeds skip_response_tokens.
     """
     filler = Sample((pad_token_id,), (pad_token_id,), (pad_token_id,), (), 0.0)
 
@@ -104,7 +109,7 @@ def _pad(sequences: Sequence[tuple[int, ...]], pad_token_id: int, multiple: int)
 
 
 def _padding(view: ViewBatch, real_B: Sequence[int]) -> Tensor:
-    """bool [B, S], or [1, S] packed: True but for the first real_B tokens of each sample."""
+    """Build bool [B, S], or [1, S] if packed: False for the first real_B tokens of each sample."""
     padding_BS = torch.ones_like(view.tokens_BS, dtype=torch.bool)
     for sample, num_real in enumerate(real_B):
         row, start = (sample, 0) if view.bounds is None else (0, int(view.bounds[sample]))
@@ -115,9 +120,12 @@ def _padding(view: ViewBatch, real_B: Sequence[int]) -> Tensor:
 def _pack(
     sequences: Sequence[tuple[int, ...]], pad_token_id: int, segment_multiple: int, multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """int64 [1, S], and int32 [B + 1]: where each sequence begins, and where the last one ends.
+    """Concatenate sequences.
 
-    Padding stands at the end of the sequence before it: behind all that could see it.
+    Padding follows the sequence that it belongs to, so no real token attends to it.
+
+    Returns:
+        int64 [1, S] tokens, and int32 [B + 1]: the start of each sequence and the end of the last.
     """
     tokens, bounds = [], [0]
     for ids in sequences:

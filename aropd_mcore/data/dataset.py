@@ -1,7 +1,7 @@
-"""JSONL / Parquet -> Row, and the order in which a run sees the rows.
+"""Reading rows from JSONL and Parquet, and the order of the rows in a run.
 
-The order is a pure function of (seed, epoch, position): a run that goes on needs the number of
-steps it has done, and nothing else, to find its place in the middle of an epoch.
+The order is a pure function of (seed, epoch, position). A resumed run needs only the number of
+completed steps to find its position within an epoch.
 """
 
 import hashlib
@@ -21,26 +21,26 @@ from aropd_mcore.data.records import DataError, is_absent, read_records, shown, 
 from aropd_mcore.types import Row
 
 ROW_KEYS = ("question", "messages", "reasoning", "answer", "system", "sample_weight", "id")
-"""The keys that a row may use; other keys are ignored, since published datasets carry many."""
+"""Keys of a row. Other keys are ignored, since published data sets have many."""
 
 
 def parse_row(record: dict[str, Any], origin: str) -> Row:
     """Read a row from a record.
 
         question       a string
-        messages       in place of question: chat turns {role, content} that end with the question,
-                       after an optional system turn and earlier user and assistant turns
+        messages       instead of question: chat turns {role, content} that end with the question;
+                       a system turn and earlier user and assistant turns may precede it
         reasoning      a string; may be empty if answer is not
         answer         a string or a finite number; may be empty if reasoning is not
         system         optional string
         sample_weight  optional number, at least 0; 1 if absent
         id             optional string or integer
 
-    A null counts as absent, as in Parquet. So does a NaN in place of a string, as pandas writes it.
+    A null counts as absent, as in Parquet. A NaN, which pandas writes for a missing string, counts
+    as absent too.
 
     Raises:
-        DataError: a key is missing, has the wrong type, or a value out of range; it names origin,
-            key, what was found and what is expected.
+        DataError: a key is missing, or its value has a wrong type or is out of range.
     """
     system, history, question = _parse_prompt(record, origin)
     reasoning = _string(record, "reasoning", origin, required=True)
@@ -60,10 +60,10 @@ def parse_row(record: dict[str, Any], origin: str) -> Row:
 
 
 def parse_question(record: dict[str, Any], origin: str) -> tuple[str, str | None]:
-    """The record's `question` and optional `system`: the student's prompt of a row without history.
+    """Read a record's `question` and optional `system`.
 
     Raises:
-        DataError: as parse_row.
+        DataError: `question` is missing or empty, or a value has a wrong type.
     """
     question = _string(record, "question", origin, required=True)
     if not question.strip():
@@ -108,7 +108,7 @@ def _check_unicode(text: str, key: str, origin: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair; tokenizers cannot take it.
+        # JSON can spell half of a surrogate pair, which tokenizers cannot encode.
         problem = f"key {key!r}: expected valid Unicode"
         raise DataError(origin, problem, ascii(text[error.start])) from error
 
@@ -129,7 +129,7 @@ def _weight(record: dict[str, Any], origin: str) -> float:
     if value is None:
         return 1.0
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # False for NaN too, and for integers that no float holds.
+    # The comparison is also False for NaN and for integers beyond the range of float.
     if not is_number or not 0 <= value <= sys.float_info.max:
         problem = "key 'sample_weight': expected a finite number, at least 0"
         raise DataError(origin, problem, shown(value))
@@ -141,19 +141,19 @@ def _identifier(record: dict[str, Any], origin: str) -> str:
     if is_absent(value):
         return ""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas makes floats of a column of integers with a gap.
+        value = int(value)  # pandas converts integers to floats if one is missing.
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return _string(record, "id", origin)
 
 
 class RowDataset(Sequence[Row]):
-    """Rows in memory, in the order of files and lines; `row_at` gives them in a run's order."""
+    """Rows in memory, in the order of files and lines. `row_at` returns them in a run's order."""
 
     def __init__(self, rows: Sequence[Row], bad_rows: Sequence[DataError] = ()) -> None:
         self._rows = tuple(rows)
         self.bad_rows = tuple(bad_rows)
-        """What was wrong with each row that was skipped."""
+        """Errors of the rows that were skipped."""
 
     @classmethod
     def load(
@@ -162,8 +162,8 @@ class RowDataset(Sequence[Row]):
         """Read the rows of JSONL and Parquet files.
 
         Raises:
-            DataError: a file is missing or unreadable; a row is broken and on_bad_row is "error";
-                no usable row is left.
+            DataError: a file is missing or unreadable, a row is broken and on_bad_row is "error",
+                or there is no usable row.
         """
         rows: list[Row] = []
         bad_rows: list[DataError] = []
@@ -188,12 +188,12 @@ class RowDataset(Sequence[Row]):
         return len(self.bad_rows)
 
     def fingerprint(self) -> str:
-        """Hash of the rows' contents in their order, independent of their files' names."""
+        """Return a hash of the rows' contents in their order, independent of file names."""
         digest = hashlib.sha256()
         for row in self._rows:
             fields = {**asdict(row), "origin": ""}
             if not row.history:
-                del fields["history"]  # Runs from before rows had a history resume.
+                del fields["history"]  # Runs that began before `history` existed can resume.
             digest.update(json.dumps(fields).encode() + b"\n")
         return digest.hexdigest()[:16]
 
@@ -204,30 +204,30 @@ class RowDataset(Sequence[Row]):
         return self._rows[index]
 
     def row_at(self, position: int, *, seed: int, shuffle: bool = True) -> Row:
-        """The row at `position` of the run, which counts prompts from 0 through all epochs.
+        """Return the row at `position` of the run, which counts prompts from 0 over all epochs.
 
-        Every epoch is a permutation of its own, a function of (seed, epoch) alone.
+        Every epoch is a separate permutation, which depends only on (seed, epoch).
         """
         epoch, index = divmod(position, len(self))
         return self[_permutation(len(self), seed, epoch)[index] if shuffle else index]
 
 
-@lru_cache(maxsize=2)  # A step may lie across the border of two epochs.
+@lru_cache(maxsize=2)  # A step may include rows of two epochs.
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    # Sorting raw draws, since numpy keeps the streams of its bit generators from one release to
-    # the next, but not what Generator.permutation makes of them.
+    # Sort raw draws: numpy keeps the streams of its bit generators stable across releases, but not
+    # the results of Generator.permutation.
     sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,))
     return np.argsort(np.random.PCG64(sequence).random_raw(length), kind="stable")
 
 
 def step_positions(step: int, prompts_per_step: int, *, dp_rank: int, dp_size: int) -> range:
-    """The run positions of this data-parallel rank's prompts in `step`, counted from 0.
+    """Return the run positions of a data-parallel rank's prompts in `step`, counted from 0.
 
-    The shares of ranks 0 to dp_size - 1 follow one another, so that the prompts of a step are the
-    same for every dp_size.
+    Ranks 0 to dp_size - 1 have consecutive ranges, so that the prompts of a step are the same for
+    every dp_size.
 
     Raises:
-        ValueError: prompts_per_step does not divide by dp_size.
+        ValueError: prompts_per_step is not a multiple of dp_size.
     """
     share, rest = divmod(prompts_per_step, dp_size)
     if rest:

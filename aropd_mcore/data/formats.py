@@ -1,7 +1,7 @@
-"""Records of published data sets -> question, reasoning and answer.
+"""Conversion of published data sets' records to question, reasoning and answer.
 
     name      a record has                             reasoning comes from
-    rows      question or messages, reasoning, answer  reasoning, as it is
+    rows      question or messages, reasoning, answer  reasoning, unchanged
     numina    problem or question, solution, answer    solution
     gsm8k     question, answer                         answer, up to its last line `#### 7`
     tags      a question and a response                the response
@@ -10,12 +10,13 @@
     code      a question and a response with a         the response without its code blocks
               code block
 
-The answer of `medmcqa` is a letter, that of `code` is the response's first code block with its
-fences. `code` has to be asked for: detection takes such a record for `tags`.
+The answer of `medmcqa` is a letter. The answer of `code` is the response's first code block with
+its fences. `code` must be selected by its name: detection reads such a record as `tags`.
 
-Otherwise the answer is the record's own `answer`. Where there is none, it is what the trace marks
-last: `<answer>...</answer>`, a last line `#### 7`, or the last `\\boxed{}`. A thought, as in
-`<think>...</think>` or `<reasoning>`, is a part of the reasoning, and what it marks is no answer.
+In the other formats the answer is the record's `answer`. If there is none, the answer is the first
+of these that the trace has: the last `<answer>...</answer>`, a last line `#### 7`, the last
+`\\boxed{}`. A thought, as in `<think>...</think>` or `<reasoning>`, is a part of the reasoning.
+Marks inside a thought are ignored.
 """
 
 import re
@@ -52,7 +53,7 @@ USED_KEYS = (
     *("reasoning", "reasoning_content", "thinking", "input", "history", *MEDMCQA_KEYS),
     *(_QUESTION_KEYS + _RESPONSE_KEYS + _CHAT_KEYS + _TYPE_KEYS + _VALIDITY_KEYS),
 )
-"""The keys that `convert` looks at."""
+"""Keys that `convert` reads."""
 
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _EMPTY_ANSWERS = ("", "nan", "null")
@@ -61,15 +62,15 @@ _PLACEHOLDERS = (
     *("notfound", "notprovided", "notavailable", "noanswer", "n/a", "?", "youranswer"),
     *("youranswerhere", *_EMPTY_ANSWERS),
 )
-"""What data sets write in the place of an answer, without white space, `_`, `-` and `.`."""
+"""Placeholders for an answer in data sets, without white space, `_`, `-` and `.`."""
 
 _OPENS_WITH_ANSWER = re.compile(
     r"\W*(?:(?:the\s+)?(?:correct\s+)?(?:ans(?:wer)?|option)(?:\W|is\b)*[a-d]\s*"
     r"(?:$|[^\w\s]|is\s+correct\b|i\.?e\b)|[a-d]\s*\)|[a-d](?:\W*\si\.?e\b|\s*i\.e\b))",
     re.IGNORECASE,
 )
-"""An explanation that begins with the letter: `Ans. is 'b' i.e., ...`, `(d) ...`, `Option A is
-correct ...`."""
+"""Pattern of an explanation that begins with the letter: `Ans. is 'b' i.e., ...`, `(d) ...`,
+`Option A is correct ...`."""
 
 _SOLUTION_MARK = re.compile(r"<\|(?:begin|end)_of_solution\|>")
 
@@ -79,22 +80,22 @@ class Exchange:
     """A question and its oracle solution."""
 
     prompt: Record
-    """A row's `question` or `messages`."""
+    """The row's key `question` or `messages` with its value."""
     reasoning: str
     answer: str
     other_answer: str | None
-    """Another answer that the trace marks last; None where it marks the same one or none."""
+    """An answer that the trace marks and that differs from `answer`. None if there is none."""
 
 
 def convert(record: Record, origin: str, format: str = "auto") -> tuple[str, Exchange]:
-    """Read a record as an exchange; return its format's name too.
+    """Convert a record to an exchange. Returns the name of the format, and the exchange.
 
     Args:
-        format: a name of the table above, or "auto" to choose by the record's keys.
+        format: a name from the table above, or "auto" to detect the format from the record's keys.
 
     Raises:
-        DataError: the record has no known format, or its question, trace and answer are not whole
-            or not of one exchange.
+        DataError: the record has no known format, its question, trace or answer is incomplete, or
+            they do not belong to one exchange.
     """
     present = {key: value for key, value in record.items() if not is_absent(value)}
     name = _detect(present) if format == "auto" else format
@@ -178,7 +179,7 @@ def _from_medmcqa(record: Record, origin: str) -> Exchange:
         raise DataError(origin, str(error), shown(record.get("cop"))) from error
     explanation = _text(record, "exp", origin).strip()
     if _OPENS_WITH_ANSWER.match(explanation):
-        problem = "'exp' begins with the answer, so it is no reasoning towards it"
+        problem = "'exp' begins with the answer, so it is not a reasoning that leads to the answer"
         raise DataError(origin, problem, shown(explanation))
     question = choice_question(_text(record, "question", origin), choices)
     return Exchange({"question": question}, explanation, LETTERS[right], None)
@@ -199,10 +200,10 @@ def _from_code(record: Record, origin: str) -> Exchange:
 
 
 def _split_code(text: str) -> tuple[str, list[str], bool]:
-    """The lines outside of code blocks, the code blocks with their fences, whether one is open.
+    """Return the lines outside code blocks, the code blocks with fences, and whether one is open.
 
-    Fences are those of CommonMark: a block ends at a line of at least as many backticks as it
-    began with, and nothing else.
+    Fences follow CommonMark: a block ends at a line that consists of backticks only, at least as
+    many as in the block's first line.
     """
     prose: list[str] = []
     blocks: list[list[str]] = []
@@ -221,7 +222,7 @@ def _split_code(text: str) -> tuple[str, list[str], bool]:
 
 
 _FENCE = re.compile(r"\s*(`{3,})[^`]*$")
-"""A line that begins a code block, with its language behind the backticks."""
+"""Pattern of a line that begins a code block: backticks and an optional language."""
 
 
 def _from_messages(record: Record, origin: str) -> Exchange:
@@ -256,10 +257,10 @@ CONVERTERS: dict[str, Callable[[Record, str], Exchange]] = {
 
 
 def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: str) -> Exchange:
-    """Combine a trace with the `answer` of its record, or with the answer that the trace marks.
+    """Combine a trace with the record's `answer`, or with the answer that the trace marks.
 
     Args:
-        missing: the reason to give where there is neither.
+        missing: the problem that the DataError states if there is neither.
     """
     thought, visible, is_finished = split_thoughts(trace)
     if not is_finished:
@@ -281,7 +282,7 @@ def _exchange(prompt: Record, trace: str, record: Record, origin: str, missing: 
 
 
 def _question(record: Record, origin: str) -> str:
-    """The question under any of its names, with Alpaca's `input` below its `instruction`."""
+    """Read the question under any of its keys, with Alpaca's `input` after its `instruction`."""
     key = _first_key(record, _QUESTION_KEYS, origin)
     question = _text(record, key, origin).strip()
     if key == "instruction" and "input" in record:
@@ -290,14 +291,14 @@ def _question(record: Record, origin: str) -> str:
 
 
 def _with_thought(record: Record, response: str) -> str:
-    """A response behind the thought that its record has under a key of its own."""
+    """Prepend the thought that the record has under a separate key to the response."""
     thought = next((v for key in _THOUGHT_KEYS if isinstance(v := record.get(key), str)), "")
     has_thought = not thought.strip() or thought.strip() in response
     return response if has_thought else f"<think>{thought}</think>{response}"
 
 
 def _own_answer(record: Record, origin: str) -> str:
-    """Read the record's `answer`; empty if there is none."""
+    """Read the record's `answer`. Returns an empty string if there is none."""
     try:
         answer = answer_text(record.get("answer", ""))
     except Unusable as error:
@@ -311,9 +312,9 @@ def _unboxed(answer: str) -> str:
 
 
 def _check_no_lost_turns(record: Record, origin: str) -> None:
-    """Refuse a record whose chat has turns before the question that was taken from another key."""
+    """Refuse a record whose question comes from one key and whose earlier turns are in another."""
     if record.get("history"):  # LLaMA-Factory: [question, response] of each earlier exchange
-        problem = "'history' has earlier turns beside the question: write them as 'messages'"
+        problem = "'history' has turns before the question: write all turns as 'messages'"
         raise DataError(origin, problem, shown(record["history"]))
     for key in _CHAT_KEYS:
         turns = record.get(key)
@@ -323,14 +324,15 @@ def _check_no_lost_turns(record: Record, origin: str) -> None:
             if isinstance(turn, dict)
         ]
         if sum(role in ("user", "human") for role in roles) > 1:
-            problem = f"{key!r} has several user turns beside the question: use --format messages"
+            problem = f"{key!r} has several user turns: use --format messages"
             raise DataError(origin, problem)
 
 
 def _plain(answer: str) -> str:
-    """Remove differences of notation that mean nothing: `\\textbf{(1,025) }` becomes `1025`.
+    """Remove insignificant notation: `\\textbf{(1,025) }` becomes `1025`.
 
-    This is no grader. Equal answers in other notations stay different, and are in doubt.
+    This is not a grader. Equal answers in other notations stay different, and are reported as in
+    doubt.
     """
     text = re.sub(r"\\[dt]frac", r"\\frac", answer.replace("−", "-"))
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)

@@ -1,6 +1,6 @@
-"""Which samples form a microbatch: by number, or as many as a budget of tokens holds.
+"""Grouping of samples into microbatches, by a number of samples or by a token budget.
 
-Pure functions of lengths: every rank computes the groups of all ranks and takes its own.
+The functions depend only on lengths: every rank computes the groups of all ranks and takes its own.
 
 Shape letters: N samples.
 """
@@ -8,11 +8,11 @@ Shape letters: N samples.
 from collections.abc import Sequence
 
 Groups = list[list[int]]
-"""One list of sample indices a microbatch; an empty one has no sample."""
+"""Lists of sample indices, one list per microbatch. A list may be empty."""
 
 
 def consecutive(num_samples: int, size: int) -> Groups:
-    """Microbatches of `size` samples in order, the last of which may be smaller."""
+    """Form microbatches of `size` samples in order. The last one may be smaller."""
     indices = list(range(num_samples))
     return [indices[start : start + size] for start in range(0, num_samples, size)]
 
@@ -24,17 +24,17 @@ def packed(
     budget: int,
     count_multiple: int = 1,
 ) -> list[Groups]:
-    """Share out samples over data-parallel ranks by token count, and fill microbatches.
+    """Divide samples over data-parallel ranks by token count, and fill microbatches.
 
     Args:
-        lengths_N: each sample's tokens in each view, as they take place in a packed sequence.
-        num_ranks: data-parallel ranks.
-        budget: tokens that a microbatch has at most in any view.
-        count_multiple: of which the number of microbatches must be a multiple.
+        lengths_N: number of tokens of each sample in each view, with the padding of packing.
+        num_ranks: number of data-parallel ranks.
+        budget: maximum number of tokens of a microbatch in any view.
+        count_multiple: the number of microbatches becomes a multiple of this number.
     Returns:
-        The microbatches of each rank, equally many on all of them.
+        The microbatches of each rank. All ranks have the same number of microbatches.
     Raises:
-        ValueError: a sample alone exceeds the budget.
+        ValueError: one sample exceeds the budget.
     """
     ranks = [_first_fit(share, lengths_N, budget) for share in _shares(lengths_N, num_ranks)]
     count = max(len(groups) for groups in ranks)
@@ -43,8 +43,10 @@ def packed(
 
 
 def _shares(lengths_N: Sequence[tuple[int, ...]], num_ranks: int) -> list[list[int]]:
-    """Longest first, each to the rank with the fewest tokens so far (LPT scheduling, Graham 1969:
-    at most 4/3 of the best maximum)."""
+    """Assign each sample, longest first, to the rank with the fewest tokens so far.
+
+    This is LPT scheduling (Graham 1969): the maximum is at most 4/3 of the optimum.
+    """
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     tokens = [0] * num_ranks
     for index in _longest_first(range(len(lengths_N)), lengths_N):
@@ -55,14 +57,14 @@ def _shares(lengths_N: Sequence[tuple[int, ...]], num_ranks: int) -> list[list[i
 
 
 def _first_fit(share: Sequence[int], lengths_N: Sequence[tuple[int, ...]], budget: int) -> Groups:
-    """First fit decreasing: each sample, longest first, into the first group that has room."""
+    """Put each sample, longest first, into the first group with room (first fit decreasing)."""
     groups: Groups = []
     filled: list[list[int]] = []
     for index in _longest_first(share, lengths_N):
         lengths = lengths_N[index]
         if max(lengths) > budget:
             raise ValueError(
-                f"a sample has {max(lengths)} tokens, more than the {budget} of a microbatch"
+                f"a sample has {max(lengths)} tokens, expected at most {budget} per microbatch"
             )
         for group, used in zip(groups, filled, strict=True):
             if all(u + length <= budget for u, length in zip(used, lengths, strict=True)):
@@ -76,7 +78,7 @@ def _first_fit(share: Sequence[int], lengths_N: Sequence[tuple[int, ...]], budge
 
 
 def _split_into(groups: Groups, count: int) -> Groups:
-    """`count` groups: the largest ones are halved; empty ones where there are too few samples."""
+    """Halve the largest groups until there are `count`. Groups are empty if samples run out."""
     groups = [list(group) for group in groups]
     while len(groups) < count:
         largest = max(groups, key=len, default=[])

@@ -1,7 +1,7 @@
-"""Published data sets -> our rows: `question` or `messages`, `reasoning`, `answer`, as JSONL.
+"""Conversion of published data sets to JSONL rows.
 
-A record is kept only if its question, trace and answer are whole and come from one exchange.
-`formats.py` has the formats.
+A record is kept only if its question, trace and answer are complete and belong to one exchange.
+The formats are in `formats.py`.
 """
 
 import heapq
@@ -23,11 +23,11 @@ from aropd_mcore.data.templates import partial_trace
 from aropd_mcore.types import Row
 
 _CARRIED_KEYS = ("system", "sample_weight", "id")
-"""Keys that go into the row as they are, whatever the format."""
+"""Keys that are copied into the row unchanged, in every format."""
 
 _PARTIAL_RATIO: float = ViewsConfig.model_fields["partial_ratio"].default
 
-_NO_REASONING = "have no reasoning: fit for evaluation, poor for training"
+_NO_REASONING = "have no reasoning: usable for evaluation, poor for training"
 _IN_DOUBT = "are in doubt: the answer is not the one that the trace marks last"
 _WHOLE = f"show the teacher the whole trace in both views (partial_ratio {_PARTIAL_RATIO})"
 _REPEATED = "repeat the prompt and trace of an earlier row"
@@ -35,19 +35,19 @@ _REPEATED = "repeat the prompt and trace of an earlier row"
 
 @dataclass
 class PrepareReport:
-    """What `prepare` kept and dropped, and why."""
+    """Numbers of rows that `prepare` kept and dropped, with reasons."""
 
     output: Path
     num_usable: int = 0
-    """Number of records that could be kept; more than were written where num_rows chose some."""
+    """Number of usable records. Larger than the number of rows written if num_rows limits these."""
     kept: Counter[str] = field(default_factory=Counter)
     """Number of rows written, by format."""
     noted: Counter[str] = field(default_factory=Counter)
-    """Number of rows written that need a look, by reason; a row may have several."""
+    """Number of rows written that should be inspected, by reason. A row may count several times."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Number of records left out, by reason."""
     examples: dict[str, DataError] = field(default_factory=dict)
-    """The first record of each reason in noted and dropped: its place, and what was found there."""
+    """First record of each reason in noted and dropped, with its origin and the value found."""
 
     @property
     def num_without_reasoning(self) -> int:
@@ -66,7 +66,7 @@ class PrepareReport:
 
     @property
     def num_repeated(self) -> int:
-        """Number of rows written whose prompt and trace an earlier row has."""
+        """Number of rows written that repeat the prompt and trace of an earlier row."""
         return self.noted[_REPEATED]
 
     def count(self, reasons: Counter[str], example: DataError) -> None:
@@ -81,9 +81,9 @@ class PrepareReport:
         return "\n".join(
             [
                 f"{self.output}: kept {self.kept.total()} rows ({formats}){chosen}",
-                *(f"  {self._line(f'{n} of them', what)}" for what, n in self.noted.most_common()),
+                *(f"  {self._line(f'{n} of them', why)}" for why, n in self.noted.most_common()),
                 f"dropped {self.dropped.total()}",
-                *(f"  {self._line(f'{n}:', what)}" for what, n in self.dropped.most_common()),
+                *(f"  {self._line(f'{n}:', why)}" for why, n in self.dropped.most_common()),
             ]
         )
 
@@ -101,26 +101,26 @@ def prepare(
     num_rows: int | None = None,
     seed: int = 1234,
 ) -> PrepareReport:
-    """Convert JSONL and Parquet files into one JSONL file of our rows.
+    """Convert JSONL and Parquet files to one JSONL file of rows.
 
-    The output appears whole or not at all. It may be one of the inputs.
+    The output is complete or absent. It may be one of the inputs.
 
     Args:
-        format: a name of the table in formats.py, or "auto" to choose for each record by its keys.
-        num_rows: write this many of the usable rows, drawn at random without replacement, in the
-            order of the inputs. None: all of them.
-        seed: decides which rows num_rows draws.
+        format: a name from the table in formats.py, or "auto" to detect each record's format.
+        num_rows: number of usable rows to draw at random without replacement. They are written in
+            the order of the inputs. None: write all usable rows.
+        seed: random seed of num_rows.
 
     Raises:
         DataError: an input is missing or unreadable, or there are no usable rows or fewer than
-            num_rows (then nothing is written).
-        ValueError: an unknown format, or an output whose name is not JSONL's.
+            num_rows. Nothing is written then.
+        ValueError: the format is unknown, or the output's suffix is .parquet or .gz.
     """
     if format != "auto" and format not in CONVERTERS:
-        raise ValueError(f"format {format!r}: expected auto, {', '.join(CONVERTERS)}")
+        raise ValueError(f"format {format!r}: expected one of auto, {', '.join(CONVERTERS)}")
     report = PrepareReport(output=Path(output))
     if report.output.suffix in (".parquet", ".gz"):
-        raise ValueError(f"output {output}: expected a JSONL file, found {report.output.suffix}")
+        raise ValueError(f"output {output}: found {report.output.suffix}, expected a JSONL file")
     usable = _usable_rows(inputs, format, report)
     chosen = usable if num_rows is None else _draw(usable, num_rows, seed)
     write_atomically(report.output, _lines(chosen, report, inputs, num_rows or 1))
@@ -154,9 +154,9 @@ def _usable_rows(inputs: Iterable[Path], format: str, report: PrepareReport) -> 
 
 
 def _draw(rows: Iterator[_Usable], num_rows: int, seed: int) -> list[_Usable]:
-    """Draw rows; only num_rows of them are in memory at any time."""
+    """Draw num_rows rows at random, with at most num_rows of them in memory."""
     generator = random.Random(seed)
-    # A stream of random() is the same in every version of Python.
+    # The stream of random() is the same in every version of Python.
     draws = ((generator.random(), row) for row in rows)
     chosen = heapq.nsmallest(num_rows, draws, key=lambda draw: draw[0])
     return sorted(row for _, row in chosen)
@@ -172,9 +172,9 @@ def _lines(
         yield row.line
     where = ", ".join(map(str, inputs))
     if not report.kept:
-        raise DataError(where, "no row could be kept, nothing is written", str(report))
+        raise DataError(where, "no record is usable, nothing is written", str(report))
     if report.kept.total() < min_rows:
-        problem = f"expected at least {min_rows} usable rows, nothing is written; ask for fewer"
+        problem = f"expected at least {min_rows} usable rows, nothing is written; request fewer"
         raise DataError(where, problem, str(report))
 
 
@@ -185,15 +185,15 @@ def _row(record: dict[str, Any], exchange: Exchange, origin: str) -> Row:
 
 
 def _notes(row: Row, exchange: Exchange, seen: set[int]) -> Iterator[DataError]:
-    """What needs a look in a row that is kept; `seen` collects hashes of the rows."""
+    """Yield the reasons to inspect a row. `seen` collects hashes of the rows."""
     reasoning = row.reasoning.strip()
     if not reasoning:
         yield DataError(row.origin, _NO_REASONING)
     elif partial_trace(reasoning, _PARTIAL_RATIO) == reasoning:
         yield DataError(row.origin, _WHOLE, shown(reasoning))
     if exchange.other_answer is not None:
-        found = f"answer {shown(row.answer)}, in the trace {shown(exchange.other_answer)}"
-        yield DataError(row.origin, _IN_DOUBT, found)
+        answers = f"answer {shown(row.answer)}, in the trace {shown(exchange.other_answer)}"
+        yield DataError(row.origin, _IN_DOUBT, answers)
     key = hash((row.system, row.history, row.question, row.reasoning, row.answer))
     if key in seen:
         yield DataError(row.origin, _REPEATED)
@@ -217,7 +217,7 @@ def _to_json(row: Row) -> str:
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """The file appears whole, or stays what it was."""
+    """Write a file so that it is complete, or unchanged after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -225,7 +225,7 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read.
+        os.chmod(name, 0o644)  # mkstemp creates files that only their owner can read.
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

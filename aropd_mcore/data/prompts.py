@@ -1,4 +1,4 @@
-"""Prompts to generate from: a file's lines, checked, and as token ids."""
+"""Files of prompts for generation: reading, checks, and conversion to token ids."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row
 
 KINDS = ("question", "messages", "prompt_ids")
-"""The keys that a prompt can be made of; a line has one of them, in one file all the same."""
+"""Keys of a prompt. Each line has exactly one of them, and all lines of a file the same one."""
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,32 @@ class PromptLine:
 
     fields: dict[str, Any]
     kind: str
-    """Which of KINDS it has."""
+    """The key among KINDS that the line has."""
     origin: str
-    """`file:line`; errors name it."""
+    """Source of the line, as `file:line`, for error messages."""
 
 
 class PromptCounts(NamedTuple):
-    """What a file of prompts holds."""
+    """Summary of a file of prompts."""
 
     num_prompts: int
     num_cut: int
     """Number of prompts that are cut to fit views.max_prompt_tokens."""
     longest: int
-    """Tokens of the longest prompt."""
+    """Number of tokens of the longest prompt."""
 
 
 class Prompts:
-    """The prompts of a JSONL or Parquet file, read as they are asked for.
+    """The prompts of a JSONL or Parquet file, read on demand.
 
         question      with an optional `system`: the student view, as in training
-        messages      chat turns, each with `role` and `content`, by the chat template
-        prompt_ids    token ids, taken as they are
+        messages      chat turns, each with `role` and `content`, rendered by the chat template
+        prompt_ids    token ids, used unchanged
 
     Args:
-        vocab_size: of the model.
-        max_tokens: that a prompt may have for its response to fit.
-        reserved: keys that a line may not have, since its responses are written under them.
+        vocab_size: size of the model's vocabulary.
+        max_tokens: maximum length of a prompt that leaves room for the response.
+        reserved: keys that a line must not have, since its responses are written under them.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Prompts:
         self._reserved = reserved
 
     def __iter__(self) -> Iterator[PromptLine]:
-        """The lines in order.
+        """Yield the lines in order.
 
         Raises:
-            DataError: the file cannot be read; a line is broken, has none or several of KINDS, or
-                another one than the first line.
+            DataError: the file cannot be read, or a line is broken, has none or several of KINDS,
+                or has another kind than the first line.
         """
         first: PromptLine | None = None
         for origin, record in read_records(self.path):
@@ -79,16 +79,16 @@ class Prompts:
             line = PromptLine(record, self._kind(record, origin), origin)
             first = first or line
             if line.kind != first.kind:
-                problem = f"expected key {first.kind!r}, as in {first.origin}; a file has one kind"
+                problem = f"expected key {first.kind!r} as in {first.origin}: use one kind per file"
                 raise DataError(origin, problem, f"key {line.kind!r}")
             yield line
 
     def check(self) -> "PromptCounts":
-        """Go through the whole file.
+        """Check the whole file, and summarize it.
 
         Raises:
-            DataError: as iteration and `ids`; a field of Parquet's that JSON has no word for, since
-                the output is JSON; or there is no prompt.
+            DataError: as in iteration and `ids`. Also if there is no prompt, or a Parquet value has
+                no JSON form, since the output is JSON.
         """
         num_prompts = num_cut = longest = 0
         for line in self:
@@ -102,11 +102,11 @@ class Prompts:
         return PromptCounts(num_prompts, num_cut, longest)
 
     def ids(self, line: PromptLine) -> tuple[tuple[int, ...], int]:
-        """A line's prompt as token ids, and how many tokens were cut off.
+        """Convert a line's prompt to token ids. Returns the ids, and the number of tokens cut off.
 
         Raises:
-            DataError: it is broken, or too long: a question by the rules of views.max_prompt_tokens
-                and views.on_long_prompt, and any prompt whose response would not fit behind it.
+            DataError: the prompt is broken, it leaves no room for the response, or it is a question
+                that views.max_prompt_tokens and views.on_long_prompt refuse.
         """
         num_cut = 0
         if line.kind == "question":
@@ -130,7 +130,7 @@ class Prompts:
             raise DataError(origin, problem, "keys " + (", ".join(map(str, record)) or "none"))
         for key in self._reserved:
             if key in record:
-                problem = f"key {key!r} is what a response is written under; give it another name"
+                problem = f"key {key!r} is reserved for responses; rename the key in the file"
                 raise DataError(origin, problem)
         return kinds[0]
 
@@ -149,7 +149,7 @@ class Prompts:
         try:
             return self._view_builder.chat_ids(messages)
         except ChatTemplateError as error:
-            problem = "key 'messages': the chat template cannot show them"
+            problem = "key 'messages': the chat template cannot render the chat"
             raise DataError(line.origin, problem, str(error)) from error
 
     def _given_ids(self, line: PromptLine) -> tuple[int, ...]:
@@ -172,5 +172,5 @@ def _check_json(line: PromptLine) -> None:
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
-            problem = f"key {key!r}: expected what JSON can say"
+            problem = f"key {key!r}: expected a value that JSON can hold"
             raise DataError(line.origin, problem, shown(value)) from error

@@ -1,4 +1,4 @@
-"""Records of JSONL and Parquet files, each with the place it came from."""
+"""Reading of JSONL and Parquet records, each with its place in the file."""
 
 import gzip
 import json
@@ -12,13 +12,13 @@ from typing import Any
 
 
 class DataError(ValueError):
-    """Data that cannot be used: `origin: problem; found ...`.
+    """Error: data cannot be used. The message is `origin: problem; found ...`.
 
     Args:
         origin: a file, or `file:line`.
-        problem: what is wrong and what is expected, free of the row's own values, so that equal
-            problems of many rows can be counted together.
-        found: what stood there instead.
+        problem: description of the problem and of the expected value. It contains none of the row's
+            values, so that equal problems of many rows can be counted together.
+        found: the value that was found.
     """
 
     def __init__(self, origin: str, problem: str, found: str = "") -> None:
@@ -39,24 +39,24 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> Records:
     ends in `.gz`. Blank lines are skipped. Origins are `file:line`, or `file:row` for Parquet,
     counted from 1.
 
-    A record that cannot be read comes as a DataError in the record's place, so that the caller
-    decides whether it stops. Examples are a line that is no JSON object, a JSON object that gives
-    one key two values, and a Parquet value that Python cannot hold.
+    A record that cannot be read is yielded as a DataError, so that the caller decides whether to
+    stop. Examples are a line that is not a JSON object, a JSON object that gives one key two
+    values, and a Parquet value that Python cannot hold.
 
     Args:
-        columns: the keys that the caller uses; None means all. Parquet columns of other names are
-            not read: the records have those keys, with the value None.
+        columns: keys that the caller uses. None: all keys. Parquet columns of other names are not
+            read, and their values are None.
 
     Raises:
         DataError: the file is missing or cannot be read, two needed columns have the same name, or
-            the file is Parquet and pyarrow is absent.
+            the file is Parquet and pyarrow is not installed.
     """
     path = Path(path)
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            found = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-            raise DataError(str(path), "expected a regular file", found)
+            kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+            raise DataError(str(path), "expected a regular file", kind)
         yield from _read_parquet(path, columns) if path.suffix == ".parquet" else _read_jsonl(path)
     except FileNotFoundError as error:
         raise DataError(str(path), "no such file") from error
@@ -65,7 +65,7 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> Records:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a record's value stands for a missing one: null, or the NaN that pandas writes."""
+    """Return whether a value counts as missing: null, or the NaN that pandas writes."""
     return value is None or (isinstance(value, float) and value != value)
 
 
@@ -77,14 +77,14 @@ class _Shown(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """A value's type and a short form of it on one line, for an error's `found`."""
-    # Unlike repr, reprlib does not walk through all of a deep or long value.
+    """Return a value's type and a short form of the value on one line, for an error's `found`."""
+    # Unlike repr, reprlib does not process all of a deep or long value.
     text = " ".join(_Shown().repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def shown_keys(keys: Iterable[object]) -> str:
-    """A record's keys on one line, for an error's `found`."""
+    """Return a record's keys on one line, for an error's `found`."""
     names = [name if name.isprintable() else ascii(name) for name in map(str, keys)]
     rest = [f"{len(names) - 20} more"] if len(names) > 20 else []
     return "keys " + (", ".join([name[:60] for name in names[:20]] + rest) or "none")
@@ -106,7 +106,7 @@ _OTHER_CONTENT = {
     b"\xfe\xff": "UTF-16 text; convert the file to UTF-8",
     b"[": "a JSON array; write its elements one per line, as with `jq -c '.[]'`",
 }
-"""Beginnings of files that are no JSONL, and what the error states about them."""
+"""First bytes of files that are not JSONL, and the description of each for the error."""
 
 
 def _read_jsonl(path: Path) -> Records:
@@ -127,11 +127,11 @@ def _read_jsonl(path: Path) -> Records:
 
 def _check_first_line(path: Path, line: bytes) -> None:
     line = line.removeprefix(b"\xef\xbb\xbf").lstrip()
-    found = next((text for start, text in _OTHER_CONTENT.items() if line.startswith(start)), None)
+    content = next((text for start, text in _OTHER_CONTENT.items() if line.startswith(start)), None)
     if line.rstrip() == b"{":
-        found = "a JSON object over several lines; rewrite the file with `jq -c .`"
-    if found:
-        raise DataError(str(path), "expected JSONL: one JSON object per line", found)
+        content = "a JSON object over several lines; rewrite the file with `jq -c .`"
+    if content:
+        raise DataError(str(path), "expected JSONL: one JSON object per line", content)
 
 
 def _parse_line(line: bytes, origin: str) -> dict[str, Any] | DataError:
@@ -144,22 +144,22 @@ def _parse_line(line: bytes, origin: str) -> dict[str, Any] | DataError:
         return DataError(origin, problem, f"key {shown(error.args[0])}")
     except RecursionError:
         return DataError(origin, "the line is not JSON", "too many levels of nesting")
-    except ValueError as error:  # JSONDecodeError, or an integer of over 4300 digits
+    except ValueError as error:  # JSONDecodeError, or an integer of more than 4300 digits
         return DataError(origin, "the line is not JSON", _one_line(error))
     if not isinstance(record, dict):
-        return DataError(origin, "expected one JSON object a line", type(record).__name__)
+        return DataError(origin, "expected one JSON object per line", type(record).__name__)
     return record
 
 
 class _RepeatedKey(Exception):
-    """A JSON object has a key twice, with different values."""
+    """Error: a JSON object has a key twice, with different values."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         for key, value in pairs:
-            # By repr, since 1 == 1.0 == True and NaN != NaN.
+            # Compare by repr, since 1 == 1.0 == True and NaN != NaN.
             if repr(value) != repr(record[key]):
                 raise _RepeatedKey(key)
     return record
@@ -186,7 +186,7 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Records:
                 raise DataError(str(path), problem, f"two columns {shown(repeated[0])}")
             unread = dict.fromkeys(all_names)
             for batch in file.iter_batches(batch_size=1024, columns=names):
-                # Asked for column "a", pyarrow reads "a.b" too.
+                # For the column name "a", pyarrow also reads a column named "a.b".
                 for record in _as_records(batch.select(names)):
                     number += 1
                     origin = f"{path}:{number}"
@@ -203,7 +203,7 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Records:
 
 
 def _as_records(batch: Any) -> list[dict[str, Any] | DataError]:
-    """The rows of a pyarrow RecordBatch; errors are still without their origin."""
+    """Return the rows of a pyarrow RecordBatch. The DataErrors have no origin yet."""
     try:
         return batch.to_pylist()
     except Exception:
@@ -215,8 +215,8 @@ def _as_record(batch: Any, index: int) -> dict[str, Any] | DataError:
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             record[name] = column[index].as_py()
-        # pyarrow does not document the exceptions. There are at least OverflowError (dates beyond
-        # year 9999), ValueError (nanoseconds), ArrowInvalid (zones) and UnicodeDecodeError.
+        # pyarrow does not document the exceptions. Known ones are OverflowError (dates beyond year
+        # 9999), ValueError (nanoseconds), ArrowInvalid (time zones) and UnicodeDecodeError.
         except Exception as error:
             problem = f"column {name!r}: expected a value that Python can hold"
             return DataError("", problem, f"{column.type}: {_one_line(error)}")

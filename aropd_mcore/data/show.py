@@ -1,4 +1,4 @@
-"""The three views of a row, for a person to read."""
+"""The three views of a row as coloured text."""
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -11,10 +11,10 @@ _QUESTION_STYLE, _PRIVILEGED_STYLE, _FRAME_STYLE = "not dim bold cyan", "not dim
 
 
 def render_views(builder: ViewBuilder, row: Row) -> RenderableType:
-    """The row's three views as the model reads them (the token ids, decoded), and the oracle
-    response; the question and the privileged part in colours of their own, with token counts.
+    """Render the row's three views as the model reads them, that is, their decoded token ids.
 
-    Print it with `rich.console.Console().print(...)`.
+    The question and the privileged part have separate colours and token counts. The last line
+    describes the oracle response. Print the result with `rich.console.Console().print(...)`.
 
     Raises:
         PromptTooLong: see `ViewBuilder.build`.
@@ -44,7 +44,7 @@ def _panel(builder: ViewBuilder, row: Row, view: View) -> Panel:
         if part:
             num_tokens = len(builder.text_ids(part))
             counts.append(f"{name} {num_tokens}")
-            # A decoder that does not give the text back leaves the part uncoloured.
+            # If decoding does not return the same text, the part stays uncoloured.
             start = text.plain.find(part)
             if start >= 0:
                 text.stylize(style, start, start + len(part))

@@ -1,4 +1,4 @@
-"""Special tokens: the chat template writes them, user text never becomes them."""
+"""Special tokens: only templates write them, and user text never becomes one."""
 
 import json
 import re
@@ -14,15 +14,15 @@ _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 
 
 
 def unused_character(texts: Iterable[str]) -> str:
-    """The first private-use character that occurs in none of `texts`."""
+    """Return the first private-use character that occurs in none of `texts`."""
     used = set().union(*texts)
     return next(chr(code) for block in _PRIVATE_USE for code in block if chr(code) not in used)
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Name -> id of every special token.
+    """Return {name: id} of the special tokens.
 
-    Names that are only white space are left out: ordinary text is full of them.
+    Names that are only white space are omitted, since they are frequent in ordinary text.
     """
     added = tokenizer.added_tokens_decoder
     tokens = {token.content: id for id, token in added.items() if token.special}
@@ -32,38 +32,38 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
 
 
 def plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a text in which every special token's name is that token."""
+    """Encode a text. The name of a special token becomes that token."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
 
 
 class SpecialTokens:
-    """Encodes prompts in which special tokens are only what the templates write.
+    """Encoder of prompts in which special tokens come from templates only.
 
-    User text goes through `protect` before it enters a template. `protect` puts a mark, a character
-    that occurs in none of the texts, in front of each special token's name. The rendered text goes
-    through `encode`, which encodes a marked name as text and an unmarked name as the token.
+    User text passes through `protect` before it enters a template. `protect` puts a mark, a
+    character that occurs in none of the texts, before each special token's name. The rendered text
+    passes through `encode`, which encodes a marked name as text and an unmarked name as the token.
 
-    Text without a marked name is encoded as the tokenizer encodes it.
+    A text without a marked name is encoded as the tokenizer encodes it.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
         self.ids = special_tokens(tokenizer)
-        """Name -> id."""
+        """Special tokens as {name: id}."""
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._names = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing.
         self._clones = lru_cache(maxsize=4)(self._clone)
 
     def protect(self, text: str, mark: str) -> str:
-        """User text with `mark` in front of each special token's name."""
+        """Put `mark` before each special token's name in user text."""
         protected = re.sub(self._names, lambda name: mark + name[0], text)
         if protected == text and self._becomes_name(text):
             protected = re.sub(r"\S", lambda first: mark + first[0], text, count=1)
         return protected
 
     def protect_all(self, value: Any, mark: str) -> Any:
-        """JSON-like data with every string protected, at any depth; keys stay as they are."""
+        """Protect every string of JSON-like data, at any depth. Keys stay unchanged."""
         if isinstance(value, str):
             return self.protect(value, mark)
         if isinstance(value, dict):
@@ -73,31 +73,31 @@ class SpecialTokens:
         return value
 
     def encode(self, text: str, mark: str) -> list[int]:
-        """The ids of a text whose user parts went through `protect` with the same mark."""
+        """Encode a text whose user parts passed through `protect` with the same mark."""
         if mark not in text:
             return plain_ids(self._tokenizer, text)
         if self._backend is None:
             return self._encode_by_pieces(text, mark)
         clone, name_of, id_of = self._clones(mark)
 
-        def written(match: re.Match[str]) -> str:
+        def rename(match: re.Match[str]) -> str:
             if match["token"]:
                 return name_of.get(match["token"], match["token"])
-            return match["text"] or ""  # A template's string methods can leave a mark alone.
+            return match["text"] or ""  # A template's string methods can isolate a mark.
 
         pattern = f"{mark}(?P<text>{self._names})|(?P<token>{self._names})|{mark}"
-        text = re.sub(pattern, written, text)
+        text = re.sub(pattern, rename, text)
         return [id_of.get(id, id) for id in clone.encode(text, add_special_tokens=False).ids]
 
     @cached_property
     def _normalized_names(self) -> list[str]:
-        """Names that are looked for in normalized text, as the normalizer writes them."""
+        """Normalized forms of the names that the tokenizer matches in normalized text."""
         added = self._tokenizer.added_tokens_decoder.values()
         names = [token.content for token in added if token.normalized and token.content in self.ids]
         return [self._normalize(name) for name in names] if self._backend else []
 
     def _becomes_name(self, text: str) -> bool:
-        """Whether normalizing makes a name of a text, such as `[PAD]` of `[pad]`."""
+        """Return whether normalization turns a text into a name, such as `[pad]` into `[PAD]`."""
         names = self._normalized_names
         normalized = self._normalize(text) if names else ""
         return any(name in normalized for name in names)
@@ -105,14 +105,14 @@ class SpecialTokens:
     def _normalize(self, text: str) -> str:
         assert self._backend is not None
         normalizer = self._backend.normalizer
-        text = text.encode(errors="replace").decode()  # Half a surrogate pair is refused later.
+        text = text.encode(errors="replace").decode()  # A lone surrogate is refused later.
         return text if normalizer is None else normalizer.normalize_str(text)
 
     def _clone(self, mark: str) -> tuple["Tokenizer", dict[str, str], dict[int | None, int]]:
-        """The same tokenizer with special tokens of other names.
+        """Copy the tokenizer, with other names for its special tokens.
 
         Returns:
-            The clone, original name -> the clone's name, and the clone's id -> original id.
+            The copy, {original name: name in the copy}, and {id in the copy: original id}.
         """
         from tokenizers import Tokenizer
 
@@ -133,7 +133,7 @@ class SpecialTokens:
         return clone, name_of, ids
 
     def _encode_by_pieces(self, text: str, mark: str) -> list[int]:
-        """For tokenizers that are written in Python: piece by piece, as they do it themselves."""
+        """Encode piece by piece, as tokenizers that are written in Python do."""
         added = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
         pieces = re.split(f"((?<!{mark})(?:{self._names}))", text)
         ids: list[int] = []
@@ -153,9 +153,9 @@ class SpecialTokens:
 
 
 def _rename_in_model(model: dict[str, Any], name_of: dict[str, str]) -> None:
-    """Rename special tokens in a model's vocabulary, so that text is never cut into one."""
-    made = set(_merged(model))
-    name_of = {name: new for name, new in name_of.items() if name not in made}
+    """Rename special tokens in a model's vocabulary, so that no text is segmented into one."""
+    used_in_merges = set(_merged(model))
+    name_of = {name: new for name, new in name_of.items() if name not in used_in_merges}
     if model["type"] == "Unigram":
         model["vocab"] = [[name_of.get(name, name), score] for name, score in model["vocab"]]
     else:

@@ -1,6 +1,7 @@
-"""Plain text: filling templates, cutting a trace, writing a trace with a part left out.
+"""Text functions: filling of templates, and cutting and writing of traces.
 
-A template's fields are `{name}`; every other brace is text, so `\\boxed{}` needs no escape.
+A template's fields have the form `{name}`. Every other brace is text, so `\\boxed{}` needs no
+escape.
 """
 
 import re
@@ -14,36 +15,37 @@ _FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def check_fields(setting: str, template: str, fields: Sequence[str]) -> None:
-    """Refuse a template that does not hold each of `fields` exactly once, and no other.
+    """Check that a template has each of `fields` exactly once, and no other field.
 
     Raises:
-        ConfigError: names the setting, the field and the fields that there are.
+        ConfigError: a field is unknown, missing or repeated. The message names the setting, the
+            field and the known fields.
     """
-    found = _FIELD.findall(template)
+    names = _FIELD.findall(template)
     known = ", ".join(f"{{{name}}}" for name in fields)
-    for name in found:
+    for name in names:
         if name not in fields:
             raise ConfigError(f"{setting}: unknown field {{{name}}}; its fields are {known}")
     for name in fields:
-        if found.count(name) != 1:
+        if names.count(name) != 1:
             raise ConfigError(
-                f"{setting}: found {{{name}}} {found.count(name)} times in {template!r}, "
+                f"{setting}: found {{{name}}} {names.count(name)} times in {template!r}, "
                 "expected it once"
             )
 
 
 def fill(template: str, **values: str) -> str:
-    """The template with its fields replaced, in one pass: braces in the values stay as they are."""
+    """Replace a template's fields in one pass. Braces in the values stay unchanged."""
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 
 def partial_trace(reasoning: str, ratio: float) -> str:
-    """The first `ratio` of the characters, the cut moved forward to the end of a word.
+    """Return the first `ratio` of the characters, with the cut moved forward to the end of a word.
 
     A word is a run without white space. Text in Chinese, Japanese, Korean and the scripts of
-    _UNSPACED has no spaces at which a cut could stop. There a wide character, or a character with
-    its combining marks, is a word by itself. White space at the end is left out. Ratio 0 is the
-    empty trace, ratio 1 the whole.
+    _UNSPACED has no spaces at which a cut could stop. In such text each wide character, or each
+    character with its combining marks, is a word. White space at the end is removed. Ratio 0 gives
+    the empty trace, ratio 1 the whole trace.
     """
     cut = int(ratio * len(reasoning))
     while 0 < cut < len(reasoning) and _in_word(reasoning[cut - 1], reasoning[cut]):
@@ -52,11 +54,12 @@ def partial_trace(reasoning: str, ratio: float) -> str:
 
 
 def reference_partial_trace(reasoning: str, ratio: float) -> str:
-    """The first `ratio` of the characters, cut as the authors' release cuts them.
+    """Return the first `ratio` of the characters, cut as in the authors' release.
 
     The number of characters is rounded up. A cut within a run of letters, digits, underscores and
-    backslashes moves forward to its end, also in scripts without spaces. A reasoning of one or two
-    runs without white space stays whole. Ratio 0, which the release refuses, is the empty trace.
+    backslashes moves forward to the end of the run, also in scripts without spaces. A reasoning of
+    one or two runs without white space stays whole. Ratio 0, which the release refuses, gives the
+    empty trace.
     """
     cut = ceil(ratio * len(reasoning))
     if cut == 0 or len(reasoning.split()) <= 2:
@@ -78,15 +81,15 @@ _UNSPACED = (
     range(0xA9E0, 0xAA00),  # Myanmar Extended-B
     range(0xAA60, 0xAAE0),  # Myanmar Extended-A, Tai Viet
 )
-"""Code points of scripts that write words without spaces between them."""
+"""Code points of scripts that have no spaces between words."""
 _JOINS_NEXT = frozenset("เแโใไເແໂໃໄ\u1039\u17d2\u1a60ꪵꪶꪹꪻꪼ\u200c\u200d")
 """Vowels before their consonant, signs that stack the next consonant, and joiners."""
 _JOINS_PREVIOUS = frozenset("ะาำຳະາ\u200c\u200d")
-"""Letters that belong to the consonant before them, beside combining marks."""
+"""Letters that belong to the previous consonant, in addition to combining marks."""
 
 
 def _in_word(before: str, after: str) -> bool:
-    """Whether a cut between two neighbouring characters would be within a word."""
+    """Return whether a cut between two neighbouring characters is within a word."""
     if before.isspace() or after.isspace():
         return False
     if not (_is_unspaced(before) or _is_unspaced(after)):
@@ -104,10 +107,11 @@ def _is_unspaced(character: str) -> bool:
 
 
 def write_trace(template: str, reasoning: str, answer: str) -> str:
-    """The trace template filled; a part that is empty leaves no empty place behind.
+    """Fill the trace template, without the surroundings of an empty part.
 
-    With an empty part its field goes, and with it the pair of tags directly around it or, where
-    there is none, the text of its line up to a neighbouring field. Both empty: the empty string.
+    If a part is empty, its field is removed together with the pair of tags directly around it. If
+    there are no tags, the text of the field's line up to a neighbouring field is removed. If both
+    parts are empty, the result is the empty string.
     """
     parts = {"reasoning": reasoning.strip(), "answer": answer.strip()}
     if not any(parts.values()):

@@ -1,4 +1,4 @@
-"""Thoughts of a response, `<think>...</think>` and the like, apart from what it answers."""
+"""Separation of a response's thoughts, such as `<think>...</think>`, from its visible text."""
 
 import re
 from typing import NamedTuple
@@ -13,22 +13,22 @@ _TAG = re.compile(
 
 
 class Response(NamedTuple):
-    """A response in two parts."""
+    """A response, split into its thoughts and its visible text."""
 
     thought: str
-    """The text of all thoughts, without tags."""
+    """Text of all thoughts, without tags."""
     visible: str
-    """The text outside of thoughts."""
+    """Text outside of thoughts."""
     is_finished: bool
-    """False if the last thought does not end; it then reaches to the end of the response."""
+    """False if the last thought has no end. It then extends to the end of the response."""
 
 
 def split_thoughts(response: str) -> Response:
     """Split a response into its thoughts and its visible part, in linear time.
 
-    A closing tag without an opening one ends a thought that the prompt began. `<reasoning>` is a
-    thought, too, and so are the channels that gpt-oss writes before `final`. Tags of other names
-    within a thought belong to the thought.
+    A closing tag without an opening tag ends a thought that began in the prompt. `<reasoning>` and
+    the channels that gpt-oss writes before `final` are thoughts too. Other tags within a thought
+    belong to the thought.
     """
     thoughts: list[str] = []
     visible: list[str] = []
@@ -53,10 +53,9 @@ def split_thoughts(response: str) -> Response:
 
 
 def opened_thought(prompt: str) -> str:
-    """The opening tag of a thought with which a prompt ends, or an empty string.
+    """Return the opening tag of a thought at the end of a prompt, or an empty string.
 
-    A chat template may write `<think>` itself: a response that is cut off within the thought has no
-    tag.
+    If the chat template writes `<think>`, a response that is cut off within the thought has no tag.
     """
     last = prompt.rstrip()[-40:]
     tags = [tag[0] for tag in _TAG.finditer(last) if tag.end() == len(last)]

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, and the tokens that end a response."""
+"""The tokenizer of a model folder, and the tokens that end a response."""
 
 import json
 from pathlib import Path
@@ -12,26 +12,27 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a local HF folder; never reaches for the network.
+    """Load the tokenizer of a local HF folder, without access to the network.
 
     Raises:
-        ValueError: the folder is missing, or holds no tokenizer that transformers can load.
+        ValueError: the folder is missing, has no tokenizer that transformers can load, or has two
+            chat templates that differ.
     """
     from transformers import AutoTokenizer
 
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise ValueError(f"{model_dir}: no such folder; expected a HF model folder")
-    # Without one of these files transformers makes a tokenizer that drops every text.
+    # If all of these files are missing, transformers creates a tokenizer that drops every text.
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((model_dir / name).is_file() for name in names):
         raise ValueError(f"{model_dir}: no tokenizer in this folder; expected {' or '.join(names)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
-        # Settings of a wrong type are taken by the constructor and fail at the first use.
+        # The constructor accepts settings of a wrong type, which fail at the first use.
         special_tokens(tokenizer)
         plain_ids(tokenizer, "a text")
-    except Exception as error:  # Anything, from a Rust parser's error to a KeyError.
+    except Exception as error:  # Any error, from a Rust parser's error to a KeyError.
         raise ValueError(
             f"{_unreadable_file(model_dir) or model_dir}: the tokenizer cannot be loaded: "
             f"{one_line(error)}"
@@ -41,7 +42,7 @@ def load_tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
 
 
 def _unreadable_file(model_dir: Path) -> Path | None:
-    """The first of the tokenizer's text files that is not UTF-8 or not JSON."""
+    """Return the first of the tokenizer's text files that is not UTF-8 or not JSON."""
     for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json", "chat_template.jinja"):
         path = model_dir / name
         if path.is_file():
@@ -55,7 +56,7 @@ def _unreadable_file(model_dir: Path) -> Path | None:
 
 
 def _check_one_template(model_dir: Path) -> None:
-    """Raise ValueError if the folder holds two chat templates that differ."""
+    """Raise ValueError if the folder has two chat templates that differ."""
     file, settings = model_dir / "chat_template.jinja", model_dir / "tokenizer_config.json"
     if not file.is_file() or not settings.is_file():
         return
@@ -63,20 +64,20 @@ def _check_one_template(model_dir: Path) -> None:
     template = file.read_text(encoding="utf-8")
     if isinstance(other, str) and other.rstrip("\n") != template.rstrip("\n"):
         raise ValueError(
-            f"{file}: the chat template differs from chat_template in {settings.name}; older "
-            "versions of transformers read the latter. Keep the one that is right."
+            f"{file}: the chat template differs from chat_template in {settings.name}, which older "
+            "versions of transformers read; remove the wrong one"
         )
 
 
 def response_end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The one token that ends a response, and is appended to oracle responses.
+    """Return the token that ends a response, which is also appended to oracle responses.
 
-    It is the special token that the chat template writes after an assistant turn (`<|im_end|>`
-    for Qwen, `<|eot_id|>` for Llama 3), which for a base model with a chat template is not its
-    `eos_token`; where the template writes no such token, it is `eos_token`.
+    This is the special token that the chat template writes after an assistant turn (`<|im_end|>`
+    for Qwen, `<|eot_id|>` for Llama 3). For a base model with a chat template, this token is not
+    the `eos_token`. If the template writes no such token, `eos_token` is returned.
 
     Raises:
-        ValueError: neither exists.
+        ValueError: there is neither such a token nor an `eos_token`.
     """
     content = "a response"
     messages = [
@@ -91,8 +92,9 @@ def response_end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     eos_id = _eos_id(tokenizer)
     if eos_id is None:
         raise ValueError(
-            f"{tokenizer.name_or_path}: the tokenizer has no eos_token, and its chat template ends "
-            "an assistant turn with no special token; set eos_token in tokenizer_config.json"
+            f"{tokenizer.name_or_path}: the tokenizer has no eos_token, and its chat template "
+            "writes no special token after an assistant turn; set eos_token in "
+            "tokenizer_config.json"
         )
     return eos_id
 
@@ -104,13 +106,14 @@ def _eos_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def eos_token_ids(model_dir: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """The tokens at which sampling stops: `response_end_id` first, then the others, ascending.
+    """Return the tokens at which sampling stops: `response_end_id`, then the others, ascending.
 
-    The others are the tokenizer's `eos_token` and what generation_config.json (or, where it names
-    none, config.json) lists under `eos_token_id`.
+    The others are the tokenizer's `eos_token` and the `eos_token_id` of generation_config.json, or
+    of config.json if generation_config.json has none.
 
     Raises:
-        ValueError: a file of the folder is not JSON, or its eos_token_id is no token id.
+        ValueError: one of the files is not a JSON object, or its eos_token_id is not a token id or
+            a list of token ids.
     """
     end = response_end_id(tokenizer)
     eos_id = _eos_id(tokenizer)

@@ -1,4 +1,4 @@
-"""Row -> student prompt, partial view, full view, as token ids."""
+"""Building of a row's three prompts as token ids: student view, partial view, full view."""
 
 import json
 from bisect import bisect_left
@@ -39,50 +39,50 @@ if TYPE_CHECKING:
 View = Literal["student", "partial", "full"]
 VIEWS: tuple[View, ...] = get_args(View)
 
-# Stands for a text while the chat template is rendered; plain ASCII, so that no template's trimming
-# or escaping changes it.
+# Placeholder for a text while the chat template is rendered. It is plain ASCII, so that trimming or
+# escaping by a template does not change it.
 _SLOT = "aropd-slot"
 
 _CUTS = {"word_end": partial_trace, "reference": reference_partial_trace}
-"""views.partial_cut -> how a reasoning is cut."""
+"""Functions that cut a reasoning, by the value of views.partial_cut."""
 
 
 class PromptTooLong(DataError):
-    """A row whose prompt does not fit `max_prompt_tokens`; the caller drops and counts it."""
+    """Error: a row's prompt exceeds `max_prompt_tokens`. The caller drops and counts the row."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One view of a row, with the texts that it was made from."""
+    """One view of a row, with the texts that it shows."""
 
     ids: tuple[int, ...]
     question: str
-    """What the prompt shows of the question; shorter than the row's where it was cut."""
+    """The part of the question that the prompt shows. Shorter than the row's question if cut."""
     trace: str
-    """What the prompt shows of the oracle trace; empty for the student."""
+    """The part of the oracle trace that the prompt shows. Empty for the student view."""
     num_cut_tokens: int
 
 
 class ViewBuilder:
-    """Builds the prompts of METHOD section 2 with one tokenizer and one set of templates.
+    """Builder of the prompts of METHOD section 2 for one tokenizer and one set of templates.
 
         student view   chat(system, student_template(question))
         partial view   chat(system, teacher_template(question, trace of the partial reasoning))
         full view      chat(system, teacher_template(question, trace of the whole reasoning))
 
-    A view whose trace is empty (`prefix_without_answer` with ratio 0) has nothing to show as a
-    worked example, and is the student view. Where the chat template refuses or leaves out a system
-    turn, the system text opens the user turn.
+    A view whose trace is empty (`prefix_without_answer` with ratio 0) equals the student view. If
+    the chat template refuses or omits a system turn, the system text becomes the beginning of the
+    user turn.
 
-    Special tokens in a prompt are those that the chat template and the templates of `config` write.
-    Their names in user text (questions, traces, answers, system texts, chat turns) are text.
+    Special tokens in a prompt come only from the chat template and the templates of `config`. Names
+    of special tokens in user text (questions, traces, answers, system texts, chat turns) are text.
 
     Args:
-        vocab_size: Of the model. None: token ids are not compared with it.
+        vocab_size: size of the model's vocabulary. None: token ids are not checked.
     Raises:
-        ConfigError: A template of `config` has an unknown, missing or repeated field. The chat
-            template fails, is random, or does not show the user turn once. A token id that a
-            prompt or response can contain is not below vocab_size.
+        ConfigError: a template of `config` has an unknown, missing or repeated field. The chat
+            template fails, is random, or does not show the user turn exactly once. A token id that
+            a prompt or response can contain is not below vocab_size.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ViewBuilder:
         self.tokenizer = tokenizer
         self.config = config
         self.end_id = response_end_id(tokenizer)
-        """Ends a response; appended to oracle responses."""
+        """Token that ends a response, which is also appended to oracle responses."""
         self._special_tokens = SpecialTokens(tokenizer)
         self._templates = (
             chat_template(tokenizer),
@@ -113,19 +113,19 @@ class ViewBuilder:
         if vocab_size is not None:
             check_vocabulary(tokenizer, vocab_size, self._written_ids())
         self.notes = generation_prompt_notes(tokenizer)
-        """Sentences about the templates for the user to read once, at the start."""
+        """Warnings about the templates, to print once at the start."""
 
     def build(self, row: Row) -> Views:
-        """The three prompts of a row, each of at most `max_prompt_tokens`.
+        """Build the three prompts of a row, each of at most `max_prompt_tokens`.
 
-        With on_long_prompt "cut", a prompt over the limit loses the beginning of its question and
-        nothing else: chat template, instructions and trace stay whole. With "cut_chat" it loses its
-        first tokens, whatever they are.
+        With on_long_prompt "cut", a prompt over the limit loses only the beginning of its question:
+        chat template, instructions and trace stay complete. With "cut_chat", the prompt loses its
+        first tokens, including the chat template's.
 
         Raises:
-            PromptTooLong: A prompt is over the limit, and on_long_prompt is "drop" or the prompt
-                would be too long with no question at all.
-            DataError: The chat template cannot show the row, or leaves out its earlier turns.
+            PromptTooLong: a prompt is over the limit, and on_long_prompt is "drop", or the prompt
+                would be too long even without its question.
+            DataError: the chat template cannot render the row, or omits its earlier turns.
         """
         student, partial, full = (self.prompt(row, view) for view in VIEWS)
         return Views(
@@ -137,13 +137,13 @@ class ViewBuilder:
         )
 
     def prompt(self, row: Row, view: View) -> Prompt:
-        """One view of a row; raises as `build` does."""
+        """Build one view of a row. Raises the same errors as `build`."""
         mark = self._mark(row)
         question, trace = row.question.strip(), self._trace(row, view, mark)
         try:
             head, tail = self._frame(row, trace, mark)
         except ChatTemplateError as error:
-            problem = "the chat template cannot show this row"
+            problem = "the chat template cannot render this row"
             raise DataError(row.origin, problem, str(error)) from error
 
         def ids_from(cut: int) -> list[int]:
@@ -159,8 +159,8 @@ class ViewBuilder:
                 raise PromptTooLong(row.origin, problem, f"{num_tokens} tokens")
             if self.config.on_long_prompt == "cut_chat":
                 return self._cut_on_the_left(ids, question, trace.replace(mark, ""))
-            # The least cut that fits. The number of tokens need not fall with every character, but
-            # the cut that bisection ends at was itself encoded and found to fit.
+            # Find the smallest cut that fits. The number of tokens need not decrease with every
+            # character, but the result of the bisection was itself encoded and fits.
             cuts = range(len(question) + 1)
             cut = bisect_left(cuts, True, key=lambda cut: len(ids_from(cut)) <= limit)
             if cut == len(cuts):
@@ -176,14 +176,14 @@ class ViewBuilder:
     def _cut_on_the_left(self, ids: list[int], question: str, trace: str) -> Prompt:
         num_cut = len(ids) - self.config.max_prompt_tokens
         text = str(self.tokenizer.decode(ids[num_cut:]))
-        question, trace = (_end_that_is_shown(part, text) for part in (question, trace))
+        question, trace = (_remaining_end(part, text) for part in (question, trace))
         return Prompt(tuple(ids[num_cut:]), question, trace, num_cut)
 
     def chat_ids(self, messages: Messages) -> tuple[int, ...]:
-        """The prompt of chat turns, up to where the assistant's next turn begins.
+        """Encode chat turns as a prompt that ends where the assistant's next turn begins.
 
         Raises:
-            ChatTemplateError: The chat template cannot show the turns.
+            ChatTemplateError: the chat template cannot render the turns.
         """
         text = json.dumps(messages, ensure_ascii=False, default=str)
         mark = unused_character([text, *self._templates])
@@ -191,27 +191,27 @@ class ViewBuilder:
         return tuple(self._special_tokens.encode(render_chat(self.tokenizer, protected), mark))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
-        """User text as token ids, with the names of special tokens as text."""
+        """Encode user text. Names of special tokens in it are text."""
         mark = unused_character([text])
         protected = self._special_tokens.protect(text, mark)
         return tuple(self._special_tokens.encode(protected, mark))
 
     def oracle_response_ids(self, row: Row) -> tuple[int, ...]:
-        """The whole trace as a response, with the token that ends it."""
+        """Encode the whole trace as a response, followed by the token that ends it."""
         mark = self._mark(row)
         text = self._write_trace(row.reasoning, row.answer, mark)
         return (*self._special_tokens.encode(text, mark), self.end_id)
 
     @cached_property
     def template_hash(self) -> str:
-        """Of the chat template and of every setting that shapes a prompt; runs record it."""
+        """Hash of the chat template and of all settings that affect a prompt. Runs record it."""
         return short_hash([chat_template(self.tokenizer), self.config.model_dump(mode="json")])
 
     @cached_property
     def identity(self) -> Mapping[str, str]:
-        """Hashes of `chat_template` and `tokenizer`: of what they do, wherever they are stored.
+        """Hashes of `chat_template` and `tokenizer`, independent of where these are stored.
 
-        Prompts of equal rows are equal where these hashes and the settings of `views` are equal.
+        If these hashes and the settings of `views` are equal, equal rows have equal prompts.
         """
         return {
             "chat_template": short_hash(chat_template(self.tokenizer)),
@@ -219,7 +219,7 @@ class ViewBuilder:
         }
 
     def _mark(self, row: Row) -> str:
-        """The character that marks special tokens' names in this row's texts."""
+        """Choose the character that marks special tokens' names in this row's texts."""
         texts = (row.question, row.reasoning, row.answer, self._system(row), *sum(row.history, ()))
         return unused_character([*texts, *self._templates])
 
@@ -227,7 +227,7 @@ class ViewBuilder:
         return (self.config.system_prompt if row.system is None else row.system) or ""
 
     def _trace(self, row: Row, view: View, mark: str) -> str:
-        """The trace that a view shows, protected."""
+        """Return the trace that a view shows, protected."""
         if view == "student":
             return ""
         reasoning, answer = row.reasoning.strip(), row.answer
@@ -244,7 +244,7 @@ class ViewBuilder:
         return write_trace(template, protect(reasoning, mark), protect(answer, mark))
 
     def _frame(self, row: Row, trace: str, mark: str) -> tuple[str, str]:
-        """The prompt's text before and after the question, protected as the trace is."""
+        """Return the prompt's text before and after the question, protected like the trace."""
         history = [self._special_tokens.protect_all(turn, mark) for turn in row.history]
         system = self._special_tokens.protect(self._system(row), mark)
         slot = _unused_slot([trace, system, *sum(row.history, ()), *self._templates])
@@ -266,12 +266,12 @@ class ViewBuilder:
             )
         if history and not self._shows(tuple(role for role, _ in history)):
             raise ChatTemplateError(
-                f"{template_file(self.tokenizer)}: the chat template leaves out earlier turns"
+                f"{template_file(self.tokenizer)}: the chat template omits earlier turns"
             )
         return pieces[0], pieces[1]
 
     def _shows_turns(self, roles: tuple[str, ...]) -> bool:
-        """Whether the chat template shows turns of these roles before a user turn."""
+        """Return whether the chat template shows turns of these roles before a user turn."""
         slots = [f"{_SLOT}-{number}-" for number in range(len(roles))]
         turns = [*zip(roles, slots, strict=True), ("user", "a question")]
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -282,7 +282,7 @@ class ViewBuilder:
         return all(slot in text for slot in slots)
 
     def _written_ids(self) -> set[int]:
-        """Ids that the templates or the end of a response can write."""
+        """Return the ids that the templates write, and the id that ends a response."""
         user, turn = (
             {"role": "user", "content": "a question"},
             {"role": "assistant", "content": "a"},
@@ -297,8 +297,8 @@ class ViewBuilder:
         return ids | {id for name, id in named if any(name in text for text in self._templates)}
 
 
-def _end_that_is_shown(part: str, text: str) -> str:
-    """What is left of a part of a text after the text was cut on its left."""
+def _remaining_end(part: str, text: str) -> str:
+    """Return the end of `part` that remains in `text`, which was cut on its left."""
     if part in text:
         return part
     ends = (part[start:] for start in range(1, len(part) + 1))

@@ -1,4 +1,4 @@
-"""A tokenizer's vocabulary: whether the model has it, and a hash of what the tokenizer does."""
+"""Check of a tokenizer's vocabulary against the model, and a hash of a tokenizer's behaviour."""
 
 import hashlib
 import json
@@ -18,26 +18,27 @@ _PROBE = (
     "สวัสดีชาวโลก, 你好，世界。１２３, こんにちは, 안녕하세요, 👩‍👩‍👧 🇩🇪 𝔸 "
     "\u200b\u00a0\ufeff\ue000\U0010fffd end"
 )
-"""Scripts, digits, white space and composed characters on which tokenizers differ."""
+"""Text with scripts, digits, white space and composed characters that tokenizers encode
+differently."""
 _NUM_SHOWN = 3
 
 
 def probe_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids of a fixed text, with the unknown token where the tokenizer has to use it."""
+    """Encode a fixed text. The ids include the unknown token if the tokenizer needs it."""
     return plain_ids(tokenizer, _PROBE)
 
 
 def check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", vocab_size: int, written: Iterable[int]
 ) -> None:
-    """Refuse a tokenizer whose texts can contain ids that the model does not have.
+    """Check that a tokenizer's texts contain only ids that the model has.
 
     Args:
-        vocab_size: Of the model; its ids are 0 to vocab_size - 1.
-        written: Ids that the templates and the end of a response write. Other special tokens are
-            never used and may lie outside the vocabulary.
+        vocab_size: size of the model's vocabulary. Its ids are 0 to vocab_size - 1.
+        written: ids that templates write or that end a response. Other special tokens are never
+            used and may be outside the vocabulary.
     Raises:
-        ConfigError: Names the first such tokens with their ids.
+        ConfigError: an id is outside the vocabulary. The message names the first such tokens.
     """
     used = {*written, *probe_ids(tokenizer)}
     never_used = set(special_tokens(tokenizer).values()) - used
@@ -48,7 +49,7 @@ def check_vocabulary(
     shown = ", ".join(f"{names.get(id, '?')!r} {id}" for id in outside[:_NUM_SHOWN])
     more = f" and {len(outside) - _NUM_SHOWN} more" if len(outside) > _NUM_SHOWN else ""
     raise ConfigError(
-        f"{tokenizer.name_or_path}: the tokenizer has tokens beyond the model's vocabulary: found "
+        f"{tokenizer.name_or_path}: the tokenizer has tokens outside the model's vocabulary: found "
         f"{shown}{more}, expected ids from 0 to {vocab_size - 1} (vocab_size {vocab_size} in "
         "config.json); use the tokenizer that the model was trained with, or add rows to the "
         "model's embeddings"
@@ -56,9 +57,9 @@ def check_vocabulary(
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", end_id: int) -> str:
-    """16 hex digits that change with what the tokenizer does, not with how or where it is stored.
+    """Return a hash (16 hex digits) of a tokenizer's behaviour, independent of its storage.
 
-    The hash covers the vocabulary, the ids of a probe text with the special tokens' names in it,
+    The hash covers the vocabulary, the ids of a probe text and of texts with special tokens' names,
     and the tokens that end a response.
     """
     names = sorted(special_tokens(tokenizer))
@@ -73,5 +74,5 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", end_id: int) -> str:
 
 
 def short_hash(content: Any) -> str:
-    """16 hex digits of the SHA-256 of JSON-like content."""
+    """Return the first 16 hex digits of the SHA-256 of JSON-like content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Small tokenizers of every kind, with special tokens under any names.
+"""Small tokenizers of every kind, with chosen names for their special tokens.
 
-Two tokenizers of one kind with other names for their special tokens are the same otherwise: what is
-the name of a special token to one is plain text to the other.
+Two tokenizers of one kind differ only in these names: the name of a special token in one tokenizer
+is plain text in the other.
 """
 
 import string
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 NAMES = ("<s>", "</s>", "<|im_start|>", "[INST]")
 """Special tokens of the tests' templates: BOS, the end of a turn, and two more."""
 OTHER_NAMES = ("<bos-x>", "<end-x>", "<start-x>", "<inst-x>")
-"""Names for the same tokens in the tokenizer to compare with."""
+"""Names of the same tokens in the tokenizer to compare with."""
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}START {{ m['role'] }}\n{{ m['content'] | trim }} END\n"
     "{% endfor %}{% if add_generation_prompt %}START assistant\n{% endif %}INST"
@@ -31,7 +31,8 @@ _MERGES = [("t", "h"), ("th", "e"), ("a", "n"), ("<", "s"), ("e", "n"), ("|", ">
 
 
 def byte_level(names: Sequence[str]) -> Tokenizer:
-    """As Qwen2's: special tokens beside the vocabulary, NFC, an added token that is not special."""
+    """Build a tokenizer like Qwen2's: special tokens outside the vocabulary, NFC, and an added
+    token that is not special."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *("".join(pair) for pair in _MERGES)]
     vocab = {token: id for id, token in enumerate(tokens)}
@@ -47,7 +48,8 @@ def byte_level(names: Sequence[str]) -> Tokenizer:
 
 
 def whole_words(names: Sequence[str]) -> Tokenizer:
-    """As Llama 3's: words of the vocabulary are not cut, and the special tokens are such words."""
+    """Build a tokenizer like Llama 3's: words of the vocabulary, including the special tokens, are
+    not split."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*names, *alphabet, *("".join(pair) for pair in _MERGES)]
     vocab = {token: id for id, token in enumerate(tokens)}
@@ -59,7 +61,8 @@ def whole_words(names: Sequence[str]) -> Tokenizer:
 
 
 def sentencepiece(names: Sequence[str], *, legacy: bool = True) -> Tokenizer:
-    """As Llama 2's: a space before the text, bytes for unknown characters, stripping tokens."""
+    """Build a tokenizer like Llama 2's: a space before the text, bytes for unknown characters, and
+    special tokens that strip."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = ["<unk>", *names, *bytes_, *_CHARACTERS, *("".join(pair) for pair in _MERGES)]
     vocab = {token: id for id, token in enumerate(tokens)}
@@ -81,12 +84,12 @@ def sentencepiece(names: Sequence[str], *, legacy: bool = True) -> Tokenizer:
 
 
 def metaspace(names: Sequence[str]) -> Tokenizer:
-    """As newer conversions of Llama 2."""
+    """Build a tokenizer like newer conversions of Llama 2."""
     return sentencepiece(names, legacy=False)
 
 
 def normalized(names: Sequence[str]) -> Tokenizer:
-    """Text is lower case, and special tokens are looked for in it after that."""
+    """Build a tokenizer that lowercases the text before it searches for special tokens."""
     vocab = {character: id for id, character in enumerate(["<unk>", *_CHARACTERS])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -96,7 +99,8 @@ def normalized(names: Sequence[str]) -> Tokenizer:
 
 
 def unigram(names: Sequence[str]) -> Tokenizer:
-    """As sentencepiece's unigram models: special tokens are the likeliest pieces of all."""
+    """Build a tokenizer like sentencepiece's unigram models: special tokens are the likeliest
+    pieces."""
     pieces = [("<unk>", 0.0), *((name, 0.0) for name in names), ("the", -3.0), ("▁a", -4.0)]
     pieces += [(character, -8.0) for character in _CHARACTERS]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
@@ -107,7 +111,7 @@ def unigram(names: Sequence[str]) -> Tokenizer:
 
 
 def words(names: Sequence[str]) -> Tokenizer:
-    """Words between spaces; special tokens are words of the vocabulary."""
+    """Build a tokenizer of words between spaces, whose vocabulary includes the special tokens."""
     listed = ["[UNK]", *names, "the", "user", "assistant", "system", "a", "START"]
     vocab = {word: id for id, word in enumerate(listed)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
@@ -121,11 +125,11 @@ KINDS = {
     for kind in (byte_level, whole_words, sentencepiece, metaspace, normalized, unigram, words)
 }
 LOSSLESS = ("byte_level", "whole_words")
-"""Kinds whose decoder gives every text back (byte_level after NFC)."""
+"""Kinds whose decoder returns every text unchanged (byte_level: after NFC)."""
 
 
 def small_tokenizer(kind: str, names: Sequence[str] = NAMES) -> PreTrainedTokenizerFast:
-    """A tokenizer with TEMPLATE as its chat template, in which `names` are special tokens."""
+    """Build a tokenizer with the chat template TEMPLATE and with `names` as special tokens."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=KINDS[kind](names),
         bos_token=names[0],

@@ -159,7 +159,7 @@ OTHER_MARKS = ["<answer>", "</answer>", "<answer></answer>", "<reasoning>", "###
 
 @pytest.mark.parametrize("piece", [*BOX_MARKS, *OTHER_MARKS])
 def test_readers_of_100_000_repeated_marks_finish(piece):
-    """A reader quadratic in the text's length would take hours."""
+    """A reader with quadratic time would take hours."""
     text = piece * 100_000
     for reader in (boxed_answer, hashes_answer, split_hashes, split_tags):
         reader(text)

@@ -1,4 +1,4 @@
-"""Chat templates: errors in one line, no clock, no chance, and the generation prompt."""
+"""Chat templates: errors in one line, a fixed date, no randomness, and the generation prompt."""
 
 import json
 
@@ -58,7 +58,7 @@ def build(folder, template):
         ("{{ messages[0].content }}{{ '\\ud800' }}", "", "surrogates not allowed"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "", "RecursionError"),
         ("{% for i in a %}" * 30 + "{% endfor %}" * 30, "", "too many statically nested blocks"),
-        ("", "", None),  # Transformers has no template then.
+        ("", "", None),  # transformers treats this as no template.
         ("{# nothing #}", "", "shows the user turn 0 times, expected once"),
         ("{{ messages[-1].content * 2 }}", "", "shows the user turn 2 times, expected once"),
     ],
@@ -74,7 +74,7 @@ def test_a_failing_template_is_named_in_one_line(tmp_path, template, place, mess
     assert message in text and "\n" not in text and len(text) < 600
 
 
-def test_a_type_error_in_a_system_turn_is_no_refusal(tmp_path):
+def test_a_type_error_in_a_system_turn_is_not_a_refusal(tmp_path):
     refusing = "{% if messages[0].role == 'system' %}{{ FAIL }}{% endif %}" + LOOP + HEAD
     build(tmp_path, refusing.replace("FAIL", "raise_exception('no system turns')"))
     with pytest.raises(ConfigError, match="line 1: the chat template failed: TypeError"):
@@ -90,25 +90,25 @@ def test_a_template_that_fails_on_one_row_names_the_row(tmp_path):
     with pytest.raises(DataError) as raised:
         builder.build(row)
     assert str(raised.value) == (
-        "rows.jsonl:7: the chat template cannot show this row; found "
+        "rows.jsonl:7: the chat template cannot render this row; found "
         f"{tmp_path}/chat_template.jinja: line 1: the chat template failed: ZeroDivisionError: "
         "integer division or modulo by zero"
     )
 
 
-def test_templates_in_tokenizer_config(tmp_path):
+def test_invalid_templates_in_tokenizer_config_are_refused(tmp_path):
     tokenizer_with(tmp_path, None)
     path = tmp_path / "tokenizer_config.json"
     settings = json.loads(path.read_text())
 
-    def built(template):
+    def build_with(template):
         path.write_text(json.dumps(settings | {"chat_template": template}))
         return ViewBuilder(load_tokenizer(tmp_path), ViewsConfig())
 
     def named(**templates):
         return [{"name": name, "template": text} for name, text in templates.items()]
 
-    built(named(default=CHAT_TEMPLATE, tool_use="{{ 1 + 'a' }}"))
+    build_with(named(default=CHAT_TEMPLATE, tool_use="{{ 1 + 'a' }}"))
     for template, message in (
         ("{{ 1 + 'a' }}", "tokenizer_config.json: line 1: the chat template failed: TypeError"),
         (named(tool_use=CHAT_TEMPLATE, rag=CHAT_TEMPLATE), "multiple chat templates with no def"),
@@ -117,7 +117,7 @@ def test_templates_in_tokenizer_config(tmp_path):
         (True, "found bool as chat template, expected a string"),
     ):
         with pytest.raises(ValueError) as raised:
-            built(template)
+            build_with(template)
         assert str(raised.value).startswith(str(tmp_path)) and message in str(raised.value)
         assert "\n" not in str(raised.value)
 
@@ -143,7 +143,7 @@ def test_a_damaged_file_of_the_tokenizer_is_refused_in_one_line(tmp_path, name, 
         "f('%Y-%m-%d %H:%M:%S') if true",
     ],
 )
-def test_the_clock_stands_still(tmp_path, call):
+def test_strftime_now_returns_a_fixed_date(tmp_path, call):
     template = (
         "{% macro f(x) %}{{ strftime_now(x) }}{% endmacro %}It is {{ CALL }}.\n" + LOOP + HEAD
     )
@@ -153,7 +153,7 @@ def test_the_clock_stands_still(tmp_path, call):
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "problem"),
     [
         ("{{ [1, 2] | random }}", "line 1: found the filter 'random'"),
         ("{% filter random %}ab{% endfilter %}", "line 1: found the filter 'random'"),
@@ -166,13 +166,13 @@ def test_the_clock_stands_still(tmp_path, call):
         ("{{ strftime_now }}", "found an object printed with its address"),
     ],
 )
-def test_a_template_of_chance_is_refused(tmp_path, source, found):
+def test_a_random_template_is_refused(tmp_path, source, problem):
     with pytest.raises(ConfigError) as raised:
         build(tmp_path, f"{source}\n{LOOP}{HEAD}")
-    assert str(raised.value).startswith(f"{tmp_path}/chat_template.jinja: {found}")
+    assert str(raised.value).startswith(f"{tmp_path}/chat_template.jinja: {problem}")
 
 
-def test_a_variable_of_the_templates_own_is_no_chance(tmp_path):
+def test_a_template_variable_named_lipsum_is_accepted(tmp_path):
     build(tmp_path, "{% set lipsum = 'Hi.\n' %}{{ lipsum }}" + LOOP + HEAD)
 
 
@@ -191,7 +191,7 @@ MISTRAL = (
     "template",
     [None, LOOP + HEAD, MISTRAL, LOOP + QWEN3_HEAD, QWEN3_LOOP + HEAD, QWEN3_LOOP + QWEN3_HEAD],
 )
-def test_templates_whose_prompts_open_the_assistants_turn_have_no_note(tmp_path, template):
+def test_a_template_that_opens_the_assistants_turn_has_no_note(tmp_path, template):
     assert build(tmp_path, template).notes == ()
 
 
@@ -199,8 +199,8 @@ def test_a_template_without_a_generation_prompt_has_a_note(tmp_path):
     [note] = build(tmp_path, LOOP).notes
     assert note == (
         f"{tmp_path}/chat_template.jinja: the chat template ignores add_generation_prompt: prompts "
-        "end before '<|im_start|>assistant\\n', so the student is not shown that its turn begins; "
-        "add that text under {% if add_generation_prompt %}"
+        "end before '<|im_start|>assistant\\n', so they do not show the student that its turn "
+        "begins; add that text under {% if add_generation_prompt %}"
     )
 
 
@@ -260,7 +260,7 @@ FRAGMENTS = st.sampled_from(
     st.lists(FRAGMENTS, max_size=12).map("".join),
     st.sampled_from([LOOP + HEAD + "{}", "{}" + LOOP, "{}", LOOP.replace("\n", "{}\n", 1) + HEAD]),
 )
-def test_any_template_gives_views_or_one_line(fuzzed, fragments, around):
+def test_any_template_gives_views_or_an_error_of_one_line(fuzzed, fragments, around):
     fuzzed.chat_template = around.replace("{}", fragments)
     row = Row("1+1?", "One.", "2", "s", (("user", "a"), ("assistant", "b")), origin="rows.jsonl:1")
     try:

@@ -1,4 +1,4 @@
-"""The alignment of a response across the three sequences."""
+"""Alignment of a response across the three views."""
 
 import torch
 from hypothesis import given, settings
@@ -8,7 +8,7 @@ from aropd_mcore.data.collate import collate, num_loss_tokens
 from aropd_mcore.data.packing import consecutive
 from aropd_mcore.types import Rollout, Sample
 
-PAD = 999  # No sampled id: a padded position that were counted would show.
+PAD = 999  # Not an id of any sample, so that a counted padding position is detected.
 ids = st.lists(st.integers(0, 50), min_size=1, max_size=9).map(tuple)
 samples = st.lists(
     st.tuples(ids, ids, ids, st.lists(st.integers(51, 99), max_size=7).map(tuple)),
@@ -34,7 +34,7 @@ def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_
             num_samples = len(prompts)
             assert batch.tokens_BS.size(0) == num_samples
             tokens_SB = batch.tokens_BS.T
-            # The hidden state of a position predicts the token at the next.
+            # The hidden state of a position predicts the token at the next position.
             next_SB = torch.cat([tokens_SB[1:], torch.full((1, num_samples), -1)])
             predicted_T = next_SB.flatten()[batch.hidden_index_T]
             assert torch.equal(predicted_T, microbatch.response_ids_T)
@@ -69,7 +69,7 @@ def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_
     ]
 
 
-def test_without_a_teacher_and_without_loss_tokens():
+def test_collate_without_teacher_views_and_loss_tokens():
     samples = [Sample((1, 2), (3,), (4,), (5, 6), 1.0)]
     (microbatch,) = collate(samples, [[0]], skip_response_tokens=3, pad_token_id=PAD, views=())
     assert microbatch.partial is None and microbatch.full is None
@@ -79,15 +79,15 @@ def test_without_a_teacher_and_without_loss_tokens():
     assert microbatch.token_weights_T.dtype == torch.float32
 
 
-def test_one_view_is_what_it_is_among_both():
+def test_collate_of_one_view_equals_that_view_of_both():
     samples = [Sample((1, 2), (3,), (4, 4), (5, 6), 1.0)]
     kwargs = {"skip_response_tokens": 0, "pad_token_id": PAD}
     (both,) = collate(samples, [[0]], **kwargs)
     for view, other in (("partial", "full"), ("full", "partial")):
-        (alone,) = collate(samples, [[0]], **kwargs, views=(view,))
-        assert getattr(alone, other) is None
-        for found, expected in zip(getattr(alone, view), getattr(both, view), strict=True):
-            assert torch.equal(found, expected) if torch.is_tensor(found) else found == expected
+        (single,) = collate(samples, [[0]], **kwargs, views=(view,))
+        assert getattr(single, other) is None
+        for value, expected in zip(getattr(single, view), getattr(both, view), strict=True):
+            assert torch.equal(value, expected) if torch.is_tensor(value) else value == expected
 
 
 @settings(max_examples=150, deadline=None)
@@ -118,7 +118,7 @@ def test_packed_and_padded_microbatches_count_the_same_tokens(samples, skip, seg
             starts, ends = batch.bounds[:-1], batch.bounds[1:]
             for t, b in enumerate(packed.sample_T):
                 assert starts[b] <= batch.hidden_index_T[t] < ends[b]
-            # Row for row the sequences are the padded ones.
+            # Each packed sequence equals its padded row.
             for row, start, end in zip(getattr(padded, name).tokens_BS, starts, ends, strict=True):
                 real = tokens_S[start:end]
                 real = real[real != PAD]
@@ -126,6 +126,6 @@ def test_packed_and_padded_microbatches_count_the_same_tokens(samples, skip, seg
                 assert start % segment == 0 and end % segment == 0
     for microbatches in both:
         for microbatch in microbatches:
-            student = microbatch.student  # no sample has the padding's id
+            student = microbatch.student  # no sample contains the padding id
             assert torch.equal(student.padding_BS, student.tokens_BS == PAD)
     assert both[1][1].response_ids_T.numel() == 0

@@ -1,4 +1,4 @@
-"""Which rank holds which position, and that no loss token is lost or shared."""
+"""Positions of each rank, and every loss token on exactly one rank."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_positions_pair_early_chunks_with_late_ones():
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_loss_token_finds_its_hidden_states_in_all_views(size, packing):
-    """Token ids stand for hidden states, flattened alike: a rank holds those of its positions."""
+    """Token ids, flattened like hidden states, take the place of each rank's hidden states."""
     responses = [(70, 71, 72, 73), (80,), tuple(range(90, 107))]
     views = [
         Sample(
@@ -36,7 +36,7 @@ def test_every_loss_token_finds_its_hidden_states_in_all_views(size, packing):
         with_padding=True,
     )
     shares = [share_of_rank(whole, size, rank) for rank in range(size)]
-    found = []
+    loss_tokens = []
     for share in shares:
         assert torch.equal(share.student.padding_BS, share.student.tokens_BS == 0)
         student = share.student.tokens_BS.T.flatten()[share.student.hidden_index_T]
@@ -51,11 +51,12 @@ def test_every_loss_token_finds_its_hidden_states_in_all_views(size, packing):
             assert seen == [_before(prompts[n], responses[n], j) for n, j in rows], name
         assert share.response_ids_T.tolist() == [responses[n][j] for n, j in rows]
         assert share.token_weights_T.tolist() == [float(n + 1) for n, _ in rows]
-        found += rows
-    assert sorted(found) == [(n, j) for n, ids in enumerate(responses) for j in range(len(ids))]
+        loss_tokens += rows
+    expected = [(n, j) for n, ids in enumerate(responses) for j in range(len(ids))]
+    assert sorted(loss_tokens) == expected
     assert share_of_rank(whole, 1, 0) is whole
 
 
 def _before(prompt: tuple[int, ...], response: tuple[int, ...], offset: int) -> int:
-    """The token whose hidden state predicts the response's token at `offset`."""
+    """Return the token whose hidden state predicts the response's token at `offset`."""
     return (prompt + response)[len(prompt) + offset - 1]

@@ -1,4 +1,4 @@
-"""Rows: parsing, errors with file and line, and the order in which a run sees them."""
+"""Rows: parsing, errors with file and line, and the order of rows in a run."""
 
 import builtins
 import json
@@ -67,7 +67,7 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path):
 BROKEN = {
     b'{"question": "x"': "the line is not JSON; found Expecting ',' delimiter",
     b'{"question": "\xff"}': "the line is not UTF-8; found byte 0xff",
-    b"[1, 2]": "expected one JSON object a line; found list",
+    b"[1, 2]": "expected one JSON object per line; found list",
     b'{"question": "x", "reasoning": "z"}': "key 'answer' is missing (`aropd prepare` converts "
     "other formats); found keys question, reasoning",
     b'{"question": "x", "reasoning": "z", "answer": true}': "key 'answer': expected a string or a "
@@ -161,14 +161,14 @@ def test_messages_rows_give_system_history_and_question(tmp_path):
         ({"messages": [CHAT[1] | {"tool_calls": [{"name": "f"}]}]}, "a turn calls a tool"),
     ],
 )
-def test_messages_rows_that_are_no_chat_are_refused(tmp_path, broken, error):
+def test_messages_rows_without_a_valid_chat_are_refused(tmp_path, broken, error):
     path = write_records(tmp_path / "rows.jsonl", broken | SOLVED)
     with pytest.raises(DataError) as raised:
         RowDataset.load([path])
     assert str(raised.value).startswith(f"{path}:1: {error}")
 
 
-def test_the_fingerprint_of_rows_without_history_is_that_of_earlier_releases():
+def test_the_fingerprint_of_rows_without_history_equals_earlier_releases():
     rows = [
         Row("q", "z", "a", system="s", sample_weight=0.5, id="i", origin="o"),
         Row("q", "z", "a"),
@@ -191,7 +191,7 @@ def test_broken_rows_are_skipped_and_counted(tmp_path):
         RowDataset.load([only_broken], on_bad_row="skip")
 
 
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+def test_files_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
         RowDataset.load([tmp_path / "absent.jsonl"], on_bad_row="skip")
     with pytest.raises(
@@ -215,7 +215,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
         RowDataset.load([broken])
 
 
-def test_every_epoch_is_a_permutation_of_its_own():
+def test_every_epoch_is_a_separate_permutation():
     dataset = numbered(101)
     epochs = [order(dataset, range(101 * epoch, 101 * (epoch + 1))) for epoch in range(3)]
     for epoch in epochs:
@@ -229,15 +229,15 @@ def test_every_epoch_is_a_permutation_of_its_own():
 
 def test_the_order_is_a_pure_function_of_seed_epoch_and_position():
     straight = order(numbered(13), range(60))
-    # A fresh dataset, asked backwards and from the middle: what a resumed run does.
+    # A new dataset, read backwards and from the middle, as in a resumed run.
     resumed = numbered(13)
     assert [order(resumed, [p])[0] for p in reversed(range(60))] == straight[::-1]
     assert order(numbered(13), range(37, 60)) == straight[37:]
-    # Frozen, so that an upgrade of numpy or of this code cannot reorder a run that goes on.
+    # Fixed, so that an upgrade of numpy or of this code cannot reorder a resumed run.
     assert order(numbered(8), range(8), seed=1234) == [6, 1, 0, 4, 5, 7, 2, 3]
 
 
-def test_ranks_share_a_step_and_a_step_follows_the_last():
+def test_step_positions_of_all_ranks_and_steps_are_consecutive():
     for dp_size in (1, 2, 3, 6):
         positions = [
             position

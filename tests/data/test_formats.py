@@ -1,4 +1,4 @@
-"""Which records of published data sets are whole exchanges, and what they become."""
+"""Records of published data sets: complete exchanges, their rows, and reasons to drop a record."""
 
 import json
 
@@ -142,7 +142,7 @@ DROPPED = {
     ),
     "history": (
         {"instruction": Q, "output": BOX, "history": [["Hi", "Hello"]]},
-        "'history' has earlier turns beside the question: write them as 'messages'",
+        "'history' has turns before the question: write all turns as 'messages'",
     ),
     "invalid problem": (numina(problem_is_valid="Incomplete"), "'problem_is_valid' is not 'Yes'"),
     "no solution": (
@@ -196,7 +196,7 @@ DROPPED = {
     ),
     "empty user turn": (
         chat(turn("user", " "), ASSISTANT),
-        "the text of a turn is empty: a turn of the user",
+        "the text of a turn is empty (role 'user')",
     ),
     "two system prompts": (
         chat(turn("system", "s"), USER, ASSISTANT, system="t"),
@@ -204,7 +204,7 @@ DROPPED = {
     ),
     "earlier turns beside a problem": (
         numina(messages=[USER, turn("assistant", "8"), USER, ASSISTANT]),
-        "'messages' has several user turns beside the question: use --format messages",
+        "'messages' has several user turns: use --format messages",
     ),
 }
 
@@ -215,7 +215,7 @@ def write(path, *records):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_whole_exchange_is_kept(tmp_path, name):
+def test_a_complete_exchange_is_kept(tmp_path, name):
     record, oracle = KEPT[name]
     report = prepare([write(tmp_path / "in.jsonl", record)], tmp_path / "out.jsonl")
     (kept,) = RowDataset.load([report.output])
@@ -224,7 +224,7 @@ def test_a_whole_exchange_is_kept(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", DROPPED)
-def test_what_is_no_whole_exchange_is_dropped_with_its_reason(tmp_path, name):
+def test_an_incomplete_exchange_is_dropped_with_its_reason(tmp_path, name):
     record, reason = DROPPED[name]
     source = write(tmp_path / "in.jsonl", {"problem": "p", "answer": "1"}, record, record)
     report = prepare([source], tmp_path / "out.jsonl")
@@ -257,7 +257,7 @@ def test_earlier_turns_become_part_of_the_prompt(tmp_path):
     assert [row.system for row in rows] == [None, "s"]
 
 
-# Pairs of a trace and an answer that agree, in other notations, or not.
+# Pairs of a trace and an answer that agree, possibly in different notations, or that differ.
 AGREE = [
     ("\\boxed{\\dfrac{1}{2}}", "\\frac{1}{2}"),
     ("\\boxed{\\textbf{(113) }}", "113"),

@@ -1,4 +1,4 @@
-"""Published formats to our rows; what is dropped, and why."""
+"""Conversion of published formats to rows, and reasons to drop a record."""
 
 import json
 
@@ -77,7 +77,7 @@ MEDMCQA = {
     "subject_name": "Anatomy",
     "topic_name": None,
 }
-"""With the keys of the data set on the Hub."""
+"""Record with the keys of the data set on the Hub."""
 MEDMCQA_QUESTION = (
     "Which bone is in the thigh?\n\nA. Femur\nB. Tibia\nC. Ulna\nD. Radius\n\n"
     "Answer with the letter of the choice."
@@ -87,7 +87,7 @@ EVOL = {
     "response": "Use `+`.\n\n```python\ndef add(a, b):\n\n\n    return a + b\n```\n\nTry:\n"
     "```\nadd(1, 2)\n```\nIt is 3.",
 }
-"""With the keys of Magicoder-Evol-Instruct-110K."""
+"""Record with the keys of Magicoder-Evol-Instruct-110K."""
 
 NO_MARKER = "the assistant turn has no <answer>, '####' or \\boxed{}"
 DROPPED = [
@@ -136,7 +136,7 @@ def read(path):
 
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_formats(tmp_path, name, suffix):
+def test_each_format_is_converted_to_a_row(tmp_path, name, suffix):
     format, record, question, reasoning, answer = KEPT[name]
     source = tmp_path / f"in.{suffix}"
     write_records(source, record)
@@ -151,7 +151,7 @@ def test_formats(tmp_path, name, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_medmcqa_becomes_questions_as_evaluation_asks_them(tmp_path, suffix):
+def test_medmcqa_rows_have_the_questions_of_evaluation(tmp_path, suffix):
     def record(**changed):
         return MEDMCQA | changed
 
@@ -174,7 +174,7 @@ def test_medmcqa_becomes_questions_as_evaluation_asks_them(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_program_is_the_answer_and_the_prose_around_it_the_reasoning(tmp_path, suffix):
+def test_a_code_record_has_the_program_as_answer_and_the_prose_as_reasoning(tmp_path, suffix):
     source = tmp_path / f"in.{suffix}"
     responses = ["No program.", "An open one:\n```python\nx = 1", "```python\nx = 1\n```"]
     records = [EVOL, *({"instruction": "q", "response": text} for text in responses)]
@@ -193,7 +193,7 @@ def test_a_program_is_the_answer_and_the_prose_around_it_the_reasoning(tmp_path,
     assert report.num_without_reasoning == 1
 
 
-def test_code_blocks_end_at_a_fence_of_their_own_length(tmp_path):
+def test_code_blocks_end_at_a_fence_of_the_same_length(tmp_path):
     responses = [
         "Nested:\n````md\n```python\nx = 1\n```\n````\nEnd.",
         "1. A list:\n   ```python\n   if x:\n       y = 1\n   ```\nEnd.",
@@ -218,7 +218,7 @@ def test_rows_are_drawn_by_seed_and_counted(tmp_path):
     def drawn(seed, num_rows=50):
         report = prepare([source], tmp_path / "out.jsonl", num_rows=num_rows, seed=seed)
         assert report.kept == {"gsm8k": num_rows} and report.dropped.total() == 1
-        # Each row's trace is one word, so every row that is written is noted.
+        # Each trace is one word, so the report notes every written row.
         assert report.num_whole_partials == num_rows
         assert "drawn from 200 usable ones" in str(report) or num_rows == 200
         return [int(row["answer"]) for row in read(report.output)]
@@ -235,7 +235,7 @@ def test_rows_are_drawn_by_seed_and_counted(tmp_path):
 
 def test_a_partial_trace_that_is_the_whole_trace_is_counted(tmp_path):
     traces = ["x" * 600, "One and one is two.", "", "一加一等于二，因为我们从一开始数。"]
-    # Written without spaces in Thai: the cut decides.
+    # A Thai trace has no spaces, so its cut decides whether it is counted.
     traces.append("สองบวกสองเท่ากับสี่เพราะว่าเรานับหนึ่งสองสามสี่")
     records = [{"question": "?", "reasoning": trace, "answer": "2"} for trace in traces]
     source = write(tmp_path / "in.jsonl", *records, records[1])
@@ -249,7 +249,7 @@ def test_a_partial_trace_that_is_the_whole_trace_is_counted(tmp_path):
     )
 
 
-def test_an_output_that_would_not_be_read_back_is_refused(tmp_path):
+def test_an_output_with_a_suffix_of_another_format_is_refused(tmp_path):
     source = write(tmp_path / "in.jsonl", KEPT["gsm8k"][1])
     for name in ("rows.parquet", "rows.jsonl.gz"):
         with pytest.raises(ValueError, match="expected a JSONL file"):
@@ -257,7 +257,7 @@ def test_an_output_that_would_not_be_read_back_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_the_report_says_what_was_dropped_and_why(tmp_path):
+def test_the_report_counts_dropped_records_by_reason(tmp_path):
     source = tmp_path / "in.jsonl"
     kept = {"id": 7, "question": "q", "answer": "z\n#### 1", "sample_weight": 2, "system": "s"}
     write(source, kept, *(record for record, _ in DROPPED))
@@ -280,30 +280,30 @@ def test_the_report_says_what_was_dropped_and_why(tmp_path):
     text = str(report)
     assert "kept 2 rows (2 gsm8k)" in text and f"dropped {sum(expected.values())}" in text
     for number, (_, reason) in enumerate(DROPPED, start=2):
-        if number != 8:  # The second without a marker; the first is the example.
+        if number != 8:  # The second record without a marker: the first one is the example.
             assert f"2: {reason} (first at {source}:{number})" in text or reason == NO_MARKER
     assert f"4: {NO_MARKER} (first at {source}:7)" in text
 
 
-def test_the_output_appears_whole_or_not_at_all(tmp_path):
+def test_the_output_is_complete_or_unchanged(tmp_path):
     good, bad = KEPT["gsm8k"][1], DROPPED[0][0]
     output = write(tmp_path / "out.jsonl", good)
     before = output.read_bytes()
-    with pytest.raises(DataError, match=r"bad\.jsonl: no row could be kept, nothing is written"):
+    with pytest.raises(DataError, match=r"bad\.jsonl: no record is usable, nothing is written"):
         prepare([write(tmp_path / "bad.jsonl", bad)], output)
     with pytest.raises(DataError, match=r"absent\.jsonl: no such file"):
         prepare([output, tmp_path / "absent.jsonl"], output)
-    with pytest.raises(ValueError, match="format 'gsm': expected auto, rows, gsm8k, numina"):
+    with pytest.raises(ValueError, match="format 'gsm': expected one of auto, rows, gsm8k, numin"):
         prepare([output], output, format="gsm")
     assert output.read_bytes() == before
-    prepare([output], output)  # In place: the input is read to its end first.
+    prepare([output], output)  # In place: the input is read completely first.
     assert read(output) == [
         dict(zip(("question", "reasoning", "answer"), KEPT["gsm8k"][2:], strict=True))
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "out.jsonl"]
 
 
-def test_published_files(shared_data, tmp_path):
+def test_published_files_are_converted_completely(shared_data, tmp_path):
     output = tmp_path / "rows.jsonl"
     for name, count, num_without_reasoning in (
         ("gsm8k/train", 7473, 0),
@@ -321,4 +321,4 @@ def test_published_files(shared_data, tmp_path):
             assert "<<" not in row.reasoning and "####" not in row.reasoning
             assert row.answer and row.answer == row.answer.strip() and "\n" not in row.answer
             if not name.startswith("gsm8k"):
-                int(row.answer)  # AMC's floats are written as the integers that they are.
+                int(row.answer)  # AMC's whole floats are written as integers.

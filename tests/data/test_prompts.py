@@ -1,4 +1,4 @@
-"""Files of prompts: what each kind is read as, and what is refused, with file and line."""
+"""Files of prompts: the token ids of each kind, and errors with file and line."""
 
 import json
 from datetime import date
@@ -33,7 +33,7 @@ def rendered(prompts: Prompts) -> list[tuple[tuple[int, ...], int]]:
     return [prompts.ids(line) for line in prompts]
 
 
-def test_questions_are_the_student_views_of_training(tokenizer, tmp_path):
+def test_questions_have_the_student_views_of_training(tokenizer, tmp_path):
     lines = [
         {"question": "1 + 1?", "source": {"a": [1, None]}},
         {"question": " 2 + 2? ", "system": "Be brief.", "answer": "4", "messages": None},
@@ -50,7 +50,7 @@ def test_questions_are_the_student_views_of_training(tokenizer, tmp_path):
     assert prompts.check() == (3, 1, 80)
 
 
-def test_messages_go_through_the_chat_template_and_ids_do_not(tokenizer, tmp_path):
+def test_messages_are_rendered_by_the_chat_template_and_ids_are_unchanged(tokenizer, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
     [(ids, num_cut)] = rendered(prompts_of(tokenizer, tmp_path / "m.jsonl", {"messages": messages}))
     assert tokenizer.decode(ids) == (
@@ -93,7 +93,7 @@ def test_parquet_gives_the_same_prompts(tokenizer, tmp_path):
 
     dated = [{"question": "1?", "seen": {"on": date(2026, 1, 2)}}]
     parquet.write_table(pa.Table.from_pylist(dated), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match=r"p\.parquet:1: key 'seen': expected what JSON can say"):
+    with pytest.raises(DataError, match=r"p\.parquet:1: key 'seen': expected a value that JSON"):
         prompts.check()
 
 
@@ -109,10 +109,10 @@ GOOD = {"question": "1 + 1?"}
         ([GOOD | {"prompt_ids": [1]}], "p.jsonl:1: expected one of the keys "),
         (
             [GOOD, {"prompt_ids": [1]}],
-            "p.jsonl:2: expected key 'question', as in {path}:1; a file has one kind; found key "
+            "p.jsonl:2: expected key 'question' as in {path}:1: use one kind per file; found key "
             "'prompt_ids'",
         ),
-        ([GOOD | {"text": 1}], "p.jsonl:1: key 'text' is what a response is written under; "),
+        ([GOOD | {"text": 1}], "p.jsonl:1: key 'text' is reserved for responses; rename"),
         ([{"question": 3}], "p.jsonl:1: key 'question': expected a string; found int 3"),
         ([GOOD | {"system": []}], "p.jsonl:1: key 'system': expected a string; found list []"),
         ([{"messages": "hi"}], "'messages': expected a list of chat turns; found str 'hi'"),
@@ -122,7 +122,7 @@ GOOD = {"question": "1 + 1?"}
         ),
         (
             [{"messages": [{"role": "user", "content": "\ud800"}]}],
-            "p.jsonl:1: key 'messages': the chat template cannot show them",
+            "p.jsonl:1: key 'messages': the chat template cannot render the chat",
         ),
         ([{"prompt_ids": []}], "key 'prompt_ids': expected a list of token ids, at least one; "),
         (
@@ -141,14 +141,14 @@ GOOD = {"question": "1 + 1?"}
         ),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_its_line(tokenizer, tmp_path, lines, message):
+def test_an_invalid_prompt_is_refused_with_its_line(tokenizer, tmp_path, lines, message):
     path = tmp_path / "p.jsonl"
     with pytest.raises(DataError) as error:
         prompts_of(tokenizer, path, *lines).check()
     assert str(error.value).startswith(str(path)) and message.format(path=path) in str(error.value)
 
 
-def test_a_long_question_is_an_error_where_views_do_not_cut(tokenizer, tmp_path):
+def test_a_long_question_is_refused_if_views_do_not_cut(tokenizer, tmp_path):
     path = tmp_path / "p.jsonl"
     long = {"question": "Z" * 100}
     with pytest.raises(DataError, match=r"p\.jsonl:1: the student view's prompt is over max_prom"):

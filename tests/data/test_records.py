@@ -1,4 +1,4 @@
-"""Files of records: every unreadable file, line and value ends in one line with its place."""
+"""Files of records: unreadable files, lines and values give errors of one line with their place."""
 
 import datetime
 import gzip
@@ -30,7 +30,7 @@ def table(**columns):
 
 
 def errors_of(path, output=None):
-    """The messages with which training and `prepare` refuse a file; empty where it is read."""
+    """Return the errors of training and of `prepare` for a file. Empty if both read the file."""
     messages = []
     try:
         RowDataset.load([path])
@@ -71,14 +71,14 @@ def test_a_file_of_other_content_is_refused_in_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.parquet"])
-def test_what_is_no_regular_file_is_refused(tmp_path, name):
+def test_a_path_that_is_not_a_regular_file_is_refused(tmp_path, name):
     folder = tmp_path / "folder" / name
     folder.mkdir(parents=True)
     absent = tmp_path / name
     below = write(tmp_path / "file", LINE) / name
     unreadable = tmp_path / "link" / name
     unreadable.parent.mkdir()
-    unreadable.symlink_to("/proc/self/mem")  # It can be opened, but not read at its beginning.
+    unreadable.symlink_to("/proc/self/mem")  # This file can be opened, but not read from byte 0.
     too_long = tmp_path / ("x" * 300 + name)
     for path, expected in {
         folder: "expected a regular file; found a directory",
@@ -126,7 +126,7 @@ def test_a_key_repeated_with_the_same_value_is_read(tmp_path):
 
 
 FAR_DATE = pa.array([10**8], pa.date32())
-# No Python object holds the values of these columns, in an installation without pandas.
+# Without pandas, no Python object can hold the values of these columns.
 BEYOND_PYTHON = {
     "date": FAR_DATE,
     "duration": pa.array([2**62], pa.duration("s")),
@@ -138,13 +138,13 @@ BEYOND_PYTHON = {
 
 
 @pytest.mark.parametrize("name", BEYOND_PYTHON)
-def test_a_parquet_value_that_python_cannot_hold(tmp_path, name):
+def test_a_parquet_value_that_python_cannot_hold_is_refused_if_used(tmp_path, name):
     path, column = tmp_path / "rows.parquet", BEYOND_PYTHON[name]
     for unused in ("seen", "answer.seen"):  # pyarrow's "answer" selects "answer.seen" too.
         parquet.write_table(table(**{unused: column}), path)
         assert RowDataset.load([path])[0].answer == "7"
         assert prepare([path], tmp_path / "out.jsonl").kept == {"rows": 1}
-        ((origin, record),) = read_records(path)  # All columns, for callers that carry them.
+        ((origin, record),) = read_records(path)  # All columns, for callers that copy them.
         assert origin == f"{path}:1"
         assert str(record).startswith(f"{path}:1: column {unused!r}: expected a value that Python")
     used = (
@@ -160,7 +160,7 @@ def test_a_parquet_value_that_python_cannot_hold(tmp_path, name):
         assert len(RowDataset.load([path], on_bad_row="skip")) == good_rows
 
 
-def test_parquet_reads_only_the_columns_that_are_asked_for(tmp_path):
+def test_parquet_reads_only_the_requested_columns(tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(table(other=["x"]), path)
     ((_, record),) = read_records(path, ["question", "system"])
@@ -172,7 +172,7 @@ def test_parquet_reads_only_the_columns_that_are_asked_for(tmp_path):
         prepare([path], tmp_path / "out.jsonl")
 
 
-def test_parquet_columns_of_one_name_are_refused_where_they_are_used(tmp_path):
+def test_parquet_columns_of_one_name_are_refused_if_used(tmp_path):
     path = tmp_path / "rows.parquet"
     for name, is_refused in (("answer", True), ("other", False)):
         columns = [*table().columns, pa.array(["8"]), pa.array(["9"])]
@@ -202,7 +202,7 @@ def test_parquet_columns_of_one_name_are_refused_where_they_are_used(tmp_path):
     ],
     ids=lambda value: str(getattr(value, "type", value)),
 )
-def test_parquet_types_of_an_answer(tmp_path, column, answer):
+def test_a_parquet_answer_of_each_type_is_read_or_refused(tmp_path, column, answer):
     path = tmp_path / "rows.parquet"
     parquet.write_table(table(answer=column), path)
     if answer is None:
@@ -214,13 +214,13 @@ def test_parquet_types_of_an_answer(tmp_path, column, answer):
         assert RowDataset.load([tmp_path / "out.jsonl"])[0].answer == answer
 
 
-# Values of every kind, under the keys that rows and published formats use.
+# Values of every kind, for the keys that rows and published formats use.
 TEXT = st.text(max_size=20) | st.sampled_from(
     ["", " ", "proof", "nan", "\\boxed{7}", "\\boxed{", "<think>", "</think>7", "#### 7", "\ud800",
      "<answer>7</answer>", "user", "assistant", "system", "tool", "text"]
 )  # fmt: skip
 RAW = {b'"@digits"': b"7" * 5000, b'"@deep"': b"[" * 990 + b"]" * 990, b'"@big"': b"1e999"}
-"""What a file may hold, though json.dumps does not write it."""
+"""Placeholders for JSON texts that json.dumps does not write."""
 SCALAR = (
     TEXT
     | st.sampled_from([json.loads(text) for text in RAW])
@@ -246,7 +246,7 @@ ANY_RECORD = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=6)
 
 
 def chat(role_key, text_key, *roles):
-    """A strategy for turns that alternate, after an optional system turn."""
+    """Build a strategy for turns that alternate, after an optional system turn."""
     return st.lists(TEXT, min_size=2, max_size=7).map(
         lambda texts: [
             {role_key: roles[0] if n == 0 and len(texts) % 2 else roles[1 + (n + len(texts)) % 2]}
@@ -269,12 +269,15 @@ RECORD = ANY_RECORD | st.one_of(*(st.fixed_dictionaries(p, optional=EXTRA) for p
 
 
 def check_reads_or_refuses(path):
-    """Training and `prepare` read the file or raise DataError; prepared rows are read back."""
+    """Check that training and `prepare` read the file or raise DataError.
+
+    Rows that `prepare` has written must be readable.
+    """
     for on_bad_row in ("error", "skip"):
         try:
             RowDataset.load([path], on_bad_row=on_bad_row)
         except DataError as error:
-            str(error).encode()  # It can be printed.
+            str(error).encode()  # The message can be printed.
     output = path.parent / "prepared.jsonl"
     try:
         report = prepare([path], output)

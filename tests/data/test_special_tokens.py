@@ -1,5 +1,6 @@
 """User text never becomes special tokens, with every kind of tokenizer."""
 
+import functools
 import unicodedata
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from aropd_mcore.types import Row
 from tests.data.small_tokenizers import KINDS, LOSSLESS, NAMES, OTHER_NAMES, small_tokenizer
 
 CONFIG = ViewsConfig(system_prompt="Be the one.", max_prompt_tokens=100_000)
-# Characters that a mark could be, and characters on which tokenizers differ.
+# Characters that could be chosen as a mark, and characters that tokenizers treat differently.
 CHARACTERS = st.sampled_from(
     [*"the an12<>|/s▁\n\t  é中", "\ue000", "\ue001", "\U000f0000", "e\u0301"]
 )
@@ -28,15 +29,13 @@ ORDINARY = ORDINARY.filter(lambda text: not any(name in text.lower() for name in
 
 @pytest.fixture(scope="module")
 def builders():
-    """(kind, names) -> ViewBuilder, made once."""
-    made = {}
+    """Return a cached function (kind, names) -> ViewBuilder."""
 
-    def builder(kind, names=NAMES):
-        if (kind, names) not in made:
-            made[kind, names] = ViewBuilder(small_tokenizer(kind, names), CONFIG)
-        return made[kind, names]
+    @functools.cache
+    def build(kind, names=NAMES):
+        return ViewBuilder(small_tokenizer(kind, names), CONFIG)
 
-    return builder
+    return build
 
 
 @st.composite
@@ -47,7 +46,7 @@ def rows(draw, texts=TEXTS):
 
 
 def all_ids(builder, row):
-    """Everything that user text of a row can get into."""
+    """Return the ids of every sequence that a row's user text can be part of."""
     views = builder.build(row)
     turns = [{"role": role, "content": text} for role, text in (*row.history, ("user", row.answer))]
     return [
@@ -63,7 +62,7 @@ def all_ids(builder, row):
 def test_names_in_user_text_are_encoded_as_by_a_tokenizer_that_does_not_know_them(
     builders, kind, row
 ):
-    """Names in user text are what they are to the same tokenizer under OTHER_NAMES: plain text."""
+    """A tokenizer of the same kind with OTHER_NAMES reads the names as plain text."""
     builder, other = builders(kind), builders(kind, OTHER_NAMES)
     ids = all_ids(builder, row)
     assert ids == all_ids(other, row)
@@ -101,7 +100,7 @@ def test_ordinary_text_is_encoded_as_the_tokenizer_encodes_it(builders, kind, ro
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     plain = tokenizer.encode(rendered, add_special_tokens=False)
     assert list(builder.prompt(row, "student").ids) == plain
-    # The path that texts with names take gives the same ids.
+    # The code path of texts with names gives the same ids.
     specials = SpecialTokens(tokenizer)
     mark = "\U0010fffd"
     assert specials.encode(rendered + mark, mark) == plain

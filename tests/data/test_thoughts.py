@@ -1,4 +1,4 @@
-"""Thoughts apart from the text that answers."""
+"""Separation of thoughts from the visible text of a response."""
 
 import pytest
 
@@ -25,7 +25,7 @@ from aropd_mcore.data.thoughts import opened_thought, split_thoughts
         ("\u25c1think\u25b7a\u25c1/think\u25b7b", "a", "b"),
     ],
 )
-def test_split_thoughts_separates_the_text_that_answers(response, thought, visible):
+def test_split_thoughts_separates_thought_and_visible_text(response, thought, visible):
     assert split_thoughts(response)[:2] == (thought, visible)
 
 
@@ -33,7 +33,7 @@ def test_split_thoughts_separates_the_text_that_answers(response, thought, visib
     ("response", "is_finished"),
     [("a", True), ("<think>a</think>", True), ("<think>a", False), ("a</think>b<think>", False)],
 )
-def test_split_thoughts_tells_whether_the_last_thought_ends(response, is_finished):
+def test_split_thoughts_returns_whether_the_last_thought_ends(response, is_finished):
     assert split_thoughts(response).is_finished is is_finished
 
 
@@ -46,5 +46,5 @@ def test_split_thoughts_tells_whether_the_last_thought_ends(response, is_finishe
         ("", ""),
     ],
 )
-def test_opened_thought_is_the_tag_with_which_a_prompt_ends(prompt, tag):
+def test_opened_thought_returns_the_opening_tag_at_the_end_of_a_prompt(prompt, tag):
     assert opened_thought(prompt) == tag

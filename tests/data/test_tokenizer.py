@@ -31,7 +31,7 @@ def test_the_tiny_tokenizer_round_trips(tmp_path, model_type):
     assert len(tokenizer) == VOCAB_SIZE
 
 
-def test_folders_without_a_tokenizer(tmp_path):
+def test_folders_without_a_tokenizer_are_refused(tmp_path):
     with pytest.raises(ValueError, match="absent: no such folder; expected a HF model folder"):
         load_tokenizer(tmp_path / "absent")
     write_json(tmp_path / "config.json", {"model_type": "qwen2"})
@@ -90,7 +90,7 @@ def test_nonsense_in_the_tokenizers_files_is_refused_in_one_line(tmp_path):
     assert num_refused > 50
 
 
-def test_eos_ids(tmp_path):
+def test_eos_token_ids_reads_the_generation_config_first(tmp_path):
     tokenizer = save_tiny_tokenizer(tmp_path)
     assert eos_token_ids(tmp_path, tokenizer) == (END_ID,)
     write_json(tmp_path / "config.json", {"eos_token_id": 10})
@@ -112,17 +112,17 @@ def test_eos_ids(tmp_path):
 
 def test_a_base_model_ends_a_response_as_its_chat_template_does(tmp_path):
     tokenizer = save_tiny_tokenizer(tmp_path)
-    tokenizer.eos_token = "<|endoftext|>"  # As Qwen2.5's base models have it.
+    tokenizer.eos_token = "<|endoftext|>"  # As in Qwen2.5's base models.
     assert response_end_id(tokenizer) == END_ID
     assert eos_token_ids(tmp_path, tokenizer) == (END_ID, PAD_ID)
-    # Llama 2 trims the turn and sets a space before its end.
+    # Llama 2's template trims the turn and writes a space before its end.
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['content'] | trim }} <|endoftext|>{% endfor %}"
     )
     assert response_end_id(tokenizer) == PAD_ID
 
 
-def test_without_a_chat_template(tmp_path):
+def test_a_tokenizer_without_a_chat_template_uses_the_plain_one(tmp_path):
     save_tiny_tokenizer(tmp_path, chat_template=None)
     tokenizer = load_tokenizer(tmp_path)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
@@ -132,11 +132,11 @@ def test_without_a_chat_template(tmp_path):
     assert render_chat(tokenizer, messages) == "<|im_start|>" + text
     assert response_end_id(tokenizer) == END_ID
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no eos_token, and its chat template ends"):
+    with pytest.raises(ValueError, match="no eos_token, and its chat template writes"):
         response_end_id(tokenizer)
 
 
-def test_the_day_does_not_change_a_prompt(tmp_path):
+def test_render_chat_uses_a_fixed_date(tmp_path):
     llama = (
         "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
         "{%- endif %}Today Date: {{ date_string }}\n{{ messages[0]['content'] }}"

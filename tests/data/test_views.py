@@ -1,4 +1,4 @@
-"""The three views of a row, against prompts written out by hand."""
+"""The three views of a row, compared with prompts that are written by hand."""
 
 import io
 import unicodedata
@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory):
 
 
 def texts(tokenizer, row=ROW, **settings):
-    """The views of a row as text, and the whole they make."""
+    """Return the three views of a row as text."""
     views = ViewBuilder(tokenizer, ViewsConfig(**(PLAIN | settings))).build(row)
     return [tokenizer.decode(getattr(views, f"{name}_ids")) for name in VIEWS]
 
@@ -51,9 +51,9 @@ def chatml(user, system=None):
     [
         ("one two three", 0.0, ""),
         ("one two three", 1.0, "one two three"),
-        ("one two three", 0.3, "one"),  # Cut at 3: the end of a word.
-        ("one two three", 0.35, "one"),  # Cut at 4: before a word, which stays out.
-        ("one two three", 0.4, "one two"),  # Cut at 5: within `two`, which is finished.
+        ("one two three", 0.3, "one"),  # Cut at 3: at the end of a word.
+        ("one two three", 0.35, "one"),  # Cut at 4: before a word, which is left out.
+        ("one two three", 0.4, "one two"),  # Cut at 5: within `two`, which is kept whole.
         ("one two three", 0.99, "one two three"),
         ("x=\\frac{1}{2} so", 0.2, "x=\\frac{1}{2}"),
         ("一加一等于二。", 0.5, "一加一"),  # No spaces: a cut must not run to the end.
@@ -62,13 +62,13 @@ def chatml(user, system=None):
         ("สองบวกสองเท่ากับสี่", 0.53, "สองบวกสองเท่า"),  # Not between a vowel and its consonant.
         ("ກີ່ກີ່", 0.2, "ກີ່"),  # Lao: a consonant keeps its marks.
         ("ស្រីស្រី", 0.2, "ស្រី"),  # Khmer: a stacked consonant stays.
-        ("ဗုဒ္ဓဘာသာ", 0.4, "ဗုဒ္ဓ"),  # Myanmar: likewise.
+        ("ဗုဒ္ဓဘာသာ", 0.4, "ဗုဒ္ဓ"),  # Myanmar: a stacked consonant stays.
         ("བཀྲ་ཤིས", 0.3, "བཀྲ"),  # Tibetan.
         ("ได้ ๑๒๓๔ คน", 0.5, "ได้ ๑๒๓๔"),  # A number is not cut.
         ("คือ x=12 แล้ว", 0.5, "คือ x=12"),  # Words of other scripts are not cut.
     ],
 )
-def test_partial_trace(text, ratio, expected):
+def test_partial_trace_ends_at_the_end_of_a_word(text, ratio, expected):
     assert partial_trace(text, ratio) == expected
 
 
@@ -78,21 +78,21 @@ def test_partial_trace(text, ratio, expected):
         ("one two three", 0.0, ""),
         ("one two three", 1.0, "one two three"),
         ("one two three", 0.01, "one"),  # Rounded up to 1 character.
-        ("one two three", 0.3, "one"),  # Cut at 4: behind a word and its space.
+        ("one two three", 0.3, "one"),  # Cut at 4: after a word and its space.
         ("one two three", 0.31, "one two"),  # Cut at 5.
         ("one two.", 0.1, "one two."),  # Two words stay whole.
-        ("a (b+c) d", 0.4, "a (b"),  # Cut at 4: `b` ends there, and `+` is no part of a word.
+        ("a (b+c) d", 0.4, "a (b"),  # Cut at 4: `b` ends there, and `+` is not part of a word.
         ("x = \\frac{1}{2} so", 0.3, "x = \\frac"),
         ("let x_1 be", 0.5, "let x_1"),
-        ("ab 一加一等于二 c", 0.3, "ab 一加一等于二"),  # One run, without spaces too.
+        ("ab 一加一等于二 c", 0.3, "ab 一加一等于二"),  # One run, even without spaces.
     ],
 )
-def test_reference_partial_trace(text, ratio, expected):
+def test_reference_partial_trace_cuts_as_the_authors_release(text, ratio, expected):
     assert reference_partial_trace(text, ratio) == expected
 
 
 def before(text, ratio):
-    """partial_trace as it is for text in scripts with spaces, and for wide characters."""
+    """Compute partial_trace for text in scripts with spaces, and for wide characters."""
 
     def in_word(character):
         wide = unicodedata.east_asian_width(character) in "WF"
@@ -142,11 +142,13 @@ TAGGED = ViewsConfig().trace_template
         ("<r>{reasoning}</r>", "{answer}", "", "<r>{answer}</r>"),
     ],
 )
-def test_a_trace_with_a_part_left_out(template, reasoning, answer, expected):
+def test_write_trace_with_an_empty_part_removes_its_surroundings(
+    template, reasoning, answer, expected
+):
     assert write_trace(template, reasoning, answer) == expected
 
 
-def test_the_three_views(tokenizer):
+def test_the_three_views_equal_prompts_written_by_hand(tokenizer):
     question = "What is {1} + 1?"
     whole = "<reasoning>\nOne and one make two, as everyone knows.\n</reasoning>"
     part = "<reasoning>\nOne and one make two,\n</reasoning>"
@@ -165,12 +167,12 @@ def test_the_three_views(tokenizer):
         assert texts(tokenizer, partial_view=mode) == [student, partial, full]
     assert texts(tokenizer, partial_ratio=0) == [student, teacher(answer), full]
     assert texts(tokenizer, partial_ratio=1) == [student, full, full]
-    # Nothing privileged to show: the student view.
+    # Without a privileged part, the partial view equals the student view.
     nothing = {"partial_view": "prefix_without_answer", "partial_ratio": 0}
     assert texts(tokenizer, **nothing) == [student, student, full]
 
 
-def test_system_turns(tokenizer, tmp_path):
+def test_system_text_of_the_row_replaces_the_system_prompt(tokenizer, tmp_path):
     row = replace(ROW, system="The row's own.")
     assert texts(tokenizer, system_prompt="Ours.")[0] == chatml(ROW.question, "Ours.")
     assert texts(tokenizer, row, system_prompt="Ours.")[0] == chatml(ROW.question, row.system)
@@ -190,10 +192,10 @@ def test_system_turns(tokenizer, tmp_path):
         gemma = save_tiny_tokenizer(tmp_path, chat_template=template)
         gemma.bos_token = "<|im_start|>"
         student, _, _ = texts(gemma, system_prompt="Ours.")
-        assert student == f"<|im_start|>Ours.\n\n{ROW.question}"  # One BOS, the template's.
+        assert student == f"<|im_start|>Ours.\n\n{ROW.question}"  # One BOS, from the template.
 
 
-def test_earlier_turns(tokenizer, tmp_path):
+def test_earlier_turns_precede_the_question_in_every_view(tokenizer, tmp_path):
     history = (("user", "Keep 9."), ("assistant", "Done. {question} <|im_end|>"))
     row = replace(ROW, history=history)
     earlier = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in history)
@@ -201,13 +203,13 @@ def test_earlier_turns(tokenizer, tmp_path):
     system = "<|im_start|>system\nOurs.<|im_end|>\n"
     assert with_history == [view.replace(system, system + earlier) for view in plain]
 
-    # Left-cutting still cuts only the question.
+    # A prompt over the limit still loses only the beginning of its question.
     builder = ViewBuilder(tokenizer, ViewsConfig(**PLAIN, max_prompt_tokens=150))
     prompt = builder.prompt(replace(row, question="Z" * 200), "student")
     text = tokenizer.decode(prompt.ids)
     assert text == earlier + chatml(prompt.question) and len(prompt.ids) == 150
 
-    # Where there is no system turn, the system text opens the first user turn.
+    # Without a system turn, the system text is the beginning of the first user turn.
     alternating = (
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Roles must alternate') }}{% endif %}[{{ m.content }}]{% endfor %}"
@@ -221,11 +223,11 @@ def test_earlier_turns(tokenizer, tmp_path):
     assert student == f"[Sys.\n\na][b][{ROW.question}]"
     refused = replace(ROW, history=(("user", "a"),))
     with pytest.raises(
-        DataError, match=r"^rows\.jsonl:3: the chat template cannot show .*alternate"
+        DataError, match=r"^rows\.jsonl:3: the chat template cannot render .*alternate"
     ):
         texts(gemma, refused)
     gemma.chat_template = "{{ messages[-1].content }}"
-    with pytest.raises(DataError, match=r"^rows\.jsonl:3: .*leaves out earlier turns"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3: .*omits earlier turns"):
         texts(gemma, refused)
 
 
@@ -244,7 +246,7 @@ def test_a_template_that_shows_no_assistant_turn_ends_responses_with_eos(tmp_pat
     assert builder.end_id == builder.tokenizer.eos_token_id
 
 
-def test_oracle_response(tokenizer):
+def test_oracle_response_is_the_trace_and_the_end_token(tokenizer):
     builder = ViewBuilder(tokenizer, ViewsConfig())
     *response, end = builder.oracle_response_ids(replace(ROW, reasoning="Then <|im_end|> so."))
     assert end == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -275,7 +277,7 @@ def test_cut_prompts_fit_and_keep_everything_but_the_question(tokenizer, questio
         assert stripped.endswith(prompt.question)
         assert tokenizer.decode(prompt.ids) == head + prompt.question + tail
         assert prompt.num_cut_tokens == num_tokens - len(prompt.ids)
-        # No more is cut than must be; a character is up to 4 of this tokenizer's tokens.
+        # The cut is minimal: a character has up to 4 of this tokenizer's tokens.
         assert len(prompt.ids) > limit - 4
         num_cut += prompt.num_cut_tokens
     assert builder.build(row).num_cut_tokens == num_cut
@@ -283,7 +285,7 @@ def test_cut_prompts_fit_and_keep_everything_but_the_question(tokenizer, questio
 
 @pytest.mark.parametrize("limit", [30, 90, 125, 150])
 def test_a_whole_chat_is_cut_on_its_left(tokenizer, limit):
-    """Each view by itself: the system prompt goes first, then the question, then the trace."""
+    """Each view loses first the system prompt, then the question, then the trace."""
     row = replace(ROW, system="Be brief.")
     builder = ViewBuilder(
         tokenizer, ViewsConfig(**PLAIN, max_prompt_tokens=limit, on_long_prompt="cut_chat")
@@ -313,7 +315,7 @@ def test_the_partial_view_is_cut_as_configured(tokenizer):
     assert shown == ["\na (b+c)\n</", "\na (b\n</"]
 
 
-def test_rows_that_do_not_fit(tokenizer):
+def test_rows_that_do_not_fit_are_refused(tokenizer):
     def build(**settings):
         ViewBuilder(tokenizer, ViewsConfig(**PLAIN, **settings)).build(ROW)
 
@@ -344,19 +346,19 @@ def test_rows_that_do_not_fit(tokenizer):
         ("trace_template", "{answer} {reasoning} {answer}", "found {answer} 2 times"),
     ],
 )
-def test_templates_that_cannot_be_used(tokenizer, setting, template, message):
+def test_templates_with_wrong_fields_are_refused(tokenizer, setting, template, message):
     with pytest.raises(ConfigError) as raised:
         ViewBuilder(tokenizer, ViewsConfig(**{setting: template}))
     assert f"views.{setting}: {message}" in str(raised.value)
 
 
-def test_a_chat_template_that_loses_the_question(tmp_path):
+def test_a_chat_template_that_loses_the_question_is_refused(tmp_path):
     tokenizer = save_tiny_tokenizer(tmp_path, chat_template="{{ messages | length }}")
     with pytest.raises(ConfigError, match="shows the user turn 0 times, expected once"):
         texts(tokenizer)
 
 
-def test_template_hash(tokenizer, tmp_path):
+def test_template_hash_changes_with_template_and_settings(tokenizer, tmp_path):
     def template_hash(tokenizer, **settings):
         return ViewBuilder(tokenizer, ViewsConfig(**settings)).template_hash
 
@@ -373,13 +375,13 @@ def test_template_hash(tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def gsm8k(shared_data, tmp_path_factory):
-    """Real rows and the real Qwen2 tokenizer."""
+    """Return GSM8K's rows and Qwen2's tokenizer."""
     output = tmp_path_factory.mktemp("gsm8k") / "rows.jsonl"
     prepare([shared_data / "gsm8k" / "test.jsonl"], output)
     return RowDataset.load([output]), load_tokenizer(shared_data / "qwen2_tokenizer")
 
 
-def test_real_rows_with_the_real_tokenizer(gsm8k):
+def test_views_of_gsm8k_with_qwen2_equal_prompts_written_by_hand(gsm8k):
     rows, tokenizer = gsm8k
     config = ViewsConfig()
     builder = ViewBuilder(tokenizer, config)
@@ -391,14 +393,14 @@ def test_real_rows_with_the_real_tokenizer(gsm8k):
         for ids, turn in ((views.student_ids, row.question), (views.full_ids, user)):
             text = chatml(turn, config.system_prompt)
             assert list(ids) == tokenizer.encode(text, add_special_tokens=False)
-        assert views.full_ids[0] == 151644  # <|im_start|>; Qwen2 has no BOS to double.
+        assert views.full_ids[0] == 151644  # <|im_start|>: Qwen2 has no BOS that could be doubled.
         assert builder.oracle_response_ids(row) == (
             *tokenizer.encode(trace, add_special_tokens=False),
             151645,
         )
 
 
-def test_real_rows_cut_to_every_limit(gsm8k):
+def test_a_gsm8k_prompt_cut_to_every_limit_loses_only_its_question(gsm8k):
     rows, tokenizer = gsm8k
     row = rows[0]
     whole = ViewBuilder(tokenizer, ViewsConfig()).prompt(row, "full")
@@ -412,7 +414,7 @@ def test_real_rows_cut_to_every_limit(gsm8k):
     assert kept == sorted(kept) and kept[-1] == len(row.question)
 
 
-def test_show_views(gsm8k):
+def test_render_views_shows_texts_and_counts(gsm8k):
     rows, tokenizer = gsm8k
     row = rows[3]
     config = ViewsConfig(max_prompt_tokens=150)

@@ -1,4 +1,4 @@
-"""A tokenizer against its model's vocabulary, and the identity of prompts."""
+"""Check of a tokenizer against its model's vocabulary, and the identity of prompts."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ SYSTEM_TOKEN = (
 )
 
 
-def builder_of(folder, vocab_size, *, template=CHAT_TEMPLATE, added=None, **views):
+def build(folder, vocab_size, *, template=CHAT_TEMPLATE, added=None, **views):
     tokenizer = save_tiny_tokenizer(folder, chat_template=template)
     if added is not None:
         tokenizer.add_tokens([added], special_tokens=added.special)
@@ -42,33 +42,33 @@ SPECIAL, ORDINARY = AddedToken("<|added|>", special=True), AddedToken("<|added|>
         (SPECIAL, {"template": "{% for m in messages %}{{ m.content }}<|added|>{% endfor %}"}),
     ],
 )
-def test_a_token_that_a_prompt_can_contain_must_be_the_models(tmp_path, added, settings):
-    builder_of(tmp_path, VOCAB_SIZE + 1, added=added, **settings)
-    builder_of(tmp_path, None, added=added, **settings)
+def test_a_token_that_a_prompt_can_contain_must_be_in_the_vocabulary(tmp_path, added, settings):
+    build(tmp_path, VOCAB_SIZE + 1, added=added, **settings)
+    build(tmp_path, None, added=added, **settings)
     with pytest.raises(ConfigError) as raised:
-        builder_of(tmp_path, VOCAB_SIZE, added=added, **settings)
+        build(tmp_path, VOCAB_SIZE, added=added, **settings)
     assert str(raised.value) == (
-        f"{tmp_path}: the tokenizer has tokens beyond the model's vocabulary: found '<|added|>' "
+        f"{tmp_path}: the tokenizer has tokens outside the model's vocabulary: found '<|added|>' "
         f"259, expected ids from 0 to 258 (vocab_size 259 in config.json); use the tokenizer that "
         "the model was trained with, or add rows to the model's embeddings"
     )
 
 
-def test_a_special_token_that_no_prompt_can_contain_may_lie_outside(tmp_path):
-    builder_of(tmp_path, VOCAB_SIZE, added=AddedToken("[PAD]", special=True))
+def test_a_special_token_that_no_prompt_can_contain_may_be_outside(tmp_path):
+    build(tmp_path, VOCAB_SIZE, added=AddedToken("[PAD]", special=True))
     # System text does not become a special token, so its names do not count.
-    builder_of(tmp_path, VOCAB_SIZE, added=SPECIAL, system_prompt="Write <|added|>.")
+    build(tmp_path, VOCAB_SIZE, added=SPECIAL, system_prompt="Write <|added|>.")
 
 
 def test_many_tokens_outside_are_counted(tmp_path):
     with pytest.raises(ConfigError, match=r"found '\S+' 100, '\S+' 101, '\S+' 102 and 155 more, "):
-        builder_of(tmp_path, 100)
+        build(tmp_path, 100)
     with pytest.raises(ConfigError, match=r"found '<\|im_end\|>' 258, expected ids from 0 to 257 "):
-        builder_of(tmp_path, 258)
+        build(tmp_path, 258)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_unknown_token_must_be_the_models(kind):
+def test_the_unknown_token_must_be_in_the_vocabulary(kind):
     tokenizer = small_tokenizer(kind)
     highest = max(tokenizer.get_vocab().values())
     ViewBuilder(tokenizer, ViewsConfig(), vocab_size=highest + 1)
@@ -80,7 +80,7 @@ def identity(folder):
     return ViewBuilder(load_tokenizer(folder), ViewsConfig()).identity
 
 
-def test_identity_follows_what_a_tokenizer_does_and_not_where_it_is(tmp_path):
+def test_identity_is_independent_of_the_tokenizers_storage(tmp_path):
     folder = tmp_path / "a"
     save_tiny_tokenizer(folder)
     same = identity(folder)
@@ -141,7 +141,7 @@ def swap(content):
         (change_json(lambda c: c["pre_tokenizer"].update(add_prefix_space=True)), {"tokenizer"}),
     ],
 )
-def test_identity_changes_with_what_is_done(tmp_path, change, changed):
+def test_identity_changes_with_the_tokenizers_behaviour(tmp_path, change, changed):
     save_tiny_tokenizer(tmp_path)
     before = identity(tmp_path)
     change(tmp_path)
