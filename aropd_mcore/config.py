@@ -1,4 +1,4 @@
-"""Every setting of a run, typed; all validation. A field without a default must be chosen."""
+"""Typed settings of a run, and their validation. A field without a default is required."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -18,7 +18,7 @@ Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
 Reduction = Literal["sequence_mean", "sequence_mean_all", "token_mean"]
 Recompute = Literal["none", "selective", "full"]
-Place = Literal["device", "host"]
+MemorySpace = Literal["device", "host"]
 Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 Positive = Annotated[int, Field(gt=0)]
@@ -26,11 +26,11 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConfigError(ValueError):
-    """A run's configuration cannot be used; the message names the key, the value and the remedy."""
+    """Error in a run's configuration; the message names the key, the value and the remedy."""
 
 
 class Section(BaseModel):
-    """Base class of a configuration's sections."""
+    """Base class of a configuration's sections; an instance is immutable."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -38,54 +38,62 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_yaml_means_it(cls, value: Any, info: ValidationInfo) -> Any:
-        """An empty section has its defaults, a boolean is no number, and only `true` and `false`
-        are booleans: pydantic also takes 1, "yes" and "on" for true."""
+    def _check_yaml_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Give an empty section its defaults, and keep booleans and numbers apart.
+
+        Pydantic alone accepts 1, "yes" and "on" as true, and true as 1.
+        """
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation
         if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
             return {}
         if annotation is bool and not isinstance(value, bool):
             raise ValueError(f"expected true or false, found {value!r}")
-        if isinstance(value, bool) and _takes_numbers(annotation):  # pydantic takes true for 1
+        if isinstance(value, bool) and _accepts_numbers(annotation):
             raise ValueError(f"expected a number, found {str(value).lower()}")
         return value
 
 
-def _takes_numbers(annotation: Any) -> bool:
+def _accepts_numbers(annotation: Any) -> bool:
     parts = get_args(annotation)
-    return annotation in (int, float) or any(type(p) is int or _takes_numbers(p) for p in parts)
+    return annotation in (int, float) or any(type(p) is int or _accepts_numbers(p) for p in parts)
 
 
 class ModelConfig(Section):
+    """Model that training starts from."""
+
     path: Path
-    """HF folder: config.json, safetensors and tokenizer. The student's and the teacher's start."""
+    """Folder of the Hugging Face model: config.json, safetensors files and tokenizer. Student and
+    teacher both start from it."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Parameters and activations; `auto` is bf16 on a GPU and fp32 without one."""
+    """Data type of parameters and activations. `auto`: bf16 on a GPU, fp32 without one."""
 
 
 class PrecisionConfig(Section):
-    """FP8 through Transformer Engine, on GPUs. Weights stay in bf16 with fp32 main weights and
-    gradients; embedding, norms, attention scores and the output head stay in bf16; the loss and
-    log-probs are always computed in fp32."""
+    """FP8 matrix products through Transformer Engine, on GPUs only. Weights stay in bf16, with main
+    weights and gradients in fp32. The embedding, norms, attention scores and output head stay in
+    bf16. The loss and log-probs are always computed in fp32."""
 
     fp8: Fp8Format | None = None
-    """Format of the student's matrix products, in training and in native rollouts: `hybrid` is e4m3
-    forward and e5m2 for gradients; `e4m3` is e4m3 for both. null: bf16."""
+    """Format of the student's matrix products, in training and in native rollouts. `hybrid`: e4m3
+    in the forward pass and e5m2 for gradients. `e4m3`: e4m3 for both. null: bf16."""
     teacher_fp8: Fp8Format | Literal["as_student"] | None = "as_student"
-    """Format of the teacher's products."""
+    """Format of the teacher's matrix products. `as_student`: the value of precision.fp8. null:
+    bf16."""
     fp8_recipe: Fp8Recipe = "tensorwise"
-    """How a tensor is scaled into fp8's range: by its own largest value (`tensorwise`), by the
-    largest one of the step before (`delayed`), in blocks of 128 (`blockwise`, from Hopper on), or
-    in blocks of 32 (`mxfp8`, from Blackwell on)."""
+    """Rule by which a tensor is scaled into the range of FP8. `tensorwise`: by its own largest
+    value. `delayed`: by its largest value in the previous step. `blockwise`: in blocks of 128
+    values (Hopper or newer). `mxfp8`: in blocks of 32 values (Blackwell or newer)."""
     bf16_first_layers: Annotated[int, Field(ge=0)] = 0
-    """Layers at the start of the model whose products stay in bf16. Not with `delayed`."""
+    """Number of layers at the start of the model whose products stay in bf16. It must be 0 with
+    recipe `delayed`."""
     bf16_last_layers: Annotated[int, Field(ge=0)] = 0
-    """The same at its end."""
+    """Number of layers at the end of the model whose products stay in bf16. It must be 0 with
+    recipe `delayed`."""
 
     @property
     def of_teacher(self) -> "PrecisionConfig":
-        """The settings under which the teacher is the student."""
+        """The teacher's settings, in the form of a student's: fp8 is the teacher's format."""
         fp8 = self.fp8 if self.teacher_fp8 == "as_student" else self.teacher_fp8
         return self.model_copy(update={"fp8": fp8, "teacher_fp8": "as_student"})
 
@@ -95,280 +103,301 @@ class PrecisionConfig(Section):
 
     @property
     def size_multiple(self) -> int:
-        """What the sizes of a product, its number of tokens among them, must be multiples of."""
+        """Required divisor of every dimension of a matrix product, including its tokens."""
         if not self.has_fp8:
             return 1
         return 32 if self.fp8_recipe == "mxfp8" else 16
 
     @model_validator(mode="after")
-    def _layers_by_themselves(self) -> "PrecisionConfig":
+    def _check_bf16_layers(self) -> "PrecisionConfig":
         bf16_layers = self.bf16_first_layers + self.bf16_last_layers
         if bf16_layers and self.fp8_recipe == "delayed":
             raise ValueError(
-                "bf16_first_layers and bf16_last_layers need a recipe that scales layer by layer; "
-                "fp8_recipe delayed collects its statistics over all layers"
+                f"bf16_first_layers {self.bf16_first_layers} and bf16_last_layers "
+                f"{self.bf16_last_layers}: expected 0 and 0 with fp8_recipe delayed, which "
+                "collects its statistics over all layers; choose another recipe"
             )
         return self
 
 
 class ParallelConfig(Section):
+    """Layout of the ranks. The data-parallel size is the number of processes divided by
+    tensor x pipeline x context."""
+
     tensor: Positive = 1
-    """Tensor-parallel size (TP)."""
+    """Tensor-parallel size (TP): number of ranks that each layer's weight matrices are split
+    over."""
     pipeline: Positive = 1
-    """Pipeline-parallel size (PP). Data parallelism takes the processes that are left."""
+    """Pipeline-parallel size (PP): number of stages that the layers are split into."""
     virtual_pipeline: Positive = 1
-    """Model chunks on each pipeline stage (VPP), interleaved over the layers: a smaller bubble for
-    more communication between stages."""
+    """Number of model chunks on each pipeline stage (VPP), interleaved over the layers. More chunks
+    give a smaller pipeline bubble and more communication between stages."""
     context: Positive = 1
-    """Context-parallel size (CP): ranks that share out the positions of each sequence."""
+    """Context-parallel size (CP): number of ranks that the positions of each sequence are split
+    over."""
     expert: Positive = 1
-    """Expert-parallel size (EP): ranks of a stage, tensor ranks first and then replicas, that share
-    out the experts of each layer."""
+    """Expert-parallel size (EP): number of ranks that the experts of each layer are split over. The
+    ranks belong to one pipeline stage: tensor-parallel ranks first, then data-parallel ones."""
     expert_tensor: Positive = 1
-    """Expert tensor-parallel size (ETP): ranks in a row that share out the matrices of each expert.
-    For experts that are too large for one rank; else expert moves less data."""
+    """Expert tensor-parallel size (ETP): number of consecutive ranks that the matrices of each
+    expert are split over. Use it for experts that are too large for one rank. Otherwise
+    parallel.expert moves less data."""
     sequence: bool = False
-    """Sequence parallelism (SP): tensor ranks share out the tokens where they do not share out
-    weights. Saves activations; experts with parallel.tensor > 1 need it."""
+    """Sequence parallelism (SP): tensor-parallel ranks split the tokens in the parts of a layer
+    whose weights are not split. It saves activation memory. Mixture-of-experts models with
+    parallel.tensor > 1 require it."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks bucket by bucket while the backward goes on."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters over data-parallel ranks bucket by bucket while the next forward
-    goes on. With objective.name `sft` alone, and with overlap_grad_reduce: in `aropd` the teacher
-    and the rollouts read all parameters right after the update."""
+    """Overlap of gradient reduction with the backward pass: gradients are summed over data-parallel
+    ranks bucket by bucket while the backward pass runs."""
 
     @model_validator(mode="after")
-    def _something_to_split_over(self) -> "ParallelConfig":
+    def _check_split_sizes(self) -> "ParallelConfig":
         if self.sequence and self.tensor == 1:
-            raise ValueError("sequence splits tokens over tensor ranks, and tensor is 1")
+            raise ValueError(
+                "sequence is true and tensor is 1: expected tensor > 1, since sequence splits "
+                "tokens over tensor-parallel ranks; set sequence to false or raise tensor"
+            )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
-                f"virtual_pipeline {self.virtual_pipeline} interleaves over pipeline stages, and "
-                "pipeline is 1"
+                f"virtual_pipeline {self.virtual_pipeline} and pipeline 1: expected pipeline > 1, "
+                "since virtual_pipeline interleaves over stages; set virtual_pipeline to 1 or "
+                "raise pipeline"
             )
-        if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("overlap_param_gather needs overlap_grad_reduce, which is false")
         return self
 
 
 class DataConfig(Section):
+    """Training rows."""
+
     train: list[Path] = Field(min_length=1)
-    """JSONL or Parquet files of rows with `question`, `reasoning`, `answer`."""
+    """JSONL or Parquet files whose rows have `question`, `reasoning` and `answer`."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at a broken row with its file and line, or skip it and count it."""
+    """Action on an invalid row. `error`: stop and report its file and line. `skip`: leave it out
+    and count it."""
     shuffle: bool = True
-    """Order rows by a permutation of (seed, epoch); otherwise by file and line."""
+    """Order of the rows. true: a permutation drawn from (seed, epoch). false: by file and line."""
 
 
 class ViewsConfig(Section):
+    """Prompts of the three views: the student's, and the teacher's partial and full view."""
+
     system_prompt: str | None = (
         "Solve the problem. Think step by step between <reasoning> and </reasoning>, then give "
         "only the final answer between <answer> and </answer>."
     )
-    """System turn of all three views; a row's own `system` replaces it. null: no system turn."""
+    """System turn of all three views. A row's own `system` replaces it. null: no system turn."""
     student_template: str = "{question}"
-    """User turn of the student view. Fields: {question}."""
+    """User turn of the student view. Field: {question}."""
     teacher_template: str = (
         "{question}\n\nHere is a worked example of a response to this problem:\n\n{trace}\n\n"
         "Now solve the problem yourself, in your own words, in the format asked for."
     )
     """User turn of the partial and full views. Fields: {question}, {trace}."""
     trace_template: str = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
-    """How reasoning and answer are written, in the teacher's views and as the response of `sft`.
+    """Text of the oracle trace, in the teacher's views and as the response that `sft` trains on.
     Fields: {reasoning}, {answer}."""
     partial_view: Literal["prefix_with_answer", "prefix_without_answer", "answer_only"] = (
         "prefix_with_answer"
     )
-    """What the partial view shows of the oracle trace."""
+    """Part of the oracle trace that the partial view shows: the start of the reasoning with or
+    without the answer, or the answer only."""
     partial_ratio: Ratio = 0.5
-    """Share of the reasoning's characters in the partial view; the cut moves on to a word's end."""
+    """Share of the reasoning's characters that the partial view shows. The cut is moved forward to
+    the end of a word."""
     partial_cut: Literal["word_end", "reference"] = "word_end"
-    """How that share is cut. `word_end`: the share is rounded down, and a word is a run without
-    white space. `reference`: as in the authors' release, rounded up; a word is a run of letters,
-    digits, underscores and backslashes; a reasoning of one or two words stays whole."""
+    """Rule for cutting the reasoning at partial_ratio. `word_end`: the number of characters is
+    rounded down, and a word is a run without white space. `reference`: the rule of the authors'
+    release. There the number is rounded up, a word is a run of letters, digits, underscores and
+    backslashes, and a reasoning of one or two words is shown whole."""
     max_prompt_tokens: Positive = 1024
-    """Limit for each view's prompt."""
+    """Largest number of tokens in each view's prompt."""
     on_long_prompt: Literal["cut", "cut_chat", "drop"] = "cut"
-    """`cut`: cut the question on its left until the prompt fits. `cut_chat`: as in the authors'
-    release, keep the last max_prompt_tokens tokens of the rendered chat, of each view by itself:
-    the system prompt goes first. `drop`: drop the row. All are counted."""
+    """Action on a prompt that is longer than max_prompt_tokens. `cut`: cut the question on its left
+    until the prompt fits. `cut_chat`: keep the last max_prompt_tokens tokens of each view's
+    rendered chat, as the authors' release does. The system prompt is lost first. `drop`: drop the
+    row. Shortened and dropped rows are counted."""
 
 
 class SamplingConfig(Section):
+    """Sampling of responses."""
+
     max_response_tokens: Positive = 1024
-    """A response ends at EOS or here."""
+    """Largest number of tokens in a response. A response ends at EOS or at this length."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0 is greedy."""
+    """Sampling temperature. 0: greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens that holds this much probability."""
+    """Probability mass of nucleus sampling: tokens come from the smallest set that holds it. 1: all
+    tokens."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from the k likeliest tokens; 0 is all of them."""
+    """Number of most likely tokens that are sampled from. 0: all tokens."""
 
 
 ImportanceLevel = Literal["sequence", "token"]
 
 
 class VllmConfig(Section):
+    """vLLM servers of rollout.engine `vllm`."""
+
     urls: list[Annotated[str, Field(pattern=r"^https?://")]] = []
-    """Servers that somebody else started (`aropd serve`), such as http://node7:8000; the key that
-    they ask for is read from $VLLM_API_KEY. Empty: the run starts servers of its own."""
+    """Addresses of running servers that `aropd serve` started, such as http://node7:8000. Their API
+    key is read from $VLLM_API_KEY. Empty: the run starts its own servers."""
     servers: Positive = 1
-    """Servers that the run starts on the first rank's machine; they end with it."""
+    """Number of servers that the run starts on the first rank's machine. They end with the run."""
     python: Path | None = None
-    """Interpreter that has vLLM, which may live in an environment of its own; null: the run's."""
+    """Python interpreter with vLLM installed, which may be in a separate environment. null: the
+    interpreter of the run."""
     devices: list[str] = []
-    """CUDA_VISIBLE_DEVICES of each started server, such as "6,7"; empty: what the run sees."""
+    """CUDA_VISIBLE_DEVICES of each started server, such as "6,7". Empty: the run's own value."""
     host: str = "127.0.0.1"
-    """Address that started servers listen on. They ask for a key, whatever it is."""
+    """Address that started servers listen on. They require an API key at every address."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Of the first started server, the next ones take the following; 0 is any that is free."""
+    """Port of the first started server. The next servers take the following ports. 0: any free
+    port."""
     arguments: list[str] = []
-    """More arguments for started servers, such as --tensor-parallel-size=2."""
+    """Further vLLM arguments for started servers, such as --tensor-parallel-size=2."""
     sync: Literal["disk", "nccl"] = "disk"
-    """How weights reach the servers after each step: through weights_dir; or from GPU to GPU, where
-    a server that had to be started again waits for the next step."""
+    """Path of the weights to the servers after each step. `disk`: through files in weights_dir.
+    `nccl`: from GPU to GPU. With `nccl`, a restarted server rejoins at the next step."""
     weights_dir: Path | None = None
-    """Folder that every server sees under this path; in it vllm-weights is the run's own. null:
-    output_dir."""
+    """Folder that every server can read under this path. The run writes to its subfolder
+    vllm-weights. null: output_dir."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
-    """Nats: how far a server's log-probs may be from the trainer's after a sync, on the average of
-    a probe's tokens. null: 1e-3 in fp32, 0.1 in bf16."""
+    """Largest allowed difference between a server's and the trainer's log-probs after a sync, in
+    nats, averaged over the tokens of a probe. null: 1e-3 in fp32, 0.1 in bf16."""
     checksums: bool = False
-    """After each sync also compare a SHA-256 of every tensor, as training gathers it and as each
-    process of each server is given it to load. Those of urls need it when they are started, too."""
+    """Comparison of every tensor's SHA-256 after each sync: between the tensor that training
+    gathers and the one that each process of each server receives for loading. Servers given by
+    urls must be started with this setting, too."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds for a response, or for a server to load weights."""
+    """Timeout in seconds for a response, and for loading weights into a server."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
-    """Seconds for a server to come up, or to come back."""
+    """Timeout in seconds for the start or restart of a server."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Failures of a response that are tried again, and of a server in a row before it is left out
-    until the next step."""
+    """Number of retries of a failed response, per server. A server that fails more than this many
+    times in a row is left out until the next step."""
 
     @model_validator(mode="after")
-    def _devices_of_each(self) -> "VllmConfig":
+    def _check_devices(self) -> "VllmConfig":
         if self.devices and len(self.devices) != self.servers:
             raise ValueError(
-                f"devices names {len(self.devices)} servers' devices, and servers is {self.servers}"
+                f"devices has {len(self.devices)} entries: expected one per server, and servers is "
+                f"{self.servers}; change one of them"
             )
         if self.urls and self.devices:
-            raise ValueError("devices are of servers that the run starts, and urls names others")
+            raise ValueError(
+                "devices applies only to servers that the run starts; it cannot be combined with "
+                "urls: remove one of them"
+            )
         return self
 
 
 class RolloutConfig(SamplingConfig):
-    engine: Literal["native", "megatron", "vllm"] = "native"
-    """Who samples: `native` is the student's own forward with a KV cache; `megatron` is the same in
-    Megatron's dynamic inference engine, whose cache has pages of 256 tokens, on GPUs with
-    flash-attn; `vllm`, vLLM servers."""
+    """Sampling of the responses of a training step."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """Engine that samples: `native` is the student's own forward with a KV cache, in every layout;
+    `vllm` is one or more vLLM servers."""
     rollouts_per_prompt: Positive = 1
-    """Responses sampled for each row."""
+    """Number of responses sampled for each row."""
     batch_size: Positive = 32
-    """Sequences decoded together on one model replica at most; where one ends, a waiting prompt
-    takes its place. With vLLM, on one server."""
+    """Largest number of sequences that one model replica (with vLLM, one server) decodes at once.
+    When a sequence ends, a waiting prompt takes its place."""
     kv_cache_tokens: Positive | None = None
-    """Tokens that a replica's KV cache holds at most: fewer sequences are decoded together where
-    the longest prompt with max_response_tokens is long. null: batch_size of them. With engine
-    megatron, in whole pages: a sequence has those that it has filled so far."""
+    """Capacity of each replica's KV cache in tokens, with engine native. If it is too small for
+    batch_size sequences of maximum length, fewer are decoded at once. null: room for batch_size
+    sequences."""
     importance: ImportanceLevel | Literal["auto", "off"] = "auto"
-    """Truncated importance sampling, where the engine's log-probs differ from the trainer's: a
-    response's loss times the mean of its tokens' ratios (`sequence`), or each token's times its
-    own (`token`). `auto`: off where the model itself samples (engine native or megatron), and
-    ratios are 1 up to rounding."""
+    """Truncated importance sampling: correction for an engine whose log-probs differ from the
+    trainer's. `sequence`: a response's loss is multiplied by the mean of its tokens' ratios.
+    `token`: each token's loss is multiplied by its own ratio. `auto`: `sequence` with vLLM, and off
+    where the training model samples, since ratios are then 1 up to rounding."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Largest ratio that counts."""
-    async_steps: Literal[0, 1] = 0
-    """1: a step's responses are sampled while the step before it trains, by weights that are one
-    update older; with vLLM alone. A run that is resumed samples its first step anew."""
+    """Upper bound of a token's importance ratio; larger ratios are clipped to it."""
+    async_steps: Annotated[int, Field(ge=0)] = 0
+    """Number of steps that sampling runs ahead of training, with engine vllm only. 1: a step's
+    responses are sampled while the previous step trains, with weights that are one update older. A
+    larger number makes responses older and steps no faster, since an update of the servers' weights
+    waits for all responses that older weights have begun. A resumed run samples its first step with
+    the current weights."""
 
     vllm: VllmConfig = VllmConfig()
 
     @model_validator(mode="after")
-    def _somebody_else_samples(self) -> "RolloutConfig":
+    def _check_async_steps(self) -> "RolloutConfig":
         if self.async_steps and self.model_samples:
             raise ValueError(
-                f"async_steps 1 samples while the model trains, and with engine {self.engine} the "
-                "model itself samples; it is for engine vllm"
+                f"async_steps {self.async_steps} and engine {self.engine}: expected engine vllm, "
+                "since the training model cannot sample while it trains; set async_steps to 0 or "
+                "engine to vllm"
             )
         return self
 
     @property
     def model_samples(self) -> bool:
-        """Whether the model that trains is the one that samples."""
+        """Whether the training model itself samples."""
         return self.engine != "vllm"
 
     @property
     def importance_level(self) -> ImportanceLevel | None:
-        """None: no ratios are taken."""
+        """Level of the importance weights; None if they are off."""
         if self.importance == "auto":
             return None if self.model_samples else "sequence"
         return None if self.importance == "off" else self.importance
 
 
-def check_engine_layout(
-    rollout: RolloutConfig, parallel: ParallelConfig, precision: PrecisionConfig
-) -> None:
-    """Raise ConfigError for a layout that engine megatron does not sample in, and native does."""
-    asked = {
-        "parallel.virtual_pipeline": parallel.virtual_pipeline,
-        "parallel.context": parallel.context,
-        "parallel.expert": parallel.expert,
-        "parallel.expert_tensor": parallel.expert_tensor,
-    }
-    found = [f"{name} {size}" for name, size in asked.items() if size > 1]
-    if precision.fp8 is not None:
-        found.append(f"precision.fp8 {precision.fp8}")
-    if rollout.engine == "megatron" and found:
-        raise ConfigError(
-            "rollout.engine megatron samples without virtual pipeline, context and expert "
-            f"parallelism and in bf16 or fp32; found {', '.join(found)}; take rollout.engine native"
-        )
-
-
 class ObjectiveConfig(Section):
+    """Loss (METHOD section 3)."""
+
     name: Literal["aropd", "sft"] = "aropd"
-    """`aropd`: anchored residual on-policy distillation. `sft`: next-token cross-entropy on the
-    oracle trace. Partial OPD is aropd with residual_scale 0; Full OPD is residual_scale 1 with
-    residual_clip null."""
+    """Objective. `aropd`: anchored residual on-policy distillation. `sft`: next-token cross-entropy
+    on the oracle trace. Partial OPD is `aropd` with residual_scale 0. Full OPD is `aropd` with
+    residual_scale 1 and residual_clip null."""
     residual_scale: Annotated[float, Field(ge=0)] = 0.8
-    """Lambda: how much of the bounded residual is added to the anchor."""
+    """Factor lambda of the residual that is added to the anchor."""
     residual_clip: Annotated[float, Field(gt=0)] | None = 5.0
-    """c, nats: the residual is clipped to [-c, c]. null: no clip."""
+    """Bound c of the residual in nats: the residual is clipped to [-c, c]. null: no clip."""
     divergence: Divergence = "kl_target_student"
-    """KL(target || student), KL(student || target), or jsd with jsd_weight."""
+    """Divergence between target and student. `kl_target_student`: KL(target || student).
+    `kl_student_target`: KL(student || target). `jsd`: Jensen-Shannon divergence with jsd_weight."""
     jsd_weight: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Beta of `jsd`: the mixture is (1 - beta) student + beta target."""
+    """Weight beta of `jsd`: the mixture is (1 - beta) student + beta target."""
     reduction: Reduction = "sequence_mean"
-    """`sequence_mean`: mean over a response's loss tokens, then over responses that have any.
-    `sequence_mean_all`: the same, with responses without loss tokens as 0 in the mean.
-    `token_mean`: mean over all loss tokens. All are means over the global batch."""
+    """Mean over the global batch. `sequence_mean`: mean over a response's loss tokens, then over
+    the responses that have loss tokens. `sequence_mean_all`: the same, but responses without loss
+    tokens enter the second mean as 0. `token_mean`: mean over all loss tokens."""
     skip_response_tokens: Annotated[int, Field(ge=0)] = 3
-    """The first tokens of each response that the loss leaves out."""
+    """Number of tokens at the start of each response that the loss leaves out."""
     temper_logits: bool = False
-    """Divide the logits of student, partial view and full view by rollout.temperature before the
-    loss of `aropd`, as the authors' release does. The metrics from the same pass are then of the
-    tempered distributions. Importance ratios are not. Without effect at temperature 1."""
+    """Division of the logits of student, partial view and full view by rollout.temperature before
+    the loss of `aropd`, as in the authors' release. The metrics from the same pass then describe
+    the tempered distributions. Importance ratios are not tempered. No effect at temperature 1."""
     sft_prompt_loss: bool = False
-    """In `sft`, count every token of prompt and response but the prompt's first, as the authors'
-    release does; skip_response_tokens is then not applied. Positions count from the prompt's
-    second token."""
+    """Loss on the prompt in `sft`, as in the authors' release: every token of prompt and response
+    counts, except the prompt's first. skip_response_tokens is then ignored, and positions count
+    from the prompt's second token."""
     router_aux_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
-    """Mixture-of-experts models: times the load-balancing loss of each router in the student view,
-    added to what is minimized (METHOD section 3, Routers). 0: none."""
+    """Coefficient of the routers' load-balancing loss in the student view, for mixture-of-experts
+    models (METHOD section 3, Routers). 0: no such loss."""
     router_z_loss_coeff: Annotated[float, Field(ge=0)] = 0.0
-    """The same of the loss that keeps routers' logits small."""
+    """Coefficient of the z-loss, which keeps the routers' logits small, in the student view (METHOD
+    section 3, Routers). 0: no such loss."""
     chunk_tokens: Positive | Literal["auto"] = "auto"
-    """Tokens whose logits exist at the same time in the fused loss. `auto`: what fits into 1 GiB on
-    a GPU, 128 MiB on a CPU."""
+    """Number of tokens whose logits exist at once in the fused loss. `auto`: as many as fit into
+    1.5 GiB on a GPU and 128 MiB on a CPU."""
     metrics: bool = True
-    """Report the entropies, the divergences between the views and so on, from the same pass. They
-    need both of the teacher's views. Without them Full and Partial OPD read the view that is their
-    target alone: half of the teacher's work, and a product less in the loss."""
+    """Report of entropies, divergences between the views and similar metrics, from the pass that
+    computes the loss. They need both teacher views. Without them, Full and Partial OPD read only
+    the view that is their target. This halves the teacher's work and saves one matrix product in
+    the loss."""
     topk_overlap: bool = True
-    """Among the metrics `topk_overlap`, which costs more than all others together."""
+    """Report of the metric `topk_overlap`, which costs more than all other metrics together. It
+    requires metrics."""
     hindsight_gap: float = 2.0
-    """Tau, nats: a sampled token counts as hindsight when log f - log p exceeds this ..."""
+    """Threshold tau in nats of the metric hindsight_token_rate. A sampled token counts if its
+    log f - log p exceeds tau and its probability in the partial view is below hindsight_floor."""
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Epsilon: ... and the partial view gives it less than this probability."""
+    """Threshold epsilon of the metric hindsight_token_rate: the probability in the partial view
+    below which a token can count (see hindsight_gap)."""
 
     @property
     def has_prompt_loss(self) -> bool:
@@ -380,15 +409,15 @@ class ObjectiveConfig(Section):
 
     @property
     def views(self) -> tuple[PrivilegedView, ...]:
-        """The teacher's views that are read: they are rendered, scored and projected."""
+        """Teacher views that the objective reads: they are rendered, scored and projected."""
         if self.name == "sft":
             return ()
-        alone = target_view(self.residual_scale, self.residual_clip)
-        return ("partial", "full") if self.metrics or alone is None else (alone,)
+        only_view = target_view(self.residual_scale, self.residual_clip)
+        return ("partial", "full") if self.metrics or only_view is None else (only_view,)
 
 
 def target_view(residual_scale: float, residual_clip: float | None) -> PrivilegedView | None:
-    """The view that is the target by itself, whatever the other one says; None: it takes both.
+    """Return the view whose distribution is the target, or None if the target needs both views.
 
     Source: METHOD section 3, its identities: lambda = 0 gives p, lambda = 1 without clip gives f.
     """
@@ -398,132 +427,160 @@ def target_view(residual_scale: float, residual_clip: float | None) -> Privilege
 
 
 class TeacherConfig(Section):
+    """Teacher: a copy of the student that reads the privileged views (METHOD section 4)."""
+
     kind: Literal["ema", "frozen", "live"] = "ema"
-    """`ema` follows the student, `frozen` stays as loaded, `live` is the student itself."""
+    """Source of the teacher's weights. `ema`: moving average of the student's. `frozen`: the
+    weights that were loaded. `live`: the student itself."""
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Alpha: teacher <- (1 - alpha) teacher + alpha student, after every step."""
+    """Rate alpha of `ema`: teacher <- (1 - alpha) teacher + alpha student, after every step."""
     fp32_master: bool = True
-    """Keep the moving average in fp32 when the model is bf16, where steps of alpha would vanish."""
-    weights: Place = "device"
-    """Where the teacher's weights and its fp32 average are outside of its own phase. `host`: in
-    pinned memory; the weights visit the device while the teacher scores, and only the output head,
-    which the loss needs, stays."""
-    hidden_states: Place = "device"
-    """Where both views' final hidden states of a step's loss tokens wait for the loss. `host`: in
-    pinned memory, a microbatch's at a time on the device."""
+    """Moving average in fp32 if the model is in bf16. In bf16, most updates would be rounded
+    away."""
+    weights: MemorySpace = "device"
+    """Location of the teacher's weights and fp32 average while the teacher is not scoring. `host`:
+    pinned memory. The weights are then copied to the device for scoring, and only the output head,
+    which the loss needs, stays there."""
+    hidden_states: MemorySpace = "device"
+    """Location of the views' final hidden states until the loss reads them. `host`: pinned memory,
+    from which one microbatch at a time is copied to the device."""
 
     @model_validator(mode="after")
-    def _weights_of_its_own(self) -> "TeacherConfig":
+    def _check_location(self) -> "TeacherConfig":
         if self.kind == "live" and self.weights == "host":
-            raise ValueError("weights: a live teacher is the student itself, on the device")
+            raise ValueError(
+                "weights host and kind live: expected weights device, since a live teacher is the "
+                "student itself; set weights to device or choose another kind"
+            )
         return self
 
 
 class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
     lr: Annotated[float, Field(gt=0)] = 2e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay from lr to min_lr after the warm-up. Steps whose update is left out do not count."""
+    """Decay from lr to min_lr after the warm-up. Steps whose update is skipped do not count."""
     warmup_ratio: Ratio = 0.1
-    """Share of the steps over which the learning rate rises: update n of W warm-up updates, counted
-    from 1, has lr n / (W + 1), and the one after them lr. No update has a learning rate of 0."""
+    """Share of the steps over which the learning rate rises. With W warm-up updates, update n
+    (counted from 1) has learning rate lr * n / (W + 1), and update W + 1 has lr. No update has
+    learning rate 0."""
     beta1: Ratio = 0.9
-    """AdamW."""
+    """Decay rate of AdamW's first moment."""
     beta2: Ratio = 0.999
-    """AdamW."""
+    """Decay rate of AdamW's second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW."""
+    """Constant that AdamW adds to the denominator."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled; not applied to biases and norms."""
+    """Decoupled weight decay. It is not applied to biases and norms."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 is no clipping."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
     @model_validator(mode="after")
-    def _decays(self) -> "OptimizerConfig":
+    def _check_learning_rates(self) -> "OptimizerConfig":
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}, where decay starts")
+            raise ValueError(
+                f"min_lr {self.min_lr:g}: expected at most lr {self.lr:g}, from which the learning "
+                "rate decays; lower min_lr"
+            )
         return self
 
 
 class TrainingConfig(Section):
+    """Length, batches and memory of training."""
+
     num_steps: Positive | None = None
-    """Optimizer updates; one of num_steps and num_epochs must be given."""
+    """Number of optimizer updates. Set exactly one of num_steps and num_epochs."""
     num_epochs: Positive | None = None
-    """Passes over the data."""
+    """Number of passes over the data. Set exactly one of num_steps and num_epochs."""
     global_batch_size: Positive = 32
-    """Responses in an optimizer update, over all ranks."""
+    """Number of responses per optimizer update, over all ranks."""
     micro_batch_size: Positive = 1
-    """Responses that go through the pipeline together, padded to the longest of them."""
+    """Number of responses per microbatch, padded to the longest of them. It is ignored with
+    packing."""
     packing: bool = False
-    """Pack responses one behind another instead, as many as max_tokens_per_microbatch holds, and
-    balance them over data-parallel ranks by tokens; micro_batch_size is not used then."""
+    """Packing of responses without padding: a microbatch takes as many as fit into
+    max_tokens_per_microbatch. Data-parallel ranks are balanced by tokens."""
     max_tokens_per_microbatch: Positive | None = None
-    """With packing: the most tokens that a microbatch has in any of the three views."""
+    """Largest number of tokens that a packed microbatch has in any of the three views. It is
+    required with packing, and must be null without."""
     recompute: Recompute = "none"
-    """Activations that the backward computes again instead of keeping them: `selective`, those of
-    core attention; `full`, all but each layer's input."""
+    """Activations that the backward pass recomputes instead of storing. `none`: none. `selective`:
+    those of core attention. `full`: all except the input of each layer."""
     max_skipped_steps: Positive = 5
-    """Stop after this many steps in a row whose update was left out (see guards)."""
+    """Number of consecutive steps with a skipped update after which the run stops (see guards)."""
     seed: int = 1234
-    """Of the data order, the rollouts and the initialization."""
+    """Random seed of data order, rollouts and initialization."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "TrainingConfig":
+    def _check_sizes(self) -> "TrainingConfig":
         if (self.num_steps is None) == (self.num_epochs is None):
-            raise ValueError("give exactly one of num_steps and num_epochs")
+            given = "neither" if self.num_steps is None else "both"
+            raise ValueError(f"found {given} of num_steps and num_epochs: set exactly one of them")
         if self.packing == (self.max_tokens_per_microbatch is None):
-            raise ValueError("max_tokens_per_microbatch belongs to packing; give both or neither")
+            raise ValueError(
+                f"packing is {str(self.packing).lower()}: max_tokens_per_microbatch is required "
+                "with packing and must be null without; set both or neither"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of "
-                f"micro_batch_size {self.micro_batch_size}"
+                f"global_batch_size {self.global_batch_size}: expected a multiple of "
+                f"micro_batch_size {self.micro_batch_size}; change one of them"
             )
         return self
 
 
 class CheckpointConfig(Section):
+    """Checkpoints for resuming a run."""
+
     save_every_steps: Positive | None = 100
-    """Save everything a run needs to go on, this often and at the end. null: at the end alone."""
+    """Number of steps between checkpoints. One is always saved at the end of training. null: only
+    at the end."""
     save_every_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Save also when so many minutes have passed since the last time, by the first rank's clock."""
+    """Number of minutes after the last checkpoint at which another one is saved, by the first
+    rank's clock. null: no limit in time."""
     keep_last: Positive = 2
-    """Older checkpoints are deleted ..."""
+    """Number of latest checkpoints that are kept. Older ones are deleted, except those of
+    keep_every."""
     keep_every: Positive | None = None
-    """... except those of a multiple of this many steps. null: no exceptions."""
+    """Multiple of steps whose checkpoints are never deleted. null: no exceptions."""
     asynchronous: bool = True
-    """Write in the background, by a forked process of each rank: training waits for the values to
-    be copied, and a checkpoint exists a few steps later. false: training waits for the writing."""
+    """Writing in the background, by a forked process of each rank. Training waits until the values
+    are copied, and the checkpoint is complete a few steps later. false: training waits until the
+    checkpoint is written."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """What a run does that cannot save (a full disk, say): stop, or say so, train on and try again
-    when the next save is due. The last checkpoint stays either way; the end's has to succeed."""
+    """Action when a checkpoint cannot be saved, for example because the disk is full. `stop`: end
+    the run. `continue`: report it, train on and retry at the next save. Both keep the last
+    checkpoint. The final save has to succeed."""
     save_rollouts: bool = False
-    """Keep each step's responses on the disk from when they are sampled until a checkpoint is
-    behind them: a run that is started again trains on them and does not sample them again."""
+    """Storage of each step's responses on disk until a checkpoint covers them. A resumed run then
+    trains on the stored responses instead of sampling them again."""
     allow_changes: list[str] = []
-    """Settings, such as training.global_batch_size, that may differ from the checkpoint's though a
-    run that goes on with another value is not the same run; a refusal names them."""
+    """Names of settings, such as training.global_batch_size, that may change on resume although the
+    resumed run is then a different experiment. An error lists the names that are needed."""
 
 
 class LimitsConfig(Section):
-    """What a job may take of time, and how long it may be silent."""
+    """Time limits of a job, and of its periods without progress."""
 
     stop_before: str | None = None
-    """Save and stop (exit code 75) before the job is this old: 3h55m, 90m, or Slurm's 1-02:30:00.
-    The time of the longest step and save so far is counted in. Slurm's own end time,
-    $SLURM_JOB_END_TIME, holds in any case."""
+    """Age of the job by which it has saved and stopped with exit code 75: 3h55m, 90m, or Slurm's
+    1-02:30:00. The run stops early enough for its longest step and save so far. Slurm's end time,
+    $SLURM_JOB_END_TIME, always applies. null: no other limit."""
     watchdog_minutes: Annotated[float, Field(gt=0)] | None = 30.0
-    """A rank that has got nowhere for this long, not by a token or a microbatch, has every rank's
-    stacks written to output_dir/stacks, and ends the job (exit code 4). Start and saves may take
-    three times as long. null: wait for ever."""
+    """Number of minutes without progress (no token and no microbatch on a rank) after which the
+    watchdog writes the stacks of all ranks to output_dir/stacks and ends the job with exit code 4.
+    Start-up and saves may take three times as long. null: no limit."""
     collective_timeout_minutes: Annotated[float, Field(gt=0)] = 60.0
-    """How long ranks wait for each other in a collective. Longer than watchdog_minutes, since it
-    ends with an error on the ranks that wait, and the watchdog with the stacks of all."""
+    """Timeout of a collective in minutes. Set it above watchdog_minutes: the watchdog reports the
+    stacks of all ranks, but this timeout reports an error only on the waiting ranks."""
 
     @field_validator("stop_before")
     @classmethod
-    def _is_a_time(cls, text: str | None) -> str | None:
+    def _check_time(cls, text: str | None) -> str | None:
         if text is not None:
             seconds_of(text)
         return text
@@ -537,47 +594,54 @@ GuardAction = Literal["off", "warn", "skip", "stop"]
 
 
 class GuardsConfig(Section):
-    """Actions on a step that looks wrong, before its update is applied. `warn` prints a warning.
-    `skip` leaves the update out, up to training.max_skipped_steps in a row. `stop` saves and ends
-    the run (exit code 3). The metrics count each. The update of a step without loss tokens, or
-    whose loss tokens all have weight 0, is always left out."""
+    """Actions on a suspicious step, before its update is applied. `off` does nothing. `warn` prints
+    a warning. `skip` skips the update, up to training.max_skipped_steps times in a row. `stop`
+    saves and ends the run with exit code 3. The metrics count each case. The update of a step
+    without loss tokens of positive weight is always skipped."""
 
     non_finite: Literal["skip", "stop"] = "skip"
-    """A loss or gradient norm that is not finite."""
+    """Action on a loss or gradient norm that is not finite."""
     loss_spike: GuardAction = "warn"
-    """A loss or gradient norm far above those of the steps before."""
+    """Action on a loss or gradient norm far above that of the previous steps."""
     loss_spike_zscore: Annotated[float, Field(gt=0)] = 6.0
-    """How far: in standard deviations of the window, above its mean."""
+    """Threshold of loss_spike: number of standard deviations above the mean of the window."""
     length_collapse: GuardAction = "warn"
-    """Responses far shorter than those of the steps before, in loss tokens."""
+    """Action on responses far shorter, in loss tokens, than those of the previous steps."""
     length_collapse_ratio: Ratio = 0.25
-    """How short: less than this share of the window's mean ..."""
+    """Threshold of length_collapse: share of the window's mean length."""
     length_collapse_floor: Annotated[float, Field(ge=0)] = 0.0
-    """... or, from the first step on, less than this many tokens on the average."""
+    """Second threshold of length_collapse: mean number of loss tokens, from the first step on. 0:
+    no second threshold."""
     truncation: GuardAction = "warn"
-    """A growing share of responses cut at rollout.max_response_tokens, over the last 8 steps."""
+    """Action on a growing share of responses cut at rollout.max_response_tokens in the last 8
+    steps."""
     truncation_rise: Ratio = 0.2
-    """Share above that of the run's first 8 steps which counts as growth ..."""
+    """Threshold of truncation: rise of the share above that of the run's first 8 steps."""
     truncation_ceiling: Ratio = 0.9
-    """... or, from the first step on, any share above this one. 1: no ceiling."""
+    """Second threshold of truncation: share of cut responses, from the first step on. 1: no second
+    threshold."""
     window: Annotated[int, Field(ge=2)] = 32
-    """Steps that are looked back on; nothing is judged by them before there are so many."""
+    """Number of previous steps that a step is compared with. No step is compared before there are
+    this many."""
 
 
 class LoggingConfig(Section):
+    """Loggers beside metrics.jsonl."""
+
     tensorboard: bool = False
-    """Also write TensorBoard events under output_dir/tensorboard."""
+    """TensorBoard events, written to output_dir/tensorboard."""
     wandb: Literal["off", "online", "offline"] = "off"
-    """Also log to Weights & Biases."""
+    """Logging to Weights & Biases. `offline`: to local files only."""
     wandb_project: str = "aropd"
-    """Project name at Weights & Biases."""
+    """Name of the Weights & Biases project."""
 
 
 class Config(Section):
-    """A run. Paths are relative to the working directory."""
+    """Configuration of a run. Paths are relative to the working directory."""
 
     output_dir: Path
-    """Metrics, checkpoints and the resolved config; the same folder again resumes the run."""
+    """Folder of metrics, checkpoints and the resolved configuration. A run with an existing folder
+    resumes from it."""
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
@@ -594,49 +658,39 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> "Config":
+    def _check_rollouts_per_prompt(self) -> "Config":
         if self.training.global_batch_size % self.rollout.rollouts_per_prompt:
             raise ValueError(
-                f"training.global_batch_size {self.training.global_batch_size} is not a multiple "
-                f"of rollout.rollouts_per_prompt {self.rollout.rollouts_per_prompt}"
+                f"training.global_batch_size {self.training.global_batch_size}: expected a "
+                f"multiple of rollout.rollouts_per_prompt {self.rollout.rollouts_per_prompt}; "
+                "change one of them"
             )
         return self
 
     @model_validator(mode="after")
-    def _engine_in_layout(self) -> "Config":
-        check_engine_layout(self.rollout, self.parallel, self.precision)
-        return self
-
-    @model_validator(mode="after")
-    def _divides_by_temperature(self) -> "Config":
+    def _check_temperature(self) -> "Config":
         objective = self.objective
         is_divided = objective.temper_logits and objective.name == "aropd"
         if is_divided and self.rollout.temperature == 0:
             raise ValueError(
-                "objective.temper_logits divides logits by rollout.temperature, which is 0; sample "
-                "at a temperature above 0, or set objective.temper_logits to false"
+                "objective.temper_logits true and rollout.temperature 0: expected a temperature "
+                "above 0, since logits are divided by it; raise rollout.temperature or set "
+                "objective.temper_logits to false"
             )
         return self
 
     @model_validator(mode="after")
-    def _fp8_of_bf16(self) -> "Config":
+    def _check_fp8(self) -> "Config":
         precision = self.precision
         if precision.has_fp8 and self.model.dtype == "fp32":
-            raise ValueError("precision: fp8 products are of bf16 tensors, and model.dtype is fp32")
+            raise ValueError(
+                "precision: fp8 products with model.dtype fp32: expected model.dtype bf16; change "
+                "it, or set precision.fp8 and precision.teacher_fp8 to null"
+            )
         if self.teacher.kind == "live" and precision.of_teacher.fp8 != precision.fp8:
             raise ValueError(
-                f"precision.teacher_fp8 is {precision.teacher_fp8}: a live teacher is the student "
-                f"itself, with precision.fp8 {precision.fp8}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _nobody_reads_parameters_early(self) -> "Config":
-        if self.parallel.overlap_param_gather and self.objective.name != "sft":
-            raise ValueError(
-                "parallel.overlap_param_gather is true, and objective.name is "
-                f"{self.objective.name!r}, whose teacher and rollouts read all parameters right "
-                "after the update; it is for 'sft'"
+                f"precision.teacher_fp8 {precision.teacher_fp8}: expected as_student, since a live "
+                "teacher is the student itself; set it to as_student or choose another teacher.kind"
             )
         return self
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from aropd_mcore.config import Config, ConfigError, Section
+from aropd_mcore.removed_settings import drop_removed
 from aropd_mcore.yaml_core import dump_yaml, parse_yaml
 
 T = TypeVar("T", bound=Section)
@@ -33,9 +34,9 @@ def load_config(
     Args:
         preset: one of PRESETS.
     Raises:
-        ConfigError: no such file, broken YAML, a repeated key, an unknown key (with the nearest
-            known name), a missing key, a value out of range, or an unknown preset; the message
-            names the key and the value.
+        ConfigError: no such file, broken YAML, a key given twice, an unknown key (with the nearest
+            known name), a removed setting (with what to use now), a missing key, a value out of
+            range, or an unknown preset; the message names the key and the value.
     """
     tree = _read(path)
     if preset is not None:
@@ -47,6 +48,7 @@ def load_config(
         if not equals or not key:
             raise ConfigError(f"{where}: expected section.key=value")
         _set(tree, key, parse_yaml(value, where), where)
+    drop_removed(tree, str(path))
     return validated(Config, tree, str(path))
 
 

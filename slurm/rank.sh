@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # rank.sh [--node] COMMAND...
 #
-# One rank of a step (with --node: the torchrun of a node): tells the command who it is, hands signals
-# on to it, and writes how it ended if it is the first to fail. Slurm's jobs run it, in the container
-# where there is one.
+# Run COMMAND as one rank of a step (with --node: as the torchrun of a node). Sets the variables of its
+# rank, forwards signals to it, and records its exit code if it is the first rank to fail. srun starts
+# this script, in the container if there is one.
 #
-# With process tracking by cgroup a signal from Slurm reaches this script alone; with others, every
-# process below it as well. So the command may be told twice.
+# With process tracking by cgroup, a signal from Slurm reaches only this script. With other tracking it
+# also reaches every process below. So the command may receive a signal twice.
 set -uo pipefail
 # shellcheck source=slurm/common.sh
 source "$AROPD_HOME/slurm/common.sh"
@@ -17,7 +17,7 @@ if [[ ${1:-} == --node ]]; then
     run_to_end "$@"
     exit
 fi
-if [[ $LAUNCHER == srun ]]; then # torchrun has set them otherwise
+if [[ $LAUNCHER == srun ]]; then # torchrun sets these itself
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 fi
 run_to_end "$@"

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import is_hypothesis_test, settings
+
+from tests.support.tiers import starts_processes
 
 if not torch.cuda.is_available():
     # Triton's own functions are made for its interpreter, or not, when it is first imported, and
@@ -12,6 +15,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 REPO = Path(__file__).resolve().parent.parent
+
+# `make test` repeats the same examples; `make test-rest` draws many others from a printed seed.
+settings.register_profile("fixed", deadline=None, max_examples=50, derandomize=True)
+settings.register_profile("seeded", deadline=None, max_examples=200, print_blob=True)
+settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if starts_processes(item):
+            item.add_marker("processes")
+        if is_hypothesis_test(getattr(item, "function", None)) or "seed" in item.fixturenames:
+            item.add_marker("seeded")
+
+
+@pytest.fixture(scope="session")
+def seed(request) -> int:
+    """Seed of a test's own random examples: that of --hypothesis-seed, else always the same."""
+    return int(request.config.getoption("--hypothesis-seed") or 1)
 
 
 @pytest.fixture(scope="session")

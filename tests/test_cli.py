@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from aropd_mcore import cli
 from tests.conftest import REPO
-from tests.tiny_runs import write_run
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_dry_run_prints_the_config_and_the_layout_and_starts_nothing(run, capsys
         (["optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'"),
         (["model.path=nowhere"], "nowhere/config.json: cannot be read"),
         (["parallel.tensor=3"], "tensor-parallel size 3 does not divide"),
-        (["parallel.tensor=2", "--nproc-per-node", "3"], "3 processes are not a multiple of"),
+        (["parallel.tensor=2", "--nproc-per-node", "3"], "3 processes: expected a multiple of"),
         (["training.micro_batch_size=4", "--nproc-per-node", "2"], "2 data-parallel ranks x"),
         (["--stop-before", "90"], "limits.stop_before: found '90', expected a time such as 3h55m"),
     ],

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.config_file import dump_config, load_config
 from aropd_mcore.convert.architecture import read_architecture
-from aropd_mcore.plan.setup import setup_of
+from aropd_mcore.plan.setup import build_setup
 from tests.conftest import REPO
 
 CLUSTERS = REPO / "examples" / "clusters"
@@ -64,7 +64,7 @@ def test_defaults_are_the_reference_settings(path):
 def test_views_that_are_read(path, overrides, views):
     config = load_config(path, [f"objective.{override}" for override in overrides.split()])
     assert config.objective.views == views
-    setup = setup_of(config, 1, architecture=read_architecture(CLUSTERS / "Qwen2.5-7B-Instruct"))
+    setup = build_setup(config, 1, architecture=read_architecture(CLUSTERS / "Qwen2.5-7B-Instruct"))
     assert (setup.num_views, setup.teacher) == (len(views), "ema" if views else None)
 
 
@@ -144,7 +144,7 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
         (
             "rollout.vllm.devices=['0', '1', '2']",
             "rollout.vllm",
-            "devices names 3 servers' devices, and servers is 1",
+            "devices has 3 entries: expected one per server, and servers is 1; change one of them",
         ),
         (
             "data.train=[]",
@@ -156,45 +156,56 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
             "teacher",
             "Input should be a valid dictionary or instance of TeacherConfig, found 'ema'",
         ),
-        ("training.num_epochs=1", "training", "give exactly one of num_steps and num_epochs"),
-        ("training.num_steps=null", "training", "give exactly one of num_steps and num_epochs"),
+        (
+            "training.num_epochs=1",
+            "training",
+            "found both of num_steps and num_epochs: set exactly one of them",
+        ),
+        (
+            "training.num_steps=null",
+            "training",
+            "found neither of num_steps and num_epochs: set exactly one of them",
+        ),
         (
             "training.micro_batch_size=5",
             "training",
-            "global_batch_size 32 is not a multiple of micro_batch_size 5",
+            "global_batch_size 32: expected a multiple of micro_batch_size 5; change one of them",
         ),
         (
             "rollout.rollouts_per_prompt=5",
             "(top level)",
-            "training.global_batch_size 32 is not a multiple of rollout.rollouts_per_prompt 5",
+            "training.global_batch_size 32: expected a multiple of rollout.rollouts_per_prompt 5; "
+            "change one of them",
         ),
         (
             "precision={fp8: hybrid, fp8_recipe: delayed, bf16_last_layers: 1}",
             "precision",
-            "bf16_first_layers and bf16_last_layers need a recipe that scales layer by layer; "
-            "fp8_recipe delayed collects its statistics over all layers",
+            "bf16_first_layers 0 and bf16_last_layers 1: expected 0 and 0 with fp8_recipe delayed, "
+            "which collects its statistics over all layers; choose another recipe",
         ),
         (
             "teacher={kind: live, weights: host}",
             "teacher",
-            "weights: a live teacher is the student itself, on the device",
+            "weights host and kind live: expected weights device, since a live teacher is the "
+            "student itself; set weights to device or choose another kind",
         ),
         (
             "parallel.overlap_param_gather=true",
-            "parallel",
-            "overlap_param_gather needs overlap_grad_reduce, which is false",
+            "parallel.overlap_param_gather",
+            "found true, a key that was removed; remove the key; updated parameters are gathered "
+            "right after the update",
         ),
         (
-            "parallel={overlap_param_gather: true, overlap_grad_reduce: true}",
-            "(top level)",
-            "parallel.overlap_param_gather is true, and objective.name is 'aropd', whose teacher "
-            "and rollouts read all parameters right after the update; it is for 'sft'",
+            "rollout={engine: megatron, batch_size: 8}",
+            "rollout.engine",
+            'found "megatron", a value that was removed; expected vllm, the fast engine, or '
+            "native, which samples in every layout",
         ),
         (
-            "rollout.async_steps=1",
+            "rollout.async_steps=2",
             "rollout",
-            "async_steps 1 samples while the model trains, and with engine native the model itself "
-            "samples; it is for engine vllm",
+            "async_steps 2 and engine native: expected engine vllm, since the training model "
+            "cannot sample while it trains; set async_steps to 0 or engine to vllm",
         ),
         ("optimizer.lr=.nan", "optimizer.lr", "Input should be a finite number, found nan"),
         (
@@ -223,6 +234,13 @@ def test_overrides_that_are_refused(path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
     assert str(caught.value).startswith(message)
+
+
+def test_load_config_with_the_default_of_a_removed_key_ignores_it(tmp_path, path):
+    """As the config.yaml of a run of an earlier version states it."""
+    tree = load_config(path).model_dump(mode="json")
+    tree["parallel"]["overlap_param_gather"] = False
+    assert load_config(write(tmp_path / "config.yaml", tree)) == load_config(path)
 
 
 def test_files_that_are_refused(tmp_path):
@@ -261,15 +279,18 @@ def test_shipped_yaml_loads(example):
 def test_sequence_parallelism_needs_tensor_ranks(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("parallel: {sequence: true}")
-    with pytest.raises(ConfigError, match=r"parallel: sequence splits tokens .* tensor is 1"):
+    with pytest.raises(ConfigError, match=r"parallel: sequence is true and tensor is 1"):
         load_config(path)
 
 
 def test_fp8_is_of_bf16_and_a_live_teacher_is_the_student(path):
     load_config(path, ["precision.teacher_fp8=e4m3"])
     for overrides, message in (
-        (["precision.fp8=e4m3", "model.dtype=fp32"], "fp8 products are of bf16 tensors"),
-        (["precision.teacher_fp8=e4m3", "teacher.kind=live"], "teacher_fp8 is e4m3: a live"),
+        (["precision.fp8=e4m3", "model.dtype=fp32"], "fp8 products with model.dtype fp32"),
+        (
+            ["precision.teacher_fp8=e4m3", "teacher.kind=live"],
+            "teacher_fp8 e4m3: expected as_student",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(path, overrides)

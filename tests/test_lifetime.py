@@ -103,15 +103,15 @@ def test_a_rank_whose_launcher_and_store_have_ended_exits_at_once():
 
 
 STARTS = {
-    "evaluate/grade.py": "math_child.py: lifetime.start",
-    "evaluate/sandbox.py": "sandbox_child.py, which requests the signal itself",
-    "evaluate/sandbox_child.py": "its fork requests the signal again",
+    "evaluation/grade.py": "math_child.py: lifetime.start",
+    "evaluation/sandbox.py": "sandbox_child.py, which asks for the signal itself",
+    "evaluation/sandbox_child.py": "its fork asks again",
     "lifetime.py": "the mechanism",
-    "mcore/writing.py": "the queue's server and the writers request the signal first",
-    "processes.py": "ranks: lifetime.start",
+    "mcore/checkpoint/writer.py": "the queue's server and the writers ask first thing",
+    "local_launch.py": "ranks: lifetime.start",
     "rollout/vllm_process.py": "the first watchdog, which watches this process",
     "rollout/vllm_side/aropd_watchdog.py": "two watchdogs, which watch each other",
-    "trainer/launch.py": "sbatch, which ends by itself and must not be interrupted",
+    "trainer/slurm_launch.py": "sbatch, which ends by itself and must not end half-way",
 }
 """Modules that start processes, and the reason why none of these processes is left behind."""
 

@@ -13,9 +13,9 @@ import pytest
 from aropd_mcore import locks
 from aropd_mcore.locks import InUse, RunLock
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
-from tests.trainer.test_resume import train_on_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
+from tests.support.training import train_on_ranks
 
 HOLDER = """
 import os, sys, time

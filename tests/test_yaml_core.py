@@ -17,9 +17,7 @@ model: {path: model}
 data: {train: [rows.jsonl]}
 """
 TRAINING = "training: {num_steps: 2}\n"
-FUZZ = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def load(folder: Path, text: str, *overrides: str) -> Config:

@@ -1,4 +1,4 @@
-"""`aropd convert import` as a script: an HF folder to a Megatron torch_dist checkpoint."""
+"""Script of `aropd convert import`: converts an HF folder to a Megatron torch_dist checkpoint."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`aropd convert export` as a script: a Megatron or training checkpoint to an HF folder."""
+"""Script of `aropd convert export`: converts a Megatron or training checkpoint to an HF folder."""
 
 import sys
 

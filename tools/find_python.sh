@@ -1,5 +1,5 @@
 #!/bin/sh
-# Print the path of Python VERSION, found on PATH or among pyenv's.
+# Print the path of Python VERSION, from PATH or from pyenv.
 # usage: find_python.sh 3.12
 set -eu
 version=$1
@@ -13,5 +13,5 @@ for python in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version".*/bin/python; do
         exit
     fi
 done
-echo "find_python.sh: no Python $version on PATH or under pyenv" >&2
+echo "find_python.sh: no Python $version on PATH or under pyenv: install it, for example with pyenv" >&2
 exit 1

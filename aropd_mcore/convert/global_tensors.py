@@ -25,7 +25,7 @@ ANY_LAYER = "decoder.layers.self_attention.linear_proj.weight"
 
 
 @dataclass(frozen=True)
-class Place:
+class GlobalSlice:
     """One weight's place in a checkpoint."""
 
     key: str
@@ -48,7 +48,9 @@ def stored_weights(architecture: Architecture) -> Iterator[Weight]:
             yield weight
 
 
-def place(weight: Weight, architecture: Architecture, *, stacked: bool = True) -> Place:
+def global_slice(
+    weight: Weight, architecture: Architecture, *, stacked: bool = True
+) -> GlobalSlice:
     """Where a weight lies.
 
     Args:
@@ -67,7 +69,7 @@ def place(weight: Weight, architecture: Architecture, *, stacked: bool = True) -
     rows = sum(shape[0] for shape in weight.hf.values())
     if weight.kind is Kind.VOCAB:
         rows = padded_vocab_size(first, 1)
-    return Place(key, lead, lead_shape, (rows, *rest))
+    return GlobalSlice(key, lead, lead_shape, (rows, *rest))
 
 
 def chunks(
@@ -140,7 +142,7 @@ def extra_state_keys(architecture: Architecture) -> Iterable[str]:
     """
     keys = dict[str, None]()
     for weight in stored_weights(architecture):
-        where = place(weight, architecture)
+        where = global_slice(weight, architecture)
         lead, shape = where.lead or (0,), where.lead_shape or (1,)
         modules = [where.key.rpartition(".")[0]]
         if weight.layer is not None and weight.expert is None:

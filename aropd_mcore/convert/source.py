@@ -11,8 +11,8 @@ from aropd_mcore.convert.architecture import Weight, read_config
 from aropd_mcore.convert.folders import ORDER
 from aropd_mcore.convert.global_tensors import (
     ANY_LAYER,
-    Place,
-    place,
+    GlobalSlice,
+    global_slice,
     read_part,
     stored_weights,
 )
@@ -124,14 +124,14 @@ class MegatronSource:
             first_row += shape[0]
         return torch.cat(parts)
 
-    def _read(self, where: Place, first: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    def _read(self, where: GlobalSlice, first: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
         """A box of a weight, from a row and a column on."""
         start = first[: len(shape)]
         return self.reader.read(self._prefix + where.key, where.lead, start, shape)
 
-    def _check(self) -> dict[str, Place]:
+    def _check(self) -> dict[str, GlobalSlice]:
         """Megatron name -> place; each is there in its shape, and there is nothing else."""
-        family, places = self.architecture.family.architecture, dict[str, Place]()
+        family, places = self.architecture.family.architecture, dict[str, GlobalSlice]()
         stacked = self._prefix + ANY_LAYER in self.reader.tensors
         keys = self._keys()
         if not keys and self._prefix:
@@ -139,7 +139,7 @@ class MegatronSource:
                 f"{self.iteration}: has no teacher; a run with teacher.kind live, or sft, has none"
             )
         for weight in stored_weights(self.architecture):
-            where = places[weight.name] = place(weight, self.architecture, stacked=stacked)
+            where = places[weight.name] = global_slice(weight, self.architecture, stacked=stacked)
             info = self.reader.tensors.get(self._prefix + where.key)
             if info is None:
                 raise CheckpointError(
@@ -262,7 +262,7 @@ def _hf_folder(iteration: Path) -> Path:
     )
 
 
-def _holds(shape: tuple[int, ...], where: Place, weight: Weight) -> bool:
+def _holds(shape: tuple[int, ...], where: GlobalSlice, weight: Weight) -> bool:
     if weight.kind is Kind.VOCAB:  # padded for the layout that wrote it
         (size, *_) = next(iter(weight.hf.values()))
         return shape[0] >= size and shape[1:] == where.shape[1:]

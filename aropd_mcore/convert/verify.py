@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aropd_mcore.convert.convert import export_hf
 from aropd_mcore.convert.folders import companions
 from aropd_mcore.convert.global_tensors import stored_weights
+from aropd_mcore.convert.import_export import export_hf
 from aropd_mcore.convert.progress import progress
 from aropd_mcore.convert.source import HFSource, Source
 

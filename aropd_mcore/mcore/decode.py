@@ -104,7 +104,7 @@ class Decoder:
         self._rows.advance([len(prompt) for prompt in prompts], self.runtime.device)
         hidden_NH = self._forward(torch.cat([tokens_B, new.to(tokens_B.device)]))
         hidden_BH = None if hidden_NH is None else hidden_NH[self._rows.last_B]
-        return next_token_logits(self.model, self.runtime, hidden_BH)
+        return _next_token_logits(self.model, self.runtime, hidden_BH)
 
     def drop(self, done: Set[int]) -> list[int]:
         """Let rows go. The last of those that stay take their places.
@@ -165,7 +165,7 @@ class Decoder:
         return hidden_N1H
 
 
-def next_token_logits(
+def _next_token_logits(
     model: StageModel, runtime: Runtime, hidden_BH: Tensor | None
 ) -> Tensor | None:
     """The output head, on one rank of the replica: the one that samples.

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aropd_mcore.data.collate import collate
-from aropd_mcore.data.context import share_of_rank
+from aropd_mcore.data.context_parallel import share_of_rank
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule

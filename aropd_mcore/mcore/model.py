@@ -31,8 +31,8 @@ from aropd_mcore.convert.architecture import (
 )
 from aropd_mcore.convert.tensors import padded_vocab_size
 from aropd_mcore.mcore.fp8 import fp8_settings
-from aropd_mcore.mcore.local_attention import LocalCoreAttention
-from aropd_mcore.mcore.local_norm import LocalRMSNorm
+from aropd_mcore.mcore.patches.local_attention import LocalCoreAttention
+from aropd_mcore.mcore.patches.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
 
 BF16 = PrecisionConfig()

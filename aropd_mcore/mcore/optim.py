@@ -22,8 +22,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from aropd_mcore.config import OptimizerConfig
-from aropd_mcore.mcore import adam
 from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.patches import adam
 
 adam.install()
 
@@ -57,17 +57,13 @@ class Optimizer:
         *,
         num_steps: int,
         overlap_grad_reduce: bool = False,
-        overlap_param_gather: bool = False,
     ):
         """
         Args:
             model: the student; its parameters become views into DDP's buffers.
             num_steps: updates of the whole run, for the schedule.
             overlap_grad_reduce: reduce gradients while the last microbatch's backward goes on.
-            overlap_param_gather: gather updated parameters while the next forward goes on; whoever
-                reads them otherwise calls finish_param_gather first.
         """
-        self.overlap_param_gather = overlap_param_gather
         self.clip_grad = config.clip_grad
         self.ddp_chunks = [
             DistributedDataParallel(
@@ -76,7 +72,6 @@ class Optimizer:
                     use_distributed_optimizer=True,
                     grad_reduce_in_fp32=True,
                     overlap_grad_reduce=overlap_grad_reduce,
-                    overlap_param_gather=overlap_param_gather,
                     average_in_collective=False,
                 ),
                 chunk,
@@ -98,7 +93,6 @@ class Optimizer:
             bf16=bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=overlap_param_gather,
         )
         # Without a graph: an fp32 model's shards are views of its parameters, and their grad_fn
         # would tie optimizer, DDP and its groups in a cycle that Python cannot collect.
@@ -165,8 +159,7 @@ class Optimizer:
         Args:
             apply: the same on every rank; False leaves weights, optimizer state and schedule
                 untouched.
-        Collectives: without overlap_param_gather the all-gather of updated parameters over the
-            data-parallel ranks.
+        Collectives: the all-gather of updated parameters over the data-parallel ranks.
         """
         lr = self.lr
         if apply:
@@ -175,28 +168,8 @@ class Optimizer:
                 if self.clip_grad > 0 and parameters:
                     clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
             self.inner.step_with_ready_grads()
-            for group in self._bucket_groups():
-                # DDP forgets the last gather with the gradients, and a save comes before that.
-                group.param_gather_dispatched = False
             self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, apply, lr)
-
-    def finish_param_gather(self) -> None:
-        """Have all updated parameters on this rank. With overlap_param_gather a forward has only
-        those of the modules that it called, which the output head is not among; else nothing to do.
-
-        Collectives: for each bucket not asked for yet an all-gather over the data-parallel ranks.
-        """
-        if self.overlap_param_gather:
-            for group in self._bucket_groups():
-                group.finish_param_sync(skip_next_bucket_dispatch=True)
-
-    def _bucket_groups(self) -> list[Any]:
-        return [
-            group
-            for chunk in self.ddp_chunks
-            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
-        ]
 
     @property
     def lr(self) -> float:

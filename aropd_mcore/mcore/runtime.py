@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-from aropd_mcore.mcore import cpu_mode
+from aropd_mcore.mcore.patches import cpu_mode
 
 # Said on every rank, of Megatron's own code: what is not installed, and what torch has renamed.
 for message in (
@@ -130,7 +130,7 @@ class Runtime:
 
     @property
     def segment_multiple(self) -> int:
-        """What a packed sample's length must be a multiple of (data.context)."""
+        """What a packed sample's length must be a multiple of (data.context_parallel)."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     @property

@@ -20,6 +20,7 @@ from aropd_mcore.convert.source import HFSource, Source
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 
 _NUMBERED = re.compile(
@@ -111,12 +112,12 @@ def gather_hf(
     """Hand every tensor of the HF checkpoint, one whole tensor at a time, to `consume`.
 
     Args:
-        consume: called on the job's first rank alone, with `iter_hf_tensors`' tensors.
+        consume: called on rank 0 only, with `iter_hf_tensors`' tensors.
         values: see `iter_hf_tensors`.
     Raises:
-        Whatever consume raises, on the first rank; CheckpointError, with its words, on the others.
+        What consume raises, on every rank alike (see run_on_rank0).
     Collectives: those of `iter_hf_tensors` on the first replica, or on all where they share
-        experts; then a broadcast of objects over the job, which every rank waits for.
+        experts; then those of run_on_rank0, which every rank waits for.
     """
     error: Exception | None = None
     if runtime.dp_cp_group.rank() == 0 or runtime.shares_experts:
@@ -128,15 +129,15 @@ def gather_hf(
                 error = raised
         for _ in tensors:  # to the end, whatever happened: the other ranks take part in each
             pass
-    told = [None if error is None else str(error)]
-    dist.broadcast_object_list(told, src=0)
-    if error is not None:
-        raise error
-    if told[0] is not None:
-        raise CheckpointError(told[0])
+
+    def raise_error() -> None:
+        if error is not None:
+            raise error
+
+    run_on_rank0(raise_error)
 
 
-def export_hf(
+def export_model(
     model: StageModel,
     source_hf_dir: Path | str,
     out_dir: Path | str,

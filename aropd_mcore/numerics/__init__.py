@@ -1,4 +1,4 @@
-"""The mathematics of AR-OPD: torch and an explicit process group; knows no Megatron."""
+"""The mathematics of AR-OPD, in torch with explicit process groups and without Megatron."""
 
 from aropd_mcore.numerics.fused_linear import (
     fused_linear_anchored_residual_kl,

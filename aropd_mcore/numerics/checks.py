@@ -1,4 +1,4 @@
-"""The arguments of the losses, checked: what was found and what is expected."""
+"""Checks of the losses' arguments. They raise ValueErrors."""
 
 from collections.abc import Mapping
 
@@ -9,12 +9,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_matrices(tensors: dict[str, Tensor], shape: torch.Size) -> None:
-    """Each is of `shape`, two-dimensional, and of one of DTYPES."""
+    """Check that each tensor is two-dimensional, has `shape` and has one of DTYPES."""
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: expected {tuple(shape)}, as the first of "
-                f"{', '.join(tensors)}, in two dimensions"
+                f"{name} has shape {tuple(tensor.shape)}: expected {tuple(shape)}, and two "
+                "dimensions"
             )
         if tensor.dtype not in DTYPES:
             expected = ", ".join(map(str, DTYPES))
@@ -22,7 +22,7 @@ def check_matrices(tensors: dict[str, Tensor], shape: torch.Size) -> None:
 
 
 def check_ids(name: str, ids_T: Tensor, num_tokens: int, vocab_size: int) -> None:
-    """One int64 id in [0, vocab_size) a token."""
+    """Check that there is one int64 id in [0, vocab_size) per token."""
     if ids_T.dtype != torch.int64 or ids_T.shape != (num_tokens,):
         raise ValueError(
             f"{name} is {ids_T.dtype} {tuple(ids_T.shape)}: expected torch.int64 ({num_tokens},)"
@@ -35,7 +35,7 @@ def check_ids(name: str, ids_T: Tensor, num_tokens: int, vocab_size: int) -> Non
 def check_head(
     view: str, hidden_TH: Tensor, weight_VH: Tensor, student_TH: Tensor, student_weight_VH: Tensor
 ) -> None:
-    """Hidden states and an output layer that fit together, and the student's tokens and rows."""
+    """Check a view's hidden states and output layer against each other and the student's."""
     owner = "student" if view == "student" else "teacher"
     hidden_size = weight_VH.size(-1)
     check_matrices({f"{view}_hidden_TH": hidden_TH}, torch.Size((student_TH.size(0), hidden_size)))
@@ -50,13 +50,13 @@ def check_head(
 
 
 def check_views(hidden: Mapping[str, Tensor | None], target_view: str | None) -> None:
-    """Both privileged views' hidden states, or those of the one that is the target by itself."""
+    """Check that no privileged view is missing: only `target_view`'s is needed if it is given."""
     for view, hidden_TH in hidden.items():
         if hidden_TH is None and target_view in (None, view):
             raise ValueError(
-                f"{view}_hidden_TH is None: expected the hidden states of both views, or without "
-                "metrics and sampled ids, for residual_scale 0, of the partial view, or for "
-                "residual_scale 1 and no residual_clip, of the full view"
+                f"{view}_hidden_TH is None: expected the hidden states of both views. One view is "
+                "enough without metrics and sampled ids: the partial view for residual_scale 0, "
+                "and the full view for residual_scale 1 without residual_clip"
             )
 
 

@@ -1,4 +1,4 @@
-"""An output layer and a loss on top of it, run over chunks of tokens.
+"""Output layer and loss, computed chunk by chunk over the tokens.
 
 Shape letters: T flattened tokens, C tokens of a chunk, V vocabulary columns of this rank's shard,
 H hidden.
@@ -19,22 +19,22 @@ from aropd_mcore.numerics.passes import wide_dtype
 from aropd_mcore.numerics.vocab_shard import VocabShard
 
 LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 3 * 2**29}
-"""What the logits of an `auto` chunk may take, of all streams together. On a CPU more gains
-nothing. A GPU adds to the weight's gradient once a chunk: with V = 128,256 an H200 took 5 % less
-time for chunks of 2048 tokens than for the 1344 of 1 GiB, and another 2 % less for 2736."""
+"""Largest size of an `auto` chunk's logits, over all streams. On a CPU a larger chunk gains
+nothing. A GPU adds to the weight's gradient once per chunk: with V = 128,256, an H200 took 5 % less
+time with chunks of 2048 tokens than with 1344 (1 GiB), and another 2 % less with 2736."""
 
 CPU_TILE = 512
-"""Columns of a matrix product on a CPU: MKL was seen to multiply 320 tokens with 512 columns at a
-time a fifth faster than with 32,768 at once (AMD, AVX-512)."""
+"""Number of columns per matrix product on a CPU. With 320 tokens, MKL was a fifth faster with 512
+columns at a time than with 32,768 at once (AMD, AVX-512)."""
 
 ChunkLosses = Callable[[list[Tensor], Tensor | None, Tensor | None], dict[str, Tensor]]
-"""(logits [C, V] of each stream, token ids [C], gradient weights [C]) -> loss_T and metrics [C].
-
-With gradient weights it overwrites the first stream's logits by the weighted gradient."""
+"""Function (logits [C, V] of each stream, token ids [C], gradient weights [C]) -> loss_T and
+metrics, [C] each. If gradient weights are given, it overwrites the first stream's logits with the
+weighted gradient."""
 
 
 class Stream(NamedTuple):
-    """Hidden states [T, H] and the shard of the output layer [V, H] that makes logits of them."""
+    """Hidden states [T, H] and the output layer's shard [V, H] that projects them to logits."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
@@ -51,7 +51,7 @@ def weighted_sum_over_chunks(
     chunk_tokens: int | Literal["auto"],
     main_grad_VH: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`chunk_losses` over all tokens, weighted and summed; the first stream gets the gradient.
+    """Sum the weighted `chunk_losses` over all tokens, with gradients to the first stream.
 
     The arguments are those of `fused_linear_anchored_residual_kl`.
     """
@@ -74,7 +74,7 @@ def weighted_sum_over_chunks(
         grad_weight_VH = main_grad_VH if wants_weight else None
         if wants_weight and main_grad_VH is None:
             grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide)
-        found: list[dict[str, Tensor]] = []
+        parts: list[dict[str, Tensor]] = []
         for rows in tokens.chunks():
             hidden = [tokens.gather(stream.hidden_TH[rows]) for stream in streams]
             logits = heads.project(hidden)
@@ -82,14 +82,14 @@ def weighted_sum_over_chunks(
             if wants_hidden or wants_weight:
                 gradient_weights_C = tokens.pick(token_weights_T, rows) * scale
             ids_C = None if token_ids_T is None else tokens.pick(token_ids_T, rows)
-            found.append(chunk_losses(logits, ids_C, gradient_weights_C))
-            if grad_hidden_TH is not None:  # first: its sum over the ranks takes time meanwhile
+            parts.append(chunk_losses(logits, ids_C, gradient_weights_C))
+            if grad_hidden_TH is not None:  # first: its sum over the ranks overlaps what follows
                 grad_hidden_CH = heads.hidden_gradient(logits[0], wide, 1 / scale)
                 tokens.start_sum(grad_hidden_TH[rows], grad_hidden_CH)
             if grad_weight_VH is not None:
                 heads.add_weight_gradient(grad_weight_VH, logits[0], hidden[0], 1 / scale)
         tokens.finish_sum()
-        metrics = {name: tokens.join([part[name] for part in found]) for name in found[0]}
+        metrics = {name: tokens.join([part[name] for part in parts]) for name in parts[0]}
         loss = (token_weights_T * metrics["loss_T"]).sum()
 
     pairs: list[tuple[Tensor, Tensor | None]] = []
@@ -101,9 +101,10 @@ def weighted_sum_over_chunks(
 
 
 def auto_chunk_tokens(num_streams: int, weight_VH: Tensor, num_tokens: int) -> int:
-    """Of chunks of equal size, as few as can be: `even_chunk` with LOGITS_BYTES.
+    """Return the `even_chunk` of these streams.
 
-    Columns are counted with padding, so that all ranks agree: every chunk has collectives.
+    Columns are counted with padding, so that all ranks agree on the number of chunks. They must,
+    since every chunk has collectives.
     """
     device = "cuda" if weight_VH.is_cuda else "cpu"
     return even_chunk(
@@ -112,10 +113,10 @@ def auto_chunk_tokens(num_streams: int, weight_VH: Tensor, num_tokens: int) -> i
 
 
 def even_chunk(device: Literal["cpu", "cuda"], token_bytes: int, num_tokens: int) -> int:
-    """Tokens of a chunk, a multiple of 64 whose logits fit into LOGITS_BYTES; at least 64.
+    """Return the chunk size, for as few chunks of equal size as fit into LOGITS_BYTES.
 
-    Equal chunks: one of the few tokens that are left over would cost the weight's gradient as much
-    as a full one.
+    It is a multiple of 64, at least 64. Chunks are equal because a small remainder would cost as
+    much as a full chunk in the weight's gradient.
     """
     most = max(LOGITS_BYTES[device] // token_bytes // 64 * 64, 64)
     num_chunks = max(math.ceil(num_tokens / most), 1)
@@ -123,15 +124,18 @@ def even_chunk(device: Literal["cpu", "cuda"], token_bytes: int, num_tokens: int
 
 
 class _Tokens:
-    """The tokens of a loss, and which rank of the group holds the hidden states of which.
+    """The tokens of a loss, and how the ranks of the group share their hidden states.
 
-    With sequence parallelism each rank has an equal part. A chunk then takes the same rows of every
-    part, so that all ranks work on every chunk and none holds more than it.
+    With sequence parallelism each rank holds an equal part of the tokens. A chunk then takes the
+    same rows of every part, so that all ranks work on every chunk and hold no more than one chunk.
     """
 
     def __init__(self, num_rows: int, chunk_tokens: int, tp_group, sequence_parallel: bool):
         if sequence_parallel and tp_group is None:
-            raise ValueError("sequence_parallel without tp_group: expected the ranks that share")
+            raise ValueError(
+                "sequence_parallel without tp_group: expected the group of ranks that share the "
+                "tokens; pass tp_group"
+            )
         self.num_rows = num_rows
         self.group = tp_group
         self.num_parts = tp_group.size() if sequence_parallel else 1
@@ -147,12 +151,18 @@ class _Tokens:
         return self._chunk_rows * self.num_parts
 
     def chunks(self) -> Iterator[slice]:
-        """Rows of this rank's part. Without tokens one empty chunk: it still names every metric."""
+        """Yield the rows of this rank's part by chunk; one empty chunk if there are no tokens.
+
+        The empty chunk provides the names of the metrics.
+        """
         starts = range(0, max(self.num_rows, 1), self._chunk_rows)
         return (slice(start, min(start + self._chunk_rows, self.num_rows)) for start in starts)
 
     def gather(self, rows_RH: Tensor) -> Tensor:
-        """The hidden states of a whole chunk. Collectives: an all-gather, if parallel."""
+        """Return the hidden states of a whole chunk.
+
+        Collectives: an all-gather with sequence parallelism.
+        """
         if self.num_parts == 1 or not rows_RH.size(0):
             return rows_RH
         chunk_CH = rows_RH.new_empty(self.num_parts * rows_RH.size(0), rows_RH.size(1))
@@ -161,18 +171,22 @@ class _Tokens:
         return chunk_CH
 
     def pick(self, numbers_T: Tensor, rows: slice) -> Tensor:
-        """Of a tensor of all tokens, a chunk's."""
+        """Select a chunk from a tensor of all tokens."""
         return numbers_T.view(self.num_parts, self.num_rows)[:, rows].flatten()
 
     def join(self, chunks: list[Tensor]) -> Tensor:
-        """A tensor of all tokens from every chunk's."""
+        """Join the tensors of all chunks into one of all tokens."""
         parts = [chunk.unflatten(0, (self.num_parts, -1)) for chunk in chunks if len(chunk)]
         return torch.cat(parts, dim=1).flatten(0, 1) if parts else chunks[0]
 
     def start_sum(self, out_RH: Tensor, chunk_CH: Tensor) -> None:
-        """Into `out_RH`, this rank's rows of a chunk, summed over the ranks: each has seen its own
-        columns of the vocabulary only. Collectives: a reduce-scatter if parallel, else an
-        all-reduce; the sum of the chunk before it is waited for."""
+        """Start summing a chunk's gradient over the ranks; `out_RH` gets this rank's rows.
+
+        A rank's summand covers only its own columns of the vocabulary. The sum of the previous
+        chunk is waited for first.
+
+        Collectives: a reduce-scatter with sequence parallelism, else an all-reduce; asynchronous.
+        """
         self.finish_sum()
         if self.num_parts == 1:
             out_RH.copy_(chunk_CH)
@@ -184,7 +198,7 @@ class _Tokens:
             parts = list(chunk_CH.chunk(self.num_parts))
             work = dist.reduce_scatter(out_RH, parts, group=self.group, async_op=True)
         assert work is not None
-        self._summing = (work, chunk_CH)  # which must live as long as it is read
+        self._summing = (work, chunk_CH)  # chunk_CH must live until the collective has read it
 
     def finish_sum(self) -> None:
         if self._summing is not None:
@@ -193,18 +207,21 @@ class _Tokens:
 
 
 class _Heads:
-    """The output layers of all streams, and the buffer that holds a chunk's logits."""
+    """Output layers of all streams, and the buffer of a chunk's logits."""
 
     def __init__(self, streams: Sequence[Stream], num_columns: int, chunk_size: int):
         self.weights = [stream.weight_VH[:num_columns] for stream in streams]
         weights = [stream.weight_VH for stream in streams]
-        # A row is as long as with padding: a GPU multiplies faster into aligned rows.
+        # Rows have the padded length, since a GPU multiplies faster into aligned rows.
         rows = weights[0].new_empty(len(streams), chunk_size, weights[0].size(0))
         self.logits = rows[..., :num_columns]
         self._owners = [(weight_VH.data_ptr(), weight_VH.shape) for weight_VH in weights]
 
     def project(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Logits [C, V] of each stream; neighbours with one weight share one matrix product."""
+        """Return the logits [C, V] of each stream, into the buffer.
+
+        Consecutive streams with the same weight share one matrix product.
+        """
         num_tokens, done = hidden[0].size(0), 0
         logits = self.logits.flatten(0, 1)[: len(hidden) * num_tokens]
         for _, streams in groupby(range(len(hidden)), key=self._owners.__getitem__):
@@ -219,12 +236,12 @@ class _Heads:
     def add_weight_gradient(
         self, grad_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, scale: float
     ) -> None:
-        """grad += scale * gradient^T @ hidden, of the first stream."""
+        """Add scale * gradient^T @ hidden of the first stream to `grad_VH`."""
         for columns in _tiles(gradient_CV):
             _add_product(grad_VH[columns], gradient_CV[:, columns].T, hidden_CH, scale)
 
     def hidden_gradient(self, gradient_CV: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-        """scale * gradient @ weight, of the first stream, from this rank's columns."""
+        """Return scale * gradient @ weight of the first stream, from this rank's columns."""
         weight_VH = self.weights[0]
         grad_CH = gradient_CV.new_zeros(gradient_CV.size(0), weight_VH.size(1), dtype=dtype)
         for columns in _tiles(gradient_CV):
@@ -233,7 +250,7 @@ class _Heads:
 
 
 def _tiles(logits_CV: Tensor) -> Iterator[slice]:
-    """Columns that are multiplied at a time: on a GPU all of them."""
+    """Yield the columns of each matrix product: all of them on a GPU, CPU_TILE on a CPU."""
     num_columns = logits_CV.size(1)
     step = num_columns if logits_CV.is_cuda else CPU_TILE
     starts = range(0, num_columns, max(step, 1))
@@ -241,7 +258,7 @@ def _tiles(logits_CV: Tensor) -> Iterator[slice]:
 
 
 def _add_product(sum_: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """sum += scale * left @ right, accumulated in the sum's dtype, which is at least fp32."""
+    """Add scale * left @ right to `sum_`, accumulated in its dtype, which is at least fp32."""
     if left.is_cuda and left.dtype != sum_.dtype:
         torch.addmm(sum_, left, right, out_dtype=sum_.dtype, alpha=scale, out=sum_)
     else:
@@ -249,9 +266,10 @@ def _add_product(sum_: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 
 def _gradient_scale(token_weights_T: Tensor, dtype: torch.dtype) -> float:
-    """A power of two to form the logits' gradient with: in fp16, 1 / tokens and less would vanish.
+    """Return the power of two that the gradient of the logits is multiplied by until it is used.
 
-    The largest weight becomes 2^7 to 2^8, since a gradient of the reverse KL can exceed 1.
+    In fp16, weights such as 1 / tokens would underflow. The largest weight becomes 2^7 to 2^8,
+    and not more, since a gradient of the reverse KL can exceed 1.
     """
     if dtype != torch.float16 or not token_weights_T.numel():
         return 1.0

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy over a sharded vocabulary: the SFT baseline's loss, from logits.
+"""Next-token cross-entropy from logits over a sharded vocabulary: the loss of the SFT baseline.
 
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard.
 """
@@ -13,6 +13,8 @@ from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards
 
 
 class CrossEntropies(NamedTuple):
+    """Loss and entropy of each token, and the softmax that the gradient needs."""
+
     loss_T: Tensor
     entropy_student_T: Tensor
     softmax: Softmax
@@ -21,7 +23,7 @@ class CrossEntropies(NamedTuple):
 def cross_entropies(
     run: TorchPasses, student_TV: Tensor, target_ids_T: Tensor, shard: VocabShard
 ) -> CrossEntropies:
-    """-log s of the target ids. Collectives: one all-gather."""
+    """Return -log s of the target ids. Collectives: one all-gather."""
     moments = ((0, 0),)
     local = {
         "views": run.view_statistics([student_TV], moments),
@@ -42,7 +44,7 @@ def write_cross_entropy_gradient(
     shard: VocabShard,
     weights_T: Tensor,
 ) -> None:
-    """Into `out_TV`, weights_t (s - onehot(target)); it may be the logits themselves."""
+    """Write weights_t (s - onehot(target)) to `out_TV`, which may be the logits themselves."""
     for tokens in run.blocks(student_TV.size(0)):
         log_row, s_row, *_ = run.buffers(tokens)
         log_s = softmax.log_probs(0, student_TV[tokens], tokens, out=log_row)
@@ -50,6 +52,6 @@ def write_cross_entropy_gradient(
         weights = weights_T[tokens]
         s.mul_((scale_T * weights)[:, None])
         if shard.num_columns:
-            mine_T, columns_T = shard.owned(target_ids_T[tokens])
-            s.scatter_add_(1, columns_T[:, None], (mine_T * -weights)[:, None])
+            is_owned_T, columns_T = shard.owned(target_ids_T[tokens])
+            s.scatter_add_(1, columns_T[:, None], (is_owned_T * -weights)[:, None])
         out_TV[tokens] = s

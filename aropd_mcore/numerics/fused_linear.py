@@ -1,9 +1,8 @@
-"""The losses from hidden states, chunk by chunk, so that no [tokens, vocabulary] matrix exists.
+"""The losses from hidden states, chunk by chunk: no [tokens, vocabulary] matrix is formed.
 
-The output layer is applied to a few hundred tokens at a time, into logits that every chunk reuses.
-Since the token weights are known before the loss is, a chunk's gradient is formed as soon as its
-loss is there, over the student's logits, and folded into the gradients of the hidden states and of
-the weight.
+The output layer is applied to one chunk of tokens at a time, into a buffer that all chunks reuse.
+The token weights are known before the loss. So a chunk's gradient is formed right after its loss,
+in place of the student's logits, and added to the gradients of the hidden states and the weight.
 
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard (with padding), H
 hidden.
@@ -19,7 +18,7 @@ from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
 from aropd_mcore.numerics.cross_entropy import cross_entropies, write_cross_entropy_gradient
 from aropd_mcore.numerics.kl import Wanted, join, passes_for, token_groups, token_losses
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import TorchPasses, Views
+from aropd_mcore.numerics.passes import TorchPasses, ViewLogits
 from aropd_mcore.numerics.vocab_shard import vocab_shard
 
 
@@ -44,61 +43,61 @@ def fused_linear_anchored_residual_kl(
     with_topk: bool = True,
     sampled_ids_T: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of the AR-OPD loss over tokens, from the final hidden states.
+    """Compute the weighted sum of the AR-OPD loss over tokens, from the final hidden states.
 
         loss = sum_t token_weights_t * loss_t,    logits = hidden @ weight^T
 
-    with loss_t of `vocab_parallel_anchored_residual_kl`: the same numbers by the same code.
+    loss_t is that of `vocab_parallel_anchored_residual_kl`, computed by the same code.
 
     Source: METHOD sections 3 and 5; AR-OPD, arXiv:2606.10385.
-    Gradient: to student_hidden_TH and student_weight_VH, in their dtypes; none to the teacher's
-    tensors (teacher_weight_VH may be the student's own) or to the token weights. It is formed
-    during the forward, accumulated in fp32 (fp64 for fp64), and only scaled by backward. The
-    gradient to the hidden states is complete on every rank of tp_group; do not reduce it again.
-    With T = 0 both are zero and still connected. Once differentiable.
+    Gradient: to student_hidden_TH and student_weight_VH, in their dtypes. None to the teacher's
+    tensors (teacher_weight_VH may be the student's own) or to the token weights. The gradient is
+    formed during the forward, accumulated in fp32 (fp64 for fp64), and only scaled by backward. The
+    gradient to the hidden states is complete on every rank of tp_group: do not reduce it again.
+    With T = 0 both gradients are zero and still connected. The loss is differentiable once.
 
-    Context parallelism needs nothing here: each of its ranks passes the tokens that it has, none
-    included, and the sum over the ranks is the loss.
+    With context parallelism each rank passes its own tokens, possibly none. The sum over the ranks
+    is the loss.
 
     Args:
         student_hidden_TH: [T, H], fp16, bf16, fp32 or fp64, the same on every rank of tp_group.
-        student_weight_VH: this rank's shard of the output layer, [V_padded / tp, H], of the
-            hidden states' dtype; rows at or past vocab_size count as absent and get gradient 0.
-        partial_hidden_TH: the teacher's, given the partial view (the anchor); [T, H'].
-        full_hidden_TH: the teacher's, given the full view; [T, H']. Where the target is one of the
-            two views (lambda = 0: the partial one; lambda = 1 without clip: the full one), the
-            other may be None and is then not projected: without metrics and sampled ids.
+        student_weight_VH: this rank's shard of the output layer, [V_padded / tp, H], with the
+            hidden states' dtype. Rows at or past vocab_size count as absent and get gradient 0.
+        partial_hidden_TH: the teacher's hidden states given the partial view (the anchor), [T, H'].
+        full_hidden_TH: the teacher's hidden states given the full view, [T, H']. Without metrics
+            and sampled ids, a view that the target does not need may be None and is then not
+            projected: the full view for lambda = 0, the partial view for lambda = 1 without clip.
         teacher_weight_VH: this rank's shard of the teacher's output layer, [V_padded / tp, H'].
-            Where it is the student's (a `live` teacher), one product serves all three.
+            If it is the student's (a `live` teacher), one product serves all three streams.
         token_weights_T: [T]; 0 takes a token out of the loss and of the gradient.
-        sequence_parallel: each rank of tp_group holds an equal part of the tokens: the hidden
-            states are [T / tp, H], in the ranks' order; the other tensors are those of all T
-            tokens. The gradient is that of this rank's part.
-        chunk_tokens: tokens whose logits exist at the same time; any value gives the same loss.
+        sequence_parallel: whether each rank of tp_group holds an equal part of the tokens. The
+            hidden states are then [T / tp, H], in the order of the ranks, and the gradient is that
+            of this rank's part. The other tensors cover all T tokens.
+        chunk_tokens: number of tokens whose logits exist at once; any value gives the same loss.
             `auto`: as many as fit into `chunks.LOGITS_BYTES`.
-        main_grad_VH: where the weight's gradient is accumulated, at once: fp32 [V_padded / tp, H],
-            such as Megatron's `main_grad`. The weight itself then gets zeros, and backward must
-            receive exactly 1.
+        main_grad_VH: buffer that the weight's gradient is added to during the forward, fp32
+            [V_padded / tp, H], such as Megatron's `main_grad`. The weight itself then gets zeros,
+            and backward must receive exactly 1.
         residual_scale, residual_clip, divergence, jsd_weight, vocab_size, tp_group, with_metrics,
             with_topk, sampled_ids_T: as in `vocab_parallel_anchored_residual_kl`.
     Returns:
         loss: scalar, fp32 (fp64 for fp64), the same on every rank of tp_group.
         metrics: those of the logits form, and loss_T; detached, [T] each, not weighted.
     Raises:
-        ValueError: as the logits form; hidden states and weights that do not fit together; None
-            for a view that is needed; chunk_tokens below 1; sequence_parallel without tp_group; a
-            main_grad_VH of another shape or dtype.
+        ValueError: as the logits form. Also if hidden states and weights do not fit together, a
+            needed view is None, chunk_tokens is below 1, sequence_parallel is given without
+            tp_group, or main_grad_VH has another shape or dtype.
         RuntimeError: backward with create_graph=True; with main_grad_VH, backward from anything
             but 1 x the loss.
-    Collectives: forward those of the logits form a chunk, and one all-reduce a chunk of the
-        gradient to the hidden states, while the next chunk is computed; with sequence_parallel one
-        all-gather a stream and a chunk, and a reduce-scatter in place of the all-reduce. Backward
-        none.
+    Collectives: in the forward, per chunk, those of the logits form and one all-reduce of the
+        gradient to the hidden states, which overlaps the next chunk. With sequence_parallel there
+        is also one all-gather per stream and chunk, and a reduce-scatter replaces the all-reduce.
+        None in the backward.
     """
     objective = Objective(residual_scale, residual_clip, divergence, jsd_weight)
     privileged = {"partial": partial_hidden_TH, "full": full_hidden_TH}
-    reported = with_metrics or sampled_ids_T is not None
-    check_views(privileged, None if reported else objective.target_view)
+    needs_both = with_metrics or sampled_ids_T is not None
+    check_views(privileged, None if needs_both else objective.target_view)
     streams = [Stream(student_hidden_TH, student_weight_VH)]
     check_head("student", *streams[0], *streams[0])
     for view, hidden_TH in privileged.items():
@@ -113,8 +112,8 @@ def fused_linear_anchored_residual_kl(
     def chunk_losses(
         logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
     ) -> dict[str, Tensor]:
-        # One view stands for both: the target takes it from either place.
-        views, parts = Views(logits[0], logits[1], logits[-1]), []
+        # With one privileged view, it takes both places: the target reads the same from either.
+        views, parts = ViewLogits(logits[0], logits[1], logits[-1]), []
         run = passes_for(views)
         wanted = Wanted(ids_T, with_metrics, with_metrics and with_topk)
         for group in token_groups(run, views.student.size(0), shard):
@@ -151,23 +150,24 @@ def fused_linear_cross_entropy(
     chunk_tokens: int | Literal["auto"] = "auto",
     main_grad_VH: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of next-token cross-entropy over tokens, from the final hidden states.
+    """Compute the weighted sum of next-token cross-entropy, from the final hidden states.
 
         loss = -sum_t token_weights_t * log softmax(hidden_t @ weight^T)[target_t]
 
     Source: METHOD section 8, the SFT baseline.
     Gradient: to student_hidden_TH and student_weight_VH, as in
-    `fused_linear_anchored_residual_kl`; through the logits it is s - onehot(target).
+    `fused_linear_anchored_residual_kl`. With respect to the logits it is s - onehot(target).
 
     Args:
         target_ids_T: int64 [T], global ids.
-        The others: as in `fused_linear_anchored_residual_kl`.
+        The other arguments: as in `fused_linear_anchored_residual_kl`.
     Returns:
         loss: scalar, fp32 (fp64 for fp64), nats, the same on every rank of tp_group.
         metrics: loss_T, logprob_student, entropy_student; detached, [T] each, not weighted.
     Raises:
         ValueError, RuntimeError: as in `fused_linear_anchored_residual_kl`.
-    Collectives: as there, but one all-gather of four numbers a token in place of the logits form's.
+    Collectives: as in `fused_linear_anchored_residual_kl`, but with one all-gather of four numbers
+        per token in place of those of the logits form.
     """
     stream = Stream(student_hidden_TH, student_weight_VH)
     check_head("student", *stream, *stream)

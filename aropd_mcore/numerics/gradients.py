@@ -1,11 +1,11 @@
-"""Losses whose gradients are there before backward asks for them."""
+"""Losses whose gradients are computed in the forward."""
 
 import torch
 from torch import Tensor
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A scalar loss: backward scales what the forward has found, without a collective."""
+    """A scalar loss whose backward scales the gradients of the forward, without a collective."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ class _KnownGradients(torch.autograd.Function):
         scale, grads = scales[0], []
         for (shape, dtype), gradient in zip(ctx.inputs, ctx.saved_tensors, strict=True):
             if gradient is None:  # accumulated already; zeros keep the parameter's hooks running
-                # torch has no public assertion that lets the host go on.
+                # torch has no public assertion that does not block the host.
                 torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
                     scale == 1, "main_grad_VH holds the gradient of 1 x the loss"
                 )
@@ -30,11 +30,11 @@ class _KnownGradients(torch.autograd.Function):
 
 
 def attach_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
-    """The scalar `loss` as a differentiable function of each input of (input, gradient).
+    """Make the scalar `loss` a differentiable function of each input of (input, gradient).
 
-    Gradients are wide and stay so until the incoming gradient has scaled them: one rounding. None
-    stands for a gradient that has been accumulated elsewhere, of the loss itself: backward then
-    raises a RuntimeError (on a GPU, a device-side assertion) if anything but 1 comes in.
+    Gradients are fp32 or fp64. They are rounded once, after backward has scaled them. None stands
+    for a gradient of the loss that has been accumulated elsewhere: backward then raises a
+    RuntimeError (on a GPU, a device-side assertion) if the incoming gradient is not 1.
     """
     if not pairs:
         return loss
@@ -47,6 +47,11 @@ def wants_gradient(tensor: Tensor) -> bool:
 
 
 def refuse_second_derivative() -> None:
-    """In a backward: torch's own once_differentiable lets some second derivatives be 0."""
+    """Raise in a backward with create_graph.
+
+    torch's own once_differentiable silently returns 0 for some second derivatives.
+    """
     if torch.is_grad_enabled():
-        raise RuntimeError("this loss is differentiable once: no create_graph=True")
+        raise RuntimeError(
+            "backward with create_graph=True: this loss is differentiable once; remove create_graph"
+        )

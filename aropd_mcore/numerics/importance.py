@@ -1,6 +1,6 @@
-"""Truncated importance sampling: rollouts that an engine sampled from not quite these weights.
+"""Truncated importance sampling, for rollouts of an engine whose log-probs differ from training's.
 
-Shape letters: T loss tokens of a microbatch on this rank, B its samples.
+Shape letters: T loss tokens of a microbatch on this rank, B samples of the microbatch.
 """
 
 import torch
@@ -9,8 +9,11 @@ from torch import Tensor
 
 from aropd_mcore.config import ImportanceLevel
 
-IMPORTANCE_MEANS = ("engine_gap", "importance_ratio", "importance_capped", "kl_engine_student")
-IMPORTANCE_MAXIMA = ("engine_gap_max", "importance_ratio_max")
+IMPORTANCE_METRICS = (
+    *("engine_gap", "importance_ratio", "importance_capped", "kl_engine_student"),
+    *("engine_gap_max", "importance_ratio_max"),
+)
+"""Names, of `position_metrics.METRICS`, that `importance_weights` has the token values of."""
 
 
 def importance_weights(
@@ -23,22 +26,22 @@ def importance_weights(
     level: ImportanceLevel,
     cp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What each token's loss is multiplied by.
+    """Compute the factor of each token's loss.
 
         ratio_t = exp(log s(y_t) - log engine(y_t))
         token:     w_t = min(ratio_t, cap)
         sequence:  w_t = mean over the loss tokens u of the same response of min(ratio_u, cap)
 
-    Source: METHOD section 3, engine mismatch; the means over sampled tokens estimate what they are
-    named for: E_engine[log engine - log s] is KL(engine || s).
+    Source: METHOD section 3, engine mismatch. The mean of the metric kl_engine_student over sampled
+    tokens estimates KL(engine || s), since E_engine[log engine - log s] is that divergence.
 
     Args:
-        student_logprobs_T, engine_logprobs_T: of the sampled tokens, fp32, nats.
-        sample_T: int64, the sample of each token, below num_samples.
-        cp_group: ranks that share out the tokens of the same samples.
+        student_logprobs_T, engine_logprobs_T: log-probs of the sampled tokens, fp32 [T], nats.
+        sample_T: int64 [T], the index of each token's sample, below num_samples.
+        cp_group: context-parallel ranks, which share the tokens of the same samples.
     Returns:
-        fp32 [T], without gradient; and per-token metrics by name, [T] each.
-    Collectives: for `sequence` over several context ranks one all-reduce of 2 B numbers.
+        Weights, fp32 [T], without gradient; and per-token metrics by name, [T] each.
+    Collectives: for `sequence` with several context-parallel ranks, one all-reduce of 2 B numbers.
     """
     gap_T = (student_logprobs_T - engine_logprobs_T).detach().float()
     ratio_T = gap_T.exp()

@@ -1,6 +1,6 @@
-"""What the kernels are made of: a block of columns of a row, and the formulas on it.
+"""Building blocks of the kernels: loads of a block of a row's columns, and formulas on it.
 
-    block [L, C]:  L lanes,  C neighbouring columns, one load of a lane
+    block [L, C]:  L lanes, C neighbouring columns that a lane loads at once
 
 Shape letters: as in `kernels`.
 """
@@ -13,12 +13,12 @@ import triton.language as tl
 from aropd_mcore.numerics import passes
 
 LANES = tl.constexpr(256)
-"""8 warps."""
+"""Number of lanes L of a block: 8 warps."""
 
 LANE_COLUMNS = tl.constexpr(4)
-"""C. With twice as many a lane takes up to 175 registers, and a multiprocessor holds one program,
-which has nothing to do while it waits for memory; with 4 it takes 97 at most, as
-`tests/numerics/compiled_kernels.py` tells."""
+"""Number of columns C per lane. With 4, a lane takes at most 97 registers. With 8 it takes up to
+175: a multiprocessor then holds one program, which idles while it waits for memory. Registers are
+those that `python -m tests.numerics.compiled_kernels` prints."""
 
 BLOCK = tl.constexpr(LANES.value * LANE_COLUMNS.value)
 LOWEST = tl.constexpr(passes.LOWEST)
@@ -28,19 +28,19 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def block_columns():
-    """0, 1, 2, ... as [L, C]."""
+    """Return 0, 1, 2, ... as [L, C]."""
     return tl.arange(0, LANES)[:, None] * LANE_COLUMNS + tl.arange(0, LANE_COLUMNS)[None, :]
 
 
 @triton.jit
 def pointers(matrix, row, columns):
-    """In 64 bits: a transposed matrix has column strides as large as T."""
+    """Return 64-bit pointers: a transposed matrix has column strides as large as T."""
     return matrix.data + row * matrix.row_stride + columns.to(tl.int64) * matrix.column_stride
 
 
 @triton.jit
 def load(matrix, row, columns, num_columns, MASKED: tl.constexpr):
-    """fp32; -inf past the last column, which adds 0 to careful sums."""
+    """Load as fp32, with -inf past the last column, which adds 0 to careful sums."""
     at = pointers(matrix, row, columns)
     if MASKED:
         return tl.load(at, mask=columns < num_columns, other=float("-inf")).to(tl.float32)
@@ -56,14 +56,16 @@ def load_views(views, row, columns, num_columns, MASKED: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """tl.exp takes the same product and approximation, and three more instructions for results
-    below 2^-126, which are 0 here."""
+    """Compute exp by exp2; results below 2^-126 are 0.
+
+    tl.exp uses the same product and approximation, and three more instructions for these results.
+    """
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def shift(x, max_L):
-    """The lanes' new maxima, what they have grown by, x - max and its exp."""
+    """Return the lanes' new maxima, their growth, x - max and exp(x - max)."""
     new_L = tl.maximum(max_L, tl.max(x, 1))
     shifted = x - new_L[:, None]
     return new_L, new_L - max_L, shifted, exp(shifted)
@@ -71,13 +73,13 @@ def shift(x, max_L):
 
 @triton.jit
 def move(moment_ab, sum_a, d_a, d_b, CAREFUL: tl.constexpr):
-    """The moment once the maxima of a and b have grown by d_a and d_b."""
+    """Return the moment after the maxima of a and b have grown by d_a and d_b."""
     return product(exp(-d_a), moment_ab - product(sum_a, d_b, CAREFUL), CAREFUL)
 
 
 @triton.jit
 def product(weight, value, CAREFUL: tl.constexpr):
-    """Careful: a weight of 0 counts 0 even against infinity."""
+    """Return weight * value. If CAREFUL, a weight of 0 times infinity counts 0."""
     product = weight * value
     if CAREFUL:
         product = tl.where(weight == 0.0, 0.0, product)
@@ -101,14 +103,14 @@ def are_finite(x_L):
 
 @triton.jit
 def normalizer(softmax, k, row, num_tokens):
-    """A row's maximum and the log of its sum."""
+    """Load a row's maximum and the log of its sum."""
     at = k * num_tokens + row
     return tl.load(softmax.max_KT + at), tl.load(softmax.log_sum_KT + at)
 
 
 @triton.jit
 def normalizers(softmax, row, num_tokens):
-    """Of student, partial and full."""
+    """Load the normalizers of student, partial and full."""
     norm_s = normalizer(softmax, 0, row, num_tokens)
     norm_p = normalizer(softmax, 1, row, num_tokens)
     return norm_s, norm_p, normalizer(softmax, 2, row, num_tokens)
@@ -116,15 +118,15 @@ def normalizers(softmax, row, num_tokens):
 
 @triton.jit
 def log_softmax(x, norm):
-    """The maximum comes off first, as in `passes.Softmax`."""
+    """Return x - max - log_sum. The maximum is subtracted first, as in `passes.Softmax`."""
     return (x - norm[0]) - norm[1]
 
 
 @triton.jit
 def log_target(log_p, log_f, scale, clip, RESIDUAL: tl.constexpr, CAREFUL: tl.constexpr):
-    """log u = log p + lambda * clip(log f - log p, -c, +c), or log f for lambda = 1 without clip.
+    """Return log u = log p + lambda * clip(log f - log p, -c, +c), by case of RESIDUAL.
 
-    The GPU's own clip turns NaN into a number, and a view that holds NaN into a target.
+    NaN is propagated: the GPU's own clip would turn it into a number, and hide a view with NaN.
     """
     if RESIDUAL == "none":
         log_u = log_p
@@ -151,7 +153,7 @@ def log_student_and_target(
 
 @triton.jit
 def log_mixture(log_s, log_q, log_student_share, log_target_share):
-    """log m = log((1 - beta) s + beta q); -inf where both are."""
+    """Return log m = log((1 - beta) s + beta q); -inf where both logs are -inf."""
     a, b = log_s + log_student_share, log_q + log_target_share
     larger = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
     log_m = larger + tl.log(1.0 + exp(-tl.abs(a - b)))

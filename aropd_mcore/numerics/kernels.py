@@ -1,29 +1,29 @@
-"""The passes of `passes` in Triton, for GPUs: what they return is said there, here is how.
+"""The passes in Triton, for GPUs. `passes.TorchPasses` documents what they return.
 
-A program takes a token and reads its rows once, in blocks of columns. The columns of a block are
-dealt out to lanes, and each lane keeps maxima and sums of its own:
+A program processes one token. It reads the token's rows once, in blocks of columns. The columns of
+a block are split over lanes, and each lane keeps its own maxima and sums:
 
-    block [L, C]:  L lanes,  C neighbouring columns, one load of a lane
+    block [L, C]:  L lanes, C neighbouring columns that a lane loads at once
 
-A lane is a GPU thread, so that no thread waits for another before the end of the row. When a
-lane's maximum of view k grows by d_k, its sums are moved to it,
+A lane is a GPU thread, so no thread waits for another before the end of the row. When a lane's
+maximum of view k grows by d_k, its sums are moved to the new maximum:
 
     sum_k     <- exp(-d_k) sum_k                           sum_k = sum_v exp(x_kv - max_k)
     moment_ab <- exp(-d_a) (moment_ab - d_b sum_a)         moment_ab: see `view_statistics`
 
-and at the end all lanes' sums are moved to the maximum of the row and added up. Logits of -inf, and
-the columns of a block that is not full, need masks. Full blocks go without, and where that does
-not leave finite numbers, all of the row is done once more, CAREFUL.
+At the end the sums of all lanes are moved to the row's maximum and added. Logits of -inf, and the
+columns of a block that is not full, need masks. Full blocks are first computed without masks. If
+the result is not finite, the whole row is computed again with masks (CAREFUL).
 
-Arithmetic and numbers are fp32. Blocks are of one size and nothing is added up atomically: the same
-logits give the same bits.
+Arithmetic and results are fp32. All blocks have one size and there are no atomic additions, so the
+same logits give the same bits.
 
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard (without padding), K
-numbers a token. In kernels a token is a row; L and C are as above.
+numbers per token. In kernels a token is a row; L and C are as above.
 """
 
 # pyright: reportCallIssue=false
-# A launch takes options, such as num_warps, that are no parameters of the kernel.
+# A launch takes options, such as num_warps, that are not parameters of the kernel.
 
 import math
 from collections.abc import Sequence
@@ -57,21 +57,21 @@ from aropd_mcore.numerics.kernel_blocks import (
     shift,
 )
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, Softmax, Views
+from aropd_mcore.numerics.passes import MOMENTS, Softmax, ViewLogits
 
 NUM_WARPS = LANES.value // 32
-SIZES = ["num_tokens", "num_columns"]  # compiled once for all of them
+SIZES = ["num_tokens", "num_columns"]  # kernels are compiled once for all sizes
 
 
 class Matrix(NamedTuple):
-    """A tensor [T, V] as kernels take it."""
+    """A tensor [T, V] with its strides, as an argument of kernels."""
 
     data: Tensor
     row_stride: int
     column_stride: int
 
 
-def view_statistics(views: Views, moments: Sequence[tuple[int, int]]) -> Tensor:
+def view_statistics(views: ViewLogits, moments: Sequence[tuple[int, int]]) -> Tensor:
     assert tuple(moments) in ((), MOMENTS), moments
     out_KT = _empty_numbers(6 + len(moments), views)
     with torch.cuda.device_of(out_KT):
@@ -82,7 +82,7 @@ def view_statistics(views: Views, moments: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def target_statistics(
-    views: Views,
+    views: ViewLogits,
     softmax: Softmax,
     objective: Objective,
     *,
@@ -105,7 +105,7 @@ def target_statistics(
     return out_KT
 
 
-def mixture_statistics(views: Views, softmax: Softmax, objective: Objective) -> Tensor:
+def mixture_statistics(views: ViewLogits, softmax: Softmax, objective: Objective) -> Tensor:
     out_KT = _empty_numbers(2, views)
     with torch.cuda.device_of(out_KT):
         _mixture_statistics[(out_KT.size(1),)](
@@ -121,7 +121,7 @@ def mixture_statistics(views: Views, softmax: Softmax, objective: Objective) -> 
 
 def write_gradient(
     out_TV: Tensor,
-    views: Views,
+    views: ViewLogits,
     softmax: Softmax,
     kl_student_T: Tensor,
     objective: Objective,
@@ -143,7 +143,7 @@ def write_gradient(
         )
 
 
-def _empty_numbers(num_numbers: int, views: Views) -> Tensor:
+def _empty_numbers(num_numbers: int, views: ViewLogits) -> Tensor:
     assert views.student.dtype in (torch.float16, torch.bfloat16, torch.float32)
     shape = (num_numbers, views.student.size(0))
     return views.student.new_empty(shape, dtype=torch.float32)
@@ -153,9 +153,9 @@ def _matrix(tensor_TV: Tensor) -> Matrix:
     return Matrix(tensor_TV, *tensor_TV.stride())
 
 
-def _sizes(views: Views) -> tuple[Views, int, int]:
+def _sizes(views: ViewLogits) -> tuple[ViewLogits, int, int]:
     num_tokens, num_columns = views.student.shape
-    return Views._make(map(_matrix, views)), num_tokens, num_columns
+    return ViewLogits._make(map(_matrix, views)), num_tokens, num_columns
 
 
 def _contiguous(softmax: Softmax) -> Softmax:
@@ -163,7 +163,7 @@ def _contiguous(softmax: Softmax) -> Softmax:
 
 
 def _residual(objective: Objective) -> dict[str, float | str]:
-    """The case of log u, and its numbers, which are no constants: a kernel serves all of them."""
+    """Return the case of log u, which selects a compiled kernel, and its run-time numbers."""
     scale, clip = float(objective.residual_scale), objective.residual_clip
     if scale == 0:
         case = "none"
@@ -261,7 +261,7 @@ def _target_statistics(
                 max_u, sum_u, target_ratio, student_ratio = low, zero, zero, zero
                 clipped, num_both = zero, zero
         for start in range(begin, end, BLOCK):
-            # What nothing below needs is not loaded: the compiler sees to that.
+            # The compiler removes the loads of views that are not used below.
             x_s, x_p, x_f = load_views(views, row, start + block, num_columns, CAREFUL)
             log_s, log_p = log_softmax(x_s, norm_s), log_softmax(x_p, norm_p)
             log_f = log_softmax(x_f, norm_f)
@@ -348,13 +348,13 @@ def _write_gradient(
     RESIDUAL: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """A program a block."""
+    """Write the gradient. One program per block, not per row."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     columns = start + block_columns()
     norms = normalizers(softmax, row, num_tokens)
     norm_u = normalizer(softmax, TARGET, row, num_tokens)
-    # Full blocks load and store without a mask, which would split both up.
+    # Full blocks load and store without a mask, since a mask would split both operations.
     if start + BLOCK <= num_columns:
         logits = load_views(views, row, columns, num_columns, False)
     else:

@@ -1,15 +1,15 @@
-"""The AR-OPD loss of every token, over a vocabulary sharded across tensor-parallel ranks.
+"""The AR-OPD loss per token, over a vocabulary sharded across tensor-parallel ranks.
 
     log q = log_softmax(log p + lambda * clip(log f - log p, -c, +c))
     loss_t = KL(q || s), KL(s || q) or a Jensen-Shannon divergence of the two
 
-`token_losses` is the one implementation: passes over this shard's logits that leave a few numbers a
-token (`passes` in torch, `kernels` in Triton), and after each of them one exchange of these numbers
-over the ranks. The gradient needs nothing more: one last pass writes it, without a collective.
+`token_losses` is the only implementation. It makes passes over this shard's logits that leave a few
+numbers per token (`passes` in torch, `kernels` in Triton). After each pass the ranks exchange these
+numbers once. A last pass writes the gradient, without a collective.
 
 `vocab_parallel_anchored_residual_kl` runs this on whole logits, `fused_linear` chunk by chunk.
 
-Shape letters: T flattened tokens, V vocabulary columns of this rank's shard, K numbers a token,
+Shape letters: T flattened tokens, V vocabulary columns of this rank's shard, K numbers per token,
 R ranks.
 """
 
@@ -29,14 +29,14 @@ from aropd_mcore.numerics.passes import (
     TARGET,
     Softmax,
     TorchPasses,
-    Views,
+    ViewLogits,
     wide_dtype,
 )
 from aropd_mcore.numerics.residual import unnormalized_target
 from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards, vocab_shard
 
 TOP_K = 16
-"""`topk_overlap` compares this many tokens."""
+"""Number of tokens that `topk_overlap` compares."""
 
 
 def vocab_parallel_anchored_residual_kl(
@@ -54,50 +54,53 @@ def vocab_parallel_anchored_residual_kl(
     with_topk: bool = True,
     sampled_ids_T: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Divergence of the student from the anchored residual target, per token.
+    """Compute the divergence of the student from the anchored residual target, per token.
 
         log q = log_softmax(log p + lambda * clip(log f - log p, -c, +c))
         kl_target_student: sum_v q (log q - log s)
         kl_student_target: sum_v s (log s - log q)
         jsd:               beta KL(q || m) + (1 - beta) KL(s || m),  m = (1 - beta) s + beta q
 
-    Source: METHOD section 3; AR-OPD, arXiv:2606.10385. `anchored_residual_logprobs` says what
-    becomes of tokens that a view rules out.
+    Source: METHOD section 3; AR-OPD, arXiv:2606.10385. `anchored_residual_logprobs` specifies the
+    target where a view rules out a token.
 
-    Gradient: to the student's logits alone, in their dtype (backward computes it in fp32 from the
-    logits and a few numbers a token, and rounds once); s - q, s (log s - log q - KL(s || q)) or
-    (1 - beta) s (log s - log m - KL(s || m)). Once differentiable.
+    Gradient: to the student's logits only, in their dtype. Backward computes it in fp32 (fp64 for
+    fp64) from the logits and a few numbers per token, and rounds once. It is s - q,
+    s (log s - log q - KL(s || q)) or (1 - beta) s (log s - log m - KL(s || m)). The loss is
+    differentiable once.
 
     Args:
-        student_logits_TV: this rank's shard, [T, V_padded / tp], fp16, bf16, fp32 or fp64; columns
+        student_logits_TV: this rank's shard, [T, V_padded / tp], fp16, bf16, fp32 or fp64. Columns
             at or past vocab_size count as absent and get gradient 0. Arithmetic is fp32 (fp64 for
-            fp64). Never written to, and kept until backward.
-        partial_logits_TV: the teacher's, given the partial view (the anchor); the same shape
-            and dtype.
-        full_logits_TV: the teacher's, given the full view; the same shape and dtype.
+            fp64). The tensor is never written to, and kept until backward.
+        partial_logits_TV: the teacher's logits given the partial view (the anchor), of the same
+            shape and dtype.
+        full_logits_TV: the teacher's logits given the full view, of the same shape and dtype.
         residual_scale: lambda >= 0.
         residual_clip: c > 0, nats; None: no clip.
         divergence: one of the names above.
-        jsd_weight: beta, strictly between 0 and 1; read by `jsd` alone.
-        vocab_size: columns of the whole vocabulary without padding.
+        jsd_weight: beta, strictly between 0 and 1; used by `jsd` only.
+        vocab_size: number of columns of the whole vocabulary, without padding.
         tp_group: the ranks that hold the shards, in order; None: not sharded.
-        with_metrics: False skips the metrics and their work, but for those of sampled_ids_T.
-        with_topk: False skips topk_overlap alone.
-        sampled_ids_T: int64 [T], global ids; adds their log-probs to the metrics.
+        with_metrics: False skips all metrics and their work, except those of sampled_ids_T.
+        with_topk: False skips only topk_overlap.
+        sampled_ids_T: int64 [T], global ids, whose log-probs are added to the metrics.
     Returns:
-        loss_T: [T] fp32, nats, the same on every rank of tp_group; neither masked nor averaged.
-        metrics: detached [T] fp32 tensors, in nats or shares. kl_target_student,
+        loss_T: [T] fp32 (fp64 for fp64), nats, the same on every rank of tp_group; neither masked
+            nor averaged.
+        metrics: detached tensors like loss_T, in nats or shares: kl_target_student,
             kl_full_student, kl_partial_student, kl_full_partial, entropy_student, entropy_partial,
             entropy_full; clip_fraction, the p-mass whose residual is clipped; topk_overlap, the
-            share of the student's top 16 in the full view's (a tie for place 16 is in). With
-            sampled_ids_T also logprob_student, logprob_partial, logprob_full, logprob_target.
+            share of the student's top 16 tokens that are in the full view's top 16 (ties for place
+            16 included). With sampled_ids_T also logprob_student, logprob_partial, logprob_full,
+            logprob_target.
     Raises:
         ValueError: shapes differ, dtypes differ or are not floating, the shards cover fewer than
             vocab_size columns, a setting or a sampled id is out of range, or the divergence is
             unknown.
         RuntimeError: backward with create_graph=True.
-    Collectives: forward two all-gathers of at most 47 and of 6 numbers a token, and for `jsd` one
-        more, of 2; backward none.
+    Collectives: in the forward, two all-gathers, of at most 47 and of 6 numbers per token, and for
+        `jsd` a third, of 2. None in the backward.
     """
     objective = Objective(residual_scale, residual_clip, divergence, jsd_weight)
     logits = {
@@ -107,8 +110,8 @@ def vocab_parallel_anchored_residual_kl(
     }
     check_matrices(logits, student_logits_TV.shape)
     if len({logits_TV.dtype for logits_TV in logits.values()}) > 1:
-        found = ", ".join(f"{name} {logits_TV.dtype}" for name, logits_TV in logits.items())
-        raise ValueError(f"{found}: expected one dtype")
+        dtypes = ", ".join(f"{name} {logits_TV.dtype}" for name, logits_TV in logits.items())
+        raise ValueError(f"{dtypes}: expected one dtype")
     num_tokens, num_padded_columns = student_logits_TV.shape
     shard = vocab_shard(num_padded_columns, vocab_size=vocab_size, tp_group=tp_group)
     if sampled_ids_T is not None:
@@ -116,7 +119,7 @@ def vocab_parallel_anchored_residual_kl(
 
     wanted = Wanted(sampled_ids_T, with_metrics, with_metrics and with_topk)
     with torch.no_grad():
-        views = Views(*(logits_TV[:, : shard.num_columns] for logits_TV in logits.values()))
+        views = ViewLogits(*(logits_TV[:, : shard.num_columns] for logits_TV in logits.values()))
         run = passes_for(views)
         groups = token_groups(run, num_tokens, shard)
         parts = [token_losses(run, views.rows(g), objective, shard, wanted.rows(g)) for g in groups]
@@ -129,7 +132,7 @@ def vocab_parallel_anchored_residual_kl(
 
 
 class Wanted(NamedTuple):
-    """What is asked for beside the loss."""
+    """Outputs that are computed beside the loss."""
 
     sampled_ids_T: Tensor | None
     metrics: bool
@@ -141,21 +144,29 @@ class Wanted(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
+    """Loss and metrics per token, and the statistics that the gradient needs beside the logits."""
+
     loss_T: Tensor
     metrics: dict[str, Tensor]
     softmax: Softmax
-    """With the target's: this, `kl_student_T` and the logits are what the gradient is made of."""
+    """Normalizers, including the target's row."""
     kl_student_T: Tensor
+    """KL(s || q), for `jsd` KL(s || m)."""
 
 
 class Passes(Protocol):
-    """What `TorchPasses` says of them; `kernels` is another."""
+    """Interface of the passes, which `TorchPasses` and the module `kernels` implement.
 
-    def view_statistics(self, views: Views, moments: Sequence[tuple[int, int]], /) -> Tensor: ...
+    `TorchPasses` documents the functions.
+    """
+
+    def view_statistics(
+        self, views: ViewLogits, moments: Sequence[tuple[int, int]], /
+    ) -> Tensor: ...
 
     def target_statistics(
         self,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         objective: Objective,
         /,
@@ -165,13 +176,13 @@ class Passes(Protocol):
     ) -> Tensor: ...
 
     def mixture_statistics(
-        self, views: Views, softmax: Softmax, objective: Objective, /
+        self, views: ViewLogits, softmax: Softmax, objective: Objective, /
     ) -> Tensor: ...
 
     def write_gradient(
         self,
         out_TV: Tensor,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         kl_student_T: Tensor,
         objective: Objective,
@@ -180,8 +191,8 @@ class Passes(Protocol):
     ) -> None: ...
 
 
-def passes_for(views: Views) -> Passes:
-    """Triton on a GPU, except in fp64; torch elsewhere. For these logits, and others like them."""
+def passes_for(views: ViewLogits) -> Passes:
+    """Choose the passes for logits like these: Triton on a GPU except in fp64, else torch."""
     if views.student.is_cuda and views.student.dtype != torch.float64:
         from aropd_mcore.numerics import kernels  # Triton comes with the CUDA builds of torch
 
@@ -190,10 +201,10 @@ def passes_for(views: Views) -> Passes:
 
 
 def token_groups(run: Passes, num_tokens: int, shard: VocabShard) -> list[slice]:
-    """The tokens that `token_losses` takes together.
+    """Split the tokens into the groups that `token_losses` processes at once.
 
-    With other ranks or on a GPU all of them, for an exchange and a launch have a price. On a CPU
-    alone as many as stay in its cache from one pass to the next.
+    With several ranks or on a GPU there is one group, since exchanges and launches cost time. A
+    single CPU rank takes as many tokens as stay in the cache from one pass to the next.
     """
     if isinstance(run, TorchPasses) and shard.tp_group is None:
         return list(run.blocks(num_tokens))
@@ -201,11 +212,11 @@ def token_groups(run: Passes, num_tokens: int, shard: VocabShard) -> list[slice]
 
 
 def token_losses(
-    run: Passes, views: Views, objective: Objective, shard: VocabShard, wanted: Wanted
+    run: Passes, views: ViewLogits, objective: Objective, shard: VocabShard, wanted: Wanted
 ) -> TokenLosses:
-    """Loss and metrics of unpadded logit shards; the arguments are checked already.
+    """Compute loss and metrics of unpadded logit shards, from validated arguments.
 
-    Collectives: two all-gathers, and for `jsd` one more.
+    Collectives: two all-gathers, and for `jsd` a third.
     """
     moments = MOMENTS if wanted.metrics else ()
     local = {"views": run.view_statistics(views, moments)}
@@ -219,7 +230,7 @@ def token_losses(
     sampled_KT = None
     if wanted.sampled_ids_T is not None:
         sampled_KT = (gathered["sampled"].sum(0) - softmax.max_KT).sub_(softmax.log_sum_KT)
-        metrics |= {f"logprob_{view}": sampled_KT[k] for k, view in enumerate(Views._fields)}
+        metrics |= {f"logprob_{view}": sampled_KT[k] for k, view in enumerate(ViewLogits._fields)}
 
     least_top_2T = _least_top_logits(gathered["tops"]) if wanted.topk else None
     local_KT = run.target_statistics(
@@ -239,15 +250,15 @@ def token_losses(
     loss_T = kl_target_T if objective.divergence == "kl_target_student" else kl_student_T
     if objective.divergence == "jsd":
         local = {"mixture": run.mixture_statistics(views, softmax, objective)}
-        of_mixture_RKT = gather_over_shards(local, shard.tp_group)["mixture"]
-        kl_target_mixture_T, kl_student_T = of_mixture_RKT.sum(0)
+        mixture_RKT = gather_over_shards(local, shard.tp_group)["mixture"]
+        kl_target_mixture_T, kl_student_T = mixture_RKT.sum(0)
         beta = objective.jsd_weight
         loss_T = beta * kl_target_mixture_T + (1 - beta) * kl_student_T
     return TokenLosses(loss_T, metrics, softmax, kl_student_T)
 
 
 def join(parts: list[TokenLosses]) -> TokenLosses:
-    """The losses of consecutive groups of tokens, as of all of them."""
+    """Join the losses of consecutive groups of tokens."""
     losses, metrics, softmaxes, kls_student = zip(*parts, strict=True)
     return TokenLosses(
         torch.cat(losses),
@@ -258,9 +269,10 @@ def join(parts: list[TokenLosses]) -> TokenLosses:
 
 
 def add_up_views(local_RKT: Tensor, moments: Sequence[tuple[int, int]]) -> tuple[Softmax, Tensor]:
-    """Every shard's `view_statistics` -> the softmax, and E_a[log b] of the moments (a, b).
+    """Combine every shard's `view_statistics` into the softmax and E_a[log b] of `moments`.
 
-    A shard's sums are around its own maxima; they are moved to the maxima over all shards.
+    A shard's sums are relative to its own maxima. Here they are moved to the maxima over all
+    shards.
     """
     num_views = (local_RKT.size(1) - len(moments)) // 2
     max_RKT, sum_RKT, moments_RKT = local_RKT.split([num_views, num_views, len(moments)], dim=1)
@@ -289,8 +301,12 @@ def _view_metrics(log_means_KT: Tensor) -> dict[str, Tensor]:
 
 
 def add_up_target(views: Softmax, local_RKT: Tensor) -> tuple[Softmax, tuple[Tensor, ...]]:
-    """Every shard's `target_statistics` -> the softmax with the target's row; KL(q || s),
-    KL(s || q), the clipped mass and the logits in both tops."""
+    """Combine every shard's `target_statistics`.
+
+    Returns:
+        The softmax with the target's row; and, [T] each, KL(q || s), KL(s || q), the clipped mass
+        and the number of tokens in both views' top.
+    """
     max_RT, sum_RT, log_ratio_RT = local_RKT[:, 0], local_RKT[:, 1], local_RKT[:, 2]
     log_ratio_student_T, clipped_T, num_both_T = local_RKT[:, 3:].sum(0)
     max_T = max_RT.amax(0)
@@ -312,8 +328,8 @@ def target_logprobs(logprobs_KT: Tensor, softmax: Softmax, objective: Objective)
         log q = log u - log sum_v u_v,    log u = log p + lambda * clip(log f - log p, -c, +c)
 
     Args:
-        logprobs_KT: [3, ...], normalized, of student, partial and full.
-        softmax: with the target's row, which is broadcast against the dimensions behind the first.
+        logprobs_KT: [3, ...], normalized log-probs of student, partial and full.
+        softmax: with the target's row, which is broadcast against all dimensions but the first.
     Returns:
         [...], nats.
     """
@@ -324,22 +340,25 @@ def target_logprobs(logprobs_KT: Tensor, softmax: Softmax, objective: Objective)
 
 
 def _scaled_sum(numbers_RKT: Tensor, scale_RKT: Tensor) -> Tensor:
-    """Over the shards; one whose scale is 0 counts 0 even where its number is infinite."""
+    """Sum numbers times scale over the shards. Scale 0 times infinity counts 0."""
     return (numbers_RKT * scale_RKT).masked_fill_(scale_RKT == 0, 0.0).sum(0)
 
 
 def sampled_logits(views: Sequence[Tensor], ids_T: Tensor, shard: VocabShard) -> Tensor:
-    """Each view's logits of the global ids, [K, T]; 0 on the ranks that do not hold the id."""
+    """Return each view's logits of the global ids, [K, T]; 0 on ranks that do not hold the id."""
     wide = wide_dtype(views[0].dtype)
     if not shard.num_columns:
         return views[0].new_zeros((len(views), *ids_T.shape), dtype=wide)
-    mine_T, columns_T = shard.owned(ids_T)
+    is_owned_T, columns_T = shard.owned(ids_T)
     picked = torch.stack([view_TV.gather(1, columns_T[:, None]).squeeze(1) for view_TV in views])
-    return picked.to(wide).masked_fill_(~mine_T, 0.0)
+    return picked.to(wide).masked_fill_(~is_owned_T, 0.0)
 
 
-def _top_logits(views: Views, shard: VocabShard) -> Tensor:
-    """This shard's TOP_K largest of student and full, [2 * TOP_K, T]; -inf where it has fewer."""
+def _top_logits(views: ViewLogits, shard: VocabShard) -> Tensor:
+    """Return this shard's TOP_K largest logits of student and full, [2 * TOP_K, T].
+
+    A shard with fewer columns is filled up with -inf.
+    """
     num_top = min(TOP_K, shard.num_columns)
     wide = wide_dtype(views.student.dtype)
     tops = []
@@ -350,9 +369,9 @@ def _top_logits(views: Views, shard: VocabShard) -> Tensor:
 
 
 def _least_top_logits(local_RKT: Tensor) -> Tensor:
-    """The TOP_K-th largest logit of student and full, [2, T].
+    """Return the TOP_K-th largest logit of student and full, [2, T].
 
-    In a smaller vocabulary it is -inf, which every token reaches.
+    In a vocabulary of fewer tokens it is -inf, which every token reaches.
     """
     num_shards, _, num_tokens = local_RKT.shape
     tops = local_RKT.view(num_shards, 2, TOP_K, num_tokens).transpose(0, 1).flatten(1, 2)
@@ -360,7 +379,7 @@ def _least_top_logits(local_RKT: Tensor) -> Tensor:
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """The losses as a function of the student's logits: backward computes s and q once more."""
+    """The losses as a function of the student's logits. Backward computes s and q again."""
 
     @staticmethod
     def forward(
@@ -383,7 +402,7 @@ class _LogitsLoss(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         refuse_second_derivative()
         *logits, max_KT, log_sum_KT, kl_student_T = ctx.saved_tensors
-        views = Views(*(logits_TV[:, : ctx.num_columns] for logits_TV in logits))
+        views = ViewLogits(*(logits_TV[:, : ctx.num_columns] for logits_TV in logits))
         softmax = Softmax(max_KT, log_sum_KT)
         gradient_TV = torch.empty_like(logits[0])
         gradient_TV[:, ctx.num_columns :] = 0

@@ -1,4 +1,4 @@
-"""What is minimized: the settings of the target and of the divergence, checked."""
+"""Validated settings of the loss."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -9,7 +9,11 @@ from aropd_mcore.numerics.residual import check_residual
 
 @dataclass(frozen=True)
 class Objective:
-    """The arguments of the same names of `vocab_parallel_anchored_residual_kl`."""
+    """Settings of target and divergence: the arguments of `vocab_parallel_anchored_residual_kl`.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     residual_scale: float
     residual_clip: float | None
@@ -26,10 +30,10 @@ class Objective:
 
     @property
     def target_view(self) -> PrivilegedView | None:
-        """The view that is the target by itself; None: it takes both."""
+        """View whose distribution is the target; None if the target needs both views."""
         return target_view(self.residual_scale, self.residual_clip)
 
     @property
     def student_share(self) -> float:
-        """1 - beta: of the divergence from the student's side; 1 for the reverse KL."""
+        """Weight of KL(s || m) in the loss: 1 - beta for `jsd`, 1 for the reverse KL."""
         return 1 - self.jsd_weight if self.divergence == "jsd" else 1.0

@@ -1,15 +1,15 @@
-"""The passes over a shard's logits, in torch: they make a few numbers a token out of [T, V].
+"""Passes over a shard's logits [T, V], in torch. They reduce it to a few numbers per token.
 
-    view_statistics     what the views' softmax and the metrics are made of
-    target_statistics   given everyone's softmax, what the target and the divergence are made of
-    mixture_statistics  given everyone's target, the two halves of the Jensen-Shannon divergence
-    write_gradient      given all of it, d loss / d student logits
+    view_statistics     statistics for the softmax of the views and for the metrics
+    target_statistics   statistics of target and divergence, given the softmax over all shards
+    mixture_statistics  the two halves of the Jensen-Shannon divergence, given the target
+    write_gradient      d loss / d student logits, given all of these
 
-`kl` calls them in this order and adds up the shards' numbers in between; `kernels` holds the same
-functions in Triton. Nothing as large as the logits is made.
+`kl` calls them in this order and combines the shards' numbers in between. `kernels` holds the same
+functions in Triton. No tensor as large as the logits is allocated.
 
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard (without padding), K
-numbers a token.
+numbers per token.
 """
 
 import math
@@ -23,35 +23,39 @@ from aropd_mcore.numerics.objective import Objective
 from aropd_mcore.numerics.residual import unnormalized_target
 
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
-"""Logits of one view that are worked on at a time. On a CPU they and their temporaries stay in a
-cache; a GPU, where only fp64 and cross-entropy come this way, wants enough to do."""
+"""Number of logits of one view that are processed at once. On a CPU they and their temporaries stay
+in the cache. On a GPU, which runs only fp64 and cross-entropy here, a block must be large enough to
+keep it busy."""
 
 MOMENTS = ((0, 0), (1, 1), (2, 2), (1, 0), (2, 0), (2, 1))
-"""Pairs (a, b) of views: the entropies and the divergences between views are made of E_a[log b]."""
+"""Pairs (a, b) of views whose E_a[log b] give the entropies and the divergences between views."""
 
 LOWEST = torch.finfo(torch.float32).min
-"""Stands for the maximum of no column, or of -inf alone: exp then gives 0 in place of NaN."""
+"""Lower bound of a maximum, for rows without columns or with -inf only: exp then gives 0, not
+NaN."""
 
 
-class Views(NamedTuple):
-    """A shard's logits, [T, V] each and of one dtype."""
+class ViewLogits(NamedTuple):
+    """Logits of a shard, [T, V] each, of one dtype."""
 
     student: Tensor
     partial: Tensor
     full: Tensor
-    """The partial view's tensor itself where one view stands for both: read once, not twice."""
+    """Logits of the full view. If one view takes both places, this is the same object as `partial`,
+    and is read once."""
 
-    def rows(self, tokens: slice) -> "Views":
+    def rows(self, tokens: slice) -> "ViewLogits":
         student_TV, partial_TV = self.student[tokens], self.partial[tokens]
         is_one = self.full is self.partial
-        return Views(student_TV, partial_TV, partial_TV if is_one else self.full[tokens])
+        return ViewLogits(student_TV, partial_TV, partial_TV if is_one else self.full[tokens])
 
 
 class Softmax(NamedTuple):
-    """log softmax = (row - max) - log_sum over the whole vocabulary, of several rows a token.
+    """Normalizers over the whole vocabulary: log softmax = (row - max) - log_sum.
 
-    The rows k are the student's, partial's and full's logits, then, once it is known, the target's
-    log u. The maximum comes off first: added to the log of the sum, it would round large logits.
+    There are K rows per token: the logits of student, partial and full view, and the target's log u
+    once it is known. The maximum is subtracted first: added to log_sum, it would round large
+    logits.
     """
 
     max_KT: Tensor
@@ -63,23 +67,23 @@ class Softmax(NamedTuple):
 
 
 TARGET = 3
-"""The target's row in `Softmax`."""
+"""Index of the target's row in `Softmax`."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: fp64 for fp64, else fp32."""
+    """Return the dtype of computations with `dtype`: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class TorchPasses:
-    """The passes in torch, over a few rows at a time.
+    """The passes in torch, over blocks of a few rows.
 
-    Their temporaries are made once, here. An allocator that returns large blocks to the system at
-    once would have them made anew by every operation, and spend longer on it than the arithmetic.
+    Temporaries are allocated once. Otherwise an allocator that returns large blocks to the system
+    at once would allocate them again for every operation, which takes longer than the arithmetic.
     """
 
     def __init__(self, logits_TV: Tensor):
-        """For shards of logits like these, with as many rows or fewer."""
+        """Allocate the buffers for shards like `logits_TV`, with as many rows or fewer."""
         num_tokens, num_columns = logits_TV.shape
         elements = BLOCK_ELEMENTS["cuda" if logits_TV.is_cuda else "cpu"]
         self.block_rows = max(min(elements // max(num_columns, 1), num_tokens), 1)
@@ -87,20 +91,20 @@ class TorchPasses:
         self._buffers = logits_TV.new_empty((6, self.block_rows, num_columns), dtype=self._dtype)
 
     def blocks(self, num_tokens: int) -> Iterator[slice]:
-        """Rows that are worked on at a time; one empty block where there are none."""
+        """Yield the rows of each block; one empty block if there are no tokens."""
         starts = range(0, max(num_tokens, 1), self.block_rows)
         return (slice(start, min(start + self.block_rows, num_tokens)) for start in starts)
 
     def view_statistics(
         self, views: Sequence[Tensor], moments: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Of K <= 3 rows of logits a token, each [T, V]:
+        """Compute maxima, sums and moments of K <= 3 views, [T, V] each, over this shard only.
 
             max_k = max_v x_kv,    sum_k = sum_v exp(x_kv - max_k)
             moment_ab = sum_v exp(x_av - max_a) (x_bv - max_b),  for (a, b) in moments
 
         Returns:
-            [2 K + len(moments), T]: the maxima, the sums, the moments. Over this shard alone.
+            [2 K + len(moments), T]: the maxima, the sums, the moments.
         """
 
         def statistics(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> list[Tensor]:
@@ -111,7 +115,7 @@ class TorchPasses:
                         numbers.append(numbers[-1])
                     continue
                 maxima.append(_row_max(view_TV[tokens]))
-                own = k if moments else 0  # without moments a view leaves its numbers alone
+                own = k if moments else 0  # without moments all views can share one buffer
                 shifted.append(torch.sub(view_TV[tokens], maxima[-1][:, None], out=buffers[own]))
                 e, scale_T = exp_rows(shifted[-1], careful, out=buffers[3 + own])
                 weights.append((e, scale_T))
@@ -126,34 +130,34 @@ class TorchPasses:
 
     def target_statistics(
         self,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         objective: Objective,
         *,
         with_metrics: bool,
         least_top_2T: Tensor | None,
     ) -> Tensor:
-        """Of the target's log u = log p + lambda * clip(log f - log p, -c, +c), max_u its maximum:
+        """Compute statistics of log u = log p + lambda * clip(log f - log p, -c, +c).
 
-            0  max_u
+            0  max_u, the maximum of log u
             1  sum_v exp(log u - max_u)
             2  sum_v exp(log u - max_u) (log u - max_u - log s)
             3  sum_v s (log s - log u)
             4  the p-mass whose residual is clipped
-            5  how many tokens' logits are at least `least_top_2T`, in the student and in full
+            5  number of vocabulary entries whose logits reach `least_top_2T` in student and full
 
-        Row 2 is 0 unless the metrics or the divergence need it, 3 unless the divergence does, 4
-        without metrics or clip, 5 without `least_top_2T`.
+        Row 2 is 0 unless the metrics or the divergence need it, row 3 unless the divergence needs
+        it, row 4 without metrics or clip, row 5 without `least_top_2T`.
 
         Returns:
-            [6, T], over this shard alone.
+            [6, T], over this shard only.
         """
         divergence, clip = objective.divergence, objective.residual_clip
 
         def statistics(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> list[Tensor]:
             log_s, log_p, log_f = _log_views(views, softmax, tokens, buffers)
             log_u = _log_target(log_p, log_f, objective, careful, out=buffers[3])
-            one, two = buffers[4:]  # for everything that follows, one after the other
+            one, two = buffers[4:]  # reused by all that follows
             max_T = _row_max(log_u)
             shifted = torch.sub(log_u, max_T[:, None], out=one)
             u, scale_T = exp_rows(shifted, careful, out=two)
@@ -168,7 +172,7 @@ class TorchPasses:
                 numbers[4] = _expectation(*exp_rows(log_p, careful, out=one), is_clipped, careful)
             if least_top_2T is not None:
                 least_student_T, least_full_T = least_top_2T[:, tokens, None]
-                # Comparisons that write numbers take a third of the time of booleans.
+                # Comparisons take a third of the time if they write floats, not booleans.
                 in_top = torch.ge(views.student[tokens], least_student_T, out=one)
                 in_top.mul_(torch.ge(views.full[tokens], least_full_T, out=two))
                 numbers[5] = in_top.sum(-1)
@@ -176,8 +180,14 @@ class TorchPasses:
 
         return self._in_blocks(views, 6, statistics)
 
-    def mixture_statistics(self, views: Views, softmax: Softmax, objective: Objective) -> Tensor:
-        """This shard's parts of KL(q || m) and KL(s || m), m = (1 - beta) s + beta q: [2, T]."""
+    def mixture_statistics(
+        self, views: ViewLogits, softmax: Softmax, objective: Objective
+    ) -> Tensor:
+        """Compute this shard's parts of KL(q || m) and KL(s || m), m = (1 - beta) s + beta q.
+
+        Returns:
+            [2, T].
+        """
 
         def statistics(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> list[Tensor]:
             log_s, log_q = _log_student_and_target(
@@ -196,21 +206,21 @@ class TorchPasses:
     def write_gradient(
         self,
         out_TV: Tensor,
-        views: Views,
+        views: ViewLogits,
         softmax: Softmax,
         kl_student_T: Tensor,
         objective: Objective,
         weights_T: Tensor,
     ) -> None:
-        """Into `out_TV`, weights_t times d loss_t / d student logits, rounded once to its dtype.
+        """Write weights_t times d loss_t / d student logits to `out_TV`, rounded once to its dtype.
 
             kl_target_student  s - q
-            others             (1 - beta) s (log s - log m - KL(s || m)),  m = q and beta = 0 for
-                               kl_student_target
+            kl_student_target  s (log s - log q - KL(s || q))
+            jsd                (1 - beta) s (log s - log m - KL(s || m))
 
         Args:
             out_TV: [T, V], any floating dtype; it may be the student's logits themselves.
-            kl_student_T: KL(s || m); not read for kl_target_student.
+            kl_student_T: KL(s || q), for `jsd` KL(s || m); not read for kl_target_student.
         """
 
         def gradient(tokens: slice, buffers: Sequence[Tensor], careful: bool) -> Tensor:
@@ -243,10 +253,11 @@ class TorchPasses:
         num_numbers: int,
         statistics: Callable[[slice, Sequence[Tensor], bool], list[Tensor]],
     ) -> Tensor:
-        """`statistics(tokens, buffers, careful)` of every block, as [num_numbers, T].
+        """Compute `statistics(tokens, buffers, careful)` of every block, as [num_numbers, T].
 
-        Logits of -inf need masks, which cost as much as all the rest. Without them such a row's
-        numbers are not finite, and the block is done once more, carefully; so is one with NaN.
+        Logits of -inf need masks, which cost as much as all the rest. So a block is first computed
+        without them. If its numbers are not finite, because of -inf or NaN, it is computed again
+        with `careful`.
         """
         num_tokens = views[0].size(0)
         numbers_KT = views[0].new_empty((num_numbers, num_tokens), dtype=self._dtype)
@@ -259,15 +270,15 @@ class TorchPasses:
         return numbers_KT
 
     def buffers(self, tokens: slice) -> Sequence[Tensor]:
-        """Six, for a block's rows."""
+        """Return six temporaries for a block's rows."""
         return self._buffers[:, : tokens.stop - tokens.start].unbind()
 
 
 def exp_rows(log_TV: Tensor, careful: bool, out: Tensor) -> tuple[Tensor, Tensor]:
-    """exp of every row, as a matrix and a scale [T] that it is still to be multiplied with.
+    """Compute exp of every row, as a matrix times a scale [T].
 
-    On a CPU torch's softmax takes half the time of its exp. Dividing by the largest probability,
-    whose exp is known, undoes the normalization, and with it the error of the softmax's own sum.
+    On a CPU torch's softmax takes half the time of its exp. The scale undoes its normalization, and
+    with it the error of its sum: exp of the row's maximum, divided by the largest probability.
     """
     if careful or not log_TV.size(1):
         return torch.exp(log_TV, out=out), log_TV.new_ones(log_TV.size(0))
@@ -283,7 +294,7 @@ def _row_max(logits_TV: Tensor) -> Tensor:
 
 
 def _expectation(weights_TV: Tensor, scale_T: Tensor, values_TV: Tensor, careful: bool) -> Tensor:
-    """scale * sum_v weight * value; when careful, a weight of 0 counts 0 even against infinity."""
+    """Return scale * sum_v weight * value. If careful, a weight of 0 times infinity counts 0."""
     if careful:
         sums_T = (weights_TV * values_TV).masked_fill_(weights_TV == 0, 0.0).sum(-1)
     else:
@@ -292,9 +303,9 @@ def _expectation(weights_TV: Tensor, scale_T: Tensor, values_TV: Tensor, careful
 
 
 def _log_views(
-    views: Views, softmax: Softmax, tokens: slice, buffers: Sequence[Tensor]
+    views: ViewLogits, softmax: Softmax, tokens: slice, buffers: Sequence[Tensor]
 ) -> list[Tensor]:
-    """log s, log p, log f in the first three buffers; log p is log f where one view is both."""
+    """Compute log s, log p, log f in the first three buffers. One view for both: log f is log p."""
     rows = views.rows(tokens)
     log_s, log_p = (softmax.log_probs(k, rows[k], tokens, out=buffers[k]) for k in (0, 1))
     if rows.full is rows.partial:
@@ -305,20 +316,20 @@ def _log_views(
 def _log_target(
     log_p: Tensor, log_f: Tensor, objective: Objective, careful: bool, out: Tensor
 ) -> Tensor:
-    """log u, in `out` or one of the arguments."""
+    """Return log u, in `out` or in one of the arguments."""
     scale, clip = objective.residual_scale, objective.residual_clip
     return unnormalized_target(log_p, log_f, scale, clip, ruled_out=careful, out=out)
 
 
 def _log_student_and_target(
-    views: Views,
+    views: ViewLogits,
     softmax: Softmax,
     objective: Objective,
     tokens: slice,
     buffers: Sequence[Tensor],
     careful: bool,
 ) -> tuple[Tensor, Tensor]:
-    """log s in the first buffer and log q in the fourth; the others are free again."""
+    """Compute log s in the first buffer and log q in the fourth; the others are free again."""
     log_s, log_p, log_f = _log_views(views, softmax, tokens, buffers)
     log_u = _log_target(log_p, log_f, objective, careful, out=buffers[3])
     return log_s, softmax.log_probs(TARGET, log_u, tokens, out=buffers[3])
@@ -327,7 +338,7 @@ def _log_student_and_target(
 def _log_mixture(
     log_s: Tensor, log_q: Tensor, objective: Objective, buffers: Sequence[Tensor]
 ) -> Tensor:
-    """log m; reverse KL is the case beta = 0, with q itself in place of the mixture."""
+    """Return log m. For the reverse KL, m is q."""
     if objective.divergence != "jsd":
         return log_q
     beta = objective.jsd_weight

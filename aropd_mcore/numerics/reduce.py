@@ -1,8 +1,8 @@
-"""Global normalization: the one place that divides.
+"""Global normalization of the loss. Only this module divides.
 
 The losses of this package are sums over tokens. Each token's weight is fixed before the forward,
-from counts over all data-parallel ranks and microbatches, so that plain sums give the same loss
-and gradient for every layout.
+from counts over all data-parallel ranks and microbatches. So plain sums give the same loss and
+gradient for every layout.
 
 Shape letters: N samples of this rank, over all microbatches of a step.
 """
@@ -23,26 +23,28 @@ def sample_token_weights(
     reduction: Reduction,
     dp_group=None,
 ) -> Tensor:
-    """The weight of each loss token of sample i: the plain sum over all tokens is the loss.
+    """Compute the weight of each loss token, such that the loss is the weighted sum over tokens.
 
         sequence_mean:     w_i / (n_i * sum_j w_j),  over responses j with loss tokens (n_j > 0)
         sequence_mean_all: w_i / (n_i * sum_j w_j),  over all responses j
         token_mean:        w_i / sum_j w_j n_j
 
-    with n_i the loss tokens of sample i and w_i its sample weight; j runs over all ranks. These
-    are weighted means: with weights of 1, a mean over responses of their means over tokens, and a
-    mean over tokens.
+    Here n_i is the number of loss tokens of sample i and w_i its sample weight; j runs over the
+    samples of all ranks. With weights of 1, the first two are means over responses of their means
+    over tokens, and the last is a mean over tokens.
 
     Source: METHOD section 3, Reduction.
     Gradient: none.
 
     Args:
-        num_loss_tokens_N: integers [N], this rank's samples of the step; 0 counts nowhere.
+        num_loss_tokens_N: integers [N], for this rank's samples of the step. A sample with 0 counts
+            only in the denominator of sequence_mean_all.
         sample_weights_N: [N], finite and >= 0.
         reduction: one of the names above.
         dp_group: the ranks that share the global batch; None: this rank has all of it.
     Returns:
-        [N] fp32; 0 for samples without loss tokens, and everywhere if there is nothing to count.
+        [N] fp32, the weight of each loss token of sample i. It is 0 for samples without loss
+        tokens, and for all samples if the denominator is 0.
     Raises:
         ValueError: shapes differ, a count or a weight is negative, a weight is not finite, or the
             reduction is unknown.

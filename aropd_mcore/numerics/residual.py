@@ -1,4 +1,4 @@
-"""The anchored residual target: what the partial and the full view make of a token together.
+"""The anchored residual target, from the partial and the full view.
 
 Shape letters: V vocabulary.
 """
@@ -17,13 +17,13 @@ def anchored_residual_logprobs(
     residual_scale: float,
     residual_clip: float | None,
 ) -> Tensor:
-    """Log-probs of the anchored target q, dense.
+    """Compute the log-probs of the anchored target q over a whole vocabulary.
 
         log q = log_softmax(log p + lambda * r),    r = clip(log f - log p, -c, +c)
 
     Source: METHOD section 3; AR-OPD, arXiv:2606.10385. lambda = 0 gives p, and lambda = 1 without
-    clip gives f. A token that p rules out (log p = -inf) stays ruled out, which is what every
-    finite clip gives; in lambda = 1 without clip, f alone decides.
+    clip gives f. A token that p rules out (log p = -inf) stays ruled out, as with every finite
+    clip. The exception is lambda = 1 without clip, where only f counts.
 
     Gradient: none, to either view.
 
@@ -33,10 +33,10 @@ def anchored_residual_logprobs(
         residual_scale: lambda >= 0.
         residual_clip: c > 0, nats; None: no clip.
     Returns:
-        The shape of the views; fp64 where they are, else fp32.
+        log q, of the views' shape; fp64 for fp64 views, else fp32.
     Raises:
-        ValueError: shapes differ, lambda is not a finite number >= 0, or c not one > 0.
-    Collectives: none; the vocabulary is whole. `vocab_parallel_anchored_residual_kl` is sharded.
+        ValueError: shapes differ, lambda is not finite and >= 0, or c is not finite and > 0.
+    Collectives: none. `vocab_parallel_anchored_residual_kl` takes a sharded vocabulary.
     """
     if partial_logprobs.shape != full_logprobs.shape:
         raise ValueError(
@@ -60,12 +60,13 @@ def unnormalized_target(
     ruled_out: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """log u = log p + lambda * clip(log f - log p); it may be one of the arguments itself.
+    """Return log u = log p + lambda * clip(log f - log p).
 
     Args:
-        out: of the same shape, where it is computed unless it is one of the arguments.
-        ruled_out: whether the views may hold -inf. Without the mask that they need, NaN (and, for
-            lambda > 1 without clip, infinity) stands where the partial view has -inf.
+        ruled_out: whether the views may hold -inf, which needs a mask. Without the mask, log u is
+            NaN (for lambda > 1 without clip also infinity) where the partial view has -inf.
+        out: buffer of the same shape for the result. It is not used if log u equals one of the
+            views, which is then returned itself.
     """
     if residual_scale == 0:
         return partial_logprobs

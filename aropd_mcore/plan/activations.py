@@ -1,14 +1,12 @@
-"""What a transformer layer keeps for its backward, and what its passes hold while they run.
+"""Activation memory of a transformer layer: tensors saved for the backward, and working sets.
 
-Numbers are bytes of one layer on one rank, for one microbatch. The tables count what autograd
-saves, tensor by tensor. `cpu` is Megatron's local layer spec with this package's core attention, as
-`torch.autograd.graph.saved_tensors_hooks` shows it. `gpu` is Transformer Engine's spec: Korthikanti
-et al., arXiv:2205.05198, for RMSNorm without dropout, flash attention, a fused SwiGLU, and norms
-fused into the linear layer behind them (which keeps the norm's output for its weight's gradient).
-In fp8 what a product keeps of its input is a byte a number, beside what others keep of it.
-
-Letters: H hidden, q and kv all query and all key/value heads' dimensions of a rank, F the MLP's
-columns of a rank, k experts a token, E an expert's columns.
+Numbers are bytes of one layer on one rank, for one microbatch. They count what autograd saves,
+tensor by tensor. `cpu` is Megatron's local layer spec with this package's core attention, as shown
+by `torch.autograd.graph.saved_tensors_hooks`. `gpu` is Transformer Engine's spec, counted after
+Korthikanti et al., arXiv:2205.05198, for RMSNorm without dropout, flash attention, a fused SwiGLU,
+and norms fused into the linear layer that follows (which keeps the norm's output for the gradient
+of its weight). In FP8 a matrix product keeps one byte per number of its input, in addition to the
+copies that other operations keep.
 """
 
 from dataclasses import dataclass
@@ -21,23 +19,27 @@ FP8 = 1
 
 @dataclass(frozen=True)
 class Sizes:
-    """The letters, and tokens: a tensor rank's between matrix products, and all within them."""
+    """Sizes of a layer on one rank."""
 
     hidden: int
     q: int
+    """Total size of the rank's query heads."""
     kv: int
+    """Total size of the rank's key heads, which is also that of its value heads."""
     ffn: int
+    """Columns of a dense MLP on the rank; 0 with experts."""
     heads: int
     kv_heads: int
     experts_per_token: int
     expert_ffn: int
+    """Columns of one expert."""
     tokens: float
-    """Inside attention and a dense MLP."""
+    """Tokens within attention and a dense MLP."""
     local_tokens: float
-    """Under sequence parallelism a tensor rank's share; norms, residuals and experts see them."""
+    """Tokens of norms, residuals and experts: with sequence parallelism the tensor rank's share."""
 
 
-def sizes_of(setup: Setup, tokens: float) -> Sizes:
+def build_sizes(setup: Setup, tokens: float) -> Sizes:
     architecture = setup.architecture
     named, routing = architecture.sizes, architecture.routing
     return Sizes(
@@ -55,7 +57,7 @@ def sizes_of(setup: Setup, tokens: float) -> Sizes:
 
 
 def saved_by_layer(setup: Setup) -> dict[str, float]:
-    """Bytes a microbatch, by part of the layer, of everything that its backward reads.
+    """Return the bytes per microbatch that a layer's backward reads, by part of the layer.
 
     The residual stream is counted as the input of the norms.
     """
@@ -65,26 +67,26 @@ def saved_by_layer(setup: Setup) -> dict[str, float]:
 
 
 def layer_input(setup: Setup) -> float:
-    s = sizes_of(setup, setup.microbatch_tokens)
+    s = build_sizes(setup, setup.microbatch_tokens)
     return s.local_tokens * s.hidden * setup.dtype_bytes
 
 
 def saved_without_recompute(setup: Setup) -> dict[str, float]:
-    s, width = sizes_of(setup, setup.microbatch_tokens), setup.dtype_bytes
+    s, width = build_sizes(setup, setup.microbatch_tokens), setup.dtype_bytes
     local = setup.device == "cpu"
-    of_product = FP8 if setup.fp8 else width
-    # Input and output; without fusion also the normalized input, which the weight multiplies.
-    norm = s.local_tokens * (s.hidden * ((2 if local else 1) * width + of_product) + FP32)
+    product_width = FP8 if setup.fp8 else width
+    # Input and output; without fusion also the normalized input, which the weight is applied to.
+    norm = s.local_tokens * (s.hidden * ((2 if local else 1) * width + product_width) + FP32)
     parts = {
         "norms": 2 * norm,
-        # The product's output lives on as the values, a view of it.
+        # The product's whole output is kept, since the values are a view of it.
         "queries, keys, values": s.tokens * (s.q + 2 * s.kv) * width,
         "rotated queries and keys": s.tokens * (s.q + s.kv) * width,
         "attention output": s.tokens * s.q * (width + (FP8 if setup.fp8 else 0)),
     }
     if setup.architecture.family.has_qk_norm:
-        # A copy of the queries, which the view of keys does not need; and, without fusion, both
-        # normalized. Two statistics in fp32.
+        # A copy of the queries; the keys are a view, which needs none. Without fusion also both
+        # normalized, with fusion one tensor of the keys' size. The statistics are in fp32.
         elements = s.q + (s.q + s.kv if local else s.kv)
         parts["norms of queries and keys"] = s.tokens * (
             elements * width + (s.heads + s.kv_heads) * FP32
@@ -95,16 +97,16 @@ def saved_without_recompute(setup: Setup) -> dict[str, float]:
             parts |= _gathered_attention(setup, s, width)
     if setup.architecture.routing:
         return parts | _experts(setup, s, width)
-    # gate | up; without fusion silu(gate), up + 0 (Megatron's offset); and their product.
-    parts["MLP"] = s.tokens * s.ffn * ((4 if local else 2) * width + of_product)
+    # gate and up; without fusion also silu(gate) and up + 0 (Megatron's offset); their product.
+    parts["MLP"] = s.tokens * s.ffn * ((4 if local else 2) * width + product_width)
     return parts
 
 
 def _gathered_attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
-    """Under context parallelism the local core attention gathers all keys and values.
+    """Return the bytes saved by the local core attention with context parallelism.
 
-    Nothing then looks at this rank's own, except norms of keys; and where a causal flag was, there
-    is a mask, in the activations' dtype.
+    It gathers all keys and values. The rank's own are then read only by norms of keys. A mask in
+    the activations' dtype replaces the causal flag.
     """
     own = s.q + 2 * s.kv if setup.architecture.family.has_qk_norm else 0
     mask = s.tokens / setup.microbatch_sequences * setup.sequence_tokens
@@ -117,43 +119,47 @@ def _gathered_attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
 
 
 def _experts(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
-    """Tokens fall on the experts evenly: with expert parallelism a rank gets as many as it has."""
+    """Return the bytes saved by router and experts.
+
+    Tokens are assumed to be spread evenly over the experts. So a rank receives as many tokens from
+    other ranks as it sends.
+    """
     assert setup.architecture.routing
     chosen = s.local_tokens * s.experts_per_token
-    # Logits and probabilities in fp32, and the map of who goes where.
+    # Logits and probabilities in fp32, and the map from tokens to experts.
     router = s.local_tokens * 3 * setup.architecture.routing.num_experts * FP32
-    # As the MLP's; then weighted by the router's probability.
+    # As in the dense MLP, and the result weighted by the router's probability.
     columns = 6 if setup.device == "cpu" else 3
     return {
         "router": router,
-        # Cut over ranks, an expert gets the tokens of all of them and has fewer columns.
+        # An expert that is split over ranks gets the tokens of all of them.
         "expert inputs": chosen * setup.expert_tensor * s.hidden * width,
         "experts": chosen * columns * s.expert_ffn * width,
     }
 
 
 def forward_working_set(setup: Setup, tokens: float) -> float:
-    """Bytes that a layer's forward without gradient holds at its largest point."""
-    s, width = sizes_of(setup, tokens), setup.dtype_bytes
+    """Return the peak bytes of a layer's forward without gradient."""
+    s, width = build_sizes(setup, tokens), setup.dtype_bytes
     residual = 2 * s.local_tokens * s.hidden
     attention = s.tokens * (3 * s.q + 4 * s.kv + s.q)
     if s.ffn:
         mlp = s.tokens * (5 if setup.device == "cpu" else 3) * s.ffn
     else:
         chosen = s.local_tokens * s.experts_per_token
-        # Tokens as they are sent, as the experts get them and as they come back.
+        # Tokens as sent, as received by the experts, and as returned.
         mlp = chosen * (1 + 2 * setup.expert_tensor) * s.hidden
     gathered = s.tokens * s.hidden if setup.sequence and setup.device == "gpu" else 0
     return (residual + max(attention, mlp) + gathered) * width
 
 
 def backward_working_set(setup: Setup) -> float:
-    """Bytes that a layer's backward holds beside what was saved, at its largest point.
+    """Return the peak bytes of a layer's backward, without the saved activations.
 
-    It is in the MLP: the gradients of the residual stream and of the layer's output, and of gate
-    and up, while what was saved for them still stands.
+    The peak is in the MLP: the gradients of the residual stream, of the layer's output, and of gate
+    and up, while their saved activations still exist.
     """
-    s, width = sizes_of(setup, setup.microbatch_tokens), setup.dtype_bytes
+    s, width = build_sizes(setup, setup.microbatch_tokens), setup.dtype_bytes
     residual = s.local_tokens * s.hidden + s.tokens * s.hidden
     mlp = s.tokens * 2 * s.ffn + s.local_tokens * s.experts_per_token * 2 * s.hidden
     gathered = s.tokens * s.hidden if setup.sequence and setup.device == "gpu" else 0

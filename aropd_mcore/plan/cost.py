@@ -1,10 +1,11 @@
 """Time of a step, from counted operations and a table of assumed rates.
 
-FLOPs are exact for the architecture: products of all weights a token passes, and causal attention.
-Rates are a GPU's peaks times an efficiency; nothing of it is fitted to a run. So compare layouts by
-these times, and expect a real step to differ from them.
+FLOPs are exact for the architecture: matrix products with all weights that a token passes, and
+causal attention. Rates are a GPU's peaks times assumed efficiencies; none is fitted to a run. Use
+these times to compare layouts. A real step takes a different time.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aropd_mcore.convert.architecture import Architecture
@@ -15,13 +16,13 @@ from aropd_mcore.plan.setup import Setup
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one GPU: peaks a second, and the share of each that is reached."""
+    """Peak rates of one GPU per second, and the share of each that is assumed to be reached."""
 
     bf16_flops: float = 989e12
     fp8_flops: float = 1979e12
     memory_bytes: float = 3.35e12
     nvlink_bytes: float = 450e9
-    """In each direction."""
+    """Bytes per second in each direction."""
     network_bytes: float = 50e9
     host_bytes: float = 64e9
     matmul_efficiency: float = 0.6
@@ -31,17 +32,18 @@ class Rates:
     network_efficiency: float = 0.8
     host_efficiency: float = 0.8
     launch_seconds: float = 1.5e-4
-    """The least that a layer takes for a token of a rollout: about 30 kernels, launched eagerly."""
+    """Shortest time of a layer per decoded token: about 30 kernels, launched eagerly."""
 
 
 H100 = Rates()
-"""NVIDIA H100 SXM data sheet: dense bf16 and fp8, HBM3, NVLink 4 (900 GB/s both ways); InfiniBand
-NDR, 400 Gbit/s a GPU; PCIe 5 x16 to the host. Efficiencies are assumptions."""
+"""Rates of an NVIDIA H100 SXM by its data sheet: dense bf16 and FP8, HBM3, NVLink 4 (900 GB/s both
+ways), InfiniBand NDR with 400 Gbit/s per GPU, PCIe 5 x16 to the host. Efficiencies are
+assumptions."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step; communication is what adds to the arithmetic, overlapped by nothing."""
+    """Seconds of a step. Communication is assumed not to overlap with computation."""
 
     rollout: float
     teacher: float
@@ -49,8 +51,9 @@ class StepTime:
     optimizer: float
     communication: float
     teacher_bubble: float
-    """Of the teacher's time, the share in which a stage waits for another."""
+    """Share of the teacher's time in which a stage waits for another."""
     student_bubble: float
+    """Share of the student's time in which a stage waits for another."""
 
     @property
     def total(self) -> float:
@@ -58,10 +61,10 @@ class StepTime:
 
 
 def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int]:
-    """Of all layers over one sequence: of products with weights, and of causal attention.
+    """Count FLOPs of all layers over one sequence: matrix products, and causal attention.
 
-    A product of [T, a] and [a, b] is 2 T a b. Position i attends to i + 1 keys, with 2 D FLOPs for
-    a score and 2 D for its value, in every head.
+    A product of [T, a] and [a, b] takes 2 T a b. Position i attends to i + 1 keys, with 2 D FLOPs
+    for a score and 2 D for its value, in every head of dimension D.
     """
     sizes, routing = architecture.sizes, architecture.routing
     hidden, q, kv = sizes["hidden"], sizes["q"], sizes["kv"]
@@ -76,15 +79,40 @@ def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int
     return layers * 2 * weights * num_tokens, layers * attention
 
 
+def layers_flops(
+    architecture: Architecture, *, student_tokens: Iterable[int], teacher_tokens: Iterable[int]
+) -> int:
+    """Count the FLOPs of all layers in a step's teacher and student phases, without recomputation.
+
+    Args:
+        student_tokens: number of tokens of each sequence that goes forward and backward.
+        teacher_tokens: number of tokens of each sequence that the teacher scores.
+    """
+    trained = sum(sum(forward_flops(architecture, tokens)) for tokens in student_tokens)
+    scored = sum(sum(forward_flops(architecture, tokens)) for tokens in teacher_tokens)
+    return 3 * trained + scored
+
+
+def head_flops(architecture: Architecture, num_tokens: int, *, num_views: int) -> int:
+    """Count the FLOPs of the output layer over num_tokens loss tokens.
+
+    These are the logits of the student and of the teacher's views, and the student's two gradients.
+    """
+    sizes, products = architecture.sizes, 3 + num_views
+    return 2 * products * num_tokens * sizes["hidden"] * sizes["vocab"]
+
+
 def loss_flops(setup: Setup) -> int:
-    """Of a microbatch on all tensor and context ranks together: the logits of the student and of
-    the teacher's views, and the student's two gradients."""
-    sizes, products = setup.architecture.sizes, 3 + setup.num_views
-    return 2 * products * setup.loss_tokens * setup.context * sizes["hidden"] * sizes["vocab"]
+    """Count FLOPs of a microbatch's loss, over all tensor and context ranks."""
+    num_tokens = setup.loss_tokens * setup.context
+    return head_flops(setup.architecture, num_tokens, num_views=setup.num_views)
 
 
 def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: int) -> float:
-    """(pp - 1) / (vpp m + pp - 1): of a pipelined pass, the share in which a stage has no work."""
+    """Return the share of a pipelined pass in which a stage is idle.
+
+    It is (pp - 1) / (vpp m + pp - 1), for m microbatches.
+    """
     return (pipeline - 1) / (virtual_pipeline * num_microbatches + pipeline - 1)
 
 
@@ -102,7 +130,7 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
         backward += forward
     elif setup.recompute == "selective":
         backward += attention
-    # The last stage has the loss besides, and the others wait for it.
+    # The last stage also computes the loss, and the other stages wait for it.
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
     return StepTime(
@@ -117,20 +145,21 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
 
 
 def _stage_forward(setup: Setup, rates: Rates, fp8: bool) -> tuple[float, float]:
-    """Seconds of a microbatch's forward on one stage, and of its attention alone."""
+    """Return the seconds of a microbatch's forward on one stage, and of its attention only."""
     products, attention = forward_flops(setup.architecture, setup.sequence_tokens)
     share = setup.microbatch_sequences / (setup.tensor * setup.context * setup.pipeline)
     flops = rates.fp8_flops if fp8 else rates.bf16_flops
-    of_attention = attention * share / (rates.bf16_flops * rates.attention_efficiency)
-    return products * share / (flops * rates.matmul_efficiency) + of_attention, of_attention
+    attention_time = attention * share / (rates.bf16_flops * rates.attention_efficiency)
+    return products * share / (flops * rates.matmul_efficiency) + attention_time, attention_time
 
 
 def _rollout_seconds(setup: Setup, rates: Rates) -> float:
-    """The native engine: a batch after another, its prompts in one forward and then a token of
-    every row at a time; stages work one after another, so a token passes all of the model's layers.
+    """Return the seconds of the native engine's rollouts.
 
-    A token costs the reading of the weights that the batch touches and of the KV cache, or the
-    launches, whichever takes longer.
+    Batches follow one another. A batch's prompts take one forward, and then every row decodes one
+    token at a time. Stages work one after another, so a token passes all layers of the model. A
+    token takes the longer of two times: reading the touched weights and the KV cache, or launching
+    the kernels.
     """
     architecture, rows = setup.architecture, setup.decoded_together
     batches = -(-setup.num_responses // (setup.context * rows))
@@ -145,59 +174,65 @@ def _rollout_seconds(setup: Setup, rates: Rates) -> float:
     keys_values = 2 * cached * sizes["kv"] / setup.tensor * architecture.num_layers
     bandwidth = rates.memory_bytes * rates.memory_efficiency
     reading = (read + keys_values) * setup.dtype_bytes / bandwidth
-    a_token = max(reading, architecture.num_layers * rates.launch_seconds)
-    return batches * (prompts / setup.tensor + setup.response_tokens * a_token)
+    token_time = max(reading, architecture.num_layers * rates.launch_seconds)
+    return batches * (prompts / setup.tensor + setup.response_tokens * token_time)
 
 
 def _touched_parameters(setup: Setup, stage: int, rows: int) -> float:
-    """Of a rank, those that `rows` tokens pass, if each chooses its experts independently."""
+    """Return the number of a rank's parameters that `rows` tokens pass.
+
+    Each token is assumed to choose its experts independently.
+    """
     parameters, routing = rank_parameters(setup, stage), setup.architecture.routing
     if routing is None:
         return parameters.total
-    of_expert = 3 * routing.ffn_hidden_size * setup.architecture.hidden_size
-    on_rank = setup.layers_per_stage * of_expert * routing.num_experts // setup.expert_ranks
+    per_expert = 3 * routing.ffn_hidden_size * setup.architecture.hidden_size
+    on_rank = setup.layers_per_stage * per_expert * routing.num_experts // setup.expert_ranks
     untouched = (1 - routing.experts_per_token / routing.num_experts) ** rows
     return parameters.total - on_rank * untouched
 
 
 def _optimizer_seconds(setup: Setup, rates: Rates) -> float:
-    """Bytes read and written: gradient, main weight, two moments, weight; then the average's."""
+    """Return the seconds of the update and of the teacher's average, from the bytes they move.
+
+    The update moves gradient, main weight, two moments and weight.
+    """
     parameters = max(
         (rank_parameters(setup, stage) for stage in range(setup.pipeline)), key=lambda p: p.total
     )
     shared, experts = sharing_ranks(setup)
     on_rank = parameters.shared / shared + parameters.experts / experts
     num_bytes = on_rank * (4 + 8 + 16 + setup.dtype_bytes)
-    num_bytes += parameters.total * 4  # the norm of the gradients, and their zeros
+    num_bytes += parameters.total * 4  # computing the norm of the gradients, and zeroing them
     if setup.teacher == "ema":
         num_bytes += parameters.total * (2 * setup.dtype_bytes + 8)
     return num_bytes / (rates.memory_bytes * rates.memory_efficiency)
 
 
 def _communication_seconds(setup: Setup, rates: Rates) -> float:
-    """Rings and all-to-alls of the teacher's, the student's and the optimizer's part of a step."""
+    """Return the seconds of all collectives and transfers of teacher, student and optimizer."""
     tensor, context, expert = setup.tensor, setup.context, setup.expert
     tokens, width = setup.microbatch_tokens, setup.dtype_bytes
     architecture = setup.architecture
     layer_bytes = tokens * architecture.hidden_size * width
 
     def ring(num_bytes: float, ranks: int, span: int) -> float:
-        """Seconds of an all-gather or a reduce-scatter of num_bytes over ranks within `span`."""
+        """Return the seconds of an all-gather or reduce-scatter over ranks within `span`."""
         return num_bytes * (ranks - 1) / ranks / _bandwidth(setup, span, rates)
 
-    # Two all-reduces a layer, each a reduce-scatter and an all-gather.
-    a_pass = 4 * ring(layer_bytes, tensor, tensor)
+    # Two all-reduces per layer, each a reduce-scatter and an all-gather.
+    layer_pass = 4 * ring(layer_bytes, tensor, tensor)
     kv = architecture.num_kv_heads * architecture.head_dim // tensor
-    a_pass += ring(2 * tokens * context * kv * width, context, tensor * context)
+    layer_pass += ring(2 * tokens * context * kv * width, context, tensor * context)
     if architecture.routing:
         sent = layer_bytes / setup.sequence_size * architecture.routing.experts_per_token
-        a_pass += 2 * ring(sent, expert, setup.expert_ranks)
-        # An expert's tensor ranks gather what each of them got, and sum what comes of it.
+        layer_pass += 2 * ring(sent, expert, setup.expert_ranks)
+        # The tensor ranks of an expert gather their inputs, and reduce-scatter their outputs.
         etp = setup.expert_tensor
-        a_pass += 2 * ring(sent * etp, etp, etp)
-    # Forward and backward of the student, the teacher's views, a second forward.
+        layer_pass += 2 * ring(sent * etp, etp, etp)
+    # Forward and backward of the student, the teacher's views, and a recomputed forward.
     passes = 2 + setup.num_views + (setup.recompute == "full")
-    seconds = setup.num_microbatches * passes * setup.layers_per_stage * a_pass
+    seconds = setup.num_microbatches * passes * setup.layers_per_stage * layer_pass
     if setup.pipeline > 1:
         sends = setup.num_microbatches * (passes - (setup.recompute == "full"))
         between = _bandwidth(setup, setup.world_size, rates)
@@ -210,7 +245,7 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     exchanged = parameters.total * (4 + width)
     seconds += ring(exchanged, ranks, tensor * ranks)
     if setup.hosts_weights:
-        # In for the teacher's phase; the average in and out, and the weights that follow it.
+        # Weights to the device for scoring; the average to the device and back; new weights back.
         average = 4 + 4 + width if setup.teacher == "ema" else 0
         moved = parameters.total * (width + average)
         seconds += moved / (rates.host_bytes * rates.host_efficiency)
@@ -218,7 +253,7 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
 
 
 def _bandwidth(setup: Setup, span: int, rates: Rates) -> float:
-    """Bytes a second between neighbours among `span` consecutive ranks."""
+    """Return the bytes per second between neighbours among `span` consecutive ranks."""
     if span <= setup.gpus_per_node:
         return rates.nvlink_bytes * rates.nvlink_efficiency
     return rates.network_bytes * rates.network_efficiency

@@ -1,4 +1,4 @@
-"""Whether a job fits into its GPUs; what would make it fit; the layouts that do."""
+"""Estimates of a job, changes that make it fit into its GPUs, and layouts that fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from aropd_mcore.config import Config, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.cost import StepTime, step_time
 from aropd_mcore.plan.memory import Memory, worst_stage
-from aropd_mcore.plan.setup import Setup, setup_of
+from aropd_mcore.plan.setup import Setup, build_setup
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A job, and what is planned for it."""
+    """Estimated memory and time of a job."""
 
     setup: Setup
     memory: Memory
@@ -23,35 +23,37 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change that makes a job fit, as it is given to `aropd plan`."""
+    """A change that makes a job fit."""
 
     change: str
+    """Argument of `aropd plan` that makes the change."""
     peak: float
+    """Peak memory after the change, in bytes."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A configuration and its machines."""
+class PlannedRun:
+    """A configuration and the machines that it runs on."""
 
     config: Config
     num_gpus: int
     gpus_per_node: int
     memory_bytes: float
-    """Of a GPU."""
+    """Memory of a GPU."""
     architecture: Architecture
 
     def estimate(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Estimate:
-        """Of the job, with other values in sections of its configuration.
+        """Estimate the job after changes to sections of its configuration.
 
         Raises:
-            ValueError: the model or the batch cannot be shared so.
+            ValueError: the model or the batch cannot be split over this layout.
         """
         setup = self.setup(num_gpus, **changes)
         return Estimate(setup, worst_stage(setup), step_time(setup))
 
     def setup(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Setup:
-        """What `estimate` is made from; raises as it does."""
-        return setup_of(
+        """Return the setup that `estimate` is computed from, with the same errors."""
+        return build_setup(
             _changed(self.config, changes),
             num_gpus or self.num_gpus,
             gpus_per_node=self.gpus_per_node,
@@ -62,33 +64,35 @@ class Job:
         return memory.peak <= self.memory_bytes
 
 
-def job_of(config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float) -> Job:
+def build_planned_run(
+    config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float
+) -> PlannedRun:
     architecture = read_architecture(config.model.path)
-    return Job(config, num_gpus, gpus_per_node, memory_bytes, architecture)
+    return PlannedRun(config, num_gpus, gpus_per_node, memory_bytes, architecture)
 
 
-def remedies(job: Job) -> list[Remedy]:
-    """Single changes that suffice, the least of each kind; least memory last."""
-    found = []
-    for kind in _candidates(job):
+def remedies(run: PlannedRun) -> list[Remedy]:
+    """Return single changes that suffice, the smallest of each kind, by descending peak memory."""
+    sufficient = []
+    for kind in _candidates(run):
         for change, num_gpus, changes in kind:
             try:
-                estimate = job.estimate(num_gpus, **changes)
+                estimate = run.estimate(num_gpus, **changes)
             except ValueError:  # the model or the batch does not divide
                 continue
-            if job.fits(estimate.memory):
-                found.append(Remedy(change, estimate.memory.peak))
+            if run.fits(estimate.memory):
+                sufficient.append(Remedy(change, estimate.memory.peak))
                 break
-    return sorted(found, key=lambda remedy: -remedy.peak)
+    return sorted(sufficient, key=lambda remedy: -remedy.peak)
 
 
 Change = tuple[str, int, dict[str, dict[str, Any]]]
-"""How it is given, number of GPUs, values by section."""
+"""Argument of `aropd plan`, number of GPUs, values by section."""
 
 
-def _candidates(job: Job) -> Iterator[list[Change]]:
-    """Kinds of change; of each the smallest first."""
-    config, gpus = job.config, job.num_gpus
+def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
+    """Yield the changes of each kind, the smallest first."""
+    config, gpus = run.config, run.num_gpus
 
     def changes(section: str, key: str, values: list[Any]) -> list[Change]:
         keys = [f"{section}.{key}={yaml_value(value)}" for value in values]
@@ -96,10 +100,10 @@ def _candidates(job: Job) -> Iterator[list[Change]]:
         return [(text, gpus, section) for text, section in zip(keys, sections, strict=True)]
 
     parallel, training = config.parallel, config.training
-    sizes = {"tensor": job.gpus_per_node, "pipeline": gpus, "context": job.gpus_per_node}
+    sizes = {"tensor": run.gpus_per_node, "pipeline": gpus, "context": run.gpus_per_node}
     for key, largest in sizes.items():
         yield changes("parallel", key, _doublings(getattr(parallel, key), largest))
-    more_experts = [n for n in _expert_sizes(job) if n > parallel.expert]
+    more_experts = [n for n in _expert_sizes(run) if n > parallel.expert]
     yield changes("parallel", "expert", more_experts)
     if parallel.tensor > 1 and not parallel.sequence:
         yield changes("parallel", "sequence", [True])
@@ -127,36 +131,35 @@ def _halvings(number: int) -> list[int]:
 
 
 def yaml_value(value: Any) -> str:
-    """As an override gives it."""
+    """Format a value as in an override."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def sweep(job: Job) -> list[Estimate]:
-    """Every layout of the job's GPUs that fits, the shortest step first; of equal ones the one
-    with less memory."""
+def sweep(run: PlannedRun) -> list[Estimate]:
+    """Return every layout of the job's GPUs that fits, by step time and then by peak memory."""
     fitting = []
     for layout, recompute, micro_batch_size in product(
-        _layouts(job), get_args(Recompute), _micro_batch_sizes(job.config)
+        _layouts(run), get_args(Recompute), _micro_batch_sizes(run.config)
     ):
         training = {"recompute": recompute, "micro_batch_size": micro_batch_size}
         try:
-            setup = job.setup(parallel=layout, training=training)
+            setup = run.setup(parallel=layout, training=training)
         except ValueError:  # heads or batch do not divide; experts on tensor ranks without SP
             continue
         memory = worst_stage(setup)
-        if job.fits(memory):
+        if run.fits(memory):
             fitting.append(Estimate(setup, memory, step_time(setup)))
     return sorted(fitting, key=lambda e: (e.time.total, e.memory.peak))
 
 
-def _layouts(job: Job) -> Iterator[dict[str, Any]]:
-    """Values of the section `parallel` that the GPUs, the layers and the experts divide into."""
-    gpus, num_layers = job.num_gpus, job.architecture.num_layers
-    within_a_node = _powers(job.gpus_per_node)
+def _layouts(run: PlannedRun) -> Iterator[dict[str, Any]]:
+    """Yield values of section `parallel` that divide GPUs, layers and experts."""
+    gpus, num_layers = run.num_gpus, run.architecture.num_layers
+    node_sizes = _powers(run.gpus_per_node)
     for pipeline in _divisors(num_layers):
         chunks = _divisors(num_layers // pipeline) if pipeline > 1 else [1]
         for tensor, context, virtual_pipeline, expert in product(
-            within_a_node, within_a_node, chunks, _expert_sizes(job)
+            node_sizes, node_sizes, chunks, _expert_sizes(run)
         ):
             if gpus % (tensor * pipeline * context) or gpus // pipeline % expert:
                 continue
@@ -171,13 +174,13 @@ def _layouts(job: Job) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _expert_sizes(job: Job) -> list[int]:
-    routing = job.architecture.routing
+def _expert_sizes(run: PlannedRun) -> list[int]:
+    routing = run.architecture.routing
     return _divisors(routing.num_experts if routing else 1)
 
 
 def _micro_batch_sizes(config: Config) -> list[int]:
-    """To try; packed microbatches go by their tokens instead, and stay as they are configured."""
+    """Return the sizes that the sweep tries; with packing, only the configured one."""
     training = config.training
     if training.packing:
         return [training.micro_batch_size]
@@ -194,7 +197,7 @@ def _powers(largest: int) -> list[int]:
 
 
 def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
-    """Unchecked: callers give values that are in range; layouts are checked by `setup_of`."""
+    """Apply changes without validation: values are valid, and `build_setup` checks layouts."""
     sections = {
         section: getattr(config, section).model_copy(update=values)
         for section, values in changes.items()

@@ -1,4 +1,4 @@
-"""How a job's processes share the model and the batch; no process group, no Megatron."""
+"""Split of model and batch over a job's processes, without process groups or Megatron."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from aropd_mcore.convert.architecture import Architecture, check_layout, read_ar
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes that follow from a configuration and a number of processes."""
+    """Sizes that follow from a configuration and a number of processes."""
 
     world_size: int
     tensor: int
@@ -18,12 +18,13 @@ class Layout:
     context: int
     data: int
     microbatches_per_step: int | None
-    """On each data-parallel rank; None where they are packed, as many as are needed."""
+    """Number of microbatches per step on each data-parallel rank; None with packing, where it
+    varies."""
     num_parameters: int
 
 
 class ParallelSizes(Protocol):
-    """What config.ParallelConfig and plan.setup.Setup both have."""
+    """Sizes that config.ParallelConfig and plan.setup.Setup both have."""
 
     @property
     def tensor(self) -> int: ...
@@ -42,13 +43,19 @@ class ParallelSizes(Protocol):
 
 
 def replica_size(sizes: ParallelSizes) -> int:
-    """The processes of the smallest job: a model replica, or several that share its experts."""
-    a_stage = math.lcm(sizes.tensor * sizes.context, sizes.expert * sizes.expert_tensor)
-    return a_stage * sizes.pipeline
+    """Return the number of processes of the smallest job.
+
+    It has one model replica, or several that share its experts.
+    """
+    stage_size = math.lcm(sizes.tensor * sizes.context, sizes.expert * sizes.expert_tensor)
+    return stage_size * sizes.pipeline
 
 
 def describe(sizes: ParallelSizes, data: int) -> str:
-    """Such as `TP 4 + SP x PP 2 x VPP 2 x DP 2, EP 8`; CP, VPP, EP and ETP of 1 are not said."""
+    """Format a layout, such as `TP 4 + SP x PP 2 x VPP 2 x DP 2, EP 8`.
+
+    CP, VPP, EP and ETP of 1 are left out.
+    """
     parts = [f"TP {sizes.tensor}{' + SP' if sizes.sequence else ''}", f"PP {sizes.pipeline}"]
     if sizes.virtual_pipeline > 1:
         parts.append(f"VPP {sizes.virtual_pipeline}")
@@ -62,15 +69,15 @@ def describe(sizes: ParallelSizes, data: int) -> str:
 
 
 def plan(config: Config, world_size: int, architecture: Architecture | None = None) -> Layout:
-    """Check that the model and the batch can be shared by `world_size` processes.
+    """Check that the model and the batch can be split over `world_size` processes.
 
-    The command line calls it before it starts any process.
+    The command line calls this before it starts any process.
 
     Args:
-        architecture: of config.model.path, where it was read already.
+        architecture: the architecture of config.model.path, if it has been read already.
     Raises:
-        ValueError: what does not divide, and what would; sequences longer than the model's
-            positions; a model that cannot be trained so.
+        ValueError: a size does not divide another one, sequences are longer than the model's
+            positions, or the model cannot be trained with these settings.
     """
     parallel, training = config.parallel, config.training
     architecture = architecture or read_architecture(config.model.path)
@@ -88,16 +95,17 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise ConfigError(
-            f"{world_size} processes are not a multiple of parallel.tensor {parallel.tensor} x "
+            f"{world_size} processes: expected a multiple of parallel.tensor {parallel.tensor} x "
             f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
-            f"= {model_size}"
+            f"= {model_size}; change the number of processes or these settings"
         )
     if world_size // parallel.pipeline % (parallel.expert * parallel.expert_tensor):
         cut = f" x parallel.expert_tensor {parallel.expert_tensor}"
         raise ConfigError(
-            f"the {world_size // parallel.pipeline} processes of a pipeline stage are not a "
+            f"{world_size // parallel.pipeline} processes per pipeline stage: expected a "
             f"multiple of parallel.expert {parallel.expert}"
-            f"{cut if parallel.expert_tensor > 1 else ''}, which share out the experts"
+            f"{cut if parallel.expert_tensor > 1 else ''}, the ranks that share the experts; "
+            "change the number of processes or these settings"
         )
     data = world_size // model_size
     num_microbatches = None
@@ -107,8 +115,8 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
         raise ConfigError(
             f"training.global_batch_size {training.global_batch_size} / "
             f"rollout.rollouts_per_prompt {config.rollout.rollouts_per_prompt} = "
-            f"{config.prompts_per_step} prompts a step are not a multiple of {data} data-parallel "
-            "ranks"
+            f"{config.prompts_per_step} prompts per step: expected a multiple of {data} "
+            "data-parallel ranks; change training.global_batch_size or the layout"
         )
     return Layout(
         world_size,
@@ -126,14 +134,15 @@ def _num_microbatches(config: Config, data: int) -> int:
     num_microbatches, rest = divmod(training.global_batch_size, data * training.micro_batch_size)
     if rest:
         raise ConfigError(
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of "
-            f"{data} data-parallel ranks x training.micro_batch_size {training.micro_batch_size}"
+            f"training.global_batch_size {training.global_batch_size}: expected a multiple of "
+            f"{data} data-parallel ranks x training.micro_batch_size {training.micro_batch_size}; "
+            "change one of the two sizes or the layout"
         )
     if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
         raise ConfigError(
-            f"{num_microbatches} microbatches a step on each data-parallel rank are not a multiple "
+            f"{num_microbatches} microbatches per step and data-parallel rank: expected a multiple "
             f"of parallel.pipeline {parallel.pipeline}, as parallel.virtual_pipeline "
-            f"{parallel.virtual_pipeline} needs; change training.global_batch_size or "
+            f"{parallel.virtual_pipeline} requires; change training.global_batch_size or "
             "training.micro_batch_size"
         )
     return num_microbatches
@@ -143,22 +152,22 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
     objective = config.objective
     if objective.has_router_losses and not architecture.routing:
         raise ConfigError(
-            f"objective.router_aux_loss_coeff is {objective.router_aux_loss_coeff:g} and "
-            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}; a model without "
-            f"experts ({architecture.family.architecture}) has no routers; both must be 0"
+            f"objective.router_aux_loss_coeff {objective.router_aux_loss_coeff:g} and "
+            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
+            f"for a model without experts ({architecture.family.architecture}); set both to 0"
         )
-    # Megatron trains experts on tensor ranks with sequence parallelism alone
+    # On several tensor ranks, Megatron trains experts only with sequence parallelism
     # (transformer/moe/moe_layer.py, MoELayer.forward).
     if architecture.routing and config.parallel.tensor > 1 and not config.parallel.sequence:
         raise ConfigError(
-            f"parallel.tensor is {config.parallel.tensor}; mixture-of-experts models "
-            f"({architecture.family.architecture}) are trained on several tensor ranks with "
-            "sequence parallelism only; set parallel.sequence to true"
+            f"parallel.tensor {config.parallel.tensor} without sequence parallelism: expected "
+            "parallel.sequence true for a mixture-of-experts model "
+            f"({architecture.family.architecture}); set it to true, or parallel.tensor to 1"
         )
 
 
 def _check_fp8(config: Config, architecture: Architecture) -> None:
-    """Every size of a product on a rank is a multiple of what fp8 needs."""
+    """Check that a rank's dimensions of all matrix products are multiples of FP8's block size."""
     precision, tensor = config.precision, config.parallel.tensor
     multiple, named = precision.size_multiple, architecture.sizes
     routing = architecture.routing
@@ -176,41 +185,43 @@ def _check_fp8(config: Config, architecture: Architecture) -> None:
     for name, size in sizes.items():
         if size % multiple:
             raise ConfigError(
-                f"{name} = {size} is not a multiple of {multiple}, as products in fp8 "
-                f"(precision.fp8_recipe {precision.fp8_recipe}) need"
+                f"{name} = {size}: expected a multiple of {multiple} for products in FP8 "
+                f"(precision.fp8_recipe {precision.fp8_recipe}); change the layout, or set "
+                "precision.fp8 and precision.teacher_fp8 to null"
             )
-    a_stage = architecture.num_layers // config.parallel.pipeline
+    stage_layers = architecture.num_layers // config.parallel.pipeline
     for name in ("bf16_first_layers", "bf16_last_layers"):
-        if getattr(precision, name) > a_stage:
+        if getattr(precision, name) > stage_layers:
             raise ConfigError(
-                f"precision.{name} {getattr(precision, name)} is more than the {a_stage} layers of "
-                "a pipeline stage"
+                f"precision.{name} {getattr(precision, name)}: expected at most {stage_layers}, "
+                f"the layers of a pipeline stage; lower precision.{name}"
             )
 
 
 def _check_lengths(config: Config, architecture: Architecture) -> None:
-    """The longest sequence is a prompt, of any of the three views, with a response behind it."""
+    """Check the length of the longest sequence: the longest prompt of any view, and a response."""
     prompt, response = config.views.max_prompt_tokens, config.rollout.max_response_tokens
     if prompt + response > architecture.max_position_embeddings:
         raise ConfigError(
             f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response} = "
-            f"{prompt + response} tokens are more than the {architecture.max_position_embeddings} "
-            "that the model sees (max_position_embeddings or sliding_window in its config.json); "
-            "lower one of the two"
+            f"{prompt + response} tokens: expected at most {architecture.max_position_embeddings}, "
+            "the model's max_position_embeddings or sliding_window in its config.json; lower one "
+            "of the two settings"
         )
     cached = config.rollout.kv_cache_tokens
     if cached is not None and prompt + response > cached:
         raise ConfigError(
-            f"rollout.kv_cache_tokens {cached} does not hold the longest sequence: "
-            f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response}"
+            f"rollout.kv_cache_tokens {cached}: expected at least the longest sequence, "
+            f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response}; raise it "
+            "or lower one of the two"
         )
     budget = config.training.max_tokens_per_microbatch
-    # Context and tensor ranks share out the tokens: a packed sequence is padded for them.
+    # Context and tensor ranks split the tokens, so a packed sequence is padded for them.
     rounding = 2 * config.parallel.context * (config.parallel.tensor + 1)
     rounding *= config.precision.size_multiple
     if budget is not None and prompt + response + rounding > budget:
         raise ConfigError(
-            f"training.max_tokens_per_microbatch {budget} does not hold the longest sequence: "
-            f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response}, and up to "
-            f"{rounding} of padding"
+            f"training.max_tokens_per_microbatch {budget}: expected at least the longest sequence, "
+            f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response}, and "
+            f"{rounding} of padding; raise it or lower one of the two"
         )

@@ -1,14 +1,14 @@
 """Memory of one rank, by part and by phase.
 
-State stands all the time. The phases of a step follow one another, and each holds something of its
-own on top of it: a rank's peak is its state and its largest phase.
+State is resident all the time. The phases of a step follow one another, and each needs further
+memory. A rank's peak is its state plus its largest phase.
 
-    rollout     KV cache, the prompts' forward, the sampler's logits
-    teacher     a layer's forward; the hidden states that it leaves for the loss
-    student     those hidden states, activations in flight, and the larger of the loss's buffers and
+    rollout     KV cache, forward of the prompts, logits of the sampler
+    teacher     forward of a layer, and the hidden states that are kept for the loss
+    student     these hidden states, activations in flight, and the larger of the loss's buffers and
                 a layer's backward
-    optimizer   copies that the update and the moving average make
-    checkpoint  on a GPU: one kind of optimizer state gathered over the ranks that share it
+    optimizer   copies made by the update and the moving average
+    checkpoint  on a GPU: one kind of optimizer state, gathered over the ranks that share it
 """
 
 from dataclasses import dataclass
@@ -35,19 +35,21 @@ from aropd_mcore.plan.setup import Setup
 FP32 = 4
 
 GPU_OVERHEAD = 4_000_000_000
-"""Bytes that no tensor of ours takes: CUDA context and kernels about 1 GB, NCCL's buffers for the
-job's groups about 2 GB, workspaces of cuBLAS and Transformer Engine about 1 GB. Assumed, not
+"""Bytes outside of the counted tensors: about 1 GB for CUDA context and kernels, 2 GB for NCCL's
+buffers of the job's groups, 1 GB for workspaces of cuBLAS and Transformer Engine. Assumed, not
 measured."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of every rank of one pipeline stage, in bytes."""
+    """Memory of each rank of one pipeline stage, in bytes."""
 
     stage: int
     parameters: Parameters
     state: dict[str, float]
+    """Resident bytes by part."""
     phases: dict[str, dict[str, float]]
+    """Additional bytes by phase and part."""
 
     @property
     def peak_phase(self) -> str:
@@ -62,8 +64,11 @@ class Memory:
 
 
 def worst_stage(setup: Setup) -> Memory:
-    """The stage with the largest peak. Stages between first and last differ by what is in flight:
-    the earlier one has more."""
+    """Return the memory of the stage with the largest peak.
+
+    Only three stages are compared: the inner ones differ only by their activations in flight, of
+    which the earliest has most.
+    """
     stages = {0, min(1, setup.pipeline - 1), setup.pipeline - 1}
     return max((stage_memory(setup, stage) for stage in sorted(stages)), key=lambda m: m.peak)
 
@@ -82,10 +87,10 @@ def stage_memory(setup: Setup, stage: int) -> Memory:
 
 
 def microbatches_in_flight(setup: Setup, stage: int) -> float:
-    """Whose activations a stage holds at its peak, in microbatches of all of the stage's layers.
+    """Return the number of microbatches whose activations a stage holds at its peak.
 
-    1F1B: pipeline - stage. Interleaved: Megatron's warm-up, and the one that follows it, counted in
-    model chunks (pipeline_parallel/schedules.py, get_pp_rank_microbatches).
+    1F1B: pipeline - stage. Interleaved: Megatron's warm-up plus one, counted in model chunks and
+    divided by their number (pipeline_parallel/schedules.py, get_pp_rank_microbatches).
     """
     behind, chunks = setup.pipeline - stage - 1, setup.virtual_pipeline
     if chunks == 1:
@@ -95,7 +100,8 @@ def microbatches_in_flight(setup: Setup, stage: int) -> float:
 
 
 def sharing_ranks(setup: Setup) -> tuple[int, int]:
-    """Ranks that share out the optimizer state of ordinary parameters, and of experts."""
+    """Return the numbers of ranks that shard the optimizer state: of all other parameters, and of
+    experts."""
     shared = setup.data * setup.context
     return shared, max(shared * setup.tensor // setup.expert_ranks, 1)
 
@@ -107,7 +113,7 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
     layers = layer_parameters(setup).total * setup.layers_per_stage
     state: dict[str, float] = {
         "weights": total * width,
-        # In an fp32 model the optimizer updates the parameters themselves.
+        # In an fp32 model the optimizer updates the parameters directly.
         "fp32 main weights": on_rank * FP32 if width < FP32 else 0,
         "gradients": total * FP32,
         "optimizer moments": 2 * on_rank * FP32,
@@ -119,12 +125,12 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         if has_master and not setup.hosts_weights:
             state["teacher fp32 master"] = total * FP32
     if setup.fp8:
-        # Transformer Engine keeps each weight as a product reads it, and transposed.
+        # Transformer Engine keeps each weight in FP8 twice, plain and transposed.
         state["weights in fp8"] = 2 * layers
     if setup.teacher_fp8 and setup.teacher != "live" and not setup.hosts_weights:
         state["teacher weights in fp8"] = layers
     if setup.sequence and setup.device == "cpu":
-        # Megatron's local linear layers gather their input into a buffer that is kept.
+        # Megatron's local linear layers gather their input into a permanent buffer.
         tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
         state["gather buffer"] = tokens * setup.architecture.hidden_size * width
     if setup.device == "gpu":
@@ -133,7 +139,7 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
 
 
 def _prompt_tokens(setup: Setup) -> int:
-    """Of a rollout batch; they go through the model together."""
+    """Return the prompt tokens of a rollout batch, which take one forward."""
     return setup.decoded_together * setup.prompt_tokens
 
 
@@ -146,14 +152,16 @@ def _rollout(setup: Setup, stage: int) -> dict[str, float]:
         "prompts' forward": forward_working_set(setup, _prompt_tokens(setup)),
     }
     if stage == setup.pipeline - 1:
-        # Logits, shifted and exponentiated in fp32, their running sum in fp64.
+        # Logits, shifted logits and their exponentials in fp32; running sums in fp64.
         parts["sampler"] = rows * architecture.vocab_size * (3 * FP32 + 8)
     return parts
 
 
 def _visiting_parameters(setup: Setup, parameters: Parameters, stage: int) -> int:
-    """Of a teacher, on the device while it scores alone: with weights on the host, all but the
-    output head."""
+    """Return the number of teacher parameters that are on the device only while it scores.
+
+    With weights on the host these are all parameters but the output head.
+    """
     if not setup.hosts_weights:
         return 0
     is_last = stage == setup.pipeline - 1
@@ -171,7 +179,10 @@ def _teacher(setup: Setup, parameters: Parameters, stage: int) -> dict[str, floa
 
 
 def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
-    """The views' final hidden states at the loss tokens of a whole step, on the last stage."""
+    """Return the bytes of the views' final hidden states at a step's loss tokens.
+
+    Only the last stage has them. On the host, one microbatch's are on the device at a time.
+    """
     if stage < setup.pipeline - 1 or setup.teacher is None:
         return {}
     on_host = setup.teacher_hidden_states == "host" and setup.device == "gpu"
@@ -183,10 +194,10 @@ def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
 def _student(setup: Setup, stage: int) -> dict[str, float]:
     in_flight = microbatches_in_flight(setup, stage)
     is_last = stage == setup.pipeline - 1
-    a_microbatch = setup.layers_per_stage * sum(saved_by_layer(setup).values())
-    # What a stage sends on, it keeps; the last one has the final norm, like half of a layer's.
-    a_microbatch += layer_input(setup) * (2 if is_last and setup.device == "cpu" else 1)
-    activations = in_flight * a_microbatch
+    per_microbatch = setup.layers_per_stage * sum(saved_by_layer(setup).values())
+    # A stage keeps the output that it sends. The last stage has the final norm instead.
+    per_microbatch += layer_input(setup) * (2 if is_last and setup.device == "cpu" else 1)
+    activations = in_flight * per_microbatch
     working = {"a layer's backward": backward_working_set(setup)}
     if setup.recompute == "full":
         working["a layer's activations"] = sum(saved_without_recompute(setup).values())
@@ -194,16 +205,16 @@ def _student(setup: Setup, stage: int) -> dict[str, float]:
     if is_last:
         choices.append((activations, _loss(setup)))
     if stage == 0:
-        # The embedding's gradient is as large as the embedding; by then the first microbatch's
-        # activations are gone.
+        # The embedding's gradient is as large as the embedding. It is formed after the first
+        # microbatch's activations have been freed.
         gradient = {"embedding's gradient": float(vocabulary_parameters(setup) * setup.dtype_bytes)}
-        choices.append((activations - a_microbatch, gradient))
+        choices.append((activations - per_microbatch, gradient))
     activations, working = max(choices, key=lambda pair: pair[0] + sum(pair[1].values()))
     return {**_hidden_states(setup, stage), "activations": activations, **working}
 
 
 def _loss(setup: Setup) -> dict[str, float]:
-    """numerics.chunks: logits of a chunk of tokens in every stream, and the gradients of both."""
+    """Return the bytes of numerics.chunks: logits of a chunk in every stream, and gradients."""
     hidden, width, columns = (
         setup.architecture.hidden_size,
         setup.dtype_bytes,
@@ -216,7 +227,8 @@ def _loss(setup: Setup) -> dict[str, float]:
         rows = max(min(BLOCK_ELEMENTS["cpu"] // columns, chunk), 1)
         logits += 6 * rows * columns * FP32  # numerics.passes: temporaries
     gathered = setup.microbatch_tokens * hidden * width if setup.sequence else 0
-    # Student's hidden states at the loss tokens, their gradient in fp32; a chunk's of each.
+    # The student's hidden states at the loss tokens and their gradient in fp32, for all tokens and
+    # for a chunk.
     return {
         "loss chunk": logits,
         "loss hidden states": tokens * hidden * (width + FP32)
@@ -226,7 +238,7 @@ def _loss(setup: Setup) -> dict[str, float]:
 
 
 def chunk_tokens(setup: Setup) -> int:
-    """As numerics.chunks.auto_chunk_tokens, and no more than there are."""
+    """Return the chunk size of the loss, as numerics.chunks does; at most the loss tokens."""
     chunk = setup.chunk_tokens
     if chunk == "auto":
         token_bytes = (1 + setup.num_views) * vocabulary_columns(setup) * setup.dtype_bytes
@@ -238,22 +250,26 @@ def chunk_tokens(setup: Setup) -> int:
 def _optimizer(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
     parts: dict[str, float] = {}
     if setup.device == "cpu":
-        # mcore.adam forms all denominators at once; then gloo gathers the weights into a copy.
+        # mcore.patches.adam computes all denominators at once. Then gloo gathers the weights into a
+        # copy.
         shared, experts = sharing_ranks(setup)
         on_rank = parameters.shared / shared + parameters.experts / experts
         gathered = parameters.total * setup.dtype_bytes if shared > 1 else 0
         parts["denominators or gathered weights"] = max(on_rank * FP32, gathered)
     if setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32:
-        # Of the student's weight; from the host the average's too.
+        # A copy of the student's weight. With the average on the host, a copy of the average, too.
         copies = 2 if setup.hosts_weights else 1
         parts["teacher's fp32 copy"] = copies * largest_weight(setup, stage) * FP32
     return parts
 
 
 def _checkpoint(setup: Setup, parameters: Parameters) -> dict[str, float]:
-    """Weights, first and second moments are gathered one after another, ordinary parameters' and
-    experts' too: the shards, the gathered list, and the copy that NCCL's all-gather makes of it
-    (megatron-core optimizer/distrib_optimizer.py, get_parameter_state_dp_zero)."""
+    """Return the bytes of gathering optimizer state for a checkpoint.
+
+    Weights, first and second moments are gathered one after another, and so are experts and other
+    parameters. Each needs the shards, the gathered list, and the copy of it that NCCL's all-gather
+    makes (megatron-core optimizer/distrib_optimizer.py, get_parameter_state_dp_zero).
+    """
     shared, experts = sharing_ranks(setup)
     pairs = ((parameters.shared, shared), (parameters.experts, experts))
     return {"gathered state": max(number * (2 + 1 / ranks) for number, ranks in pairs) * FP32}

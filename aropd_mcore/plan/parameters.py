@@ -1,4 +1,4 @@
-"""How many parameters lie where: on each pipeline stage of each tensor and expert rank."""
+"""Numbers of parameters on each pipeline stage of a tensor and expert rank."""
 
 from dataclasses import dataclass
 from math import prod
@@ -11,13 +11,12 @@ from aropd_mcore.plan.setup import Setup
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of one rank, by what its optimizer state is shared with.
-
-    `shared` lies on every one of the ranks that share out experts, `experts` on one of them alone.
-    """
+    """Number of parameters of one rank, split by the ranks that shard their optimizer state."""
 
     shared: int
+    """Parameters that all ranks of an expert-parallel group hold."""
     experts: int = 0
+    """Parameters of experts, which only one rank of an expert-parallel group holds."""
 
     @property
     def total(self) -> int:
@@ -31,47 +30,47 @@ class Parameters:
 
 
 def rank_parameters(setup: Setup, stage: int) -> Parameters:
-    """Of each rank of a pipeline stage, embedding and head counted where they lie.
+    """Count the parameters of each rank of a pipeline stage.
 
-    The vocabulary is padded. A tied embedding lies on the first stage and again on the last.
+    The vocabulary is padded. A tied embedding is on the first stage and again on the last.
     """
     architecture, is_last = setup.architecture, stage == setup.pipeline - 1
-    found = layer_parameters(setup).times(setup.layers_per_stage)
+    parameters = layer_parameters(setup).times(setup.layers_per_stage)
     vocabulary = Parameters(vocabulary_parameters(setup))
     if stage == 0:
-        found += vocabulary
+        parameters += vocabulary
     if is_last:
-        found += Parameters(_size(FINAL_NORM, architecture))
+        parameters += Parameters(_size(FINAL_NORM, architecture))
         if not (architecture.tied_embeddings and stage == 0):
-            found += vocabulary
-    return found
+            parameters += vocabulary
+    return parameters
 
 
 def layer_parameters(setup: Setup) -> Parameters:
-    """Of one layer, on one rank."""
-    found = Parameters(0)
+    """Count the parameters of one layer on one rank."""
+    parameters, num_experts = Parameters(0), setup.architecture.sizes["experts"]
     for row in setup.architecture.family.layer_rows:
         size = _size(row, setup.architecture)
         if "{expert}" in row.name:
-            found += Parameters(0, size * setup.architecture.sizes["experts"] // setup.expert_ranks)
+            parameters += Parameters(0, size * num_experts // setup.expert_ranks)
         else:
-            found += Parameters(size if row.kind is Kind.REPLICATED else size // setup.tensor)
-    # On one rank, experts are parameters like any others.
-    return found if setup.expert_ranks > 1 else Parameters(found.total)
+            parameters += Parameters(size if row.kind is Kind.REPLICATED else size // setup.tensor)
+    # Without expert parallelism, experts are sharded like all other parameters.
+    return parameters if setup.expert_ranks > 1 else Parameters(parameters.total)
 
 
 def vocabulary_parameters(setup: Setup) -> int:
-    """Of an embedding or a head, on one rank."""
+    """Count the parameters of an embedding or a head on one rank."""
     return vocabulary_columns(setup) * setup.architecture.hidden_size
 
 
 def vocabulary_columns(setup: Setup) -> int:
-    """Padded columns of one tensor rank's shard of the vocabulary."""
+    """Return the padded columns of one tensor rank's shard of the vocabulary."""
     return padded_vocab_size(setup.architecture.vocab_size, setup.tensor) // setup.tensor
 
 
 def largest_weight(setup: Setup, stage: int) -> int:
-    """Parameters of the largest single tensor of a rank."""
+    """Count the parameters of the largest tensor of a rank."""
     rows = []
     for row in setup.architecture.family.layer_rows:
         ranks = setup.expert_tensor if "{expert}" in row.name else setup.tensor

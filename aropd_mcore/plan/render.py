@@ -1,11 +1,11 @@
-"""The planner's words and tables."""
+"""Text and tables of `aropd plan`."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from aropd_mcore.config import Config
 from aropd_mcore.plan.cost import H100
-from aropd_mcore.plan.fit import Estimate, Job, Remedy, remedies, sweep, yaml_value
+from aropd_mcore.plan.fit import Estimate, PlannedRun, Remedy, remedies, sweep, yaml_value
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.setup import Setup
 
@@ -13,27 +13,27 @@ GB = 1e9
 SWEEP_ROWS = 20
 
 
-def render_plan(job: Job) -> RenderableType:
-    """Parameters, memory, time and bubble of a job; whether it fits, and else what would."""
-    estimate = job.estimate()
+def render_plan(run: PlannedRun) -> RenderableType:
+    """Render parameters, memory, time and bubbles of a job, and changes if it does not fit."""
+    estimate = run.estimate()
     parts: list[RenderableType] = [_headline(estimate), _memory_table(estimate)]
-    parts += [_verdict(job, estimate), "", _time_table(estimate), _assumptions(estimate.setup)]
-    if not job.fits(estimate.memory):
-        parts += ["", *_what_would_fit(job, remedies(job))]
+    parts += [_verdict(run, estimate), "", _time_table(estimate), _assumptions(estimate.setup)]
+    if not run.fits(estimate.memory):
+        parts += ["", *_fitting_changes(run, remedies(run))]
     return Group(*parts)
 
 
-def render_sweep(job: Job) -> RenderableType:
-    """The fitting layouts, the shortest step first."""
-    found = sweep(job)
-    if not found:
-        return f"no layout of {job.num_gpus} GPUs fits into {job.memory_bytes / GB:g} GB each"
+def render_sweep(run: PlannedRun) -> RenderableType:
+    """Render the layouts that fit, by step time."""
+    fitting = sweep(run)
+    if not fitting:
+        return f"no layout of {run.num_gpus} GPUs fits into {run.memory_bytes / GB:g} GB per GPU"
     table = Table(
-        title=f"{len(found)} layouts fit; the {SWEEP_ROWS} with the shortest step",
+        title=f"{len(fitting)} layouts fit; the {SWEEP_ROWS} with the shortest step",
         collapse_padding=True,  # for 80 columns
         pad_edge=False,
     )
-    shown = found[:SWEEP_ROWS]
+    shown = fitting[:SWEEP_ROWS]
     setups = [estimate.setup for estimate in shown]
     columns = {
         "TP": [setup.tensor for setup in setups],
@@ -46,17 +46,17 @@ def render_sweep(job: Job) -> RenderableType:
         "recompute": [setup.recompute for setup in setups],
         "micro\nbatch": [setup.micro_batch_size for setup in setups],
         "peak\nGB": [f"{estimate.memory.peak / GB:.1f}" for estimate in shown],
-        "in": [estimate.memory.peak_phase for estimate in shown],
+        "peak\nphase": [estimate.memory.peak_phase for estimate in shown],
         "step\ns": [f"{estimate.time.total:.1f}" for estimate in shown],
     }
-    for name in ("VPP", "EP"):  # 1 goes without saying
+    for name in ("VPP", "EP"):  # a column of 1 only is left out
         if set(columns[name]) == {1}:
             del columns[name]
     for name in columns:
         table.add_column(name, justify="right")
     for row in zip(*columns.values(), strict=True):
         table.add_row(*map(str, row))
-    return Group(table, _assumptions(found[0].setup))
+    return Group(table, _assumptions(fitting[0].setup))
 
 
 def _headline(estimate: Estimate) -> str:
@@ -64,22 +64,22 @@ def _headline(estimate: Estimate) -> str:
     architecture = setup.architecture
     size = str(setup.micro_batch_size)
     if setup.max_tokens_per_microbatch is not None:
-        size = f"up to {setup.max_tokens_per_microbatch} tokens a view"
+        size = f"up to {setup.max_tokens_per_microbatch} tokens per view"
     return (
         f"{setup.world_size} GPUs: {describe(setup, setup.data)}; "
         f"{setup.num_microbatches} microbatches of {size}, recompute {setup.recompute}\n"
-        f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on a "
-        f"rank of stage {memory.stage}, the one with the largest peak"
+        f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on each "
+        f"rank of stage {memory.stage}, which has the largest peak"
     )
 
 
 def _memory_table(estimate: Estimate) -> Table:
     memory = estimate.memory
-    table = Table(title=f"Memory of a GPU of stage {memory.stage}, GB")
+    table = Table(title=f"Memory per GPU of stage {memory.stage}, GB")
     table.add_column("phase")
     table.add_column("part")
     table.add_column("GB", justify="right")
-    table.add_column("with the state", justify="right")
+    table.add_column("with state", justify="right")
     for part, size in memory.state.items():
         table.add_row("always", part, f"{size / GB:.2f}", "")
     table.add_row("", "state", "", f"{sum(memory.state.values()) / GB:.1f}", end_section=True)
@@ -87,22 +87,22 @@ def _memory_table(estimate: Estimate) -> Table:
         for part, size in parts.items():
             table.add_row(phase, part, f"{size / GB:.2f}", "")
         mark = "  peak" if phase == memory.peak_phase else ""
-        table.add_row(phase, "together", "", f"{memory.at(phase) / GB:.1f}{mark}", end_section=True)
+        table.add_row(phase, "total", "", f"{memory.at(phase) / GB:.1f}{mark}", end_section=True)
     return table
 
 
-def _verdict(job: Job, estimate: Estimate) -> str:
-    peak, room = estimate.memory.peak / GB, job.memory_bytes / GB
-    how = "fits" if job.fits(estimate.memory) else "does not fit"
+def _verdict(run: PlannedRun, estimate: Estimate) -> str:
+    peak, room = estimate.memory.peak / GB, run.memory_bytes / GB
+    verdict = "fits" if run.fits(estimate.memory) else "does not fit"
     return (
-        f"{how} into {room:g} GB: the peak is {peak:.1f} GB, in the phase "
-        f"{estimate.memory.peak_phase!r}, on stage {estimate.memory.stage}"
+        f"{verdict} into {room:g} GB: the peak is {peak:.1f} GB, in phase "
+        f"{estimate.memory.peak_phase!r} on stage {estimate.memory.stage}"
     )
 
 
 def _time_table(estimate: Estimate) -> Table:
     time = estimate.time
-    table = Table(title="A step, seconds")
+    table = Table(title="Time of a step, seconds")
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("bubble", justify="right")
@@ -118,36 +118,36 @@ def _assumptions(setup: Setup) -> str:
     return (
         f"Upper bound: every prompt has {setup.prompt_tokens} tokens "
         f"(views.max_prompt_tokens) and every response {setup.response_tokens} "
-        "(rollout.max_response_tokens). Tokens fall on experts evenly."
-        f"{'' if setup.samples or setup.teacher is None else ' vLLM servers are not planned.'}\n"
-        f"Times are not measured: an H100 SXM's peaks ({H100.bf16_flops / 1e12:g} TFLOP/s dense "
-        f"bf16, {H100.fp8_flops / 1e12:g} fp8, {H100.memory_bytes / 1e12:g} TB/s, NVLink "
-        f"{H100.nvlink_bytes / 1e9:g} GB/s, network {H100.network_bytes / 1e9:g} GB/s a GPU, host "
-        f"{H100.host_bytes / 1e9:g} GB/s) times assumed efficiencies (products "
-        f"{H100.matmul_efficiency:g}, attention {H100.attention_efficiency:g}, memory "
-        f"{H100.memory_efficiency:g}, NVLink {H100.nvlink_efficiency:g}, network "
-        f"{H100.network_efficiency:g}, host {H100.host_efficiency:g}); communication overlaps "
-        "nothing."
+        "(rollout.max_response_tokens). Tokens are spread evenly over experts."
+        f"{'' if setup.samples or setup.teacher is None else ' vLLM servers are not included.'}\n"
+        "Times are estimates for an H100 SXM, not measurements. They divide by its peak rates "
+        f"({H100.bf16_flops / 1e12:g} TFLOP/s dense bf16, {H100.fp8_flops / 1e12:g} FP8, "
+        f"{H100.memory_bytes / 1e12:g} TB/s memory, per GPU {H100.nvlink_bytes / 1e9:g} GB/s "
+        f"NVLink, {H100.network_bytes / 1e9:g} GB/s network, {H100.host_bytes / 1e9:g} GB/s to the "
+        f"host) times assumed efficiencies (matrix products {H100.matmul_efficiency:g}, attention "
+        f"{H100.attention_efficiency:g}, memory {H100.memory_efficiency:g}, NVLink "
+        f"{H100.nvlink_efficiency:g}, network {H100.network_efficiency:g}, host "
+        f"{H100.host_efficiency:g}). Communication is assumed not to overlap with computation."
     )
 
 
-def _what_would_fit(job: Job, found: list[Remedy]) -> list[str]:
-    if found:
-        return ["Each of these alone would make it fit:"] + [
-            f"  {remedy.change}  (peak {remedy.peak / GB:.1f} GB)" for remedy in found
+def _fitting_changes(run: PlannedRun, single_changes: list[Remedy]) -> list[str]:
+    if single_changes:
+        return ["Each of these changes makes it fit:"] + [
+            f"  {remedy.change}  (peak {remedy.peak / GB:.1f} GB)" for remedy in single_changes
         ]
-    layouts = sweep(job)
+    layouts = sweep(run)
     if not layouts:
-        return [f"No single change makes it fit, and no layout of {job.num_gpus} GPUs does."]
+        return [f"No single change makes it fit, and no layout of {run.num_gpus} GPUs fits."]
     best = layouts[0]
     return [
-        "No single change makes it fit; of the layouts that do, the one with the shortest step:",
-        f"  {' '.join(_changes(job.config, best.setup))}  (peak {best.memory.peak / GB:.1f} GB)",
+        "No single change makes it fit. The fitting layout with the shortest step:",
+        f"  {' '.join(_changes(run.config, best.setup))}  (peak {best.memory.peak / GB:.1f} GB)",
     ]
 
 
 def _changes(config: Config, setup: Setup) -> list[str]:
-    """What turns the configuration into the one that was planned for, as `aropd plan` takes it."""
+    """Return the overrides that turn the configuration into this setup."""
     changes = []
     for name, section, keys in (
         (

@@ -1,10 +1,10 @@
-"""A job as the planner sees it: the numbers that memory and time are made of."""
+"""The planner's description of a job, from which memory and time are computed."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aropd_mcore.config import Config, Place, Recompute
+from aropd_mcore.config import Config, MemorySpace, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.layout import Layout, plan
 
@@ -14,7 +14,7 @@ Device = Literal["gpu", "cpu"]
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, its layout and its step. Every sequence counts at full length: an upper bound."""
+    """A model, its layout and its step. Every sequence has full length, for an upper bound."""
 
     architecture: Architecture
     tensor: int = 1
@@ -23,41 +23,42 @@ class Setup:
     """Model chunks on each stage."""
     context: int = 1
     expert: int = 1
-    """Ranks of a stage that share out its experts."""
+    """Ranks of a stage that its experts are split over."""
     expert_tensor: int = 1
-    """Ranks of a stage that share out each expert's matrices."""
+    """Ranks of a stage that each expert's matrices are split over."""
     data: int = 1
     sequence: bool = False
     recompute: Recompute = "none"
     micro_batch_size: int = 1
     num_microbatches: int = 1
-    """Of a step, on each data-parallel rank."""
+    """Microbatches per step on each data-parallel rank."""
     teacher: Literal["ema", "frozen", "live"] | None = "ema"
-    """None for `sft`."""
+    """Kind of teacher; None for `sft`."""
     num_views: int = 2
-    """Of the teacher, that the objective reads; 0 for `sft`."""
+    """Teacher views that the objective reads; 0 for `sft`."""
     fp32_master: bool = True
-    """The teacher's moving average is kept in fp32."""
+    """Whether the teacher's moving average is kept in fp32."""
     dtype_bytes: int = 2
     fp8: bool = False
-    """The student's products run in fp8; weights stay in bf16."""
+    """Whether the student's matrix products run in FP8. Weights stay in bf16."""
     teacher_fp8: bool = False
     size_multiple: int = 1
-    """Of a rank's tokens, in fp8."""
+    """Number that a rank's tokens are padded to a multiple of, for FP8."""
     prompt_tokens: int = 1024
     response_tokens: int = 1024
     prompt_loss: bool = False
-    """The loss counts the prompt's tokens too."""
+    """Whether the loss counts prompt tokens, too."""
     samples: bool = True
-    """Rollouts are the model's own; False: servers', which are not planned."""
+    """Whether the model itself samples. False: servers do, which are not planned."""
     rollout_batch_size: int = 32
     kv_cache_tokens: int | None = None
     chunk_tokens: int | Literal["auto"] = "auto"
     max_tokens_per_microbatch: int | None = None
-    """With packed sequences: what replaces micro_batch_size times the longest sequence."""
-    teacher_hidden_states: Place = "device"
-    teacher_weights: Place = "device"
-    """`host`: on the device while the teacher scores, but for the output head."""
+    """Tokens of a packed microbatch; None without packing."""
+    teacher_hidden_states: MemorySpace = "device"
+    teacher_weights: MemorySpace = "device"
+    """Location of the weights. `host`: all but the output head are on the device only while the
+    teacher scores."""
     overlap_grad_reduce: bool = False
     device: Device = field(default="gpu", kw_only=True)
     gpus_per_node: int = field(default=8, kw_only=True)
@@ -68,17 +69,17 @@ class Setup:
 
     @property
     def hosts_weights(self) -> bool:
-        """Whether the teacher's weights visit the device; a CPU's memory is host and device."""
+        """Whether the teacher's weights are on the host. On a CPU, host and device are the same."""
         return self.teacher_weights == "host" and self.device == "gpu"
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks that the experts of a layer are spread over."""
+        """Ranks that the experts of a layer are split over."""
         return self.expert * self.expert_tensor
 
     @property
     def sequence_size(self) -> int:
-        """Tensor ranks that share out the tokens between matrix products."""
+        """Ranks that split the tokens between matrix products (sequence parallelism)."""
         return self.tensor if self.sequence else 1
 
     @property
@@ -87,45 +88,47 @@ class Setup:
 
     @property
     def sequence_tokens(self) -> int:
-        """Prompt and response; padded to what context and tensor ranks share out, and fp8 needs."""
-        a_rank = math.lcm(self.size_multiple, 2 if self.context > 1 else 1)  # data.context
-        multiple = a_rank * self.context * self.sequence_size
+        """Tokens of prompt and response, padded for context and tensor ranks and for FP8."""
+        rank_multiple = math.lcm(
+            self.size_multiple, 2 if self.context > 1 else 1
+        )  # data.context_parallel
+        multiple = rank_multiple * self.context * self.sequence_size
         return -(-(self.prompt_tokens + self.response_tokens) // multiple) * multiple
 
     @property
     def microbatch_tokens(self) -> int:
-        """On one context rank."""
+        """Tokens of a microbatch on one context rank."""
         tokens = self.max_tokens_per_microbatch or self.micro_batch_size * self.sequence_tokens
         return tokens // self.context
 
     @property
     def microbatch_sequences(self) -> float:
-        """Responses in a microbatch, of the largest size."""
+        """Number of responses in a microbatch, if all have full length."""
         if self.max_tokens_per_microbatch is None:
             return self.micro_batch_size
         return self.max_tokens_per_microbatch / self.sequence_tokens
 
     @property
     def loss_tokens(self) -> int:
-        """Of a microbatch, on one context rank if they fall evenly."""
+        """Loss tokens of a microbatch on one context rank, if they are spread evenly."""
         counted = self.response_tokens + (self.prompt_tokens - 1 if self.prompt_loss else 0)
         return round(self.microbatch_sequences * counted) // self.context
 
     @property
     def num_responses(self) -> int:
-        """Of a step, on each data-parallel rank."""
+        """Responses per step on each data-parallel rank."""
         return round(self.num_microbatches * self.microbatch_sequences)
 
     @property
     def decoded_together(self) -> int:
-        """Rows of the KV cache that are in use; context ranks share out the prompts."""
+        """Rows of the KV cache that are in use. Context ranks split the prompts."""
         rows = min(self.rollout_batch_size, -(-self.num_responses // self.context))
         if self.kv_cache_tokens is not None:
             rows = min(rows, self.kv_cache_tokens // (self.prompt_tokens + self.response_tokens))
         return rows
 
 
-def setup_of(
+def build_setup(
     config: Config,
     world_size: int,
     *,
@@ -133,10 +136,10 @@ def setup_of(
     device: Device = "gpu",
     architecture: Architecture | None = None,
 ) -> Setup:
-    """What a run's configuration comes to on `world_size` processes.
+    """Derive the planner's description of a run on `world_size` processes.
 
     Args:
-        architecture: of config.model.path, where it was read already.
+        architecture: the architecture of config.model.path, if it has been read already.
     Raises:
         ValueError: as `layout.plan`.
     """
@@ -183,12 +186,12 @@ def setup_of(
 
 
 def _num_packed(config: Config, layout: Layout) -> int:
-    """Microbatches that responses of full length are packed into, on each data-parallel rank."""
+    """Return the number of packed microbatches per data-parallel rank, at full length."""
     budget = config.training.max_tokens_per_microbatch
     longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
     assert budget is not None and longest <= budget
     responses = config.training.global_batch_size // layout.data
     count = -(-responses // (budget // longest))
-    # The interleaved schedule takes as many at a time as there are stages.
+    # The interleaved schedule takes groups of as many microbatches as there are stages.
     multiple = layout.pipeline if config.parallel.virtual_pipeline > 1 else 1
     return count + -count % multiple

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aropd_mcore.data.prompts import PromptCounts, PromptLine, Prompts
+from aropd_mcore.data.generation_prompts import PromptCounts, PromptLine, Prompts
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
-from aropd_mcore.mcore.dynamic import check_dynamic
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime, start
 from aropd_mcore.plan.layout import describe
-from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
-from aropd_mcore.rollout.job import Job
-from aropd_mcore.rollout.job_engine import engine_of, load_model
+from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
+from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
+from aropd_mcore.rollout.generation_spec import GenerationSpec
 from aropd_mcore.rollout.lines_file import LinesFile, partial_folder
-from aropd_mcore.rollout.on_first import on_first_rank
 from aropd_mcore.types import Rollout
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 _BATCHES_AT_ONCE = 8
 """On each replica, between one writing and the next: at its end fewer and fewer rows decode."""
-_PROBE_TOKENS = 128
 FIELDS = (
     "sample",
     "text",
@@ -41,22 +39,16 @@ FIELDS = (
 """What is written beside the prompt's own fields."""
 
 
-def start_runtime(job: Job) -> Runtime:
-    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`.
-
-    Raises:
-        ConfigError: also for Megatron's engine where it cannot run.
-    """
-    if job.rollout.engine == "megatron":
-        check_dynamic()
-    sizes = job.parallel
+def start_generation_runtime(spec: GenerationSpec) -> Runtime:
+    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`."""
+    sizes = spec.parallel
     return start(
         tensor=sizes.tensor,
         pipeline=sizes.pipeline,
         expert=sizes.expert,
         expert_tensor=sizes.expert_tensor,
         sequence_parallel=sizes.sequence,
-        seed=job.seed,
+        seed=spec.seed,
     )
 
 
@@ -69,7 +61,7 @@ class _Extent:
     """Prompts."""
 
 
-def generate(job: Job, runtime: Runtime) -> None:
+def generate(spec: GenerationSpec, runtime: Runtime) -> None:
     """Sample job.rollout.rollouts_per_prompt responses to each prompt, and write job.output.
 
     A line a response, in the order of prompts and samples whatever the layout. A call that was
@@ -82,14 +74,14 @@ def generate(job: Job, runtime: Runtime) -> None:
     Collectives: the engine's; broadcasts over the job; an all-gather of the responses over
         dp_group. Every rank must call.
     """
-    tokenizer = load_tokenizer(job.source.hf_folder)
-    vocab_size = job.source.architecture.vocab_size
-    view_builder = ViewBuilder(tokenizer, job.views, vocab_size=vocab_size)
+    tokenizer = load_tokenizer(spec.source.hf_folder)
+    vocab_size = spec.source.architecture.vocab_size
+    view_builder = ViewBuilder(tokenizer, spec.views, vocab_size=vocab_size)
     prompts = Prompts(
-        job.prompts,
+        spec.prompts,
         view_builder,
         vocab_size=vocab_size,
-        max_tokens=job.max_prompt_tokens,
+        max_tokens=spec.max_prompt_tokens,
         reserved=FIELDS,
     )
     with ExitStack() as stack:
@@ -97,43 +89,43 @@ def generate(job: Job, runtime: Runtime) -> None:
         """On the first rank."""
 
         def begin() -> _Extent:
-            counts, samples = prompts.check(), job.rollout.rollouts_per_prompt
-            file = LinesFile(job.output, job.identity(), lines_at_once=samples)
+            counts, samples = prompts.check(), spec.rollout.rollouts_per_prompt
+            file = LinesFile(spec.output, spec.identity(), lines_at_once=samples)
             output.append(stack.enter_context(file))
             return _Extent(counts, file.num_lines // samples)
 
         try:
-            extent = on_first_rank(begin)
-        except (ValueError, RuntimeError):
+            extent = run_on_rank0(begin, takes_long=True)
+        except Exception:
             if runtime.rank == 0:
                 raise
             return  # the first rank says why
         if runtime.rank == 0:
             for note in view_builder.notes:
                 print(note, file=sys.stderr)
-        probe_ids = (*prompts.ids(next(iter(prompts)))[0], view_builder.end_id)[-_PROBE_TOKENS:]
-        sampling = engine_of(
-            job,
+        probe_ids = (*prompts.ids(next(iter(prompts)))[0], view_builder.end_id)[-PROBE_TOKENS:]
+        sampling = generation_engine(
+            spec,
             runtime,
-            load_model(job, runtime),
-            eos_token_ids=eos_token_ids(job.source.hf_folder, tokenizer),
+            load_model(spec, runtime),
+            eos_token_ids=eos_token_ids(spec.source.hf_folder, tokenizer),
             probe_ids=probe_ids,
             longest_prompt=extent.counts.longest,
-            scratch=partial_folder(job.output),
+            scratch=partial_folder(spec.output),
         )
-        with _progress(job, runtime, extent) as advance, sampling as engine:
-            for first, piece in _pieces(prompts, extent, _prompts_at_once(job, runtime)):
-                responses = _respond(job, runtime, engine, prompts, first, piece)
+        with _progress(spec, runtime, extent) as advance, sampling as engine:
+            for first, piece in _pieces(prompts, extent, _prompts_at_once(spec, runtime)):
+                responses = _respond(spec, runtime, engine, prompts, first, piece)
                 for file in output:
-                    file.write(_records(job, tokenizer, piece, responses))
+                    file.write(_records(spec, tokenizer, piece, responses))
                 advance(len(piece))
         for file in output:
             file.finish()
 
 
-def _prompts_at_once(job: Job, runtime: Runtime) -> int:
-    responses = _BATCHES_AT_ONCE * job.rollout.batch_size * runtime.dp_size
-    return max(1, responses // job.rollout.rollouts_per_prompt)
+def _prompts_at_once(spec: GenerationSpec, runtime: Runtime) -> int:
+    responses = _BATCHES_AT_ONCE * spec.rollout.batch_size * runtime.dp_size
+    return max(1, responses // spec.rollout.rollouts_per_prompt)
 
 
 def _pieces(
@@ -152,7 +144,7 @@ _Response = tuple[Rollout, int]
 
 
 def _respond(
-    job: Job,
+    spec: GenerationSpec,
     runtime: Runtime,
     engine: RolloutEngine,
     prompts: Prompts,
@@ -166,15 +158,16 @@ def _respond(
     Args:
         position: of the piece's first prompt in the file.
     """
-    samples = job.rollout.rollouts_per_prompt
+    samples = spec.rollout.rollouts_per_prompt
     places = [(index, sample) for index in range(len(piece)) for sample in range(samples)]
     share = places[runtime.dp_rank :: runtime.dp_size]
     ids = {index: prompts.ids(piece[index]) for index, _ in share}
-    rollouts = engine.generate(
+    batch = PromptBatch(
         [ids[index][0] for index, _ in share],
-        [rollout_seed(job.seed, position + index, sample) for index, sample in share],
-        job.rollout,
+        [rollout_seed(spec.seed, position + index, sample) for index, sample in share],
+        spec.rollout,
     )
+    rollouts = engine.submit(batch).result()
     mine = [
         (place, (rollout, ids[place[0]][1])) for place, rollout in zip(share, rollouts, strict=True)
     ]
@@ -183,22 +176,22 @@ def _respond(
 
 
 def _records(
-    job: Job,
+    spec: GenerationSpec,
     tokenizer: "PreTrainedTokenizerBase",
     piece: Sequence[PromptLine],
     responses: Sequence[_Response],
 ) -> Iterator[dict[str, Any]]:
     """A line of the output a response: the prompt's own fields, and FIELDS."""
-    samples = job.rollout.rollouts_per_prompt
+    samples = spec.rollout.rollouts_per_prompt
     for number, (rollout, num_cut) in enumerate(responses):
         record = dict(piece[number // samples].fields)
         record["sample"] = number % samples
         record["text"] = tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)
         record["response_ids"] = rollout.response_ids
-        if job.with_logprobs:
+        if spec.with_logprobs:
             record["logprobs"] = rollout.logprobs
         record["finish_reason"] = "stop" if rollout.finished else "length"
-        if job.weight_version is not None:
+        if spec.weight_version is not None:
             record["weight_version"] = rollout.weight_version
         if num_cut:
             record["num_cut_tokens"] = num_cut
@@ -206,7 +199,9 @@ def _records(
 
 
 @contextmanager
-def _progress(job: Job, runtime: Runtime, extent: _Extent) -> Iterator[Callable[[int], None]]:
+def _progress(
+    spec: GenerationSpec, runtime: Runtime, extent: _Extent
+) -> Iterator[Callable[[int], None]]:
     """Says on the first rank's stderr what is done: a bar on a terminal, lines in a log.
 
     Yields:
@@ -216,7 +211,7 @@ def _progress(job: Job, runtime: Runtime, extent: _Extent) -> Iterator[Callable[
         yield lambda num_prompts: None
         return
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(_headline(job, runtime, extent), markup=False)
+    console.print(_headline(spec, runtime, extent), markup=False)
     columns = (TextColumn("prompts"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     # Where nobody watches, lines say more than a bar.
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -233,19 +228,19 @@ def _progress(job: Job, runtime: Runtime, extent: _Extent) -> Iterator[Callable[
         yield advance
 
 
-def _headline(job: Job, runtime: Runtime, extent: _Extent) -> str:
-    dtype = str(runtime.dtype(job.dtype)).removeprefix("torch.")
+def _headline(spec: GenerationSpec, runtime: Runtime, extent: _Extent) -> str:
+    dtype = str(runtime.dtype(spec.dtype)).removeprefix("torch.")
     start = f"going on at prompt {extent.num_done + 1}" if extent.num_done else "starting"
     cut = ""
     if extent.counts.num_cut:
         cut = (
             f"\n{extent.counts.num_cut} prompts are over views.max_prompt_tokens "
-            f"{job.views.max_prompt_tokens}: they are cut by views.on_long_prompt "
-            f"{job.views.on_long_prompt}, and their lines have num_cut_tokens"
+            f"{spec.views.max_prompt_tokens}: they are cut by views.on_long_prompt "
+            f"{spec.views.on_long_prompt}, and their lines have num_cut_tokens"
         )
     return (
-        f"{start}: {job.source.path} ({job.who}) in {dtype} on {runtime.device.type}, "
-        f"{describe(job.parallel, runtime.dp_size)}\n"
-        f"{extent.counts.num_prompts} prompts, {job.rollout.rollouts_per_prompt} samples each, "
-        f"engine {job.rollout.engine}, seed {job.seed}{cut}"
+        f"{start}: {spec.source.path} ({spec.who}) in {dtype} on {runtime.device.type}, "
+        f"{describe(spec.parallel, runtime.dp_size)}\n"
+        f"{extent.counts.num_prompts} prompts, {spec.rollout.rollouts_per_prompt} samples each, "
+        f"engine {spec.rollout.engine}, seed {spec.seed}{cut}"
     )

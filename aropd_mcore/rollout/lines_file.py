@@ -17,9 +17,9 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def other_value(begun: dict[str, Any], job: dict[str, Any]) -> str:
+def other_value(begun: dict[str, Any], spec: dict[str, Any]) -> str:
     """The first difference of a job from the one that was begun, in words; nothing if none."""
-    for key, value in job.items():
+    for key, value in spec.items():
         if begun.get(key) != value:
             return f"{key} was {begun.get(key)!r}, and is {value!r} now"
     return ""
@@ -34,7 +34,7 @@ class LinesFile:
     The next call for the same path and the same job goes on behind them.
     """
 
-    def __init__(self, path: Path, job: dict[str, Any], *, lines_at_once: int = 1):
+    def __init__(self, path: Path, spec: dict[str, Any], *, lines_at_once: int = 1):
         """
         Args:
             job: what the lines depend on, as JSON holds it.
@@ -52,7 +52,7 @@ class LinesFile:
             if not try_lock(self._file.fileno()):  # until the file is closed
                 raise ValueError(f"{path}: another process is writing it")
             self._refuse_existing()  # the other process may have ended just before the lock
-            self._check_job(job)
+            self._check_job(spec)
             self.num_lines = self._keep_whole(lines_at_once)
             """That were there."""
         except BaseException:
@@ -99,14 +99,14 @@ class LinesFile:
         self._file.truncate(end)
         return num_lines - num_lines % lines_at_once
 
-    def _check_job(self, job: dict[str, Any]) -> None:
+    def _check_job(self, spec: dict[str, Any]) -> None:
         path, begun = self.folder / "job.json", {}
         with suppress(OSError, ValueError):
             begun = json.loads(path.read_text())
-        problem = other_value(begun, job)
+        problem = other_value(begun, spec)
         if problem and self._file.seek(0, os.SEEK_END) > 0:
             raise ValueError(
                 f"{self.folder}: holds lines of another job: {problem}; remove the folder, or name "
                 "another file"
             )
-        path.write_text(json.dumps(job, indent=2) + "\n")
+        path.write_text(json.dumps(spec, indent=2) + "\n")

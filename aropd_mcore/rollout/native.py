@@ -1,6 +1,7 @@
-"""The native engine: the student samples by its own forward, with a KV cache, where it stands."""
+"""The native engine: the model samples by its own forward, with a KV cache, in every layout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -8,91 +9,127 @@ import torch.distributed as dist
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.decode import decoding, share
-from aropd_mcore.rollout.engine import check_prompts
-from aropd_mcore.rollout.responses import STOPPED, ModelEngine, Responses
+from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.buffers import DecodeBuffers
+from aropd_mcore.rollout.engine import Pending, Progress, PromptBatch, ignore, never
 from aropd_mcore.types import Rollout
 
+_STOPPED = -1
+"""Value in the place of tokens which tells all ranks that sampling stops."""
 
-class NativeEngine(ModelEngine):
-    """ModelEngine by the model's own forward and a KV cache of whole rows.
 
-    Every rank of a model replica calls `generate` with the same arguments and returns the same
-    list. Replicas are independent: each may have other prompts, and other numbers of them. Tokens
-    depend on weights, prompt and seed; tensor and pipeline sizes, batch_size and the other prompts
-    change the logits by rounding only.
+class NativeEngine:
+    """RolloutEngine over the model itself: no second copy of the weights, nothing to send.
 
-    Where kv_cache_tokens is given, fewer rows are decoded together where prompts are long.
+    Every rank of a model replica submits the same batch and gets the same rollouts. Replicas are
+    independent: each may have other prompts, and another number of them. Tokens depend on weights,
+    prompt and seed; tensor and pipeline sizes, batch_size and the other prompts change the logits
+    by rounding only.
+
+    A batch is sampled by `Pending.result`, so its result comes before the next update.
     """
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> list[Rollout]:
-        """As RolloutEngine.generate.
-
-        Raises:
-            ValueError: seeds and prompts differ in number; a prompt is empty, has an id that the
-                model has not, or leaves no room for max_response_tokens, in the model's positions
-                or in kv_cache_tokens.
-            FloatingPointError: the model's logits are not finite.
-        Collectives: the model's over tp_group and pp_group, a gather of logits and a broadcast of
-            tokens for every token; over cp_group, whose ranks share out the prompts, an all-gather
-            of the rollouts; none over dp_group, but where replicas share experts: then all of them
-            must call together, and they decode until the last is done.
+    def __init__(
+        self,
+        model: StageModel,
+        runtime: Runtime,
+        *,
+        eos_token_ids: Sequence[int],
+        batch_size: int,
+        kv_cache_tokens: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ):
         """
-        check_prompts(
-            prompts,
-            seeds,
-            sampling,
-            vocab_size=self.model.vocab_size,
-            max_sequence_length=self.model.max_sequence_length,
+        Args:
+            model: this rank's shard, without DDP around it. Its weights are read by every result.
+            eos_token_ids: any of them ends a response.
+            batch_size: largest number of rows decoded together.
+            kv_cache_tokens: capacity of each model replica's KV cache. If it is too small for
+                batch_size rows of maximum length, fewer rows are decoded together. None: room for
+                batch_size rows.
+            should_stop: asked for every token on the sampling rank. True: the responses so far are
+                returned at once, and the caller must discard them.
+        """
+        self.model = model
+        self.runtime = runtime
+        self.batch_size = batch_size
+        self.kv_cache_tokens = kv_cache_tokens
+        self.weight_version = 0
+        self._should_stop = should_stop
+        self._eos_token_ids = torch.tensor(
+            list(eos_token_ids), dtype=torch.int64, device=runtime.device
+        )
+
+    def submit(self, batch: PromptBatch) -> Pending:
+        """As RolloutEngine.submit. Collectives: none."""
+        return _NativePending(self, batch, self.weight_version)
+
+    def update_weights(self, version: int) -> None:
+        """As RolloutEngine.update_weights; the weights are the model's own. Collectives: none."""
+        self.weight_version = version
+
+    def close(self) -> None:
+        """As RolloutEngine.close; nothing was started."""
+
+    def _sample(self, batch: PromptBatch, on_progress: Progress) -> list[Rollout]:
+        batch.check(
+            vocab_size=self.model.vocab_size, max_sequence_length=self.model.max_sequence_length
         )
         group = self.runtime.cp_group
-        share = slice(group.rank(), None, group.size())
-        mine = self._generate_share(prompts[share], seeds[share], sampling)
+        own = slice(group.rank(), None, group.size())
+        rollouts = self._sample_share(
+            batch.prompts[own], batch.seeds[own], batch.sampling, on_progress
+        )
         if group.size() == 1:
-            return mine
+            return rollouts
         shares: list[list[Rollout]] = [[] for _ in range(group.size())]
-        dist.all_gather_object(shares, mine, group=group)
-        return [shares[i % group.size()][i // group.size()] for i in range(len(prompts))]
+        dist.all_gather_object(shares, rollouts, group=group)
+        return [shares[i % group.size()][i // group.size()] for i in range(len(batch.prompts))]
 
-    def _generate_share(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
+    def _sample_share(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        on_progress: Progress,
     ) -> list[Rollout]:
         """Rows leave as soon as they are done, and waiting prompts take their places."""
         limit = sampling.max_response_tokens
         max_length = max(map(len, prompts), default=1) + limit
         num_rows = max(1, min(self._rows_in_cache(max_length), len(prompts)))
-        made = Responses(seeds, limit, self._eos_token_ids)
+        buffers = DecodeBuffers(seeds, limit, self._eos_token_ids)
         # Of similar length one after another, and the longest first: they attend together.
         waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         running: list[int] = []
         with decoding(
             self.model, self.runtime, num_rows=num_rows, max_length=max_length
         ) as decoder:
-            while self._anywhere(bool(running or waiting)):
+            while self._on_any_replica(bool(running or waiting)):
                 free = num_rows - len(running)
                 new, waiting = waiting[:free], waiting[free:]
-                if not running and not new:  # for the experts here: other replicas go on
-                    decoder.forward(made.next_tokens([]), [(0,)])
+                if not running and not new:  # for the experts here: other replicas still decode
+                    decoder.forward(buffers.next_tokens([]), [(0,)])
                     decoder.drop({0})
                     continue
                 logits_BV = decoder.forward(
-                    made.next_tokens(running), [prompts[index] for index in new]
+                    buffers.next_tokens(running), [prompts[index] for index in new]
                 )
                 running += new
                 beat()
-                tokens_B = made.draw(running, logits_BV, sampling)
+                tokens_B = buffers.draw(running, logits_BV, sampling)
                 if self._should_stop():
-                    tokens_B.fill_(STOPPED)
+                    tokens_B.fill_(_STOPPED)
                 share(tokens_B, self.runtime)
-                if tokens_B[0] == STOPPED:  # so says the rank that samples
+                if tokens_B[0] == _STOPPED:  # the sampling rank's decision
                     waiting, done = [], set(range(len(running)))
                 else:
-                    done = made.add(running, tokens_B)
+                    done = buffers.add(running, tokens_B)
                 if done:
                     running = [running[row] for row in decoder.drop(done)]
-            share(made.logprobs_RT, self.runtime)
-        return made.rollouts(self.weight_version)
+                    on_progress(len(prompts) - len(running) - len(waiting), len(prompts))
+            share(buffers.logprobs_RT, self.runtime)
+        return buffers.rollouts(self.weight_version)
 
     def _rows_in_cache(self, max_length: int) -> int:
         if self.kv_cache_tokens is None:
@@ -104,11 +141,34 @@ class NativeEngine(ModelEngine):
             )
         return min(self.batch_size, self.kv_cache_tokens // max_length)
 
-    def _anywhere(self, here: bool) -> bool:
-        """`here` on any of the replicas that have to decode in step: those that share experts,
+    def _on_any_replica(self, is_here: bool) -> bool:
+        """`is_here` on any of the replicas that must decode in step: those that share experts,
         whose every forward is a collective."""
         if not self.runtime.shares_experts:
-            return here
-        found = torch.tensor(int(here), device=self.runtime.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.runtime.dp_cp_group)
-        return bool(found)
+            return is_here
+        is_anywhere = torch.tensor(int(is_here), device=self.runtime.device)
+        dist.all_reduce(is_anywhere, dist.ReduceOp.MAX, group=self.runtime.dp_cp_group)
+        return bool(is_anywhere)
+
+
+@dataclass(frozen=True)
+class _NativePending:
+    """Pending that samples when its result is asked for."""
+
+    engine: NativeEngine
+    batch: PromptBatch
+    weight_version: int
+
+    def result(self, *, on_progress: Progress = ignore) -> list[Rollout]:
+        """As Pending.result; progress counts this rank's share of the prompts.
+
+        Raises:
+            ValueError: also where a prompt leaves no room for a response in kv_cache_tokens.
+            FloatingPointError: the model's logits are not finite.
+        Collectives: the model's over tp_group and pp_group, a gather of logits and a broadcast of
+            tokens for every token; over cp_group, whose ranks share out the prompts, an all-gather
+            of the rollouts. None over dp_group, except where replicas share experts: then all of
+            them must call together, and they decode until the last is done.
+        """
+        assert self.engine.weight_version == self.weight_version, "weights changed before sampling"
+        return self.engine._sample(self.batch, on_progress)

@@ -1,4 +1,4 @@
-"""The vLLM engine: servers sample, in processes of their own; the weights go to them."""
+"""The vLLM engine: servers sample, in processes of their own, with weights that they are given."""
 
 import os
 import secrets
@@ -11,16 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aropd_mcore.config import ConfigError, SamplingConfig
+from aropd_mcore.config import ConfigError
 from aropd_mcore.convert.folders import copy_companions, new_folder
 from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.mcore.logprobs import sequence_logprobs
 from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.rank0 import in_background, run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import gather_hf
-from aropd_mcore.rollout.engine import RolloutFailed, check_prompts, never
-from aropd_mcore.rollout.on_first import in_background, on_first_rank
+from aropd_mcore.rollout.engine import (
+    Pending,
+    Progress,
+    PromptBatch,
+    RolloutFailed,
+    ignore,
+    never,
+)
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
 from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
@@ -33,20 +40,21 @@ _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Nats, where the config names none: several times what rounding leaves of a mean over tokens."""
 
 _STOP_SECONDS = 1.0
-"""How often it is asked whether to stop."""
+"""How often rank 0 asks `should_stop` while it waits for responses."""
 
 
 class VllmEngine:
     """RolloutEngine over vLLM servers, which the run starts or finds at their URLs.
 
-    The job's first rank alone talks to the servers, for all model replicas: so it knows every
-    server's load, and what goes wrong goes wrong once. Every rank of the job must call `sync` and
-    `generate`, each replica with prompts of its own.
+    Rank 0 only talks to the servers, for all model replicas: it knows every server's load, and an
+    error occurs once. Every rank of the job must submit, each replica with prompts of its own.
+
+    Batches are sampled in the background, one after another in the order of `submit`.
 
     After each update the weights are gathered tensor by tensor, so that no rank ever holds the
-    model whole, written as an HF folder that the servers load, or sent to them; and proved: trainer
-    and servers score the same tokens. A response is only taken when the server says that these
-    weights made it.
+    whole model, and are written as an HF folder that the servers load, or are sent to them. A probe
+    then shows that trainer and servers score the same tokens. A response counts only if the server
+    states that these weights made it.
     """
 
     def __init__(
@@ -61,31 +69,28 @@ class VllmEngine:
     ):
         """
         Args:
-            model: this rank's shard, without DDP around it. Its weights are read by `sync`.
+            model: this rank's shard, without DDP around it. Its weights are read by
+                `update_weights`.
             eos_token_ids: any of them ends a response.
-            probe_ids: a sequence of the run's kind, two tokens or more, for the proof of each sync.
-            should_stop: asked on the first rank while responses are waited for. True: none are
-                returned.
+            probe_ids: a sequence like the run's, two tokens or more, for the probe of each update.
+            should_stop: asked on rank 0 while it waits for responses. True: none are returned.
         Raises:
             ConfigError: rollout.vllm.sync is nccl, and there is no GPU.
         """
         self.model = model
         self.runtime = runtime
         self.weight_version = 0
-        self.on_response: Callable[[int, int], None] = lambda num_done, num_all: None
-        """Called on the first rank with how many responses there are, of how many."""
         self._serving = serving
         self._should_stop = should_stop
         vllm = serving.rollout.vllm
         self._folder = (vllm.weights_dir or serving.folder) / "vllm-weights"
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
-        self.has_begun = False
-        """Whether there are responses that `finish` has not fetched."""
-        self._begun: Future[list[Rollout]] | None = None
-        """On the first rank: those of all replicas."""
-        self._share = slice(0)
-        """This replica's among them."""
+        """Why the servers do not have the weights."""
+        self._in_flight: list[_VllmPending] = []
+        """Batches that are being sampled, and whose results nothing has asked for yet."""
+        self._last_future: Future[list[Rollout]] | None = None
+        """Of the last batch that was begun; on rank 0 only."""
         self._servers: Servers | None = None
         if vllm.sync == "nccl" and runtime.device.type != "cuda":
             raise ConfigError(
@@ -95,101 +100,59 @@ class VllmEngine:
         if runtime.rank == 0:
             self._servers = self._make_servers(eos_token_ids)
 
-    def sync(self, weight_version: int) -> None:
-        """As RolloutEngine.sync. The first call starts the servers that are the run's own, and
-        waits until all are up. What is being sampled with the weights before is waited for.
+    def submit(self, batch: PromptBatch) -> Pending:
+        """As RolloutEngine.submit; the servers begin to sample.
+
+        Collectives: an all-gather over dp_group; every rank of the job must call it.
+        """
+        batches = self.runtime.concatenate_over_data([batch])
+        start = sum(len(other.prompts) for other in batches[: self.runtime.dp_rank])
+        pending = _VllmPending(self, batches, slice(start, start + len(batch.prompts)))
+        pending.begin()
+        return pending
+
+    def update_weights(self, version: int) -> None:
+        """As RolloutEngine.update_weights. The first call starts the run's own servers, and waits
+        until all are up.
 
         Collectives: mcore.weights.gather_hf's, those of mcore.logprobs.sequence_logprobs, and
             broadcasts over the job.
         """
-        if self.has_begun:
-            on_first_rank(self._wait)
-        self.weight_version = weight_version
+        if self._in_flight:
+            run_on_rank0(self._wait_for_all, takes_long=True)
+        self.weight_version = version
         try:
-            self._sync()
+            self._hand_over_weights()
             self._trouble = None
         except RolloutFailed as failed:
             self._trouble = failed
         except (OSError, ValueError) as error:
             self._trouble = RolloutFailed(
-                f"the weights of step {weight_version} could not be handed on: {error}"
+                f"the weights of step {version} could not be handed on: {error}"
             )
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> list[Rollout]:
-        """As RolloutEngine.generate.
-
-        Collectives: those of `begin` and of `finish`.
-        """
-        self.begin(prompts, seeds, sampling)
-        return self.finish()
-
-    def begin(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig
-    ) -> None:
-        """Have the servers sample, and do not wait for it; arguments as RolloutEngine.generate.
-
-        What goes wrong is raised by `finish`.
-
-        Collectives: an all-gather over dp_group; every rank of the job must call it.
-        """
-        # All data-parallel ranks' calls, each known to every rank.
-        calls = self.runtime.concatenate_over_data([(prompts, seeds)])
-        start = sum(len(prompts) for prompts, _ in calls[: self.runtime.dp_rank])
-        self._share = slice(start, start + len(prompts))
-        self.has_begun = self._trouble is None
-        if self.has_begun and self.runtime.rank == 0:
-            self._begun = in_background(partial(self._generate, calls, sampling))
-
-    def finish(self) -> list[Rollout]:
-        """What `begin` has asked for, as RolloutEngine.generate gives it.
-
-        Collectives: broadcasts over the job: all ranks must call.
-        """
-        if not self.has_begun:
-            assert self._trouble is not None, "begin comes first"
-            raise self._trouble
-        self.has_begun = False
-        return on_first_rank(self._wait_for_result)[self._share]
 
     def close(self) -> None:
         """End the servers that the run has started."""
         if self._servers:
             self._servers.close()
 
-    def _wait(self) -> None:
-        assert self._begun is not None, "on the first rank alone"
-        wait([self._begun])
+    def _wait_for_all(self) -> None:
+        assert self._last_future is not None, "on rank 0 only"
+        wait([self._last_future])
 
-    def _wait_for_result(self) -> list[Rollout]:
-        assert self._begun is not None, "on the first rank alone"
-        while not wait([self._begun], _STOP_SECONDS).done:
-            if self._should_stop():
-                return []
-        return self._begun.result()
+    def _begin(self, sample: Callable[[], list[Rollout]]) -> Future[list[Rollout]]:
+        """Call `sample` in the background, after the batches before it. On rank 0."""
+        before = self._last_future
 
-    def _generate(
-        self,
-        calls: Sequence[tuple[Sequence[Sequence[int]], Sequence[int]]],
-        sampling: SamplingConfig,
-    ) -> list[Rollout]:
-        for prompts, seeds in calls:
-            check_prompts(
-                prompts,
-                seeds,
-                sampling,
-                vocab_size=self.model.vocab_size,
-                max_sequence_length=self.model.max_sequence_length,
-            )
-        return self._first.generate(
-            [prompt for prompts, _ in calls for prompt in prompts],
-            [seed for _, seeds in calls for seed in seeds],
-            sampling,
-            lambda num_done, num_all: self.on_response(num_done, num_all),
-        )
+        def sample_in_turn() -> list[Rollout]:
+            if before is not None:
+                wait([before])
+            return sample()
 
-    def _sync(self) -> None:
+        self._last_future = in_background(sample_in_turn)
+        return self._last_future
+
+    def _hand_over_weights(self) -> None:
         version = self.weight_version
         digests = {} if self._serving.rollout.vllm.checksums else None
         is_sent = self._serving.rollout.vllm.sync == "nccl"
@@ -202,12 +165,12 @@ class VllmEngine:
             digests=digests,
         )
         if is_sent:
-            on_first_rank(lambda: self._first.prepare())
-            # Labels are made on every rank; it is the first one's that counts.
+            run_on_rank0(lambda: self.servers.prepare(), takes_long=True)
+            # Every rank makes a label; only rank 0's is used.
             gather_hf(self.model, self.runtime, partial(self._send, weights.label, digests))
         else:
             gather_hf(self.model, self.runtime, partial(self._write, folder, digests))
-        on_first_rank(lambda: self._first.sync(weights))
+        run_on_rank0(lambda: self.servers.sync(weights), takes_long=True)
         if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
                 if old != weights.folder:
@@ -216,12 +179,12 @@ class VllmEngine:
     def _send(
         self, label: str, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
     ) -> None:
-        """On the first rank: the tensors to every server that is up."""
+        """Send the tensors to every server that is up. On rank 0."""
         send_weights(
             tensors if digests is None else noted(tensors, digests),
             self.model.architecture.hf_shapes,
             self.model.config.params_dtype,
-            self._first,
+            self.servers,
             self.runtime.device,
             label=label,
             timeout=self._serving.rollout.vllm.request_timeout,
@@ -231,7 +194,7 @@ class VllmEngine:
     def _write(
         self, folder: Path, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
     ) -> None:
-        """On the first rank: the tensors as an HF folder, which appears when it is whole."""
+        """Write the tensors as an HF folder, which appears when it is whole. On rank 0."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # of the run before, from the same step
         dtype = self.model.config.params_dtype
@@ -243,8 +206,9 @@ class VllmEngine:
             copy_companions(self._serving.model, partial_folder, dtype)
 
     @property
-    def _first(self) -> Servers:
-        assert self._servers is not None, "on the first rank alone"
+    def servers(self) -> Servers:
+        """The servers, on rank 0 only."""
+        assert self._servers is not None, "on rank 0 only"
         return self._servers
 
     def _make_servers(self, eos_token_ids: Sequence[int]) -> Servers:
@@ -267,4 +231,66 @@ class VllmEngine:
             eos_token_ids=eos_token_ids,
             probe_ids=self._probe_ids,
             tolerance=vllm.probe_tolerance or _TOLERANCES[self.model.config.params_dtype],
+        )
+
+
+class _VllmPending:
+    """Pending whose responses are sampled in the background, for all data-parallel ranks."""
+
+    def __init__(self, engine: VllmEngine, batches: Sequence[PromptBatch], share: slice):
+        """
+        Args:
+            batches: one per data-parallel rank.
+            share: this rank's part of the responses to all of them.
+        """
+        self._engine = engine
+        self._batches = batches
+        self._share = share
+        self._on_progress = ignore
+        self._future: Future[list[Rollout]] | None = None
+        """On rank 0, once the batch has begun."""
+
+    def begin(self) -> bool:
+        """Begin to sample, if the servers have the weights."""
+        engine = self._engine
+        if engine._trouble is not None:
+            return False
+        engine._in_flight.append(self)
+        if engine.runtime.rank == 0:
+            self._future = engine._begin(self._sample)
+        return True
+
+    def result(self, *, on_progress: Progress = ignore) -> list[Rollout]:
+        """As Pending.result; progress is reported on rank 0 only.
+
+        Collectives: broadcasts over the job; every rank must call it.
+        """
+        engine = self._engine
+        # The servers may have got later weights, where they did not have those of `submit`.
+        if self not in engine._in_flight and not self.begin():
+            assert engine._trouble is not None
+            raise engine._trouble
+        engine._in_flight.remove(self)
+        self._on_progress = on_progress
+        return run_on_rank0(self._wait, takes_long=True)[self._share]
+
+    def _wait(self) -> list[Rollout]:
+        assert self._future is not None, "on rank 0 only"
+        while not wait([self._future], _STOP_SECONDS).done:
+            if self._engine._should_stop():
+                return []
+        return self._future.result()
+
+    def _sample(self) -> list[Rollout]:
+        engine = self._engine
+        for batch in self._batches:
+            batch.check(
+                vocab_size=engine.model.vocab_size,
+                max_sequence_length=engine.model.max_sequence_length,
+            )
+        return engine.servers.generate(
+            [prompt for batch in self._batches for prompt in batch.prompts],
+            [seed for batch in self._batches for seed in batch.seeds],
+            self._batches[0].sampling,
+            lambda num_done, num_all: self._on_progress(num_done, num_all),
         )

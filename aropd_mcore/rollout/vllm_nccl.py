@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.cuda import nccl
 
+from aropd_mcore.mcore.rank0 import in_background
 from aropd_mcore.rollout.engine import RolloutFailed
-from aropd_mcore.rollout.on_first import in_background
 from aropd_mcore.rollout.vllm_api import ServerError
 from aropd_mcore.rollout.vllm_servers import Servers
 

@@ -65,7 +65,7 @@ class ServerProcess:
 
 @dataclass(frozen=True)
 class Serving:
-    """What servers sample with, and where they are started from."""
+    """Settings of an engine, and what its servers are started with."""
 
     rollout: RolloutConfig
     model: Path
@@ -74,13 +74,13 @@ class Serving:
     """As model.dtype in a run's config."""
     max_prompt_tokens: int
     folder: Path
-    """Of the servers' logs and, unless rollout.vllm.weights_dir is another, the weights."""
+    """Folder of the servers' logs and, unless rollout.vllm.weights_dir is another, the weights."""
 
-
-def serving_of(config: Config) -> Serving:
-    """What a run asks for."""
-    model, longest = config.model, config.views.max_prompt_tokens
-    return Serving(config.rollout, model.path, model.dtype, longest, config.output_dir)
+    @classmethod
+    def from_config(cls, config: Config) -> "Serving":
+        """The engine of a run."""
+        model, longest = config.model, config.views.max_prompt_tokens
+        return cls(config.rollout, model.path, model.dtype, longest, config.output_dir)
 
 
 def server_launch(
@@ -126,7 +126,7 @@ def serve(config: Config) -> NoReturn:
     if not vllm.port:
         raise ConfigError("rollout.vllm.port: required to serve by hand, such as 8000; found 0")
     key = os.environ.get(KEY_VARIABLE) or new_key()
-    command, environment = server_launch(serving_of(config), key, 0, vllm.port)
+    command, environment = server_launch(Serving.from_config(config), key, 0, vllm.port)
     print(f"serving {config.model.path} at http://{vllm.host}:{vllm.port}")
     if KEY_VARIABLE not in os.environ:
         print(f"the run has to know the key: export {KEY_VARIABLE}={key}")

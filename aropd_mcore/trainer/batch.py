@@ -7,7 +7,7 @@ import torch
 
 from aropd_mcore.config import Config, PrivilegedView
 from aropd_mcore.data.collate import collate, num_loss_tokens
-from aropd_mcore.data.context import share_of_rank
+from aropd_mcore.data.context_parallel import share_of_rank
 from aropd_mcore.data.packing import consecutive, packed
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.numerics import sample_token_weights

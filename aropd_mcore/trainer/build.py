@@ -1,13 +1,13 @@
 """From a configuration to the parts of a run."""
 
 from datetime import timedelta
+from functools import partial
 
 from aropd_mcore.config import Config, PrecisionConfig
 from aropd_mcore.convert.source import HFSource
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
-from aropd_mcore.mcore.dynamic import check_dynamic
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.optim import Optimizer
@@ -16,27 +16,23 @@ from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_weights
 from aropd_mcore.plan.layout import plan
-from aropd_mcore.rollout.model_engine import model_engine
-from aropd_mcore.rollout.vllm import VllmEngine
-from aropd_mcore.rollout.vllm_process import serving_of
+from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine
+from aropd_mcore.rollout.sources import StepPrompts, build_source
+from aropd_mcore.rollout.vllm_process import Serving
 from aropd_mcore.trainer.guards import Guards
-from aropd_mcore.trainer.kept_rollouts import KeptRollouts
+from aropd_mcore.trainer.hooks import DeviceUse
 from aropd_mcore.trainer.preflight import check_packages, open_inputs
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.trainer.stop import Stops
-
-_PROBE_TOKENS = 128
 
 
 def start_runtime(config: Config) -> Runtime:
     """Join the job's processes in the layout that the config asks for; as `mcore.runtime.start`.
 
     Raises:
-        ConfigError: also for products in fp8, or Megatron's engine, where this machine has none.
+        ConfigError: also for products in fp8 where this machine has none.
     """
     check_fp8(config.precision)
-    if config.objective.name == "aropd" and config.rollout.engine == "megatron":
-        check_dynamic()
     parallel = config.parallel
     return mcore_runtime.start(
         tensor=parallel.tensor,
@@ -75,39 +71,39 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         if config.teacher.kind != "live":
             own = load_model(config, runtime, config.precision.of_teacher, inputs.source)
         teacher = Teacher(config.teacher, runtime, student=model, model=own)
-        if config.rollout.engine == "vllm":
-            longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
-            probe = probe_ids(dataset, view_builder, min(longest, _PROBE_TOKENS))
-            engine = VllmEngine(
-                model,
-                runtime,
-                serving_of(config),
-                eos_token_ids=ends,
-                probe_ids=probe,
-                should_stop=stops.is_wanted,
-            )
-        else:
-            engine = model_engine(
-                config.rollout, model, runtime, eos_token_ids=ends, should_stop=stops.is_wanted
-            )
+        longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
+        engine = build_engine(
+            Serving.from_config(config),
+            model,
+            runtime,
+            eos_token_ids=ends,
+            probe_ids=probe_ids(dataset, view_builder, min(longest, PROBE_TOKENS)),
+            should_stop=stops.is_wanted,
+        )
     optimizer = Optimizer(
         model,
         config.optimizer,
         num_steps=inputs.num_steps,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    kept = None
-    if engine is not None and config.checkpoint.save_rollouts:
-        kept = KeptRollouts(config.output_dir / "rollouts", inputs.about["config_hash"], runtime)
+    source = build_source(
+        config,
+        runtime,
+        StepPrompts(config, runtime, dataset, view_builder),
+        engine,
+        num_steps=inputs.num_steps,
+        run_hash=inputs.about["config_hash"],
+        check_stop=partial(stops.check, runtime),
+    )
     return Run(
         config=config,
         runtime=runtime,
         num_steps=inputs.num_steps,
         dataset=dataset,
         view_builder=view_builder,
-        student=Student(model, optimizer, config.objective, config.rollout, runtime),
+        student=Student.from_config(config, model, optimizer, teacher, runtime),
         teacher=teacher,
+        source=source,
         engine=engine,
         # Any token serves: padding stands behind everything that could see it.
         pad_token_id=view_builder.end_id,
@@ -115,7 +111,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         stops=stops,
         about=inputs.about,
         notes=inputs.notes,
-        kept_rollouts=kept,
+        hooks=[DeviceUse(runtime)] if runtime.device.type == "cuda" else [],
     )
 
 

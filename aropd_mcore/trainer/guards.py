@@ -164,7 +164,7 @@ class Guards:
         return (
             f"responses stop ending: {found} ({setting}). The student unlearns to end a response, "
             "or the limit is too low: compare eos_prob_student with eos_prob_target in the steps "
-            "of metrics.jsonl that have them, and see Troubleshooting in README.md"
+            "of metrics.jsonl that have them, and see Troubleshooting (docs/troubleshooting.md)"
         )
 
     def _remember(self, **values: float) -> None:

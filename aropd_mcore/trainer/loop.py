@@ -1,32 +1,41 @@
 """Resume, step, log, save, stop."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
-from aropd_mcore.convert.convert import keep_companions
+from aropd_mcore.convert.import_export import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.locks import RunLock
-from aropd_mcore.mcore.checkpoint_folder import SaveFailed, by_first_rank
+from aropd_mcore.mcore.checkpoint.directory import SaveFailed
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.rollout.engine import RolloutFailed
-from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.trainer.build import build_run
+from aropd_mcore.trainer.checkpointing import Counters, Saver
 from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
 from aropd_mcore.trainer.preflight import describe_rows
-from aropd_mcore.trainer.saving import Counters, Saver
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
+from aropd_mcore.trainer.timing import time_metrics
 
 
 class TrainingStopped(RuntimeError):
@@ -68,7 +77,7 @@ def _locked(output_dir: Path) -> Iterator[None]:
     Collectives: a broadcast; every rank must call it.
     """
     locks: list[RunLock] = []
-    by_first_rank(lambda: locks.append(RunLock(output_dir)))
+    run_on_rank0(lambda: locks.append(RunLock(output_dir)))
     try:
         yield
     finally:
@@ -89,21 +98,21 @@ def _train(run: Run) -> None:
         return {
             "step": num_done,
             "guards": run.guards.state(),
-            "weight_version": run.engine.weight_version if run.engine else num_done,
+            "weight_version": run.source.weight_version,
         }
 
     with Reporter(run, first_step) as reporter:
         saver.say, saver.before_saving = reporter.say, reporter.sync
         for note in (*run.notes, *notes):
             reporter.say(note)
-        if run.engine:
-            run.engine.sync(weight_version=weight_version)
+        run.source.weights_changed(weight_version)
         for step in range(first_step, run.num_steps):
+            started = time.perf_counter()
             try:
                 run.stops.longest_save = saver.seconds
                 run.stops.check(runtime, before_step=True)
                 with run.stops.timing_step():
-                    result = train_step(run, step)
+                    result = train_step(run, step, on_progress=reporter.show_rollouts)
             except (RolloutFailed, StopWanted) as why:
                 # Of this step nothing has happened yet.
                 _save_now(saver, step, progress(step))
@@ -111,7 +120,15 @@ def _train(run: Run) -> None:
             beat("metrics")
             # Before the checkpoint: a kill between the two loses no line that is not cut back.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
-            reporter.report(metrics, blocked_seconds=saver.blocked_seconds())
+            for hook in run.hooks:
+                metrics |= hook.after_step(run, step, result, metrics)
+            metrics |= time_metrics(
+                result.seconds,
+                elapsed=time.perf_counter() - started,
+                saving=saver.blocked_seconds(),
+                num_response_tokens=metrics["num_response_tokens"],
+            )
+            reporter.report(metrics)
             reporter.warn(step, result.verdict)
             if result.verdict.stop:
                 _save_now(saver, step + 1, progress(step + 1))
@@ -168,6 +185,7 @@ class Reporter:
         self._first_step = first_step
         self._is_here = run.runtime.rank == 0
         self._console = Console(file=sys.stdout, soft_wrap=True)
+        self._rollouts: TaskID | None = None
         self._progress = Progress(
             TextColumn("{task.fields[what]}"),
             MofNCompleteColumn(),
@@ -191,9 +209,6 @@ class Reporter:
             self._task = self._progress.add_task(
                 "", total=self._run.num_steps, completed=self._first_step, what="step"
             )
-            if isinstance(self._run.engine, VllmEngine):
-                self._rollouts = self._progress.add_task("", total=None, what="rollout")
-                self._run.engine.on_response = self._show_rollouts
         self._progress.start()
         return self
 
@@ -217,18 +232,20 @@ class Reporter:
             done = "" if verdict.apply else "; its update is left out"
             self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
 
-    def report(self, metrics: Metrics, *, blocked_seconds: float) -> None:
-        """Write one step's metrics, with the time that saves have taken from it."""
+    def report(self, metrics: Metrics) -> None:
+        """Write one step's metrics."""
         if not self._is_here:
             return
-        metrics["seconds/checkpoint"] = blocked_seconds
         self._log.write(metrics)
         line = _step_line(metrics)
         self._progress.update(self._task, advance=1, description=line)
         if self._progress.disable:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
 
-    def _show_rollouts(self, num_done: int, num_all: int) -> None:
+    def show_rollouts(self, num_done: int, num_all: int) -> None:
+        """Show how many of a step's responses are done (rollout.engine.Progress)."""
+        if self._rollouts is None:
+            self._rollouts = self._progress.add_task("", total=None, what="rollout")
         self._progress.update(self._rollouts, completed=num_done, total=num_all)
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from aropd_mcore.config import Config
-from aropd_mcore.config_file import dump_config
-from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.numerics.diagnostics import token_metrics
+from aropd_mcore.numerics.position_metrics import token_metrics
 from aropd_mcore.trainer.step import StepResult
 
 Metrics = dict[str, Any]
@@ -61,7 +60,7 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
 
 
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Compute what a step reports; `seconds/...` and `..tokens_per_second` depend on the machine.
+    """Compute what a step reports of its tokens, rollouts and update.
 
     Collectives: up to three all-gathers over the data-parallel ranks; every rank must call it.
     """
@@ -85,15 +84,12 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
     )
     metrics["padding_fraction"] = num_padding / num_tokens
     metrics["no_loss_tokens_rate"] = num_without_loss / num_rollouts
-    seconds = sum(result.seconds.values())
-    metrics["tokens_per_second"] = metrics["num_response_tokens"] / seconds
     if any(rollout.logprobs for rollout in result.rollouts):  # sampled, and not the oracle's
         versions = torch.tensor([[r.weight_version] for r in result.rollouts], dtype=torch.float64)
         metrics["rollout_staleness"] = step - float(runtime.gather_over_data(versions).mean())
         metrics["rollout_tokens_per_second"] = (
             metrics["num_response_tokens"] / result.seconds["rollout"]
         )
-    metrics |= {f"seconds/{phase}": value for phase, value in result.seconds.items()}
     return metrics
 
 
@@ -203,7 +199,7 @@ def _open_wandb(config: Config) -> Any:
         name=config.output_dir.name,
         dir=str(config.output_dir),
         mode=config.logging.wandb,
-        config={"yaml": dump_config(config)},
+        config=config.model_dump(mode="json"),
         resume="allow",
         id=_wandb_id(config.output_dir / "wandb_id"),
     )

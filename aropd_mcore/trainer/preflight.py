@@ -20,7 +20,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
-from aropd_mcore.trainer.changes import check_changes, describe_run
+from aropd_mcore.trainer.resume_policy import check_changes, describe_run
 from aropd_mcore.types import Views
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Inputs:
     """Rows whose prompts fit."""
     num_steps: int
     about: dict[str, Any]
-    """Description of the run for its checkpoints (trainer.changes.describe_run)."""
+    """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
     notes: tuple[str, ...]
     """Sentences for the user to read once, such as rows whose residual is zero."""
 

@@ -5,22 +5,21 @@ Source: METHOD sections 2 to 4; AR-OPD, arXiv:2606.10385.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from aropd_mcore.config import Config
-from aropd_mcore.data.dataset import RowDataset, step_positions
+from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore.optim import UpdateResult
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student, TokenSums
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
-from aropd_mcore.rollout.vllm import VllmEngine
+from aropd_mcore.rollout.engine import Progress, RolloutEngine, ignore
+from aropd_mcore.rollout.sources import RolloutSource
 from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.guards import Guards, Verdict
-from aropd_mcore.trainer.kept_rollouts import KeptRollouts
 from aropd_mcore.trainer.stop import Stops
 from aropd_mcore.trainer.timing import Phases
 from aropd_mcore.types import Rollout, Views
@@ -38,17 +37,36 @@ class Run:
     student: Student
     teacher: Teacher | None
     """None for `sft`."""
+    source: RolloutSource
+    """Where each step takes its rollouts from."""
     engine: RolloutEngine | None
-    """None for `sft`, which learns from the oracle's responses."""
+    """Engine behind `source`; None for `sft`, which learns from the oracle's responses."""
     pad_token_id: int
     guards: Guards
     stops: Stops = field(default_factory=Stops)
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Description of the run for its checkpoints (trainer.changes.describe_run)."""
+    """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
     notes: Sequence[str] = ()
     """Sentences about data and templates for the user to read once, at the start."""
-    kept_rollouts: KeptRollouts | None = None
-    """Where checkpoint.save_rollouts asks for it."""
+    hooks: Sequence["StepHook"] = ()
+    """What runs after every step, in this order."""
+
+
+class StepHook(Protocol):
+    """What follows a step: validation, samples, a profiler."""
+
+    def after_step(
+        self, run: Run, step: int, result: "StepResult", metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Act after the update of a step, and before its metrics are written and its checkpoint.
+
+        Args:
+            metrics: the step's, those of earlier hooks included.
+        Returns:
+            Metrics to add.
+        Collectives: any; every rank calls it.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,24 +88,25 @@ class StepResult:
     seconds: dict[str, float]
 
 
-def train_step(run: Run, step: int) -> StepResult:
+def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepResult:
     """Sample, score, learn, follow.
 
+    Args:
+        on_progress: see RolloutSource.take.
     Raises:
-        StopWanted: on every rank alike, and before anything of the run has changed.
+        RolloutFailed, StopWanted: on every rank alike, and before anything of the run has changed.
     """
     phase = Phases(step, run.runtime, run.stops)
 
-    # Rows (x, z, a), and for each the prompts of the three views.
-    with phase("data"):
-        views, seeds = views_of_step(run, step)
-
-    # y ~ student(. | x), or for sft the oracle's own response.
+    # Rows (x, z, a), and for each the prompts of the three views; y ~ student(. | x), or for sft
+    # the oracle's own response.
     with phase("rollout"):
-        rollouts = respond(run, step, views, seeds)
+        taken = run.source.take(step, on_progress=on_progress)
+        views, rollouts = taken.views, taken.rollouts
 
-    # Every loss token's weight in the global loss; then three sequences and one response a sample.
-    batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
+    # The weight of every loss token in the global loss; three sequences with one response each.
+    with phase("batch"):
+        batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
 
     # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
     with phase("teacher"):
@@ -95,7 +114,7 @@ def train_step(run: Run, step: int) -> StepResult:
 
     # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
     with phase("student"):
-        sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
+        sums = run.student.forward_backward(batch.microbatches, outputs)
 
     # An update that is not finite, has no loss tokens, or is refused by a guard, is left out.
     with phase("optimizer"):
@@ -103,13 +122,12 @@ def train_step(run: Run, step: int) -> StepResult:
         verdict = judge(run, rollouts, sums, grad_norm, has_loss=batch.has_loss)
         update = run.student.optimizer.step(grad_norm, apply=verdict.apply)
 
-    # teacher <- (1 - alpha) teacher + alpha student; the engine samples from the new weights.
+    # teacher <- (1 - alpha) teacher + alpha student; later rollouts come from the new weights.
     with phase("sync"):
         if update.applied:
             if run.teacher:
                 run.teacher.follow()
-            if run.engine:
-                run.engine.sync(weight_version=step + 1)
+            run.source.weights_changed(step + 1)
 
     return StepResult(
         views,
@@ -122,73 +140,6 @@ def train_step(run: Run, step: int) -> StepResult:
         update,
         phase.seconds,
     )
-
-
-def views_of_step(run: Run, step: int) -> tuple[list[Views], list[int]]:
-    """This rank's views for a step, one a rollout, and the seed of each rollout.
-
-    A pure function of (seed, step, layout); the union over data-parallel ranks does not depend on
-    the layout.
-    """
-    config = run.config
-    positions = step_positions(
-        step,
-        prompts_per_step=config.prompts_per_step,
-        dp_rank=run.runtime.dp_rank,
-        dp_size=run.runtime.dp_size,
-    )
-    views, seeds = [], []
-    for position in positions:
-        row = run.dataset.row_at(position, seed=config.training.seed, shuffle=config.data.shuffle)
-        row_views = run.view_builder.build(row)
-        for sample in range(config.rollout.rollouts_per_prompt):
-            views.append(row_views)
-            seeds.append(rollout_seed(config.training.seed, position, sample))
-    return views, seeds
-
-
-def respond(run: Run, step: int, views: Sequence[Views], seeds: Sequence[int]) -> list[Rollout]:
-    """A response to every student prompt; with rollout.async_steps the next step's are begun."""
-    if run.engine is None:
-        return _oracle_responses(run, views)
-    prompts, kept = [v.student_ids for v in views], run.kept_rollouts
-    num_async = run.config.rollout.async_steps
-    rollouts = None
-    if kept is not None:  # of this step, by an attempt that ended in the middle of it
-        version = run.engine.weight_version
-        versions = range(version - num_async, version + 1)
-        rollouts = kept.read(step, prompts, seeds, versions)
-    if rollouts is None:
-        rollouts = _sample(run, prompts, seeds)
-        run.stops.check(run.runtime)  # which may have cut them short
-        if kept is not None:
-            kept.write(step, prompts, seeds, rollouts)
-    is_next_kept = kept is not None and step + 1 in kept.steps
-    if num_async and step + 1 < run.num_steps and not is_next_kept:
-        assert isinstance(run.engine, VllmEngine)
-        next_views, next_seeds = views_of_step(run, step + 1)
-        run.engine.begin([v.student_ids for v in next_views], next_seeds, run.config.rollout)
-    return rollouts
-
-
-def _sample(run: Run, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:
-    """From the engine: what it has begun in the step before, or begins now."""
-    assert run.engine is not None
-    if run.config.rollout.async_steps == 0:
-        return run.engine.generate(prompts, seeds, run.config.rollout)
-    assert isinstance(run.engine, VllmEngine)
-    if not run.engine.has_begun:  # the first step
-        run.engine.begin(prompts, seeds, run.config.rollout)
-    return run.engine.finish()
-
-
-def _oracle_responses(run: Run, views: Sequence[Views]) -> list[Rollout]:
-    limit = run.config.rollout.max_response_tokens
-    oracle = [run.view_builder.oracle_response_ids(v.row) for v in views]
-    return [
-        Rollout(ids[:limit], logprobs=(), finished=len(ids) <= limit, weight_version=0)
-        for ids in oracle
-    ]
 
 
 def judge(

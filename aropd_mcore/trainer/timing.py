@@ -1,7 +1,7 @@
-"""The phases of a step: what they take, and where the step may be abandoned."""
+"""The phases of a step: their time, and where the step may be abandoned."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.trainer.stop import Stops
 
 _BEFORE_UPDATE = ("teacher", "student")
-"""Nothing of the run has changed after these."""
+"""Phases after which nothing of the run has changed."""
 
 
 class Phases:
@@ -38,3 +38,22 @@ class Phases:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
         if phase in _BEFORE_UPDATE:
             self._stops.check(self._runtime)
+
+
+def time_metrics(
+    phases: Mapping[str, float], *, elapsed: float, saving: float, num_response_tokens: int
+) -> dict[str, float]:
+    """Compute `seconds/*`, whose sum is the step's whole time, and `tokens_per_second` over it.
+
+    Args:
+        phases: seconds by phase.
+        elapsed: seconds from the step's beginning until its metrics are known. What the phases do
+            not cover is `seconds/other`.
+        saving: seconds that checkpoints have taken since the step before, beside `elapsed`.
+    """
+    return {
+        **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
+        "seconds/other": elapsed - sum(phases.values()),
+        "seconds/checkpoint": saving,
+        "tokens_per_second": num_response_tokens / (elapsed + saving),
+    }

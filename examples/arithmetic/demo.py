@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from aropd_mcore.evaluate.figures import plot_curves, results_table
+from aropd_mcore.evaluation.figures import plot_curves, results_table
 
 HERE = Path("examples/arithmetic")  # run from the top of the repository, as the configs are
 OUT = Path("runs/arithmetic")

@@ -4,14 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from aropd_mcore.config_file import load_config
-from aropd_mcore.data.dataset import RowDataset
-from aropd_mcore.mcore import runtime
-from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.numerics.diagnostics import token_metrics
-from aropd_mcore.trainer.batch import form_batch
-from aropd_mcore.trainer.build import build_run
-from aropd_mcore.trainer.step import respond, views_of_step
+import aropd_mcore as aropd
 
 
 def main() -> None:
@@ -21,44 +14,29 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+", help="HF folders")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    here = runtime.start()
-    results = {str(model): evaluate(args.config, args.rows, model, here) for model in args.models}
-    runtime.stop(leave_job=True)
+    results = {str(model): evaluate(args.config, args.rows, model) for model in args.models}
     args.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def evaluate(config_path: Path, rows: Path, model: Path, here: Runtime) -> dict[str, float]:
+def evaluate(config_path: Path, rows: Path, model: Path) -> dict[str, float]:
     """Respond greedily to every row once, and score the responses under the model's own views."""
-    num_rows = len(RowDataset.load([rows]))
-    config = load_config(
-        config_path,
-        [
-            f"model.path={model}",
-            f"data.train=[{rows}]",
-            "data.shuffle=false",
-            "parallel.tensor=1",
-            "rollout.temperature=0",
-            "teacher.kind=live",
-            f"training.global_batch_size={num_rows}",
-            f"training.micro_batch_size={num_rows}",
-        ],
-    )
-    run = build_run(config, here)
-    views, seeds = views_of_step(run, 0)
-    rollouts = respond(run, 0, views, seeds)
-    microbatches = form_batch(config, here, views, rollouts, run.pad_token_id).microbatches
-    assert run.teacher is not None
-    sums = run.student.forward_backward(microbatches, run.teacher, run.teacher.score(microbatches))
-    decode = run.view_builder.tokenizer.decode
-    responses = [str(decode(list(r.response_ids[:-1]))) for r in rollouts]
+    sampling = {
+        "config": config_path,
+        "temperature": 0.0,
+        "max_response_tokens": aropd.load_config(config_path).rollout.max_response_tokens,
+        "num_processes": 1,
+    }
+    responses = aropd.generate(model, rows, **sampling)
+    diagnosis = aropd.diagnose(model, rows, rows=len(responses), read=0, **sampling)
     num_right = sum(
-        response.rpartition(";")[2] == view.row.answer
-        for response, view in zip(responses, views, strict=True)
+        response.finish_reason == "stop"
+        and response.text.rpartition(";")[2] == response.fields["answer"]
+        for response in responses
     )
     return {
-        "accuracy": num_right / num_rows,
-        "response_length": sum(len(r.response_ids) for r in rollouts) / num_rows,
-        "hindsight_token_rate": token_metrics(sums)["hindsight_token_rate"],
+        "accuracy": num_right / len(responses),
+        "response_length": diagnosis["metrics"]["response_length_mean"],
+        "hindsight_token_rate": diagnosis["metrics"]["hindsight_token_rate"],
     }
 
 

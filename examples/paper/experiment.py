@@ -25,12 +25,12 @@ from pathlib import Path
 from string import Template
 from textwrap import indent
 
+from aropd_mcore.cli.sampling_arguments import positive
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.prepare import prepare, write_atomically
 from aropd_mcore.data.records import DataError, read_records
-from aropd_mcore.evaluate.tasks import parse_task
-from aropd_mcore.rollout.arguments import positive
-from aropd_mcore.trainer.launch import check_inputs, launch_of
+from aropd_mcore.evaluation.tasks import parse_task
+from aropd_mcore.trainer.slurm_launch import build_launch, check_inputs
 
 CONFIGS = Path("examples/paper/configs")
 RUNS = Path("runs/paper")
@@ -315,7 +315,7 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
             config = load_config(Path(arguments[0]), arguments[1:])
             if not args.dry_run and method == args.methods[0]:  # a domain's runs read the same rows
                 check_inputs(config)
-            launch = launch_of(
+            launch = build_launch(
                 config,
                 arguments,
                 num_nodes=NUM_NODES,

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.data.tokenizer import load_tokenizer
-from aropd_mcore.evaluate.figures import read_metrics
+from aropd_mcore.evaluation.figures import read_metrics
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "aropd.yaml"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from aropd_mcore.cli import main
-from aropd_mcore.mcore import student
+from aropd_mcore.mcore import objectives
 from aropd_mcore.numerics import anchored_residual_logprobs, fused_linear_anchored_residual_kl
 
 NUM_TOP = 20
@@ -94,5 +94,5 @@ def loss_with(losses: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in LOSSES:
         sys.exit(f"usage: other_losses.py {'|'.join(LOSSES)} train CONFIG [key=value ...]")
-    student.fused_linear_anchored_residual_kl = loss_with(LOSSES[sys.argv[1]])
+    objectives.fused_linear_anchored_residual_kl = loss_with(LOSSES[sys.argv[1]])
     sys.exit(main(sys.argv[2:]))

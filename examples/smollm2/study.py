@@ -25,12 +25,12 @@ from typing import Any, TypeVar
 from methods import ABLATIONS, BASE, GRID, LOSSES, MAIN, METHODS, RATES
 
 from aropd_mcore.config_file import dump_config, load_config
-from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.templates import fill
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import View, ViewBuilder
-from aropd_mcore.evaluate.figures import read_metrics
+from aropd_mcore.evaluation.figures import read_metrics
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
@@ -53,16 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*MAIN, *ABLATIONS])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of `grid`")
     parser.add_argument("--lr", type=float, default=1e-5, help="of `runs` (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a core each")
     args = parser.parse_args(argv)
     if args.what == "base":
         make_base(args.out, args.model, args.seeds)
         return
+    if not (args.out / "base").exists():
+        raise ValueError(f"{args.out / 'base'}: no such folder; run `study.py base` first")
     if args.what == "grid":
         todo = [
             Run(args.out, f"grid/{method}-{rate:g}", method, 0, rate)
-            for rate in RATES
+            for rate in args.rates
             for method in GRID
         ]
     else:

@@ -10,6 +10,7 @@ seed by seed, over the same problems.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +21,8 @@ from typing import Any
 from methods import ABLATIONS, GRID, MAIN, RATES, REFERENCE
 from study import ANCHORS, DECODINGS, VIEWS
 
-from aropd_mcore.evaluate.predictors import SIGNALS
-from aropd_mcore.evaluate.statistics import interval, percent
+from aropd_mcore.evaluation.predictors import SIGNALS
+from aropd_mcore.evaluation.statistics import interval, percent
 
 HERE = Path(__file__).parent
 BUCKETS = {"2 steps": (2,), "3 and 4 steps": (3, 4), "5 and 6 steps": (5, 6)}
@@ -57,7 +58,9 @@ def collect(runs: Path) -> dict[str, Any]:
         paths = {decoding: runs / "views" / model / f"{decoding}.json" for decoding in DECODINGS}
         answers = {decoding: json.loads(path.read_text()) for decoding, path in paths.items()}
         views[model] = {v: numbers({d: answers[d][v] for d in DECODINGS}) for v in VIEWS}
-    found: dict[str, Any] = {"views": views, "grid": {}, "runs": {}, "diagnoses": {}}
+    with (runs / "base/model.safetensors").open("rb") as file:
+        base = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    found = {"base": {"weights": base}, "views": views, "grid": {}, "runs": {}, "diagnoses": {}}
     for name in ANCHORS:
         path = runs / "views" / name / "diagnosis.json"
         found["diagnoses"][name] = json.loads(path.read_text())
@@ -75,7 +78,16 @@ def collect(runs: Path) -> dict[str, Any]:
 
 
 def merged(old: Results, new: Results) -> dict[str, Any]:
-    """`new`, and what only `old` has: a study may be made on several machines."""
+    """`new`, and what only `old` has: a study may be made on several machines.
+
+    Raises:
+        ValueError: they begin with different bases.
+    """
+    if old and old["base"] != new["base"]:
+        raise ValueError(
+            f"results of two bases ({old['base']} and {new['base']}): collect one of them into "
+            "another file (--results)"
+        )
     found = {}
     for name, group in new.items():
         before = old.get(name, {})
@@ -261,6 +273,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
 if __name__ == "__main__":
     try:
         main()
+    except ValueError as error:
+        sys.exit(f"tables.py: error: {error}")
     except FileNotFoundError as error:
         problem = f"{error.filename}: no such file; run study.py, then tables.py collect"
         sys.exit(f"tables.py: error: {problem}")

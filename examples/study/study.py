@@ -24,9 +24,9 @@ from make_data import LETTERS
 from methods import ABLATIONS, MAIN, METHODS
 
 from aropd_mcore.config_file import load_config
-from aropd_mcore.data.answers import is_premature
+from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.data.tokenizer import load_tokenizer
-from aropd_mcore.evaluate.figures import read_metrics
+from aropd_mcore.evaluation.figures import read_metrics
 
 if TYPE_CHECKING:
     from aropd_mcore.mcore.runtime import Runtime
@@ -187,11 +187,11 @@ def make(out: Path, method: str, seed: int, common: Sequence[str]) -> str:
 
 def answers(out: Path, folder: Path, decoding: str, seed: int) -> list[dict[str, Any]]:
     """What the student answers to each held-out problem."""
-    from aropd_mcore.evaluate.evaluate import evaluation_of, grade
-    from aropd_mcore.evaluate.tasks import Task
+    from aropd_mcore.evaluation.run import build_evaluation, grade
+    from aropd_mcore.evaluation.tasks import Task
     from aropd_mcore.rollout.generate import generate
 
-    evaluation = evaluation_of(
+    evaluation = build_evaluation(
         folder,
         [Task("heldout", out / "data/heldout.jsonl")],
         folder / f"eval-{decoding}",
@@ -201,7 +201,7 @@ def answers(out: Path, folder: Path, decoding: str, seed: int) -> list[dict[str,
         seed=seed,
     )
     if not evaluation.is_sampled:
-        generate(evaluation.job, _runtime[0])
+        generate(evaluation.spec, _runtime[0])
     grade(evaluation)
     return counted(folder / f"eval-{decoding}", out)["heldout"]
 

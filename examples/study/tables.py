@@ -20,7 +20,7 @@ from typing import Any
 from methods import ABLATIONS, MAIN, REFERENCE, SCALES, TITLES
 from study import DECODINGS, VIEWS, counted
 
-from aropd_mcore.evaluate.statistics import over_seeds, percent, wilson
+from aropd_mcore.evaluation.statistics import over_seeds, percent, wilson
 
 HERE = Path(__file__).parent
 BUCKETS = {"short": range(3, 7), "middle": range(7, 11), "long": range(11, 15)}

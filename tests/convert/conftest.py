@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aropd_mcore.cli import main
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 Convert = Callable[..., str]
 

@@ -14,7 +14,7 @@ from aropd_mcore.convert.architecture import (
     read_architecture,
 )
 from aropd_mcore.convert.mapping import FAMILIES as TABLES
-from tests.tiny_models import FAMILIES, LLAMA31_ROPE, MOE_FAMILIES, save_tiny_model
+from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, MOE_FAMILIES, save_tiny_model
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

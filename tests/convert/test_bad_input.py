@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aropd_mcore.convert.hf_io import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
 from tests.convert.damage import NORM, Break, Evil, cut, edit_tensors
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
 

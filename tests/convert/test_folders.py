@@ -69,6 +69,7 @@ def stop_in_flight(command: str, big: Path, target: Path, part: float) -> subpro
     return process
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize(
     ("command", "part", "kill"),
     [

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.hf_io import INDEX, SINGLE
 from aropd_mcore.convert.source import HFSource
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.slow
 
 FAMILIES = ("llama31", "mistral", "qwen2", "qwen3_moe", "mixtral")
 SIZES = {
@@ -27,9 +29,7 @@ SIZES = {
     "head_dim": 2,
 }
 fuzz = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
+    max_examples=3 * settings.default.max_examples,  # an example takes a millisecond
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 scalars = (

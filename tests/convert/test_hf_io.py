@@ -14,7 +14,7 @@ from aropd_mcore.convert.architecture import CheckpointError, read_architecture
 from aropd_mcore.convert.hf_io import INDEX, SINGLE, HFWeights
 from aropd_mcore.convert.hf_write import SafetensorsWriter, write_safetensors
 from aropd_mcore.convert.tensor_bytes import TensorInfo
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 TENSORS = {
     "z.matrix": torch.randn(6, 10),

@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import REPO
 from tests.convert.big_models import write_llama
 
+pytestmark = pytest.mark.rest
+
 BEYOND_IMPORTS = 240 * 2**20
 """Ten of the largest tensors, and less than a fifth of the model."""
 
@@ -22,7 +24,7 @@ import json, resource, sys
 from pathlib import Path
 from safetensors.torch import load_file
 from aropd_mcore.cli import main
-from aropd_mcore.convert import convert, inspect, verify
+from aropd_mcore.convert import import_export, inspect, verify
 
 folder, allowed = Path(sys.argv[1]), int(sys.argv[2])
 for name in ("small", "large"):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -59,7 +59,6 @@ def tensors_chunks_and_boxes(draw):
     return draw(st.sampled_from(DTYPES)), shape, cuts, lead, boxes
 
 
-@settings(max_examples=60, deadline=None)
 @given(tensors_chunks_and_boxes())
 def test_any_box_is_read_from_chunks_in_any_cut(drawn):
     dtype, shape, cuts, lead, boxes = drawn

@@ -16,7 +16,7 @@ from aropd_mcore.convert.folders import copy_companions
 from aropd_mcore.convert.hf_io import INDEX, PICKLE_SINGLE, SINGLE
 from aropd_mcore.convert.source import HFSource
 from tests.convert.test_architecture import LLAMA, MISTRAL_7B, MIXTRAL_8X7B, QWEN3_30B_A3B
-from tests.tiny_models import LLAMA31_ROPE, save_tiny_model
+from tests.support.tiny_models import LLAMA31_ROPE, save_tiny_model
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}

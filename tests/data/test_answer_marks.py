@@ -157,6 +157,7 @@ BOX_MARKS = ["\\boxed{", "\\boxed", "\\boxed 1 ", "\\boxed{1},", "\\boxed{}", "{
 OTHER_MARKS = ["<answer>", "</answer>", "<answer></answer>", "<reasoning>", "#### 1 ", "####\n"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [*BOX_MARKS, *OTHER_MARKS])
 def test_readers_of_100_000_repeated_marks_finish(piece):
     """A reader with quadratic time would take hours."""

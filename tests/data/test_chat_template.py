@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aropd_mcore.config import ConfigError, ViewsConfig
@@ -11,7 +11,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row
-from tests.tiny_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
 
 USER = {"role": "user", "content": "1+1?"}
 LOOP = (
@@ -255,7 +255,6 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.lists(FRAGMENTS, max_size=12).map("".join),
     st.sampled_from([LOOP + HEAD + "{}", "{}" + LOOP, "{}", LOOP.replace("\n", "{}\n", 1) + HEAD]),

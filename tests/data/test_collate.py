@@ -1,7 +1,7 @@
 """Alignment of a response across the three views."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aropd_mcore.data.collate import collate, num_loss_tokens
@@ -17,7 +17,6 @@ samples = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(samples, st.integers(0, 4), st.integers(1, 4))
 def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_size):
     rollouts = [Rollout(response, (), True, 0) for *_, response in samples]
@@ -90,7 +89,6 @@ def test_collate_of_one_view_equals_that_view_of_both():
             assert torch.equal(value, expected) if torch.is_tensor(value) else value == expected
 
 
-@settings(max_examples=150, deadline=None)
 @given(samples, st.integers(0, 4), st.integers(1, 3), st.integers(1, 3))
 def test_packed_and_padded_microbatches_count_the_same_tokens(samples, skip, segment, sequence):
     members = [Sample(*texts, n + 1.0) for n, texts in enumerate(samples)]

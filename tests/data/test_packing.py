@@ -1,7 +1,7 @@
 """Packing: every sample once, no microbatch over the budget, equal numbers on all ranks."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aropd_mcore.data.packing import consecutive, packed
@@ -10,7 +10,6 @@ BUDGET = 40
 lengths = st.lists(st.tuples(*[st.integers(1, BUDGET)] * 3), min_size=1, max_size=30)
 
 
-@settings(max_examples=300, deadline=None)
 @given(lengths, st.integers(1, 4), st.integers(1, 3))
 def test_packed_uses_every_sample_once_within_the_budget(lengths_N, num_ranks, multiple):
     ranks = packed(lengths_N, num_ranks=num_ranks, budget=BUDGET, count_multiple=multiple)

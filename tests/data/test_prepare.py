@@ -8,7 +8,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.templates import partial_trace
-from aropd_mcore.evaluate.tasks import Task, read_task
+from aropd_mcore.evaluation.tasks import Task, read_task
 
 TAGGED = "<reasoning>\nHalf of 48\nis 24.\n</reasoning>\n<answer>\n72\n</answer>"
 HALVES = "Half of 48\nis 24."

@@ -5,7 +5,7 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
@@ -15,6 +15,8 @@ from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import VIEWS, ViewBuilder
 from aropd_mcore.types import Row
 from tests.data.small_tokenizers import KINDS, LOSSLESS, NAMES, OTHER_NAMES, small_tokenizer
+
+pytestmark = pytest.mark.slow
 
 CONFIG = ViewsConfig(system_prompt="Be the one.", max_prompt_tokens=100_000)
 # Characters that could be chosen as a mark, and characters that tokenizers treat differently.
@@ -57,7 +59,6 @@ def all_ids(builder, row):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
 @given(row=rows())
 def test_names_in_user_text_are_encoded_as_by_a_tokenizer_that_does_not_know_them(
     builders, kind, row
@@ -74,7 +75,6 @@ def test_names_in_user_text_are_encoded_as_by_a_tokenizer_that_does_not_know_the
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
-@settings(max_examples=60, deadline=None)
 @given(row=rows())
 def test_user_text_with_names_is_decoded_to_itself(builders, kind, row):
     form = (lambda text: unicodedata.normalize("NFC", text)) if kind == "byte_level" else str
@@ -89,7 +89,6 @@ def test_user_text_with_names_is_decoded_to_itself(builders, kind, row):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
 @given(row=rows(ORDINARY), text=ORDINARY)
 def test_ordinary_text_is_encoded_as_the_tokenizer_encodes_it(builders, kind, row, text):
     builder = builders(kind)

@@ -9,7 +9,7 @@ from aropd_mcore.config import ViewsConfig
 from aropd_mcore.data.chat_template import render_chat
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer, response_end_id
 from aropd_mcore.data.views import ViewBuilder
-from tests.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
+from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 
 PAD_ID, START_ID, END_ID = 256, 257, 258
 

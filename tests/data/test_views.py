@@ -5,20 +5,20 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
+from aropd_mcore.data.preview import render_views
 from aropd_mcore.data.records import DataError
-from aropd_mcore.data.show import render_views
 from aropd_mcore.data.templates import partial_trace, reference_partial_trace, write_trace
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
 from aropd_mcore.types import Row
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
 
 ROW = Row(
     question="What is {1} + 1?",
@@ -110,7 +110,6 @@ LETTERS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(
     st.text(st.characters(max_codepoint=0xDFF) | st.sampled_from("一二。ーが１ \n"), max_size=30),
     st.text(LETTERS, min_size=40, max_size=60),
@@ -258,7 +257,6 @@ def test_oracle_response_is_the_trace_and_the_end_token(tokenizer):
 HEAD = "<|im_start|>user\n"
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.text(min_size=1, max_size=60).filter(str.strip), st.integers(125, 190))
 def test_cut_prompts_fit_and_keep_everything_but_the_question(tokenizer, question, limit):
     row = replace(ROW, question=question)

@@ -10,7 +10,7 @@ from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from tests.data.small_tokenizers import KINDS, small_tokenizer
-from tests.tiny_tokenizer import CHAT_TEMPLATE, VOCAB_SIZE, save_tiny_tokenizer
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, VOCAB_SIZE, save_tiny_tokenizer
 
 SYSTEM_TOKEN = (
     "{% for m in messages %}{% if m.role == 'ROLE' %}<|added|>{% endif %}{{ m.content }}\n"

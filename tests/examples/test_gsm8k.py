@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aropd_mcore import cli
 from aropd_mcore.config_file import load_config
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 EXAMPLE = REPO / "examples" / "gsm8k"
 NUM_ROWS = 400
@@ -170,6 +170,7 @@ def story(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
     shutil.rmtree(folder)  # a checkpoint, three models
 
 
+@pytest.mark.rest
 def test_the_rows_and_the_model(story):
     assert "kept 7473 rows (7473 gsm8k)\ndropped 0" in story.prepared
     assert (story.folder / "train.jsonl").read_text().count("\n") == 7473
@@ -180,6 +181,7 @@ def test_the_rows_and_the_model(story):
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (151936, True)
 
 
+@pytest.mark.rest
 def test_three_steps(story):
     assert "TP 2 x PP 2 x DP 1" in story.trained
     counts = re.search(r"(\d+) rows \((\d+) left out", story.trained)
@@ -201,6 +203,7 @@ def test_three_steps(story):
         assert 0 < metrics["entropy_student"] < math.log(151936)
 
 
+@pytest.mark.rest
 def test_the_export_is_a_trained_model(story):
     start = load_file(story.folder / "model" / "model.safetensors")
     end = load_file(story.folder / "tiny-hf" / "model.safetensors")
@@ -220,6 +223,7 @@ def test_the_export_is_a_trained_model(story):
     assert tokens.shape[1] > prompt["input_ids"].shape[1]
 
 
+@pytest.mark.rest
 def test_one_process_learns_the_same(story):
     """Without pipeline stages there is one tied embedding: its two copies must have stayed one."""
     folder = story.folder

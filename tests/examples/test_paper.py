@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from aropd_mcore import cli
+from aropd_mcore.cli.entry import main, parse
 from aropd_mcore.config_file import load_config
 from aropd_mcore.data.dataset import RowDataset
-from aropd_mcore.evaluate.tasks import Choices, parse_task, read_task
+from aropd_mcore.evaluation.tasks import Choices, parse_task, read_task
 from tests.conftest import REPO
-from tests.tiny_runs import write_model
+from tests.support.tiny_runs import write_model
 
 NUM_ROWS = 260
 """One step has 256."""
@@ -84,6 +84,7 @@ def write_hub_files(name: str, folder: Path) -> list[Path]:
     return shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["math", "code", "medical"])
 def test_every_run_of_a_domain_starts_on_rows_from_the_hubs_files(
     paper, tmp_path, monkeypatch, capsys, name
@@ -98,7 +99,7 @@ def test_every_run_of_a_domain_starts_on_rows_from_the_hubs_files(
     capsys.readouterr()
     for method, config in configs.items():
         words = ["train", config, f"model.path={model}", "--dry-run", "--nproc-per-node", 16]
-        assert cli.main([*map(str, words)]) == 0, capsys.readouterr().err
+        assert main([*map(str, words)]) == 0, capsys.readouterr().err
         printed = capsys.readouterr().out
         assert f"output_dir: runs/paper/{name}-{method}\n" in printed
         assert f"{NUM_ROWS} rows, 1 steps of 256 responses" in printed
@@ -138,7 +139,7 @@ def test_the_jobs_of_all_runs_and_models_are_printed(paper, capsys):
     for line in capsys.readouterr().out.splitlines():
         wrapped = next(word for word in shlex.split(line) if word.startswith("--wrap="))
         program, *words = shlex.split(wrapped.removeprefix("--wrap="))
-        args = cli._parse(words)
+        args = parse(words)
         assert program == "aropd" and args.config.is_file()
         assert args.temperature == 0 and args.samples == 1
         domain = args.config.parent.name

@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import REPO
 
+pytestmark = pytest.mark.rest
+
 STUDY = REPO / "examples" / "study"
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(REPO),

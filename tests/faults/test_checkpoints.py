@@ -17,9 +17,11 @@ import pytest
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.manifest import iterations, newest, problems, read_manifest
 from aropd_mcore.convert.source import find_iteration
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
-from tests.trainer.test_resume import read_lines, repeatable, saved_steps, train_on_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
+from tests.support.training import read_lines, repeatable, saved_steps, train_on_ranks
+
+pytestmark = pytest.mark.rest
 
 MIB = 2**20
 
@@ -90,9 +92,9 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
     import torch.distributed as dist
 
     from aropd_mcore.config_file import load_config
-    from aropd_mcore.mcore import checkpoint_folder, writing
-    from aropd_mcore.mcore.checkpoint import Saving
-    from aropd_mcore.mcore.checkpoint_folder import SaveFailed
+    from aropd_mcore.mcore.checkpoint import directory, writer
+    from aropd_mcore.mcore.checkpoint.directory import SaveFailed
+    from aropd_mcore.mcore.checkpoint.state import Saving
     from aropd_mcore.trainer.build import build_run, start_runtime
 
     config = load_config(path)
@@ -130,8 +132,8 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
 
         time.sleep(0.5)
 
-    with patch.object(writing.os, "nice", late):
-        checkpoint_folder.prepare(gone)
+    with patch.object(writer.os, "nice", late):
+        directory.prepare(gone)
         saving = begin(gone, 1)
         dist.barrier()
         shutil.rmtree(gone, ignore_errors=True)
@@ -139,7 +141,7 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
             saving.commit()
         with failing():
             begin(gone, 2)
-        checkpoint_folder.prepare(gone)
+        directory.prepare(gone)
         saving = begin(gone, 3)
         if rt.rank == 1:
             saving._writing._queue.async_calls[0].async_caller.process.kill()
@@ -151,7 +153,7 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
     os.seteuid(65534)
     try:
         with failing():
-            checkpoint_folder.prepare(gone)
+            directory.prepare(gone)
     finally:
         os.seteuid(0)
     return messages
@@ -279,7 +281,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
 
 
 def find_all(folders: list[Path]) -> list:
-    from aropd_mcore.mcore.checkpoint_folder import find
+    from aropd_mcore.mcore.checkpoint.directory import find
 
     results = []
     for folder in folders:

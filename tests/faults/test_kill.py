@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.jobs import Job
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
-from tests.trainer.test_resume import (
+from tests.support.jobs import Job
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
+from tests.support.training import (
     read_checkpoints,
     read_lines,
     repeatable,
     train_on_ranks,
 )
+
+pytestmark = pytest.mark.rest
 
 NUM_STEPS, SAVE_EVERY = 30, 2
 NUM_RANKS = 4

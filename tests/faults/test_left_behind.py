@@ -16,9 +16,11 @@ import pytest
 
 from aropd_mcore.convert.manifest import newest, problems
 from tests.conftest import REPO
-from tests.faults.jobs import Job, command_of, parent_of, read_text
-from tests.tiny_runs import write_run
-from tests.trainer.test_resume import command, environment, read_lines
+from tests.support.jobs import Job, command_of, parent_of, read_text
+from tests.support.tiny_runs import write_run
+from tests.support.training import command, environment, read_lines
+
+pytestmark = pytest.mark.rest
 
 SECONDS = 10.0
 """That a process may outlive its launcher."""
@@ -138,9 +140,9 @@ time.sleep(600)
 
 GRADER = """
 import threading, time
-from aropd_mcore.evaluate.grade import Graders
-from aropd_mcore.evaluate.sandbox import Program, run_tests
-from aropd_mcore.evaluate.tasks import MathAnswer
+from aropd_mcore.evaluation.grade import Graders
+from aropd_mcore.evaluation.sandbox import Program, run_tests
+from aropd_mcore.evaluation.tasks import MathAnswer
 
 def sleep(isolate):
     run_tests(Program("import time; time.sleep(600)", [], ""), isolate=isolate)

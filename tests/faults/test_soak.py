@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.faults.jobs import Job
-from tests.tiny_runs import write_run
+from tests.support.jobs import Job
+from tests.support.tiny_runs import write_run
 
 NUM_RANKS = 2
 STEPS_A_SAVE = 20

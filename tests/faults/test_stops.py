@@ -17,9 +17,11 @@ import torch
 
 from aropd_mcore.convert.manifest import newest
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
-from tests.trainer.test_resume import read_checkpoints, read_lines, repeatable, train_on_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
+from tests.support.training import read_checkpoints, read_lines, repeatable, train_on_ranks
+
+pytestmark = pytest.mark.rest
 
 NUM_STEPS = 6
 NUM_RANKS = 4
@@ -60,7 +62,7 @@ def assert_as_unbroken(out: Path, unbroken: Path) -> None:
 
 
 def progress_of(outs: list[Path]) -> list[dict[str, Any]]:
-    from aropd_mcore.mcore.checkpoint import read_common
+    from aropd_mcore.mcore.checkpoint.state import read_common
 
     return [read_common(newest(out / "checkpoints") or out)["progress"] for out in outs]
 
@@ -143,13 +145,13 @@ def test_sigusr1_to_the_command_saves_and_the_command_goes_on(path, unbroken, ca
 
 
 def test_a_signal_prints_no_stack():
-    """As Megatron's inference, once it is imported, has it do."""
+    """As Megatron's inference engines have it do once they are imported, by faulthandler and before
+    the run's own handler is asked (inference/data_parallel_inference_coordinator.py)."""
     code = """
 import signal
 from aropd_mcore.trainer.stop import Stops
 with Stops().listening(signal.SIGTERM, signal.SIGINT) as stops:
-    import aropd_mcore.trainer.build
-    from megatron.core.inference import data_parallel_inference_coordinator
+    import aropd_mcore.rollout.generate, aropd_mcore.trainer.loop
     for number in (signal.SIGTERM, signal.SIGINT):
         stops.signal = 0
         signal.raise_signal(number)
@@ -206,7 +208,7 @@ def test_a_rank_that_raises_in_the_data_loader_ends_all_with_its_traceback_first
     printed, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode == 1, printed
     first = printed.index("[rank ")
-    assert printed[first:].startswith("[rank 2] step 1, phase data\nTraceback"), printed
+    assert printed[first:].startswith("[rank 2] step 1, phase rollout\nTraceback"), printed
     assert "RuntimeError: a planted error at row" in printed
     assert printed.count("in train_step") == 1, printed
     for rank in (0, 1, 3):
@@ -224,7 +226,7 @@ def test_a_slow_rank_is_waited_for_and_a_hung_one_is_not(path):
     assert [rank.returncode for rank in ranks] == [4, 4], printed
     assert [line["step"] for line in read_lines(out)] == [0, 1], "slow, but no reason to end"
     stacks = [(out / "stacks" / f"rank-{rank}.txt").read_text() for rank in range(2)]
-    assert "[rank 1] step 2, phase data: no progress for" in stacks[1]
+    assert "[rank 1] step 2, phase rollout: no progress for" in stacks[1]
     assert "faulty_row_at" in stacks[1] and "train_step" in stacks[1]
     assert "[rank 0] step 2, phase" in stacks[0] and "train_step" in stacks[0]
     for stack in stacks:
@@ -238,7 +240,7 @@ def test_a_collective_that_times_out_names_phase_and_step(path):
     printed = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], printed
     assert "[rank 0] step 1, phase rollout\nTraceback" in printed[0]
-    assert "[rank 1] step 1, phase data: ended, because rank 0 failed" in printed[1]
+    assert "[rank 1] step 1, phase rollout: ended, because rank 0 failed" in printed[1]
 
 
 def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:

@@ -9,9 +9,9 @@ import signal
 import pytest
 import torch
 
-from tests.faults.jobs import Job
-from tests.tiny_runs import write_run
-from tests.trainer.test_resume import read_lines
+from tests.support.jobs import Job
+from tests.support.tiny_runs import write_run
+from tests.support.training import read_lines
 
 pytestmark = pytest.mark.gpu
 NUM_STEPS = 12

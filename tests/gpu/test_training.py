@@ -7,7 +7,7 @@ run's loss. On a CPU bf16 is off fp32 by at most 0.7 % (`sft`) and 6 % (`aropd`,
 between nearly equal models, to which every rounding adds; hence also its low learning rate).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from aropd_mcore.config import Config, ConfigError, PrecisionConfig
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.types import Rollout
-from tests.tiny_runs import tiny_config, write_model, write_rows
+from tests.support.rollouts import ReplaySource, sample
+from tests.support.tiny_runs import tiny_config, write_model, write_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -84,19 +85,6 @@ def bf16(root) -> dict[tuple[str, str], Steps]:
     return {(f, method): take_steps(root, f, method) for f in FAMILIES for method in METHODS}
 
 
-class Replay:
-    """RolloutEngine that repeats the responses of another run."""
-
-    def __init__(self, rollouts: Sequence[list[Rollout]]):
-        self._rollouts = iter(rollouts)
-
-    def generate(self, *_: Any) -> list[Rollout]:
-        return next(self._rollouts)
-
-    def sync(self, weight_version: int) -> None:
-        pass
-
-
 def take_steps(
     root: Path,
     family: str,
@@ -113,7 +101,7 @@ def take_steps(
     run = build_run(config, start_runtime(config))
     try:
         if replay is not None and run.engine is not None:
-            run = replace(run, engine=Replay(replay.rollouts))
+            run = replace(run, source=ReplaySource(run.source, replay.rollouts))
         results = [train_step(run, step) for step in range(NUM_STEPS)]
         teacher = run.teacher.model.named_parameters() if run.teacher else ()
         return Steps(
@@ -192,14 +180,14 @@ def test_rollouts_in_fp8_follow_the_weights(root):
     run = build_run(config, start_runtime(config))
     try:
         prompts, seeds = [(40, 41, 42)] * 4, [1, 2, 3, 4]
-        before = run.engine.generate(prompts, seeds, config.rollout)
+        before = sample(run.engine, prompts, seeds, config.rollout)
         train_step(run, 0)
-        after = run.engine.generate(prompts, seeds, config.rollout)
+        after = sample(run.engine, prompts, seeds, config.rollout)
         assert [r.logprobs for r in after] != [r.logprobs for r in before]
         for chunk in run.student.model:
             for module in chunk.modules():
                 getattr(module, "_fp8_workspaces", {}).clear()
-        again = run.engine.generate(prompts, seeds, config.rollout)
+        again = sample(run.engine, prompts, seeds, config.rollout)
         assert [r.logprobs for r in again] == [r.logprobs for r in after]
     finally:
         runtime.stop()

@@ -3,11 +3,12 @@
 That a run goes on bitwise in fp32 is tested on real processes in tests/trainer/test_resume.py.
 """
 
+import itertools
 import random
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -20,20 +21,22 @@ from aropd_mcore import cli
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.convert import keep_companions
+from aropd_mcore.convert.import_export import keep_companions
 from aropd_mcore.convert.inspect import inspect
 from aropd_mcore.convert.manifest import newest, read_manifest, step_of
 from aropd_mcore.convert.source import HF_FOLDER, HFSource, open_source
 from aropd_mcore.convert.verify import verify
-from aropd_mcore.mcore import checkpoint, checkpoint_folder, runtime, writing
+from aropd_mcore.mcore import runtime
+from aropd_mcore.mcore.checkpoint import directory, state, writer
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.mcore.weights import export_hf
+from aropd_mcore.mcore.weights import export_model
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import Run, StepResult, train_step
 from aropd_mcore.types import Rollout
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
+from tests.support.ranks import run_ranks
+from tests.support.rollouts import ReplaySource, sample
+from tests.support.tiny_runs import write_model, write_run
 
 PROMPT = list(range(40, 60))
 EMA_RATE = 1e-3
@@ -64,17 +67,9 @@ def step(run: Run, number: int) -> tuple[StepResult, float]:
     return result, float(result.sums["loss"].sum())
 
 
-@dataclass
-class Replay:
-    """An engine that gives the same responses to whatever model."""
-
-    rollouts: list[Rollout]
-
-    def generate(self, *_: Any) -> list[Rollout]:
-        return self.rollouts
-
-    def sync(self, weight_version: int) -> None:
-        pass
+def replay(run: Run, rollouts: Sequence[Rollout]) -> Run:
+    """The run, with the same responses for every step."""
+    return replace(run, source=ReplaySource(run.source, itertools.repeat(rollouts)))
 
 
 def teacher_of(run: Run) -> Teacher:
@@ -102,7 +97,7 @@ def check_bf16(path: Path, folder: Path) -> None:
     exact, exact_loss = step(run, 0)
     runtime.stop()
 
-    run = replace(build(path, "model.dtype=bf16"), engine=Replay(list(exact.rollouts)))
+    run = replay(build(path, "model.dtype=bf16"), exact.rollouts)
     for model in (run.student.model, teacher_of(run).model):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     start = {name: p.detach().clone() for name, p in teacher_of(run).model.named_parameters()}
@@ -126,7 +121,7 @@ def check_bf16(path: Path, folder: Path) -> None:
     still = (teacher_of(run).model.get_parameter(first) == start[first]).float().mean()
     assert still > 0.9, "in bf16 alone this step should have vanished"
 
-    checkpoint.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime)
+    state.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime)
     saved, drawn = masters(run), draw()
     _, following = step(run, 1)
     reached = masters(run)
@@ -135,10 +130,10 @@ def check_bf16(path: Path, folder: Path) -> None:
     run = build(path, "model.dtype=bf16")
     path_of_save = newest(folder)
     assert path_of_save is not None
-    assert checkpoint.load(path_of_save, run.student, run.teacher, run.runtime) == {"step": 1}
+    assert state.load(path_of_save, run.student, run.teacher, run.runtime) == {"step": 1}
     assert_equal(masters(run), saved)
     assert draw() == drawn, "every generator goes on from where it was"
-    assert step(replace(run, engine=Replay(list(exact.rollouts))), 1)[1] == following
+    assert step(replay(run, exact.rollouts), 1)[1] == following
     assert_equal(masters(run), reached)
 
 
@@ -157,10 +152,10 @@ def check_background(path: Path, folder: Path) -> None:
     run = build(path)
     step(run, 0)
     parts = run.student, run.teacher, {"step": 1}, run.runtime
-    at_once = checkpoint.save(folder / "at-once", 1, *parts)
-    checkpoint_folder.prepare(folder / "later")
-    with patch.object(writing.os, "nice", lambda _: time.sleep(2.0)):  # in the writing process
-        saving = checkpoint.Saving(folder / "later", 1, *parts)
+    at_once = state.save(folder / "at-once", 1, *parts)
+    directory.prepare(folder / "later")
+    with patch.object(writer.os, "nice", lambda _: time.sleep(2.0)):  # in the writing process
+        saving = state.Saving(folder / "later", 1, *parts)
     before = masters(run)
     step(run, 1)
     assert not saving.is_written(), "the step was to come before the writing"
@@ -211,7 +206,7 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
     for number in range(3):
         step(run, number)
     progress = {"step": 3}
-    checkpoint.save(folder / "checkpoints", 3, run.student, run.teacher, progress, run.runtime)
+    state.save(folder / "checkpoints", 3, run.student, run.teacher, progress, run.runtime)
     model = path.parent / "model"
     if run.runtime.rank == 0:
         keep_companions(HFSource(model), folder / HF_FOLDER, torch.float32)
@@ -222,8 +217,8 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
     rollouts = {}
     for who, live in (("student", run.student.model), ("teacher", teacher_of(run).model)):
         engine = NativeEngine(live, run.runtime, eos_token_ids=[], batch_size=1)
-        rollouts[who] = engine.generate([PROMPT], [5], sampling)
-        export_hf(live, model, folder / f"live-{who}", run.runtime)
+        rollouts[who] = sample(engine, [PROMPT], [5], sampling)
+        export_model(live, model, folder / f"live-{who}", run.runtime)
     return rollouts
 
 
@@ -240,19 +235,19 @@ def check_refusals(path: Path, folder: Path) -> None:
     empty = folder / "iter_0000001"
     empty.mkdir()
     with pytest.raises(CheckpointError, match="iter_0000001: not a checkpoint"):
-        checkpoint.load(empty, run.student, run.teacher, run.runtime)
+        state.load(empty, run.student, run.teacher, run.runtime)
     empty.rmdir()
 
-    of_sft = checkpoint.save(folder, 1, run.student, None, {}, run.runtime)
+    of_sft = state.save(folder, 1, run.student, None, {}, run.runtime)
 
     runtime.stop()
     distilling = build(path)
     with pytest.raises(CheckpointError, match="does not hold what is needed here: teacher") as e:
-        checkpoint.load(of_sft, distilling.student, distilling.teacher, distilling.runtime)
+        state.load(of_sft, distilling.student, distilling.teacher, distilling.runtime)
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
     runtime.stop()
     model = write_model(folder / "wider", intermediate_size=128)
     wider = build(path, "objective.name=sft", f"model.path={model}")
     with pytest.raises(CheckpointError, match=r"shape mismatch .*linear_fc[12]"):
-        checkpoint.load(of_sft, wider.student, None, wider.runtime)
+        state.load(of_sft, wider.student, None, wider.runtime)

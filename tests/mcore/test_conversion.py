@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from aropd_mcore.convert.convert import export_hf, import_hf
 from aropd_mcore.convert.hf_io import HFWeights
+from aropd_mcore.convert.import_export import export_hf, import_hf
 from aropd_mcore.convert.source import HFSource, MegatronSource
 from aropd_mcore.convert.verify import verify
-from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
 
 LAYOUTS = {  # world size -> settings of runtime.start
     1: [{}, {}],
@@ -59,10 +59,16 @@ def cases(tmp_path_factory) -> list[Case]:
     return made
 
 
-def of_layout(layout: dict[str, int], cases: list[Case]) -> list[Case]:
-    return [c for c in cases if "expert" not in layout or c.name.startswith(MOE_FAMILIES)]
+def of_layout(layout: dict[str, int], number: int, part: str, cases: list[Case]) -> list[Case]:
+    """The models that a layout can hold: all, one (another for each layout), or the others."""
+    possible = [c for c in cases if "expert" not in layout or c.name.startswith(MOE_FAMILIES)]
+    first = possible[number % len(possible)]
+    if part == "all":
+        return possible
+    return [case for case in possible if (case is first) == (part == "first")]
 
 
+@pytest.mark.slow
 def test_round_trip_is_bitwise_in_the_originals_order(cases: list[Case], tmp_path: Path):
     for case in cases:
         back = tmp_path / case.name
@@ -73,26 +79,37 @@ def test_round_trip_is_bitwise_in_the_originals_order(cases: list[Case], tmp_pat
                 assert (back / path.name).read_bytes() == path.read_bytes(), path
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize(
+    ("world_size", "part"),
+    [
+        (2, "first"),
+        (4, "first"),
+        pytest.param(1, "all", marks=pytest.mark.rest),
+        pytest.param(2, "others", marks=pytest.mark.rest),
+        pytest.param(4, "others", marks=pytest.mark.rest),
+    ],
+)
 def test_every_layout_loads_imports_and_writes_exports(
-    world_size: int, cases: list[Case], tmp_path: Path
+    world_size: int, part: str, cases: list[Case], tmp_path: Path
 ):
-    run_ranks(visit, world_size, cases, LAYOUTS[world_size], tmp_path)
-    for number, layout in enumerate(LAYOUTS[world_size]):
-        for case in of_layout(layout, cases):
+    layouts = LAYOUTS[world_size]
+    visits = [of_layout(layout, n, part, cases) for n, layout in enumerate(layouts)]
+    run_ranks(visit, world_size, layouts, visits, tmp_path)
+    for number, visited in enumerate(visits):
+        for case in visited:
             saved, back = tmp_path / f"{number}-{case.name}", tmp_path / f"{number}-{case.name}-hf"
             export_hf(MegatronSource(saved, saved, hf=case.megatron / "hf"), back)
             assert_same_folder(back, case.hf)
 
 
-def visit(cases: list[Case], layouts: list[dict[str, int]], out: Path) -> None:
+def visit(layouts: list[dict[str, int]], visits: list[list[Case]], out: Path) -> None:
     from aropd_mcore.mcore import runtime
 
-    for number, layout in enumerate(layouts):
+    for number, (layout, cases) in enumerate(zip(layouts, visits, strict=True)):
         rt = runtime.start(**layout)
         # Megatron can also number layers in the keys, where they differ from one another.
         metadata = {"non_homogeneous_layers": True} if number and not layout else None
-        for case in of_layout(layout, cases):
+        for case in cases:
             load_and_save(case, rt, out / f"{number}-{case.name}", metadata)
         runtime.stop()
 

@@ -12,16 +12,18 @@ import torch
 from aropd_mcore import cli
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.convert import import_hf
+from aropd_mcore.convert.import_export import import_hf
 from aropd_mcore.convert.source import HFSource, open_source
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.weights import load_hf_weights, load_weights
 from aropd_mcore.trainer.build import start_runtime
 from aropd_mcore.trainer.loop import train
-from tests.ranks import run_ranks
-from tests.tiny_models import save_tiny_model
-from tests.tiny_runs import write_model, write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_runs import write_model, write_run
+
+pytestmark = pytest.mark.rest
 
 WHO = ("student", "teacher")
 Layouts = dict[int, list[dict[str, int]]]

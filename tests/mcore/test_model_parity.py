@@ -1,8 +1,9 @@
 """The Megatron model against transformers, for every family and layout, and weights there and back.
 
 The reference is made once, in the test's process; each world of ranks then goes through all its
-layouts and models in one call. A family comes in by its entry in tests/tiny_models.FAMILIES, which
-tests/convert/test_architecture.py demands of every family that convert/mapping.py has a table of.
+layouts and models in one call. A family comes in by its entry in FAMILIES of
+tests/support/tiny_models.py, which tests/convert/test_architecture.py demands of every family that
+convert/mapping.py has a table of.
 """
 
 import json
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, MOE_FAMILIES, TINY, save_tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import FAMILIES, MOE_FAMILIES, TINY, save_tiny_model
 
 NUM_PROMPT_TOKENS = 24
 NUM_NEW_TOKENS = 8
@@ -95,10 +96,24 @@ def _case(root: Path, family: str, tie: bool, prompt: torch.Tensor) -> Case:
     return Case(name, root / name, family in MOE_FAMILIES, tokens, logits)
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
-def test_logits_greedy_tokens_and_round_trip(world_size: int, cases: list[Case], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("world_size", "part"),
+    [
+        (1, "all"),
+        (4, "first"),
+        pytest.param(2, "all", marks=pytest.mark.rest),
+        pytest.param(4, "others", marks=pytest.mark.rest),
+    ],
+)
+def test_logits_greedy_tokens_and_round_trip(
+    world_size: int, part: str, cases: list[Case], tmp_path: Path
+):
     by_name = {case.name: case for case in cases}
-    for results in run_ranks(_visit, world_size, cases, LAYOUTS[world_size], tmp_path):
+    visits = {
+        layout: _cases_of(layout, number, part, cases)
+        for number, layout in enumerate(LAYOUTS[world_size])
+    }
+    for results in run_ranks(_visit, world_size, visits, tmp_path):
         for (layout, name), logits in results.items():
             case, where = by_name[name], f"{name}, {layout}"
             torch.testing.assert_close(
@@ -108,38 +123,43 @@ def test_logits_greedy_tokens_and_round_trip(world_size: int, cases: list[Case],
             chosen = logits[:, NUM_PROMPT_TOKENS - 1 : -1].argmax(-1)
             assert torch.equal(chosen, case.tokens_BS[:, NUM_PROMPT_TOKENS:]), where
 
-    for layout in LAYOUTS[world_size]:
-        for case in _cases_of(layout, cases):
+    for layout, visited in visits.items():
+        for case in visited:
             folder = tmp_path / _export_name(layout, case)
             _assert_bitwise(folder, case.folder)
             for name in ("config.json", "generation_config.json"):
                 assert (folder / name).read_text() == (case.folder / name).read_text(), folder
 
 
-def _cases_of(layout: Layout, cases: list[Case]) -> list[Case]:
+def _cases_of(layout: Layout, number: int, part: str, cases: list[Case]) -> list[Case]:
+    """The models that a layout can hold: all, one (another for each layout), or the others."""
     shares_experts = layout.expert * layout.expert_tensor > 1
-    return [case for case in cases if case.has_experts or not shares_experts]
+    possible = [case for case in cases if case.has_experts or not shares_experts]
+    first = possible[number % len(possible)]
+    if part == "all":
+        return possible
+    return [case for case in possible if (case is first) == (part == "first")]
 
 
 def _export_name(layout: Layout, case: Case) -> str:
     return "-".join(map(str, (*layout, case.name)))
 
 
-def _visit(cases: list[Case], layouts: list[Layout], out: Path) -> dict[tuple, torch.Tensor]:
+def _visit(visits: dict[Layout, list[Case]], out: Path) -> dict[tuple, torch.Tensor]:
     """On every rank: each layout's and model's logits, and its export."""
     from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.weights import export_hf
+    from aropd_mcore.mcore.weights import export_model
 
     results = {}
-    for layout in layouts:
+    for layout, cases in visits.items():
         rt = runtime.start(**layout._asdict())
-        for case in _cases_of(layout, cases):
+        for case in cases:
             model = _load(case.folder, rt)
             # Replicas have the rows in other orders: where they share experts, tokens that come
             # back to the wrong rank make a difference.
             mine = case.tokens_BS.roll(rt.dp_rank, 0)
             results[layout, case.name] = _logits(model, mine, rt).roll(-rt.dp_rank, 0)
-            export_hf(model, case.folder, out / _export_name(layout, case), rt)
+            export_model(model, case.folder, out / _export_name(layout, case), rt)
         runtime.stop()
     return results
 
@@ -190,18 +210,18 @@ def test_dtypes_shards_and_replaced_values(tmp_path: Path):
 def _export_variants(folder: Path) -> None:
     from aropd_mcore.convert.architecture import CheckpointError
     from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.weights import export_hf
+    from aropd_mcore.mcore.weights import export_model
 
     rt = runtime.start(tensor=2, pipeline=2)
     source = folder / "source"
     model = _load(source, rt, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    export_hf(model, source, folder / "bf16", rt)
-    export_hf(model, source, folder / "fp32", rt, dtype=torch.float32)
+    export_model(model, source, folder / "bf16", rt)
+    export_model(model, source, folder / "fp32", rt, dtype=torch.float32)
     doubled = {name: 2 * p.detach().float() for name, p in model.named_parameters()}
-    export_hf(model, source, folder / "doubled", rt, dtype=torch.float32, values=doubled)
+    export_model(model, source, folder / "doubled", rt, dtype=torch.float32, values=doubled)
     with pytest.raises(CheckpointError, match="bf16: exists already"):
-        export_hf(model, source, folder / "bf16", rt)
+        export_model(model, source, folder / "bf16", rt)
 
 
 def test_vocabulary_padding_and_cached_decoding(tmp_path: Path):

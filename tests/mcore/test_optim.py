@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.tiny_models import save_tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import save_tiny_model
 
 NUM_STEPS, NUM_WARMUP = 10, 2
 LR, MIN_LR = 1e-3, 0.0

@@ -1,8 +1,8 @@
-"""Compile every kernel for an H100, without one, and print what became of it as JSON.
+"""Compile every kernel for an H100, without a GPU, and print registers and spills as JSON.
 
     python -m tests.numerics.compiled_kernels
 
-A process of its own: where Triton interprets, it does not compile.
+This is a separate process, since a Triton that interprets does not compile.
 """
 
 import json
@@ -19,11 +19,11 @@ from triton.runtime.jit import JITFunction
 
 from aropd_mcore.numerics import kernels
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, Softmax, Views
+from aropd_mcore.numerics.passes import MOMENTS, Softmax, ViewLogits
 
 
 class NoGPU:
-    """As much of a driver as compiling asks for."""
+    """The functions of a driver that compilation needs."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -36,7 +36,7 @@ class NoGPU:
 
 
 def compile_all() -> list[tuple[str, Any]]:
-    """Every kernel, as every divergence asks for it, of bf16 and of fp32 logits."""
+    """Compile every kernel, for every divergence, and for bf16 and fp32 logits."""
     compiled: list[tuple[str, Any]] = []
     launch = JITFunction.run
 
@@ -49,9 +49,9 @@ def compile_all() -> list[tuple[str, Any]]:
     driver.set_active(NoGPU())
     num_tokens, num_columns = 4, 5000
     for dtype in (torch.bfloat16, torch.float32):
-        views = Views(*torch.zeros(3, num_tokens, num_columns, dtype=dtype))
-        of_views = Softmax(torch.zeros(3, num_tokens), torch.zeros(3, num_tokens))
-        of_all = Softmax(torch.zeros(4, num_tokens), torch.zeros(4, num_tokens))
+        views = ViewLogits(*torch.zeros(3, num_tokens, num_columns, dtype=dtype))
+        views_softmax = Softmax(torch.zeros(3, num_tokens), torch.zeros(3, num_tokens))
+        softmax = Softmax(torch.zeros(4, num_tokens), torch.zeros(4, num_tokens))
         numbers, tops = torch.zeros(num_tokens), torch.zeros(2, num_tokens)
         kernels.view_statistics(views, MOMENTS)
         kernels.view_statistics(views, ())
@@ -59,26 +59,26 @@ def compile_all() -> list[tuple[str, Any]]:
             objective = Objective(0.8, 5.0, divergence, 0.5)
             for with_metrics, least in ((True, tops), (False, None)):
                 kernels.target_statistics(
-                    views, of_views, objective, with_metrics=with_metrics, least_top_2T=least
+                    views, views_softmax, objective, with_metrics=with_metrics, least_top_2T=least
                 )
-            kernels.write_gradient(views.student, views, of_all, numbers, objective, numbers)
-        kernels.mixture_statistics(views, of_all, objective)
+            kernels.write_gradient(views.student, views, softmax, numbers, objective, numbers)
+        kernels.mixture_statistics(views, softmax, objective)
     return compiled
 
 
 def assembled(ptx: str) -> dict[str, int]:
-    """What ptxas says of a kernel."""
+    """Return the registers and spills that ptxas reports for a kernel."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
-        told = subprocess.run(ptxas, capture_output=True, text=True, check=True)
-    text = told.stdout + told.stderr
-    found = {
+        done = subprocess.run(ptxas, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    matches = {
         "registers": re.search(r"Used (\d+) registers", text),
         "spilled_bytes": re.search(r"(\d+) bytes spill stores", text),
     }
-    return {name: int(match.group(1)) for name, match in found.items() if match}
+    return {name: int(match.group(1)) for name, match in matches.items() if match}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loss by its torch passes and by its Triton kernels."""
+"""Fixtures that select the torch passes or the Triton kernels of the loss."""
 
 import os
 
@@ -10,7 +10,7 @@ from aropd_mcore.numerics import fused_linear, kl
 
 @pytest.fixture
 def by_kernels(monkeypatch) -> None:
-    """The losses of CPU tensors take the Triton kernels, in Triton's interpreter."""
+    """Make the losses of CPU tensors use the Triton kernels, in Triton's interpreter."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         assert torch.cuda.is_available(), "tests/conftest.py sets it"
         pytest.skip("Triton compiles for this machine's GPU: see the tests marked gpu")

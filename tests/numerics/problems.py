@@ -1,11 +1,11 @@
-"""Random problems for the losses, whole or sharded, with the oracle's answer."""
+"""Random problems for the losses, whole or sharded, and the oracle's answers."""
 
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from tests import oracles
+from tests.support import oracles
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ ONE_VIEW = [
     if setting.residual_scale == 0
     or (setting.residual_scale == 1 and setting.residual_clip is None)
 ]
-"""The target is one view alone."""
+"""Settings whose target is one view."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of the fused loss; the whole vocabulary, with padding, on every rank."""
+    """Arguments of the fused loss, with the whole padded vocabulary."""
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -50,7 +50,7 @@ class Problem:
         return {name: value for name, value in values.items() if torch.is_tensor(value)}
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        """Hidden states and weights in another dtype."""
+        """Convert hidden states and weights to another dtype."""
         matrices = {name: x.to(dtype) for name, x in self.tensors().items() if x.dim() == 2}
         return replace(self, **matrices)
 
@@ -58,7 +58,7 @@ class Problem:
         return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
 
     def shard(self, rank: int, size: int) -> "Problem":
-        """The same problem as a rank sees it; student leaves require grad."""
+        """Return a rank's shard of the problem, in which the student's leaves require grad."""
         return replace(
             self,
             student_hidden=self.student_hidden.detach().clone().requires_grad_(),
@@ -67,7 +67,7 @@ class Problem:
         )
 
     def tokens(self, tokens: slice, hidden: slice | None = None) -> "Problem":
-        """Some of the tokens; `hidden`: those whose hidden states are here, if not the same."""
+        """Select tokens. `hidden` selects those with hidden states, by default the same ones."""
         hidden = tokens if hidden is None else hidden
         return replace(
             self,
@@ -79,7 +79,7 @@ class Problem:
         )
 
     def logits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Student, partial, full: this shard's, with padding."""
+        """Return the logits of student, partial and full for this shard, with padding."""
         return (
             self.student_hidden @ self.student_weight.T,
             self.partial_hidden @ self.teacher_weight.T,
@@ -95,7 +95,7 @@ def make_problem(
     seed=0,
     teacher_hidden_size: int | None = None,
 ) -> Problem:
-    """Ragged token weights with zeros; padding rows that would spoil everything if they counted."""
+    """Draw a problem. Some token weights are 0, and padding rows would spoil any result."""
     teacher_size = hidden_size if teacher_hidden_size is None else teacher_hidden_size
     generator = torch.Generator().manual_seed(seed)
 
@@ -130,7 +130,7 @@ class Answer:
 
 
 def oracle_answer(problem: Problem, settings: Settings | None, dtype=torch.float64) -> Answer:
-    """The oracle's, in `dtype`; settings None: cross entropy against the sampled ids."""
+    """Return the oracle's answer in `dtype`; without settings, cross-entropy of the sampled ids."""
     whole = problem.to(dtype).shard(0, 1)
     student, partial, full = (logits[:, : problem.vocab_size] for logits in whole.logits())
     if settings is None:

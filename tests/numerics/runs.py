@@ -1,4 +1,4 @@
-"""The losses, run on a problem: each returns (loss, metrics with loss_T)."""
+"""Functions that run the losses on a problem and return (loss, metrics with loss_T)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def run_fused(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> 
 
 
 def run_one_view(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> Result:
-    """The fused form, with the view alone that is the target; it has nothing to report."""
+    """Run the fused form with only the view that is the target, without metrics."""
     is_partial = settings.residual_scale == 0
     return fused_linear_anchored_residual_kl(
         problem.student_hidden,
@@ -55,7 +55,7 @@ def run_one_view(problem: Problem, settings: Settings, tp_group=None, **kwargs) 
 
 
 def run_logits_form(problem: Problem, settings: Settings, tp_group=None, **kwargs) -> Result:
-    """With an output layer of plain autograd around it."""
+    """Run the logits form behind an output layer of plain autograd."""
     loss_T, metrics = vocab_parallel_anchored_residual_kl(
         *problem.logits(),
         vocab_size=problem.vocab_size,
@@ -86,17 +86,17 @@ _COLLECTIVES += ("broadcast", "reduce", "barrier")
 
 @contextmanager
 def counted_collectives() -> Iterator[list[tuple[str, int]]]:
-    """The collectives that run within: each one's name, and the bytes that this rank puts in."""
+    """Record the collectives within the context: name, and number of bytes that this rank sends."""
     calls: list[tuple[str, int]] = []
 
     def counting(name: str):
         run = getattr(dist, name)
-        # The tensor that goes in: the output comes before it, where there is one.
+        # The input tensor follows the output, if there is one.
         position = 1 if name.startswith(("all_gather", "reduce_scatter")) else 0
 
         def counted(*args, **kwargs):
-            put_in = tree_leaves(args[position : position + 1])
-            calls.append((name, sum(x.nbytes for x in put_in if torch.is_tensor(x))))
+            inputs = tree_leaves(args[position : position + 1])
+            calls.append((name, sum(x.nbytes for x in inputs if torch.is_tensor(x))))
             return run(*args, **kwargs)
 
         return counted

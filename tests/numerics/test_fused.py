@@ -1,4 +1,4 @@
-"""What the fused form does with its tokens, its memory and Megatron's gradient buffer."""
+"""The fused form: split tokens, memory, and Megatron's gradient buffer."""
 
 from dataclasses import replace
 from unittest import mock
@@ -14,13 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from aropd_mcore.numerics import chunks
 from tests.numerics.problems import Settings, make_problem, oracle_answer
 from tests.numerics.runs import counted_collectives, run_cross_entropy, run_fused, run_one_view
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
 
 
 def check_token_parallel() -> None:
-    """TP 2 x CP 2 with sequence parallelism: context ranks of 10 and 6 tokens, then 16 and none.
+    """Check TP 2 x CP 2 with sequence parallelism, with 10 and 6 tokens, and with 16 and none.
 
     Ranks 0 and 1 are one context rank, 2 and 3 the other.
     """
@@ -33,8 +35,8 @@ def check_token_parallel() -> None:
         for num_first in (10, 16):
             first, end = ((0, num_first), (num_first, 16))[cp_rank]
             half = (end - first) // 2
-            mine = slice(first + tp_rank * half, first + (tp_rank + 1) * half)
-            ours = whole.shard(tp_rank, 2).tokens(slice(first, end), hidden=mine)
+            own = slice(first + tp_rank * half, first + (tp_rank + 1) * half)
+            ours = whole.shard(tp_rank, 2).tokens(slice(first, end), hidden=own)
             with counted_collectives() as calls:
                 loss, metrics = run(
                     ours, settings, tp_group, sequence_parallel=True, chunk_tokens=4
@@ -46,7 +48,7 @@ def check_token_parallel() -> None:
                 dist.all_reduce(sum_, group=cp_group)
             assert_close(total, expected.loss, **CLOSE)
             assert_close(metrics["loss_T"], expected.loss_T[first:end], **CLOSE)
-            assert_close(ours.student_hidden.grad, expected.grad_hidden[mine], **CLOSE)
+            assert_close(ours.student_hidden.grad, expected.grad_hidden[own], **CLOSE)
             assert_close(grad_weight, expected.grad_weight.chunk(2)[tp_rank], **CLOSE)
             num_chunks = (end - first + 3) // 4
             names = [name for name, _ in calls]
@@ -62,7 +64,7 @@ def test_sequence_and_context_parallel():
 
 @pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
 def test_main_grad(run):
-    """The weight's gradient goes into the buffer, on top of what is there; hooks still fire."""
+    """The weight's gradient is added to the buffer, and the weight's hooks still fire."""
     settings = Settings() if run is run_fused else None
     expected = oracle_answer(make_problem(), settings)
     problem = make_problem().shard(0, 1)
@@ -73,7 +75,7 @@ def test_main_grad(run):
     assert (problem.student_weight.grad == 0).all()
 
 
-def test_main_grad_wants_the_loss_itself():
+def test_main_grad_with_a_scaled_loss_raises():
     problem = make_problem().shard(0, 1)
     main_grad = torch.zeros(problem.student_weight.shape)
     loss, _ = run_fused(problem, Settings(), main_grad_VH=main_grad)
@@ -81,7 +83,7 @@ def test_main_grad_wants_the_loss_itself():
         (2 * loss).backward()
 
 
-def test_main_grad_is_left_alone_without_a_gradient():
+def test_main_grad_without_a_gradient_is_unchanged():
     problem = make_problem().shard(0, 1)
     main_grad = torch.zeros(problem.student_weight.shape)
     with torch.no_grad():
@@ -90,7 +92,7 @@ def test_main_grad_is_left_alone_without_a_gradient():
 
 
 def tensor_sizes(run) -> list[int]:
-    """Elements of every tensor that operations return while `run()` runs."""
+    """Return the number of elements of every tensor that an operation of `run()` returns."""
     sizes = []
 
     class Watch(TorchDispatchMode):
@@ -105,7 +107,7 @@ def tensor_sizes(run) -> list[int]:
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary():
-    """Whatever the tokens, no tensor is larger than a chunk's temporaries or the weight."""
+    """For any number of tokens, no tensor is larger than a chunk's temporaries or the weight."""
     largest = []
     for num_tokens in (64, 256):
         problem = make_problem(num_tokens, vocab_size=500, padded_vocab_size=512).shard(0, 1)
@@ -118,7 +120,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
 
 @pytest.mark.parametrize("live, products", [(False, 2), (True, 1)])
 def test_a_live_teachers_head_is_projected_once(live, products):
-    """One weight, one product for all three views; and the gradient is the student's alone."""
+    """One weight needs one product for all three views, and only the student gives gradients."""
     problem = make_problem().shard(0, 1)
     apart = replace(problem, teacher_weight=problem.student_weight.detach().clone())
     shared = replace(problem, teacher_weight=problem.student_weight.detach())
@@ -135,8 +137,8 @@ def add_product_flops(_sum, left, right, **_) -> int:
 
 
 def test_one_view_is_one_product_and_one_softmax_less():
-    """Four products in place of five, and of the softmaxes those of student, target and log u, and
-    the gradient's two."""
+    """One view needs four products instead of five. Five softmaxes remain: student, target and
+    log u, and two in the gradient."""
     problem = make_problem().shard(0, 1)
     product = 2 * 13 * 8 * 45
     settings = Settings(residual_scale=0)

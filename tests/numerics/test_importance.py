@@ -1,4 +1,4 @@
-"""Truncated importance sampling, by hand."""
+"""Truncated importance sampling, against numbers computed by hand."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from aropd_mcore.numerics.importance import importance_weights
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 LOG = math.log
 STUDENT = [LOG(0.5), LOG(0.5), LOG(0.2), LOG(0.1)]
@@ -17,7 +17,7 @@ EXPECTED = {"token": [1, 2, 0.5, 0.5], "sequence": [3.5 / 3, 3.5 / 3, 3.5 / 3, 0
 
 
 def weights_of_share(level: str) -> list[list[float]]:
-    """This rank's share of the tokens: every other one."""
+    """Return weights and metrics of this rank's tokens, which are interleaved over the ranks."""
     share = slice(dist.get_rank(), None, dist.get_world_size())
     weights_T, metrics = importance_weights(
         torch.tensor(STUDENT[share], requires_grad=True),
@@ -37,12 +37,12 @@ def weights_of_share(level: str) -> list[list[float]]:
 def test_ratios_are_capped_and_then_averaged(level, num_ranks):
     parts = run_ranks(weights_of_share, num_ranks, level)
     names = ["weights", "engine_gap", "importance_capped", "importance_ratio", "kl_engine_student"]
-    found = {name: [0.0] * 4 for name in names}
+    by_name = {name: [0.0] * 4 for name in names}
     for rank, columns in enumerate(parts):
         for name, values in zip(names, columns, strict=True):
-            found[name][rank::num_ranks] = values
-    assert found["weights"] == pytest.approx(EXPECTED[level])
-    assert found["engine_gap"] == pytest.approx([0, LOG(5), LOG(2), LOG(2)])
-    assert found["importance_ratio"] == pytest.approx([1, 5, 0.5, 0.5])
-    assert found["importance_capped"] == [0, 1, 0, 0]
-    assert found["kl_engine_student"] == pytest.approx([0, -LOG(5), LOG(2), LOG(2)])
+            by_name[name][rank::num_ranks] = values
+    assert by_name["weights"] == pytest.approx(EXPECTED[level])
+    assert by_name["engine_gap"] == pytest.approx([0, LOG(5), LOG(2), LOG(2)])
+    assert by_name["importance_ratio"] == pytest.approx([1, 5, 0.5, 0.5])
+    assert by_name["importance_capped"] == [0, 1, 0, 0]
+    assert by_name["kl_engine_student"] == pytest.approx([0, -LOG(5), LOG(2), LOG(2)])

@@ -1,7 +1,7 @@
-"""The Triton kernels: each against its torch pass, and the whole loss against dense fp64.
+"""The Triton kernels: each one against its torch pass, and the whole loss against dense fp64.
 
-Without a GPU they run in Triton's interpreter. The edges of the numbers are in test_properties.py
-and test_precision.py, by either implementation.
+Without a GPU they run in Triton's interpreter. test_properties.py and test_precision.py check both
+implementations at the limits of floating point.
 """
 
 import json
@@ -17,35 +17,41 @@ from torch.testing import assert_close
 
 from aropd_mcore.numerics.kl import add_up_target, add_up_views
 from aropd_mcore.numerics.objective import Objective
-from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, Views
+from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, ViewLogits
 from tests.numerics.problems import EVERY_SETTING, ONE_VIEW, Settings, make_problem
 from tests.numerics.runs import run_fused, run_logits_form
 from tests.numerics.test_loss import check
 
+pytestmark = pytest.mark.slow
+
 CLOSE = {"rtol": 2e-5, "atol": 2e-5, "equal_nan": True}
 
 
-def random_views(num_tokens: int, num_columns: int, dtype=torch.float32, device="cpu") -> Views:
+def random_views(
+    num_tokens: int, num_columns: int, dtype=torch.float32, device="cpu"
+) -> ViewLogits:
     generator = torch.Generator(device).manual_seed(num_columns)
     rows = torch.randn(3, num_tokens, num_columns, generator=generator, device=device)
-    return Views(*(3 * rows).to(dtype))
+    return ViewLogits(*(3 * rows).to(dtype))
 
 
-def numbers_and_gradient(run, views: Views, settings: Settings, with_metrics: bool) -> list[Tensor]:
-    """What every pass of `run` returns, one after the other, over one shard."""
+def numbers_and_gradient(
+    run, views: ViewLogits, settings: Settings, with_metrics: bool
+) -> list[Tensor]:
+    """Return the results of every pass of `run`, in order, over one shard."""
     objective = Objective(*astuple(settings))
     moments = MOMENTS if with_metrics else ()
     least_top_2T = None
     if with_metrics:
         tops = [view.float().sort(-1).values for view in (views.student, views.full)]
         least_top_2T = torch.stack([top[:, max(top.size(1) - 16, 0)] for top in tops])
-    of_views = run.view_statistics(views, moments)
-    softmax, _ = add_up_views(of_views[None], moments)
-    of_target = run.target_statistics(
+    view_KT = run.view_statistics(views, moments)
+    softmax, _ = add_up_views(view_KT[None], moments)
+    target_KT = run.target_statistics(
         views, softmax, objective, with_metrics=with_metrics, least_top_2T=least_top_2T
     )
-    softmax, (_, kl_student_T, *_) = add_up_target(softmax, of_target[None])
-    numbers = [of_views, of_target]
+    softmax, (_, kl_student_T, *_) = add_up_target(softmax, target_KT[None])
+    numbers = [view_KT, target_KT]
     if objective.divergence == "jsd":
         numbers.append(run.mixture_statistics(views, softmax, objective))
         kl_student_T = numbers[-1][1]
@@ -58,18 +64,18 @@ def numbers_and_gradient(run, views: Views, settings: Settings, with_metrics: bo
     rounded_TV = gradient_TV.to(over_TV.dtype)
     if over_TV.is_cuda or over_TV.dtype != torch.bfloat16:
         assert torch.equal(over_TV.nan_to_num(7), rounded_TV.nan_to_num(7))
-    else:  # Triton's interpreter cuts bits off where a GPU rounds
+    else:  # Triton's interpreter truncates where a GPU rounds
         assert_close(over_TV, rounded_TV, rtol=2**-7, atol=0, equal_nan=True)
     return [*numbers, gradient_TV]
 
 
-def compare(views: Views, settings: Settings, with_metrics: bool = True) -> None:
+def compare(views: ViewLogits, settings: Settings, with_metrics: bool = True) -> None:
     from aropd_mcore.numerics import kernels
 
     expected = numbers_and_gradient(TorchPasses(views.student), views, settings, with_metrics)
-    found = numbers_and_gradient(kernels, views, settings, with_metrics)
+    actual = numbers_and_gradient(kernels, views, settings, with_metrics)
     again = numbers_and_gradient(kernels, views, settings, with_metrics)
-    for ours, twice, torchs in zip(found, again, expected, strict=True):
+    for ours, twice, torchs in zip(actual, again, expected, strict=True):
         assert torch.equal(ours.nan_to_num(7), twice.nan_to_num(7))
         assert_close(ours, torchs, **CLOSE)
 
@@ -83,7 +89,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
     def test_several_blocks(self, divergence, dtype):
-        """Of 1024 columns each, and a rest."""
+        """Blocks of 1024 columns, and a remainder."""
         for with_metrics in (True, False):
             views = random_views(2, 2 * 1024 + 37, dtype)
             compare(views, Settings(divergence=divergence), with_metrics)
@@ -91,7 +97,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
     def test_tokens_that_views_rule_out(self, divergence):
-        """-inf in one view, in two, in all; in the first block, in the last, in a whole row."""
+        """-inf in one, two or all views; in the first block, the last one, or a whole row."""
         views = random_views(6, 1024 + 100)
         views.student[0, [3, 1100]] = -torch.inf
         views.partial[1, :1024] = -torch.inf
@@ -107,13 +113,13 @@ class TestInterpreted:
     def test_one_view_for_both(self):
         student, partial, _ = random_views(3, 1024 + 45)
         for settings in ONE_VIEW:
-            compare(Views(student, partial, partial), settings, with_metrics=False)
+            compare(ViewLogits(student, partial, partial), settings, with_metrics=False)
 
     def test_other_strides(self):
         for views in (
-            Views(*torch.randn(3, 5, 128)[..., :100]),
-            Views(*torch.randn(3, 5, 200)[..., ::2]),
-            Views(*torch.randn(3, 100, 5).transpose(1, 2)),
+            ViewLogits(*torch.randn(3, 5, 128)[..., :100]),
+            ViewLogits(*torch.randn(3, 5, 200)[..., ::2]),
+            ViewLogits(*torch.randn(3, 100, 5).transpose(1, 2)),
         ):
             compare(views, Settings())
 
@@ -125,7 +131,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("run", [run_logits_form, run_fused])
     @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
     def test_the_whole_loss(self, run, divergence):
-        """The target's cases are in `test_every_pass`."""
+        """`test_every_pass` covers all cases of the target."""
         check(run, make_problem(), Settings(divergence=divergence))
         check(run, make_problem(vocab_size=9), Settings(divergence=divergence))
         check(run, make_problem(num_tokens=0), Settings(divergence=divergence))
@@ -161,6 +167,6 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("run", [run_logits_form, run_fused])
     def test_the_whole_loss(self, run):
-        """In fp32, whose matrix products torch leaves in fp32 unless told otherwise."""
+        """In fp32, where torch's matrix products are in fp32 by default."""
         for settings in EVERY_SETTING:
             check(run, make_problem().on("cuda"), settings)

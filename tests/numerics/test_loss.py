@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aropd_mcore.numerics import vocab_parallel_anchored_residual_kl
-from tests import oracles
 from tests.numerics.problems import (
     EVERY_SETTING,
     ONE_VIEW,
@@ -25,11 +24,14 @@ from tests.numerics.runs import (
     run_logits_form,
     run_one_view,
 )
-from tests.ranks import run_ranks
+from tests.support import oracles
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 
 def expected_collectives(run, problem: Problem, settings: Settings | None, kwargs: dict) -> list:
-    """Name and bytes of each, in order, by the documented numbers a token: all in fp32."""
+    """Return name and bytes of each collective, by the documented fp32 numbers per token."""
     num_tokens, hidden_size = problem.student_hidden.shape
     chunk_tokens = kwargs.get("chunk_tokens", 100)
     calls = []
@@ -38,9 +40,9 @@ def expected_collectives(run, problem: Problem, settings: Settings | None, kwarg
         if settings is None:
             calls.append(("all_gather", 4 * size))
         else:
-            # 3 maxima, 3 sums; 6 moments; 2 x 16 tops; 3 sampled logits
-            of_views = 6 if run is run_one_view else 47
-            calls += [("all_gather", of_views * size), ("all_gather", 6 * size)]
+            # 3 maxima, 3 sums; 6 moments; 2 x 16 top logits; 3 sampled logits
+            num_numbers = 6 if run is run_one_view else 47
+            calls += [("all_gather", num_numbers * size), ("all_gather", 6 * size)]
             if settings.divergence == "jsd":
                 calls.append(("all_gather", 2 * size))
         if run is not run_logits_form:
@@ -49,7 +51,7 @@ def expected_collectives(run, problem: Problem, settings: Settings | None, kwarg
 
 
 def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs) -> float:
-    """Loss, metrics and gradients against fp64; the collectives; and that no argument changed."""
+    """Check loss, metrics and gradients against fp64, collectives, and that no argument changed."""
     rank, size = (group.rank(), group.size()) if group else (0, 1)
     shard = problem.shard(rank, size)
     before = [tensor.detach().clone() for tensor in shard.tensors().values()]
@@ -64,7 +66,7 @@ def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs
         assert_close(tensor.detach(), copy, rtol=0, atol=0, equal_nan=True)
     grad_hidden, grad_weight = shard.student_hidden.grad, shard.student_weight.grad
     if run is run_logits_form and group:
-        # Around it is a plain linear layer, which leaves each rank with its own share.
+        # The plain linear layer leaves each rank with its own part of the sum.
         dist.all_reduce(grad_hidden, group=group)
 
     expected = oracle_answer(problem, settings)
@@ -76,8 +78,8 @@ def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs
     for name, values in (reported | {"loss_T": expected.loss_T}).items():
         assert metrics[name].dtype == torch.float32 and not metrics[name].requires_grad
         assert_close(metrics[name], values, **close)
-    # It sums over the vocabulary: an fp32 matrix product over Qwen2's 151,936 terms was seen to be
-    # off by 6e-5 in itself (MKL on a processor with AVX-512).
+    # The gradient sums over the vocabulary. An fp32 matrix product over Qwen2's 151,936 terms alone
+    # had an error of 6e-5 (MKL on a processor with AVX-512).
     terms = {**close, "atol": 1e-4} if problem.vocab_size > 10_000 else close
     assert_close(grad_hidden, expected.grad_hidden, **terms)
     assert_close(grad_weight, expected.grad_weight.chunk(size)[rank], **close)
@@ -85,9 +87,9 @@ def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs
 
 
 def check_everything(large_vocabulary: bool) -> list[float]:
-    """The losses, on every rank of the world, or without a group in a process alone."""
+    """Check all losses on every rank of the world, or in a single process without a group."""
     group = dist.group.WORLD if dist.is_initialized() else None
-    problem = make_problem()  # of 4 shards, the third is partly padding and the last wholly
+    problem = make_problem()  # of 4 shards, the third is partly and the last only padding
     masked = replace(problem, token_weights=torch.zeros_like(problem.token_weights))
     cases = [(run_logits_form, problem, settings, {}) for settings in EVERY_SETTING]
     cases += [(run_fused, problem, settings, {"chunk_tokens": 8}) for settings in EVERY_SETTING]
@@ -111,12 +113,12 @@ def check_everything(large_vocabulary: bool) -> list[float]:
 
 
 def check_ruled_out_shards(num_ruled_out: int) -> None:
-    """-inf in the columns of the first shards: the numbers of the whole vocabulary."""
+    """Check shards with -inf in the first columns against the whole vocabulary."""
     group = dist.group.WORLD
     generator = torch.Generator().manual_seed(num_ruled_out)
     rows = torch.randn(3, 4, 64, generator=generator)
     rows[..., :num_ruled_out] = -torch.inf
-    rows[0, 1, 40:] = -torch.inf  # and more of the student's, which makes its KL infinite
+    rows[0, 1, 40:] = -torch.inf  # more of the student's, which makes its KL infinite
     for divergence in ("kl_target_student", "kl_student_target", "jsd"):
         kwargs = {"vocab_size": 64, **asdict(Settings(divergence=divergence))}
 
@@ -167,7 +169,7 @@ def test_without_metrics_the_loss_is_the_same():
         assert metrics.keys() == every.keys() - {"topk_overlap"}
 
 
-def test_gradients_only_where_asked():
+def test_only_leaves_that_require_grad_get_gradients():
     problem = make_problem().shard(0, 1)
     with torch.no_grad():
         assert not run_fused(problem, Settings())[0].requires_grad
@@ -197,7 +199,7 @@ def test_a_second_derivative_is_refused(run):
 
 @pytest.mark.parametrize("run", [run_fused, run_logits_form])
 def test_backward_can_run_twice(run):
-    """What is saved for backward outlives it, and is not written to."""
+    """Tensors saved for backward outlive it, and are not written to."""
     loss, _ = run(problem := make_problem().shard(0, 1), Settings())
     leaves = (problem.student_hidden, problem.student_weight)
     first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)

@@ -1,4 +1,4 @@
-"""What every dtype and memory layout is good for."""
+"""Precision of every dtype and memory layout."""
 
 import math
 from dataclasses import asdict, replace
@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aropd_mcore.numerics import vocab_parallel_anchored_residual_kl
-from tests import oracles
 from tests.numerics.problems import Problem, Settings, make_problem, oracle_answer
 from tests.numerics.runs import run_cross_entropy, run_fused, run_logits_form
+from tests.support import oracles
+
+pytestmark = pytest.mark.slow
 
 DIVERGENCES = ("kl_target_student", "kl_student_target", "jsd")
 GPU = pytest.param(
@@ -27,9 +29,9 @@ def rms(error: Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
-def problem_of(dtype: torch.dtype, device: str, seed: int) -> Problem:
+def draw_problem(dtype: torch.dtype, device: str, seed: int) -> Problem:
     problem = make_problem(16, vocab_size=32_700, padded_vocab_size=32_768, seed=seed)
-    if dtype == torch.float16:  # which is trained with a scaled loss
+    if dtype == torch.float16:  # fp16 is trained with a scaled loss
         problem = replace(problem, token_weights=2**10 * problem.token_weights)
     return problem.on(device).to(dtype)
 
@@ -38,14 +40,14 @@ def problem_of(dtype: torch.dtype, device: str, seed: int) -> Problem:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_errs_no_more_than_eager_in_the_same_dtype(divergence, dtype, device):
-    """The gradient against fp64, beside a dense formula by autograd: all from the same numbers.
+    """The gradient's error to fp64 is at most that of the dense formula by autograd in one dtype.
 
-    With respect to logits on each of three draws. Through the output layer over all of them
-    together, since there the rounding of the logits decides, by luck; and in half precision, since
-    in fp32 the matrix products' own error does.
+    With respect to logits this holds for each of three draws. Through the output layer it holds
+    over all draws together, since there the rounding of the logits dominates by chance. It is
+    checked in half precision only, since in fp32 the error of the matrix products dominates.
 
-    In fp32 on a GPU ours may err more: 1.03 to 2.0 times as much on an H200. There exp(x) is
-    2^(x log2 e), whose product is rounded as coarsely as log s itself.
+    In fp32 on a GPU a larger error is allowed: 1.03 to 2.0 times as large on an H200. There exp(x)
+    is 2^(x log2 e), whose product is rounded as coarsely as log s itself.
     """
     slack = 3.0 if (device, dtype) == ("cuda", torch.float32) else 1.0
     settings = Settings(divergence=divergence)
@@ -53,14 +55,14 @@ def test_errs_no_more_than_eager_in_the_same_dtype(divergence, dtype, device):
     kwargs |= {"divergence": divergence, "jsd_weight": settings.jsd_weight}
     ours_squared = eager_squared = 0.0
     for seed in range(3):
-        problem = problem_of(dtype, device, seed)
+        problem = draw_problem(dtype, device, seed)
         weights, vocab_size = problem.token_weights, problem.vocab_size
         logits = [x.detach()[:, :vocab_size] for x in problem.shard(0, 1).logits()]
 
-        def gradient(loss_of, to: torch.dtype, logits=logits, weights=weights) -> Tensor:
+        def gradient(compute_losses, to: torch.dtype, logits=logits, weights=weights) -> Tensor:
             student, partial, full = (x.to(to, copy=True) for x in logits)
             student.requires_grad_()
-            loss = (weights.to(to) * loss_of(student, partial, full)).sum()
+            loss = (weights.to(to) * compute_losses(student, partial, full)).sum()
             return torch.autograd.grad(loss, student)[0]
 
         def dense(*views: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def test_fp64_is_exact():
 
 @pytest.mark.usefixtures("either_passes")
 def test_fp16_keeps_the_gradient_of_small_weights():
-    """A weight of 1e-6, as a large batch gives it, times s - q: fp16 holds neither."""
+    """A large batch has weights of 1e-6. Their products with s - q are too small for fp16."""
     problem = make_problem(num_tokens=32, vocab_size=500, padded_vocab_size=512)
     problem = replace(problem, token_weights=1e-6 * problem.token_weights).to(torch.float16)
     truth = oracle_answer(problem, Settings())
@@ -155,8 +157,8 @@ def test_fp16_keeps_the_gradient_of_small_weights():
     assert rms(main_grad - truth.grad_weight) < 2e-3 * rms(truth.grad_weight)
 
 
-def laid_out_otherwise(problem: Problem) -> Problem:
-    """The same numbers, with other strides: every matrix transposed in memory."""
+def with_other_strides(problem: Problem) -> Problem:
+    """Return the same numbers with every matrix transposed in memory."""
     transposed = {
         name: x.detach().T.contiguous().T for name, x in problem.tensors().items() if x.dim() == 2
     }
@@ -168,7 +170,7 @@ def laid_out_otherwise(problem: Problem) -> Problem:
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
 def test_hidden_states_need_not_be_contiguous(run):
-    expected, ours = make_problem().shard(0, 1), laid_out_otherwise(make_problem())
+    expected, ours = make_problem().shard(0, 1), with_other_strides(make_problem())
     ours.student_hidden.requires_grad_()
     ours.student_weight.requires_grad_()
     assert not ours.student_hidden.is_contiguous()
@@ -204,7 +206,7 @@ def test_equal_and_one_hot_rows(rows, divergence):
     else:
         views = torch.zeros(3, 4, 50)
         views[:, torch.arange(4), torch.tensor([0, 7, 49, 13])] = 90.0
-        views[2, 3, 13], views[2, 3, 14] = 0.0, 90.0  # where full disagrees
+        views[2, 3, 13], views[2, 3, 14] = 0.0, 90.0  # here the full view disagrees
     student = views[0].clone().requires_grad_()
     settings = Settings(divergence=divergence)
     loss_T, _ = vocab_parallel_anchored_residual_kl(

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from aropd_mcore.config import Reduction
 from aropd_mcore.numerics import sample_token_weights
-from tests import oracles
-from tests.ranks import run_ranks
+from tests.support import oracles
+from tests.support.ranks import run_ranks
 
 COUNTS = [3, 0, 5, 1]
 WEIGHTS = [1.0, 4.0, 0.5, 2.0]
@@ -29,9 +29,9 @@ def test_the_sum_is_the_loss(reduction, weights):
 
 
 def weights_of_rank(splits: list[list[int]]) -> list[list[float]]:
-    """This rank's token weights, for each reduction."""
-    mine = splits[dist.get_rank()]
-    counts, weights = torch.tensor(COUNTS)[mine], torch.tensor(WEIGHTS)[mine]
+    """Return this rank's token weights for each reduction."""
+    own = splits[dist.get_rank()]
+    counts, weights = torch.tensor(COUNTS)[own], torch.tensor(WEIGHTS)[own]
     return [
         sample_token_weights(
             counts, weights, reduction=reduction, dp_group=dist.group.WORLD

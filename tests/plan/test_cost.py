@@ -1,4 +1,4 @@
-"""FLOPs and bubbles against numbers worked out by hand."""
+"""FLOPs and bubbles against numbers computed by hand."""
 
 from dataclasses import replace
 
@@ -13,8 +13,8 @@ from tests.plan.test_parameters import MODELS
 def test_flops_of_a_dense_model():
     """Four layers; q 64, k and v 32 each; MLP 96.
 
-    A token and layer: 64 (64 + 2 32) + 64 64 + 3 64 96 = 30,720 weights. Ten tokens see
-    1 + ... + 10 = 55 keys, at 4 x 64 FLOPs a key.
+    Weights per token and layer: 64 (64 + 2 32) + 64 64 + 3 64 96 = 30,720. Ten tokens see
+    1 + ... + 10 = 55 keys, at 4 x 64 FLOPs per key.
     """
     products, attention = forward_flops(read_architecture(MODELS["qwen2"]), 10)
     assert products == 4 * 2 * 30_720 * 10
@@ -43,14 +43,14 @@ def test_bubble(sizes: tuple[int, int, int], fraction: float):
 
 
 def test_bubbles_of_student_and_teacher():
-    """The teacher sends twice as many microbatches; both wait longer for it than without stages."""
+    """With two views the teacher scores twice as many microbatches, so its bubble is smaller."""
     setup = Setup(read_architecture(MODELS["qwen2"]), pipeline=4, num_microbatches=8)
-    found = step_time(setup)
-    assert found.student_bubble == pytest.approx(3 / 11)
-    assert found.teacher_bubble == pytest.approx(3 / 19)
+    time = step_time(setup)
+    assert time.student_bubble == pytest.approx(3 / 11)
+    assert time.teacher_bubble == pytest.approx(3 / 19)
     one_view = step_time(replace(setup, num_views=1))
     assert one_view.teacher_bubble == pytest.approx(3 / 11)
-    # Of 8 + 3 microbatches' time where both views take 16 + 3.
-    assert one_view.teacher / found.teacher == pytest.approx(11 / 19)
+    # One view takes the time of 8 + 3 microbatches, both views that of 16 + 3.
+    assert one_view.teacher / time.teacher == pytest.approx(11 / 19)
     sft = step_time(replace(setup, teacher=None, num_views=0))
     assert sft.teacher == sft.teacher_bubble == 0

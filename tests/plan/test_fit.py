@@ -1,4 +1,4 @@
-"""Remedies that work, layouts in their order, and the command's words."""
+"""Remedies that make a job fit, the order of layouts, and the output of `aropd plan`."""
 
 import json
 import re
@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from aropd_mcore.cli import main
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import load_config
-from aropd_mcore.plan.fit import job_of, remedies, sweep
+from aropd_mcore.plan.fit import build_planned_run, remedies, sweep
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.plan.memory import worst_stage
-from aropd_mcore.plan.setup import Setup, setup_of
+from aropd_mcore.plan.setup import Setup, build_setup
 from tests.conftest import REPO
-from tests.tiny_models import save_tiny_model
-from tests.tiny_runs import tiny_config
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_runs import tiny_config
 
 CLUSTERS = REPO / "examples" / "clusters"
 GPUS = {
@@ -30,14 +30,14 @@ GPUS = {
 
 @pytest.mark.parametrize("name", GPUS)
 def test_clusters_fit_and_start(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
-    """In 80 GB, with 5 GB to spare for fragments; and `train` accepts the layout."""
+    """The examples fit into 80 GB, with 5 GB for fragmentation, and `train` accepts the layout."""
     monkeypatch.chdir(REPO)
     path = str(CLUSTERS / name)
     assert {p.name for p in CLUSTERS.glob("*.yaml")} == set(GPUS)
     assert main(["plan", path, "--gpus", str(GPUS[name]), "--memory", "75"]) == 0
     assert "\nfits into 75 GB" in capsys.readouterr().out
     assert plan(load_config(Path(path)), GPUS[name]).world_size == GPUS[name]
-    # A dry run opens the weights, which these folders do not hold.
+    # A dry run fails only because these folders hold no weights.
     assert main(["train", path, "--dry-run", "--nproc-per-node", str(GPUS[name])]) == 2
     assert "holds no weights" in capsys.readouterr().err
 
@@ -53,17 +53,19 @@ def test_clusters_fit_and_start(name: str, monkeypatch: pytest.MonkeyPatch, caps
     ],
 )
 def test_remedies_make_it_fit(override: str, expected: set[str], monkeypatch, capsys):
-    """Each, given to the command as it is said."""
+    """Each remedy makes the job fit if it is passed to the command as printed."""
     monkeypatch.chdir(REPO)
     path = str(CLUSTERS / "qwen2.5-7b-8xh100.yaml")
     room = ["--memory", "70"]
-    job = job_of(load_config(Path(path), [override]), 8, gpus_per_node=8, memory_bytes=70e9)
-    found = [remedy.change for remedy in remedies(job)]
+    job = build_planned_run(
+        load_config(Path(path), [override]), 8, gpus_per_node=8, memory_bytes=70e9
+    )
+    suggested = [remedy.change for remedy in remedies(job)]
     assert main(["plan", path, override, *room]) == 0
     printed = capsys.readouterr().out
     assert "\ndoes not fit into 70 GB" in printed
-    assert expected & set(found), found
-    for change in found:
+    assert expected & set(suggested), suggested
+    for change in suggested:
         assert change in printed
         assert main(["plan", path, override, *room, *_arguments(change)]) == 0
         assert "\nfits into 70 GB" in capsys.readouterr().out, change
@@ -73,29 +75,31 @@ def _arguments(change: str) -> list[str]:
     return change.split() if change.startswith("--") else [change]
 
 
+@pytest.mark.slow
 def test_sweep_is_sorted_and_fits(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen2.5-7b-8xh100.yaml"
-    job = job_of(load_config(path), 8, gpus_per_node=8, memory_bytes=80e9)
-    found = sweep(job)
-    times = [estimate.time.total for estimate in found]
+    job = build_planned_run(load_config(path), 8, gpus_per_node=8, memory_bytes=80e9)
+    fitting = sweep(job)
+    times = [estimate.time.total for estimate in fitting]
     assert times == sorted(times)
-    assert all(estimate.setup.world_size == 8 for estimate in found)
-    assert max(estimate.memory.peak for estimate in found) <= 80e9
-    layouts = {(e.setup.tensor, e.setup.pipeline, e.setup.context, e.setup.data) for e in found}
+    assert all(estimate.setup.world_size == 8 for estimate in fitting)
+    assert max(estimate.memory.peak for estimate in fitting) <= 80e9
+    layouts = {(e.setup.tensor, e.setup.pipeline, e.setup.context, e.setup.data) for e in fitting}
     assert (4, 1, 1, 2) in layouts and (8, 1, 1, 1) not in layouts  # 4 key/value heads
     assert main(["plan", str(path), "--sweep"]) == 0
-    assert f"{len(found)} layouts fit" in capsys.readouterr().out
+    assert f"{len(fitting)} layouts fit" in capsys.readouterr().out
 
 
 PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence")
 TRAINING = ("recompute", "micro_batch_size")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_sweep_lists_every_layout_that_fits(family: str, tmp_path: Path):
-    """All settings that the config and `plan` accept, tried one by one: with 4 key/value heads, 4
-    layers and 4 experts, on 8 GPUs."""
+    """The sweep equals a search over all settings that the config and `plan` accept: 4 key/value
+    heads, 4 layers and 4 experts, on 8 GPUs."""
     save_tiny_model(family, tmp_path, max_position_embeddings=4096)
     tree = tiny_config(tmp_path, tmp_path / "rows.jsonl", tmp_path / "out")
     tree["views"] = {"max_prompt_tokens": 2048}
@@ -112,29 +116,30 @@ def test_sweep_lists_every_layout_that_fits(family: str, tmp_path: Path):
             config = Config.model_validate(
                 {**tree, "parallel": parallel, "training": tree["training"] | training}
             )
-            peaks[values] = worst_stage(setup_of(config, 8)).peak
+            peaks[values] = worst_stage(build_setup(config, 8)).peak
         except (ValidationError, ValueError):
             continue
     assert any(values[PARALLEL.index("virtual_pipeline")] == 2 for values in peaks)
     assert any(values[PARALLEL.index("expert")] == 4 for values in peaks) == (family == "mixtral")
     room = sorted(peaks.values())[len(peaks) // 2]
-    job = job_of(Config.model_validate(tree), 8, gpus_per_node=8, memory_bytes=room)
-    found = [_settings(estimate.setup) for estimate in sweep(job)]
-    assert len(found) == len(set(found))
-    assert set(found) == {values for values, peak in peaks.items() if peak <= room}
+    job = build_planned_run(Config.model_validate(tree), 8, gpus_per_node=8, memory_bytes=room)
+    fitting = [_settings(estimate.setup) for estimate in sweep(job)]
+    assert len(fitting) == len(set(fitting))
+    assert set(fitting) == {values for values, peak in peaks.items() if peak <= room}
 
 
 def _settings(setup: Setup) -> tuple:
     return tuple(getattr(setup, name) for name in PARALLEL + TRAINING)
 
 
-def test_experts_shared_out_are_a_remedy_and_in_the_sweep(monkeypatch, capsys):
-    """235B parameters, 227B of them experts': a rank of two stages without a share of them holds
-    more than 100 GB of weights alone."""
+@pytest.mark.slow
+def test_expert_parallelism_is_a_remedy_and_in_the_sweep(monkeypatch, capsys):
+    """227B of 235B parameters are experts. Without expert parallelism, on two stages, the weights
+    of a rank take more than 100 GB."""
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen3-235b-a22b-256xh100.yaml"
     machines = {"gpus_per_node": 8, "memory_bytes": 80e9}
-    whole = job_of(load_config(path, ["parallel.expert=1"]), 256, **machines)
+    whole = build_planned_run(load_config(path, ["parallel.expert=1"]), 256, **machines)
     assert whole.estimate().memory.state["weights"] > 100e9
     assert "parallel.expert=64" in [remedy.change for remedy in remedies(whole)]
 
@@ -143,7 +148,7 @@ def test_experts_shared_out_are_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     values = [f"parallel.{name}={str(getattr(best, name)).lower()}" for name in PARALLEL]
     values += [f"training.{name}={getattr(best, name)}" for name in TRAINING]
     plan(load_config(path, values), 256)
-    # What is suggested are overrides of this configuration: every one that differs, and no other.
+    # The suggested overrides are exactly the settings that differ from this configuration.
     nothing_helps = ["parallel.expert=1", "parallel.pipeline=1"]
     assert main(["plan", str(path), "--gpus", "256", *nothing_helps]) == 0
     suggestion = capsys.readouterr().out.splitlines()[-1]
@@ -155,7 +160,8 @@ def test_experts_shared_out_are_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
-def test_sweep_shows_the_columns_that_say_something(monkeypatch, capsys):
+@pytest.mark.slow
+def test_sweep_leaves_out_columns_of_ones(monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     for name, machines, columns in (
         ("qwen3-235b-a22b-256xh100.yaml", ["--gpus", "256"], "TP PP VPP CP EP DP SP"),
@@ -172,7 +178,7 @@ def test_sweep_shows_the_columns_that_say_something(monkeypatch, capsys):
     "arguments, message",
     [
         (["parallel.tensor=8"], "tensor-parallel size 8 does not divide the model's 4 key/value"),
-        (["--gpus", "6"], "6 processes are not a multiple of parallel.tensor 4"),
+        (["--gpus", "6"], "6 processes: expected a multiple of parallel.tensor 4"),
         (["parallel.tensr=8"], "did you mean 'tensor'?"),
         (["model.path=nowhere"], "nowhere/config.json: cannot be read"),
     ],
@@ -185,16 +191,16 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, monkeypatch, 
 
 
 def test_packing_is_planned_by_its_budget(monkeypatch: pytest.MonkeyPatch):
-    """A microbatch of 4,500 tokens holds two sequences of 2,048."""
+    """A microbatch of 4,500 tokens has room for two sequences of 2,048."""
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen2.5-7b-8xh100.yaml"
     packed = ["training.packing=true", "training.max_tokens_per_microbatch=4500"]
-    job = job_of(load_config(path, packed), 8, gpus_per_node=8, memory_bytes=80e9)
+    job = build_planned_run(load_config(path, packed), 8, gpus_per_node=8, memory_bytes=80e9)
     setup = job.estimate().setup
     assert (setup.num_microbatches, setup.microbatch_tokens) == (8, 4500)
 
 
-def test_it_needs_neither_megatron_nor_a_process_group(monkeypatch: pytest.MonkeyPatch):
+def test_plan_needs_neither_megatron_nor_a_process_group(monkeypatch: pytest.MonkeyPatch):
     import subprocess
     import sys
 

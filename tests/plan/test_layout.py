@@ -1,4 +1,4 @@
-"""What `plan` says of a run before any process starts."""
+"""Checks of `plan` before any process starts."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.plan.layout import Layout, plan
-from tests.tiny_models import save_tiny_model
-from tests.tiny_runs import tiny_config
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_runs import tiny_config
 
 
 def config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
@@ -21,21 +21,21 @@ def config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
 
 def test_layout(tmp_path: Path):
     run = config(tmp_path, "mistral", views={"max_prompt_tokens": 32}, parallel={"pipeline": 2})
-    found = plan(run, 4)
-    assert found == Layout(
-        4, 1, 2, 1, data=2, microbatches_per_step=2, num_parameters=found.num_parameters
+    layout = plan(run, 4)
+    assert layout == Layout(
+        4, 1, 2, 1, data=2, microbatches_per_step=2, num_parameters=layout.num_parameters
     )
 
 
 def test_sequences_fit_the_positions(tmp_path: Path):
-    """512 of them in the dense models, and a sliding window of 48 in Mistral's."""
+    """Dense models have 512 positions, and Mistral a sliding window of 48."""
     at_most = {"views": {"max_prompt_tokens": 500}, "rollout": {"max_response_tokens": 12}}
     plan(config(tmp_path, "llama", **at_most), 1)
     for family, positions in (("llama", 512), ("mistral", 48)):
         at_most["rollout"] = {"max_response_tokens": 13}
         message = (
-            r"max_prompt_tokens 500 \+ rollout\.max_response_tokens 13 = 513 tokens are more than "
-            rf"the {positions} "
+            r"max_prompt_tokens 500 \+ rollout\.max_response_tokens 13 = 513 tokens: expected at "
+            rf"most {positions},"
         )
         with pytest.raises(ConfigError, match=message):
             plan(config(tmp_path, family, **at_most), 1)
@@ -43,14 +43,14 @@ def test_sequences_fit_the_positions(tmp_path: Path):
 
 def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
     plan(config(tmp_path, "mixtral", parallel={"tensor": 2, "sequence": True}), 2)
-    with pytest.raises(ConfigError, match=r"parallel.tensor is 2; .*\(MixtralForCausalLM\)"):
+    with pytest.raises(ConfigError, match=r"parallel.tensor 2 without .*\(MixtralForCausalLM\)"):
         plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)
 
 
 def test_router_losses_need_routers(tmp_path: Path):
     losses = {"objective": {"router_z_loss_coeff": 0.001}}
     plan(config(tmp_path, "mixtral", **losses), 1)
-    with pytest.raises(ConfigError, match=r"router_z_loss_coeff 0.001; .*\(Qwen2ForCausalLM\)"):
+    with pytest.raises(ConfigError, match=r"router_z_loss_coeff 0.001: .*\(Qwen2ForCausalLM\)"):
         plan(config(tmp_path, "qwen2", **losses), 1)
 
 
@@ -62,32 +62,32 @@ def test_router_losses_need_routers(tmp_path: Path):
                 "parallel": {"pipeline": 2, "virtual_pipeline": 2},
                 "training": {"micro_batch_size": 8},
             },
-            r"^1 microbatches a step .* not a multiple of parallel.pipeline 2, as .*virtual_pipe",
+            r"^1 microbatches per step .* a multiple of parallel.pipeline 2, as .*virtual_pipe",
         ),
         (
             {"parallel": {"expert": 4}},
-            r"^the 2 processes of a pipeline stage are not a multiple of parallel.expert 4",
+            r"^2 processes per pipeline stage: expected a multiple of parallel.expert 4",
         ),
         (
             {"parallel": {"expert": 2, "expert_tensor": 2}},
-            r"not a multiple of parallel.expert 2 x parallel.expert_tensor 2, which share out",
+            r"expected a multiple of parallel.expert 2 x parallel.expert_tensor 2, the ranks",
         ),
         (
             {"training": {"packing": True, "max_tokens_per_microbatch": 140}},
-            r"max_tokens_per_microbatch 140 does not hold .* 128 \+ .* 16, and up to 4 of padding",
+            r"max_tokens_per_microbatch 140: .* 128 \+ .* 16, and 4 of padding",
         ),
         (
             {"rollout": {"kv_cache_tokens": 140}},
-            r"^rollout.kv_cache_tokens 140 does not hold the longest sequence: .* 128 \+ .* 16$",
+            r"^rollout.kv_cache_tokens 140: expected at least .* 128 \+ .* 16; raise it",
         ),
         (
             {"precision": {"fp8": "hybrid"}, "model": {"dtype": "bf16"}},
-            r"parallel.expert_tensor 1 = 40 is not a multiple of 16, as .* fp8 \(.*tensorwise",
+            r"parallel.expert_tensor 1 = 40: expected a multiple of 16 .* FP8 \(.*tensorwise",
         ),
     ],
     ids=["virtual pipeline", "experts", "cut experts", "packing", "KV cache", "fp8"],
 )
-def test_what_does_not_fit(tmp_path: Path, sections, message):
+def test_plan_refuses_sizes_that_do_not_divide(tmp_path: Path, sections, message):
     world_size = 2
     with pytest.raises(ConfigError, match=message):
         plan(config(tmp_path, "qwen3_moe", **sections), world_size)
@@ -95,5 +95,5 @@ def test_what_does_not_fit(tmp_path: Path, sections, message):
 
 def test_packed_microbatches_are_counted_later(tmp_path: Path):
     packing = {"packing": True, "max_tokens_per_microbatch": 200, "micro_batch_size": 8}
-    found = plan(config(tmp_path, "llama", training=packing), 2)
-    assert found.microbatches_per_step is None
+    layout = plan(config(tmp_path, "llama", training=packing), 2)
+    assert layout.microbatches_per_step is None

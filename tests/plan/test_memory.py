@@ -1,4 +1,4 @@
-"""The memory model, against real steps and against numbers worked out by hand."""
+"""The memory model, against real steps and against numbers computed by hand."""
 
 import sys
 from dataclasses import replace
@@ -14,10 +14,10 @@ SEVEN_B = read_architecture(REPO / "examples" / "clusters" / "Qwen2.5-7B-Instruc
 
 
 def test_state_of_a_rank():
-    """bf16: 2 + 4 of gradients + 12 / ranks of optimizer + 6 of the teacher, bytes a parameter."""
+    """Bytes per parameter in bf16: weights 2, gradients 4, optimizer 12 / ranks, teacher 6."""
     setup = Setup(SEVEN_B, tensor=4, data=2, num_microbatches=8)
-    found = stage_memory(setup, 0)
-    a_parameter = {
+    memory = stage_memory(setup, 0)
+    per_parameter = {
         "weights": 2,
         "fp32 main weights": 2,
         "gradients": 4,
@@ -25,18 +25,19 @@ def test_state_of_a_rank():
         "teacher weights": 2,
         "teacher fp32 master": 4,
     }
-    state = dict(found.state)
+    state = dict(memory.state)
     state.pop("fixed overhead")
-    assert state == {part: size * found.parameters.total for part, size in a_parameter.items()}
+    assert state == {part: size * memory.parameters.total for part, size in per_parameter.items()}
 
 
 def test_activations_of_a_layer_of_seven_billion():
-    """Transformer Engine, bf16, TP 1: norms 4 x 3,584; q, k, v 4,608, rotated 4,096, out 3,584; MLP
-    3 x 18,944 numbers a token, and 2 + 28 statistics in fp32. Of 28 layers and the output."""
+    """Transformer Engine, bf16, TP 1. Numbers per token and layer: norms 4 x 3,584; q, k, v 4,608;
+    rotated 4,096; attention output 3,584; MLP 3 x 18,944; and 2 + 28 statistics in fp32. The model
+    has 28 layers, and the output is added once."""
     setup = Setup(SEVEN_B, num_microbatches=1, micro_batch_size=1)
-    a_layer = 2 * (4 * 3584 + 4608 + 4096 + 3584 + 3 * 18944) + 4 * (2 + 28)
-    found = stage_memory(setup, 0).phases["student"]["activations"]
-    assert found == 2048 * (28 * a_layer + 2 * 3584)
+    per_layer = 2 * (4 * 3584 + 4608 + 4096 + 3584 + 3 * 18944) + 4 * (2 + 28)
+    activations = stage_memory(setup, 0).phases["student"]["activations"]
+    assert activations == 2048 * (28 * per_layer + 2 * 3584)
     full = stage_memory(replace(setup, recompute="full"), 0).phases["student"]
     assert full["activations"] == 2048 * 29 * 2 * 3584
 
@@ -47,7 +48,7 @@ def test_activations_of_a_layer_of_seven_billion():
         ((4, 1, 8), 0, 4),
         ((4, 1, 8), 3, 1),
         ((4, 1, 2), 0, 2),
-        # warm-up 2 x 3 + 4 chunks, and one: of two chunks a microbatch
+        # a warm-up of 2 x 3 + 4 chunks, and one more, with two chunks per microbatch
         ((4, 2, 8), 0, 11 / 2),
         ((4, 2, 8), 3, 5 / 2),
     ],
@@ -59,7 +60,7 @@ def test_microbatches_in_flight(sizes: tuple[int, int, int], stage: int, expecte
 
 
 def test_kv_cache_and_hidden_states():
-    """28 layers x 512 key/value numbers, twice; 32 rows of 2,048 positions over 4 tensor ranks."""
+    """KV cache: 2 x 28 layers x 512 numbers, for 32 rows of 2,048 positions, on 4 tensor ranks."""
     setup = Setup(SEVEN_B, tensor=4, num_microbatches=32)
     phases = stage_memory(setup, 0).phases
     assert phases["rollout"]["KV cache"] == 2 * 28 * 32 * 2048 * 512 / 4 * 2
@@ -69,7 +70,7 @@ def test_kv_cache_and_hidden_states():
     assert phases["teacher"]["teacher hidden states"] == 2 * 32 * 1024 * 3584 * 2
     one_view = stage_memory(replace(setup, num_views=1), 0).phases
     assert one_view["teacher"]["teacher hidden states"] == 32 * 1024 * 3584 * 2
-    # Logits of two streams in place of three: two chunks of 4,096 tokens, in place of three.
+    # The logits of two streams fit 4,096 tokens into two chunks, those of three streams into three.
     large = replace(setup, tensor=1, micro_batch_size=4)
     assert (chunk_tokens(large), chunk_tokens(replace(large, num_views=1))) == (1408, 2048)
     on_host = stage_memory(replace(setup, teacher_hidden_states="host"), 0).phases["teacher"]
@@ -77,8 +78,8 @@ def test_kv_cache_and_hidden_states():
 
 
 def test_teacher_on_the_host():
-    """What is left on the device is the head; in its phase the weights are there, not the fp32
-    average."""
+    """Only the head stays on the device. While the teacher scores, its weights are there, but not
+    the fp32 average."""
     setup = Setup(SEVEN_B, tensor=4, pipeline=2, num_microbatches=8)
     head = 152_064 * 3584 // 4 * 2
     for stage, left in ((0, 0), (1, head)):
@@ -91,32 +92,33 @@ def test_teacher_on_the_host():
 
 
 def test_fp8():
-    """Of 28 layers of 233,057,792 parameters: twice in fp8 for the student, once for the teacher. A
-    token's norms and the product of gate and up are kept in a byte a number, the attention's output
-    in one more."""
+    """28 layers of 233,057,792 parameters: the student keeps two FP8 copies, the teacher one. A
+    token's norms and the product of gate and up take one byte per number, and the attention output
+    one byte more."""
     setup = Setup(SEVEN_B, num_microbatches=1)
     fp8 = replace(setup, fp8=True, teacher_fp8=True, size_multiple=16)
-    found = stage_memory(fp8, 0)
-    assert found.state["weights in fp8"] == 2 * 28 * 233_057_792
-    assert found.state["teacher weights in fp8"] == 28 * 233_057_792
+    memory = stage_memory(fp8, 0)
+    assert memory.state["weights in fp8"] == 2 * 28 * 233_057_792
+    assert memory.state["teacher weights in fp8"] == 28 * 233_057_792
     plain = stage_memory(setup, 0).phases["student"]["activations"]
-    saved = plain - found.phases["student"]["activations"]
+    saved = plain - memory.phases["student"]["activations"]
     assert saved == 2048 * 28 * (2 * 3584 + 18944 - 3584)
     assert replace(fp8, prompt_tokens=1025).sequence_tokens == 2064
 
 
 def test_experts_share_their_optimizer_with_the_ranks_that_hold_the_same():
-    """64 expert ranks among 128 of a stage: two ranks hold the same experts."""
+    """With 64 expert ranks among a stage's 128, two ranks hold the same experts."""
     moe = read_architecture(REPO / "examples" / "clusters" / "Qwen3-235B-A22B")
     setup = Setup(moe, tensor=4, sequence=True, pipeline=2, expert=64, data=32)
-    found = stage_memory(setup, 0)
-    assert found.parameters.experts == 47 * 2 * 3 * 4096 * 1536
-    on_rank = found.parameters.shared / 32 + found.parameters.experts / 2
-    assert found.state["optimizer moments"] == 8 * on_rank
+    memory = stage_memory(setup, 0)
+    assert memory.parameters.experts == 47 * 2 * 3 * 4096 * 1536
+    on_rank = memory.parameters.shared / 32 + memory.parameters.experts / 2
+    assert memory.state["optimizer moments"] == 8 * on_rank
 
 
+@pytest.mark.rest
 def test_planned_is_what_real_steps_need(monkeypatch: pytest.MonkeyPatch):
-    """Within 10 % on two layouts; `make bench-memory` is about all of them."""
+    """Planned memory is within 10 % on two layouts; `make bench-memory` measures all of them."""
     monkeypatch.syspath_prepend(str(REPO / "tools" / "benchmarks"))
     sys.modules.pop("memory", None)
     import memory  # pyright: ignore[reportMissingImports]

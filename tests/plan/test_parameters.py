@@ -1,4 +1,4 @@
-"""Parameters of a rank: they add up to the model, and are what a built model has."""
+"""Parameters of a rank, against the whole model and against built models."""
 
 from itertools import product
 
@@ -9,7 +9,7 @@ from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
 from aropd_mcore.plan.setup import Setup
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 TINY = {
     "hidden_act": "silu",
@@ -58,20 +58,20 @@ def test_published_models_have_their_published_size(name: str):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_add_up_to_the_model(name: str):
-    """What every tensor rank repeats is counted once: norms, and a mixture's router and experts."""
+    """Parameters that all tensor ranks repeat are counted once: norms, router and experts."""
     architecture = read_architecture(MODELS[name])
     sizes, routing = architecture.sizes, architecture.routing
     for tensor, pipeline, expert in product((1, 2, 4), (1, 2, 4), (1, 2) if routing else (1,)):
         setup = Setup(architecture, tensor=tensor, pipeline=pipeline, expert=expert, data=8)
-        found = [rank_parameters(setup, stage) for stage in range(pipeline)]
+        stages = [rank_parameters(setup, stage) for stage in range(pipeline)]
         if routing and expert == 1:
-            assert not any(p.experts for p in found)
+            assert not any(p.experts for p in stages)
         expert_weights = 4 * 3 * sizes["hidden"] * sizes["expert_ffn"] * sizes["experts"]
         own_experts = expert_weights // expert
         repeated = sizes["hidden"] * (2 * 4 + 1)
         repeated += 2 * 4 * sizes["head"] if architecture.family.has_qk_norm else 0
         repeated += 4 * sizes["hidden"] * sizes["experts"] if routing else 0
-        split = sum(p.total for p in found) - repeated - own_experts
+        split = sum(p.total for p in stages) - repeated - own_experts
         padding = vocabulary_columns(setup) * tensor - sizes["vocab"]
         copies = 2 if pipeline > 1 or not architecture.tied_embeddings else 1
         extra = padding * sizes["hidden"] * copies
@@ -91,6 +91,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.rest
 def test_built_models_have_as_many():
     counted_by_layout = zip(*run_ranks(_count, 4), strict=True)
     for (name, layout), counts in zip(LAYOUTS, counted_by_layout, strict=True):
@@ -107,7 +108,7 @@ def _count() -> list[tuple[int, int]]:
     from aropd_mcore.mcore.model import build_model
     from aropd_mcore.trainer.build import start_runtime
 
-    found = []
+    counts = []
     for name, layout in LAYOUTS:
         config = Config.model_validate(
             {
@@ -120,6 +121,6 @@ def _count() -> list[tuple[int, int]]:
         )
         runtime = start_runtime(config)
         model = build_model(MODELS[name], runtime, dtype=torch.float32)
-        found.append((runtime.pp_rank, sum(p.numel() for p in model.parameters())))
+        counts.append((runtime.pp_rank, sum(p.numel() for p in model.parameters())))
         mcore_runtime.stop()
-    return found
+    return counts

@@ -20,16 +20,16 @@ from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
-from aropd_mcore.rollout.generate import generate, start_runtime
-from aropd_mcore.rollout.job import job_of
+from aropd_mcore.rollout.generate import generate, start_generation_runtime
+from aropd_mcore.rollout.generation_spec import build_generation_spec
 from aropd_mcore.rollout.lines_file import LinesFile
 from aropd_mcore.trainer import build
 from aropd_mcore.trainer.loop import train
 from aropd_mcore.types import Row
 from tests.conftest import REPO
-from tests.ranks import run_ranks, shutdown_pool
-from tests.rollout.fake_vllm import FakeVllm, response_to
-from tests.tiny_runs import EOS_IDS, write_model, write_run
+from tests.support.fake_vllm import FakeVllm, response_to
+from tests.support.ranks import run_ranks, shutdown_pool
+from tests.support.tiny_runs import EOS_IDS, write_model, write_run
 
 SAMPLING = {"max_response_tokens": 16, "rollouts_per_prompt": 2}
 KEY = "a key"
@@ -63,8 +63,8 @@ def generate_all(calls: list[Call]) -> list[str]:
     """On every rank: what each call's error says, or nothing."""
     errors = []
     for call in calls:
-        job = job_of(**{"rollout": SAMPLING, "parallel": {}} | call)
-        here = start_runtime(job)
+        job = build_generation_spec(**{"rollout": SAMPLING, "parallel": {}} | call)
+        here = start_generation_runtime(job)
         try:
             generate(job, here)
             errors.append("")
@@ -139,6 +139,7 @@ def test_student_and_teacher_of_a_run_are_its_exports(folder, tmp_path):
     assert {line["finish_reason"] for line in found["student"]} == {"stop", "length"}
 
 
+@pytest.mark.rest
 def test_the_file_does_not_depend_on_the_layout(folder, tmp_path):
     def calls(name: str, **sizes: int) -> list[Call]:
         """In pieces, with the run's student; and a model with experts."""
@@ -236,6 +237,7 @@ def process(arguments: list[str]) -> subprocess.Popen:
     )
 
 
+@pytest.mark.rest
 def test_a_killed_call_goes_on_where_it_stopped(folder, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     on_one_rank(folder, whole, rollout=FEW)
@@ -279,6 +281,7 @@ def test_a_file_has_one_writer(tmp_path):
         LinesFile(tmp_path / "out.jsonl", {"seed": 1})
 
 
+@pytest.mark.rest
 def test_the_command_starts_the_ranks_of_a_layout(folder, tmp_path):
     out = tmp_path / "out.jsonl"
     with process(command(folder, out, "--tensor", "2")) as job:

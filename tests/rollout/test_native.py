@@ -14,10 +14,12 @@ from aropd_mcore.mcore.model import HiddenStateGPT, build_model
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
 from aropd_mcore.rollout.native import NativeEngine
-from aropd_mcore.rollout.sampling import sample, uniform_numbers
+from aropd_mcore.rollout.sampling import sample as draw
+from aropd_mcore.rollout.sampling import uniform_numbers
 from aropd_mcore.types import Rollout
-from tests.ranks import run_ranks
-from tests.tiny_models import save_tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.rollouts import sample
+from tests.support.tiny_models import save_tiny_model
 
 FAMILIES = ("qwen2", "qwen3", "llama31")
 LENGTHS = (7, 1, 19, 4, 12)
@@ -30,7 +32,7 @@ RANDOM = SamplingConfig(temperature=1.3, top_p=0.98, max_response_tokens=24)
 
 @dataclass(frozen=True)
 class Job:
-    """A call of `generate`."""
+    """A batch for an engine."""
 
     sampling: SamplingConfig
     rows: tuple[int, ...] = tuple(range(len(PROMPTS)))
@@ -71,7 +73,7 @@ def generate_all(folder: Path, layouts: list[tuple[int, int]], jobs: tuple[Job, 
                 kv_cache_tokens=job.kv_cache_tokens,
             )
             prompts, seeds = [PROMPTS[row] for row in job.rows], [SEEDS[row] for row in job.rows]
-            results.append(engine.generate(prompts, seeds, job.sampling))
+            results.append(sample(engine, prompts, seeds, job.sampling))
         mcore_runtime.stop()
     return results
 
@@ -135,7 +137,7 @@ def test_samples_equal_those_drawn_from_uncached_logits(folders, on_one_rank, fa
     uniforms = uniform_numbers(SEEDS, RANDOM.max_response_tokens)
     for row, rollout in enumerate(on_one_rank[family][1]):
         logits = uncached_logits(model, PROMPTS[row], rollout.response_ids)
-        tokens, logprobs = sample(logits, uniforms[row, : len(logits)], RANDOM)
+        tokens, logprobs = draw(logits, uniforms[row, : len(logits)], RANDOM)
         assert list(rollout.response_ids) == tokens.tolist()
         assert rollout.logprobs == pytest.approx(logprobs.tolist(), abs=1e-4)
         torch.testing.assert_close(logprobs, logits.log_softmax(-1)[range(len(tokens)), tokens])
@@ -178,7 +180,7 @@ def own_rows_on_each_replica(folder: Path) -> list[Rollout]:
     model, runtime = load(folder, 1, 1)
     engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=2)
     rows = slice(2 * runtime.dp_rank, None)  # five prompts in three batches, three in two
-    return engine.generate(PROMPTS[rows], SEEDS[rows], RANDOM)
+    return sample(engine, PROMPTS[rows], SEEDS[rows], RANDOM)
 
 
 def test_replicas_do_not_wait_for_each_other(folders, on_one_rank):
@@ -201,40 +203,40 @@ def model_is_left_as_it_was(folder: Path) -> None:
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     model.train()
-    before = engine.generate(PROMPTS, SEEDS, RANDOM)
+    before = sample(engine, PROMPTS, SEEDS, RANDOM)
     assert model.training and all(module.training for module in modules)
     assert list(model.modules()) == modules
     model.eval()
-    assert engine.generate(PROMPTS, SEEDS, RANDOM) == before
+    assert sample(engine, PROMPTS, SEEDS, RANDOM) == before
     assert not model.training
 
     # Training meets the rotary tables that sampling left in Megatron's cache.
-    engine.generate([PROMPTS[2][:-1]], SEEDS[:1], SamplingConfig(max_response_tokens=1))
+    sample(engine, [PROMPTS[2][:-1]], SEEDS[:1], SamplingConfig(max_response_tokens=1))
     assert not model[0].rotary_pos_emb(len(PROMPTS[2])).is_inference()
     first = gradient()
-    engine.generate(PROMPTS, SEEDS, RANDOM)
+    sample(engine, PROMPTS, SEEDS, RANDOM)
     assert torch.equal(gradient(), first)
 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    engine.sync(3)
-    after = engine.generate(PROMPTS, SEEDS, RANDOM)
+    engine.update_weights(3)
+    after = sample(engine, PROMPTS, SEEDS, RANDOM)
     assert [r.response_ids for r in after] != [r.response_ids for r in before]
     assert {r.weight_version for r in before} == {0} and {r.weight_version for r in after} == {3}
 
     model[0].decoder.layers[1].mlp.linear_fc2.weight.data[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite at weight version 3"):
-        engine.generate(PROMPTS, SEEDS, RANDOM)
+        sample(engine, PROMPTS, SEEDS, RANDOM)
     assert list(model.modules()) == modules
 
 
 def refusals(folder: Path) -> list[str]:
     model, runtime = load(folder, 1, 1)
     engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=3)
-    assert engine.generate([], [], GREEDY) == []
+    assert sample(engine, [], [], GREEDY) == []
     longest = SamplingConfig(max_response_tokens=2, temperature=0)
-    [rollout] = engine.generate([[5] * 510], SEEDS[:1], longest)  # 512 positions, all used
+    [rollout] = sample(engine, [[5] * 510], SEEDS[:1], longest)  # 512 positions, all used
     assert len(rollout.response_ids) <= 2
     messages = []
     for prompts, seeds in (
@@ -244,7 +246,7 @@ def refusals(folder: Path) -> list[str]:
         ([[5], [6]], SEEDS[:3]),
     ):
         with pytest.raises(ValueError) as caught:
-            engine.generate(prompts, seeds, longest)
+            sample(engine, prompts, seeds, longest)
         messages.append(str(caught.value))
     return messages
 
@@ -283,7 +285,7 @@ def rows_in_cache(folder: Path) -> list[int]:
             batch_size=batch_size,
             kv_cache_tokens=kv_cache_tokens,
         )
-        engine.generate(PROMPTS, SEEDS, RANDOM)
+        sample(engine, PROMPTS, SEEDS, RANDOM)
     native.decoding = usual
     return found
 

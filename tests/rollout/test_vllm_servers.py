@@ -17,7 +17,7 @@ from aropd_mcore.rollout.vllm_servers import Servers, Weights, check_digests
 from aropd_mcore.rollout.vllm_side.aropd_digests import Digests, digest
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
-from tests.rollout.fake_vllm import EOS, UNLOADED, FakeVllm, response_to
+from tests.support.fake_vllm import EOS, UNLOADED, FakeVllm, response_to
 
 SAMPLING = SamplingConfig(max_response_tokens=12)
 PROMPTS = [[20 + i, 21, 22 + 3 * i] for i in range(24)]
@@ -337,11 +337,11 @@ def test_who_takes_part_in_a_transfer(fakes):
 def owned_config(tmp_path: Path, *arguments: str):
     from aropd_mcore.config_file import load_config
     from tests.conftest import REPO
-    from tests.tiny_runs import write_run
+    from tests.support.tiny_runs import write_run
 
     interpreter = tmp_path / "python"
     interpreter.write_text(
-        f"#!/bin/sh\nPYTHONPATH={REPO} exec {sys.executable} -m tests.rollout.fake_vllm $@\n"
+        f"#!/bin/sh\nPYTHONPATH={REPO} exec {sys.executable} -m tests.support.fake_vllm $@\n"
     )
     interpreter.chmod(0o700)
     vllm = {"python": str(interpreter), "arguments": list(arguments)}
@@ -351,11 +351,11 @@ def owned_config(tmp_path: Path, *arguments: str):
 def owned_servers(config) -> Servers:
     from functools import partial
 
-    from aropd_mcore.rollout.vllm_process import new_key, serving_of, start_server
+    from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 
     key = new_key()
     return Servers(
-        [Server("server 0", key, start=partial(start_server, serving_of(config), key, 0))],
+        [Server("server 0", key, start=partial(start_server, Serving.from_config(config), key, 0))],
         config.rollout.vllm,
         batch_size=4,
         eos_token_ids=(EOS,),

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ as they are shipped, on a real Slurm: the arithmetic example on four ranks.
+"""The unchanged scripts of slurm/ on a real Slurm: the arithmetic example on four ranks.
 
 The nodes have no GPU, so each job is submitted with --gpus-per-node=0 and RANKS_PER_NODE.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.slurm.cluster import Slurm, missing_programs, slurm
+from tests.support.cluster import Slurm, missing_programs, slurm
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -27,7 +27,7 @@ CPUS = 4
 
 
 class Site:
-    """The Slurm, and the folder that jobs are submitted from, with the example's data in it."""
+    """A Slurm, and the folder from which jobs are submitted, with the example's data."""
 
     def __init__(self, slurm: Slurm, folder: Path):
         self.slurm = slurm
@@ -53,7 +53,7 @@ class Site:
         )
 
     def log(self, job: int) -> str:
-        """What the job script said."""
+        """Return the job's own log."""
         path = self.folder / f"job-{job}.out"
         return path.read_text() if path.exists() else ""
 
@@ -61,13 +61,13 @@ class Site:
         return self.folder / "logs" / str(job) / f"attempt-{attempt}"
 
     def everything(self, job: int) -> str:
-        """Every log of a job, for a failed assertion."""
+        """Return all logs of a job, for the message of a failed assertion."""
         logs = sorted((self.folder / "logs" / str(job)).glob("attempt-*/*.log"))
         texts = [f"--- {path.parent.name}/{path.name}\n{path.read_text()[-3000:]}" for path in logs]
         return "\n".join([self.log(job), *texts])
 
     def steps(self, output_dir: Path) -> list[int]:
-        """Those of the run's metrics."""
+        """Return the steps in the run's metrics."""
         path = self.folder / output_dir / "metrics.jsonl"
         if not path.exists():
             return []
@@ -97,7 +97,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def base(site: Site) -> Path:
-    """The example's base model, after a few steps only: trained under torchrun, then converted."""
+    """The example's base model: trained for a few steps under torchrun, then converted."""
     train = site.submit(
         "train",
         EXAMPLE / "sft.yaml",
@@ -129,16 +129,16 @@ def test_usr1_saves_and_requeues_and_the_run_finishes(site: Site, base: Path):
     second = (site.attempt(job, 1) / "rank-0.log").read_text()
     resumed = re.search(r"resuming at step (\d+)", second)
     assert resumed and 3 < int(resumed[1]) < num_steps, site.everything(job)
-    # Nothing that was computed is lost: no step is done twice.
+    # No step runs twice.
     assert f"step {resumed[1]}/" in first and f"step {int(resumed[1]) + 1}/" not in first
     assert site.steps(output_dir) == list(range(num_steps))
 
 
 def test_a_time_limit_shorter_than_the_run_chains_to_the_end(site: Site, base: Path):
-    """Slurm signals between 90 and 120 s after the start of an attempt: a run of 130 s of steps, by
-    the time that they took in the test before."""
+    """Slurm signals between 90 and 120 s after the start of an attempt. The run has steps for
+    130 s, by their time in the previous test."""
     lines = (site.folder / RUN.with_name("signalled") / "metrics.jsonl").read_text().splitlines()
-    phases = ("data", "rollout", "teacher", "student", "optimizer", "sync")
+    phases = ("rollout", "teacher", "student", "optimizer", "sync")
     seconds = sorted(sum(json.loads(line)[f"seconds/{p}"] for p in phases) for line in lines)
     num_steps, output_dir = int(130 / seconds[len(seconds) // 2]), RUN.with_name("limited")
     job = site.submit(
@@ -155,7 +155,7 @@ def test_a_time_limit_shorter_than_the_run_chains_to_the_end(site: Site, base: P
     assert site.steps(output_dir) == list(range(num_steps))
 
 
-def test_a_crash_is_tried_again_up_to_max_restarts(site: Site, base: Path):
+def test_a_crash_is_retried_up_to_max_restarts(site: Site, base: Path):
     job = site.submit("train", EXAMPLE / "aropd.yaml", *SMALL, MAX_RESTARTS="1")
     for attempt in (0, 1):
         log = site.attempt(job, attempt) / "rank-1.log"
@@ -168,7 +168,7 @@ def test_a_crash_is_tried_again_up_to_max_restarts(site: Site, base: Path):
     assert "given up" in site.log(job)
 
 
-def test_bad_input_is_not_tried_again(site: Site, base: Path):
+def test_invalid_input_is_not_retried(site: Site, base: Path):
     bad = site.submit("train", EXAMPLE / "aropd.yaml", "training.num_stepz=3")
     missing = site.submit("train", "no such.yaml")
     for job in (bad, missing):
@@ -177,10 +177,10 @@ def test_bad_input_is_not_tried_again(site: Site, base: Path):
         assert site.slurm.restarts(job) == 0
     assert "did you mean 'num_steps'?" in site.log(bad)
     assert "there is no file no such.yaml" in site.log(missing)
-    assert not site.attempt(missing).exists(), "it has not come to srun"
+    assert not site.attempt(missing).exists(), "expected an end before srun"
 
 
-def test_who_cancels_a_job_is_obeyed(site: Site, base: Path):
+def test_a_cancelled_job_is_not_requeued(site: Site, base: Path):
     job = site.submit("train", EXAMPLE / "aropd.yaml", *SMALL)
     site.slurm.wait_for("a rank", lambda: bool(rank(job, 0)), seconds=60)
     site.slurm("scancel", job)
@@ -196,12 +196,12 @@ def test_generate(site: Site, base: Path):
     assert len((site.folder / "out.jsonl").read_text().splitlines()) == num_prompts
 
 
-def test_servers_and_training_on_nodes_of_their_own(site: Site, base: Path):
-    """The last node serves, by a server that dies during the first attempt."""
+def test_servers_and_training_on_separate_nodes(site: Site, base: Path):
+    """The last node serves. Its server dies during the first attempt."""
     interpreter = site.folder / "python with vllm"
     interpreter.write_text(
         f"#!/bin/sh\nPYTHONPATH='{REPO}' "
-        f"exec '{sys.executable}' -m tests.rollout.fake_vllm \"$@\"\n"
+        f"exec '{sys.executable}' -m tests.support.fake_vllm \"$@\"\n"
     )
     interpreter.chmod(0o700)
     output_dir = RUN.with_name("served")
@@ -234,7 +234,7 @@ def test_servers_and_training_on_nodes_of_their_own(site: Site, base: Path):
 
 
 def launch(site: Site, *words: object) -> int:
-    """By `aropd launch`."""
+    """Submit a job by `aropd launch`, and return its number."""
     command = [sys.executable, "-m", "aropd_mcore.cli", "launch", EXAMPLE / "aropd.yaml", *words]
     done = subprocess.run(
         list(map(str, command)),
@@ -248,14 +248,14 @@ def launch(site: Site, *words: object) -> int:
 
 
 def rank(job: int, number: int) -> int | None:
-    """The process of a job's rank, once it is Python."""
+    """Return the process of a job's rank, once it runs Python."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
             words = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        wanted = {f"SLURM_JOB_ID={job}".encode(), f"RANK={number}".encode()}
-        if wanted <= set(variables) and b"train" in words and words[0].endswith(b"python"):
+        expected = {f"SLURM_JOB_ID={job}".encode(), f"RANK={number}".encode()}
+        if expected <= set(variables) and b"train" in words and words[0].endswith(b"python"):
             return int(folder.name)
     return None

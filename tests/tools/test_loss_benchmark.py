@@ -1,19 +1,22 @@
-"""The loss's benchmark at a size of seconds: that it measures, not what."""
+"""A run of the loss's benchmark that takes seconds. Its times are not checked."""
 
 import json
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.conftest import REPO
+
+pytestmark = pytest.mark.rest
 
 METHODS = ["dense", "vocabulary chunks", "ours", "ours, metrics", "ours, metrics, top-k"]
 
 
 def test_every_method_is_measured_and_agrees_with_the_dense_formula(tmp_path):
-    """On one rank and two. A method whose loss or gradients are off stops the benchmark."""
+    """One rank and two. A method with a wrong loss or gradient stops the benchmark."""
     command = [sys.executable, str(REPO / "tools" / "benchmarks" / "loss.py")]
     command += ["--out", str(tmp_path), "--device", "cpu", "--repeats", "2", "--tp", "2"]
     command += ["--tokens", "40", "--hidden", "16", "--vocab", "600", "--divergence", "jsd"]
@@ -25,7 +28,7 @@ def test_every_method_is_measured_and_agrees_with_the_dense_formula(tmp_path):
 
     figures = json.loads((tmp_path / "loss.json").read_text())
     assert figures["machine"]["torch"] == torch.__version__
-    assert figures["bars"] == []  # they are for one size alone
+    assert figures["bars"] == []  # bars apply to one size only
     alone, sharded = figures["points"]
     assert (alone["tp"], sharded["tp"]) == (1, 2)
     for form in ("hidden", "logits"):
@@ -34,9 +37,9 @@ def test_every_method_is_measured_and_agrees_with_the_dense_formula(tmp_path):
         for row in rows.values():
             assert len(row["seconds"]) == 2 and row["median"] > 0 and row["peak_bytes"] > 0
             assert row["collectives"]["forward"]["calls"] == 0
-        of_two = {row["method"]: row for row in sharded["rows"] if row["form"] == form}
-        assert list(of_two) == METHODS[2:]
-        for name, row in of_two.items():
+        rows = {row["method"]: row for row in sharded["rows"] if row["form"] == form}
+        assert list(rows) == METHODS[2:]
+        for name, row in rows.items():
             numbers = {"ours": 6, "ours, metrics": 12, "ours, metrics, top-k": 47}[name] + 6 + 2
             gradient, calls = (16, 4) if form == "hidden" else (0, 3)
             expected = {"calls": calls, "bytes": 4 * 40 * (numbers + gradient)}

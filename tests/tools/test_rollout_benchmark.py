@@ -1,21 +1,25 @@
-"""tools/benchmarks/rollout.py at a sixteenth of its tokens: the methods do the same work."""
+"""tools/benchmarks/rollout.py with a sixteenth of its tokens: the methods do the same work."""
 
 import importlib.util
 
+import pytest
+
 from tests.conftest import REPO
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.rest
 
 
 def test_methods_and_report():
     figures, text = run_ranks(measured, 1)[0]
     assert set(figures["seconds"]) == {
-        *(f"made {n}" for n in (8, 16, 32)),
-        "prefix again",  # which the benchmark compares with the engine, token by token
-        "rows leave and enter",
-        "batch after batch",
+        *(f"new {n}" for n in (8, 16, 32)),
+        "prefix reread",  # the benchmark compares its tokens with the engine's
+        "rows replaced",
+        "separate batches",
     }
-    assert 64 < figures["num_sampled"] < 64 * 32, "responses of many lengths"
-    for line in ("the engine / the prefix again", "a token of 32 / of 8", "rows leave and enter /"):
+    assert 64 < figures["num_sampled"] < 64 * 32, "expected responses of different lengths"
+    for line in ("engine / prefix reread", "per token, 32 / 8", "rows replaced / separate"):
         assert line in text
 
 
@@ -27,7 +31,7 @@ def measured() -> tuple[dict, str]:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    here = runtime.start()
-    model = module.random_model(module.MODEL | {"hidden_size": 64, "vocab_size": 512}, here)
-    figures = module.measure(model, here, repeats=1, scale=16)
+    ranks = runtime.start()
+    model = module.random_model(module.MODEL | {"hidden_size": 64, "vocab_size": 512}, ranks)
+    figures = module.measure(model, ranks, repeats=1, scale=16)
     return figures, module.report(figures)

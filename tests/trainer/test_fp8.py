@@ -11,8 +11,8 @@ import torch
 
 from aropd_mcore.cli import main
 from aropd_mcore.config import PrecisionConfig
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 
 PACKED = ["training.packing=true", "training.max_tokens_per_microbatch=400"]
 LAYOUTS = [

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def check_skipped_step(path: Path, poison: str) -> None:
     for name, value in everything(run).items():
         same = torch.equal(value, before[name]) if torch.is_tensor(value) else value == before[name]
         assert same, name
-    assert run.engine is not None and run.engine.weight_version == 1  # type: ignore[attr-defined]
+    assert run.source.weight_version == 1
     following = train_step(run, 2)
     assert following.update.applied
     assert following.update.lr == result.update.lr, "the schedule counts applied updates"
@@ -107,6 +107,7 @@ def infinite_gradient(run) -> Iterator[None]:
 # --- the run around such steps ---
 
 
+@pytest.mark.rest
 def test_skipped_steps_are_counted_and_the_run_goes_on(path):
     out = path.parent / "goes-on"
     run_ranks(train_poisoned, 2, path, out, [1, 2, 4])
@@ -129,6 +130,7 @@ def test_too_many_in_a_row_stop_the_run(path):
     assert [line["step_skipped"] for line in read_lines(out)] == [0, 1, 1, 1]
 
 
+@pytest.mark.rest
 def test_the_count_survives_a_resume(path):
     out = path.parent / "resumed"
     saves = ["checkpoint.save_every_steps=4", "checkpoint.asynchronous=false"]
@@ -161,6 +163,7 @@ def test_a_guard_skips_or_stops_before_the_update(path):
     assert read_lines(out)[-1]["step_skipped"] == 1
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("objective", ["aropd", "sft"])
 def test_responses_without_loss_tokens_stop_the_run(path, objective):
     """Loss 0 in every step would look like a perfect run."""
@@ -177,6 +180,7 @@ def test_responses_without_loss_tokens_stop_the_run(path, objective):
     assert [line["no_loss_tokens_rate"] for line in lines] == [1.0] * 3
 
 
+@pytest.mark.rest
 def test_steps_of_rows_without_weight_and_of_some_short_responses(path, tmp_path):
     """The first step's rows have weight 0. Later on some responses are too short."""
     rows = [json.loads(line) for line in (path.parent / "rows.jsonl").read_text().splitlines()]
@@ -243,13 +247,13 @@ def train_poisoned(
     config = load_config(path, [f"output_dir={out}", *(overrides or [])])
     train_step = loop.train_step
 
-    def step_or_poisoned_step(run, step):
+    def step_or_poisoned_step(run, step, **how):
         if step == interrupted_at:
             raise Interrupted
         if step not in poisoned:
-            return train_step(run, step)
+            return train_step(run, step, **how)
         with poisoned_teacher(run):
-            return train_step(run, step)
+            return train_step(run, step, **how)
 
     with patch.object(loop, "train_step", step_or_poisoned_step):
         try:
@@ -278,8 +282,6 @@ def test_command_line_says_why_and_exits_with_3(path, tmp_path):
 
 
 def train_by_command(path: Path, overrides: list[str]) -> tuple[int, str]:
-    # Megatron's engine gives faulthandler the real stderr when it is first imported.
-    import aropd_mcore.trainer.build  # noqa: F401
     from aropd_mcore.cli import main
 
     with redirect_stderr(StringIO()) as printed:

@@ -1,15 +1,28 @@
 """What a step reports of its rollouts; its token metrics are compared in test_step.py."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from aropd_mcore.config import ObjectiveConfig, RolloutConfig
 from aropd_mcore.config_file import load_config
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.mcore.objectives import reported_metrics
+from aropd_mcore.mcore.router import RouterLosses
+from aropd_mcore.numerics.position_metrics import METRICS, token_metrics
+from aropd_mcore.numerics.token_diagnostics import SUPPORT_GAPS
+from aropd_mcore.plan.cost import forward_flops
+from aropd_mcore.plan.devices import peak_bf16_flops
+from aropd_mcore.trainer import hooks
+from aropd_mcore.trainer.hooks import DeviceUse, utilization
 from aropd_mcore.trainer.metrics import MetricsLog, rollout_metrics
+from aropd_mcore.trainer.timing import time_metrics
 from aropd_mcore.types import Rollout, Row, Views
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
 
 RESPONSES = [  # of two ranks: text, whether it ended by itself, the gold answer
     [("42 at once, then more words", True, "42"), ("a 421 is no 42", True, "42")],
@@ -67,6 +80,7 @@ def test_a_log_that_cannot_be_cut_back_is_left_alone_and_named(tmp_path):
     assert log.read_text().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_a_wandb_run_has_an_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
     """Two fresh runs in one relative folder, as on two machines; then the second one again."""
     path = write_run(tmp_path)
@@ -78,7 +92,141 @@ def test_a_wandb_run_has_an_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
         log = MetricsLog(config, first_step=0)
         assert log._wandb.name == "out"
         ids.append(log._wandb.id)
+        settings = dict(log._wandb.config)
+        assert settings["objective"] == config.model_dump(mode="json")["objective"]
         log.close()
     first, second, again = ids
     assert first != second == again
     assert (tmp_path / "two" / "out" / "wandb_id").read_text().strip() == second
+
+
+def test_seconds_of_a_step_add_up_to_its_whole_time():
+    found = time_metrics(
+        {"rollout": 3.0, "student": 1.0}, elapsed=4.5, saving=0.5, num_response_tokens=100
+    )
+    assert sum(v for k, v in found.items() if k.startswith("seconds/")) == 5.0
+    assert found["seconds/other"] == 0.5 and found["tokens_per_second"] == 20.0
+
+
+def test_hooks_run_between_update_and_checkpoint_and_add_metrics(tmp_path):
+    """Two hooks in a real run: the second one sees what the first one has added."""
+    run_ranks(train_with_hooks, 1, write_run(tmp_path, training={"num_steps": 2}))
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["twice"] for line in lines] == [2, 4]
+
+
+class CountResponses:
+    def after_step(self, run, step, result, metrics):
+        assert not list((run.config.output_dir / "checkpoints").glob(f"iter_{step + 1:07d}"))
+        return {"once": len(result.rollouts) * (step + 1) // 8}
+
+
+class Double:
+    def after_step(self, run, step, result, metrics):
+        return {"twice": 2 * metrics["once"]}
+
+
+def train_with_hooks(path) -> None:
+    from aropd_mcore.trainer import loop
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    def build(config, runtime, stops):
+        return replace(build_run(config, runtime, stops), hooks=[CountResponses(), Double()])
+
+    config = load_config(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_run", build)
+        loop.train(config, start_runtime(config))
+
+
+def test_utilization_counts_layers_of_every_view_and_the_head_once(tmp_path):
+    architecture = read_architecture(write_model(tmp_path / "model"))
+    views = Views(Row("q", "r", "a"), (1,) * 4, (1,) * 6, (1,) * 9)
+    result = SimpleNamespace(
+        views=[views], rollouts=[Rollout((1,) * 3, (), True, 0)],
+        seconds={"teacher": 1.0, "student": 3.0, "rollout": 50.0},
+    )  # fmt: skip
+    student = SimpleNamespace(
+        model=SimpleNamespace(architecture=architecture),
+        objective=SimpleNamespace(views=("partial", "full")),
+    )
+    runtime = SimpleNamespace(world_size=2, gather_over_data=lambda local: local)
+    found = utilization(
+        SimpleNamespace(student=student, runtime=runtime),  # type: ignore[arg-type]
+        result,  # type: ignore[arg-type]
+        {"num_loss_tokens": 3},
+        peak_flops=1e6,
+    )
+    layers = [sum(forward_flops(architecture, tokens)) for tokens in (7, 9, 12)]
+    head = 5 * 2 * 3 * architecture.sizes["hidden"] * architecture.sizes["vocab"]
+    assert found == pytest.approx((3 * layers[0] + layers[1] + layers[2] + head) / (4 * 2 * 1e6))
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_peak_of_a_device_is_looked_up_by_its_name(name, flops):
+    assert peak_bf16_flops(name) == flops
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", {"device_memory_peak_gb": 5.0, "mfu": 0.25}),
+        ("Some other GPU", {"device_memory_peak_gb": 5.0}),
+    ],
+)
+def test_device_use_of_a_step_is_its_own_peak_and_no_mfu_on_unknown_devices(
+    monkeypatch, name, expected
+):
+    resets = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(3e9))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(hooks, "utilization", lambda run, result, metrics, peak: peak / 3956e12)
+    # Another rank of the job holds 2 GB more.
+    runtime = SimpleNamespace(device="cuda:0", max_over_job=lambda held: held + int(2e9))
+    hook, run = DeviceUse(runtime), SimpleNamespace(runtime=runtime)  # type: ignore[arg-type]
+    assert hook.after_step(run, 0, None, {}) == expected  # type: ignore[arg-type]
+    assert resets == ["cuda:0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "derived"),
+    [("aropd", {"residual_uptake", "residual_capture_ratio"}), ("sft", set())],
+)
+def test_objective_in_a_real_step_reports_all_that_it_declares_and_nothing_else(
+    tmp_path, name, derived
+):
+    path = write_run(tmp_path, training={"num_steps": 1}, objective={"name": name})
+    [(declared, sums, reported)] = run_ranks(names_of_a_step, 1, path)
+    assert sums == declared <= METRICS.keys()
+    plain = {metric for metric in reported if "/" not in metric}
+    assert plain == declared - {"num_tokens"} | {"num_loss_tokens"} | derived
+
+
+def names_of_a_step(path) -> tuple[set[str], set[str], set[str]]:
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+
+    config = load_config(path)
+    run = build_run(config, start_runtime(config))
+    run.source.weights_changed(0)
+    sums = train_step(run, 0).sums
+    return set(run.student.objective.metrics), set(sums), set(token_metrics(sums))
+
+
+def test_every_declared_metric_is_reported_by_an_objective_a_router_or_a_diagnosis():
+    rollout = RolloutConfig(engine="vllm", importance="token")
+    reported = {*reported_metrics(ObjectiveConfig(), rollout), *RouterLosses.NAMES, *SUPPORT_GAPS}
+    reported |= {name for name, metric in METRICS.items() if metric.over == "derived"}
+    assert METRICS.keys() - reported == {"cross_entropy"}  # of CrossEntropy

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_run
 
 LIMIT = 64
 LENGTHS = [1, LIMIT, 2, 1, 3, 1, 1, 7]
@@ -55,10 +55,9 @@ def padded_and_packed(path: Path) -> list[dict]:
 def forward_and_backward(run) -> dict:
     from aropd_mcore.mcore.schedule import run_schedule
     from aropd_mcore.trainer.batch import form_batch
-    from aropd_mcore.trainer.step import views_of_step
     from aropd_mcore.types import Rollout
 
-    views, _ = views_of_step(run, 0)
+    views, _ = run.source.prompts(0)
     # Each response has a token of its own, by which it is known in whatever microbatch it comes.
     responses = [tuple([40 + i] * length) for i, length in enumerate(LENGTHS)]
     rollouts = [Rollout(ids, (), True, 0) for ids in responses]
@@ -78,7 +77,7 @@ def forward_and_backward(run) -> dict:
         for t, token in enumerate(rows):
             views_of_token = (student[t], output.partial_hidden_TH[t], output.full_hidden_TH[t])
             hidden[token] = torch.stack(views_of_token)
-    sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
+    sums = run.student.forward_backward(batch.microbatches, outputs)
     run.student.optimizer.inner.prepare_grads()
     return {
         "hidden": hidden,

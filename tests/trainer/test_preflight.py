@@ -19,9 +19,9 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.manifest import newest
 from aropd_mcore.trainer.preflight import preflight
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import NUM_ROWS, write_model, write_run
-from tests.tiny_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import NUM_ROWS, write_model, write_run
+from tests.support.tiny_tokenizer import CHAT_TEMPLATE, save_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ CANNOT_START: list[tuple[str, Callable[[], object], list[str], str]] = [
     ),
     ("no tokenizer", forget_tokenizer, [], "model: no tokenizer in this folder"),
     ("no model", NOTHING, ["model.path=nowhere"], "nowhere/config.json: cannot be read"),
-    ("tokens beyond the vocabulary", smaller_vocabulary, [], "beyond the model's vocabulary"),
+    ("tokens beyond the vocabulary", smaller_vocabulary, [], "outside the model's vocabulary"),
     (
         "a broken chat template",
         lambda: Path("model/chat_template.jinja").write_text("{% if %}"),

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_rows
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_rows
 from tests.trainer.test_step import (
     AROPD,
     ONE,
@@ -27,6 +27,8 @@ from tests.trainer.test_step import (
     every_layout,
     take,
 )
+
+pytestmark = pytest.mark.rest
 
 
 def far_apart(layouts: list[Layout]) -> list[Layout]:
@@ -72,7 +74,8 @@ CASES = [
 def relay(root: Path, case: Case) -> list[RankSteps]:
     """On every rank: what each leg has to show."""
     from aropd_mcore.convert.manifest import newest, step_of
-    from aropd_mcore.mcore import checkpoint, checkpoint_folder, runtime
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.mcore.checkpoint import directory, state
     from aropd_mcore.trainer.build import build_run, start_runtime
 
     # Megatron collects garbage in every save and load, and would look through all that is imported.
@@ -83,16 +86,15 @@ def relay(root: Path, case: Case) -> list[RankSteps]:
         config = case.config(root, layout, dist.get_world_size() // layout.replica_size)
         rt = start_runtime(config)
         run = build_run(config, rt)
-        assert run.engine is not None
         if leg:
             last = newest(folder)
             assert last is not None and step_of(last) == leg
-            checkpoint.load(last, run.student, run.teacher, rt)
-            run.engine.sync(weight_version=leg)
+            state.load(last, run.student, run.teacher, rt)
+            run.source.weights_changed(leg)
         legs.append(take(run, range(leg, leg + 1)))
-        checkpoint.save(folder, leg + 1, run.student, run.teacher, {}, rt)
+        state.save(folder, leg + 1, run.student, run.teacher, {}, rt)
         if rt.rank == 0:
-            checkpoint_folder.prune(folder, keep_last=1)
+            directory.prune(folder, keep_last=1)
         runtime.stop()
         del run
         gc.collect()  # as in test_step.take_steps

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from aropd_mcore.numerics.diagnostics import token_metrics
-from tests import oracles
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
-from tests.tiny_tokenizer import VOCAB_SIZE
+from aropd_mcore.numerics.position_metrics import token_metrics
+from tests.support import oracles
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
+from tests.support.tiny_tokenizer import VOCAB_SIZE
 
 EOS = VOCAB_SIZE - 1
 SCALE, CLIP, SKIP, LIMIT = 0.8, 2.0, 3, 12
@@ -61,10 +61,9 @@ def gradients(path: Path) -> dict[str, Found]:
 
 def gradients_of(run) -> Found:
     from aropd_mcore.trainer.batch import form_batch
-    from aropd_mcore.trainer.step import views_of_step
     from aropd_mcore.types import Rollout
 
-    views, _ = views_of_step(run, 0)
+    views, _ = run.source.prompts(0)
     rollouts = [Rollout(ids, (), ended, 0) for ids, ended in RESPONSES]
     # Padding is the EOS here: a padded position that were counted would be an end.
     batch = form_batch(run.config, run.runtime, views, rollouts, pad_token_id=EOS)
@@ -76,7 +75,7 @@ def gradients_of(run) -> Found:
     (stage,) = run.student.model
     stage.decoder.final_layernorm.register_forward_hook(keep_gradient)
     outputs = run.teacher.score(batch.microbatches)
-    sums = run.student.forward_backward(batch.microbatches, run.teacher, outputs)
+    sums = run.student.forward_backward(batch.microbatches, outputs)
     return Found(
         [
             {

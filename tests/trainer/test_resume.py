@@ -1,40 +1,31 @@
 """A run that is killed and goes on equals the run that was never killed, bit by bit."""
 
-import json
 import math
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from aropd_mcore.convert.manifest import newest
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
-
-NOT_REPEATABLE = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
-"""Metrics of the machine, not of the run."""
-OF_THE_LAYOUT = ("padding_fraction",)
-"""Metrics of how a layout forms microbatches: another pads otherwise."""
-
-
-def train_on_ranks(path: Path, overrides: list[str]) -> None:
-    """`aropd train` as one rank of the test's own processes."""
-    from aropd_mcore.config_file import load_config
-    from aropd_mcore.trainer.build import start_runtime
-    from aropd_mcore.trainer.loop import train
-
-    config = load_config(path, overrides)
-    train(config, start_runtime(config))
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
+from tests.support.training import (
+    assert_same_in_any_layout,
+    command,
+    environment,
+    read_checkpoints,
+    read_lines,
+    repeatable,
+    saved_steps,
+    train_on_ranks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +47,7 @@ def unbroken(path) -> Path:
     return out
 
 
+@pytest.mark.rest
 def test_killed_twice_and_resumed_is_bitwise_the_unbroken_run(path, unbroken):
     out = path.parent / "out"
     # While step 4 of 4 is under way: two steps are saved, in the background, the third is only
@@ -120,6 +112,7 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
     assert tracker.read_text() == "4"
 
 
+@pytest.mark.rest
 def test_experts_move_between_layouts(tmp_path):
     """From tensor ranks, with one optimizer, to expert ranks, with two, which then cut each expert
     as well, and to a rank alone."""
@@ -163,6 +156,7 @@ def checkpoint_of(run: Path, step: int, out: Path) -> Path:
     return out
 
 
+@pytest.mark.rest
 def test_saves_by_the_clock_and_what_is_kept_for_good(path, unbroken):
     out = path.parent / "by-the-clock"
     settings = {
@@ -184,14 +178,6 @@ def test_a_finished_run_has_nothing_left_to_do(path, unbroken):
     run_ranks(train_on_ranks, 2, path, [f"output_dir={unbroken}"])
     assert (unbroken / "metrics.jsonl").read_bytes() == before
     assert saved_steps(unbroken) == [2, 4]
-
-
-def command(path: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "aropd_mcore.cli", "train", str(path), *arguments]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
 def kill_when(is_time: Callable[[], bool], path: Path) -> None:
@@ -226,54 +212,6 @@ def kill_when(is_time: Callable[[], bool], path: Path) -> None:
         log.close()
 
 
-def read_lines(out: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl."""
-    path = out / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def repeatable(
-    lines: list[dict[str, Any]], but: tuple[str, ...] = NOT_REPEATABLE
-) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in line.items() if not name.startswith(but)} for line in lines
-    ]
-
-
-def assert_same_in_any_layout(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    but = NOT_REPEATABLE + OF_THE_LAYOUT
-    for line, other in zip(repeatable(lines, but), repeatable(expected, but), strict=True):
-        assert line == pytest.approx(other, rel=1e-4)
-
-
 def partial_files(out: Path, step: int) -> list[Path]:
     """Of a checkpoint that is not whole yet."""
     return list(out.glob(f"checkpoints/.iter_{step:07d}.*.partial/*"))
-
-
-def saved_steps(out: Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("iter_")) for p in out.glob("checkpoints/iter_*"))
-
-
-def read_checkpoints(outs: list[Path]) -> list[dict[str, Any]]:
-    """On a rank: everything in the newest checkpoint of each run, whole, by name."""
-    from megatron.core import dist_checkpointing
-
-    checkpoints = []
-    for out in outs:
-        path = newest(out / "checkpoints")
-        assert path is not None
-        checkpoints.append(flattened(dist_checkpointing.load_plain_tensors(str(path))))
-    return checkpoints
-
-
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= (
-            flattened(value, f"{prefix}{name}/")
-            if isinstance(value, dict)
-            else {prefix + name: value}
-        )
-    return flat

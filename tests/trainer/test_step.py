@@ -1,7 +1,8 @@
-"""AR-OPD steps on every layout against the plain-PyTorch oracle of tests/step_oracle.py.
+"""AR-OPD steps on every layout against the plain-PyTorch oracle of tests/support/step_oracle.py.
 
 One rank goes first: its rollouts are what the oracle learns from, and what the ranks of every other
-layout must sample again by themselves.
+layout must sample again by themselves. `make test` runs layouts that cover every pair of sizes;
+`make test-rest` runs all others.
 
 Tolerances. The oracle is fp64 and the run fp32, so that losses, metrics and gradient norms differ
 by fp32 rounding alone: REPORTED, relative. A weight's update is lr * m / (sqrt(v) + eps), of the
@@ -25,10 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aropd_mcore.config import Config
-from tests import oracles
-from tests.ranks import run_ranks
-from tests.step_oracle import Method, Oracle, OracleStep, Sample
-from tests.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
+from tests.support import oracles
+from tests.support.pairwise import covering_rows
+from tests.support.ranks import run_ranks
+from tests.support.step_oracle import Method, Oracle, OracleStep, Sample
+from tests.support.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
 
 if TYPE_CHECKING:
     from aropd_mcore.trainer.step import Run
@@ -401,6 +403,28 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 
+def choose_first() -> list[tuple[str, Layout]]:
+    """Cases and layouts of `make test`: every two sizes, with and without experts and packing."""
+    runs = [(case, layout) for case in CASES for layout in case.layouts]
+    rows = [
+        layout._asdict()
+        | {
+            "experts": case.family in ("qwen3_moe", "mixtral"),
+            "packing": case.sections.get("training", {}).get("packing", False),
+        }
+        for case, layout in runs
+    ]
+    chosen = covering_rows(rows, costs=[case.num_steps for case, _ in runs])
+    return [(runs[i][0].name, runs[i][1]) for i in chosen]
+
+
+FIRST = choose_first()
+
+
+def marks(*, is_first: bool) -> list[pytest.MarkDecorator]:
+    return [] if is_first else [pytest.mark.rest]
+
+
 @dataclass(frozen=True)
 class RankSteps:
     """What one rank has to show of a case."""
@@ -443,7 +467,7 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
     if run.teacher:
         run.teacher.score = with_the_views_that_are_read(run.teacher.score, case)
     if config.rollout.importance_level:
-        run.engine.generate = with_another_engine(run.engine.generate)
+        run.source.take = with_another_engine(run.source.take)
     return take(run, range(case.num_steps))
 
 
@@ -471,7 +495,6 @@ def take(run: "Run", steps: range) -> RankSteps:
             ]
         )
         metrics.append(step_metrics(step, result, run.view_builder.tokenizer, rt))
-    run.student.optimizer.finish_param_gather()
     return RankSteps(
         rt.dp_rank,
         samples,
@@ -481,14 +504,16 @@ def take(run: "Run", steps: range) -> RankSteps:
     )
 
 
-def with_another_engine(generate):
+def with_another_engine(take):
     """As if an engine had sampled whose log-probs are not the trainer's."""
 
-    def sampled(*args):
-        return [
+    def sampled(step, **how):
+        taken = take(step, **how)
+        rollouts = [
             replace(r, logprobs=tuple(p + 0.3 + math.sin(k) for k, p in enumerate(r.logprobs)))
-            for r in generate(*args)
+            for r in taken.rollouts
         ]
+        return replace(taken, rollouts=rollouts)
 
     return sampled
 
@@ -530,14 +555,35 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def selected(request) -> list[tuple[str, Layout]]:
+    """Cases and layouts of the tests that this session runs; no others are trained."""
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return [(call["name"], call["layout"]) for call in calls if {"name", "layout"} <= call.keys()]
+
+
+class Lazy(dict):
+    """Values by name, computed when first used."""
+
+    def __init__(self, compute: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = self._compute(name)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
 def on_one_rank(root) -> dict[str, RankSteps]:
-    results = run_ranks(take_steps, 1, root, CASES, [ONE])[0]
-    return {name: steps for (name, _), steps in results.items()}
+    def run(name: str) -> RankSteps:
+        return run_ranks(take_steps, 1, root, [BY_NAME[name]], [ONE])[0][name, ONE]
+
+    return Lazy(run)
 
 
 @pytest.fixture(scope="module")
 def oracle(root, on_one_rank) -> dict[str, list[OracleStep]]:
-    return {case.name: oracle_steps(root, case, on_one_rank[case.name].samples) for case in CASES}
+    return Lazy(lambda name: oracle_steps(root, BY_NAME[name], on_one_rank[name].samples))
 
 
 def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[OracleStep]:
@@ -577,19 +623,31 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
 
 
 @pytest.fixture(scope="module")
-def on_four_ranks(root) -> Callable[[str], list[Results]]:
-    """The results of a case on all its layouts, by rank; taken when first asked for."""
-    return cache(lambda name: run_ranks(take_steps, 4, root, [BY_NAME[name]], None, timeout=400.0))
+def on_four_ranks(root, selected) -> Callable[[str], list[Results]]:
+    """The results of a case on its selected layouts, by rank; computed when first used."""
+
+    def run(name: str) -> list[Results]:
+        layouts = [layout for case, layout in selected if case == name]
+        return run_ranks(take_steps, 4, root, [BY_NAME[name]], layouts, timeout=400.0)
+
+    return cache(run)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=marks(is_first=name in dict(FIRST))) for name in BY_NAME],
+)
 def test_one_rank_equals_the_oracle(on_one_rank, oracle, name):
     check(name, on_one_rank[name], oracle[name])
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(case.name, layout) for case in CASES for layout in case.layouts],
+    [
+        pytest.param(case.name, layout, marks=marks(is_first=(case.name, layout) in FIRST))
+        for case in CASES
+        for layout in case.layouts
+    ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, layout):
@@ -673,6 +731,7 @@ OF_ANOTHER_TEST = {
 }
 
 
+@pytest.mark.rest
 def test_the_cases_are_worth_comparing(root, on_one_rank, oracle):
     """Responses of many lengths, some too short to count; every metric moved; weights moved."""
     lengths = {len(sample.response) for sample in on_one_rank["live"].samples[0]}

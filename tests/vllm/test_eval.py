@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPO
-from tests.tiny_runs import tiny_config, write_model
+from tests.support.tiny_runs import tiny_config, write_model
 
 pytestmark = pytest.mark.vllm
 OUTPUTS = ("samples.jsonl", "summary.json")

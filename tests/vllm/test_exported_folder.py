@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import REPO
-from tests.tiny_models import save_tiny_model
-from tests.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 from tests.vllm.server import complete, serve
 
 pytestmark = pytest.mark.vllm

@@ -11,8 +11,8 @@ import yaml
 
 from aropd_mcore.config_file import load_config
 from tests.conftest import REPO
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
+from tests.support.ranks import run_ranks
+from tests.support.tiny_runs import write_model, write_run
 
 pytestmark = pytest.mark.vllm
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPO
-from tests.tiny_runs import write_model, write_run
+from tests.support.tiny_runs import write_model, write_run
 
 
 @pytest.mark.gpu

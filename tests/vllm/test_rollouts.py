@@ -18,9 +18,10 @@ import torch
 from aropd_mcore.config import Config, SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.rollout import vllm_api
-from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
-from tests.ranks import run_ranks
-from tests.tiny_runs import write_model, write_run
+from aropd_mcore.rollout.engine import Progress, RolloutFailed, ignore, rollout_seed
+from tests.support.ranks import run_ranks
+from tests.support.rollouts import sample
+from tests.support.tiny_runs import write_model, write_run
 
 pytestmark = pytest.mark.vllm
 
@@ -66,13 +67,12 @@ def check_run(path: Path) -> None:
     run = build_run(config, start_runtime(config))
     engine: Any = run.engine
     try:
-        engine.sync(0)
+        engine.update_weights(0)
         losses = []
         for step in range(NUM_STEPS):
             check_same_as_native(config, run, step)
-            if step == NUM_STEPS - 1:
-                kill_after_first_response(engine)
-            result = train_step(run, step)
+            kill = killing_after_a_response(engine) if step == NUM_STEPS - 1 else ignore
+            result = train_step(run, step, on_progress=kill)
             losses.append(float(result.sums["loss"].sum()))
             assert all(r.weight_version == step for r in result.rollouts)
         assert losses == pytest.approx(expected, abs=1e-3)
@@ -86,12 +86,12 @@ def check_run(path: Path) -> None:
         usual = vllm_api.Api.load_weights
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(vllm_api.Api, "load_weights", load_damaged(usual))
-            engine.sync(NUM_STEPS)
+            engine.update_weights(NUM_STEPS)
         with pytest.raises(
             RolloutFailed, match=r"worker 0 of server 0 was given another \S+weight"
         ):
-            engine.generate(PROMPTS, SEEDS, GREEDY)
-        engine.sync(NUM_STEPS)
+            sample(engine, PROMPTS, SEEDS, GREEDY)
+        engine.update_weights(NUM_STEPS)
         check_same_as_native(config, run, NUM_STEPS)
 
         # A server that says it has loaded what it was given, and has not.
@@ -132,36 +132,38 @@ def check_same_as_native(config: Config, run: Any, version: int) -> None:
     model = run.student.model
     ends = eos_token_ids(config.model.path, run.view_builder.tokenizer)
     native = NativeEngine(model, run.runtime, eos_token_ids=ends, batch_size=8)
-    native.sync(version)
-    ours = run.engine.generate(PROMPTS, SEEDS, GREEDY)
-    theirs = native.generate(PROMPTS, SEEDS, GREEDY)
+    native.update_weights(version)
+    ours = sample(run.engine, PROMPTS, SEEDS, GREEDY)
+    theirs = sample(native, PROMPTS, SEEDS, GREEDY)
     for our, their in zip(ours, theirs, strict=True):
         assert our.response_ids == their.response_ids and our.finished == their.finished
         assert our.weight_version == their.weight_version == version
         assert our.logprobs == pytest.approx(their.logprobs, abs=1e-3)
 
-    sampled = run.engine.generate(PROMPTS, SEEDS, RANDOM)
+    sampled = sample(run.engine, PROMPTS, SEEDS, RANDOM)
     for prompt, rollout in zip(PROMPTS, sampled, strict=True):
         logprobs = sequence_logprobs(model, run.runtime, [*prompt, *rollout.response_ids])
         ours = torch.tensor(rollout.logprobs)
         torch.testing.assert_close(ours, logprobs[len(prompt) - 1 :], rtol=0, atol=1e-3)
     # The same seeds, alone and in another order: the same responses.
-    again = run.engine.generate(PROMPTS[::-1], SEEDS[::-1], RANDOM)[::-1]
+    again = sample(run.engine, PROMPTS[::-1], SEEDS[::-1], RANDOM)[::-1]
     assert [r.response_ids for r in again] == [r.response_ids for r in sampled]
-    other = run.engine.generate(PROMPTS, [seed + 1 for seed in SEEDS], RANDOM)
+    other = sample(run.engine, PROMPTS, [seed + 1 for seed in SEEDS], RANDOM)
     assert [r.response_ids for r in other] != [r.response_ids for r in sampled]
 
 
-def kill_after_first_response(engine: Any) -> None:
-    """SIGKILL to the server, while it has three of a batch in flight, and more wait."""
+def killing_after_a_response(engine: Any) -> Progress:
+    """SIGKILL to the server, once, while it has others of a batch in flight, and more wait."""
+    killed = []
 
-    def on_response(num_done: int, num_all: int) -> None:
-        if num_done == 1:
-            engine.on_response = lambda *_: None  # once
+    def on_progress(num_done: int, num_all: int) -> None:
+        if not killed:
+            assert num_done < num_all
             [server] = psutil.Process(engine._servers.servers[0].process._process.pid).children()
             server.send_signal(signal.SIGKILL)
+            killed.append(server)
 
-    engine.on_response = on_response
+    return on_progress
 
 
 def processes_of(engine: Any) -> list[psutil.Process]:

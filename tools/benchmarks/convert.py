@@ -1,9 +1,9 @@
-"""Time and memory of HF -> Megatron -> HF on a random checkpoint, beside `cp -r` of the folder.
+"""Compare time and memory of HF -> Megatron -> HF with `cp -r`, on a random checkpoint.
 
     python tools/benchmarks/convert.py --scratch /large/disk [--json FILE]
 
-Each measurement is a process of its own and ends with `sync`; the three kinds take turns, so that
-all of them meet the same machine. Peak memory is the kernel's figure for that process.
+Each measurement is a separate process and ends with `sync`. The three kinds take turns, so that
+all see the same load of the machine. Peak memory is the kernel's figure for the process.
 """
 
 import argparse
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--shape", choices=SHAPES, default="qwen3-4b", help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, help="of each kind (default: %(default)s)"
+        "--repeats", type=int, default=3, help="measurements per kind (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="file for the figures (default: none is written)")
+    parser.add_argument("--json", type=Path, help="file for the figures (default: none)")
     args = parser.parse_args(argv)
 
     folder = args.scratch / "convert-benchmark"
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     peaks = dict.fromkeys(kinds, 0)
     for _ in range(args.repeats):
-        for kind, (command, made) in kinds.items():
-            shutil.rmtree(made, ignore_errors=True)
+        for kind, (command, target) in kinds.items():
+            shutil.rmtree(target, ignore_errors=True)
             warm_up(Path(command[-2]), folder / "warm-up")
             elapsed, peak = measure(command)
             seconds[kind].append(elapsed)
@@ -121,13 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_random_model(folder: Path, config: dict) -> tuple[int, int]:
-    """An HF folder of random weights; its bytes, and those of its largest tensor."""
+    """Write an HF folder of random weights. Return its bytes and those of its largest tensor."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shapes = read_architecture(folder).hf_shapes
     dtype = getattr(torch, config["torch_dtype"])
     infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
-    noise = torch.randn(2**24 + 1).to(dtype)  # an odd length: no two rows begin alike
+    noise = torch.randn(2**24 + 1).to(dtype)  # an odd length, so that rows differ
     with SafetensorsWriter(folder, infos) as writer:
         for name, shape in shapes.items():
             count = torch.Size(shape).numel()
@@ -138,16 +138,17 @@ def write_random_model(folder: Path, config: dict) -> tuple[int, int]:
 
 
 def warm_up(source: Path, scratch: Path) -> None:
-    """Copy what will be read and remove the copy: its pages, and as many free ones, are at hand.
+    """Copy the input and remove the copy, to provide its pages and as many free ones.
 
-    On a virtual machine, memory that was not used for a while costs several times as much.
+    On a virtual machine, access to memory that has not been used for a while is several times as
+    slow.
     """
     shutil.copytree(source, scratch)
     shutil.rmtree(scratch)
 
 
-# Until it has become another program a process is charged with its parent's memory: so what is
-# measured has a small parent.
+# The peak of a process includes its parent's memory until it executes another program. So the
+# measured command gets a small parent.
 _PEAK = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -157,7 +158,7 @@ sys.exit(status)
 
 
 def measure(command: list[str]) -> tuple[float, int]:
-    """Seconds until the command's output is on the disk, and its peak resident bytes."""
+    """Return the seconds until the command's output is on the disk, and its peak resident bytes."""
     os.sync()
     start = time.perf_counter()
     done = subprocess.run(

@@ -1,9 +1,9 @@
-"""Time, memory and traffic of the AR-OPD loss, forward and backward, beside other ways to write it.
+"""Measure time, memory and traffic of the AR-OPD loss and its backward, against other methods.
 
     python tools/benchmarks/loss.py --out DIR [--tokens 1024 4096] [--tp 2] [--divergence jsd]
 
-All methods take turns, repetition by repetition, and with them a copy and the bare matrix products:
-what the machine can do at that time. README.md says what is measured and how. Leaves
+All methods take turns within each repetition. A copy and the matrix products alone run in the same
+turns, to measure the machine's speed. README.md describes the measurements. The results are in
 DIR/loss.json and DIR/loss.png.
 """
 
@@ -19,7 +19,16 @@ from typing import Any, get_args
 
 import torch
 from loss_measure import TOLERANCE, Job, measure_memory, measure_times, run_on_ranks
-from loss_methods import DTYPES, FORMS, OURS, RESIDUAL_CLIP, RESIDUAL_SCALE, Form, Point, methods_of
+from loss_methods import (
+    DTYPES,
+    FORMS,
+    OURS,
+    RESIDUAL_CLIP,
+    RESIDUAL_SCALE,
+    Form,
+    Point,
+    build_methods,
+)
 from loss_report import draw, print_bars, print_point
 from loss_results import add_ratios, are_bars_for, machine_rates, verdicts
 
@@ -30,7 +39,7 @@ DEFAULTS = {
     "cuda": {"tokens": [8192], "hidden": [4096], "vocab": [128256], "dtype": "bf16"},
 }
 LONGER = 4
-"""Times the tokens of the bars: where the fused form must need no more memory."""
+"""Factor of the bars' tokens with which the fused form must need no more memory."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,10 +75,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
-    for name, of in (("tokens", "T"), ("hidden", "H"), ("vocab", "V")):
+    for name, letter in (("tokens", "T"), ("hidden", "H"), ("vocab", "V")):
         defaults = ", ".join(f"{kind} {sizes[name][0]}" for kind, sizes in DEFAULTS.items())
         parser.add_argument(
-            f"--{name}", type=int, nargs="+", metavar=of, help=f"one or more (default: {defaults})"
+            f"--{name}",
+            type=int,
+            nargs="+",
+            metavar=letter,
+            help=f"one or more sizes (default: {defaults})",
         )
     parser.add_argument("--dtype", choices=DTYPES, help="(default: cpu fp32, cuda bf16)")
     parser.add_argument(
@@ -84,11 +97,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="N",
-        help="numbers of tensor-parallel ranks, beside 1; CPU processes that share the cores",
+        help="further tensor-parallel sizes, on CPU processes that share the cores (default: none)",
     )
     parser.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument(
-        "--device", choices=list(DEFAULTS), help="(default: cuda where there is one, else cpu)"
+        "--device", choices=list(DEFAULTS), help="(default: cuda if available, else cpu)"
     )
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,20 +109,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         setattr(args, name, getattr(args, name) or default)
     args.tp = [tp for tp in args.tp if tp != 1]
     if args.tp and args.device == "cuda":
-        parser.error("--tp runs on CPU processes: add --device cpu")
+        parser.error("--tp with --device cuda: expected CPU processes; add --device cpu")
     for tp, vocab in itertools.product(args.tp, args.vocab):
         if tp < 1 or vocab % tp:
-            parser.error(f"--tp {tp} with --vocab {vocab}: expected a divisor")
+            parser.error(f"--tp {tp} with --vocab {vocab}: expected a divisor of the vocabulary")
     args.threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
     return args
 
 
 def measure(point: Point, tps: list[int], repeats: int, threads: int) -> list[dict[str, Any]]:
-    """The results of every method at `point`, and of ours on each number of ranks."""
+    """Measure every method at `point`, and this package's methods on each number of ranks."""
     every: list[tuple[Form, str]] = []
     ours: list[tuple[Form, str]] = []
     for form in FORMS:
-        for method in methods_of(form, point.device):
+        for method in build_methods(form, point.device):
             every.append((form, method.name))
             if method.kind == "ours":
                 ours.append((form, method.name))

@@ -1,4 +1,4 @@
-"""Counts of what runs while they are on: bytes of torch's operators, and collectives."""
+"""Context managers that count the bytes of torch's operators, and collectives."""
 
 import inspect
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class OperatorBytes(TorchDispatchMode):
-    """What torch's operators read and write: each its tensor arguments once, and its results once.
+    """Counter of the bytes that torch's operators read and write.
 
-    Views and allocations count nothing.
+    Every tensor argument and every result counts once. Views and allocations do not count.
     """
 
     def __init__(self):
@@ -40,7 +40,7 @@ def _num_bytes(value: Any) -> int:
     return int(torch.Size(sizes).numel()) * value.element_size()
 
 
-COLLECTIVES = {  # of torch.distributed; and the argument that holds what this rank sends
+COLLECTIVES = {  # function of torch.distributed -> argument with the data that this rank sends
     "all_reduce": "tensor",
     "all_gather": "tensor",
     "reduce_scatter": "input_list",
@@ -52,7 +52,7 @@ COLLECTIVES = {  # of torch.distributed; and the argument that holds what this r
 
 @contextmanager
 def counted_collectives() -> Iterator[dict[str, int]]:
-    """Counts the calls, and the bytes of what this rank puts in, while it is open."""
+    """Count collectives, and the bytes that this rank sends, within the context."""
     counts = {"calls": 0, "bytes": 0}
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 

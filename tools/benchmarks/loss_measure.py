@@ -1,9 +1,9 @@
-"""The measurements of `loss.py`, in processes of their own: time, memory, traffic, collectives.
+"""Measurements of `loss.py`, in separate processes: time, memory, traffic, collectives.
 
-    times    one process a rank runs every method in turn, and between them what the machine can do
-    memory   on a CPU one process a rank and a method, and the kernel's figure of its peak
+    times    one process per rank runs every method in turn, and measures the machine in between
+    memory   on a CPU one process per rank and method, with the kernel's figure of its peak
 
-The processes are forked from one that has imported everything and computed nothing.
+The processes are forked from one that has imported all modules and computed nothing.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ from loss_methods import (
     Inputs,
     Method,
     Point,
+    build_methods,
     make_inputs,
     matmul_flops,
-    methods_of,
     our_memory,
     our_traffic,
 )
@@ -41,30 +41,30 @@ from torch.multiprocessing.spawn import start_processes
 from aropd_mcore.numerics.chunks import CPU_TILE
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
-"""How far a loss, and a gradient in Frobenius norm, may be from the dense formula's."""
+"""Largest relative error of a loss and, in Frobenius norm, of a gradient, to the dense formula."""
 
 WARM_UP = {"tokens": 64, "hidden": 64, "vocab": 4096}
-"""Enough for thread pools and the matrix library's buffers to exist."""
+"""Sizes of a run that creates thread pools and the matrix library's buffers."""
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes are told."""
+    """Arguments of the processes."""
 
     point: Point
     methods: list[tuple[Form, str]]
     threads: int
     repeats: int
     folder: str
-    """Where ranks meet and leave their results."""
+    """Folder of the ranks' rendezvous and results."""
     save_gradients: bool = False
-    """The dense formula's, into the folder, for jobs that run it no more."""
+    """Whether to save the dense formula's gradients to the folder, for jobs that do not run it."""
 
 
 def run_on_ranks(measure: Callable[[Job, Any], dict], job: Job) -> dict:
-    """`measure(job, tp_group)` in job.point.tp new processes; rank 0's result."""
+    """Run `measure(job, tp_group)` in job.point.tp new processes, and return rank 0's result."""
     multiprocessing.set_forkserver_preload(["torch", "aropd_mcore.numerics"])
     with tempfile.TemporaryDirectory(dir=job.folder) as meeting:
         arguments = (measure, job, Path(meeting))
@@ -96,19 +96,19 @@ def _rank(rank: int, measure: Callable[[Job, Any], dict], job: Job, meeting: Pat
 
 
 def measure_times(job: Job, tp_group) -> dict[str, Any]:
-    """Facts and seconds of every method of the job; at tp 1 also the machine's.
+    """Measure every method of the job; at tp 1 also the machine.
 
     Returns:
-        rows: what each method's first run showed, and `seconds`; on a GPU `peak_bytes`.
-        machine: name -> seconds, of `machine_works`.
+        rows: the results of each method's first run, and its `seconds`; on a GPU `peak_bytes`.
+        machine: seconds of `machine_works` by name.
     """
     point = job.point
-    forms: list[Form] = [form for form in FORMS if any(form == wanted for wanted, _ in job.methods)]
+    forms: list[Form] = [form for form in FORMS if any(form == other for other, _ in job.methods)]
     inputs = {form: make_inputs(form, point, tp_group) for form in forms}
     rows, runs, machine = [], [], {}
     for form in forms:
         expected = _Expected(form, job)
-        for method in _wanted(job, form):
+        for method in _methods(job, form):
             row = {"form": form, "method": method.name, "kind": method.kind}
             rows.append(row | {"missing": method.missing})
             if method.missing:
@@ -129,7 +129,7 @@ def measure_times(job: Job, tp_group) -> dict[str, Any]:
             runs.append((run, machine[name]))
             run()
     for repeat in range(job.repeats):
-        start = repeat * 3 % len(runs)  # so that no method always follows the same one
+        start = repeat * 3 % len(runs)  # so that the order of the methods varies
         for run, seconds in runs[start:] + runs[:start]:
             seconds.append(timed(run, tp_group, point.device))
     return {"rows": rows, "machine": machine}
@@ -142,7 +142,7 @@ def forward_backward(method: Method, inputs: Inputs, point: Point) -> None:
 
 
 def timed(run: Callable[[], None], tp_group, device: str) -> float:
-    """Seconds of the slowest rank."""
+    """Return the seconds of the slowest rank."""
     _synchronize(device)
     if tp_group is not None:
         dist.barrier(tp_group)
@@ -156,9 +156,10 @@ def timed(run: Callable[[], None], tp_group, device: str) -> float:
 
 
 def machine_works(point: Point, hidden: Inputs) -> dict[str, Callable[[], None]]:
-    """What the floors are made of: a copy, and the five products at full size into given outputs.
+    """Return functions whose times give the floors: a copy, and the five products at full size.
 
-    On a CPU also the products by tiles of the vocabulary, which its matrix library does faster.
+    On a CPU there are also the products in tiles of the vocabulary, which its matrix library
+    computes faster. Outputs are allocated in advance.
     """
     source = torch.zeros(COPY_BYTES[point.device], dtype=torch.uint8, device=point.device)
     target = torch.ones_like(source)
@@ -196,8 +197,10 @@ def machine_works(point: Point, hidden: Inputs) -> dict[str, Callable[[], None]]
 
 
 class _Expected:
-    """The dense formula's loss and gradients of all columns: those of the first method to come, or
-    of a job that saved them."""
+    """Loss and gradients of the dense formula, for all columns.
+
+    They come from the first method that is compared, or from a job that saved them.
+    """
 
     def __init__(self, form: Form, job: Job):
         self.form, self.job = form, job
@@ -213,8 +216,8 @@ class _Expected:
         tolerance = TOLERANCE[self.job.point.dtype]
         if not max(errors) <= tolerance:
             raise RuntimeError(
-                f"{self.form}, {name}: loss and gradients differ from the dense formula's by "
-                f"{errors}: expected at most {tolerance}"
+                f"{self.form}, {name}: relative errors of loss and gradients are {errors}: "
+                f"expected at most {tolerance} against the dense formula"
             )
         return errors
 
@@ -222,7 +225,7 @@ class _Expected:
 def first_run(
     form: Form, method: Method, inputs: Inputs, point: Point, expected: _Expected
 ) -> dict[str, Any]:
-    """Warms up, and says what a method moves and sends and how far it is from the dense formula."""
+    """Run a method for the first time: return its traffic, collectives and errors."""
     main_grad_VH = inputs.main_grad_VH if isinstance(inputs, HiddenInputs) else None
     if main_grad_VH is not None:
         main_grad_VH.zero_()
@@ -235,32 +238,32 @@ def first_run(
         with counted_collectives() as backward:
             loss.backward()
     gradients = [leaf.grad for leaf in inputs.leaves if leaf.grad is not None]
-    if main_grad_VH is not None:  # where a method accumulates into it, the weight has zeros
+    if main_grad_VH is not None:  # a method that accumulates into it leaves zeros in the weight's
         gradients[1] = gradients[1] + main_grad_VH
     loss = loss.detach()
     if method.kind == "one teacher":
-        errors = relative_errors(full_view_alone(inputs, point), loss, gradients, None)
+        errors = relative_errors(full_view_answer(inputs, point), loss, gradients, None)
     else:
         errors = expected.errors(method.name, loss, gradients, inputs.tp_group)
-    found = {
+    facts = {
         "loss": loss.item(),
         "errors": errors,
         "collectives": {"forward": forward, "backward": backward},
         "flops": matmul_flops(form, method, point),
     }
     if method.kind == "ours":
-        found["moved_bytes"] = our_traffic(form, method, point)
-        found["accounted_peak_bytes"] = our_memory(form, point)
+        facts["moved_bytes"] = our_traffic(form, method, point)
+        facts["accounted_peak_bytes"] = our_memory(form, point)
     elif operators is not None:
-        found["moved_bytes"] = operators.num_bytes
-    return found
+        facts["moved_bytes"] = operators.num_bytes
+    return facts
 
 
-def full_view_alone(inputs: Inputs, point: Point) -> tuple[Tensor, list[Tensor]]:
-    """The dense loss and gradients where the target is the full view's distribution."""
+def full_view_answer(inputs: Inputs, point: Point) -> tuple[Tensor, list[Tensor]]:
+    """Compute the dense loss and gradients with the full view's distribution as the target."""
     assert isinstance(inputs, HiddenInputs)
     same_views = replace(inputs, partial_hidden_TH=inputs.full_hidden_TH)
-    dense = methods_of("hidden", point.device)[0]
+    dense = build_methods("hidden", point.device)[0]
     forward_backward(dense, same_views, point)
     loss = dense.loss(same_views, point.divergence).detach()
     return loss, [leaf.grad for leaf in inputs.leaves if leaf.grad is not None]
@@ -269,7 +272,7 @@ def full_view_alone(inputs: Inputs, point: Point) -> tuple[Tensor, list[Tensor]]
 def relative_errors(
     expected: tuple[Tensor, list[Tensor]], loss: Tensor, gradients: list[Tensor], tp_group
 ) -> list[float]:
-    """|x - y| / |y| of the loss and of each gradient; y's columns are all ranks'."""
+    """Return |x - y| / |y| of the loss and of each gradient; y has the columns of all ranks."""
     errors = [float((loss - expected[0]).abs() / expected[0].abs())]
     for gradient, whole in zip(gradients, expected[1], strict=True):
         for dim in range(2):
@@ -294,13 +297,14 @@ def cuda_peak(method: Method, inputs: Inputs, point: Point) -> int:
 
 
 def measure_memory(job: Job, tp_group) -> dict[str, int]:
-    """Peak resident bytes beyond the inputs, of the job's one method; of the rank with the most.
+    """Measure the peak resident bytes above the inputs, of the job's single method.
 
-    Writing 5 to clear_refs sets the kernel's peak to what is resident. Before that what was freed
-    is given back to the system, or the method would use it unseen.
+    The result is that of the rank with the most. Writing 5 to clear_refs resets the kernel's peak
+    to the resident bytes. Freed memory is returned to the system first. Otherwise the method could
+    use it without being measured.
     """
     [(form, _)] = job.methods
-    [method] = _wanted(job, form)
+    [method] = _methods(job, form)
     warm_up = replace(job.point, **WARM_UP)
     forward_backward(method, make_inputs(form, warm_up, tp_group), warm_up)
     inputs = make_inputs(form, job.point, tp_group)
@@ -321,8 +325,8 @@ def _peak_resident_bytes() -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def _wanted(job: Job, form: Form) -> list[Method]:
-    methods = methods_of(form, job.point.device)
+def _methods(job: Job, form: Form) -> list[Method]:
+    methods = build_methods(form, job.point.device)
     return [method for method in methods if (form, method.name) in job.methods]
 
 

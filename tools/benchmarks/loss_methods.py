@@ -1,4 +1,4 @@
-"""What `loss.py` compares: the AR-OPD loss by several methods, and what each has to move.
+"""Methods that `loss.py` compares, and the bytes and FLOPs that each one needs.
 
 Shape letters: T tokens, V vocabulary columns of this rank's shard, H hidden.
 """
@@ -24,7 +24,7 @@ from aropd_mcore.numerics.chunks import auto_chunk_tokens
 RESIDUAL_SCALE, RESIDUAL_CLIP, JSD_WEIGHT = 0.8, 5.0, 0.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = 8192
-"""Of a vocabulary chunk, as in the authors' code."""
+"""Columns of a vocabulary chunk, as in the authors' code."""
 
 Form = Literal["hidden", "logits"]
 FORMS: tuple[Form, ...] = ("hidden", "logits")
@@ -32,7 +32,7 @@ FORMS: tuple[Form, ...] = ("hidden", "logits")
 
 @dataclass(frozen=True)
 class Point:
-    """A size, and how it is run."""
+    """Sizes of the inputs, number of ranks, dtype, divergence and device."""
 
     tokens: int
     hidden: int
@@ -45,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class HiddenInputs:
-    """The loss from hidden states; the gradient goes to the student's two tensors."""
+    """Inputs of the loss from hidden states. The student's two tensors get gradients."""
 
     student_hidden_TH: Tensor
     student_weight_VH: Tensor
@@ -56,7 +56,7 @@ class HiddenInputs:
     sampled_ids_T: Tensor
     vocab_size: int
     main_grad_VH: Tensor | None
-    """The caller's buffer for the weight's gradient, on a GPU, as Megatron has one."""
+    """Buffer of the caller for the weight's gradient, as in Megatron; None on a CPU."""
     tp_group: torch.distributed.ProcessGroup | None
 
     @property
@@ -66,7 +66,7 @@ class HiddenInputs:
 
 @dataclass(frozen=True)
 class LogitsInputs:
-    """The loss from logits; the gradient goes to the student's."""
+    """Inputs of the loss from logits. The student's logits get a gradient."""
 
     student_logits_TV: Tensor
     partial_logits_TV: Tensor
@@ -85,8 +85,11 @@ Inputs = HiddenInputs | LogitsInputs
 
 
 def make_inputs(form: Form, point: Point, tp_group=None) -> Inputs:
-    """Logits with a standard deviation of 2.5, a teacher close to the student, and two views of it
-    that differ; the same numbers for every form and every number of ranks."""
+    """Draw inputs, which are the same for every form and number of ranks.
+
+    Logits have a standard deviation of 2.5. The teacher is close to the student, and its two views
+    differ.
+    """
     num_tokens, num_hidden, vocab_size = point.tokens, point.hidden, point.vocab
     device = point.device
     generator = torch.Generator(device).manual_seed(0)
@@ -105,7 +108,7 @@ def make_inputs(form: Form, point: Point, tp_group=None) -> Inputs:
     rank, size = (tp_group.rank(), tp_group.size()) if tp_group is not None else (0, 1)
     dtype = DTYPES[point.dtype]
     student_TH, partial_TH, full_TH = (x.to(dtype) for x in (student_TH, partial_TH, full_TH))
-    # Clones, so that the whole matrices are freed where this rank has a part of them only.
+    # Clones, so that the whole matrices are freed if this rank holds only a part of them.
     student_VH, teacher_VH = (
         x.chunk(size)[rank].to(dtype, copy=True) for x in (student_VH, teacher_VH)
     )
@@ -136,7 +139,7 @@ Losses = Callable[[Tensor, Tensor, Tensor, Divergence], Tensor]
 def dense_losses(
     student_TV: Tensor, partial_TV: Tensor, full_TV: Tensor, divergence: Divergence
 ) -> Tensor:
-    """METHOD section 3 as it stands, in fp32, by autograd: [T]."""
+    """Compute the formula of METHOD section 3 directly, in fp32, by autograd: [T]."""
     log_s = torch.log_softmax(student_TV.float(), -1)
     with torch.no_grad():
         log_p = torch.log_softmax(partial_TV.float(), -1)
@@ -165,12 +168,12 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def vocabulary_chunk_losses(
     student_TV: Tensor, partial_TV: Tensor, full_TV: Tensor, divergence: Divergence
 ) -> Tensor:
-    """In the manner of the authors' code: after the log-sums, two passes over chunks of the
-    vocabulary, the first for the target's log-sum and the second for the divergence.
+    """Compute the loss in the manner of the authors' code.
 
-    Kinder to this method than that code: a chunk is computed again in the backward instead of kept,
-    the chunks' gradients are joined once, the teacher's logits stay on the device, and nothing but
-    the loss is computed.
+    After the log-sums there are two passes over chunks of the vocabulary: the first for the
+    target's log-sum, the second for the divergence. Differences that favor this version: a chunk is
+    recomputed in the backward instead of stored, the chunks' gradients are joined once, the
+    teacher's logits stay on the device, and only the loss is computed.
     """
     views = (x_TV.split(COLUMNS, -1) for x_TV in (student_TV, partial_TV, full_TV))
     students, partials, fulls = views
@@ -225,7 +228,7 @@ def baseline(losses: Losses, inputs: Inputs, divergence: Divergence) -> Tensor:
 
 
 def liger(kernels: Literal["chunked", "Triton"], inputs: Inputs, divergence: Divergence) -> Tensor:
-    """Liger's loss of the student against the full view alone: it knows one teacher."""
+    """Compute Liger's loss of the student against the full view only: it supports one teacher."""
     assert isinstance(inputs, HiddenInputs)
     weight = {"kl_target_student": 0.0, "kl_student_target": 1.0, "jsd": JSD_WEIGHT}[divergence]
     if kernels == "chunked":
@@ -241,7 +244,7 @@ def liger(kernels: Literal["chunked", "Triton"], inputs: Inputs, divergence: Div
         inputs.student_weight_VH,
         inputs.full_hidden_TH,
         inputs.teacher_weight_VH,
-        inputs.sampled_ids_T,  # labels, which say here only that no token is left out
+        inputs.sampled_ids_T,  # labels; here they only mark that no token is left out
     )
 
 
@@ -249,7 +252,7 @@ def liger(kernels: Literal["chunked", "Triton"], inputs: Inputs, divergence: Div
 
 
 def ours(with_metrics: bool, with_topk: bool, inputs: Inputs, divergence: Divergence) -> Tensor:
-    """Either form, by `inputs`; with top-k also with the sampled tokens' log-probs: everything."""
+    """Compute the loss in the form of `inputs`; with_topk adds the sampled tokens' log-probs."""
     settings = {
         "residual_scale": RESIDUAL_SCALE,
         "residual_clip": RESIDUAL_CLIP,
@@ -287,14 +290,14 @@ class Method(NamedTuple):
     loss: Callable[[Inputs, Divergence], Tensor]
     kind: Literal["eager", "compiled", "ours", "one teacher"]
     missing: str = ""
-    """Why it cannot run here."""
+    """Reason why the method cannot run here; empty if it can."""
 
 
 OURS, METRICS, EVERYTHING = "ours", "ours, metrics", "ours, metrics, top-k"
 DENSE = "dense"
 
 
-def methods_of(form: Form, device: str) -> list[Method]:
+def build_methods(form: Form, device: str) -> list[Method]:
     compiled = torch.compile(partial(baseline, dense_losses)) if device == "cuda" else None
     methods = [Method(DENSE, partial(baseline, dense_losses), "eager")]
     if compiled is not None:
@@ -313,18 +316,20 @@ def methods_of(form: Form, device: str) -> list[Method]:
     return methods
 
 
-# --- what has to be moved and computed -----------------------------------------------------------
+# --- bytes and FLOPs -----------------------------------------------------------------------------
 
 
 def matmul_flops(form: Form, method: Method, point: Point) -> int:
-    """Of a rank: 2 T H V / tp a product; logits of three views and two gradients."""
+    """Count a rank's FLOPs: 2 T H V / tp per product, for three views' logits and two gradients."""
     products = {"logits": 0, "hidden": 4 if method.kind == "one teacher" else 5}[form]
     return products * 2 * point.tokens * point.hidden * point.vocab // point.tp
 
 
 def our_traffic(form: Form, method: Method, point: Point) -> int:
-    """Bytes that a rank has to read and write, if nothing as large as a block of logits stays in a
-    cache; README.md says how they are made up."""
+    """Count the bytes that a rank has to read and write, if no block of logits stays in a cache.
+
+    README.md describes the count.
+    """
     logit, columns = DTYPES[point.dtype].itemsize, point.vocab // point.tp
     passes = 10 + 3 * (point.divergence == "jsd") + 2 * (method.name == EVERYTHING)
     if form == "logits":
@@ -336,16 +341,16 @@ def our_traffic(form: Form, method: Method, point: Point) -> int:
 
 
 def our_memory(form: Form, point: Point) -> int:
-    """Bytes beyond the inputs that a rank needs: the gradients, and a chunk's logits."""
+    """Count a rank's bytes beyond the inputs: the gradients, and a chunk's logits."""
     logit, columns = DTYPES[point.dtype].itemsize, point.vocab // point.tp
     if form == "logits":
         return point.tokens * columns * logit
-    of_weight = 0 if point.device == "cuda" else 4 * columns * point.hidden
-    return 3 * chunk_size(point) * columns * logit + of_weight + 4 * point.tokens * point.hidden
+    grad_weight = 0 if point.device == "cuda" else 4 * columns * point.hidden
+    return 3 * chunk_size(point) * columns * logit + grad_weight + 4 * point.tokens * point.hidden
 
 
 def chunk_size(point: Point) -> int:
-    """Of the fused form."""
+    """Return the number of tokens per chunk of the fused form."""
     columns, dtype = point.vocab // point.tp, DTYPES[point.dtype]
     weight_VH = torch.empty(columns, 0, dtype=dtype, device=point.device)
     return min(auto_chunk_tokens(3, weight_VH, point.tokens), point.tokens)

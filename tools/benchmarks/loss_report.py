@@ -10,22 +10,22 @@ from rich.table import Table
 
 TITLES = {"hidden": "from hidden states", "logits": "from logits"}
 WIDTH = 150
-"""Of a table, where the terminal does not know better: a pipe has 80 columns."""
+"""Width of a table if the output is not a terminal. The default of a pipe is 80 columns."""
 
 
 def print_point(result: dict[str, Any]) -> None:
-    """A table a form, and above them what the machine did."""
+    """Print the machine's rates, and one table per form."""
     console = _console()
     sizes = ", ".join(
         f"{name[0].upper()} = {result[name]}" for name in ("tokens", "hidden", "vocab")
     )
     console.print(
         f"\n[bold]{sizes}, {result['dtype']}, {result['divergence']}, tp {result['tp']}[/bold], "
-        f"{result['device']}, {result['threads']} threads a rank"
+        f"{result['device']}, {result['threads']} threads per rank"
     )
     for name, rate in result.get("rates", {}).items():
-        what = name.removesuffix("_per_second").replace("_", " ")
-        console.print(f"machine: {what:22} {rate / 1e9:8.1f} G/s")
+        label = name.removesuffix("_per_second").replace("_", " ")
+        console.print(f"machine: {label:22} {rate / 1e9:8.1f} G/s")
     for form in FORMS:
         rows = [row for row in result["rows"] if row["form"] == form]
         title = TITLES[form]
@@ -71,7 +71,7 @@ def print_bars(bars: Sequence[dict[str, Any]]) -> None:
     if not bars:
         return
     table = Table(title="bars", title_justify="left")
-    for heading in ("what", "found", "bar", ""):
+    for heading in ("quantity", "measured", "bar", ""):
         table.add_column(heading)
     words = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: ""}
     for bar in bars:
@@ -90,7 +90,7 @@ def _console() -> Console:
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG of tp 1: ratios to the dense formula, or over the tokens where there are several."""
+    """Draw a PNG of tp 1: ratios to the dense formula, or curves over several token counts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,35 +100,34 @@ def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(FORMS), figsize=(12, 7), squeeze=False)
     several = len({point["tokens"] for point in alone}) > 1
     for column, form in enumerate(FORMS):
-        for what, axis in zip(("time", "memory"), axes[:, column], strict=True):
-            (_draw_sweep if several else _draw_bars)(axis, alone, form, what)
-            axis.set_title(f"{what}, {TITLES[form]}", fontsize=10)
+        for quantity, axis in zip(("time", "memory"), axes[:, column], strict=True):
+            (_draw_sweep if several else _draw_bars)(axis, alone, form, quantity)
+            axis.set_title(f"{quantity}, {TITLES[form]}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _draw_bars(axis, points: Sequence[dict[str, Any]], form: str, what: str) -> None:
-    """A bar a method, and a group of bars a method where there are several sizes."""
+def _draw_bars(axis, points: Sequence[dict[str, Any]], form: str, quantity: str) -> None:
+    """Draw one bar per method and size."""
+    key = f"{quantity}_to_dense"
     names = [row["method"] for row in points[0]["rows"] if row["form"] == form]
     height = 0.8 / len(points)
     for k, point in enumerate(points):
-        rows = [row for row in point["rows"] if row["form"] == form and f"{what}_to_dense" in row]
+        rows = [row for row in point["rows"] if row["form"] == form and key in row]
         places = [names.index(row["method"]) + k * height for row in rows]
-        bars = axis.barh(
-            places, [row[f"{what}_to_dense"] for row in rows], height, label=_sizes(point)
-        )
+        bars = axis.barh(places, [row[key] for row in rows], height, label=_sizes(point))
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
     axis.set_yticks([k + 0.4 - height / 2 for k in range(len(names))], names, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_xlabel("of the dense formula's", fontsize=8)
+    axis.set_xlabel("ratio to the dense formula", fontsize=8)
     axis.legend(fontsize=7)
 
 
-def _draw_sweep(axis, points: Sequence[dict[str, Any]], form: str, what: str) -> None:
-    """Seconds or GB over the tokens, a line a method and a size of the others."""
-    key, unit, label = {"time": ("median", 1, "s"), "memory": ("peak_bytes", 1e9, "GB")}[what]
+def _draw_sweep(axis, points: Sequence[dict[str, Any]], form: str, quantity: str) -> None:
+    """Draw seconds or GB over the tokens, with one line per method and other sizes."""
+    key, unit, label = {"time": ("median", 1, "s"), "memory": ("peak_bytes", 1e9, "GB")}[quantity]
     lines: dict[str, list[tuple[int, float]]] = {}
     sizes = {_sizes(point, tokens=False) for point in points}
     for point in points:

@@ -1,4 +1,7 @@
-"""What follows from the measurements of `loss.py`: rates, floors, ratios, and the bars."""
+"""Rates, floors, ratios and bars from the measurements of `loss.py`.
+
+A bar is a required value on a CPU, and a goal on a GPU.
+"""
 
 import statistics
 from typing import Any
@@ -17,9 +20,10 @@ def are_bars_for(point: Point) -> bool:
 
 
 def machine_rates(point: Point, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """What the machine did between the methods, and with it the floor of each form.
+    """Compute the machine's rates, and from them the floor of each form.
 
-    Ten passes over [T, V] at the speed of a copy, which reads and writes; the five products.
+    The floor from logits is ten passes over [T, V] at the speed of a copy, which reads and writes.
+    The floor from hidden states is the time of the five products.
     """
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     copied_per_second = 2 * COPY_BYTES[point.device] / medians.pop("copy")
@@ -38,30 +42,30 @@ def machine_rates(point: Point, seconds: dict[str, list[float]]) -> dict[str, An
 
 
 def add_ratios(result: Result, alone: Result) -> None:
-    """To the rows of `result`, beside the dense formula and the floors of `alone`, tp 1."""
+    """Add ratios to the rows of `result`: to the dense formula and the floors of `alone`, tp 1."""
     for row in result["rows"]:
         if row["missing"]:
             continue
         row["median"] = statistics.median(row["seconds"])
-        dense = row_of(alone, row["form"], DENSE)
+        dense = find_row(alone, row["form"], DENSE)
         if not dense["missing"]:
             row["time_to_dense"] = row["median"] / dense["median"]
             row["memory_to_dense"] = row["peak_bytes"] / dense["peak_bytes"]
         row["time_to_floor"] = row["median"] / alone["floors"][row["form"]]
 
 
-def row_of(result: Result, form: str, method: str) -> dict[str, Any]:
+def find_row(result: Result, form: str, method: str) -> dict[str, Any]:
     [row] = [row for row in result["rows"] if (row["form"], row["method"]) == (form, method)]
     return row
 
 
 def verdicts(point: Point, result: Result) -> list[dict[str, Any]]:
-    """The bars of the CPU, or the goals of a GPU."""
+    """Return the bars of the point's device with their verdicts."""
     return _cpu_bars(point, result) if point.device == "cpu" else _cuda_goals(result)
 
 
 def _cpu_bars(point: Point, result: Result) -> list[dict[str, Any]]:
-    fused, logits = (row_of(result, form, OURS) for form in ("hidden", "logits"))
+    fused, logits = (find_row(result, form, OURS) for form in ("hidden", "logits"))
     longer = result["longer"]
     hidden_gradient = 4 * point.hidden
     beyond, beyond_longer = (
@@ -72,7 +76,7 @@ def _cpu_bars(point: Point, result: Result) -> list[dict[str, Any]]:
         _bar("fused: time / dense", fused["time_to_dense"], 0.60),
         _bar("fused: memory / dense", fused["memory_to_dense"], 0.20),
         _bar(
-            f"fused: memory at T = {longer['tokens']} / at {point.tokens}, hidden gradients aside",
+            f"fused: memory at T = {longer['tokens']} / {point.tokens}, without hidden gradients",
             beyond_longer / beyond,
             1.0,
         ),
@@ -84,11 +88,9 @@ def _cpu_bars(point: Point, result: Result) -> list[dict[str, Any]]:
 
 
 def _cuda_goals(result: Result) -> list[dict[str, Any]]:
-    fused, logits = (row_of(result, form, OURS) for form in ("hidden", "logits"))
+    fused, logits = (find_row(result, form, OURS) for form in ("hidden", "logits"))
     bars = [
-        _bar(
-            "logits: share of the copy's bandwidth", 1 / logits["time_to_floor"], 0.75, least=True
-        ),
+        _bar("logits: share of a copy's bandwidth", 1 / logits["time_to_floor"], 0.75, least=True),
         _bar("fused: time / five products", fused["time_to_floor"], 1.25),
         _bar("fused: peak extra GB", fused["peak_bytes"] / 1e9, 2.5),
         _bar("fused: metrics (no top-k) / none, time", _metrics_ratio(result, "hidden"), 1.10),
@@ -96,23 +98,23 @@ def _cuda_goals(result: Result) -> list[dict[str, Any]]:
     ]
     one_teacher = [row for row in result["rows"] if row["kind"] == "one teacher"]
     ligers = [row for row in one_teacher if not row["missing"]]
-    for what, key in (("time", "median"), ("memory", "peak_bytes")):
+    for quantity, key in (("time", "median"), ("memory", "peak_bytes")):
         best = min((row[key] for row in ligers), default=None)
         whole = None if best is None else fused[key] / best
-        a_stream = None if best is None else fused[key] / 2 / best
-        bars.append(_bar(f"fused: {what} / Liger's, a teacher stream", a_stream, 1.0))
-        bars.append(_bar(f"fused: {what} / Liger's, whole", whole, None))
+        per_stream = None if best is None else fused[key] / 2 / best
+        bars.append(_bar(f"fused: {quantity} per teacher stream / Liger's", per_stream, 1.0))
+        bars.append(_bar(f"fused: {quantity} / Liger's", whole, None))
     return bars
 
 
 def _metrics_ratio(result: Result, form: str) -> float:
-    return row_of(result, form, METRICS)["median"] / row_of(result, form, OURS)["median"]
+    return find_row(result, form, METRICS)["median"] / find_row(result, form, OURS)["median"]
 
 
 def _bar(
     name: str, value: float | None, limit: float | None, *, least: bool = False
 ) -> dict[str, Any]:
-    """`passed` is None where there is no limit, or nothing to compare with."""
+    """Return a bar; `passed` is None without a limit or a value."""
     passed = None
     if value is not None and limit is not None:
         passed = value >= limit if least else value <= limit

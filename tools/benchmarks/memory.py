@@ -1,12 +1,12 @@
-"""Peak memory of real training steps, beside what `aropd plan` says of them.
+"""Compare the peak memory of real training steps with the estimates of `aropd plan`.
 
     python tools/benchmarks/memory.py [--layout NAME ...] [--phases] [--json FILE]
 
-Each layout is a job of its own, with a random model and responses of full length; a rank's baseline
-is what it had after its imports and a tiny run. On CPU ranks, over gloo, its peak is the kernel's
-figure (VmHWM) over whole steps, the model's construction not counted. Where there are GPUs it is
-what torch has allocated, without the plan's fixed overhead (CUDA's context, NCCL), and without the
-plan's checkpoint phase, since nothing is saved; the model is larger, in bf16.
+Each layout is a separate job, with a random model and responses of full length. A rank's baseline
+is its memory after its imports and a tiny run. On CPU ranks, over gloo, its peak is the kernel's
+figure (VmHWM) over whole steps, without the construction of the model. On GPUs it is torch's
+allocated memory, for a larger model in bf16. The plan's fixed overhead (CUDA context, NCCL) and its
+checkpoint phase are then left out.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_runs import DENSE, WARM_UP, build_run, on_ranks, peaks_of_a_step
+from random_runs import DENSE, WARM_UP, build_run, measure_step_peaks, on_ranks
 
 from aropd_mcore.config import Config
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.memory import Memory, stage_memory
-from aropd_mcore.plan.setup import setup_of
+from aropd_mcore.plan.setup import build_setup
 
 ON_GPU = torch.cuda.is_available()
 if ON_GPU:  # Qwen2.5-1.5B's shape
@@ -49,7 +49,7 @@ MOE: dict[str, Any] = DENSE | {
 
 @dataclass(frozen=True)
 class Layout:
-    """A job to measure: its ranks, and what it changes in `CONFIG`."""
+    """A job to measure: its number of ranks, and its changes to `CONFIG`."""
 
     ranks: int
     overrides: dict[str, dict[str, Any]]
@@ -99,10 +99,12 @@ if ON_GPU:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Peak memory beside the plan's.")
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--phases", action="store_true", help="each phase as well as the peak")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser = argparse.ArgumentParser(description="Compare measured and planned peak memory.")
+    parser.add_argument(
+        "--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="(default: all)"
+    )
+    parser.add_argument("--phases", action="store_true", help="report each phase, too")
+    parser.add_argument("--json", type=Path, help="file for the figures (default: none)")
     args = parser.parse_args(argv)
     print(f"{'layout':28}{'stage':>6}{'phase':>10}{'measured':>11}{'planned':>10}{'ratio':>8}")
     rows = []
@@ -120,23 +122,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict[str, Any]]:
-    """Measured and planned bytes of a layout, a row a pipeline stage: the rank with the most.
+    """Measure and plan the bytes of a layout.
 
     Args:
-        phases: a row a phase as well.
-        responses: of a step; fewer take less time.
+        phases: whether to return each phase, too.
+        responses: number of responses per step; fewer take less time.
+    Returns:
+        One row per pipeline stage, of the rank with the most memory.
     """
     layout = LAYOUTS[name]
     config = _config(layout, responses)
     device = "gpu" if ON_GPU else "cpu"
-    setup = setup_of(config, layout.ranks, device=device, architecture=_architecture(layout.model))
+    setup = build_setup(
+        config, layout.ranks, device=device, architecture=_architecture(layout.model)
+    )
     with tempfile.TemporaryDirectory() as folder:
         on_ranks(_rank, layout.ranks, folder, name, responses, exact_memory=True)
-        found = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank*.json"))]
+        results = [json.loads(p.read_text()) for p in sorted(Path(folder).glob("rank*.json"))]
     rows = []
     for stage in range(setup.pipeline):
         planned = stage_memory(setup, stage)
-        ranks = [rank for rank in found if rank["stage"] == stage]
+        ranks = [rank for rank in results if rank["stage"] == stage]
         measured = {
             phase: max(rank["bytes"][phase] for rank in ranks) for phase in ranks[0]["bytes"]
         }
@@ -155,7 +161,7 @@ def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict
 
 
 def _planned(memory: Memory, phase: str, phases: Iterable[str]) -> float:
-    """Of `state`, one of the phases, or the peak of them."""
+    """Return the planned bytes of `state`, of one phase, or of the peak over `phases`."""
     if phase == "peak":
         return max(_planned(memory, each, ()) for each in phases if each != "peak")
     whole = sum(memory.state.values()) if phase == "state" else memory.at(phase)
@@ -187,10 +193,10 @@ def _rank(folder: str, name: str, responses: int) -> None:
     layout = LAYOUTS[name]
     config = _config(layout, responses)
     runtime = start_runtime(config)
-    # What the first step of a process leaves behind is not the run's.
+    # A first step, since its leftovers in the process do not belong to the run.
     train_step(build_run(config, runtime, _hf(layout.model) | WARM_UP), 0)
-    found = peaks_of_a_step(config, runtime, _hf(layout.model))
-    result = {"stage": runtime.pp_rank, "bytes": found}
+    peaks = measure_step_peaks(config, runtime, _hf(layout.model))
+    result = {"stage": runtime.pp_rank, "bytes": peaks}
     Path(folder, f"rank{runtime.rank}.json").write_text(json.dumps(result))
 
 

@@ -1,6 +1,6 @@
-"""Runs without files, for benchmarks: a random model, prompts and responses of full length.
+"""Runs without files, for benchmarks: a random model, with prompts and responses of full length.
 
-Imports torch and the configuration alone; what needs Megatron is imported on the ranks.
+This module imports only torch and the configuration. Megatron is imported on the ranks.
 """
 
 import ctypes
@@ -35,20 +35,22 @@ DENSE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
 }
 WARM_UP = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 512}
-"""What makes a config.json one of a tiny model."""
+"""Settings that turn a config.json into that of a tiny model."""
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Environment in which the C library gives freed blocks back to the system at once; it reads it
-when a process starts."""
+"""Environment in which the C library returns freed blocks to the system at once. The library reads
+these variables when a process starts."""
+_NUM_STEPS = 1000
+"""Length of the learning-rate schedule; more than a benchmark takes."""
 
 
 def on_ranks(
     function: Callable[..., None], num_ranks: int, folder: str, *args: Any, exact_memory: bool
 ) -> None:
-    """`function(folder, *args)` on every rank of a job of its own; what it finds it leaves there.
+    """Run `function(folder, *args)` on every rank of a new job. It writes its results to `folder`.
 
     Args:
-        folder: empty.
-        exact_memory: with GIVE_BACK, which makes a step slower.
+        folder: an empty folder.
+        exact_memory: whether to set GIVE_BACK, which makes a step slower.
     """
     added = GIVE_BACK if exact_memory else {}
     before = {name: os.environ.get(name) for name in added}
@@ -79,9 +81,9 @@ def _rank(
     )
     function(folder, *args)
     dist.barrier()
-    for child in multiprocessing.active_children():  # Megatron's checkpointing leaves one behind
+    for child in multiprocessing.active_children():  # Megatron's checkpointing leaves a process
         child.kill()
-    os._exit(0)  # megatron's groups end with the process
+    os._exit(0)  # Megatron's process groups end with the process
 
 
 def build_run(
@@ -90,11 +92,13 @@ def build_run(
     hf: Mapping[str, Any],
     prompt_tokens: Mapping[str, int] | None = None,
 ) -> Any:
-    """As trainer.build.build_run, without files. Responses never end before their limit.
+    """Build a run as trainer.build.build_run does, but without files.
+
+    Responses never end before their limit.
 
     Args:
         hf: contents of a config.json.
-        prompt_tokens: of each view (student, partial, full); those left out have
+        prompt_tokens: prompt length by view (student, partial, full). The default is
             views.max_prompt_tokens.
     """
     from aropd_mcore.mcore.model import build_model
@@ -102,6 +106,7 @@ def build_run(
     from aropd_mcore.mcore.student import Student
     from aropd_mcore.mcore.teacher import Teacher
     from aropd_mcore.rollout.native import NativeEngine
+    from aropd_mcore.rollout.sources import StepPrompts, build_source
     from aropd_mcore.trainer.guards import Guards
     from aropd_mcore.trainer.step import Run
 
@@ -124,15 +129,27 @@ def build_run(
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
     overlap = config.parallel.overlap_grad_reduce
-    optimizer = Optimizer(model, config.optimizer, num_steps=1000, overlap_grad_reduce=overlap)
+    optimizer = Optimizer(
+        model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap
+    )
+    dataset: Any = SimpleNamespace(row_at=lambda *_, **__: Row("", "", ""))
+    view_builder: Any = _Views(config, hf["vocab_size"], prompt_tokens or {})
     return Run(
         config=config,
         runtime=runtime,
-        num_steps=1000,
-        dataset=SimpleNamespace(row_at=lambda *_, **__: Row("", "", "")),  # type: ignore[arg-type]
-        view_builder=_Views(config, hf["vocab_size"], prompt_tokens or {}),  # type: ignore[arg-type]
-        student=Student(model, optimizer, config.objective, config.rollout, runtime),
+        num_steps=_NUM_STEPS,
+        dataset=dataset,
+        view_builder=view_builder,
+        student=Student.from_config(config, model, optimizer, teacher, runtime),
         teacher=teacher,
+        source=build_source(
+            config,
+            runtime,
+            StepPrompts(config, runtime, dataset, view_builder),
+            engine,
+            num_steps=_NUM_STEPS,
+            check_stop=lambda: None,
+        ),
         engine=engine,
         pad_token_id=0,
         guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
@@ -160,9 +177,9 @@ class _Views:
 
 
 class Phases:
-    """The largest memory of each phase of a step, by the calls that begin them.
+    """Peak memory of each phase of a step. Calls of the run mark where a phase begins.
 
-    On a GPU what torch has allocated; on a CPU what is resident, by the kernel's VmHWM.
+    On a GPU it is torch's allocated memory, on a CPU the resident memory by the kernel's VmHWM.
     """
 
     def __init__(self, run: Any):
@@ -173,7 +190,7 @@ class Phases:
         student.forward_backward = self._begins("student", student.forward_backward)
         if run.teacher:
             run.teacher.score = self._begins("teacher", run.teacher.score)
-            run.engine.generate = self._begins("rollout", run.engine.generate)
+            run.source.take = self._begins("rollout", run.source.take)
 
     def _begins(self, phase: str, call: Any) -> Any:
         def measured(*args: Any, **kwargs: Any) -> Any:
@@ -190,22 +207,22 @@ class Phases:
         return self.peaks
 
 
-def peaks_of_a_step(config: Config, runtime: Any, hf: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of a run on this rank: its `state`, each phase of a step with it, and the `peak`."""
+def measure_step_peaks(config: Config, runtime: Any, hf: Mapping[str, Any]) -> dict[str, int]:
+    """Measure a run's bytes on this rank: `state`, each phase including the state, and `peak`."""
     from aropd_mcore.trainer.step import train_step
 
     baseline = settle()
     run = build_run(config, runtime, hf)
-    train_step(run, 0)  # buffers that stay are there from now on
-    found = {"state": settle() - baseline}
+    train_step(run, 0)  # allocates the permanent buffers
+    sizes = {"state": settle() - baseline}
     phases = Phases(run)
     train_step(run, 1)
-    found |= {name: peak - baseline for name, peak in phases.finish().items()}
-    return found | {"peak": max(found.values())}
+    sizes |= {name: peak - baseline for name, peak in phases.finish().items()}
+    return sizes | {"peak": max(sizes.values())}
 
 
 def settle() -> int:
-    """Bytes that are held with nothing freed kept back; the peak starts from there."""
+    """Return all freed memory to the system, reset the peak, and return the bytes still held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,10 +1,11 @@
-"""Speed of the native engine: beside the loop that reads the prefix again for every token, by the
-number of tokens made, and with rows that leave and enter beside batch after batch.
+"""Measure the speed of the native engine.
 
     python tools/benchmarks/rollout.py [--tensor N --pipeline N] [--model HF_CONFIG] [--repeats 5]
 
-One process (or torchrun's, for N ranks), a random model, greedy tokens; on a GPU in bf16. Methods
-take turns, repetition by repetition; times are medians, and compared within the run.
+It is compared with a loop that reads the whole prefix for every token, between numbers of new
+tokens, and with finished rows replaced against separate batches. A random model decodes greedily,
+on a GPU in bf16. Start one process, or several ranks with torchrun. Methods take turns within each
+repetition, and times are medians.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore import runtime as mcore_runtime
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.engine import PromptBatch
 from aropd_mcore.rollout.native import NativeEngine
 
 MODEL: dict[str, Any] = {
@@ -43,15 +45,21 @@ MODEL: dict[str, Any] = {
 }
 ROWS, PROMPT, NEW = 16, 64, 128
 MEAN_RESPONSE = 32
-"""Of the responses that end by themselves."""
+"""Mean length of responses that end with EOS."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Speed of the native rollout engine.")
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--pipeline", type=int, default=1)
-    parser.add_argument("--model", type=Path, help="an HF config.json (default: a small one)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(description="Measure the speed of the native rollout engine.")
+    parser.add_argument(
+        "--tensor", type=int, default=1, help="tensor-parallel size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pipeline", type=int, default=1, help="pipeline-parallel size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="HF config.json of the model (default: a small model)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     hf = json.loads(args.model.read_text()) if args.model else MODEL
     runtime = mcore_runtime.start(tensor=args.tensor, pipeline=args.pipeline)
@@ -73,27 +81,27 @@ def random_model(hf: dict[str, Any], runtime: Runtime) -> StageModel:
 
 
 def measure(model: StageModel, runtime: Runtime, *, repeats: int, scale: int = 1) -> dict[str, Any]:
-    """Median seconds of each method.
+    """Measure the median seconds of each method.
 
     Args:
-        scale: divides the numbers of tokens, for a quick look.
+        scale: divisor of the numbers of tokens, for a quick run.
     """
     prompts = random_prompts(ROWS, PROMPT // scale, model.vocab_size)
     new = NEW // scale
     methods: dict[str, Callable[[], Any]] = {
-        f"made {n}": partial(generate, model, runtime, prompts, n) for n in (new, 2 * new, 4 * new)
+        f"new {n}": partial(generate, model, runtime, prompts, n) for n in (new, 2 * new, 4 * new)
     }
     if runtime.world_size == 1:
-        methods["prefix again"] = partial(read_prefix_again, model, prompts, new)
-        expected = read_prefix_again(model, prompts, new)
-        assert generate(model, runtime, prompts, new) == expected, "the two must do the same"
-    # One token in MEAN_RESPONSE ends a response, and sampling draws nearly evenly.
+        methods["prefix reread"] = partial(reread_prefix, model, prompts, new)
+        expected = reread_prefix(model, prompts, new)
+        assert generate(model, runtime, prompts, new) == expected, "expected the same tokens"
+    # One in MEAN_RESPONSE tokens ends a response, and sampling is nearly uniform.
     eos = range(0, model.vocab_size, MEAN_RESPONSE)
     many = random_prompts(4 * ROWS, PROMPT // scale, model.vocab_size)
     engine = NativeEngine(model, runtime, eos_token_ids=eos, batch_size=ROWS)
     sampling = SamplingConfig(max_response_tokens=4 * new)
-    methods["rows leave and enter"] = partial(sample, engine, many, sampling)
-    methods["batch after batch"] = partial(batch_after_batch, engine, many, sampling)
+    methods["rows replaced"] = partial(sample, engine, many, sampling)
+    methods["separate batches"] = partial(sample_batches, engine, many, sampling)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     num_tokens = sum(map(len, sample(engine, many, sampling)))
     for _ in range(repeats):
@@ -123,10 +131,11 @@ def sample(
     engine: NativeEngine, prompts: list[list[int]], sampling: SamplingConfig, first: int = 0
 ) -> list[list[int]]:
     seeds = range(first, first + len(prompts))
-    return [list(r.response_ids) for r in engine.generate(prompts, list(seeds), sampling)]
+    pending = engine.submit(PromptBatch(prompts, seeds, sampling))
+    return [list(rollout.response_ids) for rollout in pending.result()]
 
 
-def batch_after_batch(
+def sample_batches(
     engine: NativeEngine, prompts: list[list[int]], sampling: SamplingConfig
 ) -> None:
     for start in range(0, len(prompts), ROWS):
@@ -134,8 +143,8 @@ def batch_after_batch(
 
 
 @torch.no_grad()
-def read_prefix_again(model: StageModel, prompts: list[list[int]], new: int) -> list[list[int]]:
-    """Greedy tokens by a forward over everything so far for each of them."""
+def reread_prefix(model: StageModel, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Decode greedily, with a forward over the whole sequence for each token."""
     model.eval()
     weight: Tensor = model.head_weight()
     tokens_BS = torch.tensor(prompts, device=weight.device)
@@ -149,20 +158,21 @@ def read_prefix_again(model: StageModel, prompts: list[list[int]], new: int) -> 
 
 def report(figures: dict[str, Any]) -> str:
     seconds, new = figures["seconds"], figures["new"]
-    base = seconds[f"made {new}"]
+    base = seconds[f"new {new}"]
     lines = [f"{'':24}{'seconds':>9}{'tokens/s':>10}"]
     for name, median in seconds.items():
-        made = figures["num_sampled"]
-        if name.startswith(("made", "prefix")):
-            made = ROWS * (int(name.removeprefix("made ")) if name.startswith("made") else new)
-        lines.append(f"{name:24}{median:9.2f}{made / median:10.0f}")
-    if "prefix again" in seconds:
-        lines.append(f"the engine / the prefix again:    {seconds['prefix again'] / base:.1f} x")
+        num_tokens = figures["num_sampled"]
+        if name.startswith(("new", "prefix")):
+            num_tokens = ROWS * (int(name.removeprefix("new ")) if name.startswith("new") else new)
+        lines.append(f"{name:24}{median:9.2f}{num_tokens / median:10.0f}")
+    if "prefix reread" in seconds:
+        speedup = seconds["prefix reread"] / base
+        lines.append(f"engine / prefix reread:            {speedup:.1f} x the speed")
     for factor in (2, 4):
-        a_token = seconds[f"made {factor * new}"] / base / factor
-        lines.append(f"a token of {factor * new} / of {new}: {a_token:.2f} x the time")
-    leaving = seconds["batch after batch"] / seconds["rows leave and enter"]
-    lines.append(f"rows leave and enter / batches:   {leaving:.2f} x")
+        per_token = seconds[f"new {factor * new}"] / base / factor
+        lines.append(f"per token, {factor * new} / {new} new tokens: {per_token:.2f} x the time")
+    speedup = seconds["separate batches"] / seconds["rows replaced"]
+    lines.append(f"rows replaced / separate batches:  {speedup:.2f} x the speed")
     return "\n".join(lines)
 
 

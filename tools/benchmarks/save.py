@@ -1,8 +1,8 @@
-"""What saving adds to training steps: in the background, and with training waiting for the disk.
+"""Measure the cost of saving during training, in the background and with training waiting.
 
     python tools/benchmarks/save.py [--repeats N] [--steps N] [--layers N] [--folder FOLDER]
 
-README.md says what is measured and how.
+README.md describes the measurement.
 """
 
 import argparse
@@ -37,31 +37,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=8, help="from one save to the next (default: %(default)s)"
+        "--steps", type=int, default=8, help="steps from save to save (default: %(default)s)"
     )
     parser.add_argument("--ranks", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
-    parser.add_argument("--layers", type=int, default=4, help="of the model (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument(
+        "--folder", type=Path, help="folder to write to (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=4, help="layers of the model (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the figures (default: none)")
     args = parser.parse_args(argv)
     hf = DENSE | {"num_hidden_layers": args.layers}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         (Path(folder) / "run.yaml").write_text(yaml.safe_dump(CONFIG))
         sizes = args.repeats, args.steps
         on_ranks(measure, args.ranks, folder, hf, *sizes, exact_memory=False)
-        found = json.loads((Path(folder) / "found.json").read_text())
-    print_table(found)
+        figures = json.loads((Path(folder) / "figures.json").read_text())
+    print_table(figures)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 
 def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> None:
-    """On a rank: every method in turn, as many times; the first rank writes what it took."""
+    """Run every method in turn, `repeats` times, on a rank. The first rank writes the figures."""
     from random_runs import build_run
 
     from aropd_mcore.convert.manifest import iterations
-    from aropd_mcore.mcore import checkpoint, checkpoint_folder
+    from aropd_mcore.mcore.checkpoint import directory, state
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.step import train_step
 
@@ -69,10 +73,10 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
     runtime = start_runtime(config)
     run = build_run(config, runtime, hf)
     saves = Path(folder) / "checkpoints"
-    checkpoint_folder.prepare(saves)
+    directory.prepare(saves)
     parts = run.student, run.teacher, {}, runtime
     train_step(run, 0)
-    checkpoint.save(saves, 0, *parts)  # what Megatron starts for the first one stays
+    state.save(saves, 0, *parts)  # the first save starts processes of Megatron that remain
     blocked: dict[str, list[float]] = {method: [] for method in METHODS}
     total: dict[str, list[float]] = {method: [] for method in METHODS}
     for repeat in range(1, repeats + 1):
@@ -81,10 +85,10 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
             saving = None
             for step in range(num_steps):
                 train_step(run, step)
-                asked = time.perf_counter()
+                save_started = time.perf_counter()
                 if step == 0 and method != METHODS[0]:
                     background = method == METHODS[2]
-                    saving = checkpoint.Saving(saves, repeat, *parts)
+                    saving = state.Saving(saves, repeat, *parts)
                     if not background:
                         saving.commit()
                         saving = None
@@ -92,38 +96,39 @@ def measure(folder: str, hf: dict[str, Any], repeats: int, num_steps: int) -> No
                 if saving is not None and (saving.is_written() or is_last):
                     saving.commit()
                     saving = None
-                waited += time.perf_counter() - asked
+                waited += time.perf_counter() - save_started
             blocked[method].append(waited)
             total[method].append(time.perf_counter() - started)
             if runtime.rank == 0:
-                checkpoint_folder.prune(saves, keep_last=1)
+                directory.prune(saves, keep_last=1)
             dist.barrier()
     if runtime.rank == 0:
         (last,) = iterations(saves)
         size = sum(file.stat().st_size for file in last.iterdir())
-        found = {"bytes": size, "steps": num_steps, "blocked": blocked, "total": total}
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        figures = {"bytes": size, "steps": num_steps, "blocked": blocked, "total": total}
+        (Path(folder) / "figures.json").write_text(json.dumps(figures))
 
 
-def print_table(found: dict[str, Any]) -> None:
-    steps, total, blocked = found["steps"], found["total"], found["blocked"]
+def print_table(figures: dict[str, Any]) -> None:
+    steps, total, blocked = figures["steps"], figures["total"], figures["blocked"]
     base = statistics.median(total[METHODS[0]])
-    print(f"a checkpoint of {found['bytes'] / 1e6:.0f} MB in {steps} steps of {base / steps:.3f} s")
+    size = figures["bytes"] / 1e6
+    print(f"one checkpoint of {size:.0f} MB per {steps} steps of {base / steps:.3f} s")
     rows = {}
     for method in METHODS[1:]:
-        # Against the steps without a save right before: what else the machine does, both saw.
+        # Differences to the block without a save right before, under the same load of the machine.
         added = [a - b for a, b in zip(total[method], total[METHODS[0]], strict=True)]
         rows[method] = statistics.median(blocked[method]), statistics.median(added)
         waits, adds = blocked[method], added
         print(
-            f"{method:>22}: training waits {rows[method][0]:.3f} s a save "
-            f"({min(waits):.3f} to {max(waits):.3f}), which takes {rows[method][1]:.3f} s "
-            f"({min(adds):.3f} to {max(adds):.3f}) more than none"
+            f"{method:>22}: training waits {rows[method][0]:.3f} s per save "
+            f"({min(waits):.3f} to {max(waits):.3f}), and the steps take {rows[method][1]:.3f} s "
+            f"({min(adds):.3f} to {max(adds):.3f}) longer"
         )
     (sync, sync_added), (background, background_added) = rows.values()
     print(
-        f"in the background / waiting: {background / sync:.2f} of the waiting, "
-        f"{background_added / sync_added:.2f} of the time"
+        f"in the background / waiting: {background / sync:.2f} of the wait, "
+        f"{background_added / sync_added:.2f} of the additional time"
     )
 
 

@@ -1,15 +1,15 @@
-"""Where the time and the memory of training steps go, and how they grow; what two views cost.
+"""Measure time and memory of training steps by phase, and the cost of two views.
 
     python tools/benchmarks/step.py [RUN.yaml] [SECTION.KEY=VALUE ...] [--parts PART ...] [--json F]
 
-A run's YAML gives the sizes: its layout, its batch and its model's config.json, with random
-weights, prompts of views.max_prompt_tokens and responses of rollout.max_response_tokens. Without
-one a small model runs that two CPU cores are enough for. README.md says what is measured and how.
+A run's YAML gives the sizes: layout, batch, the model's config.json, prompts of
+views.max_prompt_tokens and responses of rollout.max_response_tokens. Weights are random. Without a
+YAML, a small model runs that fits two CPU cores. README.md describes the measurements.
 
-    steps    AR-OPD, Full OPD of one view and SFT, step by step in turn: seconds and peaks by phase;
-             and AR-OPD with 2 and 4 times the response tokens, and the microbatches
-    forward  FLOPs that both views' forward and the student's execute, beside the plan's
-    bubble   a pipeline's idle share while the teacher scores, beside (pp - 1) / (2 M + pp - 1)
+    steps    seconds and peak memory by phase: AR-OPD, Full OPD of one view and SFT; and AR-OPD with
+             2 and 4 times the response tokens or the microbatches
+    forward  executed FLOPs of both views' forward and of the student's, against the plan's
+    bubble   idle share of a pipeline while the teacher scores, against (pp - 1) / (2 M + pp - 1)
 """
 
 import argparse
@@ -38,7 +38,7 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_flops
-from aropd_mcore.plan.setup import Setup, setup_of
+from aropd_mcore.plan.setup import Setup, build_setup
 
 SMALL: dict[str, Any] = DENSE | {
     "hidden_size": 256,
@@ -48,7 +48,7 @@ SMALL: dict[str, Any] = DENSE | {
     "vocab_size": 4096,
 }
 SMALL_STAGES = SMALL | WARM_UP
-"""Whose forward takes a fraction of STAGE_SECONDS."""
+"""Model whose forward takes a fraction of STAGE_SECONDS."""
 CONFIG: dict[str, Any] = {
     "output_dir": "unused",
     "model": {"path": "unused"},
@@ -68,28 +68,28 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "SFT": {"name": "sft"},
 }
-PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
+PHASES = ("rollout", "batch", "teacher", "student", "optimizer", "sync")
 PARTS = ("steps", "forward", "bubble")
 FACTORS = (1, 2, 4)
 MICROBATCHES = (2, 8)
 STAGE_SECONDS = 0.1
-"""The bubble is measured with these numbers, and with forwards of a stage that take so long."""
+"""Seconds to which a stage's forward is extended for the bubble."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if "steps" in args.parts:
-        found["steps"] = measure_steps(args)
-        print_steps(args.config, found["steps"])
+        figures["steps"] = measure_steps(args)
+        print_steps(args.config, figures["steps"])
     if "forward" in args.parts:
-        found["forward"] = measure_forward(args.config, args.hf)
-        print_forward(found["forward"])
+        figures["forward"] = measure_forward(args.config, args.hf)
+        print_forward(figures["forward"])
     if "bubble" in args.parts:
-        found["bubble"] = list(measure_bubbles(args))
-        print_bubble(found["bubble"])
+        figures["bubble"] = list(measure_bubbles(args))
+        print_bubble(figures["bubble"])
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 
@@ -97,30 +97,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="*", help="a run's YAML, and overrides as of aropd train")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("run", nargs="*", help="YAML of a run, and overrides as in aropd train")
     parser.add_argument(
-        "--nproc-per-node", type=int, help="ranks of `steps` (default: one a GPU; without GPUs 2)"
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        help="number of ranks of `steps` (default: one per GPU; 2 without GPUs)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="number of measured steps (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the figures (default: none)")
     args = parser.parse_args(argv)
     paths = [text for text in args.run if "=" not in text]
     if len(paths) > 1:
-        parser.error(f"expected one YAML, found {' '.join(paths)}")
+        parser.error(f"found {' '.join(paths)}: expected one YAML file")
     overrides = [text for text in args.run if "=" in text]
     args.ranks = args.nproc_per_node or torch.cuda.device_count() or 2
     try:
-        args.config, args.hf = _run_of(paths, overrides)
-        for config in rows_of(args.config).values():
-            setup_of(config, args.ranks, architecture=read_architecture(args.hf))
+        args.config, args.hf = _load_run(paths, overrides)
+        for config in build_rows(args.config).values():
+            build_setup(config, args.ranks, architecture=read_architecture(args.hf))
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def _run_of(paths: list[str], overrides: list[str]) -> tuple[Config, dict[str, Any]]:
-    """The configuration and its model's config.json."""
+def _load_run(paths: list[str], overrides: list[str]) -> tuple[Config, dict[str, Any]]:
+    """Load the configuration and its model's config.json."""
     if paths:
         config = load_config(Path(paths[0]), overrides)
         return config, json.loads((config.model.path / "config.json").read_text())
@@ -131,7 +137,7 @@ def _run_of(paths: list[str], overrides: list[str]) -> tuple[Config, dict[str, A
 
 
 def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """With other values in sections of it."""
+    """Return the configuration with other values in some sections."""
     updated = {
         name: getattr(config, name).model_copy(update=values) for name, values in sections.items()
     }
@@ -141,8 +147,8 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 # --- steps ---------------------------------------------------------------------------------------
 
 
-def rows_of(config: Config) -> dict[str, Config]:
-    """Every run that is measured, by name; the first is what the others are compared with."""
+def build_rows(config: Config) -> dict[str, Config]:
+    """Return all measured runs by name. The others are compared with the first."""
     rows = {name: changed(config, objective=of) for name, of in METHODS.items()}
     base = next(iter(rows.values()))
     for factor in FACTORS[1:]:
@@ -159,12 +165,12 @@ TABLES = {
     "microbatches": ["AR-OPD", *(f"{factor} x microbatches" for factor in FACTORS[1:])],
     "views 2, 1 and 0, no metrics": ["AR-OPD, no metrics", "Full OPD, one view", "SFT"],
 }
-"""Rows of each table; ratios are to its first row."""
+"""Rows of each table, with ratios to its first row."""
 
 
 def measure_steps(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Name of a row -> seconds and bytes by phase, of the rank that has the most."""
-    rows, ranks = rows_of(args.config), args.ranks
+    """Measure seconds and bytes by row and phase, of the rank with the largest value."""
+    rows, ranks = build_rows(args.config), args.ranks
     seconds = _job(measure_seconds, ranks, rows, args.hf, args.repeats)
     num_bytes = _job(measure_bytes, ranks, rows, args.hf, exact_memory=True)
     return {
@@ -177,34 +183,34 @@ def _largest(ranks: list[dict[str, dict[str, float]]], name: str) -> dict[str, f
     return {key: max(rank[name][key] for rank in ranks) for key in ranks[0][name]}
 
 
-def print_steps(config: Config, found: dict[str, dict[str, dict[str, float]]]) -> None:
+def print_steps(config: Config, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     print(
         f"{config.training.global_batch_size} responses of {config.rollout.max_response_tokens} "
         f"tokens, prompts of {config.views.max_prompt_tokens}"
     )
     for title, names in TABLES.items():
-        print(f"\n{title}: seconds, and / the first row's")
+        print(f"\n{title}: seconds, and ratio to the first row")
         print(" " * 22 + "".join(f"{phase:>15}" for phase in (*PHASES, "step")))
         for name in names:
-            _print_row(name, found, names[0], "seconds", (*PHASES, "step"), 1.0, ".3f")
-        print(f"{title}: peak MB of a rank, and / the first row's")
-        columns = ("state", *PHASES[:-1], "peak")
+            _print_row(name, figures, names[0], "seconds", (*PHASES, "step"), 1.0, ".3f")
+        print(f"{title}: peak MB per rank, and ratio to the first row")
+        columns = ("state", *(p for p in PHASES if p not in ("batch", "sync")), "peak")
         print(" " * 22 + "".join(f"{phase:>15}" for phase in columns))
         for name in names:
-            _print_row(name, found, names[0], "bytes", columns, 1e6, ".0f")
+            _print_row(name, figures, names[0], "bytes", columns, 1e6, ".0f")
     print(flush=True)
 
 
 def _print_row(
     name: str,
-    found: dict[str, dict[str, dict[str, float]]],
+    figures: dict[str, dict[str, dict[str, float]]],
     first: str,
-    what: str,
+    quantity: str,
     columns: Sequence[str],
     unit: float,
     spec: str,
 ) -> None:
-    cells, own, other = [], found[name][what], found[first][what]
+    cells, own, other = [], figures[name][quantity], figures[first][quantity]
     for column in columns:
         if column not in own:
             cells.append("")
@@ -214,11 +220,11 @@ def _print_row(
     print(f"{name:22}" + "".join(f"{cell:>15}" for cell in cells))
 
 
-# --- what two views cost -------------------------------------------------------------------------
+# --- cost of two views ---------------------------------------------------------------------------
 
 
 def measure_forward(config: Config, hf: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """FLOPs of one sample on one rank, executed and planned, by part and kind."""
+    """Count FLOPs of one sample on one rank, executed and planned, by part and kind."""
     objective = {"name": "aropd", "skip_response_tokens": 0}
     one_sample = {"global_batch_size": 1, "micro_batch_size": 1, "recompute": "none"}
     alone = changed(
@@ -245,29 +251,29 @@ def measure_forward(config: Config, hf: Mapping[str, Any]) -> dict[str, dict[str
         "student forward, executed": executed["student forward"],
         "student forward, planned": student,
         "student, executed": executed["student"],
-        # A backward is two forwards; and the loss has products alone.
+        # A backward is two forwards. The loss consists of matrix products only.
         "student, planned": {kind: 3 * student[kind] for kind in student}
         | {"products": 3 * student["products"] + loss},
     }
 
 
-def print_forward(found: dict[str, dict[str, int]]) -> None:
+def print_forward(figures: dict[str, dict[str, int]]) -> None:
     lengths = "/".join(str(prompt) for prompt in PROMPTS.values())
-    print(f"MFLOPs of a sample; prompts {lengths} (student/partial/full), response {RESPONSE}")
-    print(f"{'':28}{'products':>12}{'attention':>12}{'together':>12}")
-    for name, counts in found.items():
+    print(f"MFLOPs per sample; prompts {lengths} (student/partial/full), response {RESPONSE}")
+    print(f"{'':28}{'products':>12}{'attention':>12}{'total':>12}")
+    for name, counts in figures.items():
         numbers = (*counts.values(), sum(counts.values()))
         print(f"{name:28}" + "".join(f"{number / 1e6:12.1f}" for number in numbers))
     for how in ("executed", "planned"):
         views, student = (
-            sum(found[f"{of}, {how}"].values()) for of in ("teacher", "student forward")
+            sum(figures[f"{part}, {how}"].values()) for part in ("teacher", "student forward")
         )
-        print(f"both views / the student's forward, {how}: {views / student:.3f}")
+        print(f"forward of both views / of the student, {how}: {views / student:.3f}")
     print(flush=True)
 
 
 def measure_bubbles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """With stages that take a fixed time, and where there are cores or GPUs enough, as they are."""
+    """Measure with forwards of fixed duration, and unchanged if there are enough cores or GPUs."""
     places = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     for pipeline in (2, 4):
         for stage_seconds in (STAGE_SECONDS, 0.0):
@@ -311,9 +317,9 @@ def _pipelined(config: Config, pipeline: int, num_microbatches: int) -> Config:
 
 def print_bubble(rows: list[dict[str, Any]]) -> None:
     print("idle share of the stages while the teacher scores 2 M microbatches")
-    print(f"{'':6}{'M':>4}{'a stage':>12}{'measured':>10}{'from - to':>18}{'expected':>10}")
+    print(f"{'':6}{'M':>4}{'stage':>12}{'measured':>10}{'from - to':>18}{'expected':>10}")
     for row in rows:
-        stage = f"{1e3 * row['stage_seconds']:g} ms" if row["stage_seconds"] else "as it is"
+        stage = f"{1e3 * row['stage_seconds']:g} ms" if row["stage_seconds"] else "no sleep"
         span = f"{row['from']:.3f} - {row['to']:.3f}"
         print(
             f"PP {row['pipeline']:<3}{row['microbatches']:4}{stage:>12}{row['measured']:10.3f}"
@@ -324,7 +330,7 @@ def print_bubble(rows: list[dict[str, Any]]) -> None:
 def _job(
     function: Callable[..., None], ranks: int, *args: Any, exact_memory: bool = False
 ) -> list[Any]:
-    """What every rank leaves, in rank order."""
+    """Run `function` on the ranks of a new job, and return their results in rank order."""
     with tempfile.TemporaryDirectory() as folder:
         on_ranks(function, ranks, folder, *args, exact_memory=exact_memory)
         return [json.loads(Path(folder, f"rank{r}.json").read_text()) for r in range(ranks)]

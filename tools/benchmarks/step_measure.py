@@ -1,4 +1,4 @@
-"""What step.py measures, on the ranks of a job; each leaves a JSON file in the job's folder."""
+"""Measurements of step.py on the ranks of a job. Each rank writes a JSON file to its folder."""
 
 import json
 import statistics
@@ -10,22 +10,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from random_runs import build_run, peaks_of_a_step
+from random_runs import build_run, measure_step_peaks
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from aropd_mcore.config import Config
 
 PROMPTS = {"student": 256, "partial": 384, "full": 512}
+"""Tokens of the prompts in the count of FLOPs."""
 RESPONSE = 256
-"""Lengths of which forward FLOPs are counted."""
+"""Tokens of the response in the count of FLOPs."""
 
 
 def measure_seconds(
     folder: str, methods: Mapping[str, Config], hf: Mapping[str, Any], repeats: int
 ) -> None:
-    """Median seconds of each phase. The methods have one student, teacher and optimizer, and take
-    turns step by step; they differ in objective, batch and response length."""
+    """Measure the median seconds of each phase.
+
+    The methods share student, teacher and optimizer, and take turns step by step. They differ in
+    objective, batch and response length.
+    """
     from aropd_mcore.mcore.student import Student
+    from aropd_mcore.rollout.sources import StepPrompts, build_source
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.step import train_step
 
@@ -34,52 +39,59 @@ def measure_seconds(
     run = build_run(first, runtime, hf)
     runs = {}
     for name, config in methods.items():
-        student = Student(
-            run.student.model, run.student.optimizer, config.objective, config.rollout, runtime
-        )
         distils = config.objective.name == "aropd"
+        teacher = run.teacher if distils else None
+        student = Student.from_config(
+            config, run.student.model, run.student.optimizer, teacher, runtime
+        )
         runs[name] = replace(
             run,
             config=config,
             student=student,
-            teacher=run.teacher if distils else None,
+            teacher=teacher,
+            source=build_source(
+                config,
+                runtime,
+                StepPrompts(config, runtime, run.dataset, run.view_builder),
+                run.engine if distils else None,
+                num_steps=run.num_steps,
+                check_stop=lambda: None,
+            ),
             engine=run.engine if distils else None,
         )
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for step in range(1 + repeats):  # the first is a warm-up
-        for name, of_method in runs.items():
+        for name, method_run in runs.items():
             dist.barrier()
-            seconds = train_step(of_method, step).seconds
-            found[name].append(seconds | {"step": sum(seconds.values())})
+            seconds = train_step(method_run, step).seconds
+            times[name].append(seconds | {"step": sum(seconds.values())})
     medians = {
         name: {phase: statistics.median(s[phase] for s in steps[1:]) for phase in steps[0]}
-        for name, steps in found.items()
+        for name, steps in times.items()
     }
-    _leave(folder, medians)
+    _write(folder, medians)
 
 
 def measure_bytes(folder: str, methods: Mapping[str, Config], hf: Mapping[str, Any]) -> None:
-    """State, and peak of each phase, of one method after another."""
+    """Measure the state and the peak of each phase, one method after another."""
     from aropd_mcore.trainer.build import start_runtime
 
     first = next(iter(methods.values()))
     runtime = start_runtime(first)
-    peaks_of_a_step(first, runtime, hf)  # leaves pages of libraries behind, which are not the run's
-    _leave(folder, {name: peaks_of_a_step(c, runtime, hf) for name, c in methods.items()})
+    measure_step_peaks(first, runtime, hf)  # first: it loads pages of libraries
+    _write(folder, {name: measure_step_peaks(c, runtime, hf) for name, c in methods.items()})
 
 
 def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
-    """Executed FLOPs of Teacher.score and of the student's forward, for one sample."""
+    """Count the executed FLOPs of Teacher.score and of the student, for one sample."""
     from aropd_mcore.mcore.schedule import run_schedule
     from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.trainer.build import start_runtime
-    from aropd_mcore.trainer.step import respond, views_of_step
 
     runtime = start_runtime(config)
     run = build_run(config, runtime, hf, PROMPTS)
-    views, _ = views_of_step(run, 0)
-    rollouts = respond(replace(run, engine=None), 0, views, [])  # a random response, not sampled
-    microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
+    taken = _random_responses(run, config)
+    microbatches = form_batch(config, runtime, taken.views, taken.rollouts, 0).microbatches
     assert run.teacher is not None and len(microbatches) == 1
     with _counter() as teacher:
         outputs = run.teacher.score(microbatches)
@@ -92,9 +104,9 @@ def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
             forward_only=True,
         )
     with _counter() as both:
-        run.student.forward_backward(microbatches, run.teacher, outputs)
+        run.student.forward_backward(microbatches, outputs)
     counts = {"teacher": teacher, "student forward": forward, "student": both}
-    _leave(folder, {name: _by_kind(counter) for name, counter in counts.items()})
+    _write(folder, {name: _by_kind(counter) for name, counter in counts.items()})
 
 
 def measure_bubble(
@@ -104,15 +116,14 @@ def measure_bubble(
     stage_seconds: float,
     repeats: int,
 ) -> None:
-    """Of Teacher.score, the share of the time in which this stage is not in its forward.
+    """Measure the share of Teacher.score in which this stage is not in its forward.
 
     Args:
-        configs: differ in their batch.
-        stage_seconds: what a forward of a stage takes at least: it sleeps for the rest.
+        configs: configurations that differ in their batch.
+        stage_seconds: shortest duration of a stage's forward, which sleeps for the rest.
     """
     from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.trainer.build import start_runtime
-    from aropd_mcore.trainer.step import respond, views_of_step
 
     runtime = start_runtime(configs[0])
     run = build_run(configs[0], runtime, hf)
@@ -122,7 +133,7 @@ def measure_bubble(
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             output = forward(*args, **kwargs)
-            torch.cuda.synchronize()  # on a CPU, mcore.cpu_mode makes it nothing
+            torch.cuda.synchronize()  # without a GPU, mcore.patches.cpu_mode makes it do nothing
             time.sleep(max(start + stage_seconds - time.perf_counter(), 0.0))
             busy.append(time.perf_counter() - start)
             return output
@@ -132,31 +143,31 @@ def measure_bubble(
     assert run.teacher is not None
     for chunk in run.teacher.model:
         chunk.forward = timed(chunk.forward)
-    found = []
+    results = []
     for config in configs:
-        of_batch = replace(run, config=config, engine=None)
-        views, _ = views_of_step(of_batch, 0)
-        rollouts = respond(of_batch, 0, views, [])
-        microbatches = form_batch(config, runtime, views, rollouts, 0).microbatches
+        taken = _random_responses(run, config)
+        microbatches = form_batch(config, runtime, taken.views, taken.rollouts, 0).microbatches
         idle = []
         for _ in range(1 + repeats):
             busy.clear()
             dist.barrier()
             start = time.perf_counter()
             run.teacher.score(microbatches)
-            dist.barrier()  # a stage that is done waits for the last one
+            dist.barrier()  # the end of the last stage
             idle.append(1 - sum(busy) / (time.perf_counter() - start))
-        found.append({"idle": idle[1:], "views": len(busy)})
-    _leave(folder, found)
+        results.append({"idle": idle[1:], "views": len(busy)})
+    _write(folder, results)
 
 
-def _leave(folder: str, found: Any) -> None:
-    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+def _write(folder: str, result: Any) -> None:
+    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
 
 
 def _counter() -> FlopCounterMode:
-    """Of matrix products, in-place sums of them too; and of a CPU's attention, whose kernel skips
-    what a causal mask hides, the visible pairs."""
+    """Build a counter that includes in-place matrix products and a CPU's attention.
+
+    Attention is counted by visible pairs, since its kernel skips pairs that a causal mask hides.
+    """
     aten = torch.ops.aten
     attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -167,7 +178,7 @@ def _counter() -> FlopCounterMode:
 
 
 def _attention(query: Sequence[int], key: Sequence[int], *others: Any, **_: Any) -> int:
-    """Scores and values: 2 D FLOPs each a pair of positions and a head."""
+    """Count 2 D FLOPs for the score and 2 D for the value, per pair of positions and head."""
     _value, _dropout, is_causal = (*others, 0.0, False)[:3]
     num_sequences, heads, length, head_dim = query
     pairs = length * (length + 1) // 2 if is_causal else length * key[2]
@@ -177,14 +188,23 @@ def _attention(query: Sequence[int], key: Sequence[int], *others: Any, **_: Any)
 def _attention_backward(
     _grad: Any, query: Sequence[int], key: Sequence[int], value: Any, *others: Any, **_: Any
 ) -> int:
-    """The scores again, and two products for each of the forward's."""
+    """Count the recomputed scores, and two products for each one of the forward."""
     _out, _logsumexp, dropout, is_causal = others[:4]
     return _attention(query, key, value, dropout, is_causal) * 5 // 2
 
 
 def _by_kind(counter: FlopCounterMode) -> dict[str, int]:
-    found = {"products": 0, "attention": 0}
+    counts = {"products": 0, "attention": 0}
     for operation, flops in counter.get_flop_counts()["Global"].items():
         kind = "attention" if "attention" in str(operation) else "products"
-        found[kind] += flops
-    return found
+        counts[kind] += flops
+    return counts
+
+
+def _random_responses(run: Any, config: Config) -> Any:
+    """A step's StepRollouts, whose responses are random and not sampled."""
+    from aropd_mcore.rollout.sources import OracleTraces, StepPrompts
+
+    prompts = StepPrompts(config, run.runtime, run.dataset, run.view_builder)
+    limit = config.rollout.max_response_tokens
+    return OracleTraces(prompts, max_response_tokens=limit).take(0)

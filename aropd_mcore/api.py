@@ -1,0 +1,254 @@
+"""The Python API: the work of the `aropd` commands, with Python values in and out.
+
+Each function runs in this process if the job has one process. With several (`num_processes`, or as
+many GPUs as there are) it starts them and waits. Under torchrun every rank calls the function, and
+this process is one rank of the job. Keyword options are those of the command, with underscores:
+`max_response_tokens=64` is `--max-response-tokens 64`.
+"""
+
+import atexit
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aropd_mcore import cli
+from aropd_mcore.cli.ranks import leave_job
+from aropd_mcore.config import Config
+from aropd_mcore.config_file import dump_config
+from aropd_mcore.convert.manifest import newest
+from aropd_mcore.data.prepare import write_atomically
+
+_CODES = {
+    1: "a process of the job died",
+    2: "a process met an error",
+    3: "it cannot continue, and has saved what it could",
+    4: "the job hung",
+    75: "it was stopped early, with everything saved; the same call resumes",
+}
+
+
+class CommandFailed(RuntimeError):
+    """A job did not run to its end; its output has the reason."""
+
+    def __init__(self, command: str, code: int):
+        super().__init__(
+            f"aropd {command}: exit code {code}: {_CODES.get(code, 'see its output')}. The job's "
+            "output has the reason."
+        )
+        self.code = code
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has trained all its steps."""
+
+    output_dir: Path
+    history: list[dict[str, Any]]
+    """Metrics of every step, those before a resume included."""
+    checkpoint: Path
+    """The newest checkpoint: a folder under output_dir/checkpoints."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of the last step."""
+        return self.history[-1]
+
+    def export_hf(self, folder: str | Path, **options: Any) -> Path:
+        """Write the weights as an HF folder, as `aropd convert export` does; return the folder."""
+        _run("convert", ["export", str(self.output_dir), str(folder)], options)
+        return Path(folder)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response."""
+
+    text: str
+    response_ids: list[int]
+    finish_reason: str
+    """`stop`: the response ended by itself. `length`: it was cut at max_response_tokens."""
+    fields: dict[str, Any]
+    """The whole output line of `aropd generate`, with the fields of the prompt."""
+
+
+@dataclass(frozen=True)
+class EvalSummary:
+    """Accuracies of one model."""
+
+    mean_accuracy: float
+    tasks: dict[str, dict[str, Any]]
+    """Task -> accuracy, its 95 % interval, lengths and counts, as in summary.json."""
+
+
+def train(config: Config, *, num_processes: int | None = None) -> RunResult:
+    """Train a run, or resume it from the newest checkpoint in config.output_dir.
+
+    Args:
+        config: of `load_config`, or built in Python.
+        num_processes: processes to start. None: one per GPU; without GPUs those of one model
+            replica. Under torchrun it has no effect.
+    Raises:
+        ValueError, OSError: the run cannot start, for a reason that the message states.
+        CommandFailed: the run ended early, or a process that was started failed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            "train was called in a thread other than the main thread; expected the main thread, "
+            "since the run handles the signals that stop it"
+        )
+    with tempfile.TemporaryDirectory(prefix="aropd-") as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(dump_config(config))
+        _run("train", [str(path)], {"nproc_per_node": num_processes})
+    with (config.output_dir / "metrics.jsonl").open() as file:
+        history = [json.loads(line) for line in file]
+    checkpoint = newest(config.output_dir / "checkpoints")
+    assert checkpoint is not None
+    return RunResult(config.output_dir, history, checkpoint)
+
+
+def generate(
+    model: str | Path,
+    prompts: str | Path | Sequence[str | Mapping[str, Any]],
+    *,
+    out: str | Path | None = None,
+    num_processes: int | None = None,
+    **options: Any,
+) -> list[Response]:
+    """Sample responses of any checkpoint.
+
+    Args:
+        model: an HF folder, a Megatron checkpoint, or a run's output_dir.
+        prompts: a file, or questions, or records as in such a file (`question`, `messages` or
+            `prompt_ids`, and other fields).
+        out: JSONL file to write; an interrupted call resumes there. None: a temporary one.
+        options: of `aropd generate`.
+    Returns:
+        `samples` responses per prompt, in the order of the prompts. Under torchrun: on rank 0; the
+        other ranks return an empty list.
+    Raises:
+        ValueError, OSError, CommandFailed: as `train`.
+    """
+    with _path(out, "generate", "responses.jsonl") as output:
+        if not isinstance(prompts, str | Path):
+            lines = [{"question": p} if isinstance(p, str) else dict(p) for p in prompts]
+            prompts = output.with_suffix(".prompts.jsonl")
+            write_atomically(prompts, [json.dumps(line) + "\n" for line in lines])
+        words = ["--checkpoint", str(model), "--prompts", str(prompts), "--output", str(output)]
+        _run("generate", words, {"nproc_per_node": num_processes, **options})
+        if not _is_rank0():
+            return []
+        with output.open() as file:
+            records = [json.loads(line) for line in file]
+    return [
+        Response(record["text"], record["response_ids"], record["finish_reason"], record)
+        for record in records
+    ]
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    num_processes: int | None = None,
+    **options: Any,
+) -> EvalSummary:
+    """Measure a checkpoint's accuracy on benchmarks in local files.
+
+    Args:
+        model: as `generate`.
+        tasks: NAME=FILE or NAME:FORMAT=FILE, as `aropd eval --task` takes them.
+        out: folder to write; an interrupted call resumes there. None: a temporary one.
+        options: of `aropd eval`.
+    Raises:
+        ValueError, OSError, CommandFailed: as `train`.
+    """
+    with _path(out, "evaluate", "eval") as folder:
+        words = ["--model", str(model), "--out", str(folder)]
+        words += [f"--task={task}" for task in tasks]
+        _run("eval", words, {"nproc_per_node": num_processes, **options})
+        summary = json.loads((folder / "summary.json").read_text()) if _is_rank0() else {}
+    return EvalSummary(summary.get("mean_accuracy", float("nan")), summary.get("tasks", {}))
+
+
+def diagnose(
+    model: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path | None = None,
+    num_processes: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score a checkpoint's responses by the student and under both privileged views.
+
+    Args:
+        model: as `generate`.
+        data: rows, JSONL or Parquet.
+        out: folder to write. None: a temporary one.
+        options: of `aropd diagnose`.
+    Returns:
+        The diagnosis, whose parts `evaluation/diagnose/summary.py` describes. Under torchrun: on
+        rank 0; the other ranks return an empty dictionary.
+    Raises:
+        ValueError, OSError, CommandFailed: as `train`.
+    """
+    with _path(out, "diagnose", "diagnose") as folder:
+        words = ["--model", str(model), "--data", str(data), "--out", str(folder)]
+        _run("diagnose", words, {"nproc_per_node": num_processes, **options})
+        if not _is_rank0():
+            return {}
+        written = max(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        return json.loads(written.read_text())
+
+
+def _run(command: str, words: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Run a command in this process or in processes of its own.
+
+    Raises:
+        CommandFailed: its exit code is not 0.
+    """
+    try:
+        code = cli.run([command, *words, *_option_words(options)])
+    finally:
+        if "RANK" in os.environ:
+            # The ranks of a job meet once: a later call joins the same groups.
+            atexit.unregister(leave_job)
+            atexit.register(leave_job)
+        else:
+            leave_job()
+    if code:
+        raise CommandFailed(command, code)
+
+
+def _option_words(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            yield option
+        elif value is not None and value is not False:
+            yield f"{option}={value}"
+
+
+def _is_rank0() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def _path(out: str | Path | None, function: str, name: str) -> Iterator[Path]:
+    """Yield the path that `out` names, or for None `name` in a temporary folder."""
+    if out is not None:
+        yield Path(out)
+    elif "RANK" in os.environ:
+        raise ValueError(
+            f"{function}: out is not given; under torchrun expected a path on all ranks"
+        )
+    else:
+        with tempfile.TemporaryDirectory(prefix="aropd-") as folder:
+            yield Path(folder) / name

@@ -1,0 +1,363 @@
+"""`aropd convert` and its commands; tools/ has the two directions as scripts of their own."""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aropd_mcore.convert.inspect import Summary
+    from aropd_mcore.convert.verify import Report
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_MAX_ROWS = 20
+
+_A_CHECKPOINT = (
+    "an HF folder; a Megatron torch_dist checkpoint or one iteration of it; a run's output_dir"
+)
+_STREAMS = """
+    Tensors are read, transformed and written two at a time: no GPU, no process group, and about
+    1 GB of memory beside the largest tensors, whatever the size of the model. The target takes its
+    name when it is whole and on the disk; after an interruption nothing is there, and the next call
+    removes what was left.
+"""
+_EXIT = """
+    exit status:
+      0  done    1  a difference (verify)    2  an error, said in one line on stderr
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Register import, export, verify and inspect."""
+    parser.description = "Convert, compare and inspect checkpoints: no GPU and no Megatron needed."
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add, summary in (
+        ("import", add_import, "convert an HF folder to a Megatron checkpoint"),
+        ("export", add_export, "convert a Megatron or training checkpoint to an HF folder"),
+        ("verify", add_verify, "compare two checkpoints of either kind, tensor by tensor"),
+        ("inspect", add_inspect, "describe a checkpoint of either kind"),
+    ):
+        add(subparsers.add_parser(name, help=summary))
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Write an HF folder as a Megatron-Core torch_dist checkpoint, bit for bit.",
+        """
+        MCORE_DIR/iter_0000000/ is the checkpoint, with the arguments that Megatron-LM looks for;
+        MCORE_DIR/latest_checkpointed_iteration.txt names it; MCORE_DIR/hf/ keeps config, tokenizer
+        and chat template for the way back. Every layout loads it: no option has to match.
+        """
+        + _STREAMS,
+        """
+        examples:
+          %(prog)s Qwen2.5-7B-Instruct checkpoints/qwen
+          %(prog)s Qwen3-30B-A3B checkpoints/moe --tensor 4 --expert 8
+        """,
+    )
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder of safetensors")
+    parser.add_argument("mcore_dir", type=Path, metavar="MCORE_DIR", help="folder to write")
+    layout = parser.add_argument_group("the layout that will load it, checked before anything else")
+    layout.add_argument(
+        "--tensor",
+        type=_size,
+        help="tensors are cut so that such a rank reads its own part alone "
+        "(default: the largest of 8, 4, 2, 1 that divides the model)",
+    )
+    for name, what in (
+        ("pipeline", "pipeline stages"),
+        ("virtual-pipeline", "chunks on each stage"),
+        ("expert", "expert-parallel ranks"),
+        ("expert-tensor", "ranks that share out each expert"),
+    ):
+        layout.add_argument(f"--{name}", type=_size, default=1, help=f"{what} (default: 1)")
+    _add_allow_pickle(parser)
+    _add_overwrite(parser)
+    parser.set_defaults(run=_import)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Write a Megatron checkpoint's weights as an HF folder that transformers and vLLM load.",
+        """
+        The checkpoint may be an import or of a training run, and of any layout; optimizer state is
+        passed over. Names and order of the tensors are those of the model's original folder.
+        """
+        + _STREAMS,
+        """
+        examples:
+          %(prog)s runs/mine hf-folder
+          %(prog)s runs/mine/checkpoints/iter_0000200 hf-folder --weights teacher --dtype bfloat16
+        """,
+    )
+    parser.add_argument(
+        "mcore_dir",
+        type=Path,
+        metavar="MCORE_DIR",
+        help="a Megatron checkpoint, one iteration of it, or a run's output_dir (its newest)",
+    )
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder to write")
+    _add_weights(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="of every tensor (default: each keeps its own; a teacher's average may be float32)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default="5GB",
+        metavar="SIZE",
+        help="of a safetensors file, such as 2GB (default: 5GB)",
+    )
+    _add_hf(parser)
+    _add_overwrite(parser)
+    parser.set_defaults(run=_export)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Compare two checkpoints of either kind: the architecture that config.json describes, and "
+        "every tensor, bit for bit.",
+        """
+        Facts of config.json that differ are listed with both values. Tensors that differ are listed
+        with their largest absolute and relative error. Any of these differences, if only of dtype,
+        is exit status 1. Other files that differ, such as a chat template, are listed as notes and
+        do not change the exit status.
+        """,
+        """
+        examples:
+          %(prog)s Qwen2.5-7B-Instruct checkpoints/qwen
+          %(prog)s Qwen2.5-7B-Instruct back --logits --json report.json
+        """,
+    )
+    for name in ("a", "b"):
+        parser.add_argument(name, type=Path, metavar=name.upper(), help=_A_CHECKPOINT)
+    _add_weights(parser)
+    parser.add_argument(
+        "--logits",
+        action="store_true",
+        help="also compare logits and greedy tokens of a random prompt, in fp32 through "
+        "transformers: needs memory for one whole model (default: off)",
+    )
+    _add_json(parser)
+    _add_hf(parser)
+    _add_allow_pickle(parser)
+    parser.set_defaults(run=_verify)
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    _describe(
+        parser,
+        "Say what a checkpoint of either kind holds; only headers are read.",
+        "Family, parameters, dtypes, layout, step; whether a teacher and an optimizer are in it.",
+        """
+        examples:
+          %(prog)s runs/mine
+          %(prog)s Qwen2.5-7B-Instruct --shapes
+        """,
+    )
+    parser.add_argument("path", type=Path, metavar="DIR", help=_A_CHECKPOINT)
+    parser.add_argument("--shapes", action="store_true", help="list every tensor (default: off)")
+    _add_json(parser)
+    _add_hf(parser)
+    _add_allow_pickle(parser)
+    parser.set_defaults(run=_inspect)
+
+
+def _import(args: argparse.Namespace) -> None:
+    from aropd_mcore.convert.architecture import check_layout
+    from aropd_mcore.convert.import_export import import_hf
+    from aropd_mcore.convert.source import HFSource, open_source
+
+    source = open_source(args.hf_dir, allow_pickle=args.allow_pickle)
+    if not isinstance(source, HFSource):
+        raise ValueError(f"{args.hf_dir}: a Megatron checkpoint; import reads HF folders")
+    check_layout(
+        source.architecture,
+        tensor=args.tensor or 1,
+        pipeline=args.pipeline,
+        virtual_pipeline=args.virtual_pipeline,
+        expert=args.expert,
+        expert_tensor=args.expert_tensor,
+    )
+    import_hf(source, args.mcore_dir, tensor_parallel=args.tensor, overwrite=args.overwrite)
+    for name in source.left_aside:
+        print(f"left aside, as transformers does: {name}")
+    print(f"{args.hf_dir} -> {args.mcore_dir}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from aropd_mcore.convert.import_export import export_hf
+    from aropd_mcore.convert.source import MegatronSource, open_source
+
+    source = open_source(args.mcore_dir, who=args.weights, hf=args.hf)
+    if not isinstance(source, MegatronSource):
+        raise ValueError(f"{args.mcore_dir}: an HF folder; export reads Megatron checkpoints")
+    export_hf(
+        source,
+        args.hf_dir,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        max_shard_bytes=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    print(f"{source.iteration} ({args.weights}) -> {args.hf_dir}")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from aropd_mcore.convert.source import open_source
+    from aropd_mcore.convert.verify import verify
+
+    a, b = (
+        open_source(path, who=who, hf=args.hf, allow_pickle=args.allow_pickle)
+        for path, who in _whose(args)
+    )
+    report = verify(a, b, logits=args.logits)
+    _write_json(args.json, report.as_json())
+    _print_report(report)
+    return 0 if report.same else 1
+
+
+def _whose(args: argparse.Namespace) -> list[tuple[Path, Any]]:
+    """Both paths; an HF folder holds one model only, so `--weights` is not asked of it."""
+    is_hf = [(path / "config.json").exists() for path in (args.a, args.b)]
+    return [
+        (path, "student" if hf else args.weights)
+        for path, hf in zip((args.a, args.b), is_hf, strict=True)
+    ]
+
+
+def _print_report(report: "Report") -> None:
+    for name, (a, b) in report.facts.items():
+        print(f"{name} differs: {a} in {report.a}, {b} in {report.b}")
+    different = [tensor for tensor in report.tensors if not tensor.equal]
+    rows = [("tensor", "shape", "dtypes", "max abs error", "max relative error")]
+    for t in different[:_MAX_ROWS]:
+        dtypes = " / ".join(dict.fromkeys(t.dtypes))
+        errors = (t.max_abs_error, t.max_rel_error)
+        absolute, relative = ("no number" if e is None else f"{e:.3g}" for e in errors)
+        rows.append((t.name, str(list(t.shape)), dtypes, absolute, relative))
+    if different:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    if len(different) > _MAX_ROWS:
+        print(f"and {len(different) - _MAX_ROWS} more")
+    for path, names in ((report.a, report.only_a), (report.b, report.only_b)):
+        for name in names[:_MAX_ROWS]:
+            print(f"only in {path}: {name}")
+    print(f"{len(report.tensors) - len(different)} of {len(report.tensors)} tensors are equal")
+    if report.same_greedy_tokens is not None:
+        print(
+            f"logits: largest difference {report.max_logit_error}; greedy tokens "
+            f"{'equal' if report.same_greedy_tokens else 'DIFFER'}"
+        )
+    for note in report.notes:
+        print(f"note: {note}")
+    print("the same" if report.same else "DIFFERENT")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from aropd_mcore.convert.inspect import inspect
+
+    summary = inspect(args.path, hf=args.hf, allow_pickle=args.allow_pickle)
+    _write_json(args.json, summary.as_json())
+    for label, value in _lines(summary):
+        print(f"{label:12}{value}")
+    if args.shapes:
+        for name, shape in summary.shapes.items():
+            print(f"{name} {list(shape)}")
+
+
+def _lines(summary: "Summary") -> list[tuple[str, str]]:
+    layout = " x ".join(f"{name} {size}" for name, size in (summary.layout or {}).items())
+    dtypes = ", ".join(f"{name} {count:,}" for name, count in summary.dtypes.items())
+    lines = [
+        ("checkpoint", f"{summary.path} ({summary.kind})"),
+        ("family", summary.family + (", tied embeddings" if summary.tied_embeddings else "")),
+        ("parameters", f"{summary.parameters:,}"),
+        ("dtypes", f"{dtypes} ({summary.num_bytes / 1e9:.2f} GB)"),
+        ("tensors", str(len(summary.shapes))),
+    ]
+    if summary.kind != "HF":
+        lines += [
+            ("step", "unknown" if summary.step is None else str(summary.step)),
+            ("written by", layout or "a layout it does not name"),
+            ("teacher", "yes" if summary.has_teacher else "no"),
+            ("optimizer", "yes" if summary.has_optimizer else "no"),
+        ]
+    if summary.left_aside:
+        lines.append(("left aside", ", ".join(summary.left_aside)))
+    return lines
+
+
+def _describe(parser: argparse.ArgumentParser, first: str, text: str, examples: str) -> None:
+    paragraphs = [textwrap.fill(" ".join(p.split()), 88) for p in (first, text)]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "\n\n".join(paragraphs)
+    parser.epilog = textwrap.dedent(examples).strip() + "\n\n" + textwrap.dedent(_EXIT).strip()
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        default="student",
+        help="whose, of a training checkpoint (default: %(default)s)",
+    )
+
+
+def _add_hf(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="folder of config.json and tokenizer (default: the hf/ beside the checkpoint)",
+    )
+
+
+def _add_allow_pickle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pytorch_model.bin too, by torch's weights-only loader (default: off)",
+    )
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a checkpoint that is there, once the new one is whole (default: off)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write it as JSON too (default: no file)"
+    )
+
+
+def _write_json(path: Path | None, value: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number = text[:-2]
+    if text[-2:] not in units or not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(number) * units[text[-2:]]

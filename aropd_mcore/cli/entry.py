@@ -1,0 +1,149 @@
+"""Parse a command line, run the subcommand, print errors."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from aropd_mcore import __version__, lifetime
+from aropd_mcore.cli import (
+    convert,
+    diagnose,
+    evaluate,
+    generate,
+    launch,
+    plan,
+    prepare,
+    report,
+    serve,
+    show_views,
+    train,
+)
+from aropd_mcore.cli.ranks import joined_job, leave_job
+from aropd_mcore.local_launch import PASSED_ON, SAVED
+
+_DESCRIPTION = """\
+Privileged on-policy distillation on Megatron-Core: a student learns from its own rollouts and from
+a teacher that sees the solution.
+"""
+_EXAMPLES = """\
+examples:
+  aropd prepare gsm8k.jsonl --output rows.jsonl    make training rows
+  aropd train run.yaml --dry-run                   check everything, start nothing
+  aropd train run.yaml                             train; rerun the command to resume
+  aropd eval --model runs/mine --task gsm8k=test.jsonl --out runs/mine/eval
+  aropd COMMAND --help                             all options of a command
+"""
+_COMMANDS = (
+    (prepare, "prepare", "make training rows from published data sets"),
+    (show_views, "show-views", "print the prompts of student and teacher for one row"),
+    (train, "train", "start or resume a training run"),
+    (plan, "plan", "estimate memory and time of a run before it is launched"),
+    (launch, "launch", "submit a run to Slurm"),
+    (serve, "serve", "start a vLLM server for a run by hand"),
+    (generate, "generate", "write a checkpoint's responses to prompts as JSONL"),
+    (evaluate, "eval", "measure a checkpoint's accuracy on benchmarks in local files"),
+    (diagnose, "diagnose", "compare the teacher's two views on a checkpoint's responses"),
+    (report, "report", "write an HTML page about one or several runs"),
+    (convert, "convert", "convert, compare and inspect checkpoints"),
+)
+
+
+class UsageError(ValueError):
+    """A command line that a parser cannot read; `usage` is that parser's usage text."""
+
+    def __init__(self, message: str, usage: str):
+        super().__init__(message)
+        self.usage = usage
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises, so that a Python caller gets an exception."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.format_usage())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand, and print an error that users can act on without a traceback.
+
+    Args:
+        argv: words of the command line. None: those of this process, which as a rank ends with its
+            launcher.
+    Returns:
+        The exit code.
+    """
+    if argv is None:
+        lifetime.end_with_launcher()
+    is_in_job = joined_job()
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"{error.usage}aropd: error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        # Each rank prints its own error: one that only this rank met is printed nowhere else.
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"aropd: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("aropd: interrupted", file=sys.stderr)
+        return 130
+    if code in (0, SAVED) and not is_in_job:
+        leave_job()
+    if argv is None and "RANK" in os.environ:
+        for number in PASSED_ON:  # torchrun sends these to the other ranks once the first has left
+            signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one subcommand.
+
+    Returns:
+        The exit code: 0; 1 for checkpoints that differ (`convert verify`); 3 where sampling or
+        training cannot continue; 75 for training that stopped early and saved; else a rank's.
+    Raises:
+        ValueError, OSError, FloatingPointError: an error that users can act on.
+    """
+    args = parse(argv)
+    return args.run(args) or 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Raises:
+        UsageError: the command line cannot be read.
+    """
+    own, for_sbatch = list(argv), []
+    if own[:1] == ["launch"] and "--" in own:
+        place = own.index("--")
+        own, for_sbatch = own[:place], own[place + 1 :]
+    parser = _build_parser()
+    args, rest = parser.parse_known_args(own)
+    args.argv, args.sbatch_options = list(argv), for_sbatch
+    if hasattr(args, "overrides"):
+        # argparse takes the overrides before the first option, and hands back those behind it.
+        late = [text for text in rest if "=" in text and not text.startswith("-")]
+        args.overrides += late
+        rest = [text for text in rest if text not in late]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="aropd",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module, name, summary in _COMMANDS:
+        module.add_arguments(commands.add_parser(name, help=summary))
+    return parser

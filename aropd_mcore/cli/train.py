@@ -1,0 +1,118 @@
+"""`aropd train`."""
+
+import argparse
+import faulthandler
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import psutil
+
+from aropd_mcore.cli.config_arguments import (
+    add_config_arguments,
+    config_words,
+    load,
+    print_comments,
+    print_preset,
+)
+from aropd_mcore.cli.ranks import add_num_processes_argument, num_local_processes
+from aropd_mcore.config import Config
+from aropd_mcore.config_file import dump_config
+from aropd_mcore.local_launch import PASSED_ON, SAVED, start_ranks
+from aropd_mcore.locks import RunLock
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
+
+if TYPE_CHECKING:
+    from aropd_mcore.plan.layout import Layout
+
+_DESCRIPTION = """\
+Start a run, or resume it from its newest checkpoint. Under torchrun this process is one rank of the
+job; otherwise it starts the processes itself. trainer/README.md lists the exit codes.
+"""
+_EXAMPLES = """\
+examples:
+  %(prog)s run.yaml --dry-run
+  %(prog)s run.yaml optimizer.lr=1e-5 output_dir=runs/lower
+  %(prog)s run.yaml --preset reference --stop-before 3h55m
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    add_config_arguments(parser, example="optimizer.lr=1e-5")
+    add_num_processes_argument(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, data, weights and output_dir, print the plan, start nothing",
+    )
+    parser.add_argument(
+        "--stop-before",
+        metavar="TIME",
+        help="save and exit with 75 before the job is this old, such as 3h55m (limits.stop_before)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from aropd_mcore.plan.layout import plan
+    from aropd_mcore.trainer.preflight import preflight
+
+    if args.stop_before is not None:
+        args.overrides.append(f"limits.stop_before={json.dumps(args.stop_before)}")
+    config = load(args)
+    num_local = num_local_processes(args, config.parallel)
+    layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
+    if args.dry_run:
+        _print_plan(config, layout)
+        print_preset(args, config)
+        print_comments(preflight(config))
+        return 0
+    if "RANK" in os.environ or num_local == 1:
+        return _train_here(config)
+    # Rank 0 takes the lock. A check here refuses the run before its ranks take GPU memory that the
+    # run in output_dir may need.
+    RunLock(config.output_dir).close()
+    return start_ranks(num_local, ["train", *config_words(args)])
+
+
+def _train_here(config: Config) -> int:
+    """Train as one rank of the job, or as all of it."""
+    faulthandler.enable(2)  # NCCL's own time-outs and crashes abort: print the place on stderr
+    started = psutil.Process().create_time()
+    stops = Stops(started=started, deadline=deadline_of(config.limits, started=started))
+    with stops.listening(*PASSED_ON):
+        from aropd_mcore.mcore import runtime
+        from aropd_mcore.trainer.build import start_runtime
+        from aropd_mcore.trainer.loop import TrainingStopped, train
+        from aropd_mcore.trainer.watchdog import Watchdog
+
+        here, code = start_runtime(config), 0
+        with Watchdog(config.output_dir, stops, minutes=config.limits.watchdog_minutes):
+            try:
+                train(config, here, stops)
+            except (TrainingStopped, StoppedEarly) as stopped:  # on every rank alike
+                code = SAVED if isinstance(stopped, StoppedEarly) else 3
+                if here.rank == 0:
+                    print(f"aropd: stopped: {stopped}", file=sys.stderr)
+        if code in (0, SAVED):
+            runtime.stop()
+        return code
+
+
+def _print_plan(config: Config, layout: "Layout") -> None:
+    from aropd_mcore.plan.layout import describe
+
+    training = config.training
+    microbatches = f"{layout.microbatches_per_step} microbatches of {training.micro_batch_size}"
+    if training.packing:
+        microbatches = f"microbatches of up to {training.max_tokens_per_microbatch} tokens per view"
+    print(dump_config(config))
+    print(
+        f"# {layout.world_size} processes: {describe(config.parallel, layout.data)}; "
+        f"{layout.num_parameters:,} parameters\n"
+        f"# a step: {config.prompts_per_step} prompts, {training.global_batch_size} responses, "
+        f"{microbatches} on each data-parallel rank"
+    )

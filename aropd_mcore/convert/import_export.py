@@ -1,0 +1,212 @@
+"""HF folder -> Megatron checkpoint, and back: a stream of tensors, one a thread in memory."""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aropd_mcore.convert.architecture import Architecture, CheckpointError, Weight, check_layout
+from aropd_mcore.convert.folders import ORDER, copy_companions, new_folder
+from aropd_mcore.convert.global_tensors import (
+    chunks,
+    extra_state_keys,
+    global_slice,
+    stored_weights,
+)
+from aropd_mcore.convert.hf_write import SafetensorsWriter
+from aropd_mcore.convert.progress import progress
+from aropd_mcore.convert.source import HF_FOLDER, TRACKER, HFSource, MegatronSource
+from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, Buffer, TensorInfo
+from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
+from aropd_mcore.convert.threads import in_threads, share_out
+from aropd_mcore.convert.torch_dist_write import TorchDistWriter
+
+_DEFAULT_TENSOR_PARALLEL = 8
+
+
+def import_hf(
+    source: HFSource, target: Path, *, tensor_parallel: int | None = None, overwrite: bool = False
+) -> None:
+    """Write an HF folder as a Megatron `torch_dist` checkpoint, at iteration 0.
+
+        target/iter_0000000/                        the checkpoint
+        target/latest_checkpointed_iteration.txt
+        target/hf/                                  config, tokenizer, template: for exports
+
+    Any layout loads it. Tensors keep their dtypes.
+
+    Args:
+        tensor_parallel: tensors are cut into so many chunks, so that a rank of such a layout reads
+            its own part alone; the largest of 8, 4, 2, 1 that divides the model if None.
+        overwrite: replace an existing checkpoint.
+    Raises:
+        CheckpointError: the target exists or does not fit; dtypes that one Megatron tensor cannot
+            hold together.
+        ValueError: tensor_parallel does not divide the model.
+    """
+    architecture = source.architecture
+    if tensor_parallel is None:
+        heads = math.gcd(architecture.num_heads, architecture.num_kv_heads)
+        tensor_parallel = math.gcd(heads, architecture.ffn_hidden_size, _DEFAULT_TENSOR_PARALLEL)
+    check_layout(architecture, tensor=tensor_parallel)
+    infos = _global_infos(source)
+    total = sum(info.num_bytes for info in infos.values())
+    with (
+        new_folder(target, num_bytes=total, overwrite=overwrite, keep=(source.path,)) as folder,
+        progress(f"import {target.name}", total) as advance,
+    ):
+        iteration = folder / "iter_0000000"
+        iteration.mkdir()
+        with TorchDistWriter(iteration) as writer:
+
+            def write(weights: Iterator[Weight]) -> None:
+                buffers = (Buffer(), Buffer(), Buffer())
+                for weight in weights:
+                    where = global_slice(weight, architecture)
+                    for start, chunk in chunks(
+                        weight, source.files, architecture, tensor_parallel, buffers
+                    ):
+                        writer.add(where.key, infos[where.key], where.lead + start, chunk)
+                        advance(chunk.nbytes)
+
+            in_threads(share_out(stored_weights(architecture), _num_parameters), write)
+            for key in extra_state_keys(architecture):
+                writer.add_object(key, None)
+            writer.finish(_common_state(architecture, infos))
+        keep_companions(source, folder / HF_FOLDER)
+        (folder / TRACKER).write_text("0")
+
+
+def export_hf(
+    source: MegatronSource,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_FILE_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write the weights of a Megatron checkpoint as an HF folder, as transformers would.
+
+    Args:
+        dtype: of every tensor; None keeps each one's own.
+        max_shard_bytes: of a safetensors file.
+        overwrite: replace an existing folder.
+    Raises:
+        CheckpointError: the target exists or does not fit, or the checkpoint is damaged.
+    """
+    infos = {n: TensorInfo(dtype or info.dtype, info.shape) for n, info in source.tensors.items()}
+    total = sum(info.num_bytes for info in infos.values())
+    dtypes = {info.dtype for info in infos.values()}
+    keep = (source.path, source.iteration, source.hf_folder)
+    with (
+        new_folder(target, num_bytes=total, overwrite=overwrite, keep=keep) as folder,
+        progress(f"export {target.name}", total) as advance,
+    ):
+        with SafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes) as writer:
+
+            def write(weights: Iterator[Weight]) -> None:
+                for weight in weights:
+                    for name, tensor in source.parts(weight):
+                        writer.write(name, tensor)
+                        advance(infos[name].num_bytes)
+
+            in_threads(share_out(stored_weights(source.architecture), _num_parameters), write)
+        copy_companions(source.hf_folder, folder, dtypes.pop() if len(dtypes) == 1 else None)
+
+
+def _num_parameters(weight: Weight) -> int:
+    return sum(math.prod(shape) for shape in weight.hf.values())
+
+
+def keep_companions(source: HFSource, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Put beside a Megatron checkpoint what an export needs: config, tokenizer, names in order.
+
+    Args:
+        folder: HF_FOLDER, beside the iterations or their parent; made if it is not there.
+        dtype: of the weights, for config.json; None leaves it as it is.
+    """
+    folder.mkdir(exist_ok=True)
+    copy_companions(source.hf_folder, folder, dtype)
+    (folder / ORDER).write_text(json.dumps(list(source.tensors), indent=0))
+
+
+def _global_infos(source: HFSource) -> dict[str, TensorInfo]:
+    """Key -> what its global tensor is; all that go into one have the same dtype."""
+    infos: dict[str, TensorInfo] = {}
+    firsts: dict[str, str] = {}
+    for weight in stored_weights(source.architecture):
+        where = global_slice(weight, source.architecture)
+        for name in weight.hf:
+            dtype = source.tensors[name].dtype
+            info = infos.setdefault(where.key, TensorInfo(dtype, where.global_shape))
+            first = firsts.setdefault(where.key, name)
+            if dtype != info.dtype:
+                raise CheckpointError(
+                    f"{source.path}: {first} is {info.dtype} and {name} is {dtype}; Megatron keeps "
+                    f"both in one tensor, {where.key}. Save the model in one dtype first."
+                )
+    return infos
+
+
+def _common_state(architecture: Architecture, infos: dict[str, TensorInfo]) -> dict[str, Any]:
+    """What Megatron-LM looks for beside the tensors."""
+    return {
+        "iteration": 0,
+        "checkpoint_version": 3.0,
+        "args": _megatron_lm_args(architecture, next(iter(infos.values())).dtype),
+        "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
+        "num_floating_point_operations_so_far": 0,
+    }
+
+
+def _megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespace:
+    """Megatron-LM's arguments for this model, by its names (--use-checkpoint-args reads them)."""
+    args: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_heads,
+        "group_query_attention": architecture.num_kv_heads != architecture.num_heads,
+        "num_query_groups": architecture.num_kv_heads,
+        "kv_channels": architecture.head_dim,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "seq_length": architecture.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": False,
+        "rotary_base": architecture.rope_theta,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": architecture.rope_scaling_factor is not None,
+        "rope_scaling_factor": architecture.rope_scaling_factor or 8.0,
+        "normalization": "RMSNorm",
+        "norm_epsilon": architecture.rms_norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.family.has_qkv_bias,
+        "qk_layernorm": architecture.family.has_qk_norm,
+        "untie_embeddings_and_output_weights": not architecture.tied_embeddings,
+        "vocab_size": architecture.vocab_size,
+        "padded_vocab_size": padded_vocab_size(architecture.vocab_size, 1),
+        "make_vocab_size_divisible_by": VOCAB_ALIGNMENT,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "no_save_optim": True,
+        "no_save_rng": True,
+    }
+    if routing := architecture.routing:
+        args |= {
+            "num_experts": routing.num_experts,
+            "moe_router_topk": routing.experts_per_token,
+            "moe_ffn_hidden_size": routing.ffn_hidden_size,
+            "moe_router_pre_softmax": not routing.normalized,
+        }
+    return Namespace(**args)

@@ -1,0 +1,172 @@
+"""The choice that a response states: by its letter, or by its text.
+
+A letter counts where the response states it as the answer, never as a word (`A ball`, `I think`).
+The text is in plain form (normalize.plain_text).
+"""
+
+import re
+from collections import deque
+
+from aropd_mcore.data.answer_marks import boxed_answer, tagged_answer
+from aropd_mcore.data.multiple_choice import LETTERS
+from aropd_mcore.evaluation.normalize import normal_answer, without_text_commands, words_of
+from aropd_mcore.evaluation.tasks import Choices
+
+_OPEN = r"(?:[*_`\"'(\[{$]|\\(?:text|math)\w{0,8}\s?\{|\\[(\[]){0,12}+"
+_CLOSE = r"[*_`\"')\]}$\\]{0,12}"
+_SUBJECT = r"(?:(?:option|choice|letter|answer)\s+)?"
+_NAMED = rf"{_SUBJECT}{_OPEN}(?P<letter>[A-Za-z]){_CLOSE}"
+_NOT_A_WORD = r"(?![A-Za-z0-9'’-])"
+_PHRASES = [
+    # the answer is C; answer: (c) green
+    re.compile(
+        rf"\b(?:answers?|letter|(?:choice|option)(?![*_\s]*:[*_\s]*\n))\b(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?)?[*_\s\"']*"
+        rf"(?:(?:is|are|was|(?:would|must|should) be)\b[*_\s]*:?|[:=])[*_\s]*"
+        rf"(?:(?:therefore|thus|clearly|simply|definitely|for\s+sure)\s+)?{_NAMED}{_NOT_A_WORD}",
+        re.IGNORECASE,
+    ),
+    # the answer C
+    re.compile(rf"\b(?i:answer)\s+{_OPEN}(?P<letter>[A-Z]){_CLOSE}{_NOT_A_WORD}"),
+    # C is the correct answer; option C is right
+    re.compile(
+        rf"(?<![A-Za-z0-9'\\]){_NAMED}(?:[.:)]?\s[^.\n]{{0,80}}?)?\s+(?:is|must\s+be|would\s+be)\s+"
+        rf"(?:(?:therefore|clearly|indeed|thus)\s+)?"
+        rf"(?:(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|true)\b|the\s+answer\b)"
+        rf"(?!\s+(?:only|if|when)\b)",
+        re.IGNORECASE,
+    ),
+    # therefore I think it's C
+    re.compile(
+        rf"\b(?i:therefore|thus|hence|so|think|believe)\b,?\s+(?:(?i:it's|it\s+is|that's)\s+)?"
+        rf"{_SUBJECT}{_OPEN}(?P<letter>[A-Z]){_CLOSE}(?=[.,;!]|\s*$)",
+        re.MULTILINE,
+    ),
+    # therefore, C) green
+    re.compile(rf"\b(?i:therefore|thus|hence|so),?\s+{_SUBJECT}(?P<letter>[A-Z])\)"),
+    # in Chinese: the answer is C, so choose C
+    re.compile(
+        rf"(?:答案|故选|应选|所以选|选择|选项)(?:应该?)?(?:是|为|选)?[*_\s]*:?[*_\s]*{_OPEN}"
+        rf"(?P<letter>[A-Z]){_CLOSE}(?![A-Za-z0-9'’-])"
+    ),
+    # I pick C
+    re.compile(
+        rf"\b(?:pick|choose|chose|select|selected|go\s+(?:with|for)|went\s+with)\s+(?:the\s+)?"
+        rf"{_NAMED}{_NOT_A_WORD}",
+        re.IGNORECASE,
+    ),
+]
+_ANSWER_IS = re.compile(
+    r"\banswer\b[*_\s]*(?:(?:is|would be|must be)\b[*_\s]*:?|[:=])[*_\s]*([^\n]{1,400})",
+    re.IGNORECASE,
+)
+_MORE_LETTERS = re.compile(
+    r"\s*(?:,|/|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?[*_`(]*[A-Z](?![A-Za-z'’])"
+)
+_STANDS_ALONE = re.compile(r"\s*(?:[.,:;)!?]|$|\n|because\b|since\b)", re.IGNORECASE)
+_PARENTHESES = re.compile(r"\(([A-Z])\)")
+_EITHER_OR = re.compile(r"\([A-Z]\)(?:\s*(?:,|/|\bor\b|\band\b)\s*\([A-Z]\))+")
+_ALONE = re.compile(rf"{_SUBJECT}{_OPEN}([A-Za-z]){_CLOSE}[.)\]:!]?{_CLOSE}", re.IGNORECASE)
+_BEFORE_TEXT = re.compile(
+    rf"{_SUBJECT}{_OPEN}([A-Z]){_CLOSE}(?:[.):\]]{_CLOSE}|\s[-–])\s+\S", re.IGNORECASE
+)
+_MOST_PHRASES = 64
+
+
+def stated_choice(text: str, choices: Choices) -> tuple[str | None, str]:
+    """The letter of the choice that a response states, and the rule that found it.
+
+    The rules, in their order: `answer` and `boxed`, a letter or the text of one choice; `phrase`,
+    the last "answer is C", "C is correct" or "I pick C"; `letter`, lines that name a single letter,
+    or the last "(C)"; `text`, a last line that is the text of a choice.
+    """
+    letters = LETTERS[: len(choices.texts)]
+    tagged = tagged_answer(text)
+    for rule, found in (("answer", tagged[1] if tagged else None), ("boxed", boxed_answer(text))):
+        letter = _letter_in(found, choices, letters) if found else None
+        if letter:
+            return letter, rule
+    for rule, letter in (
+        ("phrase", _in_phrases(text, choices, letters)),
+        ("letter", _on_lines(text, letters)),
+        ("text", _by_last_line(text, choices)),
+    ):
+        if letter:
+            return letter, rule
+    return None, "none"
+
+
+def _letter_in(found: str, choices: Choices, letters: str) -> str | None:
+    """The letter that an answer names, or whose text it is."""
+    plain = without_text_commands(normal_answer(boxed_answer(found) or found))
+    if len(plain) > 1 and (letter := _by_text(plain, choices)):
+        return letter
+    if match := _ALONE.fullmatch(plain):
+        return _among(match[1], letters)
+    if match := re.match(rf"{_SUBJECT}\(?([A-Z])(?:[).:]|\s|$)", plain, re.IGNORECASE):
+        rest = plain[match.end() :].strip()
+        is_letter = match[1].isupper() or match[0].rstrip().endswith((")", ".", ":"))
+        if is_letter and not _MORE_LETTERS.match(plain[match.end(1) :]):
+            same = _by_text(rest, choices)
+            if plain[match.end(1) : match.end()].strip() or same in (None, match[1].upper()):
+                return _among(match[1], letters)
+    return _by_text(plain, choices)
+
+
+def _by_text(text: str, choices: Choices) -> str | None:
+    """The one choice that has this text."""
+    if not text:
+        return None
+    wanted, wanted_words = normal_answer(text), words_of(normal_answer(text))
+    same = []
+    for letter, choice in zip(LETTERS, choices.texts, strict=False):
+        form = normal_answer(choice)
+        if form.casefold() == wanted.casefold() or (
+            form.isascii() and re.search(r"[A-Za-z]{2}", form) and words_of(form) == wanted_words
+        ):
+            same.append(letter)
+    return same[0] if len(same) == 1 else None
+
+
+def _among(letter: str, letters: str) -> str | None:
+    return letter.upper() if letter.upper() in letters else None
+
+
+def _in_phrases(text: str, choices: Choices, letters: str) -> str | None:
+    """What the last phrase states that names a choice."""
+    found: list[tuple[int, str]] = []
+    for pattern in _PHRASES:
+        for match in deque(pattern.finditer(text), maxlen=_MOST_PHRASES):
+            letter = _among(match["letter"], letters)
+            rest = text[match.end() : match.end() + 80]
+            if not letter or _MORE_LETTERS.match(rest):
+                continue
+            is_marked = text[match.start("letter") - 1] in "([*`$\"'{" or text[
+                match.end("letter") : match.end("letter") + 1
+            ] in set(")].:*`$}")
+            if match["letter"].isupper() or is_marked or _STANDS_ALONE.match(rest):
+                found.append((match.start("letter"), letter))
+    for match in deque(_ANSWER_IS.finditer(text), maxlen=_MOST_PHRASES):
+        sentence = re.split(r"[.!?](?=\s|$|\*)", match[1], maxsplit=1)[0]
+        if len(normal_answer(sentence)) > 1 and (letter := _by_text(sentence, choices)):
+            found.append((match.start(1) + 1, letter))  # "A only" before its letter
+    return max(found)[1] if found else None
+
+
+def _on_lines(text: str, letters: str) -> str | None:
+    """The last line that is a letter, the one letter that lines begin with, or the last "(C)"."""
+    lines = [line.strip("# \t") for line in text.splitlines() if line.strip()]
+    alone = [match[1] for line in lines if (match := _ALONE.fullmatch(line))]
+    alone = [letter for name in alone if (letter := _among(name, letters))]
+    if alone:
+        return alone[-1]
+    starts = [match[1] for line in lines if (match := _BEFORE_TEXT.match(line))]
+    starts = {letter for name in starts if (letter := _among(name, letters))}
+    if len(starts) == 1:
+        return starts.pop()
+    named = [name for name in _PARENTHESES.findall(_EITHER_OR.sub("", text)) if name in letters]
+    return named[-1] if named else None
+
+
+def _by_last_line(text: str, choices: Choices) -> str | None:
+    lines = text.strip().splitlines()
+    return _by_text(lines[-1], choices) if lines else None

@@ -1,0 +1,1 @@
+"""`aropd diagnose`: its request (spec), the scoring (score), and its JSON (summary)."""

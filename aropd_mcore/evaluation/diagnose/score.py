@@ -1,0 +1,231 @@
+"""`aropd diagnose`: rows -> responses -> scores under the three views -> a diagnosis."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+
+from aropd_mcore.config import TeacherConfig
+from aropd_mcore.convert.source import open_source
+from aropd_mcore.data.collate import collate
+from aropd_mcore.data.packing import Groups, consecutive
+from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
+from aropd_mcore.evaluation.diagnose.spec import DiagnosisSpec, ResponseKey
+from aropd_mcore.evaluation.diagnose.summary import Scored, summarize
+from aropd_mcore.evaluation.figures import describe_diagnosis, plot_diagnosis
+from aropd_mcore.evaluation.predictors import predict
+from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.scoring import Scores, score_responses
+from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.plan.layout import describe
+from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
+from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_model
+from aropd_mcore.rollout.lines_file import partial_folder
+from aropd_mcore.types import Microbatch, Rollout, Sample
+
+NUM_TOP = 5
+"""Likeliest tokens of each distribution that the reader shows."""
+_MICRO_BATCH_SIZE = 8
+"""Responses that are scored together."""
+
+
+def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
+    """Sample, score, and write job.output and the plots beside it.
+
+    Every response has the seed that `aropd generate` gives it, and the numbers are the same up to
+    rounding whatever the layout.
+
+    Raises:
+        RolloutFailed: see RolloutEngine.
+        ValueError: on the first rank, where no response reaches a token that the loss counts.
+    Collectives: the engine's and the models'; gathers over the job. Every rank must call.
+    """
+    spec = request.spec
+    tokenizer = load_tokenizer(spec.source.hf_folder)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=runtime.rank != 0)
+    console.print(_headline(request, runtime), markup=False)
+    student = load_model(spec, runtime)
+    teacher = _teacher(request, runtime, student)
+    scratch = partial_folder(spec.output)
+    sampling = generation_engine(
+        spec,
+        runtime,
+        student,
+        eos_token_ids=eos_token_ids(spec.source.hf_folder, tokenizer),
+        probe_ids=request.views[0].full_ids[-PROBE_TOKENS:],
+        longest_prompt=max(len(views.student_ids) for views in request.views),
+        scratch=scratch,
+    )
+    scored: list[Scored] = []
+    with sampling as engine:
+        for keys in _pieces(request, runtime):
+            scored += _score_piece(request, runtime, engine, student, teacher, keys)
+            console.print(f"responses {len(scored)}/{len(request.keys)}")
+    if runtime.rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)  # logs of servers
+        diagnosis = {
+            "model": _model(request),
+            "data": _data(request),
+            "settings": _settings(request),
+        }
+        diagnosis |= summarize(scored, request.views, tokenizer, request.objective)
+        skip = request.objective.skip_response_tokens
+        diagnosis["predictors"] = predict(
+            scored, request.views, tokenizer, skip_response_tokens=skip
+        )
+        write_atomically(spec.output, [json.dumps(diagnosis), "\n"])
+        console.print(describe_diagnosis(diagnosis), markup=False)
+        plot_diagnosis(diagnosis, spec.output.with_suffix(".png"))
+
+
+def _teacher(request: DiagnosisSpec, runtime: Runtime, student: StageModel) -> Teacher:
+    if not request.has_own_teacher:
+        return Teacher(TeacherConfig(kind="live"), runtime, student=student, model=None)
+    spec = request.spec
+    source = open_source(spec.source.path, who="teacher", hf=spec.source.hf_folder)
+    model = load_model(spec, runtime, source)
+    return Teacher(TeacherConfig(kind="frozen"), runtime, student=student, model=model)
+
+
+def _pieces(request: DiagnosisSpec, runtime: Runtime) -> Iterator[list[ResponseKey]]:
+    """Whose hidden states exist at the same time."""
+    keys, num_at_once = request.keys, 2 * request.spec.rollout.batch_size * runtime.dp_size
+    for first in range(0, len(keys), num_at_once):
+        yield keys[first : first + num_at_once]
+
+
+def _score_piece(
+    request: DiagnosisSpec,
+    runtime: Runtime,
+    engine: RolloutEngine,
+    student: StageModel,
+    teacher: Teacher,
+    keys: Sequence[ResponseKey],
+) -> list[Scored]:
+    """Responses with their scores, in the order of `keys`, on the first rank; elsewhere a part.
+
+    Model replicas take turns at the responses: the same ones whatever their number.
+    """
+    spec = request.spec
+    share = keys[runtime.dp_rank :: runtime.dp_size]
+    batch = PromptBatch(
+        [request.views[row].student_ids for row, _ in share],
+        [rollout_seed(spec.seed, row, sample) for row, sample in share],
+        spec.rollout,
+    )
+    rollouts = engine.submit(batch).result()
+    groups = consecutive(len(share), _MICRO_BATCH_SIZE)
+    # As many as the replica with most has: those that share experts go through them together.
+    most = -(-len(keys) // runtime.dp_size)
+    groups += [[]] * (-(-most // _MICRO_BATCH_SIZE) - len(groups))
+    microbatches = _microbatches(request, runtime, share, rollouts, groups)
+    is_read = [row * spec.rollout.rollouts_per_prompt + s < request.num_read for row, s in share]
+    num_top = min(NUM_TOP, student.vocab_size)
+    scores = score_responses(
+        student,
+        teacher,
+        microbatches,
+        [num_top if any(is_read[i] for i in group) else 0 for group in groups],
+        request.objective,
+        runtime,
+    )
+    mine = []
+    if runtime.is_last_stage and runtime.tp_rank == 0:
+        for group, scores_of_group in zip(groups, scores, strict=True):
+            mine += _scored(group, share, rollouts, is_read, scores_of_group)
+    gathered: list[list[Scored]] = [[] for _ in range(runtime.world_size)]
+    dist.gather_object(mine, gathered if runtime.rank == 0 else None, dst=0)
+    found = {(one.row, one.sample): one for part in gathered for one in part}
+    return [found[key] for key in keys if key in found]
+
+
+def _microbatches(
+    request: DiagnosisSpec,
+    runtime: Runtime,
+    share: Sequence[ResponseKey],
+    rollouts: Sequence[Rollout],
+    groups: Groups,
+) -> list[Microbatch]:
+    samples = [
+        Sample(v.student_ids, v.partial_ids, v.full_ids, rollout.response_ids, 1.0)
+        for v, rollout in zip((request.views[row] for row, _ in share), rollouts, strict=True)
+    ]
+    microbatches = collate(
+        samples,
+        groups,
+        skip_response_tokens=0,
+        pad_token_id=request.views[0].student_ids[0],  # nobody sees it
+        length_multiple=runtime.length_multiple,
+    )
+    return [microbatch.to(runtime.device) for microbatch in microbatches]
+
+
+def _scored(
+    group: Sequence[int],
+    share: Sequence[ResponseKey],
+    rollouts: Sequence[Rollout],
+    is_read: Sequence[bool],
+    scores: Scores,
+) -> Iterator[Scored]:
+    """Each response of a microbatch with its part of the scores."""
+    lengths = [len(rollouts[index].response_ids) for index in group]
+    parts = {name: tensor.cpu().split(lengths) for name, tensor in scores.items() if group}
+    for number, index in enumerate(group):
+        own = {
+            name: tensors[number].numpy()
+            for name, tensors in parts.items()
+            if is_read[index] or not name.startswith("top_")
+        }
+        yield Scored(*share[index], rollouts[index], own)
+
+
+def _model(request: DiagnosisSpec) -> dict[str, Any]:
+    spec = request.spec
+    return {
+        "path": str(spec.source.path),
+        "weights": spec.who,
+        "step": spec.weight_version,
+        "teacher": "own" if request.has_own_teacher else "the model itself",
+        "dtype": spec.dtype,
+    }
+
+
+def _data(request: DiagnosisSpec) -> dict[str, Any]:
+    samples = request.spec.rollout.rollouts_per_prompt
+    return {"path": str(request.spec.prompts), "rows": len(request.views), "samples": samples}
+
+
+def _settings(request: DiagnosisSpec) -> dict[str, Any]:
+    objective, rollout, views = request.objective, request.spec.rollout, request.spec.views
+    return {
+        "residual_scale": objective.residual_scale,
+        "residual_clip": objective.residual_clip,
+        "hindsight_gap": objective.hindsight_gap,
+        "hindsight_floor": objective.hindsight_floor,
+        "skip_response_tokens": objective.skip_response_tokens,
+        "partial_view": views.partial_view,
+        "partial_ratio": views.partial_ratio,
+        "engine": rollout.engine,
+        "max_response_tokens": rollout.max_response_tokens,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "seed": request.spec.seed,
+    }
+
+
+def _headline(request: DiagnosisSpec, runtime: Runtime) -> str:
+    spec = request.spec
+    dtype = str(runtime.dtype(spec.dtype)).removeprefix("torch.")
+    teacher = "its own teacher" if request.has_own_teacher else "itself as the teacher"
+    return (
+        f"{spec.source.path} ({spec.who}) with {teacher}, in {dtype} on {runtime.device.type}, "
+        f"{describe(spec.parallel, runtime.dp_size)}\n"
+        f"{len(request.views)} rows, {spec.rollout.rollouts_per_prompt} samples each, engine "
+        f"{spec.rollout.engine}, seed {spec.seed}"
+    )

@@ -1,0 +1,112 @@
+"""What `aropd diagnose` is asked for, checked before a process of the job starts; no Megatron."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aropd_mcore.config import Config, ConfigError, ObjectiveConfig, RolloutConfig
+from aropd_mcore.config_file import load_config
+from aropd_mcore.convert.source import MegatronSource, open_source
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.tokenizer import load_tokenizer
+from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.rollout.generation_spec import (
+    GenerationSpec,
+    build_generation_spec,
+    config_of_run,
+    run_folder,
+)
+from aropd_mcore.types import Views
+
+ResponseKey = tuple[int, int]
+"""A row and the number of its sample."""
+
+
+@dataclass(frozen=True)
+class DiagnosisSpec:
+    """A model, rows with their views, and the file for what comes of them."""
+
+    spec: GenerationSpec
+    """Which makes the responses; its output is the JSON file."""
+    views: tuple[Views, ...]
+    """Of each row."""
+    objective: ObjectiveConfig
+    num_read: int
+
+    @property
+    def keys(self) -> list[ResponseKey]:
+        samples = self.spec.rollout.rollouts_per_prompt
+        return [(row, sample) for row in range(len(self.views)) for sample in range(samples)]
+
+    @property
+    def has_own_teacher(self) -> bool:
+        source = self.spec.source
+        return (
+            self.spec.who == "student" and isinstance(source, MegatronSource) and source.has_teacher
+        )
+
+
+def build_diagnosis_spec(
+    model: Path,
+    data: Path,
+    *,
+    out: Path | None,
+    num_rows: int,
+    num_read: int,
+    config: Path | None = None,
+    rollout: Mapping[str, Any],
+    **spec: Any,
+) -> DiagnosisSpec:
+    """Open the checkpoint, by its headers alone, read the rows, and check what is asked of both.
+
+    Args:
+        model: see open_source.
+        data: JSONL or Parquet of rows.
+        out: folder; None: `diagnose` in the folder of the run that the checkpoint is of.
+        config, rollout, spec: as in rollout.generation_spec.build_generation_spec. A
+            max_response_tokens of None is the run's.
+    Raises:
+        ValueError: what cannot be used, and why.
+    """
+    settings = load_config(config) if config else _config_of(model, spec.get("hf"))
+    sampling = dict(rollout)
+    if sampling.get("max_response_tokens") is None:
+        known = settings.rollout if settings else RolloutConfig()
+        sampling["max_response_tokens"] = known.max_response_tokens
+    made = build_generation_spec(model, data, Path(), config=config, rollout=sampling, **spec)
+    folder = out or _default_folder(made)
+    objective = settings.objective if settings else ObjectiveConfig()
+    tokenizer = load_tokenizer(made.source.hf_folder)
+    vocab_size = made.source.architecture.vocab_size
+    builder = ViewBuilder(tokenizer, made.views, vocab_size=vocab_size)
+    views = tuple(builder.build(row) for row in RowDataset.load([data])[:num_rows])
+    longest = max(len(ids) for v in views for ids in (v.student_ids, v.partial_ids, v.full_ids))
+    if longest > made.max_prompt_tokens:
+        raise ConfigError(
+            f"{data}: a privileged view has {longest} tokens, and with max_response_tokens "
+            f"{made.rollout.max_response_tokens} exceeds the model's "
+            f"{made.source.architecture.max_position_embeddings} positions; lower "
+            "--max-response-tokens, or views.max_prompt_tokens in --config"
+        )
+    return DiagnosisSpec(replace(made, output=folder / _name(made)), views, objective, num_read)
+
+
+def _config_of(model: Path, hf: Path | None) -> Config | None:
+    return config_of_run(open_source(model, hf=hf))
+
+
+def _default_folder(spec: GenerationSpec) -> Path:
+    run = run_folder(spec.source)
+    if run is None:
+        raise ConfigError(f"{spec.source.path}: not a run's checkpoint; give --out")
+    return run / "diagnose"
+
+
+def _name(spec: GenerationSpec) -> str:
+    parts = [spec.prompts.name.partition(".")[0]]
+    if spec.who == "teacher":
+        parts.append("teacher")
+    if spec.weight_version is not None:
+        parts.append(f"step{spec.weight_version}")
+    return "-".join(parts) + ".json"

@@ -1,0 +1,310 @@
+"""Scored responses -> a diagnosis, as JSON holds it. SCHEMA counts its changes.
+
+    schema        "aropd-diagnosis/2"
+    model         path, weights (student or teacher), step, teacher, dtype
+    data          path, rows, samples (of a row)
+    settings      lambda, clip, thresholds, views and sampling, by their names in a run's config
+    metrics       METHOD section 7 by its names, over the loss tokens, with `NAME/BUCKET`; the
+                  support gaps (numerics/token_diagnostics.py); and of the responses: lengths,
+                  truncation_rate, premature_answer_rate, ends_with_answer_rate
+    residual      log f - log p of the sampled loss tokens: mean, quantiles, and a histogram whose
+                  first and last bin have no end
+    hindsight     gaps, floors, and the rate at [gap][floor]: the thresholds swept
+    tenths        metrics by the tenth of its response that a token is in, and num_tokens
+    reliability   by tokens of the oracle trace that the full view shows: see `_reliability`
+    response_ends numbers of responses that ended by themselves (finished) or were cut at the limit
+                  (cut), and eos_prob: the mean probability of the EOS at the end of the finished
+                  ones under each distribution (student, partial, full, target)
+    predictors    AUC of the teacher's signals for a right response: see predictors.py
+    vocabulary    token id -> text, of those in `rollouts`
+    rollouts      the reader's: row, sample, question, answer, prompt, text, finished, premature,
+                  ends_with_answer, num_skipped (tokens that the loss leaves out), and a list a
+                  token: ids, residual, hindsight (true or false), each distribution's log-prob
+                  (student, partial, full, target), top: [[id, probability under student, partial,
+                  full, target], ...], the likeliest of any of them, likeliest first
+
+Log-probs in nats. A number that does not exist is null.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aropd_mcore.config import ObjectiveConfig
+from aropd_mcore.data.answer_match import ends_with_answer, is_premature
+from aropd_mcore.numerics.position_metrics import (
+    BY_POSITION,
+    hindsight_tokens,
+    sum_by_position,
+    token_metrics,
+)
+from aropd_mcore.numerics.token_diagnostics import DISTRIBUTIONS
+from aropd_mcore.types import Rollout, Views
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCHEMA = "aropd-diagnosis/2"
+GAPS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+"""Tau, nats, that the hindsight rate is swept over."""
+FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Epsilon."""
+_EDGES = tuple(x / 2 for x in range(-10, 11))
+"""Of the residual's histogram, nats."""
+_QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+_NUM_BUCKETS = 4
+"""Of lengths of the privileged context."""
+_MIN_PROBABILITY = 5e-4
+"""Tokens that no distribution gives as much are not among the reader's."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A response, and each of its tokens' scores."""
+
+    row: int
+    sample: int
+    rollout: Rollout
+    scores: Mapping[str, np.ndarray]
+    """Scores of `numerics.token_diagnostics`; with the likeliest tokens where they are read."""
+
+
+def summarize(
+    scored: Sequence[Scored],
+    views: Sequence[Views],
+    tokenizer: "PreTrainedTokenizerBase",
+    objective: ObjectiveConfig,
+) -> dict[str, Any]:
+    """The diagnosis, without `predictors` and what was asked for: model, data and settings.
+
+    Raises:
+        ValueError: no response reaches a token that the loss counts.
+    """
+    skip = objective.skip_response_tokens
+    lengths = [len(one.rollout.response_ids) for one in scored]
+    offset_T = torch.cat([torch.arange(skip, max(length, skip)) for length in lengths])
+    if not len(offset_T):
+        raise ValueError(
+            f"no response has more than objective.skip_response_tokens {skip} tokens; the longest "
+            f"has {max(lengths)}"
+        )
+    tokens = {
+        name: torch.cat([torch.from_numpy(one.scores[name][skip:]) for one in scored]).double()
+        for name in scored[0].scores
+        if not name.startswith("top_")
+    }
+    tokens["hindsight_token_rate"] = _hindsight(tokens, objective)
+    logprobs = {name: tokens.pop(f"logprob_{name}") for name in DISTRIBUTIONS}
+    residual_T = logprobs["full"] - logprobs["partial"]
+    right = [_ends_right(one, views, tokenizer) for one in scored]
+    metrics = token_metrics(sum_by_position(tokens, offset_T))
+    return {
+        "schema": SCHEMA,
+        "metrics": metrics | _of_responses(scored, views, tokenizer, right),
+        "residual": _residual(residual_T),
+        "hindsight": _swept(logprobs),
+        "tenths": _tenths(tokens, offset_T, lengths, skip),
+        "reliability": list(_reliability(scored, views, right, skip)),
+        "response_ends": _response_ends(scored),
+        **_reader(scored, views, tokenizer, objective),
+    }
+
+
+def _hindsight(scores: Mapping[str, Any], objective: ObjectiveConfig) -> Tensor:
+    full_T, partial_T = (torch.as_tensor(scores[f"logprob_{v}"]) for v in ("full", "partial"))
+    gap, floor = objective.hindsight_gap, objective.hindsight_floor
+    return hindsight_tokens(full_T, partial_T, gap=gap, floor=floor)
+
+
+def _ends_right(one: Scored, views: Sequence[Views], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return ends_with_answer(tokenizer, one.rollout.response_ids, views[one.row].row.answer)
+
+
+def _of_responses(
+    scored: Sequence[Scored],
+    views: Sequence[Views],
+    tokenizer: "PreTrainedTokenizerBase",
+    right: Sequence[bool],
+) -> dict[str, Any]:
+    ids = [one.rollout.response_ids for one in scored]
+    lengths = np.array([len(response) for response in ids])
+    premature = [
+        is_premature(tokenizer, one.rollout.response_ids, views[one.row].row.answer)
+        for one in scored
+    ]
+    return {
+        "num_responses": len(scored),
+        "response_length_mean": float(lengths.mean()),
+        **{
+            f"response_length_p{int(100 * q)}": float(np.quantile(lengths, q))
+            for q in (0.1, 0.5, 0.9)
+        },
+        "truncation_rate": float(np.mean([not one.rollout.finished for one in scored])),
+        "premature_answer_rate": float(np.mean(premature)),
+        "ends_with_answer_rate": float(np.mean(right)),
+    }
+
+
+def _residual(residual_T: Tensor) -> dict[str, Any]:
+    values = residual_T.numpy()
+    edges = (-np.inf, *_EDGES[1:-1], np.inf)
+    return {
+        "mean": float(values.mean()),
+        "quantiles": {str(q): float(np.quantile(values, q)) for q in _QUANTILES},
+        "edges": list(_EDGES),
+        "counts": np.histogram(values, edges)[0].tolist(),
+    }
+
+
+def _swept(logprobs: Mapping[str, Tensor]) -> dict[str, Any]:
+    def rate(gap: float, floor: float) -> float:
+        found_T = hindsight_tokens(logprobs["full"], logprobs["partial"], gap=gap, floor=floor)
+        return float(found_T.double().mean())
+
+    rates = [[rate(gap, floor) for floor in FLOORS] for gap in GAPS]
+    return {"gaps": list(GAPS), "floors": list(FLOORS), "rates": rates}
+
+
+def _tenths(
+    tokens: Mapping[str, Tensor], offset_T: Tensor, lengths: Sequence[int], skip: int
+) -> dict[str, list[Any]]:
+    counted = torch.tensor([max(length - skip, 0) for length in lengths])
+    length_T = torch.tensor(list(lengths)).repeat_interleave(counted)
+    tenth_T = offset_T * 10 // length_T
+    counts = torch.bincount(tenth_T, minlength=10)
+    names = [*BY_POSITION, *(name for name in tokens if name.startswith("support_gap"))]
+    sums = {name: torch.bincount(tenth_T, tokens[name].double(), minlength=10) for name in names}
+    means = {name: (values / counts).tolist() for name, values in sums.items()}
+    means = {name: [v if math.isfinite(v) else None for v in row] for name, row in means.items()}
+    return {"num_tokens": counts.tolist()} | means
+
+
+def _reliability(
+    scored: Sequence[Scored], views: Sequence[Views], right: Sequence[bool], skip: int
+) -> Iterator[dict[str, Any]]:
+    """How far the full view's teacher can be trusted, by how much it is shown.
+
+    Of each quarter of the responses, by tokens that the full view's prompt has beyond the
+    student's: their number; the share that ends with the answer; means over loss tokens of
+    KL(f || p), f's entropy and what f holds for likelier than the student does
+    (log f - log s); and `prefers_right`: how often, of a response that ends with the answer and
+    one that does not, the teacher's preference (the mean of log f - log s) is higher for the first;
+    0.5 is chance, null where there is no such pair.
+    """
+    shown = [len(views[one.row].full_ids) - len(views[one.row].student_ids) for one in scored]
+    cuts = np.quantile(shown, np.arange(1, _NUM_BUCKETS) / _NUM_BUCKETS)
+    bucket_of = np.searchsorted(cuts, shown).tolist()
+    gains = [(one.scores["logprob_full"] - one.scores["logprob_student"])[skip:] for one in scored]
+    for bucket in sorted(set(bucket_of)):
+        members = [i for i in range(len(scored)) if bucket_of[i] == bucket]
+        means = [(float(gains[i].mean()), right[i]) for i in members if len(gains[i])]
+        pairs = [
+            (good > bad) + (good == bad) / 2
+            for good, is_right in means
+            if is_right
+            for bad, is_right_too in means
+            if not is_right_too
+        ]
+        lengths = [shown[i] for i in members]
+
+        def mean_of(name: str, members: Sequence[int] = members) -> float | None:
+            return _mean(np.concatenate([scored[i].scores[name][skip:] for i in members]))
+
+        yield {
+            "tokens_from": min(lengths),
+            "tokens_to": max(lengths),
+            "responses": len(members),
+            "ends_with_answer": sum(right[i] for i in members) / len(members),
+            "prefers_right": sum(pairs) / len(pairs) if pairs else None,
+            "kl_full_partial": mean_of("kl_full_partial"),
+            "entropy_full": mean_of("entropy_full"),
+            "gain_full_student": _mean(np.concatenate([gains[i] for i in members])),
+        }
+
+
+def _response_ends(scored: Sequence[Scored]) -> dict[str, Any]:
+    """P(EOS) where responses ended by themselves: there the sampled token is the EOS."""
+    finished = [one.scores for one in scored if one.rollout.finished]
+    return {
+        "finished": len(finished),
+        "cut": len(scored) - len(finished),
+        "eos_prob": {
+            name: _mean(np.exp([scores[f"logprob_{name}"][-1] for scores in finished]))
+            for name in DISTRIBUTIONS
+        },
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _reader(
+    scored: Sequence[Scored],
+    views: Sequence[Views],
+    tokenizer: "PreTrainedTokenizerBase",
+    objective: ObjectiveConfig,
+) -> dict[str, Any]:
+    vocabulary: dict[int, str] = {}
+    rollouts = []
+    for one in scored:
+        if "top_ids" not in one.scores:
+            continue
+        row, ids = views[one.row].row, list(one.rollout.response_ids)
+        scores = one.scores
+        tops = [
+            list(_top(*token))
+            for token in zip(scores["top_ids"], scores["top_logprobs"], strict=True)
+        ]
+        used = {id for top in tops for id, *_ in top} | set(ids)
+        vocabulary |= {id: token_text(tokenizer, id) for id in used - vocabulary.keys()}
+        rollouts.append(
+            {
+                "row": row.id or row.origin,
+                "sample": one.sample,
+                "question": row.question,
+                "answer": row.answer,
+                "prompt": str(tokenizer.decode(list(views[one.row].student_ids))),
+                "text": str(tokenizer.decode(ids)),
+                "finished": one.rollout.finished,
+                "premature": is_premature(tokenizer, ids, row.answer),
+                "ends_with_answer": ends_with_answer(tokenizer, ids, row.answer),
+                "num_skipped": objective.skip_response_tokens,
+                "ids": ids,
+                "residual": _rounded(scores["logprob_full"] - scores["logprob_partial"]),
+                "hindsight": [bool(found) for found in _hindsight(scores, objective)],
+                **{name: _rounded(scores[f"logprob_{name}"]) for name in DISTRIBUTIONS},
+                "top": tops,
+            }
+        )
+    return {"vocabulary": dict(sorted(vocabulary.items())), "rollouts": rollouts}
+
+
+def _top(ids: np.ndarray, logprobs: np.ndarray) -> Iterator[list[Any]]:
+    """Each token once, and its probabilities."""
+    likeliest = np.argsort(-logprobs.max(1), kind="stable")
+    seen: set[int] = set()
+    for place in likeliest:
+        id, probabilities = int(ids[place]), np.exp(logprobs[place].astype(np.float64))
+        if id not in seen and probabilities.max() >= _MIN_PROBABILITY:
+            seen.add(id)
+            yield [id, *(round(float(p), 4) for p in probabilities)]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 4) + 0.0 for value in values]  # never -0.0
+
+
+def token_text(tokenizer: "PreTrainedTokenizerBase", id: int) -> str:
+    """What a token writes; where that is no whole character, as the vocabulary spells it."""
+    text = str(tokenizer.decode([id]))
+    piece = tokenizer.convert_ids_to_tokens(id)
+    if "\ufffd" in text or not text:
+        return str(piece)
+    # SentencePiece's decoding drops the space before a first word.
+    return f" {text}" if str(piece).startswith("\u2581") and not text.startswith(" ") else text

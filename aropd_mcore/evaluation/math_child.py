@@ -1,0 +1,115 @@
+"""Whether two answers are the same, by math-verify; a process of its own, which may be killed.
+
+Run as a program: it prints `true` when it is ready, then answers a line of JSON, [gold, answer],
+both in normal form (evaluation/normalize.py), with `true` or `false`. An answer may keep sympy busy
+for ever, or fill the memory.
+
+Numbers are compared here, not by math-verify, whose tolerances are absolute: 1/2^99 and 1/2^98
+would be equal. The rule:
+
+    exact numbers       are equal if their difference is 0
+    a decimal           equals a number that is the same rounded to six places, as with math-verify,
+                        and that differs by less than a ten-thousandth of itself
+    irrational numbers  are equal if 50 significant digits are
+    9% and 9            are equal
+"""
+
+import json
+import logging
+import resource
+import sys
+from dataclasses import replace
+from typing import Any
+
+_MEMORY = 4 << 30
+_DIGITS = 50
+
+
+def main() -> None:
+    logging.disable()  # math-verify's warnings that no time limit of its own is on
+    import math_verify.grader as grader
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    # Sets, tuples, intervals and matrices compare their elements by this function.
+    library_rule = grader.sympy_numeric_eq
+
+    def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
+        same = same_number(a, b)
+        if same is None:
+            return library_rule(a, b, float_rounding, numeric_precision)
+        return same
+
+    grader.sympy_numeric_eq = numeric_eq
+    # normalize.py removes units: math-verify takes the variables of 5t and 4ab for units.
+    form = replace(LatexExtractionConfig().normalization_config, units=False)
+    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=form)
+    configs = [latex, ExprExtractionConfig()]
+
+    def same(gold: str, answer: str) -> bool:
+        truth, found = (
+            parse(f"\\boxed{{{text}}}", extraction_config=configs, parsing_timeout=0)
+            for text in (gold, answer)
+        )
+        return verify(truth, found, timeout_seconds=0)
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    print("true", flush=True)
+    for line in sys.stdin:
+        try:
+            verdict = same(*json.loads(line))
+        except Exception:  # sympy's or the parser's, about an answer that means nothing to them
+            verdict = False
+        print(json.dumps(bool(verdict)), flush=True)
+
+
+def same_number(a: Any, b: Any) -> bool | None:
+    """Compare two sympy expressions as numbers; None if one of them is none."""
+    import sympy
+
+    for value in (a, b):
+        if not isinstance(value, sympy.Expr) or value.free_symbols or not value.is_commutative:
+            return None
+    percents = [_percent(value) for value in (a, b)]
+    if all(isinstance(value, sympy.Integer) for value in percents):
+        return percents[0] == percents[1]
+    has_decimal = bool(a.atoms(sympy.Float) or b.atoms(sympy.Float))
+    first, second = (_exact(value) for value in (a, b))
+    if not (first.is_finite and second.is_finite and first.is_number and second.is_number):
+        return None
+    if has_decimal:
+        return _close(first, second)
+    if first.is_Rational and second.is_Rational:
+        return first == second
+    difference = abs((first - second).evalf(_DIGITS, maxn=4 * _DIGITS))
+    largest = max(abs(first.evalf(_DIGITS)), abs(second.evalf(_DIGITS)))
+    return bool(difference <= largest * sympy.Float(10) ** (5 - _DIGITS))
+
+
+def _exact(value: Any) -> Any:
+    """The value with decimals as the fractions that they are written as."""
+    import sympy
+
+    decimals = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
+    return value.xreplace(decimals).doit()
+
+
+def _percent(value: Any) -> Any:
+    """9 of 9%, which math-verify writes as a product that is not evaluated."""
+    import sympy
+
+    hundredth = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
+    if isinstance(value, sympy.Mul) and len(value.args) == 2 and value.args[1] == hundredth:
+        return value.args[0]
+    return value
+
+
+def _close(first: Any, second: Any) -> bool:
+    largest = max(abs(first), abs(second))
+    return bool(
+        first == second
+        or (abs(first - second) <= largest / 10_000 and first.round(6) == second.round(6))
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""How well the teacher's signals predict that a response is right.
+
+Of each response, means over its loss tokens y_t, in nats:
+
+    total      log f(y_t) - log s(y_t)    what Full OPD would add to the response
+    partial    log p(y_t) - log s(y_t)    the anchor's part
+    marginal   log f(y_t) - log p(y_t)    the residual, before clip and scale
+
+with s the student, p the partial view and f the full view. A signal's AUC is the probability that
+it is higher for a right response than for a wrong one.
+
+Source: METHOD section 7, `predictors`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aropd_mcore.data.thoughts import opened_thought
+from aropd_mcore.evaluation.diagnose.summary import Scored
+from aropd_mcore.evaluation.grade import Graders, check_graders
+from aropd_mcore.evaluation.statistics import accuracy, auc, auc_interval, interval
+from aropd_mcore.evaluation.tasks import MathAnswer
+from aropd_mcore.types import Views
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SIGNALS = {
+    "total": ("full", "student"),
+    "partial": ("partial", "student"),
+    "marginal": ("full", "partial"),
+}
+"""Name -> the distributions (a, b) of log a - log b."""
+
+
+def predict(
+    scored: Sequence[Scored],
+    views: Sequence[Views],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    skip_response_tokens: int,
+) -> dict[str, Any]:
+    """Grade the responses, and compare the signals of right and wrong ones.
+
+    Returns:
+        `predictors`, as `compare` returns it.
+    """
+    try:
+        check_graders([MathAnswer("")])
+    except ValueError as error:
+        return compare(scored, [None] * len(scored), skip_response_tokens, reason=str(error))
+    return compare(scored, grade(scored, views, tokenizer), skip_response_tokens)
+
+
+def grade(
+    scored: Sequence[Scored], views: Sequence[Views], tokenizer: "PreTrainedTokenizerBase"
+) -> list[bool | None]:
+    """Grade each response as `aropd eval` grades a task of format `math`.
+
+    Returns:
+        Whether each response is right; None where its row has no answer, or a program as the
+        answer, which can only be run.
+    """
+
+    def text(one: Scored) -> str:
+        prompt = str(tokenizer.decode(list(views[one.row].student_ids)))
+        ids = list(one.rollout.response_ids)
+        # A thought that the prompt begins is one of the response's.
+        return opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    answers = [views[one.row].row.answer.strip() for one in scored]
+    can_grade = [bool(answer) and not answer.startswith("```") for answer in answers]
+    request = [
+        (text(one), MathAnswer(answer))
+        for one, answer, can in zip(scored, answers, can_grade, strict=True)
+        if can
+    ]
+    with Graders() as graders:
+        grades = graders.grade_all(request)
+        return [next(grades).verdict == "right" if can else None for can in can_grade]
+
+
+def compare(
+    scored: Sequence[Scored],
+    right: Sequence[bool | None],
+    skip_response_tokens: int,
+    *,
+    reason: str | None = None,
+) -> dict[str, Any]:
+    """Compare the signals of right and wrong responses.
+
+    Args:
+        right: of each response; None where it has no grade.
+        reason: why there are no grades.
+    Returns:
+        graded       number of responses with a grade
+        accuracy     share of them that are right, with accuracy_95, its 95 % interval
+        right, wrong numbers of graded responses that have loss tokens, which the AUCs compare
+        signals      of SIGNALS, {auc, interval_95}: bootstrap over rows
+        reason       why there are no AUCs; null where there are
+
+        A number that does not exist is None.
+    """
+    by_row: dict[int, list[bool]] = {}
+    compared: list[tuple[Scored, bool]] = []
+    for one, is_right in zip(scored, right, strict=True):
+        if is_right is None:
+            continue
+        by_row.setdefault(one.row, []).append(is_right)
+        if len(one.rollout.response_ids) > skip_response_tokens:
+            compared.append((one, is_right))
+    rights = np.array([is_right for _, is_right in compared], dtype=bool)
+    num_right = int(rights.sum())
+    num_wrong = len(rights) - num_right
+    if reason is None and not by_row:
+        reason = "no row has an answer that can be graded"
+    if reason is None and not (num_right and num_wrong):
+        kind = "wrong" if num_wrong else "right"
+        reason = f"all graded responses with loss tokens are {kind}"
+        if not compared:
+            reason = "no graded response has loss tokens"
+    signals: dict[str, Any] = {name: {"auc": None, "interval_95": None} for name in SIGNALS}
+    if reason is None:
+        rows = [one.row for one, _ in compared]
+        for name in SIGNALS:
+            values = np.array([_signal(one, name, skip_response_tokens) for one, _ in compared])
+            bounds = auc_interval(values, rights, rows)
+            signals[name] = {"auc": auc(values, rights), "interval_95": bounds and list(bounds)}
+    samples = list(by_row.values())
+    return {
+        "graded": sum(map(len, samples)),
+        "accuracy": accuracy(samples) if samples else None,
+        "accuracy_95": list(interval(samples)) if samples else None,
+        "right": num_right,
+        "wrong": num_wrong,
+        "signals": signals,
+        "reason": reason,
+    }
+
+
+def _signal(one: Scored, name: str, skip: int) -> float:
+    a, b = (one.scores[f"logprob_{which}"][skip:].astype(np.float64) for which in SIGNALS[name])
+    return float((a - b).mean())

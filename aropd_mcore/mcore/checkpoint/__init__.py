@@ -1,0 +1,1 @@
+"""Checkpoints: their state, the writer process, and the directory that holds them."""

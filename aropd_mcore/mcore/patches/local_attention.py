@@ -1,0 +1,101 @@
+"""Core attention for the layer spec without Transformer Engine, under context parallelism too."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from aropd_mcore.data.context_parallel import positions_of_rank
+
+
+class LocalCoreAttention(torch.nn.Module):
+    """Causal attention by torch's own kernel; takes Megatron's arguments.
+
+    Query [S, B, heads, D], key and value [S, B, KV heads, D], rotated already; the result is
+    [S, B, heads x D]. Packed, with packed_seq_params: [S, heads, D] and so on, to [S, heads, D].
+    Under context parallelism S counts this rank's positions (data.context_parallel), and every rank
+    gathers all keys and values: the simplest scheme, for CPU ranks.
+
+    Collectives: under context parallelism an all-gather of keys and one of values over the context
+        group, and in the backward a reduce-scatter of each gradient.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *_layer: Any,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection,
+        **_unused: Any,
+    ):
+        super().__init__()
+        self.scale = softmax_scale
+        self.group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *_mask_settings: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_more_settings: Any,
+    ) -> Tensor:
+        """attention_mask: bool [B or 1, 1, S, S], True where not allowed; None is causal."""
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
+        num_positions = query.size(0)
+        visible = None if attention_mask is None else ~attention_mask
+        num_cached = key.size(0) - num_positions  # of cached decoding, before the queries
+        if visible is None and num_cached > 0:
+            visible = torch.ones(num_positions, key.size(0), dtype=torch.bool, device=query.device)
+            visible = visible.tril(num_cached)
+        if self.group.size() > 1:
+            assert attention_mask is None, "a mask of one's own has no place in a split sequence"
+            visible = self._visible([0, num_positions * self.group.size()], query.device)
+            key, value = self._gathered(key), self._gathered(value)
+        return self._attend(query, key, value, visible).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
+        query, key, value = (part.unsqueeze(1) for part in (query, key, value))
+        if self.group.size() > 1:
+            visible = self._visible(bounds, query.device)
+            key, value = self._gathered(key), self._gathered(value)
+            return self._attend(query, key, value, visible).squeeze(1)
+        sequences = [
+            self._attend(query[start:end], key[start:end], value[start:end], None)
+            for start, end in pairwise(bounds)
+        ]
+        return torch.cat(sequences).squeeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        """[S, B, heads, D]; visible is bool [S, keys], None is causal."""
+        context_BMSD = functional.scaled_dot_product_attention(
+            *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=self.scale,
+            enable_gqa=query.size(2) > key.size(2),
+        )
+        return context_BMSD.permute(2, 0, 1, 3)
+
+    def _gathered(self, part: Tensor) -> Tensor:
+        return gather_from_sequence_parallel_region(part.contiguous(), group=self.group)
+
+    def _visible(self, bounds: list[int], device: torch.device) -> Tensor:
+        """bool [S, S of all ranks]: which of the gathered keys each of this rank's queries sees."""
+        size, rank = self.group.size(), self.group.rank()
+        ranks = [positions_of_rank(bounds, size, other).to(device) for other in range(size)]
+        queries, keys = ranks[rank], torch.cat(ranks)
+        starts = torch.tensor(bounds[1:], device=device)
+        same = torch.bucketize(queries, starts, right=True)[:, None] == torch.bucketize(
+            keys, starts, right=True
+        )
+        return same & (queries[:, None] >= keys)

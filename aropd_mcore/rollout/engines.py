@@ -1,0 +1,140 @@
+"""Rollout engines by their names in rollout.engine, for training and for `aropd generate`."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from aropd_mcore.convert.import_export import export_hf
+from aropd_mcore.convert.source import MegatronSource, Source
+from aropd_mcore.mcore.model import StageModel, build_model
+from aropd_mcore.mcore.rank0 import run_on_rank0
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.weights import load_weights
+from aropd_mcore.rollout.engine import RolloutEngine, never
+from aropd_mcore.rollout.generation_spec import GenerationSpec
+from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.vllm import VllmEngine
+from aropd_mcore.rollout.vllm_process import Serving
+
+PROBE_TOKENS = 128
+"""Largest number of tokens of a probe, by which an engine proves that it has the weights."""
+
+
+def build_engine(
+    serving: Serving,
+    model: StageModel,
+    runtime: Runtime,
+    *,
+    eos_token_ids: Sequence[int],
+    probe_ids: Sequence[int],
+    should_stop: Callable[[], bool] = never,
+) -> RolloutEngine:
+    """Build the engine that serving.rollout.engine names; `update_weights` comes next.
+
+    Args:
+        serving: the engine's settings, and what servers are started with.
+        model: this rank's shard, without DDP around it.
+        eos_token_ids: any of them ends a response.
+        probe_ids: see VllmEngine.
+        should_stop: asked while responses are sampled. True: the result is not waited for, and the
+            caller must discard it.
+    Raises:
+        ConfigError: the engine cannot run on this machine.
+    """
+    rollout = serving.rollout
+    match rollout.engine:
+        case "native":
+            return NativeEngine(
+                model,
+                runtime,
+                eos_token_ids=eos_token_ids,
+                batch_size=rollout.batch_size,
+                kv_cache_tokens=rollout.kv_cache_tokens,
+                should_stop=should_stop,
+            )
+        case "vllm":
+            return VllmEngine(
+                model,
+                runtime,
+                serving,
+                eos_token_ids=eos_token_ids,
+                probe_ids=probe_ids,
+                should_stop=should_stop,
+            )
+
+
+def load_model(spec: GenerationSpec, runtime: Runtime, source: Source | None = None) -> StageModel:
+    """This rank's shard of the job's model, or of another checkpoint of the same architecture.
+
+    Collectives: those of the model's construction; every rank must call it.
+    """
+    model = build_model(spec.source.hf_folder, runtime, dtype=runtime.dtype(spec.dtype))
+    load_weights(model, source or spec.source, runtime)
+    return model
+
+
+@contextmanager
+def generation_engine(
+    spec: GenerationSpec,
+    runtime: Runtime,
+    model: StageModel,
+    *,
+    eos_token_ids: Sequence[int],
+    probe_ids: Sequence[int],
+    longest_prompt: int,
+    scratch: Path,
+) -> Iterator[RolloutEngine]:
+    """The job's engine, with the weights of its checkpoint; what it starts ends with the block.
+
+    Args:
+        model: of `load_model`.
+        probe_ids: see VllmEngine.
+        longest_prompt: tokens that vLLM servers make room for, before the response.
+        scratch: folder for the servers' logs and, while they run, their weights.
+    Raises:
+        ValueError, OSError: what is wrong with the checkpoint or the engine's settings.
+    Collectives: those of `update_weights`; every rank must call it.
+    """
+    weights = _weights_folder(spec, scratch)
+    engine = build_engine(
+        _serving(spec, model, weights, longest_prompt, scratch),
+        model,
+        runtime,
+        eos_token_ids=eos_token_ids,
+        probe_ids=probe_ids,
+    )
+    try:
+        engine.update_weights(spec.weight_version or 0)
+        yield engine
+    finally:
+        engine.close()
+        if runtime.rank == 0:
+            shutil.rmtree(weights, ignore_errors=True)
+
+
+def _weights_folder(spec: GenerationSpec, scratch: Path) -> Path:
+    """Folder of the servers' weights, of this job only even below a weights_dir that jobs share."""
+    if spec.rollout.vllm.weights_dir is None:
+        return scratch / "weights"
+    name = hashlib.sha256(str(spec.output.resolve()).encode()).hexdigest()[:16]
+    return spec.rollout.vllm.weights_dir / f"generate-{name}"
+
+
+def _serving(
+    spec: GenerationSpec, model: StageModel, weights: Path, longest_prompt: int, scratch: Path
+) -> Serving:
+    """What servers are started with: a complete HF folder, whose weights are replaced later."""
+    path, vllm = spec.source.hf_folder, spec.rollout.vllm
+    starts_servers = spec.rollout.engine == "vllm" and not vllm.urls
+    if starts_servers and isinstance(spec.source, MegatronSource):
+        path = weights / "hf"
+        export = partial(
+            export_hf, spec.source, path, dtype=model.config.params_dtype, overwrite=True
+        )
+        run_on_rank0(export, takes_long=True)
+    servers = vllm.model_copy(update={"weights_dir": weights})
+    rollout = spec.rollout.model_copy(update={"vllm": servers})
+    return Serving(rollout, path, spec.dtype, longest_prompt, scratch)

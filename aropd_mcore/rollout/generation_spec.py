@@ -1,0 +1,154 @@
+"""What `aropd generate` is asked for, checked before a process of the job starts; no Megatron."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aropd_mcore.config import (
+    Config,
+    ConfigError,
+    ParallelConfig,
+    RolloutConfig,
+    SamplingConfig,
+    ViewsConfig,
+)
+from aropd_mcore.config_file import load_config, validated
+from aropd_mcore.convert.architecture import check_layout
+from aropd_mcore.convert.source import MegatronSource, Source, Who, open_source
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """Responses to a file of prompts, from one model."""
+
+    source: Source
+    who: Who
+    prompts: Path
+    output: Path
+    views: ViewsConfig
+    rollout: RolloutConfig
+    parallel: ParallelConfig
+    dtype: str
+    """As model.dtype in a run's config."""
+    seed: int
+    with_logprobs: bool
+
+    @property
+    def weight_version(self) -> int | None:
+        """Training steps behind the weights; None where the checkpoint's name does not say."""
+        if not isinstance(self.source, MegatronSource):
+            return None
+        number = self.source.iteration.name.removeprefix("iter_")
+        return int(number) if number.isdecimal() else None
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """That leave room for a response."""
+        return _room(self.source, self.rollout)
+
+    def identity(self) -> dict[str, Any]:
+        """What the responses depend on, as JSON holds it. The layout is not among it."""
+        source, sampling = self.source, self.rollout.model_dump(mode="json")
+        weights = source.iteration if isinstance(source, MegatronSource) else source.path
+        with self.prompts.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {
+            "checkpoint": str(weights.resolve()),
+            "who": self.who,
+            "hf": str(source.hf_folder.resolve()),
+            "sha256 of prompts": sha256,
+            **{f"views.{name}": value for name, value in self.views},
+            **{name: sampling[name] for name in SamplingConfig.model_fields},
+            "engine": self.rollout.engine,
+            "samples": self.rollout.rollouts_per_prompt,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "logprobs": self.with_logprobs,
+        }
+
+
+def build_generation_spec(
+    checkpoint: Path,
+    prompts: Path,
+    output: Path,
+    *,
+    who: Who = "student",
+    hf: Path | None = None,
+    config: Path | None = None,
+    rollout: Mapping[str, Any],
+    parallel: Mapping[str, Any],
+    dtype: str = "auto",
+    seed: int = 1234,
+    with_logprobs: bool = False,
+) -> GenerationSpec:
+    """Open the checkpoint, by its headers alone, and check what is asked of it.
+
+    Args:
+        checkpoint: see open_source.
+        hf: see open_source.
+        config: a run's YAML, for its views, and for its rollout.vllm if that samples. None: the
+            views are those of the config.yaml of the run that the checkpoint is of; without one
+            the default templates, and no limit but the model's. The servers are none of its own:
+            it may be training with them.
+        rollout: values of RolloutConfig.
+        parallel: values of ParallelConfig.
+    Raises:
+        ValueError: what cannot be used, and why.
+    """
+    source = open_source(checkpoint, who=who, hf=hf)
+    given = load_config(config) if config else None
+    servers = {"vllm": given.rollout.vllm} if given else {}
+    settings = validated(RolloutConfig, {**rollout, **servers}, "aropd generate")
+    sizes = dict(parallel)
+    # As in training: Megatron's experts work on tensor ranks that share out the tokens.
+    sizes["sequence"] = source.architecture.routing is not None and sizes.get("tensor", 1) > 1
+    layout = validated(ParallelConfig, sizes, "aropd generate")
+    check_layout(
+        source.architecture,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+    )
+    room = _room(source, settings)
+    if room < 1:
+        raise ConfigError(
+            f"max_response_tokens {settings.max_response_tokens} leaves no room for a prompt: the "
+            f"model has {source.architecture.max_position_embeddings} positions"
+            + (f", kv_cache_tokens is {c}" if (c := settings.kv_cache_tokens) else "")
+        )
+    run = given or config_of_run(source)
+    return GenerationSpec(
+        source=source,
+        who=who,
+        prompts=prompts,
+        output=output,
+        views=run.views if run else ViewsConfig(max_prompt_tokens=room, on_long_prompt="drop"),
+        rollout=settings,
+        parallel=layout,
+        dtype=dtype,
+        seed=seed,
+        with_logprobs=with_logprobs,
+    )
+
+
+def _room(source: Source, rollout: RolloutConfig) -> int:
+    most = source.architecture.max_position_embeddings
+    return min(most, rollout.kv_cache_tokens or most) - rollout.max_response_tokens
+
+
+def run_folder(source: Source) -> Path | None:
+    """The output_dir of the run that a checkpoint is of."""
+    if not isinstance(source, MegatronSource):
+        return None
+    folder = source.iteration.absolute().parent  # output_dir/checkpoints/iter_NNNNNNN
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def config_of_run(source: Source) -> Config | None:
+    """Of the run that a checkpoint is of, where its config.yaml is there."""
+    folder = run_folder(source)
+    path = folder / "config.yaml" if folder else None
+    return load_config(path) if path and path.is_file() else None

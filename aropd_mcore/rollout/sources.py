@@ -1,0 +1,362 @@
+"""Rollout sources: where a training step gets its views and responses.
+
+    OracleTraces                      the responses are the rows' own traces, for sft
+    Sampled                           an engine samples a step's responses when the step asks
+    Replayed(Sampled)                 ... unless an earlier attempt of the run has kept them
+    Prefetched(Sampled or Replayed)   ... and those of the next steps are submitted meanwhile
+
+`build_source` puts them together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from aropd_mcore.config import Config, SamplingConfig
+from aropd_mcore.data.dataset import RowDataset, step_positions
+from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.engine import (
+    Pending,
+    Progress,
+    PromptBatch,
+    RolloutEngine,
+    ignore,
+    rollout_seed,
+)
+from aropd_mcore.rollout.rollout_cache import RolloutCache
+from aropd_mcore.types import Rollout, Views
+
+
+@dataclass(frozen=True)
+class StepRollouts:
+    """A step's share of one data-parallel rank: views, seeds and rollouts, one of each per sample.
+
+    The ranks of a model replica have the same share.
+    """
+
+    views: Sequence[Views]
+    seeds: Sequence[int]
+    rollouts: Sequence[Rollout]
+
+
+class RolloutSource(Protocol):
+    """What a training step takes its rollouts from."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that sample next: the number of training steps behind their last
+        update."""
+        ...
+
+    def take(self, step: int, *, on_progress: Progress = ignore) -> StepRollouts:
+        """Return a step's rollouts; steps are taken in order, each once.
+
+        Args:
+            on_progress: see Pending.result.
+        Raises:
+            RolloutFailed: no responses can be had; on every rank alike.
+            Exception: what `check_stop` of Sampled raises, on every rank alike.
+            Nothing of the run has changed then.
+        Collectives: the engine's; every rank must call it.
+        """
+        ...
+
+    def weights_changed(self, version: int) -> None:
+        """Sample from the student's weights as they are now: those after `version` training steps.
+
+        Called before the first step, and after every update.
+
+        Collectives: RolloutEngine.update_weights'; every rank must call it.
+        """
+        ...
+
+    def steps_saved(self, num_steps: int) -> None:
+        """Release what is kept of the first `num_steps` steps: a checkpoint has them behind it."""
+        ...
+
+
+class PendingStep(Protocol):
+    """A step whose responses were submitted."""
+
+    def result(self, *, on_progress: Progress = ignore) -> StepRollouts:
+        """As RolloutSource.take."""
+        ...
+
+
+class StepSource(RolloutSource, Protocol):
+    """A RolloutSource that can work on several steps at the same time."""
+
+    def submit(self, step: int) -> PendingStep:
+        """Have a step's responses sampled, and possibly return before they are.
+
+        Collectives: RolloutEngine.submit's; every rank must call it.
+        """
+        ...
+
+
+class StepPrompts:
+    """Views and seeds of every step on this data-parallel rank.
+
+    A pure function of (training.seed, step, layout). The union over data-parallel ranks does not
+    depend on the layout.
+    """
+
+    def __init__(
+        self, config: Config, runtime: Runtime, dataset: RowDataset, view_builder: ViewBuilder
+    ):
+        self.view_builder = view_builder
+        self._config = config
+        self._runtime = runtime
+        self._dataset = dataset
+
+    def __call__(self, step: int) -> tuple[list[Views], list[int]]:
+        """The views of a step, one per rollout, and the seed of each rollout."""
+        config = self._config
+        positions = step_positions(
+            step,
+            prompts_per_step=config.prompts_per_step,
+            dp_rank=self._runtime.dp_rank,
+            dp_size=self._runtime.dp_size,
+        )
+        seed, shuffle = config.training.seed, config.data.shuffle
+        views, seeds = [], []
+        for position in positions:
+            row_views = self.view_builder.build(
+                self._dataset.row_at(position, seed=seed, shuffle=shuffle)
+            )
+            for sample in range(config.rollout.rollouts_per_prompt):
+                views.append(row_views)
+                seeds.append(rollout_seed(seed, position, sample))
+        return views, seeds
+
+
+class OracleTraces:
+    """RolloutSource of the rows' own traces, cut to `max_response_tokens`; for `sft`."""
+
+    def __init__(self, prompts: StepPrompts, *, max_response_tokens: int):
+        self.weight_version = 0
+        self.prompts = prompts
+        self._limit = max_response_tokens
+
+    def take(self, step: int, *, on_progress: Progress = ignore) -> StepRollouts:
+        """As RolloutSource.take; the rollouts have no log-probs. Collectives: none."""
+        views, seeds = self.prompts(step)
+        traces = [self.prompts.view_builder.oracle_response_ids(v.row) for v in views]
+        rollouts = [
+            Rollout(
+                ids[: self._limit],
+                logprobs=(),
+                finished=len(ids) <= self._limit,
+                weight_version=0,
+            )
+            for ids in traces
+        ]
+        return StepRollouts(views, seeds, rollouts)
+
+    def weights_changed(self, version: int) -> None:
+        """As RolloutSource.weights_changed. Collectives: none."""
+        self.weight_version = version
+
+    def steps_saved(self, num_steps: int) -> None:
+        """As RolloutSource.steps_saved; nothing is kept."""
+
+
+class Sampled:
+    """StepSource of responses that an engine samples to the student views."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        prompts: StepPrompts,
+        sampling: SamplingConfig,
+        *,
+        check_stop: Callable[[], None],
+    ):
+        """
+        Args:
+            check_stop: called on every rank when responses are there. It raises, on every rank
+                alike, if the engine may have cut them short because the run has to stop.
+        """
+        self.prompts = prompts
+        self._engine = engine
+        self._sampling = sampling
+        self._check_stop = check_stop
+
+    @property
+    def weight_version(self) -> int:
+        return self._engine.weight_version
+
+    def submit(self, step: int) -> PendingStep:
+        """As StepSource.submit."""
+        views, seeds = self.prompts(step)
+        batch = PromptBatch([v.student_ids for v in views], seeds, self._sampling)
+        return _SampledStep(views, seeds, self._engine.submit(batch), self._check_stop)
+
+    def take(self, step: int, *, on_progress: Progress = ignore) -> StepRollouts:
+        """As RolloutSource.take."""
+        return self.submit(step).result(on_progress=on_progress)
+
+    def weights_changed(self, version: int) -> None:
+        """As RolloutSource.weights_changed."""
+        self._engine.update_weights(version)
+
+    def steps_saved(self, num_steps: int) -> None:
+        """As RolloutSource.steps_saved; nothing is kept."""
+
+
+@dataclass(frozen=True)
+class _SampledStep:
+    views: Sequence[Views]
+    seeds: Sequence[int]
+    pending: Pending
+    check_stop: Callable[[], None]
+
+    def result(self, *, on_progress: Progress = ignore) -> StepRollouts:
+        rollouts = self.pending.result(on_progress=on_progress)
+        self.check_stop()
+        return StepRollouts(self.views, self.seeds, rollouts)
+
+
+class Replayed:
+    """StepSource that takes a step's responses from a cache on disk if an earlier attempt of the
+    run has sampled them, and keeps those that it samples there."""
+
+    def __init__(
+        self, source: StepSource, cache: RolloutCache, prompts: StepPrompts, *, max_staleness: int
+    ):
+        """
+        Args:
+            prompts: those of `source`.
+            max_staleness: largest difference of weight versions between sampling and training.
+        """
+        self._source = source
+        self._cache = cache
+        self._prompts = prompts
+        self._max_staleness = max_staleness
+
+    @property
+    def weight_version(self) -> int:
+        return self._source.weight_version
+
+    def submit(self, step: int) -> PendingStep:
+        """As StepSource.submit; responses of a step in the cache are not sampled.
+
+        Collectives: those of `source`, unless the cache has the step.
+        """
+        pending = None if step in self._cache.steps else self._source.submit(step)
+        return _ReplayedStep(self, step, pending)
+
+    def take(self, step: int, *, on_progress: Progress = ignore) -> StepRollouts:
+        """As RolloutSource.take."""
+        return self.submit(step).result(on_progress=on_progress)
+
+    def weights_changed(self, version: int) -> None:
+        """As RolloutSource.weights_changed."""
+        self._source.weights_changed(version)
+
+    def steps_saved(self, num_steps: int) -> None:
+        """As RolloutSource.steps_saved."""
+        self._cache.forget(before=num_steps)
+
+    def _result(
+        self, step: int, pending: PendingStep | None, on_progress: Progress
+    ) -> StepRollouts:
+        """
+        Args:
+            pending: None where the cache is to have the step.
+        """
+        if pending is None:
+            views, seeds = self._prompts(step)
+            newest = self.weight_version
+            versions = range(newest - self._max_staleness, newest + 1)
+            rollouts = self._cache.read(step, [v.student_ids for v in views], seeds, versions)
+            if rollouts is not None:
+                return StepRollouts(views, seeds, rollouts)
+            pending = self._source.submit(step)
+        taken = pending.result(on_progress=on_progress)
+        prompts = [v.student_ids for v in taken.views]
+        self._cache.write(step, prompts, taken.seeds, taken.rollouts)
+        return taken
+
+
+@dataclass(frozen=True)
+class _ReplayedStep:
+    source: Replayed
+    step: int
+    pending: PendingStep | None
+
+    def result(self, *, on_progress: Progress = ignore) -> StepRollouts:
+        return self.source._result(self.step, self.pending, on_progress)
+
+
+class Prefetched:
+    """RolloutSource that submits the next `depth` steps before it hands over a step's rollouts.
+
+    A step's responses are sampled from the weights of up to `depth` steps earlier.
+    """
+
+    def __init__(self, source: StepSource, *, depth: int, num_steps: int):
+        """
+        Args:
+            num_steps: of the run, behind which nothing is submitted.
+        """
+        self._source = source
+        self._depth = depth
+        self._num_steps = num_steps
+        self._pending: dict[int, PendingStep] = {}
+        """By step."""
+
+    @property
+    def weight_version(self) -> int:
+        return self._source.weight_version
+
+    def take(self, step: int, *, on_progress: Progress = ignore) -> StepRollouts:
+        """As RolloutSource.take."""
+        pending = self._pending.pop(step, None)
+        if pending is None:  # the first step
+            pending = self._source.submit(step)
+        taken = pending.result(on_progress=on_progress)
+        for ahead in range(step + 1, min(step + 1 + self._depth, self._num_steps)):
+            if ahead not in self._pending:
+                self._pending[ahead] = self._source.submit(ahead)
+        return taken
+
+    def weights_changed(self, version: int) -> None:
+        """As RolloutSource.weights_changed."""
+        self._source.weights_changed(version)
+
+    def steps_saved(self, num_steps: int) -> None:
+        """As RolloutSource.steps_saved."""
+        self._source.steps_saved(num_steps)
+
+
+def build_source(
+    config: Config,
+    runtime: Runtime,
+    prompts: StepPrompts,
+    engine: RolloutEngine | None,
+    *,
+    num_steps: int,
+    run_hash: str = "",
+    check_stop: Callable[[], None],
+) -> RolloutSource:
+    """Build the source that a run's settings ask for.
+
+    Args:
+        engine: None for `sft`.
+        num_steps: of the run.
+        run_hash: see RolloutCache.
+        check_stop: see Sampled.
+    Collectives: RolloutCache's; every rank must call it.
+    """
+    rollout = config.rollout
+    if engine is None:
+        return OracleTraces(prompts, max_response_tokens=rollout.max_response_tokens)
+    source: StepSource = Sampled(engine, prompts, rollout, check_stop=check_stop)
+    if config.checkpoint.save_rollouts:
+        cache = RolloutCache(config.output_dir / "rollouts", run_hash, runtime)
+        source = Replayed(source, cache, prompts, max_staleness=rollout.async_steps)
+    if rollout.async_steps:
+        return Prefetched(source, depth=rollout.async_steps, num_steps=num_steps)
+    return source

@@ -1,0 +1,65 @@
+"""Hooks that run after every step (`trainer.step.StepHook`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.plan.cost import head_flops, layers_flops
+from aropd_mcore.plan.devices import peak_bf16_flops
+from aropd_mcore.trainer.step import Run, StepResult
+
+
+class DeviceUse:
+    """Peak memory and arithmetic utilization of the GPUs.
+
+    - `device_memory_peak_gb`: largest memory that PyTorch's allocator has held during the step, in
+      1e9 bytes, over all ranks.
+    - `mfu`: FLOPs of the teacher and student phases (`plan.cost`) per second of these two phases,
+      over the dense bf16 peak of all GPUs. It is left out for a GPU that `plan.devices` lacks.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self._device = runtime.device
+        self._peak_flops = peak_bf16_flops(torch.cuda.get_device_name(runtime.device))
+
+    def after_step(
+        self, run: Run, step: int, result: StepResult, metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """As StepHook.after_step.
+
+        Collectives: one all-reduce over the job and one all-gather over the data-parallel ranks.
+        """
+        peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        use = {"device_memory_peak_gb": run.runtime.max_over_job(peak_bytes) / 1e9}
+        if self._peak_flops is None:
+            return use
+        return use | {"mfu": utilization(run, result, metrics, self._peak_flops)}
+
+
+def utilization(
+    run: Run, result: StepResult, metrics: Mapping[str, Any], peak_flops: float
+) -> float:
+    """Compute the model FLOP/s utilization of a step's teacher and student phases.
+
+    Args:
+        metrics: with `num_loss_tokens`, over the global batch.
+        peak_flops: of one device, FLOP/s.
+    Collectives: one all-gather over the data-parallel ranks.
+    """
+    architecture, views = run.student.model.architecture, run.student.objective.views
+    student_tokens, teacher_tokens = [], []
+    for prompts, rollout in zip(result.views, result.rollouts, strict=True):
+        ids = {"partial": prompts.partial_ids, "full": prompts.full_ids}
+        num_response_tokens = len(rollout.response_ids)
+        student_tokens.append(len(prompts.student_ids) + num_response_tokens)
+        teacher_tokens += [len(ids[view]) + num_response_tokens for view in views]
+    on_rank = layers_flops(
+        architecture, student_tokens=student_tokens, teacher_tokens=teacher_tokens
+    )
+    in_layers = run.runtime.gather_over_data(torch.tensor([on_rank], dtype=torch.float64))
+    in_head = head_flops(architecture, metrics["num_loss_tokens"], num_views=len(views))
+    seconds = result.seconds["teacher"] + result.seconds["student"]
+    return (float(in_layers.sum()) + in_head) / (seconds * peak_flops * run.runtime.world_size)

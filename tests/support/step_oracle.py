@@ -1,0 +1,319 @@
+"""AR-OPD training steps in plain PyTorch and transformers, on one process, from METHOD.md alone.
+
+One dense pass a sample and a view, autograd through whole logits, torch's AdamW: slow and plain.
+Imports nothing of the package. Everything is fp64 (but for what transformers computes in fp32 in
+its norms), so a difference is the other side's rounding.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.support import oracles
+
+BUCKETS = {
+    "0-255": (0, 256),
+    "256-511": (256, 512),
+    "512-767": (512, 768),
+    "768-1023": (768, 1024),
+    "1024-": (1024, math.inf),
+}
+BY_POSITION = (
+    "kl_full_partial",
+    "kl_full_student",
+    "kl_partial_student",
+    "kl_target_student",
+    "hindsight_token_rate",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one row's three prompts and of the response."""
+
+    student: tuple[int, ...]
+    partial: tuple[int, ...]
+    full: tuple[int, ...]
+    response: tuple[int, ...]
+    weight: float
+    engine_logprobs: tuple[float, ...] = ()
+    """Of the response, by whoever sampled it."""
+    finished: bool = False
+    """Whether the response ended by EOS."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """METHOD's symbols; `sft` replaces the target by the response itself."""
+
+    num_steps: int
+    sft: bool
+    scale: float
+    clip: float | None
+    divergence: str
+    jsd_weight: float
+    reduction: str
+    skip: int
+    gap: float
+    floor: float
+    teacher: str
+    ema_rate: float
+    lr: float
+    min_lr: float
+    warmup_ratio: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_grad: float
+    router_aux: float = 0.0
+    router_z: float = 0.0
+    importance: str | None = None
+    """`sequence` or `token`."""
+    cap: float = 2.0
+    temperature: float = 1.0
+    """Divides the logits of all three views before the loss."""
+    sft_prompt_loss: bool = False
+
+
+@dataclass(frozen=True)
+class OracleStep:
+    """What a step reports, and the weights after it, by their HF names."""
+
+    metrics: dict[str, float]
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+
+
+class Oracle:
+    """A student, its teacher and its optimizer."""
+
+    def __init__(self, folder: Path, method: Method):
+        self.method = method
+        self.student = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float64,
+            experts_implementation="eager",  # the grouped one has no fp64
+        ).eval()
+        self.teacher = copy.deepcopy(self.student)
+        if method.teacher == "live":
+            self.teacher = self.student
+        weights = list(self.student.parameters())  # a tied head is the embedding, once
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [w for w in weights if w.dim() > 1],
+                    "weight_decay": method.weight_decay,
+                },
+                {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+            ],
+            betas=method.betas,
+            eps=method.eps,
+        )
+        self.num_done = 0
+        self._router_inputs: list[Tensor] = []
+        for module in self._routers:
+            module.register_forward_hook(lambda _, args, __: self._router_inputs.append(args[0]))
+
+    @property
+    def _routers(self) -> list[torch.nn.Module]:
+        return [m for name, m in self.student.named_modules() if name.endswith("mlp.gate")]
+
+    def step(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]] = ()) -> OracleStep:
+        """
+        Args:
+            groups: the samples of each microbatch, on which the routers' losses depend.
+        """
+        method = self.method
+        self._router_inputs.clear()
+        losses, metrics, offsets = [], [], []
+        for sample in samples:
+            loss_T, metrics_T = self._sft(sample) if method.sft else self._aropd(sample)
+            losses.append(loss_T)
+            metrics.append(metrics_T)
+            first = 0 if method.sft_prompt_loss else method.skip
+            offsets.append(torch.arange(first, first + len(loss_T)))
+        loss = oracles.reduced_loss(losses, [s.weight for s in samples], method.reduction)
+        minimized, routers = loss, {}
+        if method.router_aux or method.router_z:
+            aux, z = self._router_losses(len(samples), groups)
+            minimized = loss + method.router_aux * aux + method.router_z * z
+            routers = {
+                "router_aux_loss": float(aux.detach()) / len(self._routers),
+                "router_z_loss": float(z.detach()) / len(self._routers),
+            }
+
+        self.optimizer.zero_grad()
+        minimized.backward()
+        weights = list(self.student.parameters())
+        grads = [w.grad for w in weights if w.grad is not None]
+        assert len(grads) == len(weights)
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        if method.clip_grad > 0:
+            for grad in grads:
+                grad *= min(1.0, method.clip_grad / float(norm))
+        lr = self._lr()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.num_done += 1
+        if method.teacher == "ema":
+            with torch.no_grad():
+                for phi, theta in zip(self.teacher.parameters(), weights, strict=True):
+                    phi.copy_((1 - method.ema_rate) * phi + method.ema_rate * theta)
+
+        report = {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": lr}
+        joined = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+        report |= routers
+        report |= _at_ends(samples, metrics)
+        report |= self._means(joined, torch.cat(offsets))
+        return OracleStep(report, _weights(self.student), _weights(self.teacher))
+
+    def _aropd(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        method = self.method
+        student = self._logits(self.student, sample.student, sample.response)
+        with torch.no_grad():
+            partial = self._logits(self.teacher, sample.partial, sample.response)
+            full = self._logits(self.teacher, sample.full, sample.response)
+        sampled = torch.tensor(sample.response[method.skip :], dtype=torch.int64)
+        # Of the distribution that was sampled from, at any temperature of the loss.
+        log_s = -oracles.cross_entropy(student.detach(), sampled)
+        student, partial, full = (x / method.temperature for x in (student, partial, full))
+        losses = oracles.token_losses(
+            student,
+            partial,
+            full,
+            scale=method.scale,
+            clip=method.clip,
+            divergence=method.divergence,
+            jsd_weight=method.jsd_weight,
+        )
+        metrics = oracles.token_metrics(
+            student,
+            partial,
+            full,
+            sampled,
+            scale=method.scale,
+            clip=method.clip,
+        )
+        log_f, log_p = metrics["logprob_full"], metrics["logprob_partial"]
+        hindsight = (log_f - log_p > method.gap) & (log_p.exp() < method.floor)
+        metrics["hindsight_token_rate"] = hindsight.double()
+        if method.importance is not None:
+            log_engine = torch.tensor(sample.engine_logprobs[method.skip :], dtype=torch.float64)
+            ratio = (log_s - log_engine).exp()
+            weights = ratio.clamp(max=method.cap)
+            losses = losses * (weights if method.importance == "token" else weights.mean())
+            metrics["engine_gap"] = (log_s - log_engine).abs()
+            metrics["importance_ratio"] = ratio
+            metrics["importance_capped"] = (ratio > method.cap).double()
+            metrics["kl_engine_student"] = log_engine - log_s
+        return losses, metrics
+
+    def _sft(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.method.sft_prompt_loss:
+            sequence = torch.tensor([[*sample.student, *sample.response]])
+            logits, targets = self.student(sequence).logits[0, :-1], sequence[0, 1:]
+        else:
+            logits = self._logits(self.student, sample.student, sample.response)
+            targets = torch.tensor(sample.response[self.method.skip :], dtype=torch.int64)
+        losses = oracles.cross_entropy(logits, targets)
+        logprobs = torch.log_softmax(logits.detach(), -1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        logprob = {"logprob_student": -losses.detach()}
+        return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy} | logprob
+
+    def _logits(self, model, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+        """[T, V] in fp64: what predicts each response token that the loss counts."""
+        tokens = torch.tensor([[*prompt, *response]])
+        return model(tokens).logits[0, len(prompt) - 1 : -1][self.method.skip :]
+
+    def _router_losses(
+        self, num_samples: int, groups: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over layers of the means over microbatches, weighted by tokens; no padding here."""
+        routers = self._routers
+        # Sample by sample, and of each layer by layer: passes with a graph are the student's.
+        inputs = [x.flatten(0, -2) for x in self._router_inputs if x.requires_grad]
+        assert len(inputs) == num_samples * len(routers)
+        num_tokens = sum(len(x) for x in inputs) // len(routers)
+        num_chosen = self.student.config.num_experts_per_tok
+        aux, z = torch.zeros(2, dtype=torch.float64)
+        for layer, router in enumerate(routers):
+            logits = [x @ router.weight.T for x in inputs[layer :: len(routers)]]
+            assert sorted(i for group in groups for i in group) == list(range(num_samples))
+            for group in groups:
+                together = torch.cat([logits[i] for i in group])
+                share = len(together) / num_tokens
+                aux = aux + share * oracles.load_balancing_loss(together, num_chosen)
+                z = z + share * oracles.z_loss(together)
+        return aux, z
+
+    def _lr(self) -> float:
+        """Linear warm-up that starts above 0, then a cosine to min_lr; METHOD section 6."""
+        method = self.method
+        num_warmup = int(method.warmup_ratio * method.num_steps)
+        if self.num_done < num_warmup:
+            return method.lr * (self.num_done + 1) / (num_warmup + 1)
+        done = (self.num_done - num_warmup) / (method.num_steps - num_warmup)
+        return method.min_lr + (method.lr - method.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+    def _means(self, metrics: dict[str, Tensor], offsets: Tensor) -> dict[str, float]:
+        """METHOD section 7, means over the global batch's loss tokens."""
+        report = {
+            name: float(values.mean())
+            for name, values in metrics.items()
+            if not name.startswith("logprob_")
+        }
+        report["num_loss_tokens"] = len(offsets)
+        for name in metrics.keys() & {"engine_gap", "importance_ratio"}:
+            report[f"{name}_max"] = float(metrics[name].max())
+        if self.method.sft:
+            return report
+        report["residual_uptake"] = report["kl_partial_student"] - report["kl_full_student"]
+        report["residual_capture_ratio"] = report["residual_uptake"] / report["kl_full_partial"]
+        for bucket, (start, end) in BUCKETS.items():
+            inside = (offsets >= start) & (offsets < end)
+            if inside.any():
+                for name in BY_POSITION:
+                    report[f"{name}/{bucket}"] = float(metrics[name][inside].mean())
+        return report
+
+
+def _at_ends(samples: Sequence[Sample], metrics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """P(EOS) at the last token of each response that ended by itself; METHOD section 7."""
+    ends = [m for sample, m in zip(samples, metrics, strict=True) if sample.finished]
+    ends = [m for m in ends if len(m["logprob_student"])]
+    report = {"num_response_ends": len(ends)}
+    for name in metrics[0]:
+        if name.startswith("logprob_") and ends:
+            probs = [math.exp(m[name][-1]) for m in ends]
+            report[name.replace("logprob", "eos_prob")] = sum(probs) / len(probs)
+    return report
+
+
+_MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def _weights(model) -> dict[str, Tensor]:
+    weights = {}
+    for name, weight in model.named_parameters():
+        layer, _, fused = name.partition(".experts.")
+        if not fused:
+            weights[name] = weight.detach().clone()
+        # transformers 5 holds a layer's experts as one tensor; files have them one by one.
+        for index, expert in enumerate(weight.detach().clone() if fused else ()):
+            parts = expert.chunk(2) if fused == "gate_up_proj" else [expert]
+            for part, tensor in zip(fused.removesuffix("_proj").split("_"), parts, strict=True):
+                weights[f"{layer}.experts.{index}.{part}_proj.weight"] = tensor
+    if model.config.model_type == "mixtral":  # whose files kept the names of their first release
+        return {
+            ".".join(_MIXTRAL.get(part, part) for part in name.split(".")): weight
+            for name, weight in weights.items()
+        }
+    return weights

@@ -1,0 +1,72 @@
+"""A whole tiny run on disk: model, tokenizer, rows and YAML, in a second and without downloads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
+
+EOS_IDS = list(range(5, VOCAB_SIZE, 16))
+"""Many, so that a random model's responses end at lengths of their own."""
+NUM_ROWS = 24
+
+
+def write_model(folder: Path, family: str = "qwen2", *, tie: bool = False, **settings: Any) -> Path:
+    """A random model with the byte tokenizer, saved into `folder`."""
+    ids = {
+        "eos_token_id": EOS_IDS,
+        # transformers trains no embedding of a padding token, and starts it as zeros.
+        "pad_token_id": None,
+    }
+    save_tiny_model(family, folder, tie=tie, vocab_size=VOCAB_SIZE, **{**ids, **settings})
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+def write_rows(path: Path) -> Path:
+    """Rows with questions, traces and sample weights of different sizes."""
+    rows = [
+        {
+            "question": f"{'Q' * (i % 5)} {i} + {i * i}?",
+            "reasoning": f"add {i} to {i * i} " * (1 + i % 3),
+            "answer": str(i + i * i),
+            "sample_weight": 0.5 + (i % 4) / 2,
+        }
+        for i in range(NUM_ROWS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny_config(model: Path, rows: Path, output_dir: Path, **sections: dict[str, Any]) -> dict:
+    """A run's configuration as YAML holds it: short prompts and responses, a few steps."""
+    base: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "fp32"},
+        "data": {"train": [str(rows)]},
+        "training": {"num_steps": 4, "global_batch_size": 8, "micro_batch_size": 2},
+        "views": {
+            "system_prompt": None,
+            "max_prompt_tokens": 128,
+            "teacher_template": "{question}\n{trace}",
+            "trace_template": "{reasoning}\n{answer}",
+        },
+        "rollout": {"max_response_tokens": 16},
+        "optimizer": {"lr": 1e-3, "warmup_ratio": 0.0},
+        "teacher": {"ema_rate": 0.1},
+    }
+    config: dict[str, Any] = {"output_dir": str(output_dir), **base}
+    for section, values in sections.items():
+        config[section] = {**config.get(section, {}), **values}
+    return config
+
+
+def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """Everything `aropd train` needs under `folder`; the YAML's path. It writes to folder/out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(model, rows, folder / "out", **sections)))
+    return path

@@ -1,0 +1,82 @@
+"""Start training runs, and read what they leave."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aropd_mcore.convert.manifest import newest
+
+NOT_REPEATABLE = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
+"""Metrics of the machine, not of the run."""
+OF_THE_LAYOUT = ("padding_fraction",)
+"""Metrics of how a layout forms microbatches: another pads otherwise."""
+
+
+def train_on_ranks(path: Path, overrides: list[str]) -> None:
+    """`aropd train` as one rank of the test's own processes."""
+    from aropd_mcore.config_file import load_config
+    from aropd_mcore.trainer.build import start_runtime
+    from aropd_mcore.trainer.loop import train
+
+    config = load_config(path, overrides)
+    train(config, start_runtime(config))
+
+
+def command(path: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "aropd_mcore.cli", "train", str(path), *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def read_lines(out: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    path = out / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def repeatable(
+    lines: list[dict[str, Any]], but: tuple[str, ...] = NOT_REPEATABLE
+) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in line.items() if not name.startswith(but)} for line in lines
+    ]
+
+
+def saved_steps(out: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("iter_")) for p in out.glob("checkpoints/iter_*"))
+
+
+def read_checkpoints(outs: list[Path]) -> list[dict[str, Any]]:
+    """On a rank: everything in the newest checkpoint of each run, whole, by name."""
+    from megatron.core import dist_checkpointing
+
+    checkpoints = []
+    for out in outs:
+        path = newest(out / "checkpoints")
+        assert path is not None
+        checkpoints.append(flattened(dist_checkpointing.load_plain_tensors(str(path))))
+    return checkpoints
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= (
+            flattened(value, f"{prefix}{name}/")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat
+
+
+def assert_same_in_any_layout(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    but = NOT_REPEATABLE + OF_THE_LAYOUT
+    for line, other in zip(repeatable(lines, but), repeatable(expected, but), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)

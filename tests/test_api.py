@@ -1,0 +1,158 @@
+"""The Python API as users write it: scripts of their own, run as they are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aropd_mcore as aropd
+from tests.conftest import REPO
+from tests.support.tiny_runs import write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The YAML file of a run of two steps, which saves in the background after each."""
+    return write_run(
+        tmp_path_factory.mktemp("api"),
+        training={"num_steps": 2},
+        checkpoint={"save_every_steps": 1},
+    )
+
+
+def python(script: str, cwd: Path, *launcher: str, code: int = 0) -> str:
+    """Run a script from a file; return its stdout and stderr."""
+    path = cwd / "script.py"
+    path.write_text(script)
+    words = launcher or (sys.executable,)
+    done = subprocess.run(
+        [*words, str(path)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_import_of_the_package_imports_neither_torch_nor_megatron():
+    code = (
+        "import sys, aropd_mcore as aropd\n"
+        "aropd.load_config, aropd.Config, dir(aropd)\n"
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules), sys.modules.keys()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(REPO)}
+    )
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        aropd.trian  # noqa: B018
+
+
+def test_script_without_a_main_guard_trains_once_then_again_then_samples(run, tmp_path):
+    """Two trainings, then every other function, in one process and with asynchronous saves."""
+    output = python(
+        f"""
+import aropd_mcore as aropd
+
+print("script begins")
+for name in ("first", "second"):
+    overrides = [f"output_dir={{name}}", "checkpoint.asynchronous=true"]
+    config = aropd.load_config({str(run)!r}, overrides)
+    result = aropd.train(config)
+    assert [line["step"] for line in result.history] == [0, 1]
+    assert result.metrics["loss"] > 0 and result.checkpoint.name == "iter_0000002"
+responses = aropd.generate("first", prompts=["1 + 1?", {{"question": "2?", "n": 2}}], samples=2,
+                           max_response_tokens=8)
+assert len(responses) == 4 and responses[3].fields["n"] == 2
+assert len(responses[0].response_ids) <= 8
+with open("rows.jsonl", "w") as file:
+    file.write('{{"question": "1 + 1?", "reasoning": "2", "answer": "2"}}\\n')
+summary = aropd.evaluate("first", tasks=["own:math=rows.jsonl"], max_response_tokens=8)
+assert summary.tasks["own"]["problems"] == 1 and summary.mean_accuracy in (0, 1)
+found = aropd.diagnose("second", data="rows.jsonl", max_response_tokens=16, rows=1)
+assert found["metrics"]["num_responses"] == 1
+folder = result.export_hf("hf")
+assert (folder / "config.json").exists()
+try:
+    aropd.generate("first", prompts=["1?"], max_tokens=8)
+except ValueError as error:
+    assert "--max-tokens" in str(error), error
+else:
+    raise AssertionError
+print("script ends")
+""",
+        tmp_path,
+    )
+    assert output.count("script begins") == output.count("script ends") == 1
+    assert not list(tmp_path.glob("eval*")), "without `out` nothing is left"
+
+
+def test_processes_that_train_starts_give_the_metrics_of_torchrun(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    config = aropd.load_config(run, [f"output_dir={tmp_path / 'started'}"])
+    result = aropd.train(config, num_processes=2)
+    script = f"""
+import aropd_mcore as aropd
+print(aropd.train(aropd.load_config({str(run)!r}, ["output_dir=ranks"])).metrics["loss"])
+print(len(aropd.generate("ranks", prompts=["1?"], out="out.jsonl", max_response_tokens=4)))
+"""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    output = python(script, tmp_path, *torchrun)
+    lines = (tmp_path / "ranks/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] == result.metrics["loss"]
+    assert output.count(str(result.metrics["loss"])) == 2, "both ranks return the result"
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
+def test_second_run_in_a_folder_in_use_is_refused_in_one_line(run, tmp_path):
+    script = f"""
+import subprocess, sys
+import aropd_mcore as aropd
+from aropd_mcore.locks import RunLock
+
+config = aropd.load_config({str(run)!r}, ["output_dir=shared"])
+if sys.argv[1:] != ["second"]:
+    lock = RunLock(config.output_dir)
+    sys.exit(subprocess.run([sys.executable, __file__, "second"]).returncode)
+try:
+    aropd.train(config)
+except ValueError as error:
+    sys.exit(f"refused: {{error}}")
+"""
+    output = python(script, tmp_path, code=1)
+    assert "refused: output_dir shared is in use by another run" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "shared/metrics.jsonl").exists()
+
+
+def test_train_with_a_missing_model_raises_the_error_itself(run, tmp_path):
+    config = aropd.load_config(run, [f"output_dir={tmp_path}", "model.path=/nowhere"])
+    with pytest.raises(ValueError, match="/nowhere"):
+        aropd.train(config)
+
+
+@pytest.mark.processes
+def test_failed_job_of_several_processes_raises_its_command_and_exit_code(
+    run, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    config = aropd.load_config(run, [f"output_dir={tmp_path}", "data.train=[/nowhere.jsonl]"])
+    with pytest.raises(aropd.CommandFailed, match="aropd train: exit code 2") as failure:
+        aropd.train(config, num_processes=2)
+    assert failure.value.code == 2
+    assert "/nowhere.jsonl" in capfd.readouterr().err
+
+
+def test_train_outside_the_main_thread_is_refused(run):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ValueError, match="expected the main thread"),
+    ):
+        pool.submit(aropd.train, aropd.load_config(run)).result()
