@@ -109,7 +109,7 @@ def write_manifest(
     """
     sums = {name: {"size": s.size, "crc32": f"{s.crc32:08x}"} for name, s in sorted(files.items())}
     content = {"format": FORMAT, "step": step, **about, "files": sums}
-    text = json.dumps({"crc32": _crc_of(content), "content": content}, indent=1)
+    text = json.dumps({"crc32": _content_crc(content), "content": content}, indent=1)
     with (folder / MANIFEST).open("w") as file:
         file.write(text + "\n")
         file.flush()
@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         whole = json.loads(path.read_bytes())
         content = whole["content"]
-        is_valid = whole["crc32"] == _crc_of(content) and isinstance(content["files"], dict)
+        is_valid = whole["crc32"] == _content_crc(content) and isinstance(content["files"], dict)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing, so the checkpoint is incomplete") from None
     except OSError as error:
@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _crc_of(content: Mapping[str, Any]) -> str:
+def _content_crc(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 

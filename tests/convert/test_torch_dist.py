@@ -28,11 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def info_of(tensor: Tensor) -> TensorInfo:
+def info(tensor: Tensor) -> TensorInfo:
     return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
 
-def boxes_of(cuts: list[list[int]]):
+def grid_boxes(cuts: list[list[int]]):
     """Yield (offset, slices) of every chunk of a grid with the given cuts on each axis."""
     for spans in product(*(pairwise(cut) for cut in cuts)):
         yield tuple(start for start, _ in spans), tuple(slice(*span) for span in spans)
@@ -66,8 +66,8 @@ def test_any_box_is_read_from_any_chunks(drawn):
     with TemporaryDirectory() as name:
         folder = Path(name)
         with TorchDistWriter(folder, max_file_bytes=1000) as writer:
-            for offset, part in boxes_of(cuts):
-                writer.add("t", info_of(tensor), offset, tensor[part].clone())
+            for offset, part in grid_boxes(cuts):
+                writer.add("t", info(tensor), offset, tensor[part].clone())
             writer.finish({})
         reader = TorchDistReader(folder)
         for start, end in boxes:
@@ -94,8 +94,8 @@ def written(request, tmp_path: Path) -> Path:
             cuts = [[0, size] for size in tensor.shape]
             if cuts:
                 cuts[-1].insert(1, 2)
-            for offset, part in boxes_of(cuts):
-                writer.add(key, info_of(tensor), offset, tensor[part].clone())
+            for offset, part in grid_boxes(cuts):
+                writer.add(key, info(tensor), offset, tensor[part].clone())
         writer.add_object("module._extra_state/shard_0_1", {"state": [1, "two"]})
         writer.finish({"iteration": 3, "dtype": torch.bfloat16})
     assert len(list(tmp_path.glob("*.distcp"))) >= num_files
@@ -131,7 +131,7 @@ def test_an_error_during_a_write_is_raised_unchanged(error, tmp_path: Path, monk
         num_writes = first
         try:
             with TorchDistWriter(tmp_path) as writer:
-                writer.add("t", info_of(torch.ones(9)), (0,), torch.ones(9))
+                writer.add("t", info(torch.ones(9)), (0,), torch.ones(9))
         except type(error) as raised:
             assert raised is error
         else:
@@ -143,7 +143,7 @@ def test_chunks_of_a_layer_may_omit_the_layer_axis(tmp_path: Path):
     layers = torch.randn(3, 4, 6)
     with TorchDistWriter(tmp_path) as writer:
         for layer in range(3):
-            writer.add("layers", info_of(layers), (layer, 0, 0), layers[layer].clone())
+            writer.add("layers", info(layers), (layer, 0, 0), layers[layer].clone())
         writer.finish({})
     state = {"layers": torch.empty_like(layers)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
@@ -163,7 +163,7 @@ def test_checkpoints_that_torch_saved_are_read(tmp_path: Path):
     }
     dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     reader = TorchDistReader(tmp_path)
-    assert reader.tensors == {key: info_of(tensor) for key, tensor in state.items()}
+    assert reader.tensors == {key: info(tensor) for key, tensor in state.items()}
     for key, tensor in state.items():
         assert torch.equal(read_whole(reader, key), tensor)
 
@@ -181,7 +181,7 @@ def test_checkpoints_that_torch_saved_are_read(tmp_path: Path):
 def test_chunks_that_are_not_one_plain_block_are_read(chunk: Tensor, tmp_path: Path):
     """Other programs may pass any tensors to torch.save."""
     with TorchDistWriter(tmp_path) as writer:
-        writer.add("t", info_of(chunk), (0, 0), torch.zeros(chunk.shape))
+        writer.add("t", info(chunk), (0, 0), torch.zeros(chunk.shape))
         writer._append(MetadataIndex("t", torch.Size([0, 0])), chunk)  # replaces the zeros
         writer.finish({})
     assert torch.equal(read_whole(TorchDistReader(tmp_path), "t"), chunk)
@@ -195,7 +195,7 @@ def edit_metadata(folder: Path, change) -> None:
 
 def write_one(folder: Path, tensor: Tensor) -> None:
     with TorchDistWriter(folder) as writer:
-        writer.add("t", info_of(tensor), (0,) * tensor.dim(), tensor)
+        writer.add("t", info(tensor), (0,) * tensor.dim(), tensor)
         writer.finish({})
 
 
