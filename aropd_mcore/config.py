@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from aropd_mcore.durations import seconds_of
+from aropd_mcore.durations import parse_seconds
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
@@ -582,12 +582,12 @@ class LimitsConfig(Section):
     @classmethod
     def _check_time(cls, text: str | None) -> str | None:
         if text is not None:
-            seconds_of(text)
+            parse_seconds(text)
         return text
 
     @property
     def stop_before_seconds(self) -> int | None:
-        return None if self.stop_before is None else seconds_of(self.stop_before)
+        return None if self.stop_before is None else parse_seconds(self.stop_before)
 
 
 GuardAction = Literal["off", "warn", "skip", "stop"]

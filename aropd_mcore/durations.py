@@ -6,7 +6,7 @@ _UNITS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(\d+)-(\d+)(?::(\d\d))?")
 
 
-def seconds_of(text: str) -> int:
+def parse_seconds(text: str) -> int:
     """Parse `3h55m`, `90m`, `1d`, `30s`, or Slurm's `3:55:00`, `1-02:30:00`, `1-02` to seconds.
 
     A bare number and Slurm's `90:00` are refused, since they are ambiguous.

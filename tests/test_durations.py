@@ -2,7 +2,7 @@
 
 import pytest
 
-from aropd_mcore.durations import seconds_of
+from aropd_mcore.durations import parse_seconds
 
 
 @pytest.mark.parametrize(
@@ -19,14 +19,14 @@ from aropd_mcore.durations import seconds_of
         ("100:00:01", 360001),
     ],
 )
-def test_seconds_of_known_notation_returns_seconds(text, seconds):
-    assert seconds_of(text) == seconds
+def test_parse_seconds_of_known_notation_returns_seconds(text, seconds):
+    assert parse_seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
     "text", ["", "90", "90:00", "5m3h", "3h55", "-1h", "1.5h", "3h 5m", "0s", "0-00", "soon"]
 )
-def test_seconds_of_unknown_notation_is_refused(text):
+def test_parse_seconds_of_unknown_notation_is_refused(text):
     with pytest.raises(ValueError, match="expected a time") as error:
-        seconds_of(text)
+        parse_seconds(text)
     assert repr(text) in str(error.value)

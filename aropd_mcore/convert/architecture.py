@@ -1,8 +1,8 @@
-"""The model that an HF config.json describes, and the layouts that divide it.
+"""The model that an HF config.json describes, and the parallel layouts that divide it.
 
-Every fact is read from one place, with the defaults of its family (mapping.Family) and with the
-precedence of transformers. Places that disagree are refused, since transformers 4, transformers 5
-and vLLM then read different models.
+Every fact has one value, with the defaults of its family (mapping.Family) and the precedence of
+transformers. If two keys for the same fact disagree, config.json is refused, since transformers 4,
+transformers 5 and vLLM would read different models.
 """
 
 import math
@@ -35,23 +35,23 @@ class Weight:
     name: str
     kind: Kind
     hf: dict[str, tuple[int, ...]]
-    """HF name -> full shape, in merging order."""
+    """Full shapes by HF name, in merging order."""
     fused_name: str | None = None
-    """See `TableRow.fused_name`."""
+    """Name in Megatron's checkpoints, if different; see `TableRow.fused_name`."""
     layer: int | None = None
     expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The experts of a mixture-of-experts model, and how a token chooses among them."""
+    """Experts of a mixture-of-experts model, and settings of the router."""
 
     num_experts: int
     experts_per_token: int
     ffn_hidden_size: int
-    """Of one expert."""
+    """Hidden size of one expert's MLP."""
     normalized: bool
-    """The weights of a token's chosen experts sum to one."""
+    """Whether the weights of a token's chosen experts sum to one."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,20 @@ class Architecture:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
-    """No more than the sliding window, where there is one: the Megatron model attends to everything
-    before a token, which is the same up to that length."""
+    """Maximum sequence length, limited to the sliding window if there is one. Up to this length,
+    the Megatron model's full attention equals sliding-window attention."""
     rms_norm_eps: float
     rope_theta: float
     rope_scaling_factor: float | None
-    """Of Llama 3's rope scaling; None where positions are not scaled."""
+    """Factor of Llama 3's rope scaling. None if positions are not scaled."""
     tied_embeddings: bool
-    """The output head is the input embedding."""
+    """Whether the output head shares the input embedding's weight."""
     routing: Routing | None
-    """None for a dense model."""
+    """Experts and router. None for a dense model."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The named sizes of the tables."""
+        """Sizes by the names that the tables use."""
         return {
             "vocab": self.vocab_size,
             "hidden": self.hidden_size,
@@ -93,10 +93,10 @@ class Architecture:
         }
 
     def weights(self) -> Iterator[Weight]:
-        """Every Megatron weight of the whole model, in the order of the computation.
+        """Yield every Megatron weight of the whole model, in the order of the computation.
 
-        A tied head comes as a weight of its own, made of the embedding's HF tensor: the last
-        pipeline stage holds a copy of it.
+        A tied head is yielded as a separate weight that consists of the embedding's HF tensor,
+        since the last pipeline stage holds a copy of the embedding.
         """
         sizes = self.sizes
 
@@ -119,7 +119,7 @@ class Architecture:
 
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the HF checkpoint, once, with its shape."""
+        """Shapes of the HF checkpoint's tensors, each tensor once."""
         return {name: shape for weight in self.weights() for name, shape in weight.hf.items()}
 
     @cached_property
@@ -129,19 +129,19 @@ class Architecture:
 
 @dataclass(frozen=True)
 class HFConfig:
-    """The contents of a config.json, checked."""
+    """The validated contents of a config.json."""
 
     architecture: Architecture
     sliding_window: int | None
-    """Number of tokens that each token attends to, itself included; None for all before it."""
+    """Number of tokens that each token attends to, including itself. None: all previous tokens."""
     dtype: str | None
-    """The dtype in which transformers loads the weights; None for the dtype that they have."""
+    """Dtype in which transformers loads the weights. None: the dtype of the files."""
     unread: dict[str, Any]
-    """The keys that describe no part of the architecture."""
+    """Keys that do not describe the architecture, with their values."""
 
 
 def read_config(hf: Path | str | Mapping[str, Any]) -> HFConfig:
-    """The checked contents of an HF folder's config.json; see read_architecture."""
+    """Read and check an HF folder's config.json; see read_architecture."""
     if isinstance(hf, Mapping):
         return _Reader(hf, "config.json").read()
     path = Path(hf)
@@ -154,14 +154,14 @@ def read_config(hf: Path | str | Mapping[str, Any]) -> HFConfig:
 
 
 def read_architecture(hf: Path | str | Mapping[str, Any]) -> Architecture:
-    """The architecture that an HF folder's config.json, or its contents, describes.
+    """Read the architecture that a config.json describes.
 
     Args:
         hf: an HF folder, a config.json, or its parsed contents (transformers 4 or 5).
     Raises:
         CheckpointError: no such file, an unknown architecture, a missing key, a value out of range
-            or of a type that transformers refuses, two places that disagree, or a setting that the
-            Megatron model does not have.
+            or of a type that transformers refuses, two keys that disagree, or a setting that the
+            Megatron model does not support.
     """
     return read_config(hf).architecture
 
@@ -175,11 +175,15 @@ def check_layout(
     expert: int = 1,
     expert_tensor: int = 1,
 ) -> None:
-    """Raise ValueError if the model cannot be cut so, naming what would do.
+    """Check that a parallel layout divides the model.
 
-    Heads, key/value heads and MLP columns are cut over tensor-parallel ranks, layers over pipeline
-    stages (and `virtual_pipeline` chunks on each), experts over expert-parallel ranks and their
-    columns over `expert_tensor` ranks. The vocabulary is padded, so it never stands in the way.
+    Tensor-parallel ranks divide attention heads, key/value heads and MLP columns. Pipeline stages
+    (with `virtual_pipeline` chunks on each) divide layers. Expert-parallel ranks divide experts,
+    and `expert_tensor` ranks divide an expert's columns. The vocabulary is padded, so every layout
+    divides it.
+
+    Raises:
+        ValueError: a size does not divide the model. The message lists the sizes that do.
     """
     cut = {
         "key/value heads": architecture.num_kv_heads,
@@ -187,11 +191,11 @@ def check_layout(
     }
     if architecture.routing is None:
         cut["MLP columns (intermediate_size)"] = architecture.ffn_hidden_size
-    for what, number in cut.items():
+    for part, number in cut.items():
         if number % tensor:
             choices = _divisors(math.gcd(*cut.values()))
             raise ValueError(
-                f"tensor-parallel size {tensor} does not divide the model's {number} {what}; "
+                f"tensor-parallel size {tensor} does not divide the model's {number} {part}; "
                 f"sizes that work: {choices}"
             )
     if architecture.num_layers % (pipeline * virtual_pipeline):
@@ -203,17 +207,17 @@ def check_layout(
         )
     num_experts = architecture.routing.num_experts if architecture.routing else 1
     if num_experts % expert:
-        has = f"the model's {num_experts} experts" if architecture.routing else "a dense model"
+        divided = f"the model's {num_experts} experts" if architecture.routing else "a dense model"
         raise ValueError(
-            f"expert-parallel size {expert} does not divide {has}; sizes that work: "
+            f"expert-parallel size {expert} does not divide {divided}; sizes that work: "
             f"{_divisors(num_experts)}"
         )
     columns = architecture.routing.ffn_hidden_size if architecture.routing else 1
     if columns % expert_tensor:
-        has = f"an expert's {columns} columns" if architecture.routing else "a dense model"
+        divided = f"an expert's {columns} columns" if architecture.routing else "a dense model"
         raise ValueError(
-            f"expert tensor-parallel size {expert_tensor} does not divide {has}; sizes that work: "
-            f"{_divisors(columns)}"
+            f"expert tensor-parallel size {expert_tensor} does not divide {divided}; sizes that "
+            f"work: {_divisors(columns)}"
         )
 
 
@@ -222,11 +226,11 @@ def _divisors(number: int) -> str:
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_MAX_BLOCKS = 100_000  # layers times experts: each has names of its own, which are all listed
+_MAX_BLOCKS = 100_000  # limit on layers times experts, since the names of all tensors are listed
 
 
 class _Reader(JsonObject):
-    """Reads an Architecture from the keys of a config.json."""
+    """Reader of an Architecture from the keys of a config.json."""
 
     def read(self) -> HFConfig:
         check_types(self)
@@ -246,7 +250,7 @@ class _Reader(JsonObject):
         positions = self.size("max_position_embeddings")
         routing = self.routing(family.experts) if family.experts else None
         if num_layers * (routing.num_experts if routing else 1) > _MAX_BLOCKS:
-            raise self.wrong("num_hidden_layers", num_layers, f"no more than {_MAX_BLOCKS} blocks")
+            raise self.wrong("num_hidden_layers", num_layers, f"at most {_MAX_BLOCKS} blocks")
         return Architecture(
             family=family,
             num_layers=num_layers,
@@ -265,28 +269,28 @@ class _Reader(JsonObject):
         )
 
     def family(self) -> Family:
-        """The family that `architectures` and `model_type` both name."""
+        """Return the family that both `architectures` and `model_type` name."""
         architectures, model_type = self.get("architectures") or [], self.get("model_type")
         known = {f.architecture if architectures else f.name: f for f in FAMILIES}
         key = architectures[0] if architectures else model_type
         family = known.get(key) if isinstance(key, str) else None
         if family is None:
-            found = (
+            name = (
                 f"architectures: architecture {brief(key)}" if architectures else f"{model_type=}"
             )
-            code = " (auto_map names code of its own, which is never run)"
+            code = " (auto_map names custom code, which is never run)"
             raise self.error(
-                f"{found} is not known here{code if self.values.get('auto_map') else ''}; "
-                f"known: {', '.join(f.architecture for f in FAMILIES)}"
+                f"{name} is not supported{code if self.values.get('auto_map') else ''}; "
+                f"supported: {', '.join(f.architecture for f in FAMILIES)}"
             )
         if model_type is None:
             raise self.error(
-                f"model_type is missing; transformers needs {family.name!r} for the "
-                f"{family.architecture} that architectures names"
+                f"model_type is missing; expected {family.name!r}, which transformers needs for "
+                f"architecture {family.architecture}"
             )
         self.agree(
             {"the model_type of architectures": family.name, "model_type": model_type},
-            "transformers builds the model of model_type",
+            "transformers builds the model that model_type names",
         )
         return family
 
@@ -313,12 +317,12 @@ class _Reader(JsonObject):
         )
         is_given = family.defaults.head_dim or self.values.get("head_dim") is not None
         if hidden % heads and (not is_given or family.divides_hidden_size):
-            reason = "as transformers demands" if is_given else "and there is no head_dim"
+            reason = "as transformers requires" if is_given else "and head_dim is missing"
             raise self.error(
                 f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, {reason}"
             )
         if head_dim % 2:
-            raise self.wrong("head_dim", head_dim, "an even number: rope turns pairs")
+            raise self.wrong("head_dim", head_dim, "an even number, since rope rotates pairs")
         return head_dim
 
     def sliding_window(self, family: Family) -> int | None:
@@ -336,15 +340,16 @@ class _Reader(JsonObject):
         num_experts, chosen = self.size(count), self.size("num_experts_per_tok")
         if chosen > num_experts:
             raise self.error(
-                f"num_experts_per_tok is {chosen}; there are {num_experts} experts ({count})"
+                f"num_experts_per_tok is {chosen}; expected at most {num_experts} ({count})"
             )
         normalized = keys.normalized
         if normalized is None:
             normalized = self.is_set("norm_topk_prob", False)
         if normalized and chosen == 1:
             raise self.error(
-                "num_experts_per_tok is 1 and the weights of the chosen experts sum to one: every "
-                "weight is 1, and Megatron refuses a router that learns nothing"
+                "num_experts_per_tok is 1 and the weights of the chosen experts sum to one; "
+                "expected at least 2, since every weight would be 1 and Megatron refuses a router "
+                "that learns nothing"
             )
         return Routing(num_experts, chosen, self.size(keys.ffn), normalized)
 
@@ -357,7 +362,7 @@ class _Reader(JsonObject):
         return epsilon
 
     def dtype(self) -> str | None:
-        """The dtype of `dtype` (transformers 5) or `torch_dtype` (transformers 4)."""
+        """Read the dtype from `dtype` (transformers 5) or `torch_dtype` (transformers 4)."""
         keys = ("dtype", "torch_dtype")
         places = {k: dtype for k in keys if (dtype := self.get(k)) is not None}
         dtype = self.agree(places, "transformers 5 reads dtype, 4 reads torch_dtype")

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and the small files that travel with weights."""
+"""Atomic writing of folders, and the small files that belong to a checkpoint's weights."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from aropd_mcore.convert.json_file import CheckpointError, read_json
 from aropd_mcore.locks import try_lock
 
 ORDER = "tensors.json"
-"""Beside a Megatron checkpoint's HF files: the original's tensor names, in its order."""
+"""Name of a file among a Megatron checkpoint's HF files: tensor names in the original's order."""
 
 _COMPANION_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 _COMPANION_FOLDERS = {"additional_chat_templates"}
@@ -23,27 +23,28 @@ _CHECKPOINT_FILES = (
     *(".metadata", "latest_checkpointed_iteration.txt"),
 )
 _SLACK_BYTES = 64 * 2**20
-"""Room for what is small beside the tensors: tokenizer, headers, metadata."""
+"""Reserve for small files besides the tensors: tokenizer, headers, metadata."""
 
 
 @contextmanager
 def new_folder(
     target: Path, *, num_bytes: int = 0, overwrite: bool = False, keep: tuple[Path, ...] = ()
 ) -> Iterator[Path]:
-    """A folder to fill that takes its name, `target`, only when the block has ended well.
+    """Yield a temporary folder that is renamed to `target` when the block succeeds.
 
-    It is filled under a temporary name beside the target, synced and renamed. An exception removes
-    it; a kill leaves it behind, and the next call for the same target removes it. With `overwrite`
-    an older target stays until the new one is whole.
+    The temporary folder is next to the target and is synced before the rename. An exception removes
+    the temporary folder. After a kill, the next call for the same target removes the temporary
+    folder. With `overwrite`, an existing target is kept until the new folder is complete.
 
     Args:
-        num_bytes: that will be written; refused if the disk has less.
-        overwrite: replace an existing target; only a folder that holds a checkpoint is replaced.
-        keep: folders that are read meanwhile, and must not be the target nor lie in it.
+        num_bytes: size of the files to write. Refused if the disk has less space.
+        overwrite: replace an existing target. Only a folder with a checkpoint is replaced.
+        keep: folders that are read during the block. They must not be the target or inside it.
     Raises:
-        CheckpointError: the target exists, cannot be made, does not fit, or is being written now.
+        CheckpointError: the target exists, cannot be created, does not fit on the disk, or another
+            process is writing it.
     """
-    target = target.resolve()  # of a link, the folder behind it is replaced
+    target = target.resolve()  # if the target is a link, the folder that it points to is replaced
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
     refuse_existing(target, overwrite=overwrite, keep=keep)
@@ -51,7 +52,7 @@ def new_folder(
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{target}: cannot be made: {error.strerror}") from error
+        raise CheckpointError(f"{target}: cannot be created: {error.strerror}") from error
     with _only_writer(partial, target):
         try:
             _settle(target, replaced)
@@ -59,14 +60,14 @@ def new_folder(
             _empty(partial)
             yield partial
             _sync_tree(partial)
-            refuse_existing(target, overwrite=overwrite, keep=keep)  # hours may have passed
+            refuse_existing(target, overwrite=overwrite, keep=keep)  # the block may take hours
             if target.exists():
                 target.rename(replaced)
             partial.rename(target)
             sync(target.parent)
         except OSError as error:
             if error.errno and error.filename is None:
-                error.filename = str(target)  # a full disk does not say where
+                error.filename = str(target)  # the error of a full disk names no file
             raise
         finally:
             _settle(target, replaced)
@@ -74,26 +75,30 @@ def new_folder(
 
 
 def refuse_existing(target: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()) -> None:
-    """Raise CheckpointError if there is something at `target` that may not be replaced."""
+    """Raise CheckpointError if `target` exists and must not be replaced."""
     for path in keep:
         if path.resolve().is_relative_to(target.resolve()):
-            raise CheckpointError(f"{target}: holds what is read, {path}; name another folder")
+            raise CheckpointError(f"{target}: contains the input {path}; choose another folder")
     if not target.exists():
         return
     if not overwrite:
         raise CheckpointError(
-            f"{target}: exists already; name another folder, or replace it with --overwrite"
+            f"{target}: exists already; choose another folder, or replace it with --overwrite"
         )
     is_checkpoint = any((target / name).exists() for name in _CHECKPOINT_FILES)
     if not is_checkpoint and any(target.iterdir() if target.is_dir() else [target]):
-        raise CheckpointError(f"{target}: is no checkpoint, so --overwrite does not replace it")
+        raise CheckpointError(
+            f"{target}: is not a checkpoint, so --overwrite does not replace it; choose another "
+            "folder"
+        )
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy the files beside the weights: config, generation config, tokenizer, template, license.
+    """Copy the files that belong to weights: configs, tokenizer, chat template, license.
 
     Args:
-        dtype: written into config.json, since transformers loads in it; None leaves it as it is.
+        dtype: dtype to write into config.json, in which transformers loads the weights. None: keep
+            the dtype of config.json.
     """
     for name in companions(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,24 +111,24 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
 
 
 def companions(folder: Path) -> list[str]:
-    """The files of an HF folder that go with its weights, by their names in the folder.
+    """Return the names of the files of an HF folder that belong to its weights.
 
-    An index of weights is none of them, nor is an adapter: both belong to the original's weights.
+    An index of weights and an adapter are left out, since they apply to the original files only.
     """
-    found = []
+    names = []
     for path in sorted(folder.iterdir()):
         is_license = path.name.upper().startswith(("LICENSE", "NOTICE"))
         is_of_weights = path.name in (ORDER, *ADAPTER_FILES) or path.name.endswith(".index.json")
         if path.is_dir() and path.name in _COMPANION_FOLDERS:
             inner = sorted(file for file in path.rglob("*") if file.is_file())
-            found += [str(file.relative_to(folder)) for file in inner]
+            names += [str(file.relative_to(folder)) for file in inner]
         elif path.is_file() and (is_license or path.suffix in _COMPANION_SUFFIXES):
-            found += [] if is_of_weights else [path.name]
-    return found
+            names += [] if is_of_weights else [path.name]
+    return names
 
 
 def _settle(target: Path, replaced: Path) -> None:
-    """End a replacement: the old folder goes, or comes back where nothing took its place."""
+    """End a replacement: remove the old folder if the new one is in place, otherwise restore it."""
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
     elif replaced.exists():
@@ -136,19 +141,19 @@ def _check_space(target: Path, num_bytes: int, *, leftover: Path) -> None:
     needed, free = num_bytes + _SLACK_BYTES, shutil.disk_usage(folder).free + freed
     if num_bytes and needed > free:
         raise CheckpointError(
-            f"{target}: needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free"
+            f"{target}: needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free"
         )
 
 
 @contextmanager
 def _only_writer(partial: Path, target: Path) -> Iterator[None]:
-    """Hold a lock on the temporary folder; it ends with the process, however that ends."""
+    """Hold a lock on the temporary folder. The lock ends with the process, even after a kill."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         if not try_lock(descriptor):
-            raise CheckpointError(f"{target}: another process is writing it")
+            raise CheckpointError(f"{target}: another process is writing this folder")
         if not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
-            raise CheckpointError(f"{target}: another process has just written it")
+            raise CheckpointError(f"{target}: another process has just written this folder")
         yield
     finally:
         os.close(descriptor)
@@ -166,7 +171,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file's bytes, or a folder's names."""
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,12 +1,12 @@
-"""Where a weight lies in a Megatron checkpoint: its global tensor, and its place in that.
+"""Mapping of a weight to a slice of a global tensor in a Megatron checkpoint.
 
-A checkpoint numbers nothing by rank. The weights of one name in all layers are one tensor with a
-leading axis of layers, and those of the experts have an axis of experts behind it:
+A checkpoint has no numbering by rank. The weights of one name in all layers form one tensor with a
+leading layer axis. Weights of experts have an expert axis after the layer axis:
 
     decoder.layers.mlp.experts.experts.linear_fc1.weight    [layers, experts, 2 x ffn, hidden]
 
-QKV are merged per key/value head; gate and up lie one under the other, so every HF tensor but
-q, k, v is a block of rows of its own. The vocabulary is padded (tensors.padded_vocab_size).
+QKV is merged per key/value head. Gate and up are concatenated along the rows, so every HF tensor
+except q, k, v is a contiguous block of rows. The vocabulary is padded (tensors.padded_vocab_size).
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,8 @@ from aropd_mcore.convert.tensor_bytes import Buffer
 from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, shard_bounds
 
 ANY_LAYER = "decoder.layers.self_attention.linear_proj.weight"
-"""A key that every checkpoint has whose layers are stacked; others number layers in the names."""
+"""Key that exists in every checkpoint with stacked layers. Other checkpoints have layer numbers in
+their keys."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class GlobalSlice:
     """One weight's place in a checkpoint."""
 
     key: str
-    """Of its global tensor."""
+    """Key of the global tensor."""
     lead: tuple[int, ...]
-    """Its indices on the leading axes: layer, expert."""
+    """Indices on the leading axes: layer, expert."""
     lead_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of the weight itself; a vocabulary is padded."""
+    """Shape of the weight, with a padded vocabulary."""
 
     @property
     def global_shape(self) -> tuple[int, ...]:
@@ -42,7 +43,7 @@ class GlobalSlice:
 
 
 def stored_weights(architecture: Architecture) -> Iterator[Weight]:
-    """The weights that a checkpoint holds: all, but a tied head is only the embedding."""
+    """Yield the weights that a checkpoint stores: all weights except a tied head."""
     for weight in architecture.weights():
         if weight.name != HEAD.name or not architecture.tied_embeddings:
             yield weight
@@ -51,10 +52,10 @@ def stored_weights(architecture: Architecture) -> Iterator[Weight]:
 def global_slice(
     weight: Weight, architecture: Architecture, *, stacked: bool = True
 ) -> GlobalSlice:
-    """Where a weight lies.
+    """Locate a weight in a checkpoint.
 
     Args:
-        stacked: layers are an axis; else they are numbered in the key.
+        stacked: True if layers are an axis, False if the key contains the layer number.
     """
     key, lead, lead_shape = weight.fused_name or weight.name, (), ()
     if weight.layer is not None and stacked:
@@ -79,14 +80,13 @@ def chunks(
     tensor_parallel: int,
     buffers: tuple[Buffer, Buffer, Buffer],
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """A weight as tensor-parallel ranks hold it: chunks, and where each starts in the weight.
+    """Yield the chunks that tensor-parallel ranks hold of a weight, each after its start offset.
 
-    A chunk is read on its own where it lies together in the file, so that it is still in the
-    processor's cache when it is written. Experts are not cut. A chunk is good until the next is
-    asked for.
+    If a chunk is contiguous in the file, it is read separately, so that it is still in the CPU
+    cache when it is written. Experts are not cut. A chunk is valid until the next one is requested.
 
     Args:
-        buffers: to read into, for q, k and v.
+        buffers: buffers to read q, k and v into.
     """
     is_cut = weight.kind is not Kind.REPLICATED and weight.expert is None
     num_ranks = tensor_parallel if is_cut else 1
@@ -119,10 +119,10 @@ def read_part(
     tp_rank: int,
     buffer: Buffer | None = None,
 ) -> Tensor:
-    """A tensor-parallel rank's part of an HF tensor; zero rows pad a vocabulary.
+    """Read a tensor-parallel rank's part of an HF tensor. A vocabulary is padded with zero rows.
 
     Args:
-        buffer: to read into; the part has memory of its own if None.
+        buffer: buffer to read into. None: allocate new memory.
     """
     dim = weight.kind.split_dim
     if dim is None:
@@ -135,10 +135,11 @@ def read_part(
 
 
 def extra_state_keys(architecture: Architecture) -> Iterable[str]:
-    """Keys of the state that modules keep beside their weights: none here, and Megatron asks.
+    """Yield the keys of the modules' extra state, which is empty but must exist for Megatron.
 
-    Its linear layers do so under any layer spec, Transformer Engine's norms and attention besides;
-    a checkpoint without the keys does not load. Keys that a model does not ask for do not matter.
+    Linear layers request these keys with every layer spec, and Transformer Engine's norms and
+    attention do too. A checkpoint without a requested key does not load. Additional keys are
+    ignored.
     """
     keys = dict[str, None]()
     for weight in stored_weights(architecture):

@@ -1,8 +1,9 @@
-"""HF folders read: tensors one at a time, or a part of one; opening a folder reads headers alone.
+"""Reading of HF folders, one tensor or part of a tensor at a time.
 
-A safetensors file is an 8-byte length, a JSON header (name -> dtype, shape, bytes) and the bytes.
-It is read here by mapping one tensor at a time: the safetensors library maps whole files, whose
-pages then count as this process's memory until the last tensor is read.
+Opening a folder reads the headers only. A safetensors file consists of an 8-byte length, a JSON
+header (name -> dtype, shape, bytes) and the bytes. This module maps one tensor at a time. The
+safetensors library maps whole files, whose pages count as this process's memory until the last
+tensor is read.
 """
 
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.json_file import CheckpointError, brief, unique_keys
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, IGNORED_HF_TENSORS
-from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, read_into, say_briefly
+from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, brief_error, read_into
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,24 +35,25 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # JSON
 _IGNORED = re.compile(IGNORED_HF_TENSORS)
-_PIECE = 2**22  # elements of a tensor that are compared at a time
+_PIECE = 2**22  # number of elements of a tensor that are compared at a time
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
 
 
 class HFWeights:
-    """The tensors of an HF folder; opening it reads the headers only.
+    """The tensors of an HF folder. Opening the folder reads the headers only.
 
-    The files are those that transformers reads: safetensors before pickles, whatever else lies
-    beside them. Two sets of files of one format are refused, unless they are the same files.
+    The files are the ones that transformers reads: safetensors take precedence over pickles, and
+    other files are ignored. Two different sets of files in one format are refused.
     """
 
     def __init__(self, folder: Path | str, *, allow_pickle: bool = False):
         """
         Args:
-            allow_pickle: also read pytorch_model.bin, by torch.load(weights_only=True).
+            allow_pickle: also read pytorch_model.bin, with torch.load(weights_only=True).
         Raises:
-            CheckpointError: no weights, two sets of weights, an adapter beside them, a file that is
-                missing, truncated or outside the folder, or an index that disagrees with its files.
+            CheckpointError: no weights, two sets of weights, an adapter in the folder, a file that
+                is missing, truncated or outside the folder, or an index that disagrees with its
+                files.
         """
         self.folder = Path(folder)
         self._allow_pickle = allow_pickle
@@ -60,59 +62,60 @@ class HFWeights:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor, in the order in which they lie in the files.
+        """Dtypes and shapes of all tensors, in the order of the files.
 
         Raises:
-            CheckpointError: one has a dtype that is not fp32, bf16 or fp16.
+            CheckpointError: a tensor has a dtype other than fp32, bf16 or fp16.
         """
-        found = {}
+        tensors = {}
         for file, names in _grouped(self._location).items():
             infos = self._open(file).infos
-            found |= {name: infos[name] for name in infos if name in names}
-        return found
+            tensors |= {name: infos[name] for name in infos if name in names}
+        return tensors
 
     def check(self, architecture: Architecture) -> list[str]:
-        """Check that the folder holds the architecture's tensors and no others.
+        """Check that the folder has the architecture's tensors and no others.
 
         Returns:
-            The tensors that are left aside: buffers that transformers computes anew, and a head
-            that repeats the embedding which config.json ties it to.
+            Names of the ignored tensors: buffers that transformers recomputes, and a tied head that
+            repeats the embedding.
         Raises:
             CheckpointError: a tensor is missing, unexpected or quantized, or has another shape, or
-                config.json ties a head to the embedding that has other values.
+                a head that config.json ties to the embedding has other values.
         """
         expected, name = architecture.hf_shapes, architecture.family.architecture
         for tensor in self._location:
             if tensor.endswith(_QUANTIZED):
                 raise CheckpointError(
                     f"{self._where(tensor)} belongs to a quantized checkpoint (GPTQ, AWQ or FP8); "
-                    "only fp32, bf16 and fp16 weights can be read"
+                    "expected fp32, bf16 or fp16 weights"
                 )
         missing = [tensor for tensor in expected if tensor not in self._location]
         if missing:
             raise CheckpointError(
-                f"{self.folder}: {_some(missing)} missing; {name} of config.json's sizes needs "
-                f"{'it' if len(missing) == 1 else 'them'}"
+                f"{self.folder}: {_some(missing)} missing; expected all tensors of {name} with the "
+                "sizes in config.json"
             )
         extra = [tensor for tensor in self._location if tensor not in expected]
         for tensor in extra:
             if tensor not in HEAD.hf and not _IGNORED.fullmatch(tensor):
                 raise CheckpointError(
                     f"{self.folder / self._location[tensor]}: unexpected tensor {tensor}; "
-                    f"{name} of config.json's sizes has none of that name"
+                    f"{name} with the sizes in config.json has no tensor of this name"
                 )
         for tensor, shape in expected.items():
-            found = self.tensors[tensor].shape
-            if found != shape:
+            actual = self.tensors[tensor].shape
+            if actual != shape:
                 raise CheckpointError(
-                    f"{self._where(tensor)} has shape {list(found)}; config.json says {list(shape)}"
+                    f"{self._where(tensor)} has shape {list(actual)}; expected {list(shape)} by "
+                    "config.json"
                 )
         if architecture.tied_embeddings:
             self._check_tied_head()
         return extra
 
     def _check_tied_head(self) -> None:
-        """A head beside tied embeddings must repeat them; both are read, a few rows at a time."""
+        """Check that a tied head, if present, equals the embedding. Reads a few rows at a time."""
         [embedding], [head] = EMBEDDING.hf, HEAD.hf
         if head not in self._location:
             return
@@ -121,27 +124,27 @@ class HFWeights:
             torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs
         ):
             raise CheckpointError(
-                f"{self._where(head)} has other values than {embedding}, and tie_word_embeddings "
-                "of config.json says that they are the same; transformers 4 leaves this head out, "
-                "transformers 5 uses it. Set tie_word_embeddings to false to keep it, or remove "
-                "the tensor to tie."
+                f"{self._where(head)} has other values than {embedding}, although "
+                "tie_word_embeddings in config.json is true. transformers 4 ignores this head, "
+                "transformers 5 uses it. Set tie_word_embeddings to false to keep the head, or "
+                "remove the tensor to tie it."
             )
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
-        """The rows of a matrix, some megabytes at a time; each piece is good until the next."""
+        """Yield a matrix's rows, some megabytes at a time. A piece is valid until the next one."""
         rows, columns = self.tensors[name].shape
         step, buffer = max(1, _PIECE // columns), Buffer()
         for start in range(0, rows, step):
             yield self.read_part(name, 0, start, min(start + step, rows), buffer)
 
     def read(self, name: str, buffer: Buffer | None = None) -> Tensor:
-        """A whole tensor, in memory of its own or in the buffer's."""
+        """Read a whole tensor, into the buffer if given, otherwise into new memory."""
         return self._open(self._location[name]).read(name, (), buffer or Buffer())
 
     def read_part(
         self, name: str, dim: int, start: int, end: int, buffer: Buffer | None = None
     ) -> Tensor:
-        """[start, end) along dim 0 or 1 of the tensor; along 0, in the buffer's memory if given."""
+        """Read [start, end) along dim 0 or 1 of a tensor. Only dim 0 uses the buffer."""
         part = (*[slice(None)] * dim, slice(start, end))
         return self._open(self._location[name]).read(name, part, buffer or Buffer())
 
@@ -149,7 +152,7 @@ class HFWeights:
         return f"{self.folder / self._location[tensor]}: {tensor}"
 
     def _locate(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+        """Return the file name of each tensor."""
         refuse_adapter(self.folder)
         for index, single in ((INDEX, SINGLE), (PICKLE_INDEX, PICKLE_SINGLE)):
             has_index, has_single = (os.path.exists(self.folder / f) for f in (index, single))
@@ -157,14 +160,14 @@ class HFWeights:
                 location = self._read_index(self.folder / index)
                 if has_single and set(location.values()) != {single}:
                     raise CheckpointError(
-                        f"{self.folder}: holds {single} and {index}, which names other files; "
-                        f"transformers reads {single} and ignores the index. Remove the one that "
-                        "is out of date."
+                        f"{self.folder}: holds {single} and {index}, which names other files. "
+                        f"transformers reads {single} and ignores the index. Remove the outdated "
+                        "one."
                     )
                 return location
             if has_single:
                 return dict.fromkeys(self._open(single).infos, single)
-        raise CheckpointError(f"{self.folder}: holds no weights: neither {SINGLE} nor {INDEX}")
+        raise CheckpointError(f"{self.folder}: holds no weights; expected {SINGLE} or {INDEX}")
 
     def _read_index(self, path: Path) -> dict[str, str]:
         try:
@@ -180,22 +183,23 @@ class HFWeights:
             if Path(file).name != file:
                 raise CheckpointError(f"{path}: names {file!r}, outside the folder")
             if not os.path.exists(self.folder / file):
-                raise CheckpointError(f"{self.folder / file}: missing; {path.name} names it")
+                raise CheckpointError(f"{self.folder / file}: missing, but {path.name} names it")
             infos = self._open(file).infos
             for name in names:
                 if name not in infos:
-                    raise CheckpointError(f"{path}: says that {file} holds {name}; it does not")
+                    raise CheckpointError(f"{path}: lists {name} in {file}, which does not have it")
             for name in infos:
                 if _IGNORED.fullmatch(name):
                     continue
                 if name in held:
                     raise CheckpointError(
-                        f"{path}: both {held[name]} and {file} hold {name}; expected one of them"
+                        f"{path}: both {held[name]} and {file} hold {name}; remove one of them"
                     )
                 if name not in names:
                     raise CheckpointError(
-                        f"{path}: does not list {name}, which {file} holds; transformers 4 leaves "
-                        "it out, transformers 5 reads it. List it, or remove it from the file."
+                        f"{path}: does not list {name}, which {file} holds. transformers 4 ignores "
+                        "this tensor, transformers 5 reads it. Add the tensor to the index, or "
+                        "remove it from the file."
                     )
                 held[name] = file
         return location
@@ -209,23 +213,23 @@ class HFWeights:
                 self._files[file] = _Pickle(path)
             else:
                 raise CheckpointError(
-                    f"{path}: a pickle, which can run code when it is loaded; save the model with "
-                    "transformers' save_pretrained, or read it as weights only by --allow-pickle"
+                    f"{path}: a pickle, which can run code when it is loaded. Save the model with "
+                    "transformers' save_pretrained, or pass --allow-pickle to read weights only."
                 )
         return self._files[file]
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError if a PEFT adapter lies in the folder.
+    """Raise CheckpointError if a PEFT adapter is in the folder.
 
-    Where peft is installed, transformers applies an adapter to the weights beside it.
+    If peft is installed, transformers applies an adapter to the weights in the same folder.
     """
     for name in ADAPTER_FILES:
         if os.path.exists(folder / name):
             raise CheckpointError(
                 f"{folder / name}: a PEFT adapter, which transformers applies to the weights if "
-                "peft is installed; merge it first (peft's merge_and_unload, then save_pretrained "
-                "into a new folder), or remove the adapter's files"
+                "peft is installed. Merge the adapter first (peft's merge_and_unload, then "
+                "save_pretrained into a new folder), or remove its files."
             )
 
 
@@ -275,18 +279,18 @@ class _Safetensors:
             if end - start != info.num_bytes:
                 raise self._broken(f"{name} has {end - start} bytes for {list(info.shape)}")
             if start != ends[-1]:
-                raise self._broken(f"{name} starts at byte {start}, and not at {ends[-1]}")
+                raise self._broken(f"{name} starts at byte {start}, expected {ends[-1]}")
             self.infos[name], self._starts[name] = info, start
             ends.append(end)
         if size != ends[-1]:
-            raise self._broken(f"it has {size} bytes, and its header speaks of {ends[-1]}")
+            raise self._broken(f"found {size} bytes, expected {ends[-1]} by its header")
 
     def _broken(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a whole safetensors file: {reason}")
+        return CheckpointError(f"{self.path}: not a valid safetensors file: {reason}")
 
     def read(self, name: str, part: tuple[slice, ...], buffer: Buffer) -> Tensor:
         info = self.infos[name]
-        if info.shape and info.num_bytes and len(part) < 2:  # whole rows lie together
+        if info.shape and info.num_bytes and len(part) < 2:  # whole rows are contiguous
             rows, row_bytes = info.shape[0], info.num_bytes // info.shape[0]
             start, end, _ = (part or (slice(None),))[0].indices(rows)
             out = buffer.take((max(end - start, 0), *info.shape[1:]), info.dtype)
@@ -296,14 +300,14 @@ class _Safetensors:
             return out
         if info.num_bytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)[part].clone()
-        # The copy leaves the mapping behind, so no more than one tensor's pages are ever held.
+        # The copy releases the mapping, so the pages of at most one tensor are held.
         raw = np.memmap(self.path, mode="c", offset=self._starts[name], shape=(info.num_bytes,))
         whole = torch.from_numpy(raw).view(info.dtype).view(info.shape)
         return whole[part].clone(memory_format=torch.contiguous_format)
 
 
 class _Pickle:
-    """One .bin file of torch.save, read as weights only; mapped anew for each tensor."""
+    """One .bin file of torch.save, read as weights only. Each read maps the file again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -311,13 +315,13 @@ class _Pickle:
         tensors = self._load()
         if not isinstance(tensors, dict):
             raise CheckpointError(
-                f"{path}: holds {type(tensors).__name__}; expected tensors by their names"
+                f"{path}: holds {type(tensors).__name__}; expected a dict of tensors"
             )
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPE_NAMES:
-                what = getattr(tensor, "dtype", type(tensor).__name__)
+                kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise CheckpointError(
-                    f"{path}: {name} is {what}; expected a tensor of {', '.join(DTYPES)}"
+                    f"{path}: {name} is {kind}; expected a tensor of {', '.join(DTYPES)}"
                 )
             self.infos[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
 
@@ -327,13 +331,13 @@ class _Pickle:
     def _load(self) -> Any:
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch's, by many names
-            reason = say_briefly(error)
+        except Exception as error:  # torch raises many types of errors
+            reason = brief_error(error)
             raise CheckpointError(f"{self.path}: cannot be read as weights: {reason}") from error
 
 
 def _grouped(location: Mapping[str, str]) -> dict[str, set[str]]:
-    """File name -> the tensors that it is said to hold, in the order of the files' names."""
+    """Group tensor names by file, in the order of the files' names."""
     files: dict[str, set[str]] = {file: set() for file in sorted(set(location.values()))}
     for tensor, file in location.items():
         files[file].add(tensor)
@@ -341,6 +345,6 @@ def _grouped(location: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def _some(names: list[str]) -> str:
-    """The first few names of a list, and how many more."""
+    """Format the first few names of a list, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more + (" is" if len(names) == 1 else " are")

@@ -1,4 +1,4 @@
-"""HF folders written: safetensors files and their index, tensor by tensor in any order."""
+"""Writing of HF folders: safetensors files and their index, tensor by tensor in any order."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,10 +15,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Writes tensors as transformers lays them out: one file, or shards and their index.
+    """Writer of tensors in the layout of transformers: one file, or shards and their index.
 
-    Headers are written at once, from what is known of the tensors; the tensors follow in any order,
-    each to its place.
+    The constructor writes all headers from the tensors' dtypes and shapes. The tensors may then be
+    written in any order.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class SafetensorsWriter:
     ):
         """
         Args:
-            tensors: all of them, in the order of the files.
-            max_shard_bytes: a file's tensors are no more than this, unless there is only one.
+            tensors: dtypes and shapes of all tensors, in the order of the files.
+            max_shard_bytes: maximum size of a file's tensors. A single tensor may exceed it.
         """
         self._tensors = tensors
         self._places: dict[str, tuple[Path, int]] = {}
@@ -46,12 +46,12 @@ class SafetensorsWriter:
             _write_index(folder, tensors, dict(zip(names, shards, strict=True)))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor of the announced shape into its place, cast to the announced dtype."""
+        """Write a tensor of the declared shape, cast to the declared dtype."""
         info = self._tensors[name]
         assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info.shape)
         file, start = self._places.pop(name)
         data = tensor.detach().to("cpu", info.dtype).contiguous()
-        # Opened anew for each tensor: a process may not hold as many files as there may be shards.
+        # Open the file for each tensor: there may be more shards than a process may hold open.
         write_at(file, data.flatten().view(torch.uint8).numpy().data, start)
 
     def __enter__(self) -> Self:
@@ -68,7 +68,7 @@ def write_safetensors(
     *,
     max_shard_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write a stream of tensors, one in memory at a time; see SafetensorsWriter."""
+    """Write a stream of tensors, with one tensor in memory at a time; see SafetensorsWriter."""
     with SafetensorsWriter(folder, tensors, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in stream:
             writer.write(name, tensor)
@@ -100,7 +100,7 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The start of a safetensors file, and the byte at which each tensor's data start."""
+    """Build the header of a safetensors file, and the start byte of each tensor's data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, offsets = 0, {}
     for name, info in tensors.items():

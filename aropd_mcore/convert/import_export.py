@@ -1,4 +1,4 @@
-"""HF folder -> Megatron checkpoint, and back: a stream of tensors, one a thread in memory."""
+"""Conversion of HF folders to Megatron checkpoints and back, one tensor per thread in memory."""
 
 import json
 import math
@@ -37,15 +37,15 @@ def import_hf(
         target/latest_checkpointed_iteration.txt
         target/hf/                                  config, tokenizer, template: for exports
 
-    Any layout loads it. Tensors keep their dtypes.
+    Any layout can load the checkpoint. Tensors keep their dtypes.
 
     Args:
-        tensor_parallel: tensors are cut into so many chunks, so that a rank of such a layout reads
-            its own part alone; the largest of 8, 4, 2, 1 that divides the model if None.
+        tensor_parallel: number of chunks per tensor, so that a rank of this tensor-parallel size
+            reads only its own part. None: the largest of 8, 4, 2, 1 that divides the model.
         overwrite: replace an existing checkpoint.
     Raises:
-        CheckpointError: the target exists or does not fit; dtypes that one Megatron tensor cannot
-            hold together.
+        CheckpointError: the target exists or does not fit on the disk, or HF tensors of one
+            Megatron tensor have different dtypes.
         ValueError: tensor_parallel does not divide the model.
     """
     architecture = source.architecture
@@ -89,14 +89,15 @@ def export_hf(
     max_shard_bytes: int = MAX_FILE_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write the weights of a Megatron checkpoint as an HF folder, as transformers would.
+    """Write the weights of a Megatron checkpoint as an HF folder in the layout of transformers.
 
     Args:
-        dtype: of every tensor; None keeps each one's own.
-        max_shard_bytes: of a safetensors file.
+        dtype: dtype of all tensors in the folder. None: each tensor keeps its dtype.
+        max_shard_bytes: maximum size of a safetensors file.
         overwrite: replace an existing folder.
     Raises:
-        CheckpointError: the target exists or does not fit, or the checkpoint is damaged.
+        CheckpointError: the target exists or does not fit on the disk, or the checkpoint is
+            damaged.
     """
     infos = {n: TensorInfo(dtype or info.dtype, info.shape) for n, info in source.tensors.items()}
     total = sum(info.num_bytes for info in infos.values())
@@ -123,11 +124,11 @@ def _num_parameters(weight: Weight) -> int:
 
 
 def keep_companions(source: HFSource, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Put beside a Megatron checkpoint what an export needs: config, tokenizer, names in order.
+    """Store the files that an export needs with a checkpoint: config, tokenizer, tensor names.
 
     Args:
-        folder: HF_FOLDER, beside the iterations or their parent; made if it is not there.
-        dtype: of the weights, for config.json; None leaves it as it is.
+        folder: HF_FOLDER next to the iterations or to their parent. Created if it is missing.
+        dtype: dtype to write into config.json. None: keep the dtype of config.json.
     """
     folder.mkdir(exist_ok=True)
     copy_companions(source.hf_folder, folder, dtype)
@@ -135,7 +136,7 @@ def keep_companions(source: HFSource, folder: Path, dtype: torch.dtype | None = 
 
 
 def _global_infos(source: HFSource) -> dict[str, TensorInfo]:
-    """Key -> what its global tensor is; all that go into one have the same dtype."""
+    """Return dtype and shape of each global tensor. All parts of a tensor must have one dtype."""
     infos: dict[str, TensorInfo] = {}
     firsts: dict[str, str] = {}
     for weight in stored_weights(source.architecture):
@@ -146,14 +147,15 @@ def _global_infos(source: HFSource) -> dict[str, TensorInfo]:
             first = firsts.setdefault(where.key, name)
             if dtype != info.dtype:
                 raise CheckpointError(
-                    f"{source.path}: {first} is {info.dtype} and {name} is {dtype}; Megatron keeps "
-                    f"both in one tensor, {where.key}. Save the model in one dtype first."
+                    f"{source.path}: {first} is {info.dtype} and {name} is {dtype}; expected one "
+                    f"dtype, since Megatron keeps both in one tensor, {where.key}. Save the model "
+                    "in one dtype first."
                 )
     return infos
 
 
 def _common_state(architecture: Architecture, infos: dict[str, TensorInfo]) -> dict[str, Any]:
-    """What Megatron-LM looks for beside the tensors."""
+    """Build the common state that Megatron-LM reads in addition to the tensors."""
     return {
         "iteration": 0,
         "checkpoint_version": 3.0,
@@ -164,7 +166,7 @@ def _common_state(architecture: Architecture, infos: dict[str, TensorInfo]) -> d
 
 
 def _megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespace:
-    """Megatron-LM's arguments for this model, by its names (--use-checkpoint-args reads them)."""
+    """Build Megatron-LM's arguments for this model, which --use-checkpoint-args reads."""
     args: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,

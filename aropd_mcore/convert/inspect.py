@@ -1,4 +1,4 @@
-"""What a checkpoint of either kind holds, from its headers alone."""
+"""Summary of an HF or Megatron checkpoint, from its headers only."""
 
 import math
 from collections import Counter
@@ -16,26 +16,26 @@ from aropd_mcore.convert.source import (
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint in a few numbers."""
+    """Summary of a checkpoint."""
 
     path: str
     kind: str
-    """`HF` or `Megatron torch_dist`."""
+    """Format: `HF` or `Megatron torch_dist`."""
     family: str
     parameters: int
     tied_embeddings: bool
     dtypes: dict[str, int]
     """Number of parameters by dtype."""
     num_bytes: int
-    """Of the model's tensors."""
+    """Size of the model's tensors in bytes."""
     shapes: dict[str, tuple[int, ...]]
-    """By HF name, in the order of the files."""
+    """Shapes by HF name, in the order of the files."""
     left_aside: list[str]
     """Tensors of an HF folder that are not weights of the model."""
     step: int | None
-    """Optimizer steps; None for an HF folder."""
+    """Number of optimizer steps. None for an HF folder."""
     layout: dict[str, int] | None
-    """That wrote it, where the checkpoint says so; any layout loads it."""
+    """Parallel layout that wrote the checkpoint. None if unknown. Any layout can load it."""
     has_teacher: bool
     has_optimizer: bool
 
@@ -44,10 +44,10 @@ class Summary:
 
 
 def inspect(path: Path, *, hf: Path | None = None, allow_pickle: bool = False) -> Summary:
-    """Open a checkpoint (see open_source) and sum it up.
+    """Open a checkpoint (see open_source) and summarize it.
 
     Raises:
-        CheckpointError: it is none, or not whole.
+        CheckpointError: the path is not a checkpoint, or the checkpoint is incomplete.
     """
     source = open_source(path, hf=hf, allow_pickle=allow_pickle)
     architecture = source.architecture

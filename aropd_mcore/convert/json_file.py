@@ -1,4 +1,4 @@
-"""JSON files that other programs wrote: read strictly, with errors of one line."""
+"""Strict reading of JSON files from other programs, with errors of one line."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_MAX_SIZE = 2**31 - 1  # sizes are 32-bit integers in kernels and in other readers
+_MAX_SIZE = 2**31 - 1  # kernels and other readers use 32-bit integers for sizes
 _NAMES = {
     bool: "true or false",
     dict: "an object",
@@ -23,9 +23,10 @@ _REPR.maxstring = _REPR.maxother = 100
 
 
 class CheckpointError(ValueError):
-    """An HF folder cannot be used; the message names the file, the key or tensor and the remedy.
+    """Error: a checkpoint or HF folder cannot be used.
 
-    The message is one printable line of readable length, whatever the folder's files hold.
+    The message names the file, the key or tensor, and the remedy. It is one printable line of
+    limited length, whatever the files contain.
     """
 
     def __init__(self, message: str):
@@ -35,12 +36,16 @@ class CheckpointError(ValueError):
 
 
 def brief(value: Any) -> str:
-    """The repr of a JSON value, shortened if it is long or deep."""
+    """Return the repr of a JSON value, shortened if it is long or deep."""
     return _REPR.repr(value)
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object_pairs_hook of json.loads: ValueError if a key has two different values."""
+    """Build a dict from pairs, as object_pairs_hook of json.loads.
+
+    Raises:
+        ValueError: a key has two different values.
+    """
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values and repr(values[key]) != repr(value):
@@ -52,7 +57,7 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
+    """Read a JSON file.
 
     Raises:
         CheckpointError: the file cannot be read, is not JSON in UTF-8, or gives one key two values.
@@ -66,27 +71,27 @@ def read_json(path: Path) -> Any:
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Equality of JSON values: 1 equals 1.0, and true is not 1."""
+    """Return whether two JSON values are equal: 1 equals 1.0, but true does not equal 1."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 class JsonObject:
-    """A JSON object whose keys are read with their types and ranges checked.
+    """A JSON object whose values are checked for type and range when they are read.
 
-    Every method raises CheckpointError, which names the file and the key.
+    The methods raise CheckpointError. The message names the file and the key.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
         """
         Args:
-            where: the file, for errors.
-            prefix: of the keys in errors, such as `rope_parameters.` for a nested object.
+            where: name of the file in errors.
+            prefix: prefix of the keys in errors, such as `rope_parameters.` for a nested object.
         """
         self.values = values
         self.where = where
         self.prefix = prefix
         self.keys_read: set[str] = set()
-        """Keys that `get` was called for."""
+        """Keys that were read by `get`."""
 
     def get(self, key: str, default: Any = None) -> Any:
         self.keys_read.add(key)
@@ -99,25 +104,25 @@ class JsonObject:
         return self.error(f"{self.prefix}{key} is {brief(value)}; expected {expected}")
 
     def check_types(self, types: Mapping[str, tuple[type, ...]]) -> None:
-        """Check that each key that is there has one of its types; true is no integer."""
+        """Check the type of each key that is present. true is not an integer."""
         for key, allowed in types.items():
             if key in self.values and type(self.values[key]) not in allowed:
                 names = " or ".join(_NAMES[kind] for kind in allowed)
                 raise self.wrong(key, self.values[key], names)
 
     def agree(self, places: Mapping[str, Any], consequence: str) -> Any:
-        """The value that all places of one fact give; None without any place.
+        """Return the common value of all keys for one fact, or None if there are no keys.
 
         Args:
-            places: name of the place -> its value.
-            consequence: what readers do with places that disagree, for the error.
+            places: values by key.
+            consequence: behaviour of readers if the keys disagree, for the error.
         """
         items = list(places.items())
         for name, value in items[1:]:
             if not same_value(value, items[0][1]):
                 raise self.error(
                     f"{items[0][0]} is {brief(items[0][1])} and {name} is {brief(value)}; "
-                    f"{consequence}. Keep the one that is right."
+                    f"{consequence}. Keep the correct one."
                 )
         return items[0][1] if items else None
 
@@ -128,11 +133,11 @@ class JsonObject:
         return value
 
     def size(self, key: str, default: int | None = None, if_null: int | None = None) -> int:
-        """A positive 32-bit integer.
+        """Read a positive 32-bit integer.
 
         Args:
-            default: without the key; None: the key is required.
-            if_null: where the key is null; None: null is refused.
+            default: value if the key is missing. None: the key is required.
+            if_null: value if the key is null. None: null is refused.
         """
         value = self.get(key, default)
         if value is None and key in self.values:
@@ -144,7 +149,7 @@ class JsonObject:
         return value
 
     def positive(self, name: str, value: Any) -> float:
-        """`value`, read from the place `name`, as a positive finite number."""
+        """Convert `value`, the value of key `name`, to a positive finite number."""
         if type(value) in (int, float):
             try:
                 number = float(value)

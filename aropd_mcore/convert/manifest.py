@@ -1,11 +1,12 @@
-"""A run's checkpoints by their manifests: the list of files, written last, that makes one whole.
+"""Manifests of a run's checkpoints: the list of files, which is written last.
 
     checkpoints/
-        iter_0000010/manifest.json    sizes and checksums of the folder's other files, and of itself
-        iter_0000020.corrupt/         set aside, since a file was not what its manifest says
-        .iter_0000030.9f3c.partial/   being written, or left behind by a kill
+        iter_0000010/manifest.json    sizes and checksums of the folder's files, and a checksum of
+                                      the manifest
+        iter_0000020.corrupt/         renamed, since a file did not match the manifest
+        .iter_0000030.9f3c.partial/   being written, or left over from a killed process
 
-The folder's name appears by a rename when everything in it is on the disk.
+A folder is renamed to its final name when all of its files are on the disk.
 """
 
 import json
@@ -28,21 +29,21 @@ _THREADS = 4
 
 
 class FileSum(NamedTuple):
-    """What a file has to be."""
+    """Size and checksum of a file."""
 
     size: int
     crc32: int
-    """Against accidents, which it is the fastest for of what Python comes with; a file that was
-    changed on purpose is not its business."""
+    """Checksum against accidental damage: the fastest in Python's standard library. It does not
+    detect deliberate changes."""
 
 
 def folder_name(step: int) -> str:
-    """Of the checkpoint of so many steps."""
+    """Return the folder name of the checkpoint after `step` steps."""
     return f"iter_{step:07d}"
 
 
-def step_of(path: Path) -> int:
-    """Number of training steps that the checkpoint at `path` has seen."""
+def parse_step(path: Path) -> int:
+    """Return the number of training steps of the checkpoint at `path`, from its folder name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path}: expected a folder named iter_NNNNNNN")
@@ -50,15 +51,15 @@ def step_of(path: Path) -> int:
 
 
 def iterations(folder: Path) -> list[Path]:
-    """What has the name of a checkpoint under `folder`, whole or not, newest first."""
-    found = [path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    """List the checkpoint folders under `folder`, complete or not, newest first."""
+    paths = [path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=parse_step, reverse=True)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint under `folder` whose manifest is whole, or None.
+    """Return the newest checkpoint under `folder` with a valid manifest, or None.
 
-    Its other files are not looked at: that is `problems`' work.
+    The checkpoint's other files are not checked; see `problems`.
     """
     return next((path for path in iterations(folder) if _has_manifest(path)), None)
 
@@ -72,20 +73,21 @@ def _has_manifest(path: Path) -> bool:
 
 
 def file_sums(folder: Path, names: Iterable[str]) -> dict[str, FileSum]:
-    """The sums of files of a folder, several at a time.
+    """Compute sizes and checksums of files of a folder, several files at a time.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     names = list(names)
-    with ThreadPoolExecutor(_THREADS) as pool:  # zlib lets go of the interpreter
+    with ThreadPoolExecutor(_THREADS) as pool:  # zlib releases the GIL
         return dict(zip(names, pool.map(lambda name: _file_sum(folder / name), names), strict=True))
 
 
 def _file_sum(path: Path) -> FileSum:
     size = crc = 0
-    # No bytearray: malloc has an arena a thread, up to 8 a core, that keeps what was freed in it.
-    # The first rank grew by these 8 MiB in each, 120 MiB in its first 16 saves on 2 cores.
+    # An anonymous mapping instead of a bytearray: malloc has one arena per thread, up to 8 per
+    # core, and each arena keeps freed memory. With a bytearray, rank 0 grew by 8 MiB per arena,
+    # 120 MiB in its first 16 saves on 2 cores.
     with (
         path.open("rb", buffering=0) as file,
         mmap.mmap(-1, _CHUNK_BYTES, flags=mmap.MAP_PRIVATE) as memory,
@@ -100,14 +102,14 @@ def _file_sum(path: Path) -> FileSum:
 def write_manifest(
     folder: Path, step: int, files: Mapping[str, FileSum], about: Mapping[str, Any]
 ) -> None:
-    """Write the manifest of a folder, and wait until the disk has it.
+    """Write the manifest of a folder, and wait until it is on the disk.
 
     Args:
-        about: more that a reader may want to know without Megatron; JSON values.
+        about: additional JSON values for readers without Megatron.
     """
     sums = {name: {"size": s.size, "crc32": f"{s.crc32:08x}"} for name, s in sorted(files.items())}
     content = {"format": FORMAT, "step": step, **about, "files": sums}
-    text = json.dumps({"crc32": _crc_of(content), "content": content}, indent=1)
+    text = json.dumps({"crc32": _content_crc(content), "content": content}, indent=1)
     with (folder / MANIFEST).open("w") as file:
         file.write(text + "\n")
         file.flush()
@@ -115,71 +117,71 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's manifest: `step`, `files`, and what else `write_manifest` got.
+    """Read a checkpoint's manifest: `step`, `files`, and the `about` values of `write_manifest`.
 
     Raises:
-        CheckpointError: there is none, or it is not whole.
+        CheckpointError: the manifest is missing or damaged.
     """
     path = folder / MANIFEST
     try:
         whole = json.loads(path.read_bytes())
         content = whole["content"]
-        is_whole = whole["crc32"] == _crc_of(content) and isinstance(content["files"], dict)
+        is_valid = whole["crc32"] == _content_crc(content) and isinstance(content["files"], dict)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing, so the checkpoint is not whole") from None
+        raise CheckpointError(f"{path}: is missing, so the checkpoint is incomplete") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a whole manifest: {error}") from error
-    if not is_whole:
-        raise CheckpointError(f"{path}: not a whole manifest: its checksum is not its content's")
+        raise CheckpointError(f"{path}: not a valid manifest: {error}") from error
+    if not is_valid:
+        raise CheckpointError(f"{path}: not a valid manifest: its checksum is wrong")
     if content["format"] != FORMAT:
         raise CheckpointError(f"{path}: found format {content['format']}, expected {FORMAT}")
     return content
 
 
-def _crc_of(content: Mapping[str, Any]) -> str:
+def _content_crc(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def problems(
     folder: Path, share: int = 0, num_shares: int = 1, *, with_sums: bool = True
 ) -> list[str]:
-    """What is not as the manifest says, a line a file; empty if all is well.
+    """List the files that do not match the manifest, one line per file. Empty if all match.
 
     Args:
-        share: which of num_shares shares of the files to read; missing files and wrong sizes, and
-            a manifest that is not whole, are share 0's.
-        with_sums: read the files; else their sizes alone are compared.
+        share: index of the share of files to read, out of num_shares. Only share 0 reports missing
+            files, wrong sizes and a damaged manifest.
+        with_sums: read the files and compare checksums. Otherwise only sizes are compared.
     """
     try:
         expected = {
-            name: FileSum(found["size"], int(found["crc32"], 16))
-            for name, found in read_manifest(folder)["files"].items()
+            name: FileSum(entry["size"], int(entry["crc32"], 16))
+            for name, entry in read_manifest(folder)["files"].items()
         }
     except CheckpointError as error:
         return [str(error)] if share == 0 else []
-    found = []
+    lines = []
     readable = []
     for name, file in expected.items():
         path = folder / name
         try:
             size = path.stat().st_size
         except OSError as error:
-            found.append(f"{path}: {error.strerror}")
+            lines.append(f"{path}: {error.strerror}")
             continue
         if size == file.size:
             readable.append(name)
         else:
-            found.append(f"{path}: has {size} bytes, expected {file.size}")
-    found = found if share == 0 else []
-    # The largest first, so that the shares come out alike.
+            lines.append(f"{path}: has {size} bytes, expected {file.size}")
+    lines = lines if share == 0 else []
+    # Largest files first, so that the shares have similar sizes.
     readable.sort(key=lambda name: (-expected[name].size, name))
     try:
         sums = file_sums(folder, readable[share::num_shares] if with_sums else [])
     except OSError as error:
-        return [*found, f"{error.filename or folder}: cannot be read: {error.strerror}"]
-    return found + [
+        return [*lines, f"{error.filename or folder}: cannot be read: {error.strerror}"]
+    return lines + [
         f"{folder / name}: has checksum {s.crc32:08x}, expected {expected[name].crc32:08x}"
         for name, s in sums.items()
         if s != expected[name]

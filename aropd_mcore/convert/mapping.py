@@ -1,11 +1,11 @@
-"""Names: one table a model family, Megatron-Core weight <- the HF tensors that make it up.
+"""Weight names: one table per model family, which maps Megatron-Core weights to HF tensors.
 
-Everything that moves weights between HF folders and Megatron reads these tables: training, import,
-export, verification. A family is its table of layer rows and the few settings in `Family`; what its
-config.json says is read in architecture.py, and how tensors are cut and merged is in tensors.py.
+Training, import, export and verification all use these tables. A family consists of its table of
+layer rows and the settings in `Family`. architecture.py reads its config.json, and tensors.py cuts
+and merges tensors.
 
-Megatron names are those of the local layer spec, with layers and experts numbered over the whole
-model. `{layer}` and `{expert}` stand for these numbers on both sides.
+Megatron names follow the local layer spec, with layers and experts numbered over the whole model.
+`{layer}` and `{expert}` are placeholders for these numbers on both sides.
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ from enum import Enum
 
 
 class Kind(Enum):
-    """How a weight is cut over tensor-parallel ranks, and how its HF tensors are merged.
+    """Rule for cutting a weight over tensor-parallel ranks and for merging its HF tensors.
 
-    Every HF tensor is cut along `split_dim` into equal parts, one a rank; a rank's parts are then
-    merged into its shard of the Megatron weight. So reading a shard reads that shard alone.
+    Every HF tensor is cut along `split_dim` into equal parts, one per rank. A rank's parts are then
+    merged into its shard of the Megatron weight. Reading a shard therefore reads only its bytes.
     """
 
     REPLICATED = "replicated"
-    """The same on every rank."""
+    """Weight that is equal on every rank."""
     ROW = "row"
-    """Cut by columns: the input of the linear layer is sharded."""
+    """Weight cut by columns, since the input of the linear layer is sharded."""
     VOCAB = "vocab"
-    """Cut by rows, after zero rows are added up to the padded vocabulary."""
+    """Weight cut by rows, after padding of the vocabulary with zero rows."""
     QKV = "qkv"
-    """q, k, v cut by rows; merged per key/value head: its query heads, its key, its value."""
+    """q, k, v cut by rows and merged per key/value head: query heads, key, value."""
     GATE_UP = "gate_up"
-    """gate, up cut by rows; merged one under the other."""
+    """Gate and up cut by rows, then concatenated: gate above up."""
 
     @property
     def split_dim(self) -> int | None:
@@ -38,9 +38,9 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class TableRow:
-    """One Megatron weight and the HF tensors that make it up, in merging order, with their shapes.
+    """One Megatron weight, and its HF tensors in merging order with their shapes.
 
-    Sizes are named: `vocab`, `hidden`, `ffn`, `head` (one head), `q` and `kv` (all heads),
+    Names of sizes: `vocab`, `hidden`, `ffn`, `head` (one head), `q` and `kv` (all heads),
     `experts` and `expert_ffn`.
     """
 
@@ -48,8 +48,8 @@ class TableRow:
     kind: Kind
     hf: Mapping[str, tuple[str, ...]]
     fused_name: str | None = None
-    """Its name where Transformer Engine's layer spec fuses a norm into the linear layer behind it.
-    Megatron's checkpoints call it so, whatever spec wrote them."""
+    """Name of a norm that Transformer Engine's layer spec fuses into the next linear layer.
+    Megatron's checkpoints use this name with every layer spec."""
 
 
 EMBEDDING = TableRow(
@@ -134,7 +134,7 @@ DENSE_MLP = (
 
 
 def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
-    """The rows of a mixture-of-experts layer, whose HF names differ from family to family."""
+    """Build the rows of a mixture-of-experts MLP, whose HF names differ between families."""
     expert = _MEGATRON + "mlp.experts.local_experts.{expert}."
     return (
         TableRow(
@@ -155,33 +155,33 @@ def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
 
 
 IGNORED_HF_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-"""Buffers that old checkpoints carry and transformers computes anew."""
+"""Pattern of buffers that old checkpoints contain and transformers recomputes."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a mixture-of-experts family's config.json says what its dense sizes do not."""
+    """Keys of a mixture-of-experts family's config.json that describe the experts."""
 
     count: tuple[str, ...]
-    """Keys of the number of experts in a layer; those that are there must agree."""
+    """Keys of the number of experts per layer. The values of present keys must agree."""
     ffn: str
     """Key of an expert's intermediate size."""
     normalized: bool | None = None
-    """Whether the weights of the chosen experts sum to one; None: `norm_topk_prob` says it."""
+    """Whether the weights of the chosen experts sum to one. None: as `norm_topk_prob` specifies."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Values of the keys that config.json may lack, as transformers has them for one family.
+    """Values that transformers uses for missing keys of one family's config.json.
 
-    tests/convert/test_config_keys.py compares them with transformers. A key without a default here,
-    such as hidden_size, is required.
+    tests/convert/test_config_keys.py compares the values with transformers. A key that is not
+    listed, such as hidden_size, is required.
     """
 
     num_key_value_heads: int | None = None
-    """None: num_attention_heads."""
+    """Number of key/value heads. None: num_attention_heads."""
     head_dim: int | None = None
-    """None: hidden_size / num_attention_heads."""
+    """Size of a head. None: hidden_size / num_attention_heads."""
     rope_theta: float = 10000.0
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
@@ -189,25 +189,25 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its name, its settings, and its table."""
+    """A model family: its name, settings and table."""
 
     name: str
-    """`model_type` in config.json."""
+    """Value of `model_type` in config.json."""
     architecture: str
-    """The first of `architectures` in config.json."""
+    """First value of `architectures` in config.json."""
     layer_rows: tuple[TableRow, ...]
-    """The table of one transformer layer, in the order of the computation."""
+    """Table of one transformer layer, in the order of the computation."""
     defaults: Defaults = Defaults()
     nullable: tuple[str, ...] = ()
-    """Those of `num_key_value_heads` and `head_dim` that may be null, which then stands for
+    """Keys among `num_key_value_heads` and `head_dim` that may be null. Null means
     num_attention_heads, or hidden_size / num_attention_heads."""
     has_sliding_window: bool = False
-    """`sliding_window` limits attention. Families with a `use_sliding_window` do without it, since
-    only false is supported."""
+    """Whether `sliding_window` limits attention. False for families with `use_sliding_window`, of
+    which only false is supported."""
     divides_hidden_size: bool = False
-    """num_attention_heads divides hidden_size even where there is a `head_dim`."""
+    """Whether num_attention_heads must divide hidden_size even if there is a `head_dim`."""
     refused_keys: Mapping[str, str] = field(default_factory=dict)
-    """Keys that make transformers build a model of another family -> what such a key does."""
+    """Effects of keys that make transformers build a model of another family, by key."""
     experts: Experts | None = None
 
     @property
@@ -264,7 +264,7 @@ FAMILIES = (
             ),
         ),
         defaults=Defaults(num_key_value_heads=4),
-        # The second key is what transformers 5 writes where published configs have the first.
+        # Published configs have the first key. transformers 5 writes the second one.
         experts=Experts(count=("num_experts", "num_local_experts"), ffn="moe_intermediate_size"),
     ),
     Family(

@@ -1,4 +1,4 @@
-"""Bytes done and time left: a bar on a terminal, a line now and then in a log."""
+"""Progress in bytes with the remaining time: a bar on a terminal, occasional lines in a log."""
 
 import sys
 import threading
@@ -22,12 +22,12 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 class Advance(Protocol):
     def __call__(self, num_bytes: int, /) -> None:
-        """Say that so many more bytes are done."""
+        """Report that `num_bytes` more bytes are done."""
 
 
 @contextmanager
 def progress(label: str, total_bytes: int) -> Iterator[Advance]:
-    """Show on stderr how much of total_bytes is done, while the block runs."""
+    """Show the progress of the block on stderr, relative to total_bytes."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(label, total_bytes)
@@ -45,7 +45,7 @@ def progress(label: str, total_bytes: int) -> Iterator[Advance]:
 
 
 class _Lines:
-    """A line at most every half minute, and one at the end."""
+    """Progress as lines: one line per 30 seconds at most, and one at the end."""
 
     def __init__(self, label: str, total_bytes: int):
         self.label, self.total = label, total_bytes
@@ -54,7 +54,7 @@ class _Lines:
         self.start = self.last = time.monotonic()
 
     def __call__(self, num_bytes: int, /) -> None:
-        with self.lock:  # threads work on it
+        with self.lock:  # several threads report progress
             self.done += num_bytes
             now = time.monotonic()
             if now - self.last < _SECONDS_BETWEEN_LINES and self.done < self.total:

@@ -1,9 +1,10 @@
 """Rotary position embedding as config.json describes it.
 
-transformers 4 writes `rope_theta` beside `rope_scaling`, transformers 5 writes both into
-`rope_parameters`. transformers 5 reads `rope_scaling` before `rope_parameters`, and the theta of
-either before `rope_theta` (transformers 5.23 modeling_rope_utils.py, convert_rope_params_to_dict).
-transformers 4 reads no `rope_parameters`. So places that disagree are refused.
+transformers 4 writes `rope_theta` and `rope_scaling`. transformers 5 writes both into
+`rope_parameters`. transformers 5 prefers `rope_scaling` to `rope_parameters`, and the theta in
+either object to `rope_theta` (transformers 5.23 modeling_rope_utils.py,
+convert_rope_params_to_dict). transformers 4 does not read `rope_parameters`. Keys that disagree are
+therefore refused.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from aropd_mcore.convert.json_file import JsonObject, brief, same_value
 
 _OBJECTS = ("rope_scaling", "rope_parameters")
-# What Megatron's Llama 3 rope scaling has built in
+# Constants of Megatron's Llama 3 rope scaling
 # (megatron-core 0.16.1 models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
 _LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
@@ -25,12 +26,12 @@ _KEYS = {
 
 
 def read_rope(config: JsonObject, default_theta: float) -> tuple[float, float | None]:
-    """theta, and the factor of Llama 3's scaling or None.
+    """Read theta, and the factor of Llama 3's scaling or None.
 
     Args:
-        default_theta: the family's, where config.json has none.
+        default_theta: theta of the family, for a config.json without one.
     Raises:
-        CheckpointError: two places disagree, or the rope is one that the Megatron model lacks.
+        CheckpointError: two keys disagree, or the Megatron model does not support the rope.
     """
     given = {key: _normal(config, key, default_theta) for key in _OBJECTS if config.get(key)}
     rope = config.agree(given, "transformers 4 and 5 read only rope_scaling")
@@ -57,14 +58,14 @@ def read_rope(config: JsonObject, default_theta: float) -> tuple[float, float | 
 
 
 def _normal(config: JsonObject, key: str, default_theta: float) -> dict[str, Any]:
-    """One rope object with `rope_type` and `rope_theta` filled in, from wherever they are."""
+    """Return one rope object with `rope_type` and `rope_theta` filled in from any key."""
     rope = dict(config.get(key))
     types = {f"{key}.{name}": rope[name] for name in ("rope_type", "type") if name in rope}
     kind = config.agree(types, "transformers reads rope_type")
     thetas = {f"{key}.rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if "rope_theta" in config.values:
         thetas["rope_theta"] = config.get("rope_theta")
-    theta = config.agree(thetas, f"transformers 4 reads rope_theta, 5 reads that of {key}")
+    theta = config.agree(thetas, f"transformers 4 reads rope_theta, 5 reads {key}.rope_theta")
     rope.pop("type", None)
     return rope | {
         "rope_type": kind if types else "default",
@@ -78,7 +79,7 @@ def _theta_place(config: JsonObject, key: str) -> str:
 
 def _llama3_factor(config: JsonObject, key: str, rope: dict[str, Any]) -> float:
     if "factor" not in rope:
-        raise config.error(f"{key} has rope_type 'llama3' and no factor")
+        raise config.error(f"{key} has rope_type 'llama3' and no factor; expected a factor")
     if "original_max_position_embeddings" in config.values:
         name = "original_max_position_embeddings"
         config.agree(
@@ -86,9 +87,10 @@ def _llama3_factor(config: JsonObject, key: str, rope: dict[str, Any]) -> float:
             "transformers 5 reads the former, 4 the latter",
         )
     for name, needed in _LLAMA3_SCALING.items():
-        found = rope.get(name)
-        if not same_value(found, needed):
+        value = rope.get(name)
+        if not same_value(value, needed):
             raise config.error(
-                f"{key}.{name} is {brief(found)}; Megatron's Llama 3 scaling has {needed} built in"
+                f"{key}.{name} is {brief(value)}; expected {needed}, which Megatron's Llama 3 "
+                "scaling has built in"
             )
     return config.positive(f"{key}.factor", rope["factor"])

@@ -1,4 +1,4 @@
-"""Keys of config.json that give the Architecture no number, and the values that they may have."""
+"""Checks of config.json's keys that must have fixed values or types."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ _SETTINGS: dict[str, Any] = {
     "decoder_sparse_step": 1,
 }
 _NULLABLE_SETTINGS = ("partial_rotary_factor", "mlp_only_layers")
-# Keys that make transformers read the model from a second place.
+# Keys that make transformers read parts of the model from another place.
 _ELSEWHERE = {
     "text_config": "describes a model inside the model",
-    "per_layer_config": "gives single layers settings of their own",
+    "per_layer_config": "gives single layers separate settings",
     "configuration_files": "names other files that transformers may read instead of this one",
     "transformers_weights": "names the file of weights that transformers reads",
 }
@@ -33,8 +33,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "rope_scaling": (dict, _NULL),
     "quantization_config": (dict, _NULL),
     "compression_config": (dict, _NULL),
-    # The following do not change the model. An export carries them along, and transformers refuses
-    # to load a config.json in which they have other types.
+    # The following keys do not change the model. An export copies them, and transformers refuses a
+    # config.json in which they have other types.
     "attention_dropout": (float, int),
     "bos_token_id": (int, _NULL),
     "eos_token_id": (int, list, _NULL),
@@ -51,40 +51,42 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def check_types(config: JsonObject) -> None:
-    """Raise CheckpointError for a key of another type than transformers accepts."""
+    """Raise CheckpointError for a key with a type that transformers refuses."""
     config.check_types(_TYPES)
 
 
 def check_settings(config: JsonObject, family: Family, num_layers: int) -> None:
-    """Raise CheckpointError for a setting that the Megatron model of this family does not have."""
+    """Raise CheckpointError for a setting that the Megatron model does not support."""
     for key, needed in _SETTINGS.items():
-        found = config.get(key, needed)
+        value = config.get(key, needed)
         types = (int, float) if type(needed) is float else (type(needed),)
-        same = found == needed and type(found) in types
-        if not same and not (found is None and key in _NULLABLE_SETTINGS):
-            raise config.error(f"{key} is {brief(found)}; only {needed!r} is supported")
-    for key, what in (_ELSEWHERE | dict(family.refused_keys)).items():
+        same = value == needed and type(value) in types
+        if not same and not (value is None and key in _NULLABLE_SETTINGS):
+            raise config.error(f"{key} is {brief(value)}; only {needed!r} is supported")
+    for key, effect in (_ELSEWHERE | dict(family.refused_keys)).items():
         if key in config.values:
-            raise config.error(f"{key} is there, which {what}; remove the key if that is not meant")
+            raise config.error(
+                f"found key {key}, which {effect}; remove the key if this is not intended"
+            )
     for key in ("quantization_config", "compression_config"):
         quantization = config.get(key)
         if quantization is not None:
             method = quantization.get("quant_method", "an unnamed method")
             raise config.error(
-                f"{key} says that the weights are quantized ({method}); only fp32, bf16 and fp16 "
-                "weights can be read. Use the checkpoint that they were made from."
+                f"{key} declares quantized weights ({method}); expected fp32, bf16 or fp16 "
+                "weights: use the checkpoint before quantization"
             )
     layer_types = config.get("layer_types")
     if layer_types is not None and layer_types != ["full_attention"] * num_layers:
         other = [str(kind) for kind in layer_types if kind != "full_attention"]
         raise config.error(
             f"layer_types has {', '.join(other[:3]) or f'{len(layer_types)} entries'}; only "
-            f"full_attention is supported, once for each of num_hidden_layers, {num_layers}"
+            f"full_attention is supported, with one entry per layer ({num_layers})"
         )
 
 
 def check_passed_on(config: JsonObject, vocab_size: int) -> None:
-    """Raise CheckpointError for a value that transformers refuses in a key that only it reads."""
+    """Raise CheckpointError for a value that transformers refuses, in keys that are copied only."""
     pad = config.values.get("pad_token_id")
     if pad is not None and pad >= vocab_size:
         raise config.wrong("pad_token_id", pad, f"less than vocab_size, {vocab_size}")

@@ -1,4 +1,4 @@
-"""A checkpoint of either kind, opened for reading: architecture, and tensors by their HF names."""
+"""Reading of HF and Megatron checkpoints: the architecture, and tensors by HF names."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,17 +31,18 @@ from aropd_mcore.convert.tensors import (
 from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Beside the iterations of a Megatron checkpoint: the newest one's number, or `release`."""
+"""Name of a Megatron checkpoint's file with the number of the newest iteration, or `release`."""
 HF_FOLDER = "hf"
-"""Beside the iterations of an import, or the `checkpoints` of a run: config, tokenizer."""
+"""Name of the folder with config and tokenizer, next to an import's iterations or to a run's
+`checkpoints`."""
 TEACHER_PREFIX = "teacher."
-"""Of the teacher's tensors in a training checkpoint; the student's have Megatron's own names."""
+"""Prefix of the teacher's tensors in a training checkpoint. The student's have Megatron's names."""
 
 Who = Literal["student", "teacher"]
 
 
 class HFSource:
-    """An HF folder."""
+    """A checkpoint in an HF folder."""
 
     def __init__(self, path: Path, *, allow_pickle: bool = False):
         self.path = self.hf_folder = path
@@ -52,23 +53,23 @@ class HFSource:
         """Tensors of the files that are not weights of the model."""
         expected = self.architecture.hf_shapes
         self.tensors = {n: info for n, info in self.files.tensors.items() if n in expected}
-        """Every weight by its HF name, in the order of the files."""
+        """Dtypes and shapes of all weights by HF name, in the order of the files."""
 
     def parts(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
-        """The HF tensors of one Megatron weight, one at a time."""
+        """Yield the HF tensors of one Megatron weight, one at a time."""
         return ((name, self.files.read(name)) for name in weight.hf)
 
     def shard(self, weight: Weight, tp_size: int, tp_rank: int) -> Tensor:
-        """A tensor-parallel rank's shard of a Megatron weight; zero rows pad a vocabulary.
+        """Read a tensor-parallel rank's shard of a Megatron weight.
 
-        Of the files only the shard is read.
+        A vocabulary is padded with zero rows. Only the shard's bytes are read from the files.
         """
         parts = [read_part(self.files, weight, name, tp_size, tp_rank) for name in weight.hf]
         return merge(weight.kind, parts, num_kv_heads=self.architecture.num_kv_heads // tp_size)
 
 
 class MegatronSource:
-    """The student or the teacher of a Megatron checkpoint, whatever layout wrote it."""
+    """The student or the teacher of a Megatron checkpoint, written by any parallel layout."""
 
     def __init__(
         self, path: Path, iteration: Path, *, who: Who = "student", hf: Path | None = None
@@ -81,14 +82,15 @@ class MegatronSource:
         self._prefix = TEACHER_PREFIX if who == "teacher" else ""
         self._places = self._check()
         self.tensors = self._hf_tensors()
-        """Every weight by its HF name, in the order of the original's files where it is known."""
+        """Dtypes and shapes of all weights by HF name, in the order of the original's files if
+        known."""
 
     @property
     def has_teacher(self) -> bool:
         return any(key.startswith(TEACHER_PREFIX) for key in self.reader.tensors)
 
     def parts(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
-        """The HF tensors of one Megatron weight; a tensor is good until the next is asked for."""
+        """Yield the HF tensors of one Megatron weight. A tensor is valid until the next one."""
         where = self._places[weight.name]
         if weight.kind is Kind.QKV:
             heads = self.architecture.num_kv_heads, self.architecture.head_dim
@@ -102,9 +104,10 @@ class MegatronSource:
             first_row += shape[0]
 
     def shard(self, weight: Weight, tp_size: int, tp_rank: int) -> Tensor:
-        """A tensor-parallel rank's shard of a Megatron weight; zero rows pad a vocabulary.
+        """Read a tensor-parallel rank's shard of a Megatron weight.
 
-        What is read are the chunks that it lies in, which are those of the layout that wrote them.
+        A vocabulary is padded with zero rows. Every stored chunk that overlaps the shard is read
+        completely, and the chunks depend on the layout that wrote the checkpoint.
         """
         # A tied head is not stored.
         where = self._places.get(weight.name) or self._places[EMBEDDING.name]
@@ -112,31 +115,32 @@ class MegatronSource:
         if dim is None:
             return self._read(where, (0, 0), where.shape)
         parts, first_row = [], 0
-        # QKV are merged per head, in which a shard lies together; gate and up are cut each.
+        # A shard of QKV, which is merged per head, is contiguous. Gate and up are cut separately.
         for shape in [where.shape] if weight.kind is Kind.QKV else weight.hf.values():
             size = shape[dim]
             padded = padded_vocab_size(size, tp_size) if weight.kind is Kind.VOCAB else size
             start, end = (min(b, size) for b in shard_bounds(padded, tp_size, tp_rank))
             box = (*shape[:dim], end - start, *shape[dim + 1 :])
             first = (first_row + start, 0) if dim == 0 else (first_row, start)
-            part = self._read(where, first, box).clone()  # the next one takes its memory
+            part = self._read(where, first, box).clone()  # the next read reuses the memory
             parts.append(pad_rows(part, padded // tp_size) if dim == 0 else part)
             first_row += shape[0]
         return torch.cat(parts)
 
     def _read(self, where: GlobalSlice, first: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
-        """A box of a weight, from a row and a column on."""
+        """Read a box of a weight that starts at a row and a column."""
         start = first[: len(shape)]
         return self.reader.read(self._prefix + where.key, where.lead, start, shape)
 
     def _check(self) -> dict[str, GlobalSlice]:
-        """Megatron name -> place; each is there in its shape, and there is nothing else."""
+        """Locate all weights, by Megatron name. Checks that no tensor is missing or unexpected."""
         family, places = self.architecture.family.architecture, dict[str, GlobalSlice]()
         stacked = self._prefix + ANY_LAYER in self.reader.tensors
         keys = self._keys()
         if not keys and self._prefix:
             raise CheckpointError(
-                f"{self.iteration}: has no teacher; a run with teacher.kind live, or sft, has none"
+                f"{self.iteration}: has no teacher; runs with teacher.kind live and sft runs save "
+                "none"
             )
         for weight in stored_weights(self.architecture):
             where = places[weight.name] = global_slice(weight, self.architecture, stacked=stacked)
@@ -147,24 +151,24 @@ class MegatronSource:
                 )
             if info.dtype not in DTYPES.values():
                 raise CheckpointError(
-                    f"{self.iteration}: {self._prefix + where.key} is {info.dtype}; only fp32, "
-                    "bf16 and fp16 weights can be read"
+                    f"{self.iteration}: {self._prefix + where.key} is {info.dtype}; expected fp32, "
+                    "bf16 or fp16"
                 )
             if not _holds(info.shape, where, weight):
                 raise CheckpointError(
                     f"{self.iteration}: {self._prefix + where.key} has shape {list(info.shape)}; "
-                    f"{self.hf_folder / 'config.json'} says {list(where.global_shape)}"
+                    f"expected {list(where.global_shape)} by {self.hf_folder / 'config.json'}"
                 )
             keys.discard(where.key)
         if keys:
             raise CheckpointError(
-                f"{self.iteration}: unexpected tensor {self._prefix}{min(keys)}; {family} has none "
-                "of that name"
+                f"{self.iteration}: unexpected tensor {self._prefix}{min(keys)}; {family} has no "
+                "tensor of this name"
             )
         return places
 
     def _keys(self) -> set[str]:
-        """This model's, without their prefix."""
+        """Return the keys of this model's tensors, without their prefix."""
         return {
             key.removeprefix(self._prefix)
             for key in self.reader.tensors
@@ -174,17 +178,17 @@ class MegatronSource:
         }
 
     def _hf_tensors(self) -> dict[str, TensorInfo]:
-        found = {}
+        infos = {}
         for weight in stored_weights(self.architecture):
             dtype = self.reader.tensors[self._prefix + self._places[weight.name].key].dtype
-            found |= {name: TensorInfo(dtype, shape) for name, shape in weight.hf.items()}
+            infos |= {name: TensorInfo(dtype, shape) for name, shape in weight.hf.items()}
         order = self.hf_folder / ORDER
         if not order.exists():
-            return found
+            return infos
         names = read_json(order)
-        if not isinstance(names, list) or sorted(map(str, names)) != sorted(found):
-            raise CheckpointError(f"{order}: does not name the tensors that config.json says")
-        return {name: found[name] for name in names}
+        if not isinstance(names, list) or sorted(map(str, names)) != sorted(infos):
+            raise CheckpointError(f"{order}: does not list the tensors that config.json describes")
+        return {name: infos[name] for name in names}
 
 
 Source = HFSource | MegatronSource
@@ -193,15 +197,15 @@ Source = HFSource | MegatronSource
 def open_source(
     path: Path, *, who: Who = "student", hf: Path | None = None, allow_pickle: bool = False
 ) -> Source:
-    """Open a checkpoint and check that it holds what its config.json says.
+    """Open a checkpoint and check that it matches its config.json.
 
     Args:
-        path: an HF folder; a Megatron checkpoint, one iteration of it, or a run's output_dir.
-        who: whose weights, of a training checkpoint.
-        hf: where config.json is, for a Megatron checkpoint that does not have it beside it.
+        path: an HF folder, a Megatron checkpoint, one of its iterations, or a run's output_dir.
+        who: the model to read from a training checkpoint.
+        hf: folder of config.json, for a Megatron checkpoint without its own.
         allow_pickle: see HFWeights.
     Raises:
-        CheckpointError: it is neither kind, or not whole.
+        CheckpointError: the path is not a checkpoint, or the checkpoint is incomplete.
     """
     iteration = find_iteration(path)
     if iteration is not None:
@@ -209,23 +213,23 @@ def open_source(
     if not (path / "config.json").exists():
         refuse_adapter(path)
         raise CheckpointError(
-            f"{path}: no checkpoint: neither config.json (HF) nor {TRACKER} or {METADATA} "
-            "(Megatron's torch_dist) is there"
+            f"{path}: not a checkpoint; expected config.json (HF), or {TRACKER} or {METADATA} "
+            "(Megatron's torch_dist)"
         )
     if who == "teacher":
-        raise CheckpointError(f"{path}: an HF folder holds one model, no teacher beside it")
+        raise CheckpointError(f"{path}: an HF folder holds one model and no teacher")
     return HFSource(path, allow_pickle=allow_pickle)
 
 
 def find_iteration(path: Path) -> Path | None:
-    """The folder that holds the tensors of a Megatron checkpoint; None if `path` is none.
+    """Find the folder with the tensors of a Megatron checkpoint. None if `path` is not one.
 
-    Of a run's checkpoints it is the newest one with a whole manifest, and every file in the size
-    that the manifest says.
+    For a run, this is the newest checkpoint with a valid manifest. The sizes of its files must
+    match the manifest.
 
     Raises:
-        CheckpointError: the tracker file names an iteration that is not there, or the newest
-            checkpoint of a run is not as its manifest says.
+        CheckpointError: the tracker file names a missing iteration, or the newest checkpoint of a
+            run does not match its manifest.
     """
     if (path / METADATA).exists():
         return _checked(path)
@@ -236,18 +240,19 @@ def find_iteration(path: Path) -> Path | None:
         tracker = folder / TRACKER
         if tracker.exists():
             text = tracker.read_text(errors="replace").strip()
-            found = folder / (f"iter_{int(text):07d}" if text.isdecimal() else text)
-            if not (found / METADATA).exists():
-                raise CheckpointError(f"{tracker}: says {text}, and {found / METADATA} is missing")
-            return found
+            iteration = folder / (f"iter_{int(text):07d}" if text.isdecimal() else text)
+            if not (iteration / METADATA).exists():
+                metadata = iteration / METADATA
+                raise CheckpointError(f"{tracker}: names {text}, but {metadata} is missing")
+            return iteration
     return None
 
 
 def _checked(iteration: Path) -> Path:
-    if (iteration / MANIFEST).exists():  # a run's: Megatron's own, and imports, have none
+    if (iteration / MANIFEST).exists():  # written by runs, not by Megatron or by an import
         wrong = problems(iteration, with_sums=False)
         if wrong:
-            raise CheckpointError(f"{wrong[0]}; a checkpoint before it may be whole")
+            raise CheckpointError(f"{wrong[0]}; an earlier checkpoint may be intact")
     return iteration
 
 
@@ -257,13 +262,13 @@ def _hf_folder(iteration: Path) -> Path:
         if (folder / "config.json").exists():
             return folder
     raise CheckpointError(
-        f"{iteration}: {parent / HF_FOLDER / 'config.json'} is missing; name an HF folder of the "
-        "same model, for its config and tokenizer, by --hf"
+        f"{iteration}: {parent / HF_FOLDER / 'config.json'} is missing; pass --hf with an HF "
+        "folder of the same model, which has its config and tokenizer"
     )
 
 
 def _holds(shape: tuple[int, ...], where: GlobalSlice, weight: Weight) -> bool:
-    if weight.kind is Kind.VOCAB:  # padded for the layout that wrote it
+    if weight.kind is Kind.VOCAB:  # the padding depends on the layout that wrote the checkpoint
         (size, *_) = next(iter(weight.hf.values()))
         return shape[0] >= size and shape[1:] == where.shape[1:]
     return shape == where.global_shape

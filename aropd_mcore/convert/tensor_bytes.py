@@ -1,4 +1,4 @@
-"""Tensors as bytes of a file: what is known of them, and how they are read and written fast."""
+"""Tensors as bytes of a file: dtype and shape, and fast reading and writing."""
 
 import io
 import math
@@ -14,14 +14,14 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
-"""Of the files of a checkpoint, unless a single tensor is larger."""
+"""Maximum size of a checkpoint's file, unless a single tensor is larger."""
 WRITE_BYTES = 2**18
-"""In one call: calls of 50 MB were measured at a third of the speed (Linux 6, ext4)."""
+"""Number of bytes per write call. Calls of 50 MB reached a third of the speed (Linux 6, ext4)."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Dtype and shape of a tensor, which are known without reading it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -32,10 +32,10 @@ class TensorInfo:
 
 
 class Buffer:
-    """Memory that is used again and again, and grows to the largest tensor that is asked for.
+    """Reusable memory, which grows to the size of the largest requested tensor.
 
-    Reading into it was measured at four times the speed of reading into fresh memory, whose pages
-    the kernel has to find and clear (Linux 6).
+    Reading into a buffer was measured to be four times as fast as reading into new memory, whose
+    pages the kernel must allocate and clear (Linux 6).
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Buffer:
 
 
 def read_into(file: io.FileIO, tensor: Tensor) -> None:
-    """Fill a contiguous tensor from where the file stands."""
+    """Fill a contiguous tensor from the file's current position."""
     buffer = tensor.view(-1).view(torch.uint8).numpy().data
     while buffer:
         count = file.readinto(buffer)
@@ -59,16 +59,16 @@ def read_into(file: io.FileIO, tensor: Tensor) -> None:
 
 
 def write_at(path: Path, data: memoryview, start: int) -> None:
-    """Write into a file that exists, from byte `start`."""
+    """Write into an existing file, from byte `start`."""
     with path.open("r+b", buffering=0) as file:
         while data:
             written = os.pwrite(file.fileno(), data[:WRITE_BYTES], start)
             data, start = data[written:], start + written
 
 
-def say_briefly(error: Exception) -> str:
-    """An error in one line; of torch's advice on pickles that it refuses, only what it found."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found:
-        return f"it asks for {found[1]}, which is not run"
+def brief_error(error: Exception) -> str:
+    """Return an error in one line. For a pickle that torch refuses, name only the refused call."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"the file calls {refused[1]}, which is not run"
     return str(error).strip().partition("\n")[0] or type(error).__name__

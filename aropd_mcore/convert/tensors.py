@@ -1,7 +1,7 @@
 """Pure functions on weights: cutting over tensor-parallel ranks, merging, vocabulary padding.
 
-An HF tensor is cut along one dimension into equal parts (`shard_bounds`); the parts of one rank are
-merged into its shard of the Megatron weight (`merge`), and `split` undoes that exactly.
+An HF tensor is cut along one dimension into equal parts (`shard_bounds`). The parts of one rank are
+merged into its shard of the Megatron weight (`merge`). `split` is the exact inverse of `merge`.
 """
 
 import math
@@ -13,40 +13,40 @@ from torch import Tensor
 from aropd_mcore.convert.mapping import Kind
 
 VOCAB_ALIGNMENT = 128
-"""The padded vocabulary is a multiple of this, as in Megatron."""
+"""Divisor of the padded vocabulary size, as in Megatron."""
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The smallest multiple of 128 and of tp_size that holds the vocabulary.
+    """Return the smallest multiple of 128 and of tp_size that is at least vocab_size.
 
-    Megatron pads to 128 x tp_size. A common multiple keeps the size, and with it every shape in a
-    checkpoint, the same for all powers of two up to 128.
+    Megatron pads to a multiple of 128 x tp_size. With a common multiple, the padded size and all
+    shapes in a checkpoint are the same for every tp_size that is a power of two up to 128.
     """
     multiple = math.lcm(VOCAB_ALIGNMENT, tp_size)
     return math.ceil(vocab_size / multiple) * multiple
 
 
 def shard_bounds(size: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
-    """[start, end) of a rank's part of a dimension; tp_size must divide it."""
+    """Return [start, end) of a rank's part of a dimension. tp_size must divide `size`."""
     assert size % tp_size == 0, f"{size} over {tp_size} ranks"
     part = size // tp_size
     return tp_rank * part, (tp_rank + 1) * part
 
 
 def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
-    """`tensor` with zero rows below, up to num_rows."""
+    """Append zero rows to `tensor`, up to num_rows."""
     missing = num_rows - tensor.size(0)
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
 
 def merge(kind: Kind, parts: Sequence[Tensor], *, num_kv_heads: int) -> Tensor:
-    """A rank's shard of a Megatron weight from the same rank's parts of its HF tensors.
+    """Merge a rank's parts of HF tensors into its shard of a Megatron weight.
 
-    QKV: per key/value head its query heads, its key, its value. GATE_UP: gate above up. A single
-    part is returned as it is.
+    QKV: query heads, key and value of each key/value head. GATE_UP: gate above up. A single part is
+    returned unchanged.
 
     Args:
-        num_kv_heads: key/value heads in the shard.
+        num_kv_heads: number of key/value heads in the shard.
     """
     if kind is Kind.QKV:
         per_head = [part.unflatten(0, (num_kv_heads, -1)) for part in parts]
@@ -57,7 +57,7 @@ def merge(kind: Kind, parts: Sequence[Tensor], *, num_kv_heads: int) -> Tensor:
 
 
 def split(kind: Kind, shard: Tensor, *, num_kv_heads: int, head_dim: int) -> list[Tensor]:
-    """The parts that `merge` made the shard of; the exact inverse."""
+    """Split a shard into the parts that `merge` joined. The exact inverse of `merge`."""
     if kind is Kind.QKV:
         per_head = shard.unflatten(0, (num_kv_heads, -1))
         q_rows = per_head.size(1) - 2 * head_dim

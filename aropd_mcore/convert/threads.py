@@ -1,4 +1,4 @@
-"""Work shared out over threads: files are read and written outside of Python's lock."""
+"""Division of work over threads. Reading and writing of files releases the GIL."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 NUM_THREADS = 2
-"""A login node has more cores, and other users; a disk is rarely faster than two can fill it."""
+"""Number of threads. Two threads saturate most disks and leave a login node's cores to others."""
 
 T = TypeVar("T")
 
 
 def share_out(items: Iterable[T], size: Callable[[T], int]) -> list[list[T]]:
-    """The items in NUM_THREADS parts of about the same size, each in the items' order."""
+    """Divide items into NUM_THREADS shares of similar total size, each in the items' order."""
     shares: list[list[T]] = [[] for _ in range(NUM_THREADS)]
     sizes = [0] * NUM_THREADS
     for item in items:
@@ -23,7 +23,7 @@ def share_out(items: Iterable[T], size: Callable[[T], int]) -> list[list[T]]:
 
 
 def in_threads(shares: Sequence[Sequence[T]], work: Callable[[Iterator[T]], None]) -> None:
-    """Do `work` on every share at once; the first error, or an interrupt, ends all of them soon."""
+    """Run `work` on all shares in parallel. The first error or an interrupt stops all threads."""
     stop = threading.Event()
 
     def until_stopped(share: Sequence[T]) -> Iterator[T]:

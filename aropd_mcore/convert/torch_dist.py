@@ -1,12 +1,12 @@
-"""Megatron's `torch_dist` checkpoints on disk, read without a process group or a GPU.
+"""Reading of Megatron's `torch_dist` checkpoints, without a process group or a GPU.
 
-    .metadata        pickled: each global tensor's dtype, shape and chunks, and every chunk's place
-    __0_0.distcp     chunks and objects, each as torch.save writes it, one behind another
-    common.pt        what all ranks share; megatron-core 0.19 writes it among the objects
-    metadata.json    the names of these formats
+    .metadata        pickle of each global tensor's dtype, shape and chunks, and each chunk's place
+    __0_0.distcp     chunks and objects in the format of torch.save, concatenated
+    common.pt        state that all ranks share; megatron-core 0.19 stores it as an object instead
+    metadata.json    names of these formats
 
-Tensors are global: of the whole model, whatever layout wrote them, in chunks that need not be those
-of the layout that loads them. The formats are those of torch.distributed.checkpoint and
+Global tensors belong to the whole model, independent of the layout that wrote them. The layout that
+loads them may need other chunks. The formats are those of torch.distributed.checkpoint and
 megatron.core.dist_checkpointing (0.16.1, strategies/torch.py).
 """
 
@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, read_into, say_briefly
+from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, brief_error, read_into
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -47,19 +47,19 @@ Index = tuple[int, ...]
 
 
 class TorchDistReader:
-    """The tensors of a checkpoint; opening it reads its metadata alone."""
+    """The tensors of a checkpoint. Opening it reads the metadata only."""
 
     def __init__(self, folder: Path):
         """
         Raises:
-            CheckpointError: no such checkpoint, another format, or a file that is missing or short.
+            CheckpointError: no such checkpoint, another format, or a missing or truncated file.
         """
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        """Global tensors by their keys."""
+        """Dtypes and shapes of global tensors, by key."""
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self.objects: set[str] = set()
-        """Keys of what is not a tensor."""
+        """Keys of objects that are not tensors."""
         self._places: dict[MetadataIndex, Any] = {}
         try:
             self._read_metadata()
@@ -68,19 +68,23 @@ class TorchDistReader:
             raise
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be read: {error}") from error
-        except Exception as error:  # a cut or foreign pickle raises anything, or holds it
-            reason = f"not the metadata of a checkpoint: {say_briefly(error)}"
+        except Exception as error:  # a truncated or foreign pickle can raise any error
+            reason = f"not the metadata of a checkpoint: {brief_error(error)}"
             raise CheckpointError(f"{folder / METADATA}: {reason}") from error
         self._by_lead: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
         self._buffers = _Buffers()
 
     def read(self, key: str, lead: Index, start: Index, sizes: Index) -> Tensor:
-        """A box of a global tensor: at `lead` on its leading axes, and from `start` on the others.
+        """Read a box of a global tensor.
 
+        Args:
+            lead: indices on the leading axes.
+            start: first index on each of the other axes.
+            sizes: size on each of the other axes.
         Returns:
-            A tensor of `sizes`, in memory that the thread's next call uses again.
+            A tensor of shape `sizes`, in memory that the next call in this thread reuses.
         Raises:
-            CheckpointError: the chunks do not cover the box, or one cannot be read.
+            CheckpointError: the chunks do not cover the box, or a chunk cannot be read.
         """
         origin, shape = (*lead, *start), (*[1] * len(lead), *sizes)
         out = self._buffers.box.take(shape, self.tensors[key].dtype)
@@ -104,24 +108,24 @@ class TorchDistReader:
                 target.copy_(whole[_box(starts, ends, chunk.offsets)])
         if missing:
             raise CheckpointError(
-                f"{self.folder}: {key} is not whole: {missing} of {out.numel()} elements at "
+                f"{self.folder}: {key} is incomplete: {missing} of {out.numel()} elements at "
                 f"{list(origin)} are in no chunk"
             )
         return out.view(sizes)
 
     def read_common(self) -> dict[str, Any]:
-        """What all ranks share; empty if it holds classes that only other programs have."""
+        """Read the state that all ranks share. Empty if it contains unknown classes."""
         try:
             with torch.serialization.safe_globals([Namespace, SimpleNamespace, PosixPath]):
                 if _COMMON_OBJECT in self.objects:
                     with self._opened(MetadataIndex(_COMMON_OBJECT)) as (_, mapped, start):
                         return _load(mapped, start)[0]
                 return torch.load(self.folder / COMMON, map_location="cpu", weights_only=True)
-        except Exception:  # as in _opened
+        except Exception:  # any error, as in _opened
             return {}
 
     def _chunks_at(self, key: str, lead: Index) -> list[ChunkStorageMetadata]:
-        if (key, len(lead)) not in self._by_lead:  # with experts there are tens of thousands
+        if (key, len(lead)) not in self._by_lead:  # models with experts have tens of thousands
             by_lead = defaultdict[Index, list[ChunkStorageMetadata]](list)
             for chunk in self._chunks[key]:
                 spans = zip(chunk.offsets[: len(lead)], chunk.sizes, strict=False)
@@ -131,7 +135,7 @@ class TorchDistReader:
         return self._by_lead[key, len(lead)][lead]
 
     def _read_chunk(self, index: MetadataIndex, into: Tensor) -> None:
-        """Read a chunk, as torch.save wrote it, into a contiguous tensor."""
+        """Read a chunk in torch.save's format into a contiguous tensor."""
         with self._opened(index) as (file, mapped, start):
             data = _data_start(mapped, into)
             if data is None:
@@ -142,10 +146,10 @@ class TorchDistReader:
 
     @contextmanager
     def _opened(self, index: MetadataIndex) -> Iterator[tuple[io.FileIO, mmap.mmap, int]]:
-        """The file of a chunk or an object, a mapping of it, and where in that it starts."""
+        """Open the file of a chunk or object. Yields the file, a mapping, and the start in it."""
         place = self._places.get(index)
         if place is None:
-            raise CheckpointError(f"{self.folder / METADATA}: has no place for {index.fqn}")
+            raise CheckpointError(f"{self.folder / METADATA}: has no entry for {index.fqn}")
         path = self.folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
             raise CheckpointError(f"{path}: {index.fqn} is compressed, which is not supported")
@@ -157,28 +161,28 @@ class TorchDistReader:
                 mmap.mmap(file.fileno(), size, offset=offset, access=mmap.ACCESS_READ) as mapped,
             ):
                 yield file, mapped, start
-        except Exception as error:  # broken bytes make zipfile, pickle and torch raise anything
-            reason = say_briefly(error)
+        except Exception as error:  # for damaged bytes, zipfile, pickle and torch raise any error
+            reason = brief_error(error)
             raise CheckpointError(f"{path}: {index.fqn} cannot be read: {reason}") from error
 
     def _read_metadata(self) -> None:
-        found = _MetadataUnpickler(io.BytesIO((self.folder / METADATA).read_bytes())).load()
-        if not isinstance(found, Metadata):
-            raise ValueError(f"it holds {type(found).__name__}")
-        self._places = found.storage_data or {}
-        for key, entry in found.state_dict_metadata.items():
+        content = _MetadataUnpickler(io.BytesIO((self.folder / METADATA).read_bytes())).load()
+        if not isinstance(content, Metadata):
+            raise ValueError(f"it holds {type(content).__name__}")
+        self._places = content.storage_data or {}
+        for key, entry in content.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 self.objects.add(key)
                 continue
             for chunk in entry.chunks:
                 spans = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
                 if not all(0 <= offset <= offset + size <= whole for offset, size, whole in spans):
-                    raise ValueError(f"{key} has a chunk outside of it")
+                    raise ValueError(f"{key} has a chunk outside of its bounds")
             self.tensors[key] = TensorInfo(entry.properties.dtype, tuple(entry.size))
             self._chunks[key] = entry.chunks
 
     def _check_files(self) -> None:
-        """Every file is as long as the metadata say."""
+        """Check that every file is as long as the metadata require."""
         ends: dict[str, int] = {}
         for place in self._places.values():
             end = place.offset + place.length
@@ -186,15 +190,17 @@ class TorchDistReader:
         for name, end in ends.items():
             path = self.folder / name
             if Path(name).name != name:
-                raise CheckpointError(f"{self.folder / METADATA}: names {name!r}, outside of it")
+                raise CheckpointError(
+                    f"{self.folder / METADATA}: names {name!r}, outside the folder"
+                )
             size = path.stat().st_size if path.exists() else None
             if size is None or size < end:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(f"{path}: {found}; {METADATA} speaks of {end} bytes")
+                state = "is missing" if size is None else f"has {size} bytes"
+                raise CheckpointError(f"{path}: {state}; {METADATA} requires {end} bytes")
 
 
 class _Buffers(threading.local):
-    """Each thread's own."""
+    """Buffers of one thread."""
 
     def __init__(self) -> None:
         self.box, self.chunk = Buffer(), Buffer()
@@ -205,17 +211,18 @@ def _load(mapped: mmap.mmap, start: int) -> Any:
 
 
 def _data_start(mapped: mmap.mmap, like: Tensor) -> int | None:
-    """Where in the mapping a saved tensor's data start; None if they are no plain block like that.
+    """Return the start of a saved tensor's data in the mapping. None if they are no plain block.
 
-    That is: as many elements, of the same dtype, in row-major order, with nothing else in between.
+    A plain block has as many elements as `like`, of the same dtype, contiguous and in row-major
+    order.
     """
-    with zipfile.ZipFile(cast(BinaryIO, mapped)) as archive:  # whatever stands before a zip file
+    with zipfile.ZipFile(cast(BinaryIO, mapped)) as archive:  # other bytes may precede a zip file
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     pickled = records["data.pkl"]
     start = _record_start(mapped, pickled)
     try:
         record = _TensorRecord(io.BytesIO(mapped[start : start + pickled.file_size])).load()
-    except pickle.UnpicklingError:  # a parameter, a sparse tensor, or no tensor
+    except pickle.UnpicklingError:  # a parameter, a sparse tensor, or not a tensor
         return None
     (_, storage, key, _, numel), offset, sizes, strides, *_ = record
     plain = strides == torch.empty(sizes, device="meta").stride() and not offset
@@ -226,13 +233,13 @@ def _data_start(mapped: mmap.mmap, like: Tensor) -> int | None:
 
 
 def _record_start(mapped: mmap.mmap, record: zipfile.ZipInfo) -> int:
-    """Where the bytes of an uncompressed record of a zip file start, behind its local header."""
+    """Return the start of an uncompressed zip record's bytes, which follow its local header."""
     name_length, extra_length = struct.unpack_from("<26xHH", mapped, record.header_offset)
     return record.header_offset + 30 + name_length + extra_length
 
 
 class _TensorRecord(pickle.Unpickler):
-    """What torch.save says of one tensor: its storage, offset, sizes and strides."""
+    """Unpickler of one tensor's record in torch.save: its storage, offset, sizes and strides."""
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
@@ -244,7 +251,7 @@ class _TensorRecord(pickle.Unpickler):
             return dict
         if module == "torch" and name.endswith("Storage"):
             return name
-        raise pickle.UnpicklingError(f"{module}.{name} in place of a tensor")
+        raise pickle.UnpicklingError(f"found {module}.{name}, expected a tensor")
 
 
 def _box(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
@@ -278,20 +285,20 @@ _METADATA_CLASSES = {
 
 def _member(of: type[Enum], name: str) -> Enum:
     if not issubclass(of, Enum):
-        raise pickle.UnpicklingError(f"builtins.getattr of {of} does not belong there")
+        raise pickle.UnpicklingError(f"builtins.getattr of {of} is not allowed in metadata")
     return of[name]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes what checkpoint metadata are made of, and runs nothing else."""
+    """Unpickler that allows only the classes of checkpoint metadata, and runs no other code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_CLASSES:
             return _METADATA_CLASSES[module, name]
-        if (module, name) == ("builtins", "getattr"):  # of enums, from Python 3.11.0 to 3.11.3
+        if (module, name) == ("builtins", "getattr"):  # for enums in Python 3.11.0 to 3.11.3
             return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name in ("MCoreMetadata", "MCoreSavePlan"):  # subclasses that megatron-core 0.15 wrote
             return {"MCoreMetadata": Metadata, "MCoreSavePlan": planner.SavePlan}[name]
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in metadata")

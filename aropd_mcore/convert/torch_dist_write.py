@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` checkpoints written; torch_dist.py says what they are made of."""
+"""Writing of Megatron's `torch_dist` checkpoints. torch_dist.py describes their files."""
 
 import io
 import json
@@ -34,13 +34,13 @@ _FORMATS = {
 
 
 class TorchDistWriter:
-    """Writes a checkpoint chunk by chunk, from several threads; each writes files of its own."""
+    """Writer of a checkpoint, chunk by chunk. Several threads may write, each to separate files."""
 
     def __init__(self, folder: Path, *, max_file_bytes: int = MAX_FILE_BYTES):
         """
         Args:
-            folder: exists and is empty.
-            max_file_bytes: a thread begins a new file when one has reached this size.
+            folder: an existing empty folder.
+            max_file_bytes: size at which a thread begins a new file.
         """
         self._folder = folder
         self._max_file_bytes = max_file_bytes
@@ -53,8 +53,8 @@ class TorchDistWriter:
         """Write the part of a global tensor that starts at `offset`.
 
         Args:
-            info: of the whole tensor, the same for all its chunks.
-            chunk: may be a part of a larger tensor; leading axes of size 1 may be left out.
+            info: dtype and shape of the whole tensor, equal for all of its chunks.
+            chunk: data of the part. Leading axes of size 1 may be omitted.
         """
         sizes = torch.Size((1,) * (len(offset) - chunk.dim()) + tuple(chunk.shape))
         new = TensorStorageMetadata(TensorProperties(info.dtype), torch.Size(info.shape), chunks=[])
@@ -62,7 +62,7 @@ class TorchDistWriter:
             entry = self._entries.setdefault(key, new)
         assert chunk.dtype == info.dtype, (key, chunk.dtype, info.dtype)
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), sizes))
-        # torch.save writes the whole memory that a tensor is a part of; this has its own alone.
+        # torch.save writes the whole storage of a tensor, so use a storage without other data.
         own = torch.from_numpy(chunk.contiguous().view(-1).view(torch.uint8).numpy())
         self._append(MetadataIndex(key, torch.Size(offset)), own.view(chunk.dtype).view(sizes))
 
@@ -72,9 +72,9 @@ class TorchDistWriter:
         self._append(MetadataIndex(key), [value])
 
     def finish(self, common: Mapping[str, Any]) -> None:
-        """Write what makes the folder a checkpoint."""
+        """Write the common state and the metadata, which complete the checkpoint."""
         for entry in self._entries.values():
-            if isinstance(entry, TensorStorageMetadata):  # the same, whichever thread was first
+            if isinstance(entry, TensorStorageMetadata):  # independent of the threads' order
                 entry.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
         torch.save(dict(common), self._folder / COMMON)
         (self._folder / "metadata.json").write_text(json.dumps(_FORMATS))
@@ -82,8 +82,8 @@ class TorchDistWriter:
             pickle.dump(Metadata(self._entries, storage_data=self._places), file)
 
     def __enter__(self) -> Self:
-        # The checksums of the zip format cost torch.save two thirds of its speed, and nothing that
-        # reads a checkpoint looks at them.
+        # The checksums of the zip format cost torch.save two thirds of its speed, and no reader of
+        # a checkpoint checks them.
         self._crc32 = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         return self
@@ -94,7 +94,7 @@ class TorchDistWriter:
             files[-1].close()
 
     def _file(self) -> io.FileIO:
-        """This thread's, where the next chunk or object goes."""
+        """Return this thread's file for the next chunk or object."""
         with self._lock:
             files = self._files.setdefault(threading.get_ident(), [])
             number = list(self._files).index(threading.get_ident())
@@ -111,20 +111,20 @@ class TorchDistWriter:
         pieces = _InPieces(file)
         try:
             torch.save(value, cast(BinaryIO, pieces))
-        except RuntimeError as error:  # torch's, about what a full disk or a signal has left
+        except RuntimeError as error:  # raised by torch after a full disk or a signal
             raise pieces.error or error.__context__ or error from None
         place = filesystem._StorageInfo(Path(str(file.name)).name, start, file.tell() - start)
         self._places[index] = place
 
 
 class _InPieces:
-    """A file for torch.save, which writes a tensor in one call; see WRITE_BYTES."""
+    """A file for torch.save that splits large writes into calls of WRITE_BYTES."""
 
     def __init__(self, file: io.FileIO):
         self._file = file
         self.flush = file.flush
         self.error: BaseException | None = None
-        """What stopped a write; torch puts an error of its own in its place."""
+        """Error that stopped a write. torch raises another error instead."""
 
     def write(self, data: bytes) -> int:
         left = memoryview(data)

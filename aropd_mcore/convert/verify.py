@@ -1,4 +1,4 @@
-"""Two checkpoints of either kind, compared by architecture, tensors and, on request, outputs."""
+"""Comparison of two checkpoints by architecture, tensors and, on request, outputs."""
 
 import math
 from collections.abc import Iterator
@@ -21,40 +21,40 @@ NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 32, 16
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor of two checkpoints."""
+    """Comparison of one tensor in two checkpoints."""
 
     name: str
     shape: tuple[int, ...]
     dtypes: tuple[str, str]
     equal: bool
-    """The same dtype and the same bits."""
+    """Whether dtype and bits are equal."""
     max_abs_error: float | None
-    """Largest |a - b|; None where it is no number: shapes differ, or one has a NaN or infinity."""
+    """Largest |a - b|. None if shapes differ, or if one tensor has a NaN or infinity."""
     max_rel_error: float | None
-    """The same over the largest |a|."""
+    """Largest |a - b| divided by the largest |a|."""
 
 
 @dataclass
 class Report:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     a: str
     b: str
     facts: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Name of a fact of config.json -> its values in a and b, where they differ."""
+    """Values in a and b of the facts of config.json that differ, by name."""
     tensors: list[Comparison] = field(default_factory=list)
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
     max_logit_error: float | None = None
-    """In fp32; None where logits were not asked for, or are no numbers."""
+    """Largest difference of fp32 logits. None if logits were not compared or are not finite."""
     same_greedy_tokens: bool | None = None
-    """None: not asked for."""
+    """Whether greedy tokens are equal. None if they were not compared."""
     notes: list[str] = field(default_factory=list)
-    """Differences of other files, which leave weights and architecture the same."""
+    """Differences of other files, which do not affect weights and architecture."""
 
     @property
     def same(self) -> bool:
-        """No difference of architecture, of any tensor's bits, or of outputs where asked for."""
+        """Whether architecture, the bits of all tensors and compared outputs are equal."""
         computed = (self.max_logit_error, self.same_greedy_tokens)
         return (
             not self.facts
@@ -69,11 +69,11 @@ class Report:
 
 
 def verify(a: Source, b: Source, *, logits: bool = False) -> Report:
-    """Compare what readers make of two checkpoints; one weight of each is in memory at a time.
+    """Compare two checkpoints. One weight of each checkpoint is in memory at a time.
 
     Args:
-        logits: also compare logits and greedy tokens through transformers, which loads each model
-            whole, one after the other; a Megatron checkpoint is exported to a temporary folder.
+        logits: also compare logits and greedy tokens with transformers. This loads each complete
+            model, one after the other, and exports Megatron checkpoints to temporary folders.
     """
     report = Report(str(a.path), str(b.path))
     facts = _facts(a), _facts(b)
@@ -98,7 +98,7 @@ def verify(a: Source, b: Source, *, logits: bool = False) -> Report:
 
 
 def _facts(source: Source) -> dict[str, Any]:
-    """What config.json determines of the model, by name."""
+    """Return the properties of the model that config.json determines, by name."""
     architecture = source.architecture
     facts = {f.name: getattr(architecture, f.name) for f in fields(architecture)}
     facts["family"] = architecture.family.architecture
@@ -110,7 +110,7 @@ def _facts(source: Source) -> dict[str, Any]:
 
 
 def _notes(a: Source, b: Source) -> list[str]:
-    """Differences of the files beside the weights, and of keys of config.json that are not read."""
+    """List differences of other files, and of keys of config.json that are not read."""
     notes = []
     unread = a.config.unread, b.config.unread
     keys = sorted(unread[0].keys() | unread[1].keys())
@@ -130,7 +130,7 @@ def _notes(a: Source, b: Source) -> list[str]:
 
 
 def _pairs(a: Source, b: Source) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Every tensor that both have the names of."""
+    """Yield name and both values of every tensor that exists in both checkpoints."""
     in_b = {tuple(weight.hf): weight for weight in stored_weights(b.architecture)}
     for weight in stored_weights(a.architecture):
         if other := in_b.get(tuple(weight.hf)):
@@ -156,12 +156,12 @@ def _largest_difference(a: Tensor, b: Tensor) -> float | None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """As integers: NaN equals itself, and -0 is not 0."""
+    """View a tensor as integers, so that NaN equals itself and -0 differs from 0."""
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
 def _run(source: Source) -> tuple[Tensor, Tensor]:
-    """fp32 logits [B, S, V] and greedy tokens [B, N] of a fixed random prompt."""
+    """Compute fp32 logits [B, S, V] and greedy tokens [B, N] of a fixed random prompt."""
     if isinstance(source, HFSource):
         return _run_folder(source.path)
     with TemporaryDirectory(prefix="aropd-verify-") as folder:
@@ -171,7 +171,7 @@ def _run(source: Source) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _run_folder(folder: Path) -> tuple[Tensor, Tensor]:
-    from transformers import AutoModelForCausalLM  # seconds, and only here
+    from transformers import AutoModelForCausalLM  # a slow import that is needed only here
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval()

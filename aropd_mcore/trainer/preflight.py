@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.convert.architecture import CheckpointError
-from aropd_mcore.convert.manifest import iterations, problems, read_manifest, step_of
+from aropd_mcore.convert.manifest import iterations, parse_step, problems, read_manifest
 from aropd_mcore.convert.source import HFSource
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.records import DataError
@@ -262,7 +262,7 @@ def _start(config: Config, inputs: Inputs) -> list[str]:
             notes.append(f"{wrong[0]}; the run will set this checkpoint aside")
             continue
         changes = check_changes(read_manifest(path), inputs.about, config.checkpoint.allow_changes)
-        step = step_of(path)
+        step = parse_step(path)
         left = "" if step < inputs.num_steps else ", which is the end: no step is left"
         return [*notes, f"the run will resume at step {step} from {path}{left}", *changes]
     if candidates or list(folder.glob("iter_*.corrupt*")):

@@ -1,4 +1,4 @@
-"""HF folders of any size, written fast and without transformers: random bits, Llama's names."""
+"""HF folders of any size with Llama's names and random bits, written fast, without transformers."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,10 @@ def write_llama(
     sparse: bool = False,
     max_shard_bytes: int = 5 * 10**9,
 ) -> int:
-    """Write a bf16 model with 8 heads; its size in bytes.
+    """Write a bf16 model with 8 heads. Returns its size in bytes.
 
     Args:
-        sparse: the files have their lengths and headers, and nothing on the disk besides.
+        sparse: write headers only, and extend the files to their lengths without using disk space.
     """
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -51,13 +51,13 @@ def write_llama(
         bits = torch.randint(-(2**15), 2**15, (largest + 1000,), dtype=torch.int16)
         with writer:
             for number, (name, info) in enumerate(infos.items()):
-                own = bits[number % 1000 :][: info.num_bytes // 2]  # others start elsewhere
+                own = bits[number % 1000 :][: info.num_bytes // 2]  # each tensor has another start
                 writer.write(name, own.view(torch.bfloat16).view(info.shape))
     return sum(info.num_bytes for info in infos.values())
 
 
 def _lengthen(path: Path) -> None:
-    """Give a file that is only a header the length that the header speaks of."""
+    """Extend a file that consists of a header to the length that the header describes."""
     content = path.read_bytes()
     header = json.loads(content[8:])
     end = max(entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry)

@@ -1,4 +1,4 @@
-"""Checkpoints to break, and the `aropd convert` commands in this process."""
+"""Fixtures: checkpoints to damage, and the `aropd convert` commands in this process."""
 
 import shutil
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Convert = Callable[..., str]
 
 @pytest.fixture
 def convert(capsys) -> Convert:
-    """Run an `aropd convert` command that must succeed; what it printed."""
+    """Run an `aropd convert` command that must succeed. Returns its output."""
 
     def run(*arguments: Any) -> str:
         status = main(["convert", *map(str, arguments)])
@@ -29,7 +29,7 @@ def convert(capsys) -> Convert:
 
 @pytest.fixture
 def refused(capsys, tmp_path: Path) -> Convert:
-    """Run an `aropd convert` command that must be refused, in one line and with nothing written."""
+    """Run an `aropd convert` command that must fail with an error of one line, writing nothing."""
 
     def run(*arguments: Any, because: str) -> str:
         before = everything_in(tmp_path)
@@ -45,7 +45,7 @@ def refused(capsys, tmp_path: Path) -> Convert:
 
 
 def everything_in(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Every path under a folder, hidden ones too, with what would change if it were written to."""
+    """Return every path under a folder, including hidden ones, with file size and time stamp."""
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     empty = {path: (0, 0) for path in folder.rglob("*") if path.is_dir()}
     return empty | {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
@@ -53,7 +53,7 @@ def everything_in(folder: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory) -> Path:
-    """`hf`: a tiny Qwen2 in one file; `shards`: in several; `mcore`: imported."""
+    """Create `hf`, a tiny Qwen2 in one file; `shards`, in several files; `mcore`, imported."""
     folder = tmp_path_factory.mktemp("originals")
     for name, size in (("hf", "5GB"), ("shards", "100KB")):
         save_tiny_model(

@@ -1,4 +1,4 @@
-"""Ways to damage a checkpoint that more than one file of tests needs."""
+"""Shared functions that damage a checkpoint."""
 
 import os
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from aropd_mcore.convert.hf_io import SINGLE
 
 NORM = "model.norm.weight"
 Break = Callable[[Path], Any]
-"""Damages a folder."""
+"""A function that damages a folder."""
 
 
 def cut(name: str, size: int) -> Break:
-    """Keep `size` bytes of a file, or all but the last -size."""
+    """Return a function that keeps `size` bytes of a file, or for size < 0 drops the last -size."""
 
     def change(folder: Path) -> None:
         path = folder / name
@@ -35,7 +35,7 @@ def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Break:
 
 
 class Evil:
-    """A pickle of it makes a folder when it is loaded."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, marker: Path):
         self.marker = marker

@@ -1,4 +1,4 @@
-"""config.json to Architecture: what is read, what is refused and how, which layouts divide."""
+"""Reading of config.json to an Architecture: values, errors, and parallel layouts."""
 
 import json
 from pathlib import Path
@@ -121,15 +121,17 @@ QWEN3_30B_A3B: dict[str, Any] = {
         (QWEN3_30B_A3B, 30_532_122_624),
     ],
 )
-def test_published_sizes(config: dict, num_parameters: int):
+def test_published_configs_have_the_published_number_of_parameters(
+    config: dict, num_parameters: int
+):
     assert read_architecture(config).num_parameters == num_parameters
 
 
-def test_published_settings():
+def test_published_configs_have_the_published_settings():
     qwen = read_architecture(QWEN25_7B)
     assert (qwen.head_dim, qwen.rope_theta, qwen.rope_scaling_factor) == (128, 1e6, None)
     assert qwen.family.has_qkv_bias and not qwen.family.has_qk_norm
-    assert qwen.max_position_embeddings == 32768  # the sliding window is off
+    assert qwen.max_position_embeddings == 32768  # the sliding window is disabled
     assert qwen.routing is None
     assert read_architecture(LLAMA).rope_theta == 10000.0
     assert read_architecture(LLAMA2_7B).num_kv_heads == 32
@@ -140,13 +142,13 @@ def test_published_settings():
     assert moe.family.has_qk_norm
 
 
-def test_number_of_experts_as_transformers_5_writes_it():
+def test_the_number_of_experts_is_read_from_the_key_of_transformers_5():
     config = {**QWEN3_30B_A3B, "num_local_experts": 128}
     del config["num_experts"]
     assert read_architecture(config) == read_architecture(QWEN3_30B_A3B)
 
 
-def test_rope_of_transformers_4_and_5():
+def test_rope_of_transformers_4_and_5_is_read_alike():
     scaling = {**LLAMA31_ROPE, "factor": 32.0}
     four = read_architecture({**LLAMA, "rope_theta": 500000.0, "rope_scaling": scaling})
     five = read_architecture({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 500000.0}})
@@ -156,7 +158,7 @@ def test_rope_of_transformers_4_and_5():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tie", [False, True])
-def test_names_shapes_and_count_are_those_of_transformers(family: str, tie: bool, tmp_path: Path):
+def test_names_shapes_and_count_equal_transformers(family: str, tie: bool, tmp_path: Path):
     model = save_tiny_model(family, tmp_path, tie=tie, num_hidden_layers=2)
     architecture = read_architecture(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -165,9 +167,10 @@ def test_names_shapes_and_count_are_those_of_transformers(family: str, tie: bool
     assert architecture.num_parameters == model.num_parameters()
 
 
-def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
-    made = {config_class.model_type for config_class, *_ in FAMILIES.values()}
-    assert made == {family.name for family in TABLES}
+def test_every_registered_family_has_a_tiny_model():
+    """The parity test runs over the tiny models."""
+    model_types = {config_class.model_type for config_class, *_ in FAMILIES.values()}
+    assert model_types == {family.name for family in TABLES}
     with_experts = {FAMILIES[name][0].model_type for name in MOE_FAMILIES}
     assert with_experts == {family.name for family in TABLES if family.experts}
 
@@ -177,17 +180,17 @@ def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "architecture 'MambaForCausalLM' is not known here; known: LlamaForCausalLM, "
+            "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, "
             "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
             "MixtralForCausalLM",
         ),
         (
             {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.OwnForCausalLM"}},
-            "architecture 'OwnForCausalLM' is not known here (auto_map names code of its own, "
-            "which is never run); known: LlamaForCausalLM",
+            "architecture 'OwnForCausalLM' is not supported (auto_map names custom code, which is "
+            "never run); supported: LlamaForCausalLM",
         ),
-        ({"architectures": None, "model_type": "gpt2"}, "model_type='gpt2' is not known here"),
-        ({"architectures": None, "model_type": None}, "model_type=None is not known here"),
+        ({"architectures": None, "model_type": "gpt2"}, "model_type='gpt2' is not supported"),
+        ({"architectures": None, "model_type": None}, "model_type=None is not supported"),
         ({"intermediate_size": None}, "intermediate_size is missing"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
         ({"num_hidden_layers": "32"}, "num_hidden_layers is '32'; expected a positive integer"),
@@ -204,16 +207,16 @@ def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
         ),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantization_config says that the weights are quantized (gptq); only fp32, bf16 and",
+            "quantization_config declares quantized weights (gptq); expected fp32, bf16 or fp16",
         ),
-        ({"quantization_config": {"bits": 4}}, "the weights are quantized (an unnamed method)"),
+        ({"quantization_config": {"bits": 4}}, "declares quantized weights (an unnamed method)"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "rope_scaling has rope_type 'yarn'; only 'default' and 'llama3' are supported",
         ),
         (
             {"rope_scaling": {**LLAMA31_ROPE, "high_freq_factor": 8.0}},
-            "rope_scaling.high_freq_factor is 8.0; Megatron's Llama 3 scaling has 4.0 built in",
+            "rope_scaling.high_freq_factor is 8.0; expected 4.0, which Megatron's Llama 3 scaling",
         ),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' and no factor"),
         ({**QWEN3_30B_A3B, "mlp_only_layers": [0]}, "mlp_only_layers is [0]; only [] is supported"),
@@ -221,7 +224,7 @@ def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
         ({**QWEN3_30B_A3B, "num_experts": None}, "num_experts is missing"),
         (
             {**QWEN3_30B_A3B, "num_experts_per_tok": 129},
-            "num_experts_per_tok is 129; there are 128 experts",
+            "num_experts_per_tok is 129; expected at most 128 (num_experts)",
         ),
         (
             {**QWEN3_30B_A3B, "num_experts_per_tok": 1},
@@ -230,7 +233,7 @@ def test_every_registered_family_has_a_tiny_model_and_so_its_parity_test():
         ({**MIXTRAL_8X7B, "num_local_experts": None}, "num_local_experts is missing"),
     ],
 )
-def test_refusals_name_file_key_and_value(change: dict, message: str, tmp_path: Path):
+def test_errors_name_file_key_and_value(change: dict, message: str, tmp_path: Path):
     config = {key: value for key, value in {**LLAMA, **change}.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError) as error:
@@ -239,7 +242,7 @@ def test_refusals_name_file_key_and_value(change: dict, message: str, tmp_path: 
     assert message in str(error.value)
 
 
-def test_unreadable_files(tmp_path: Path):
+def test_unreadable_files_are_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: No such file"):
         read_architecture(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -250,7 +253,7 @@ def test_unreadable_files(tmp_path: Path):
         read_architecture(tmp_path)
 
 
-def test_layouts():
+def test_check_layout_refuses_sizes_that_do_not_divide_the_model():
     architecture = read_architecture(QWEN25_7B)
     check_layout(architecture, tensor=4, pipeline=7)
     with pytest.raises(

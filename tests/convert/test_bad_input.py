@@ -1,4 +1,4 @@
-"""Bad input: one line that names the file and the tensor or key, exit status 2, nothing written."""
+"""Bad input: one line that names the file and the tensor or key, exit status 2, no output."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_pro
 
 
 def edit_header(**entries: dict[str, Any]) -> Break:
-    """Change what the header says of tensors, or with None leave one out; the data stay."""
+    """Change entries of the header. The data stay unchanged."""
 
     def change(folder: Path) -> None:
         content = (folder / SINGLE).read_bytes()
@@ -53,44 +53,44 @@ def edit_config(**values: Any) -> Break:
     return change
 
 
-NOT_WHOLE = "model.safetensors: not a whole safetensors file: "
+INVALID = "model.safetensors: not a valid safetensors file: "
 
 
 @pytest.mark.parametrize(
     ("damage", "because"),
     [
-        (cut(SINGLE, -10), NOT_WHOLE + "it has "),
-        (cut(SINGLE, 0), NOT_WHOLE + "a header of 0 bytes in a file of 0"),
+        (cut(SINGLE, -10), INVALID + "found "),
+        (cut(SINGLE, 0), INVALID + "a header of 0 bytes in a file of 0"),
         (cut(SINGLE, 5), "bytes in a file of 5"),
         (cut(SINGLE, 100), "bytes in a file of 100"),
         (
             lambda folder: (folder / SINGLE).write_bytes(b"\xff" * 100),
-            NOT_WHOLE + f"a header of {2**64 - 1} bytes in a file of 100",
+            INVALID + f"a header of {2**64 - 1} bytes in a file of 100",
         ),
-        (write_header(b"{not json"), NOT_WHOLE + "JSONDecodeError"),
-        (write_header(b"\xff" * 20), NOT_WHOLE + "UnicodeDecodeError"),
-        (write_header(b"[]"), NOT_WHOLE + "TypeError"),
-        (write_header(b'{"a": 1}'), NOT_WHOLE + "TypeError"),
-        (write_header(b'{"a": {}}'), NOT_WHOLE + "KeyError"),
-        (write_header(b"[" * 200_000), NOT_WHOLE + "RecursionError"),
+        (write_header(b"{not json"), INVALID + "JSONDecodeError"),
+        (write_header(b"\xff" * 20), INVALID + "UnicodeDecodeError"),
+        (write_header(b"[]"), INVALID + "TypeError"),
+        (write_header(b'{"a": 1}'), INVALID + "TypeError"),
+        (write_header(b'{"a": {}}'), INVALID + "KeyError"),
+        (write_header(b"[" * 200_000), INVALID + "RecursionError"),
         (edit_header(model__norm__weight={"shape": [63]}), "model.norm.weight has 128 bytes for"),
-        (edit_header(model__norm__weight={"shape": [64.0]}), NOT_WHOLE + "TypeError"),
+        (edit_header(model__norm__weight={"shape": [64.0]}), INVALID + "TypeError"),
         (edit_header(model__norm__weight={"dtype": "F32"}), "model.norm.weight has 128 bytes for"),
         (edit_header(model__norm__weight={"data_offsets": [0, 128]}), " starts at byte "),
         (
             lambda folder: (folder / SINGLE).open("ab").write(bytes(8)),
-            "bytes, and its header speaks of",
+            " by its header",
         ),
     ],
 )
-def test_a_damaged_safetensors_file(damage: Break, because: str, hf, tmp_path, refused):
+def test_a_damaged_safetensors_file_is_refused(damage: Break, because: str, hf, tmp_path, refused):
     damage(hf)
     refused("import", hf, tmp_path / "out", because=because)
     refused("inspect", hf, because=because)
 
 
-def test_tensors_that_lie_with_a_gap_between_them(hf, tmp_path, refused):
-    """The data of one more tensor, that no name is left for, in the middle of the file."""
+def test_a_gap_between_tensors_is_refused(hf, tmp_path, refused):
+    """The middle of the file has data of a tensor that the header does not name."""
     content = (hf / SINGLE).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -104,9 +104,9 @@ def test_tensors_that_lie_with_a_gap_between_them(hf, tmp_path, refused):
     [
         (
             lambda folder: next(folder.glob("*-of-*.safetensors")).unlink(),
-            ".safetensors: missing; model.safetensors.index.json names it",
+            ".safetensors: missing, but model.safetensors.index.json names it",
         ),
-        (edit_index(x="model-00001-of-{}.safetensors"), ".safetensors holds x; it does not"),
+        (edit_index(x="model-00001-of-{}.safetensors"), ".safetensors, which does not have it"),
         (edit_index(model__norm__weight="../x.safetensors"), "'../x.safetensors', outside the"),
         (edit_index(model__norm__weight="/x.safetensors"), "'/x.safetensors', outside the"),
         (cut(INDEX, 100), "index.json: not an index of weights: JSONDecodeError"),
@@ -114,7 +114,9 @@ def test_tensors_that_lie_with_a_gap_between_them(hf, tmp_path, refused):
         (lambda folder: (folder / INDEX).write_text("[]"), "not an index of weights: TypeError"),
     ],
 )
-def test_shards_that_are_not_what_their_index_says(damage, because, shards, tmp_path, refused):
+def test_shards_that_do_not_match_their_index_are_refused(
+    damage, because, shards, tmp_path, refused
+):
     first = next(iter(json.loads((shards / INDEX).read_text())["weight_map"].values()))
     save_file({"x": torch.ones(1), NORM: torch.ones(64).bfloat16()}, tmp_path / "x.safetensors")
     damage(shards)
@@ -124,24 +126,25 @@ def test_shards_that_are_not_what_their_index_says(damage, because, shards, tmp_
     refused("import", shards, tmp_path / "out", because=because)
 
 
-def test_folders_of_another_kind(hf, mcore, tmp_path, refused):
+def test_folders_of_another_kind_are_refused(hf, mcore, tmp_path, refused):
     refused("export", hf, tmp_path / "out", because="hf: an HF folder; export reads Megatron")
     refused("import", mcore, tmp_path / "out", because="mcore: a Megatron checkpoint; import reads")
     (hf / SINGLE).unlink()
-    because = "hf: holds no weights: neither model.safetensors nor model.safetensors.index.json"
+    because = "hf: holds no weights; expected model.safetensors or model.safetensors.index.json"
     refused("import", hf, tmp_path / "out", because=because)
     (tmp_path / "empty").mkdir()
-    refused("import", tmp_path / "empty", tmp_path / "out", because="empty: no checkpoint: neither")
+    because = "empty: not a checkpoint; expected config.json (HF), or "
+    refused("import", tmp_path / "empty", tmp_path / "out", because=because)
 
 
 @pytest.mark.parametrize(
     ("damage", "because"),
     [
-        (edit_config(architectures=["MambaForCausalLM"]), "'MambaForCausalLM' is not known here"),
-        (edit_config(quantization_config={"quant_method": "fp8"}), "are quantized (fp8)"),
-        (edit_config(quantization_config={"quant_method": "awq"}), "are quantized (awq)"),
-        (edit_config(quantization_config={"quant_method": "gptq"}), "are quantized (gptq)"),
-        (edit_config(hidden_size=128), "config.json says ["),
+        (edit_config(architectures=["MambaForCausalLM"]), "'MambaForCausalLM' is not supported"),
+        (edit_config(quantization_config={"quant_method": "fp8"}), "quantized weights (fp8)"),
+        (edit_config(quantization_config={"quant_method": "awq"}), "quantized weights (awq)"),
+        (edit_config(quantization_config={"quant_method": "gptq"}), "quantized weights (gptq)"),
+        (edit_config(hidden_size=128), "] by config.json"),
         (edit_config(architectures=5), "config.json: architectures is 5; expected a list"),
         (edit_config(quantization_config="fp8"), "quantization_config is 'fp8'; expected an obj"),
         (edit_config(layer_types=[["x"]]), "only full_attention is supported"),
@@ -151,10 +154,10 @@ def test_folders_of_another_kind(hf, mcore, tmp_path, refused):
             edit_tensors(lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.ones(1)})),
             "unexpected tensor model.layers.9.mlp.up_proj.weight",
         ),
-        (edit_tensors(lambda t: t.pop(K)), f"hf: {K} is missing; Qwen2ForCausalLM of config.json"),
+        (edit_tensors(lambda t: t.pop(K)), f"hf: {K} is missing; expected all tensors of Qwen2For"),
         (
             edit_tensors(lambda t: t.update({Q: t[Q][:-1].clone()})),
-            f"{Q} has shape [63, 64]; config.json says [64, 64]",
+            f"{Q} has shape [63, 64]; expected [64, 64] by config.json",
         ),
         (
             edit_tensors(lambda t: t.update({Q.replace(".weight", ".qweight"): t[K].clone()})),
@@ -174,16 +177,16 @@ def test_folders_of_another_kind(hf, mcore, tmp_path, refused):
         ),
         (
             edit_tensors(lambda t: t.update({K: t[K].float()})),
-            f"hf: {Q} is torch.bfloat16 and {K} is torch.float32; Megatron keeps both in one",
+            f"hf: {Q} is torch.bfloat16 and {K} is torch.float32; expected one dtype, since",
         ),
         (
             edit_tensors(lambda t: t.update({NORM: t[NORM], **in_fp32(t, "1.mlp.down_proj")})),
             "model.layers.0.mlp.down_proj.weight is torch.bfloat16 and "
-            "model.layers.1.mlp.down_proj.weight is torch.float32; Megatron keeps both in one",
+            "model.layers.1.mlp.down_proj.weight is torch.float32; expected one dtype, since",
         ),
     ],
 )
-def test_a_folder_that_is_not_the_model_of_its_config(damage, because, hf, tmp_path, refused):
+def test_a_folder_that_does_not_match_its_config_is_refused(damage, because, hf, tmp_path, refused):
     damage(hf)
     refused("import", hf, tmp_path / "out", because=because)
 
@@ -204,21 +207,21 @@ def test_dtypes_that_can_be_kept_are_kept_bit_for_bit(hf, tmp_path, convert):
         assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)
 
 
-def test_code_that_a_folder_brings_along_is_never_run(hf, tmp_path, refused, convert):
-    """The marker would be in tmp_path, where nothing may change."""
+def test_custom_code_in_a_folder_is_never_run(hf, tmp_path, refused, convert):
+    """The code would create the marker in tmp_path, where nothing may change."""
     (hf / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
     auto_map = {"AutoModelForCausalLM": "own.Own", "AutoConfig": "own.Own"}
     edit_config(auto_map=auto_map)(hf)
-    convert("import", hf, tmp_path / "known")  # its architecture is ours: the map is not needed
+    convert("import", hf, tmp_path / "known")  # a supported architecture does not need the map
     assert not (tmp_path / "marker").exists() and not (tmp_path / "known/hf/own.py").exists()
     edit_config(architectures=["Own"])(hf)
-    because = "'Own' is not known here (auto_map names code of its own, which is never run)"
+    because = "'Own' is not supported (auto_map names custom code, which is never run)"
     for arguments in (("import", hf, tmp_path / "out"), ("inspect", hf), ("verify", hf, hf)):
         refused(*arguments, because=because)
 
 
 def as_pickles(folder: Path, *, indexed: bool = False) -> dict[str, Tensor]:
-    """Turn the weights into what torch.save writes; in two files if indexed."""
+    """Replace the weights by files of torch.save: one file, or two files if indexed."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
     names = list(tensors)
@@ -233,7 +236,7 @@ def as_pickles(folder: Path, *, indexed: bool = False) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_pickles_are_read_on_request_alone(indexed, hf, tmp_path, refused, convert):
+def test_pickles_are_read_on_request_only(indexed, hf, tmp_path, refused, convert):
     tensors = as_pickles(hf, indexed=indexed)
     refused("import", hf, tmp_path / "mcore", because=".bin: a pickle, which can run code when")
     convert("import", hf, tmp_path / "mcore", "--allow-pickle")
@@ -247,20 +250,20 @@ def test_pickles_are_read_on_request_alone(indexed, hf, tmp_path, refused, conve
 @pytest.mark.parametrize(
     ("content", "because"),
     [
-        ([1, 2], "pytorch_model.bin: holds list; expected tensors by their names"),
+        ([1, 2], "pytorch_model.bin: holds list; expected a dict of tensors"),
         ({NORM: [1.0]}, f"{NORM} is list; expected a tensor of F32, BF16, F16"),
         ({NORM: torch.ones(64, dtype=torch.int8)}, f"{NORM} is torch.int8; expected a tensor"),
-        ({NORM: torch.ones(64)}, " more are missing; Qwen2ForCausalLM of config.json's"),
+        ({NORM: torch.ones(64)}, " more are missing; expected all tensors of Qwen2ForCausalLM"),
     ],
 )
-def test_pickles_of_something_else(content, because, hf, tmp_path, refused):
+def test_pickles_of_other_objects_are_refused(content, because, hf, tmp_path, refused):
     as_pickles(hf)
     torch.save(content, hf / PICKLE_SINGLE)
     refused("import", hf, tmp_path / "out", "--allow-pickle", because=because)
 
 
 @pytest.mark.parametrize("size", [0, 100, -1000])
-def test_pickles_that_are_cut_short(size, hf, tmp_path, refused):
+def test_truncated_pickles_are_refused(size, hf, tmp_path, refused):
     as_pickles(hf)
     cut(PICKLE_SINGLE, size)(hf)
     because = "pytorch_model.bin: cannot be read as weights: "
@@ -268,15 +271,15 @@ def test_pickles_that_are_cut_short(size, hf, tmp_path, refused):
 
 
 @pytest.mark.parametrize("in_zip", [True, False])
-def test_pickles_that_would_run_code(in_zip, hf, tmp_path, refused):
+def test_pickles_that_would_run_code_are_refused(in_zip, hf, tmp_path, refused):
     as_pickles(hf)
     content = {NORM: Evil(tmp_path / "marker")}
     torch.save(content, hf / PICKLE_SINGLE, _use_new_zipfile_serialization=in_zip)
     because = "pytorch_model.bin: cannot be read as weights: "
-    because += f"it asks for {os.mkdir.__module__}.mkdir, which is not run" if in_zip else "mmap"
+    because += f"the file calls {os.mkdir.__module__}.mkdir, which is not" if in_zip else "mmap"
     refused("import", hf, tmp_path / "out", "--allow-pickle", because=because)
     torch.load(hf / PICKLE_SINGLE, weights_only=False)
-    assert (tmp_path / "marker").exists()  # a loader that trusts it does run it
+    assert (tmp_path / "marker").exists()  # an unrestricted loader runs the code
 
 
 @pytest.mark.parametrize(
@@ -298,6 +301,8 @@ def test_pickles_that_would_run_code(in_zip, hf, tmp_path, refused):
         ),
     ],
 )
-def test_layouts_that_do_not_divide_the_model(family, options, because, tmp_path, refused):
+def test_layouts_that_do_not_divide_the_model_are_refused(
+    family, options, because, tmp_path, refused
+):
     save_tiny_model(family, tmp_path / "hf")
     refused("import", tmp_path / "hf", tmp_path / "out", *options, because=because)

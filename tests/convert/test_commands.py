@@ -1,4 +1,4 @@
-"""aropd convert: what the commands print, write and answer, and the scripts in tools/."""
+"""aropd convert: output, files and exit status of the commands, and the scripts in tools/."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory) -> Path:
-    """A folder as the hub has it: weights, tokenizer, template, license, and things of no use."""
+    """Create a folder as on the Hub: weights, tokenizer, template, license, and unused files."""
     folder = tmp_path_factory.mktemp("commands") / "hf"
     save_tiny_model("qwen2", folder, tie=True, num_hidden_layers=2)
     save_tiny_tokenizer(folder)
@@ -36,7 +36,7 @@ def hf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def megatron(hf: Path) -> Path:
-    """The import, by the script."""
+    """Import the folder with the script."""
     target = hf.parent / "megatron"
     subprocess.run(
         [sys.executable, REPO / "tools" / "convert_hf_to_mcore.py", hf, target], check=True
@@ -48,10 +48,10 @@ def convert(*arguments: object) -> int:
     return cli.main(["convert", *map(str, arguments)])
 
 
-def test_scripts_give_back_the_whole_folder(hf: Path, megatron: Path, tmp_path: Path):
-    found = {path.name for path in (megatron / "iter_0000000").iterdir()}
-    files = {name for name in found if name.endswith(".distcp")}
-    assert "__0_0.distcp" in files and found - files == {".metadata", "metadata.json", "common.pt"}
+def test_scripts_restore_the_whole_folder(hf: Path, megatron: Path, tmp_path: Path):
+    names = {path.name for path in (megatron / "iter_0000000").iterdir()}
+    files = {name for name in names if name.endswith(".distcp")}
+    assert "__0_0.distcp" in files and names - files == {".metadata", "metadata.json", "common.pt"}
     assert (megatron / "latest_checkpointed_iteration.txt").read_text() == "0"
     back = tmp_path / "back"
     script = REPO / "tools" / "convert_mcore_to_hf.py"
@@ -63,7 +63,7 @@ def test_scripts_give_back_the_whole_folder(hf: Path, megatron: Path, tmp_path: 
             assert (back / path).read_bytes() == (hf / path).read_bytes(), path
 
 
-def test_an_iteration_alone_takes_its_config_from_another_folder(
+def test_a_single_iteration_takes_its_config_from_another_folder(
     hf: Path, megatron: Path, tmp_path: Path, capsys
 ):
     alone = tmp_path / "alone"
@@ -74,7 +74,7 @@ def test_an_iteration_alone_takes_its_config_from_another_folder(
     assert convert("verify", hf, tmp_path / "out") == 0
 
 
-def test_verify_says_what_differs(hf: Path, megatron: Path, tmp_path: Path, capsys):
+def test_verify_reports_differences(hf: Path, megatron: Path, tmp_path: Path, capsys):
     assert convert("verify", hf, megatron, "--logits", "--json", tmp_path / "same.json") == 0
     printed = capsys.readouterr().out
     assert printed.endswith("the same\n") and "greedy tokens equal" in printed
@@ -95,7 +95,7 @@ def test_verify_says_what_differs(hf: Path, megatron: Path, tmp_path: Path, caps
     lost = _changed(hf, tmp_path / "lost", lambda norm: norm.fill_(torch.nan))
     assert convert("verify", hf, lost) == 1
     assert "no number" in capsys.readouterr().out
-    assert convert("verify", lost, lost) == 0, "the same bits, if not numbers"
+    assert convert("verify", lost, lost) == 0, "equal bits are equal, even if they are NaN"
 
 
 def _changed(hf: Path, target: Path, change) -> Path:
@@ -147,7 +147,7 @@ def test_other_architectures_differ_by_their_tensors(hf: Path, tmp_path: Path, c
 def test_verify_lists_facts_that_differ_though_all_tensors_are_equal(
     changes: dict, facts: dict, tmp_path: Path, capsys
 ):
-    """Each of these changes what transformers or vLLM computes or accepts, and no tensor."""
+    """Each change affects what transformers or vLLM computes or accepts, but no tensor."""
     save_tiny_model("qwen2", tmp_path / "a", num_hidden_layers=2)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     if "rope_theta" in changes:
@@ -165,7 +165,7 @@ def test_verify_lists_facts_that_differ_though_all_tensors_are_equal(
 
 def test_verify_lists_sliding_windows_and_routing_that_differ(tmp_path: Path, capsys):
     for family, key, value, line in (
-        # The longest prompt is the same for both, and only one of them forgets beyond it.
+        # The longest prompt is the same for both, but only one of them has a sliding window.
         ("mistral", "sliding_window", None, "sliding_window differs: 48 in"),
         ("qwen3_moe", "norm_topk_prob", False, "routing.normalized differs: True in"),
         ("qwen3_moe", "num_experts_per_tok", 1, "routing.experts_per_token differs: 2 in"),
@@ -201,7 +201,7 @@ def test_verify_notes_other_files_that_differ(hf: Path, tmp_path: Path, capsys):
     ]
 
 
-def test_inspect(hf: Path, megatron: Path, tmp_path: Path, capsys):
+def test_inspect_summarizes_both_kinds(hf: Path, megatron: Path, tmp_path: Path, capsys):
     assert convert("inspect", megatron, "--shapes", "--json", tmp_path / "summary.json") == 0
     printed = capsys.readouterr().out
     for text in ("Megatron torch_dist", "Qwen2ForCausalLM, tied", "float32", "step        0"):
@@ -214,7 +214,7 @@ def test_inspect(hf: Path, megatron: Path, tmp_path: Path, capsys):
     assert "(HF)" in capsys.readouterr().out
 
 
-def test_shards_are_of_the_size_asked_for(megatron: Path, hf: Path, tmp_path: Path, capsys):
+def test_shards_have_the_requested_size(megatron: Path, hf: Path, tmp_path: Path, capsys):
     arguments = ("export", megatron, tmp_path / "out", "--max-shard-size")
     assert convert(*arguments, "100KB") == 0
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
@@ -224,12 +224,14 @@ def test_shards_are_of_the_size_asked_for(megatron: Path, hf: Path, tmp_path: Pa
     assert "'5 GiB' is not a size such as 5GB" in capsys.readouterr().err
 
 
-def test_the_wrong_kind_of_checkpoint(hf: Path, megatron: Path, tmp_path: Path, capsys):
+def test_a_checkpoint_of_the_wrong_kind_is_refused(
+    hf: Path, megatron: Path, tmp_path: Path, capsys
+):
     for arguments, message in (
         (("import", megatron, tmp_path / "out"), "import reads HF folders"),
         (("export", hf, tmp_path / "out"), "export reads Megatron checkpoints"),
         (("export", megatron, tmp_path / "out", "--weights", "teacher"), "has no teacher"),
-        (("verify", hf, tmp_path), "no checkpoint: neither config.json (HF) nor"),
+        (("verify", hf, tmp_path), "not a checkpoint; expected config.json (HF), or"),
     ):
         assert convert(*arguments) == 2
         assert message in capsys.readouterr().err

@@ -1,8 +1,8 @@
-"""Every family and key of config.json: the reader refuses, or reads what transformers does.
+"""Every family and key of config.json: the reader raises an error or agrees with transformers.
 
-For each tiny model, as transformers 4 and as transformers 5 writes it, each key in turn is removed,
-set to null and set to nonsense, and several keys at once get values that make sense by themselves.
-Where read_architecture accepts the result, transformers must build a model with the same facts.
+For each tiny model, in the formats of transformers 4 and 5, each key in turn is removed, set to
+null and set to nonsense. In addition, several keys at once get plausible values. If
+read_architecture accepts the result, transformers must build a model with the same facts.
 """
 
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 VARIANTS = tuple(name for name in FAMILIES if name not in ("llama2", "qwen3_moe_unnormalized"))
 STYLES = ("transformers 4", "transformers 5")
-# Numbers of heads that the default numbers of key/value heads divide.
+# The numbers of heads are multiples of the default numbers of key/value heads.
 SIZES = {
     "num_hidden_layers": 1,
     "hidden_size": 128,
@@ -49,7 +49,7 @@ MORE_KEYS = (
     *("dtype", "torch_dtype", "text_config", "per_layer_config", "transformers_weights"),
     *("quantization_config", "configuration_files"),
 )
-# What every config.json must have; the reader has family defaults for the others.
+# Keys that every config.json must have. The reader has family defaults for other keys.
 REQUIRED = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps"),
@@ -74,7 +74,7 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def base_config(variant: str, style: str) -> dict[str, Any]:
-    """A tiny model's config.json; as transformers 4 writes it, with the keys that 5 has renamed."""
+    """Return a tiny model's config.json in the format of transformers 4 or 5."""
     config = json.loads(tiny_config(variant, **SIZES).to_json_string())
     config["architectures"] = [FAMILIES[variant][1].__name__]
     config["dtype"] = "float32"
@@ -90,7 +90,7 @@ def base_config(variant: str, style: str) -> dict[str, Any]:
 
 
 def changed(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(key, what happened to it, the whole config) for every change of one key."""
+    """Yield (key, description, changed config) for every change of one key."""
     for path in [(key,) for key in dict.fromkeys((*config, *MORE_KEYS))] + [
         (key, inner)
         for key in ("rope_parameters", "rope_scaling")
@@ -98,36 +98,36 @@ def changed(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
         if config.get(key)
     ]:
         *outer, last = path
-        for what in ("removed", None, *NONSENSE):
+        for value in ("removed", None, *NONSENSE):
             copy = json.loads(json.dumps(config))
             holder = copy[outer[0]] if outer else copy
-            if what != "removed":
-                holder[last] = what
+            if value != "removed":
+                holder[last] = value
             elif holder.pop(last, "nothing") == "nothing":
                 continue
-            yield last, "removed" if what == "removed" else f"set to {what!r:.40}", copy
+            yield last, "removed" if value == "removed" else f"set to {value!r:.40}", copy
 
 
-def test_each_key_removed_null_or_nonsense_is_refused_or_read_as_transformers_does(
+def test_a_removed_null_or_nonsense_key_is_refused_or_read_as_in_transformers(
     tmp_path: Path, facts_of_transformers
 ):
     wrong, accepted = [], 0
     for variant in VARIANTS:
         for style in STYLES:
             base = base_config(variant, style)
-            for key, what, config in changed(base):
-                where = f"{variant} of {style}: {key} {what}"
+            for key, change, config in changed(base):
+                where = f"{variant} of {style}: {key} {change}"
                 write(tmp_path, config)
                 try:
                     ours = facts(read_config(tmp_path))
                 except CheckpointError as error:
                     message = str(error)
                     if "\n" in message or f"{tmp_path}/config.json: " not in message:
-                        wrong.append(f"{where}: the refusal does not name the file: {message}")
+                        wrong.append(f"{where}: the error does not name the file: {message}")
                     if key not in message:
-                        wrong.append(f"{where}: the refusal does not name the key: {message}")
-                    if what == "removed" and key not in REQUIRED:
-                        wrong.append(f"{where}: refused, though there is a default: {message}")
+                        wrong.append(f"{where}: the error does not name the key: {message}")
+                    if change == "removed" and key not in REQUIRED:
+                        wrong.append(f"{where}: refused, although there is a default: {message}")
                     continue
                 accepted += 1
                 wrong += disagreements(where, ours, facts_of_transformers(tmp_path))
@@ -139,7 +139,7 @@ def disagreements(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> l
     if "error" in theirs:
         return [f"{where}: accepted; transformers raises {theirs['error']}"]
     return [
-        f"{where}: {name} is {ours[name]!r}, of transformers {theirs[name]!r}"
+        f"{where}: {name} is {ours[name]!r}, but {theirs[name]!r} in transformers"
         for name in ours
         if ours[name] != theirs[name]
     ]
@@ -180,7 +180,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def test_keys_that_are_changed_together_are_refused_or_read_as_transformers_does(
+def test_keys_changed_together_are_refused_or_read_as_in_transformers(
     tmp_path: Path, facts_of_transformers, seed
 ):
     random = Random(seed)
@@ -205,7 +205,7 @@ def test_keys_that_are_changed_together_are_refused_or_read_as_transformers_does
 
 @pytest.fixture(scope="module")
 def facts_of_transformers():
-    """Facts of the model that transformers builds, or {"error": ...}; built once per config."""
+    """Return a cached function from a folder to facts of transformers' model, or {"error": ...}."""
     known: dict[str, dict[str, Any]] = {}
 
     def build(folder: Path) -> dict[str, Any]:
@@ -217,14 +217,14 @@ def facts_of_transformers():
                     model = AutoModelForCausalLM.from_config(config)
                 known[key] = facts_of_model(model)
             return known[key]
-        except Exception as error:  # whatever nonsense leads to
+        except Exception as error:  # nonsense can raise any error
             return {"error": f"{type(error).__name__}: {error}"}
 
     return build
 
 
 def facts(config: HFConfig) -> dict[str, Any]:
-    """The facts of `facts_of_model`, as our reader has them."""
+    """Return the facts of `facts_of_model` from our reader."""
     a = config.architecture
     return {
         "model": a.family.architecture,
@@ -263,7 +263,7 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
     attention, mlp = body.layers[0].self_attn, body.layers[0].mlp
     rope = config.rope_parameters
     window = getattr(attention, "sliding_window", None)
-    if config.model_type in ("mistral", "mixtral"):  # read in forward
+    if config.model_type in ("mistral", "mixtral"):  # these models read the config in forward
         window = config.sliding_window
     experts = hasattr(mlp, "gate") and (
         mlp.gate.num_experts,
@@ -298,14 +298,14 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", TABLES, ids=lambda family: family.name)
-def test_defaults_are_those_of_transformers(family: Family):
+def test_defaults_equal_transformers(family: Family):
     config = AutoConfig.for_model(family.name, num_attention_heads=24, hidden_size=24 * 40)
-    found = {field.name: getattr(family.defaults, field.name) for field in fields(family.defaults)}
-    assert found.pop("rope_theta") == config.rope_parameters["rope_theta"]
+    ours = {field.name: getattr(family.defaults, field.name) for field in fields(family.defaults)}
+    assert ours.pop("rope_theta") == config.rope_parameters["rope_theta"]
     if not family.has_sliding_window:
-        assert found.pop("sliding_window") is None
-    if found["head_dim"] is None and not getattr(config, "head_dim", None):
-        found.pop("head_dim")  # the model derives it
+        assert ours.pop("sliding_window") is None
+    if ours["head_dim"] is None and not getattr(config, "head_dim", None):
+        ours.pop("head_dim")  # the model derives this value
     derived = {"num_key_value_heads": 24, "head_dim": 40}
-    for key, default in found.items():
+    for key, default in ours.items():
         assert getattr(config, key) == (derived.get(key) if default is None else default), key

@@ -1,4 +1,4 @@
-"""A folder is whole or it is not there: kills, interrupts, full disks and two writers at once."""
+"""A folder is complete or absent after kills, interrupts, full disks and concurrent writers."""
 
 import fcntl
 import json
@@ -29,7 +29,7 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """`hf`, a model of 250 MB, which takes a moment to write, and `mcore`, imported."""
+    """Create `hf`, a model of 250 MB that takes a moment to write, and `mcore`, imported."""
     folder = tmp_path_factory.mktemp("big")
     write_llama(folder / "hf", hidden_size=1024, intermediate_size=4096, num_hidden_layers=7)
     assert main(["convert", "import", str(folder / "hf"), str(folder / "mcore")]) == 0
@@ -41,12 +41,12 @@ COMMANDS = {"import": "hf", "export": "mcore"}
 
 
 def stop_in_flight(command: str, big: Path, target: Path, part: float) -> subprocess.Popen:
-    """Start a conversion in a process of its own; stop it when `part` of its bytes are there."""
+    """Start a conversion in a new process, and stop it when `part` of its bytes are written."""
     source = big / COMMANDS[command]
 
     def prepare() -> None:
-        os.nice(19)  # let it not run away from the loop below
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in the background
+        os.nice(19)  # keep the process slower than the loop below
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored if tests run in the background
 
     process = subprocess.Popen(
         [sys.executable, "-m", "aropd_mcore.cli", "convert", command, str(source), str(target)],
@@ -65,7 +65,7 @@ def stop_in_flight(command: str, big: Path, target: Path, part: float) -> subpro
             os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
             break
         time.sleep(0.001)
-    assert process.poll() is None and not target.exists(), "it was not caught in flight"
+    assert process.poll() is None and not target.exists(), "the conversion ended before the stop"
     return process
 
 
@@ -81,11 +81,13 @@ def stop_in_flight(command: str, big: Path, target: Path, part: float) -> subpro
         ("export", 0.3, None),
     ],
 )
-def test_nothing_is_there_until_it_is_whole(command, part, kill, big, tmp_path, convert, refused):
+def test_a_stopped_conversion_leaves_no_incomplete_target(
+    command, part, kill, big, tmp_path, convert, refused
+):
     target, source = tmp_path / "out", big / COMMANDS[command]
     process = stop_in_flight(command, big, target, part)
     try:
-        refused(command, source, target, because="out: another process is writing it")
+        refused(command, source, target, because="out: another process is writing this folder")
         if kill is not None:
             process.send_signal(kill)
         process.send_signal(signal.SIGCONT)
@@ -108,8 +110,8 @@ def test_nothing_is_there_until_it_is_whole(command, part, kill, big, tmp_path, 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_disk_that_fills_up_is_said_and_leaves_nothing(command, originals, tmp_path, refused):
-    """The limit on a file's size stands for the disk: writing fails half-way."""
+def test_a_full_disk_is_reported_and_leaves_no_files(command, originals, tmp_path, refused):
+    """A limit on file sizes replaces the full disk: writing fails half-way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
@@ -122,7 +124,7 @@ def test_a_disk_that_fills_up_is_said_and_leaves_nothing(command, originals, tmp
 
 
 def fill(folder: Path, text: str) -> None:
-    """Make a folder that counts as a checkpoint."""
+    """Create a folder that counts as a checkpoint."""
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_text(text)
 
@@ -131,10 +133,10 @@ def content(folder: Path) -> str:
     return (folder / "model.safetensors").read_text()
 
 
-def test_a_kill_between_the_renames_of_a_replacement_leaves_the_old_one(tmp_path: Path):
+def test_a_kill_between_the_renames_of_a_replacement_keeps_the_old_folder(tmp_path: Path):
     target = tmp_path / "out"
     fill(tmp_path / ".out.replaced", "old")
-    fill(tmp_path / ".out.partial", "whole, and not renamed")
+    fill(tmp_path / ".out.partial", "complete, but not renamed")
     with pytest.raises(CheckpointError, match="out: exists already"), new_folder(target):
         pass
     assert names_in(tmp_path) == {"out"} and content(target) == "old"
@@ -144,7 +146,7 @@ def test_a_kill_between_the_renames_of_a_replacement_leaves_the_old_one(tmp_path
     assert names_in(tmp_path) == {"out"} and content(target) == "new"
 
 
-def test_a_kill_behind_the_renames_leaves_the_new_one(tmp_path: Path):
+def test_a_kill_after_the_renames_of_a_replacement_keeps_the_new_folder(tmp_path: Path):
     fill(tmp_path / ".out.replaced", "old")
     fill(tmp_path / "out", "new")
     with pytest.raises(RuntimeError), new_folder(tmp_path / "out", overwrite=True):
@@ -152,7 +154,7 @@ def test_a_kill_behind_the_renames_leaves_the_new_one(tmp_path: Path):
     assert names_in(tmp_path) == {"out"} and content(tmp_path / "out") == "new"
 
 
-def test_what_another_writer_is_replacing_is_left_to_it(tmp_path: Path):
+def test_folders_of_another_writer_are_left_unchanged(tmp_path: Path):
     fill(tmp_path / ".out.replaced", "old")
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.replaced/model.safetensors").open():
@@ -164,8 +166,8 @@ def test_what_another_writer_is_replacing_is_left_to_it(tmp_path: Path):
     assert names_in(tmp_path) == {".out.replaced", ".out.partial"}
 
 
-def test_a_lock_on_what_another_writer_has_just_renamed_is_none(tmp_path: Path, monkeypatch):
-    """Between the opening of the temporary folder and its lock, the other one came to its end."""
+def test_a_lock_on_a_folder_that_another_writer_has_renamed_is_refused(tmp_path: Path, monkeypatch):
+    """The other writer ends between the opening of the temporary folder and its lock."""
     flock = fcntl.flock
 
     def late(descriptor: int, how: int) -> None:
@@ -179,7 +181,7 @@ def test_a_lock_on_what_another_writer_has_just_renamed_is_none(tmp_path: Path, 
     assert names_in(tmp_path) == {"out"} and content(tmp_path / "out") == "theirs"
 
 
-def test_a_replacement_that_cannot_be_renamed_brings_the_old_one_back(tmp_path, monkeypatch):
+def test_a_replacement_that_cannot_be_renamed_restores_the_old_folder(tmp_path, monkeypatch):
     target, rename = tmp_path / "out", Path.rename
     fill(target, "old")
 
@@ -195,7 +197,7 @@ def test_a_replacement_that_cannot_be_renamed_brings_the_old_one_back(tmp_path, 
     assert names_in(tmp_path) == {"out"} and content(target) == "old"
 
 
-def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path):
+def test_a_target_that_appears_during_writing_is_not_replaced(tmp_path: Path):
     target = tmp_path / "out"
     with pytest.raises(CheckpointError, match="exists already"), new_folder(target) as folder:
         fill(folder, "ours")
@@ -203,16 +205,16 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path):
     assert names_in(tmp_path) == {"out"} and content(target) == "theirs"
 
 
-def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path: Path):
-    fill(tmp_path / "behind", "old")
-    (tmp_path / "link").symlink_to("behind")
+def test_overwriting_a_link_replaces_its_folder(tmp_path: Path):
+    fill(tmp_path / "linked", "old")
+    (tmp_path / "link").symlink_to("linked")
     with new_folder(tmp_path / "link", overwrite=True) as folder:
         fill(folder, "new")
-    assert names_in(tmp_path) == {"behind", "link"}
-    assert (tmp_path / "link").is_symlink() and content(tmp_path / "behind") == "new"
+    assert names_in(tmp_path) == {"linked", "link"}
+    assert (tmp_path / "link").is_symlink() and content(tmp_path / "linked") == "new"
 
 
-def test_space_that_a_killed_call_takes_comes_back(tmp_path: Path, monkeypatch):
+def test_space_of_a_killed_call_counts_as_free(tmp_path: Path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"needs 0\.07 GB"):  # noqa: SIM117
@@ -227,7 +229,7 @@ def test_space_that_a_killed_call_takes_comes_back(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_companions_go_along_and_weights_do_not(dtype, tmp_path: Path):
+def test_copy_companions_copies_no_weights(dtype, tmp_path: Path):
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "additional_chat_templates").mkdir(parents=True)
     target.mkdir()
@@ -248,5 +250,5 @@ def test_companions_go_along_and_weights_do_not(dtype, tmp_path: Path):
     copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert copied == taken | {"config.json"}
     assert all((target / name).read_text() == name for name in taken)
-    found = json.loads((target / "config.json").read_text())
-    assert found == config | ({"torch_dtype": "bfloat16"} if dtype else {})
+    written = json.loads((target / "config.json").read_text())
+    assert written == config | ({"torch_dtype": "bfloat16"} if dtype else {})

@@ -1,4 +1,4 @@
-"""Whatever the files of an HF folder hold: it is opened, or refused in one line that names it."""
+"""An HF folder with any file contents is opened, or refused in one line that names the folder."""
 
 import json
 import math
@@ -53,7 +53,7 @@ values = st.recursive(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Tiny models by family, and `shards`, a model with an index."""
+    """Create tiny models by family, and `shards`, a model with an index."""
     root = tmp_path_factory.mktemp("fuzz")
     for family in FAMILIES:
         save_tiny_model(family, root / family, dtype=torch.bfloat16, **SIZES)
@@ -72,7 +72,9 @@ def open_or_refuse(folder: Path) -> None:
 
 @fuzz
 @given(data=st.data())
-def test_any_values_of_any_keys_of_config_json(data: st.DataObject, folders, tmp_path: Path):
+def test_any_values_of_config_json_are_read_or_refused(
+    data: st.DataObject, folders, tmp_path: Path
+):
     original = folders[data.draw(st.sampled_from(FAMILIES))]
     config = json.loads((original / "config.json").read_text())
     keys = st.sampled_from([*config, "rope_scaling", "rope_theta", "torch_dtype", "num_experts"])
@@ -87,8 +89,10 @@ def test_any_values_of_any_keys_of_config_json(data: st.DataObject, folders, tmp
 
 @fuzz
 @given(data=st.data())
-def test_any_bytes_in_config_json_and_in_the_index(data: st.DataObject, folders, tmp_path: Path):
-    """Cut, overwritten or extended at any byte; or nothing but junk."""
+def test_any_bytes_in_config_json_and_in_the_index_are_read_or_refused(
+    data: st.DataObject, folders, tmp_path: Path
+):
+    """A file is truncated, overwritten or extended at any byte, or replaced by junk."""
     folder = shutil.copytree(folders["shards"], tmp_path / "hf", dirs_exist_ok=True)
     path = folder / data.draw(st.sampled_from(["config.json", INDEX]))
     content = path.read_bytes()
@@ -103,7 +107,7 @@ def test_any_bytes_in_config_json_and_in_the_index(data: st.DataObject, folders,
 
 @fuzz
 @given(data=st.data())
-def test_any_values_in_the_index(data: st.DataObject, folders, tmp_path: Path):
+def test_any_values_in_the_index_are_read_or_refused(data: st.DataObject, folders, tmp_path: Path):
     folder = shutil.copytree(folders["shards"], tmp_path / "hf", dirs_exist_ok=True)
     index: Any = json.loads((folder / INDEX).read_text())
     names = st.sampled_from([*list(index["weight_map"])[:3], "x\ny"])
@@ -118,7 +122,9 @@ def test_any_values_in_the_index(data: st.DataObject, folders, tmp_path: Path):
 
 @fuzz
 @given(data=st.data())
-def test_any_header_of_a_safetensors_file(data: st.DataObject, folders, tmp_path: Path):
+def test_any_header_of_a_safetensors_file_is_read_or_refused(
+    data: st.DataObject, folders, tmp_path: Path
+):
     folder = shutil.copytree(folders["mistral"], tmp_path / "hf", dirs_exist_ok=True)
     content = (folder / SINGLE).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")

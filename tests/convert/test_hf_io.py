@@ -1,4 +1,4 @@
-"""Safetensors folders against the safetensors library, and what `.bin` files hold."""
+"""Safetensors folders, compared with the safetensors library."""
 
 import json
 from pathlib import Path
@@ -32,8 +32,8 @@ def infos(tensors: dict[str, Tensor]) -> dict[str, TensorInfo]:
 
 
 @pytest.mark.parametrize(("limit", "num_files"), [(10**9, 1), (300, 2), (1, 7)])
-def test_safetensors_reads_what_is_written(limit: int, num_files: int, tmp_path: Path):
-    backwards = reversed(TENSORS.items())  # they may come in any order
+def test_safetensors_reads_written_folders(limit: int, num_files: int, tmp_path: Path):
+    backwards = reversed(TENSORS.items())  # tensors may be written in any order
     write_safetensors(tmp_path, infos(TENSORS), backwards, max_shard_bytes=limit)
     files = sorted(tmp_path.glob("*.safetensors"))
     if num_files == 1:
@@ -57,10 +57,10 @@ def test_safetensors_reads_what_is_written(limit: int, num_files: int, tmp_path:
         with safe_open(tmp_path / file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
         length = int.from_bytes((tmp_path / file).read_bytes()[:8], "little")
-        assert length % 8 == 0  # the format aligns what follows
+        assert length % 8 == 0  # the format aligns the data
 
 
-def test_everything_is_read_that_safetensors_wrote(tmp_path: Path):
+def test_folders_that_safetensors_wrote_are_read(tmp_path: Path):
     save_file(TENSORS, tmp_path / SINGLE, metadata={"format": "pt", "note": "π"})
     weights = HFWeights(tmp_path)
     header = (tmp_path / SINGLE).read_bytes()
@@ -78,7 +78,7 @@ def test_everything_is_read_that_safetensors_wrote(tmp_path: Path):
                 assert part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
 
 
-def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path):
+def test_a_file_that_is_truncated_during_reading_is_refused(tmp_path: Path):
     save_file({"a": torch.randn(10, 10)}, tmp_path / SINGLE)
     weights = HFWeights(tmp_path)
     assert weights.tensors
@@ -87,7 +87,7 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path):
         weights.read("a")
 
 
-def test_tensors_come_in_the_order_of_the_files(tmp_path: Path):
+def test_tensors_have_the_order_of_the_files(tmp_path: Path):
     model = save_tiny_model("llama", tmp_path, num_hidden_layers=2, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     weights = HFWeights(tmp_path)
@@ -99,7 +99,7 @@ def test_tensors_come_in_the_order_of_the_files(tmp_path: Path):
         assert torch.equal(weights.read(name), tensor)
 
 
-def test_a_tensor_is_cast_to_what_was_announced(tmp_path: Path):
+def test_a_tensor_is_cast_to_the_declared_dtype(tmp_path: Path):
     tensor = torch.randn(5, 4)
     with SafetensorsWriter(tmp_path, {"t": TensorInfo(torch.bfloat16, (4, 5))}) as writer:
         writer.write("t", tensor.T)
@@ -107,7 +107,7 @@ def test_a_tensor_is_cast_to_what_was_announced(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mistake", ["missing", "twice", "shape"])
-def test_a_writer_holds_its_caller_to_what_was_announced(mistake: str, tmp_path: Path):
+def test_a_writer_refuses_tensors_that_differ_from_the_declared_ones(mistake: str, tmp_path: Path):
     with (
         pytest.raises((AssertionError, KeyError)),
         SafetensorsWriter(tmp_path, infos({"a": torch.ones(2), "b": torch.ones(3)})) as writer,
@@ -117,7 +117,7 @@ def test_a_writer_holds_its_caller_to_what_was_announced(mistake: str, tmp_path:
             writer.write("a", torch.ones(2))
 
 
-def test_there_may_be_more_shards_than_a_process_may_open(tmp_path: Path):
+def test_more_shards_than_a_process_may_open_are_written_and_read(tmp_path: Path):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     tensors = {f"t{number}": torch.full((2,), float(number)) for number in range(200)}
@@ -130,8 +130,8 @@ def test_there_may_be_more_shards_than_a_process_may_open(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_rotary_buffers_and_a_repeated_head_are_left_aside(tmp_path: Path):
-    """Old Llama files have rotary buffers; files made from torch's .bin repeat a tied embedding."""
+def test_rotary_buffers_and_a_repeated_head_are_ignored(tmp_path: Path):
+    """Old Llama files have rotary buffers. Files converted from .bin repeat a tied embedding."""
     model = save_tiny_model("llama", tmp_path, tie=True, num_hidden_layers=1)
     extras = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -158,7 +158,7 @@ def _last_element_changed(embedding: Tensor) -> Tensor:
     ],
     ids=["one element", "zeros", "dtype", "rows", "flat"],
 )
-def test_a_head_of_its_own_beside_tied_embeddings_is_refused(head, tmp_path: Path, monkeypatch):
+def test_a_head_that_differs_from_tied_embeddings_is_refused(head, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(hf_io, "_PIECE", 1000)  # a piece is a few rows
     model = save_tiny_model("qwen2", tmp_path, tie=True, num_hidden_layers=1)
     own = head(model.get_input_embeddings().weight.detach())

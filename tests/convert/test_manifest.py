@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files leave nothing behind in a process that saves for weeks."""
+"""Computing checksums keeps no memory in a process that saves for weeks."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import REPO
 
-# A process of its own: others have pools that would hide what is kept.
+# A separate process, since the memory pools of a used process would hide kept memory.
 SCRIPT = """
 import json, resource, sys
 from pathlib import Path
@@ -24,10 +24,10 @@ print(json.dumps(held() - before))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc exists on Linux only")
 def test_checksums_keep_no_memory(tmp_path):
     for name in "abcd":
         (tmp_path / name).write_text(name)
     script = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     run = subprocess.run(script, cwd=REPO, check=True, capture_output=True)
-    assert json.loads(run.stdout) < 2**20  # a thread's stack and little more
+    assert json.loads(run.stdout) < 2**20  # slightly more than a thread's stack

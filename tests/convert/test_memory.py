@@ -1,4 +1,4 @@
-"""A model is converted in a fraction of its size in memory."""
+"""Conversion of a model needs a fraction of its size in memory."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from tests.convert.big_models import write_llama
 pytestmark = pytest.mark.rest
 
 BEYOND_IMPORTS = 240 * 2**20
-"""Ten of the largest tensors, and less than a fifth of the model."""
+"""Limit in bytes: ten of the largest tensors, and less than a fifth of the model."""
 
-# Of Linux's limits RLIMIT_AS alone counts all that is allocated and all that is mapped: RLIMIT_DATA
-# would let whole files be mapped to be read, and RLIMIT_RSS does nothing. The libraries' mappings
-# are gigabytes, so the limit is set above what they take, once all of them are loaded.
+# RLIMIT_AS is the only limit of Linux that counts all allocations and mappings: RLIMIT_DATA allows
+# mappings of whole files for reading, and RLIMIT_RSS has no effect. The libraries' mappings take
+# gigabytes, so the limit is set relative to the address space after all libraries are loaded.
 SCRIPT = """
 import json, resource, sys
 from pathlib import Path
@@ -29,7 +29,7 @@ from aropd_mcore.convert import import_export, inspect, verify
 folder, allowed = Path(sys.argv[1]), int(sys.argv[2])
 for name in ("small", "large"):
     hf, mcore, back = (str(folder / f"{name}{kind}") for kind in ("", "-mcore", "-back"))
-    if name == "large":  # the small one has loaded what is loaded late
+    if name == "large":  # the small model has loaded the libraries that are loaded late
         status = dict(line.split(":", 1) for line in open("/proc/self/status"))
         limit = int(status["VmSize"].split()[0]) * 1024 + allowed
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -52,8 +52,8 @@ print(json.dumps([done, whole]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits on mappings are Linux's")
-def test_a_model_of_five_times_the_memory(tmp_path: Path):
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on mappings exist on Linux only")
+def test_a_model_of_five_times_the_memory_is_converted(tmp_path: Path):
     write_llama(tmp_path / "small", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
     sizes = {"hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 13}
     assert write_llama(tmp_path / "large", **sizes) > 5 * BEYOND_IMPORTS
@@ -64,10 +64,10 @@ def test_a_model_of_five_times_the_memory(tmp_path: Path):
         text=True,
         timeout=300,
     )
-    for path in tmp_path.rglob("*"):  # gigabytes
+    for path in tmp_path.rglob("*"):  # free gigabytes of disk space
         if path.suffix in (".safetensors", ".distcp"):
             path.unlink()
     assert run.returncode == 0, run.stdout + run.stderr
     done, whole = json.loads(run.stdout.splitlines()[-1])
     assert done == [0, 0, 0, 0, 0], run.stderr
-    assert "memory" in whole, "the limit does not bite: the whole file was loaded under it"
+    assert "memory" in whole, "the limit has no effect: the whole file could be loaded"

@@ -1,4 +1,4 @@
-"""Cutting and merging weights."""
+"""Cutting and merging of weights."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from aropd_mcore.convert.mapping import Kind
 from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, shard_bounds, split
 
 
-def test_qkv_lies_per_key_value_head():
+def test_merge_of_qkv_groups_rows_by_key_value_head():
     q = torch.tensor([[10.0], [11], [20], [21], [30], [31], [40], [41]])  # 4 heads of 2
     k = torch.tensor([[1.0], [2], [3], [4]])  # 2 heads of 2
     v = torch.tensor([[5.0], [6], [7], [8]])
@@ -25,7 +25,7 @@ def test_qkv_lies_per_key_value_head():
     head_dim=st.integers(1, 5),
     columns=st.sampled_from([(), (3,)]),
 )
-def test_cut_and_merge_is_undone_by_split_and_cat(
+def test_split_and_cat_invert_cut_and_merge(
     tp_size, kv_heads_per_rank, queries_per_kv_head, head_dim, columns
 ):
     kv_heads = tp_size * kv_heads_per_rank
@@ -49,7 +49,7 @@ def test_cut_and_merge_is_undone_by_split_and_cat(
         ]
         for index, tensor in enumerate(tensors):
             assert torch.equal(torch.cat([part[index] for part in parts]), tensor)
-        if kind is Kind.QKV:  # a rank's shard is its stretch of the whole, as Megatron cuts it
+        if kind is Kind.QKV:  # as in Megatron, a rank's shard is a contiguous part of the whole
             whole = merge(kind, tensors, num_kv_heads=kv_heads)
             assert torch.equal(torch.cat(shards), whole)
 
@@ -58,12 +58,12 @@ def test_cut_and_merge_is_undone_by_split_and_cat(
     ("vocab_size", "tp_size", "padded"),
     [(509, 1, 512), (509, 4, 512), (20, 2, 128), (151936, 8, 151936), (50257, 3, 50304)],
 )
-def test_padded_vocabulary(vocab_size: int, tp_size: int, padded: int):
+def test_padded_vocab_size_is_a_common_multiple(vocab_size: int, tp_size: int, padded: int):
     assert padded_vocab_size(vocab_size, tp_size) == padded
     assert padded % tp_size == 0
 
 
-def test_padding_adds_zero_rows():
+def test_pad_rows_appends_zero_rows():
     rows = torch.randn(3, 2)
     padded = pad_rows(rows, 5)
     assert torch.equal(padded[:3], rows) and not padded[3:].any()

@@ -1,4 +1,4 @@
-"""torch_dist files against torch.distributed.checkpoint, which Megatron's loading is made of."""
+"""torch_dist files, compared with torch.distributed.checkpoint, which Megatron uses for loading."""
 
 import io
 import math
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def info_of(tensor: Tensor) -> TensorInfo:
+def info(tensor: Tensor) -> TensorInfo:
     return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
 
-def boxes_of(cuts: list[list[int]]):
-    """(offset, slices) of every chunk of a grid, given by its cuts on each axis."""
+def grid_boxes(cuts: list[list[int]]):
+    """Yield (offset, slices) of every chunk of a grid with the given cuts on each axis."""
     for spans in product(*(pairwise(cut) for cut in cuts)):
         yield tuple(start for start, _ in spans), tuple(slice(*span) for span in spans)
 
@@ -60,21 +60,21 @@ def tensors_chunks_and_boxes(draw):
 
 
 @given(tensors_chunks_and_boxes())
-def test_any_box_is_read_from_chunks_in_any_cut(drawn):
+def test_any_box_is_read_from_any_chunks(drawn):
     dtype, shape, cuts, lead, boxes = drawn
     tensor = torch.arange(math.prod(shape), dtype=dtype).view(shape)
     with TemporaryDirectory() as name:
         folder = Path(name)
         with TorchDistWriter(folder, max_file_bytes=1000) as writer:
-            for offset, part in boxes_of(cuts):
-                writer.add("t", info_of(tensor), offset, tensor[part].clone())
+            for offset, part in grid_boxes(cuts):
+                writer.add("t", info(tensor), offset, tensor[part].clone())
             writer.finish({})
         reader = TorchDistReader(folder)
         for start, end in boxes:
             sizes = tuple(e - s for s, e in zip(start, end, strict=True))
-            found = reader.read("t", tuple(start[:lead]), tuple(start[lead:]), sizes[lead:])
+            part = reader.read("t", tuple(start[:lead]), tuple(start[lead:]), sizes[lead:])
             box = tuple(slice(s, e) for s, e in zip(start, end, strict=True))
-            assert found.dtype == dtype and torch.equal(found, tensor[box].view(sizes[lead:]))
+            assert part.dtype == dtype and torch.equal(part, tensor[box].view(sizes[lead:]))
 
 
 STATE = {
@@ -87,22 +87,22 @@ STATE = {
 
 @pytest.fixture(params=[(10**9, 1), (300, 4)], ids=["one file", "several files"])
 def written(request, tmp_path: Path) -> Path:
-    """STATE, an object and a common state; tensors cut in two along their last axis."""
+    """Write STATE, an object and a common state. Tensors are cut in two along their last axis."""
     max_file_bytes, num_files = request.param
     with TorchDistWriter(tmp_path, max_file_bytes=max_file_bytes) as writer:
         for key, tensor in STATE.items():
             cuts = [[0, size] for size in tensor.shape]
             if cuts:
                 cuts[-1].insert(1, 2)
-            for offset, part in boxes_of(cuts):
-                writer.add(key, info_of(tensor), offset, tensor[part].clone())
+            for offset, part in grid_boxes(cuts):
+                writer.add(key, info(tensor), offset, tensor[part].clone())
         writer.add_object("module._extra_state/shard_0_1", {"state": [1, "two"]})
         writer.finish({"iteration": 3, "dtype": torch.bfloat16})
     assert len(list(tmp_path.glob("*.distcp"))) >= num_files
     return tmp_path
 
 
-def test_torch_loads_what_is_written(written: Path):
+def test_torch_loads_written_checkpoints(written: Path):
     state: dict[str, Any] = {key: torch.empty_like(tensor) for key, tensor in STATE.items()}
     state["module._extra_state/shard_0_1"] = None
     dcp.load(state, storage_reader=dcp.FileSystemReader(written), no_dist=True)
@@ -115,8 +115,8 @@ def test_torch_loads_what_is_written(written: Path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_error_within_a_write_comes_out_as_itself(error, tmp_path: Path, monkeypatch):
-    """At each of torch.save's writes; it is apt to raise another error behind it."""
+def test_an_error_during_a_write_is_raised_unchanged(error, tmp_path: Path, monkeypatch):
+    """Each of torch.save's writes fails in turn. torch.save may raise another error afterwards."""
     write, num_writes = torch_dist_write._InPieces.write, 0
 
     def fail_at_last(file: Any, data: bytes) -> int:
@@ -131,27 +131,27 @@ def test_an_error_within_a_write_comes_out_as_itself(error, tmp_path: Path, monk
         num_writes = first
         try:
             with TorchDistWriter(tmp_path) as writer:
-                writer.add("t", info_of(torch.ones(9)), (0,), torch.ones(9))
-        except type(error) as found:
-            assert found is error
+                writer.add("t", info(torch.ones(9)), (0,), torch.ones(9))
+        except type(error) as raised:
+            assert raised is error
         else:
             break
     assert 5 < first < 999
 
 
-def test_chunks_of_a_layer_come_without_its_axis(tmp_path: Path):
+def test_chunks_of_a_layer_may_omit_the_layer_axis(tmp_path: Path):
     layers = torch.randn(3, 4, 6)
     with TorchDistWriter(tmp_path) as writer:
         for layer in range(3):
-            writer.add("layers", info_of(layers), (layer, 0, 0), layers[layer].clone())
+            writer.add("layers", info(layers), (layer, 0, 0), layers[layer].clone())
         writer.finish({})
     state = {"layers": torch.empty_like(layers)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
     assert torch.equal(state["layers"], layers)
 
 
-def test_what_torch_saved_is_read(tmp_path: Path):
-    """Parameters, transposed and expanded tensors, and parts of a larger one."""
+def test_checkpoints_that_torch_saved_are_read(tmp_path: Path):
+    """The tensors are parameters, transposed or expanded, or parts of a larger tensor."""
     base = torch.randn(6, 8)
     state = STATE | {
         "transposed": base.T,
@@ -163,7 +163,7 @@ def test_what_torch_saved_is_read(tmp_path: Path):
     }
     dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     reader = TorchDistReader(tmp_path)
-    assert reader.tensors == {key: info_of(tensor) for key, tensor in state.items()}
+    assert reader.tensors == {key: info(tensor) for key, tensor in state.items()}
     for key, tensor in state.items():
         assert torch.equal(read_whole(reader, key), tensor)
 
@@ -178,11 +178,11 @@ def test_what_torch_saved_is_read(tmp_path: Path):
     ],
     ids=["transposed", "with the storage around it", "expanded", "parameter"],
 )
-def test_chunks_that_are_not_one_plain_block(chunk: Tensor, tmp_path: Path):
-    """As a program might write that hands its own tensors to torch.save."""
+def test_chunks_that_are_not_one_plain_block_are_read(chunk: Tensor, tmp_path: Path):
+    """Other programs may pass any tensors to torch.save."""
     with TorchDistWriter(tmp_path) as writer:
-        writer.add("t", info_of(chunk), (0, 0), torch.zeros(chunk.shape))
-        writer._append(MetadataIndex("t", torch.Size([0, 0])), chunk)  # in place of the zeros
+        writer.add("t", info(chunk), (0, 0), torch.zeros(chunk.shape))
+        writer._append(MetadataIndex("t", torch.Size([0, 0])), chunk)  # replaces the zeros
         writer.finish({})
     assert torch.equal(read_whole(TorchDistReader(tmp_path), "t"), chunk)
 
@@ -195,11 +195,11 @@ def edit_metadata(folder: Path, change) -> None:
 
 def write_one(folder: Path, tensor: Tensor) -> None:
     with TorchDistWriter(folder) as writer:
-        writer.add("t", info_of(tensor), (0,) * tensor.dim(), tensor)
+        writer.add("t", info(tensor), (0,) * tensor.dim(), tensor)
         writer.finish({})
 
 
-def test_a_chunk_of_another_dtype_than_its_metadata_is_converted_as_torch_does(tmp_path: Path):
+def test_a_chunk_of_another_dtype_than_its_metadata_is_converted(tmp_path: Path):
     write_one(tmp_path, torch.randn(4, 4))
     before = read_whole(TorchDistReader(tmp_path), "t")
     edit_metadata(
@@ -213,7 +213,7 @@ def test_a_chunk_of_another_dtype_than_its_metadata_is_converted_as_torch_does(t
     ("size", "chunk_size", "message"),
     [
         ([4, 3], [4, 3], r"__0_0\.distcp: t cannot be read: shape"),
-        ([4, 4], [4, 2**45], r"\.metadata: not the metadata .*: t has a chunk outside of it"),
+        ([4, 4], [4, 2**45], r"\.metadata: not the metadata .*: t has a chunk outside of its bou"),
         ([4, 4], [4, 4, 1], r"\.metadata: not the metadata of a checkpoint: zip"),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_chunk_of_another_size_than_its_metadata_is_refused(size, chunk_size, 
 
 
 class OtherPickler(pickle.Pickler):
-    """Pickles enums as Python 3.11.0 to 3.11.3 do, and paths as 3.13 does."""
+    """Pickler that writes enums like Python 3.11.0 to 3.11.3."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Enum):
@@ -239,7 +239,7 @@ class OtherPickler(pickle.Pickler):
         return NotImplemented
 
 
-def test_metadata_of_other_pythons_are_read(tmp_path: Path):
+def test_metadata_of_other_python_versions_are_read(tmp_path: Path):
     state = {"t": torch.randn(4, 4)}
     dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     metadata = pickle.loads((tmp_path / METADATA).read_bytes())
@@ -247,20 +247,21 @@ def test_metadata_of_other_pythons_are_read(tmp_path: Path):
     pickled = io.BytesIO()
     OtherPickler(pickled, protocol=2, fix_imports=False).dump(metadata)
     assert pickled.getvalue().count(b"getattr") == 1
-    # Protocol 2 names a class in a line for its module and a line for itself.
+    # Protocol 2 writes a class as one line for its module and one line for its name. Python 3.13
+    # has another module name for paths.
     content = pickled.getvalue().replace(b"cpathlib\n", b"cpathlib._local\n")
     (tmp_path / METADATA).write_bytes(content)
     assert torch.equal(read_whole(TorchDistReader(tmp_path), "t"), state["t"])
 
 
-def test_getattr_of_metadata_is_for_enums_alone(tmp_path: Path):
+def test_getattr_in_metadata_is_allowed_for_enums_only(tmp_path: Path):
     (tmp_path / METADATA).write_bytes(pickle.dumps(Reduced(getattr, (torch.Size, "__add__"))))
-    with pytest.raises(CheckpointError, match=r"getattr of .*Size.* does not belong there"):
+    with pytest.raises(CheckpointError, match=r"getattr of .*Size.* is not allowed in metadata"):
         TorchDistReader(tmp_path)
 
 
 class Reduced:
-    """Pickles as a call."""
+    """Object that pickles as a call."""
 
     def __init__(self, *call: Any):
         self.call = call
@@ -270,7 +271,7 @@ class Reduced:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", METADATA])
-def test_any_broken_byte_is_a_checkpoint_error_or_a_number(name: str, tmp_path: Path):
+def test_any_damaged_byte_gives_a_checkpoint_error_or_numbers(name: str, tmp_path: Path):
     write_one(tmp_path, torch.randn(2, 3))
     whole = (tmp_path / name).read_bytes()
     generator = random.Random(0)

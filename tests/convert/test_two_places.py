@@ -1,4 +1,4 @@
-"""One fact in two places: what agrees is read, what disagrees is refused with both places named."""
+"""One fact in two places: values that agree are read, values that disagree give an error."""
 
 import json
 import shutil
@@ -26,13 +26,13 @@ LLAMA31 = {**LLAMA31_ROPE, "rope_theta": 500000.0}
 @pytest.mark.parametrize(
     ("config", "places"),
     [
-        # transformers 5 applies rope_scaling, whatever rope_parameters says.
+        # transformers 5 applies rope_scaling and ignores rope_parameters.
         (
             {**LLAMA, "rope_parameters": DEFAULT_ROPE, "rope_scaling": YARN},
             ("rope_scaling is {'factor': 4.0", "'yarn'", "rope_parameters is {", "'default'"),
         ),
         (
-            {**LLAMA, "rope_parameters": LLAMA31, "rope_scaling": LLAMA31_ROPE},  # theta is lost
+            {**LLAMA, "rope_parameters": LLAMA31, "rope_scaling": LLAMA31_ROPE},  # without theta
             ("rope_scaling is {", "rope_parameters is {", "10000.0", "500000.0"),
         ),
         (
@@ -85,17 +85,17 @@ LLAMA31 = {**LLAMA31_ROPE, "rope_theta": 500000.0}
         ),
         (
             {**LLAMA, "text_config": LLAMA},
-            ("text_config is there, which describes a model inside",),
+            ("found key text_config, which describes a model inside",),
         ),
-        ({**LLAMA, "per_layer_config": {"0": {}}}, ("per_layer_config is there",)),
+        ({**LLAMA, "per_layer_config": {"0": {}}}, ("found key per_layer_config",)),
         (
             {**LLAMA, "configuration_files": ["config.4.0.0.json"]},
-            ("configuration_files is there",),
+            ("found key configuration_files",),
         ),
-        ({**LLAMA, "transformers_weights": "x.safetensors"}, ("transformers_weights is there",)),
+        ({**LLAMA, "transformers_weights": "x.safetensors"}, ("found key transformers_weights",)),
         (
             {**MISTRAL_7B, "layer_types": ["full_attention"] * 32},
-            ("layer_types is there, which makes transformers 5 build a Ministral model",),
+            ("found key layer_types, which makes transformers 5 build a Ministral model",),
         ),
         ({**LLAMA, "is_causal": False}, ("is_causal is False; only True is supported",)),
         ({**LLAMA, "tie_word_embeddings": "false"}, ("tie_word_embeddings is 'false'",)),
@@ -127,8 +127,8 @@ def test_places_of_config_json_that_agree_are_read():
     assert both == read_architecture(QWEN3_30B_A3B)
 
 
-def test_a_window_is_read_as_the_family_has_it():
-    """Qwen switches it by use_sliding_window; Mistral has no such switch, and a default window."""
+def test_a_sliding_window_is_read_by_the_rules_of_the_family():
+    """Qwen enables the window by use_sliding_window. Mistral always has one, with a default."""
     config = {**MISTRAL_7B, "use_sliding_window": False}
     assert read_architecture(config).max_position_embeddings == 4096
     del config["sliding_window"]
@@ -194,12 +194,12 @@ def unlisted_tensor(folder: Path) -> None:
     store(folder, {"a.safetensors": first, "b.safetensors": second}, index)
 
 
-def own_head_though_tied(folder: Path) -> None:
+def different_head_although_tied(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
 
 
-def adapter_beside(folder: Path) -> None:
+def adapter_in_the_folder(folder: Path) -> None:
     lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)}
     save_file(lora, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
@@ -219,8 +219,11 @@ def key_twice_in_the_index(folder: Path) -> None:
         (single_file_and_old_index, f"holds {SINGLE} and {INDEX}, which names other files"),
         (tensor_in_two_shards, "both a.safetensors and b.safetensors hold lm_head.weight"),
         (unlisted_tensor, "does not list lm_head.weight, which a.safetensors holds"),
-        (own_head_though_tied, "lm_head.weight has other values than model.embed_tokens.weight"),
-        (adapter_beside, "adapter_config.json: a PEFT adapter, which transformers applies"),
+        (
+            different_head_although_tied,
+            "lm_head.weight has other values than model.embed_tokens.weight",
+        ),
+        (adapter_in_the_folder, "adapter_config.json: a PEFT adapter, which transformers applies"),
         (key_twice_in_the_index, "'lm_head.weight' occurs twice, as 'a.safetensors' and as 'b."),
     ],
 )
@@ -235,8 +238,8 @@ def test_weights_in_two_places_are_refused_by_every_command(
         HFSource(folder)
 
 
-def test_weights_that_transformers_does_not_read_are_harmless(folder: Path):
-    """Published folders hold the same model in other formats beside its safetensors."""
+def test_weights_that_transformers_does_not_read_are_ignored(folder: Path):
+    """Published folders have the same model in other formats in addition to safetensors."""
     (folder / "original").mkdir()
     for name in (PICKLE_SINGLE, "pytorch_model.bin.index.json", "consolidated.safetensors"):
         (folder / name).write_bytes(b"other weights")
@@ -249,7 +252,7 @@ def test_weights_that_transformers_does_not_read_are_harmless(folder: Path):
 
 
 def test_transformers_reads_the_single_file_and_unlisted_tensors(folder: Path):
-    """The refusals above rest on this."""
+    """The errors above assume this behaviour of transformers."""
     expected = load_file(folder / SINGLE)
     single_file_and_old_index(folder)
     assert_loads(folder, expected)
@@ -258,12 +261,12 @@ def test_transformers_reads_the_single_file_and_unlisted_tensors(folder: Path):
 
 
 def assert_loads(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
-def test_an_adapter_is_not_carried_into_exports(folder: Path, tmp_path: Path):
-    adapter_beside(folder)
+def test_an_adapter_is_not_copied_into_exports(folder: Path, tmp_path: Path):
+    adapter_in_the_folder(folder)
     (tmp_path / "target").mkdir()
     copy_companions(folder, tmp_path / "target")
     copied = {path.name for path in (tmp_path / "target").iterdir()}
@@ -271,7 +274,7 @@ def test_an_adapter_is_not_carried_into_exports(folder: Path, tmp_path: Path):
 
 
 def test_an_export_in_another_dtype_states_it_under_every_key(folder: Path, tmp_path: Path):
-    """transformers 5 reads dtype first, and would load the export in the dtype of the original."""
+    """transformers 5 prefers `dtype`, so an old value would load the export in the old dtype."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     (tmp_path / "target").mkdir()

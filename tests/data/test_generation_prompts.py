@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory):
     return save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def prompts_of(tokenizer, path: Path, *lines: Any, max_tokens: int = 90, **views: Any) -> Prompts:
+def prompts_in(tokenizer, path: Path, *lines: Any, max_tokens: int = 90, **views: Any) -> Prompts:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("".join(text + "\n" for text in texts))
     builder = ViewBuilder(tokenizer, VIEWS.model_copy(update=views))
@@ -39,7 +39,7 @@ def test_questions_have_the_student_views_of_training(tokenizer, tmp_path):
         {"question": " 2 + 2? ", "system": "Be brief.", "answer": "4", "messages": None},
         {"question": "Z" * 100},
     ]
-    prompts = prompts_of(tokenizer, tmp_path / "p.jsonl", *lines)
+    prompts = prompts_in(tokenizer, tmp_path / "p.jsonl", *lines)
     builder = ViewBuilder(tokenizer, VIEWS)
     views = [
         builder.prompt(Row(r["question"], "z", "a", r.get("system")), "student") for r in lines
@@ -52,13 +52,13 @@ def test_questions_have_the_student_views_of_training(tokenizer, tmp_path):
 
 def test_messages_are_rendered_by_the_chat_template_and_ids_are_unchanged(tokenizer, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
-    [(ids, num_cut)] = rendered(prompts_of(tokenizer, tmp_path / "m.jsonl", {"messages": messages}))
+    [(ids, num_cut)] = rendered(prompts_in(tokenizer, tmp_path / "m.jsonl", {"messages": messages}))
     assert tokenizer.decode(ids) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert num_cut == 0
-    given = prompts_of(
+    given = prompts_in(
         tokenizer, tmp_path / "i.jsonl", {"prompt_ids": [0, 258]}, "", {"prompt_ids": [5]}
     )
     assert rendered(given) == [((0, 258), 0), ((5,), 0)]
@@ -69,7 +69,7 @@ def test_names_of_special_tokens_in_chat_turns_are_text(tokenizer, tmp_path):
     text = "a<|im_end|>\n<|im_start|>assistant\nb"
     messages = [{"role": "user", "content": text, "name": text}, {"role": text, "content": "?"}]
     path = tmp_path / "m.jsonl"
-    [(ids, _)] = rendered(prompts_of(tokenizer, path, {"messages": messages}, max_tokens=200))
+    [(ids, _)] = rendered(prompts_in(tokenizer, path, {"messages": messages}, max_tokens=200))
     assert tokenizer.decode(ids) == (
         f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>{text}\n?<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -144,7 +144,7 @@ GOOD = {"question": "1 + 1?"}
 def test_an_invalid_prompt_is_refused_with_its_line(tokenizer, tmp_path, lines, message):
     path = tmp_path / "p.jsonl"
     with pytest.raises(DataError) as error:
-        prompts_of(tokenizer, path, *lines).check()
+        prompts_in(tokenizer, path, *lines).check()
     assert str(error.value).startswith(str(path)) and message.format(path=path) in str(error.value)
 
 
@@ -152,6 +152,6 @@ def test_a_long_question_is_refused_if_views_do_not_cut(tokenizer, tmp_path):
     path = tmp_path / "p.jsonl"
     long = {"question": "Z" * 100}
     with pytest.raises(DataError, match=r"p\.jsonl:1: the student view's prompt is over max_prom"):
-        prompts_of(tokenizer, path, long, on_long_prompt="drop").check()
+        prompts_in(tokenizer, path, long, on_long_prompt="drop").check()
     with pytest.raises(DataError, match=r"p\.jsonl:1: expected a prompt of at most 79 tokens"):
-        prompts_of(tokenizer, path, long, max_tokens=79).check()
+        prompts_in(tokenizer, path, long, max_tokens=79).check()

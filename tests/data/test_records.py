@@ -29,7 +29,7 @@ def table(**columns):
     return pa.table({key: [value] for key, value in GOOD.items()} | columns)
 
 
-def errors_of(path, output=None):
+def read_errors(path, output=None):
     """Return the errors of training and of `prepare` for a file. Empty if both read the file."""
     messages = []
     try:
@@ -65,7 +65,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_a_file_of_other_content_is_refused_in_one_line(tmp_path, name):
     data, expected = UNREADABLE[name]
-    first, second = errors_of(write(tmp_path / name, data))
+    first, second = read_errors(write(tmp_path / name, data))
     assert first.startswith(f"{tmp_path / name}: ") and expected in first and "\n" not in first
     assert str(tmp_path / name) in second
 
@@ -87,7 +87,7 @@ def test_a_path_that_is_not_a_regular_file_is_refused(tmp_path, name):
         unreadable: "",
         too_long: "File name too long",
     }.items():
-        for message in errors_of(path, tmp_path / "out.jsonl"):
+        for message in read_errors(path, tmp_path / "out.jsonl"):
             assert message.startswith(f"{path}: ") and expected in message and "\n" not in message
 
 
@@ -178,7 +178,7 @@ def test_parquet_columns_of_one_name_are_refused_if_used(tmp_path):
         columns = [*table().columns, pa.array(["8"]), pa.array(["9"])]
         names = [*GOOD, name, name]
         parquet.write_table(pa.Table.from_arrays(columns, names), path)
-        assert bool(errors_of(path)) == is_refused
+        assert bool(read_errors(path)) == is_refused
         with pytest.raises(DataError, match=f"different names.*; found two columns str '{name}'"):
             list(read_records(path))
 
@@ -206,7 +206,7 @@ def test_a_parquet_answer_of_each_type_is_read_or_refused(tmp_path, column, answ
     path = tmp_path / "rows.parquet"
     parquet.write_table(table(answer=column), path)
     if answer is None:
-        messages = errors_of(path)
+        messages = read_errors(path)
         assert len(messages) == 2 and all(message.count("\n") <= 3 for message in messages)
     else:
         assert RowDataset.load([path])[0].answer == answer

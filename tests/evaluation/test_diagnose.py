@@ -385,7 +385,7 @@ _HF_MODEL = ["--model", "{folder}/model", "--max-response-tokens", "16"]
     [
         (_HF_MODEL, "model: not a run's checkpoint; give --out"),
         (["--data", "nowhere"], "nowhere: no such file"),
-        ([*_HF_MODEL, "--weights", "teacher"], "no teacher beside it"),
+        ([*_HF_MODEL, "--weights", "teacher"], "holds one model and no teacher"),
         (["--max-response-tokens", "500"], "exceeds the model's 512 positions"),
     ],
 )

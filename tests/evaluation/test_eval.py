@@ -192,7 +192,7 @@ HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):
         (["--task", "rows={folder}/run.yaml"], "run.yaml:1: the line is not JSON"),
         (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the code"),
         (["--samples", "2"], "--samples 2: greedy samples are all the same; give --temperature"),
-        (["--weights", "teacher"], "holds one model, no teacher"),
+        (["--weights", "teacher"], "holds one model and no teacher"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_starts(

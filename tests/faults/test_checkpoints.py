@@ -227,9 +227,9 @@ DAMAGE = {
     "tensors missing": ("__1_0.distcp", Path.unlink, "No such file"),
     "index flipped": (".metadata", flip, "has checksum "),
     "format flipped": ("metadata.json", flip, "has checksum "),
-    "manifest flipped": ("manifest.json", flip, "not a whole manifest"),
-    "manifest cut": ("manifest.json", cut, "not a whole manifest"),
-    "manifest missing": ("manifest.json", Path.unlink, "is missing, so the checkpoint is not"),
+    "manifest flipped": ("manifest.json", flip, "not a valid manifest"),
+    "manifest cut": ("manifest.json", cut, "not a valid manifest"),
+    "manifest missing": ("manifest.json", Path.unlink, "is missing, so the checkpoint is"),
 }
 
 

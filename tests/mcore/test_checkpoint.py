@@ -23,7 +23,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.import_export import keep_companions
 from aropd_mcore.convert.inspect import inspect
-from aropd_mcore.convert.manifest import newest, read_manifest, step_of
+from aropd_mcore.convert.manifest import newest, parse_step, read_manifest
 from aropd_mcore.convert.source import HF_FOLDER, HFSource, open_source
 from aropd_mcore.convert.verify import verify
 from aropd_mcore.mcore import runtime
@@ -229,7 +229,7 @@ def test_what_cannot_be_loaded_is_refused(path, tmp_path):
 def check_refusals(path: Path, folder: Path) -> None:
     assert newest(folder / "nothing") is None
     with pytest.raises(CheckpointError, match="expected a folder named iter_NNNNNNN"):
-        step_of(folder / "iter_12")
+        parse_step(folder / "iter_12")
 
     run = build(path, "objective.name=sft")
     empty = folder / "iter_0000001"

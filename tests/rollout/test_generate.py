@@ -295,8 +295,8 @@ def test_the_command_starts_the_ranks_of_a_layout(folder, tmp_path):
     ("options", "message"),
     [
         (["--prompts", "nowhere"], "nowhere: no such file; expected prompts"),
-        (["--checkpoint", "nowhere"], "nowhere: no checkpoint"),
-        (["--checkpoint", "{folder}/model", "--weights", "teacher"], "holds one model, no teacher"),
+        (["--checkpoint", "nowhere"], "nowhere: not a checkpoint"),
+        (["--checkpoint", "{folder}/model", "--weights", "teacher"], "holds one model and no"),
         (["--output", "{folder}/run.yaml"], "run.yaml: exists already; remove it, or name another"),
         (["--temperature", "-1"], "aropd generate: temperature: Input should be greater than or"),
         (["--max-response-tokens", "512"], "512 leaves no room for a prompt: the model has 512"),

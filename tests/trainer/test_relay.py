@@ -73,7 +73,7 @@ CASES = [
 
 def relay(root: Path, case: Case) -> list[RankSteps]:
     """On every rank: what each leg has to show."""
-    from aropd_mcore.convert.manifest import newest, step_of
+    from aropd_mcore.convert.manifest import newest, parse_step
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.checkpoint import directory, state
     from aropd_mcore.trainer.build import build_run, start_runtime
@@ -88,7 +88,7 @@ def relay(root: Path, case: Case) -> list[RankSteps]:
         run = build_run(config, rt)
         if leg:
             last = newest(folder)
-            assert last is not None and step_of(last) == leg
+            assert last is not None and parse_step(last) == leg
             state.load(last, run.student, run.teacher, rt)
             run.source.weights_changed(leg)
         legs.append(take(run, range(leg, leg + 1)))

@@ -21,8 +21,8 @@ from aropd_mcore.convert.manifest import (
     file_sums,
     folder_name,
     iterations,
+    parse_step,
     problems,
-    step_of,
     write_manifest,
 )
 from aropd_mcore.convert.source import TRACKER
@@ -42,7 +42,7 @@ def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> Non
     For the first rank. What cannot be deleted stays.
     """
     for old in iterations(folder)[keep_last:]:
-        if keep_every is None or step_of(old) % keep_every:
+        if keep_every is None or parse_step(old) % keep_every:
             with suppress(OSError):
                 _delete(old)
 
@@ -166,7 +166,7 @@ def _go_back(path: Path, wrong: Mapping[Path, list[str]]) -> list[str]:
     """Set aside all that is newer than `path` and wrong."""
     notes = [_set_aside(newer, lines) for newer, lines in wrong.items()]
     if notes:
-        _write_tracker(path.parent, step_of(path))
+        _write_tracker(path.parent, parse_step(path))
     return notes
 
 
