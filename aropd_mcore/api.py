@@ -2,8 +2,8 @@
 
 Each function runs in this process if the job has one process. With several (`num_processes`, or as
 many GPUs as there are) it starts them and waits. Under torchrun every rank calls the function, this
-process is one rank of the job, and every rank gets the result or the error. Keyword options are those of the command, with underscores:
-`max_response_tokens=64` is `--max-response-tokens 64`.
+process is one rank of the job, and every rank gets the result or the error. Keyword options are
+those of the command, with underscores: `max_response_tokens=64` is `--max-response-tokens 64`.
 """
 
 import atexit

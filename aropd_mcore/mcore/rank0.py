@@ -46,7 +46,7 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
         return future.result()  # an error with its traceback
     result, error = outcome[0]
     if error is not None:
-        error.is_from_rank0 = True
+        error.is_from_rank0 = True  # pyright: ignore[reportAttributeAccessIssue]
         raise error
     return result
 
