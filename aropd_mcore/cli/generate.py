@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.prompts.is_file():
         raise ValueError(f"{args.prompts}: no such file; expected prompts, JSONL or Parquet")
     if args.output.exists():
-        raise ValueError(f"{args.output}: exists already; remove it, or name another --output")
+        raise ValueError(f"{args.output}: exists already; remove it or name another --output")
     spec = build_generation_spec(
         args.checkpoint,
         args.prompts,

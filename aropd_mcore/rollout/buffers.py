@@ -35,7 +35,7 @@ class DecodeBuffers:
         self._uniforms_RT = uniform_numbers(seeds, limit).to(device)
 
     def next_tokens(self, running: list[int]) -> Tensor:
-        """Return the last token of each running row, int64 [B], which the model has not read yet."""
+        """Return the last token of each running row, int64 [B]: the model's next input."""
         rows, columns = self._next_columns(running)
         return self.tokens_RT[rows, columns - 1]
 

@@ -43,8 +43,8 @@ class PromptBatch:
         """
         if len(self.seeds) != len(self.prompts):
             raise ValueError(
-                f"found {len(self.prompts)} prompts and {len(self.seeds)} seeds; expected one seed per "
-                "prompt"
+                f"found {len(self.prompts)} prompts and {len(self.seeds)} seeds; expected one seed "
+                "per prompt"
             )
         limit = self.sampling.max_response_tokens
         for index, prompt in enumerate(self.prompts):
@@ -59,7 +59,8 @@ class PromptBatch:
             if not 0 <= min(prompt) <= max(prompt) < vocab_size:
                 raise ValueError(
                     f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
-                    f"model's vocabulary has {vocab_size}; check that the tokenizer belongs to the model"
+                    f"model's vocabulary has {vocab_size}; check that the tokenizer belongs to the "
+                    "model"
                 )
 
 

@@ -37,7 +37,7 @@ class GenerationSpec:
 
     @property
     def weight_version(self) -> int | None:
-        """Number of training steps of the weights; None if the checkpoint's name does not state it."""
+        """Number of training steps of the weights; None if the checkpoint has no such name."""
         if not isinstance(self.source, MegatronSource):
             return None
         number = self.source.iteration.name.removeprefix("iter_")
@@ -49,7 +49,7 @@ class GenerationSpec:
         return _room(self.source, self.rollout)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that the responses depend on, as JSON values. The layout is not part of it."""
+        """Return all that the responses depend on, as JSON values. The layout is not part of it."""
         source, sampling = self.source, self.rollout.model_dump(mode="json")
         weights = source.iteration if isinstance(source, MegatronSource) else source.path
         with self.prompts.open("rb") as file:

@@ -15,8 +15,8 @@ from aropd_mcore.config import SamplingConfig
 def uniform_numbers(seeds: Sequence[int], num_tokens: int) -> Tensor:
     """Return fp64 [B, T] in [0, 1): row b holds the first T numbers of the stream of seeds[b].
 
-    Philox is a counter-based generator with the same stream on every machine. It uses all 63 bits of
-    a seed; torch's CPU generator uses 32.
+    Philox is a counter-based generator with the same stream on every machine. It uses all 63
+    bits of a seed. torch's CPU generator uses 32.
     """
     rows = [np.random.Generator(np.random.Philox(key=seed)).random(num_tokens) for seed in seeds]
     return torch.from_numpy(np.array(rows).reshape(len(seeds), num_tokens))

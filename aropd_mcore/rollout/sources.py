@@ -263,7 +263,7 @@ class Replayed:
     ) -> StepRollouts:
         """
         Args:
-            pending: None where the cache is to have the step.
+            pending: None if the cache should have the step.
         """
         if pending is None:
             views, seeds = self._prompts(step)

@@ -159,7 +159,7 @@ def test_the_command_grades_again_and_goes_on(folder, tmp_path, capsys, monkeypa
 
     # Another evaluation does not mix with it.
     assert cli.main(command(folder, out, *sampled, "--seed", "5")) == 2
-    assert "holds another evaluation: seed was 1234, and is 5 now" in capsys.readouterr().err
+    assert "holds another evaluation: seed was 1234 and is now 5" in capsys.readouterr().err
     other = [*command(folder, out, *sampled), f"--task=more={folder / 'math.jsonl'}"]
     assert cli.main(other) == 2
     assert "holds an evaluation of other problems" in capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_shown_asserts_are_recorded_and_not_mixed(folder, tmp_path, capsys, monk
     again = ["eval", "--model", str(folder / "model"), *task, "--max-response-tokens", "12"]
     assert cli.main([*again, "--out", str(out), "--code-asserts", "3"]) == 0
     assert cli.main([*again, "--out", str(out)]) == 2
-    assert "code_asserts was 3, and is None now" in capsys.readouterr().err
+    assert "code_asserts was 3 and is now None" in capsys.readouterr().err
 
 
 HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f): assert f(1)"}

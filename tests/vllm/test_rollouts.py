@@ -87,14 +87,12 @@ def check_run(path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(vllm_api.Api, "load_weights", load_damaged(usual))
             engine.update_weights(NUM_STEPS)
-        with pytest.raises(
-            RolloutFailed, match=r"worker 0 of server 0 was given another \S+weight"
-        ):
+        with pytest.raises(RolloutFailed, match=r"worker 0 of server 0 loaded another \S+weight"):
             sample(engine, PROMPTS, SEEDS, GREEDY)
         engine.update_weights(NUM_STEPS)
         check_same_as_native(config, run, NUM_STEPS)
 
-        # A server that says it has loaded what it was given, and has not.
+        # A server that reports a load which it has not done.
         rollout = engine._serving.rollout
         vllm = rollout.vllm.model_copy(update={"checksums": False})
         engine._serving = replace(
