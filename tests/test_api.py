@@ -92,6 +92,7 @@ print("script ends")
     assert not list(tmp_path.glob("eval*")), "without `out` nothing is left"
 
 
+@pytest.mark.rest
 def test_processes_that_train_starts_give_the_metrics_of_torchrun(run, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     config = aropd.load_config(run, [f"output_dir={tmp_path / 'started'}"])
@@ -130,6 +131,7 @@ print("RANK", json.dumps(out), flush=True)
     assert [response.text for response in responses] == texts, "one process as two"
 
 
+@pytest.mark.rest
 def test_second_run_in_a_folder_in_use_is_refused_in_one_line(run, tmp_path):
     script = f"""
 import subprocess, sys, time
@@ -165,6 +167,7 @@ def test_train_with_a_missing_model_raises_the_error_itself(run, tmp_path):
         aropd.train(config)
 
 
+@pytest.mark.rest
 @pytest.mark.processes
 def test_failed_job_of_several_processes_raises_its_command_and_exit_code(
     run, tmp_path, monkeypatch, capfd

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPO
 from tests.support.tiny_runs import write_model
 
@@ -13,6 +15,7 @@ README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.rest
 def test_quickstart_commands_run_as_written(tmp_path: Path):
     """In order, with a tiny model in place of the one that it names."""
     files = {"json": "rows.jsonl", "yaml": "run.yaml"}

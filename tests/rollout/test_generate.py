@@ -189,6 +189,7 @@ def test_bad_prompt_is_an_error_on_every_rank_before_sampling(folder, tmp_path):
     assert [line.get("num_cut_tokens", 0) > 0 for line in lines] == [False] * 80 + [True] * 2
 
 
+@pytest.mark.rest
 def test_vllm_servers_sample_with_the_checkpoints_weights(folder, tmp_path, monkeypatch):
     """Only servers whose probe agrees with the model sample."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)

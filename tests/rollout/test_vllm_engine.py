@@ -205,6 +205,7 @@ def check_gather(folder: Path) -> None:
     gather_hf(model, runtime, consume)  # the ranks are in step
 
 
+@pytest.mark.rest
 def test_async_steps_train_on_rollouts_of_older_weights(tmp_path, fakes):
     """The fakes' responses do not depend on weights, so training equals that of async_steps 0.
     Only the weights are older."""
