@@ -24,6 +24,7 @@ from torch import Tensor
 from aropd_mcore.config import OptimizerConfig
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.patches import adam
+from aropd_mcore.mcore.patches.bucket_padding import count_padding
 
 adam.install()
 
@@ -82,7 +83,7 @@ class Optimizer:
             for chunk in model
         ]
         for chunk in self.ddp_chunks:
-            _count_padding(chunk)
+            count_padding(chunk)
         bf16 = model.config.params_dtype == torch.bfloat16
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -214,22 +215,6 @@ class Optimizer:
             own["param_state_sharding_type"] = STATE_FORMAT
             part.load_state_dict(own)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
-
-
-def _count_padding(chunk: Any) -> None:
-    """Count the padding after each bucket of DDP's buffers as a part of the bucket.
-
-    For a checkpoint, Megatron gathers a buffer's state without the padding between buckets. It then
-    reads each parameter's state at an offset that includes the padding. After a padded bucket, the
-    checkpoint would hold another parameter's values (megatron-core 0.16.1 and 0.19,
-    optimizer/distrib_optimizer.py, get_parameter_state_dp_zero and
-    sharded_param_state_fully_reshardable). A buffer has several buckets if a tied embedding is on
-    several stages, or with overlap_grad_reduce.
-    """
-    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _finalize_summed_grads(

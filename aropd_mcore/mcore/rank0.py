@@ -26,8 +26,9 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
         takes_long: whether `work` may outlast the timeout of a collective and has its own timeouts.
             If so, it runs in a thread, and every rank sends the watchdog heartbeats meanwhile.
     Raises:
-        The error that `work` raises, on every rank. If it cannot be pickled, the ranks other than 0
-        raise a RuntimeError with its text.
+        The error that `work` raises, on every rank. On the ranks other than 0 the error has the
+        attribute is_from_rank0, and an error that cannot be pickled is replaced by a RuntimeError
+        with its text.
     Collectives: broadcasts of an object over the job. Every rank must call it.
     """
     future: Future[T] | None = None
@@ -45,6 +46,7 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
         return future.result()  # raises the error with its traceback
     result, error = outcome[0]
     if error is not None:
+        error.is_from_rank0 = True  # pyright: ignore[reportAttributeAccessIssue]
         raise error
     return result
 
