@@ -49,7 +49,7 @@ def run_schedule(
         item = next(iterator)
         view = view_of(item)
         # Under a causal mask real tokens never see padding on the right, so no mask is needed.
-        # Positions count from the start of the row.
+        # Positions count from the start of each row or packed sample, as in rollouts.
         position_ids = torch.arange(view.tokens_BS.size(1), device=view.tokens_BS.device)
         hidden_SBH = stage(
             view.tokens_BS,
