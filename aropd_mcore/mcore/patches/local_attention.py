@@ -96,7 +96,7 @@ class LocalCoreAttention(torch.nn.Module):
         return gather_from_sequence_parallel_region(part.contiguous(), group=self.group)
 
     def _visible(self, bounds: list[int], device: torch.device) -> Tensor:
-        """Return the mask of gathered keys that this rank's queries see, bool [S, S of all ranks]."""
+        """Return the mask of gathered keys for this rank's queries, bool [S, S of all ranks]."""
         size, rank = self.group.size(), self.group.rank()
         ranks = [positions_of_rank(bounds, size, other).to(device) for other in range(size)]
         queries, keys = ranks[rank], torch.cat(ranks)
