@@ -219,7 +219,7 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
         config.write_text(config.read_text().replace('"dtype"', '"torch_dtype"'))
     sampling = SamplingConfig(max_response_tokens=12)
     rollouts = {}
-    for who, live in (("student", run.student.model), ("teacher", teacher_of(run).model)):
+    for who, live in (("student", run.student.model), ("teacher", get_teacher(run).model)):
         engine = NativeEngine(live, run.runtime, eos_token_ids=[], batch_size=1)
         rollouts[who] = sample(engine, [PROMPT], [5], sampling)
         export_model(live, model, folder / f"live-{who}", run.runtime)

@@ -1,4 +1,4 @@
-"""Parity of the Megatron model with transformers, and bitwise exports, for all families and layouts.
+"""Parity of the Megatron model with transformers, and bitwise exports, in all layouts.
 
 The reference is computed once, in the test's process. Each world size then runs all its layouts and
 models in one call. The families are FAMILIES of tests/support/tiny_models.py.
