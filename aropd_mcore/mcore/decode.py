@@ -1,18 +1,22 @@
-"""Cached decoding: the model's own forward, token by token, on any tensor x pipeline layout.
+"""Decoding with a KV cache by the model's own forward, on any tensor x pipeline layout.
 
-Tokens go through the layers packed: the N tokens of a forward, whichever rows they belong to, are N
-positions of one sequence, [N, 1, H]. Everything but core attention looks at one token at a time,
-and rotary angles are given per token, so core attention alone has to know of rows and of the past;
-while decoding it is replaced by one that keeps each row's keys and values.
+Tokens pass the layers packed: the N tokens of a forward, of any rows, are N positions of one
+sequence, [N, 1, H]. All layers but core attention process each token separately, and rotary angles
+are given per token. While decoding, core attention is replaced by a module that caches each row's
+keys and values.
 
-So no padding goes through the model, rows of different lengths stand side by side, new rows' whole
-prompts beside the next tokens of old ones, and each row counts its positions from 0 as it does in
-training. Megatron's StaticInferenceContext holds all rows at one length instead: prompts padded in
-front, which Transformer Engine's attention does not mask past the first forward
-(transformer/attention.py, AttnMaskType.no_mask), and all keys rotated anew for every token.
+This has three effects:
 
-Shape letters: N tokens of a forward, B rows, S longest prompt, L keys in view, H hidden, D head
-dimension, V vocabulary.
+- No padding passes the model, except to round N up.
+- One forward takes whole prompts of new rows and next tokens of old rows, at any lengths.
+- Each row counts its positions from 0, as in training.
+
+Megatron's StaticInferenceContext keeps all rows at one length instead. It pads prompts on the left,
+and Transformer Engine's attention does not mask this padding after the first forward
+(transformer/attention.py, AttnMaskType.no_mask). It also rotates all keys again for every token.
+
+Shape letters: N tokens of a forward, B rows, S longest prompt, M query heads, G KV heads, R query
+heads per KV head, L visible keys, H hidden, D head dimension, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence, Set
@@ -29,23 +33,26 @@ from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 
 BUCKET_SPREAD = 4 / 3
-"""Prompts attend together, padded to the longest of them, if it is at most this much longer than
-the shortest."""
+"""Largest ratio of prompt lengths in one call of the attention kernel, in which prompts are padded
+to the longest."""
 
 
 @contextmanager
 def decoding(
     model: StageModel, runtime: Runtime, *, num_rows: int, max_length: int
 ) -> Iterator["Decoder"]:
-    """A Decoder for up to num_rows rows at a time; on leaving, the model is as it was before.
+    """Context that yields a Decoder and restores the model afterwards.
 
-    In between the model is in evaluation mode, without gradient and without its own core attention.
-    The cache, 2 x num_rows x max_length x KV heads x D numbers a layer, lives as long as the
-    Decoder. The mode is torch.no_grad and not inference_mode: Megatron keeps rotary tables in a
-    cache, and its fused rotary embedding cannot save an inference tensor for backward.
+    Inside, the model is in evaluation mode, without gradient, and its core attention is replaced.
+    The KV cache has 2 x num_rows x max_length x KV heads x D numbers per layer and is freed with
+    the Decoder.
+
+    The mode is torch.no_grad, not inference_mode, because Megatron caches rotary tables, and its
+    fused rotary embedding cannot save an inference tensor for backward.
 
     Args:
-        max_length: tokens of the longest row at its end.
+        num_rows: largest number of rows that are decoded at once.
+        max_length: largest number of tokens of a row, prompt and response together.
     """
     attentions: list[Any] = [layer.self_attention for layer in model.layers]
     stock = [attention.core_attention for attention in attentions]
@@ -57,7 +64,7 @@ def decoding(
         for attention, cache in zip(attentions, caches, strict=True):
             attention.core_attention = cache
         for chunk in model:
-            # Transformer Engine keeps weights that it cast to fp8, until told that they changed.
+            # Transformer Engine caches FP8 copies of the weights. This makes it cast them again.
             chunk.set_is_first_microbatch()
         with torch.no_grad():
             yield Decoder(model, runtime, rows, caches)
@@ -68,10 +75,9 @@ def decoding(
 
 
 class Decoder:
-    """Logits of the next tokens of rows that come and go.
+    """Decoder that computes logits of the next token of every row. Rows can be added and dropped.
 
-    Logits are gathered on one rank of the replica, the one that samples; `share` broadcasts what it
-    draws.
+    Logits are gathered on the sampling rank of the replica. `share` broadcasts its samples.
     """
 
     def __init__(
@@ -85,19 +91,20 @@ class Decoder:
         self.runtime = runtime
         self._rows = rows
         self._caches = caches
-        # `packed_seq`: of all positions, not of this context rank's.
+        # `packed_seq`: angles of all positions, not only of this context rank's.
         self._angles = next(iter(model)).rotary_pos_emb(rows.max_length, packed_seq=True)
 
     def forward(self, tokens_B: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor | None:
-        """One more token on every row that is there, and new rows behind them with their prompts.
+        """Append a token to every row, append new rows with their prompts, and compute logits.
 
         Args:
-            tokens_B: int64, one a row, on the device and the same on every rank of the replica.
-            prompts: of the new rows; neighbours of similar lengths attend together.
+            tokens_B: int64 [existing rows], on the device, the same on every rank of the replica.
+            prompts: prompts of the new rows. Sort them by length for speed: neighbours of similar
+                length share a call of the attention kernel.
         Returns:
-            Logits of the token after each row, the new ones too: [B, vocab_size] fp32 on the rank
-            that samples, None on the others.
-        Collectives: the model's own over tp_group; hidden states stage to stage over pp_group; a
+            Logits of the token after each row, new rows included: [B, vocab_size] fp32 on the
+            sampling rank, None on the others.
+        Collectives: the model's own over tp_group, sends of hidden states between stages, and a
             gather of [B, V / tp] over the last stage's tp_group.
         """
         new = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
@@ -107,24 +114,27 @@ class Decoder:
         return _next_token_logits(self.model, self.runtime, hidden_BH)
 
     def drop(self, done: Set[int]) -> list[int]:
-        """Let rows go. The last of those that stay take their places.
+        """Remove rows. The last remaining rows move to the free places.
 
+        Args:
+            done: indices of the rows to remove.
         Returns:
-            Which row, as they were counted before, stands at each place now.
+            For each remaining row, in the new order, its old index.
         """
         order = self._rows.drop(done)
-        moved = [(place, row) for place, row in enumerate(order) if place != row]
+        moved = [(new, old) for new, old in enumerate(order) if new != old]
         if moved:
-            places, rows = map(list, zip(*moved, strict=True))
+            new_indices, old_indices = map(list, zip(*moved, strict=True))
             for cache in self._caches:
-                cache.move(rows, places)
+                cache.move(old_indices, new_indices)
         return order
 
     def _forward(self, tokens_N: Tensor) -> Tensor | None:
-        """Final hidden states [N, H] on the last stage, None elsewhere; waits for the stage before.
+        """Return final hidden states [N, H] on the last stage, None on other stages.
 
-        N is padded to what products in fp8 need. Under sequence parallelism each tensor rank holds
-        its part of them between matrix products and from stage to stage.
+        Waits for the previous stage. N is padded to the multiple that FP8 matrix products and
+        sequence parallelism need. Under sequence parallelism each tensor rank holds its part of the
+        tokens between matrix products and between stages.
         """
         runtime, num_tokens = self.runtime, tokens_N.numel()
         padding = (0, -num_tokens % (runtime.token_multiple * runtime.sequence_size))
@@ -142,9 +152,9 @@ class Decoder:
                 rotary_pos_emb=self._angles[positions_N],
             )
             if not chunk.post_process:
-                after = (runtime.pp_rank + 1) % runtime.pp_size
-                after = dist.get_global_rank(runtime.pp_group, after)
-                dist.send(hidden_N1H, after, group=runtime.pp_group)
+                next_stage = (runtime.pp_rank + 1) % runtime.pp_size
+                next_rank = dist.get_global_rank(runtime.pp_group, next_stage)
+                dist.send(hidden_N1H, next_rank, group=runtime.pp_group)
         if not runtime.is_last_stage:
             return None
         assert hidden_N1H is not None
@@ -153,27 +163,28 @@ class Decoder:
         return hidden_N1H[:num_tokens].squeeze(1)
 
     def _receive(self, num_tokens: int) -> Tensor:
-        """What the stage before made of `num_tokens` tokens."""
+        """Receive the previous stage's hidden states of `num_tokens` tokens."""
         runtime, config = self.runtime, self.model.config
         hidden_N1H = torch.empty(
             (num_tokens // runtime.sequence_size, 1, config.hidden_size),
             dtype=config.pipeline_dtype,
             device=runtime.device,
         )
-        before = dist.get_global_rank(runtime.pp_group, (runtime.pp_rank - 1) % runtime.pp_size)
-        dist.recv(hidden_N1H, before, group=runtime.pp_group)
+        previous_stage = (runtime.pp_rank - 1) % runtime.pp_size
+        previous_rank = dist.get_global_rank(runtime.pp_group, previous_stage)
+        dist.recv(hidden_N1H, previous_rank, group=runtime.pp_group)
         return hidden_N1H
 
 
 def _next_token_logits(
     model: StageModel, runtime: Runtime, hidden_BH: Tensor | None
 ) -> Tensor | None:
-    """The output head, on one rank of the replica: the one that samples.
+    """Apply the output head and gather the logits on the sampling rank (Runtime.samples).
 
     Args:
         hidden_BH: final hidden states of each row's last token on the last stage, None elsewhere.
     Returns:
-        [B, vocab_size] fp32 on the rank that samples (Runtime.samples), None on the others.
+        [B, vocab_size] fp32 on the sampling rank, None on the others.
     Collectives: a gather of [B, V / tp] over the last stage's tp_group.
     """
     if hidden_BH is None:
@@ -189,10 +200,9 @@ def _next_token_logits(
 
 
 def share(tensor: Tensor, runtime: Runtime) -> None:
-    """Give `tensor` the sampling rank's values on every rank of the replica, in place.
+    """Broadcast the sampling rank's values of `tensor` to every rank of the replica, in place.
 
-    What is drawn is broadcast, so that ranks cannot come to differ by a kernel that sums in another
-    order.
+    If every rank sampled by itself, kernels that sum in another order could make samples differ.
 
     Collectives: a broadcast over the last stage's tp_group, then one over pp_group.
     """
@@ -204,25 +214,27 @@ def share(tensor: Tensor, runtime: Runtime) -> None:
 
 
 class _Rows:
-    """Which rows there are, and where the tokens of the current forward stand in them; one object
-    for all layers' attention."""
+    """The current rows, and the positions of the current forward's tokens in them.
+
+    One object is shared by the attention of all layers.
+    """
 
     def __init__(self, num_rows: int, max_length: int):
         self.num_rows = num_rows
         self.max_length = max_length
         self.lengths: list[int] = []
-        """Tokens of each row, those of the current forward included."""
+        """Number of tokens of each row, including the current forward's."""
         self.num_old = 0
-        """Rows that the current forward adds one token to; those behind them are new."""
+        """Number of rows to which the current forward adds one token. Later rows are new."""
         self.buckets: list[range] = []
-        """The new rows, in runs of similar lengths."""
+        """Indices of the new rows, in runs of similar lengths."""
         self.rows_N = self.positions_N = self.last_B = torch.empty(0)
-        """Row and position of each token, and each row's last token among the N."""
+        """Row and position of each token, and the index of each row's last token among the N."""
         self.visible_B11L = torch.empty(0)
-        """Of the old rows: which keys their one token sees."""
+        """Mask of the keys that the token of each old row sees."""
 
     def advance(self, prompt_lengths: list[int], device: torch.device) -> None:
-        """A token more on each row; new rows of these lengths behind them."""
+        """Append one token to each row, and append new rows of these lengths."""
         self.num_old = len(self.lengths)
         self.buckets = [
             range(run.start + self.num_old, run.stop + self.num_old)
@@ -242,16 +254,16 @@ class _Rows:
             self.visible_B11L = keys_L <= self.positions_N[: self.num_old, None, None, None]
 
     def drop(self, done: Set[int]) -> list[int]:
-        """As Decoder.drop."""
+        """Remove rows and return the old index of each remaining row; see Decoder.drop."""
         num_left = len(self.lengths) - len(done)
         movers = iter([row for row in range(num_left, len(self.lengths)) if row not in done])
-        order = [next(movers) if place in done else place for place in range(num_left)]
+        order = [next(movers) if row in done else row for row in range(num_left)]
         self.lengths = [self.lengths[row] for row in order]
         return order
 
 
 def _runs_of_similar(lengths: Sequence[int]) -> Iterator[range]:
-    """Runs of neighbours whose longest is at most BUCKET_SPREAD times their shortest."""
+    """Yield runs of neighbours with lengths that differ by a factor of at most BUCKET_SPREAD."""
     start = 0
     for end in range(1, len(lengths) + 1):
         run = lengths[start : end + 1]
@@ -261,10 +273,10 @@ def _runs_of_similar(lengths: Sequence[int]) -> Iterator[range]:
 
 
 class _CachedAttention(torch.nn.Module):
-    """Core attention over one layer's cached keys and values; takes Megatron's arguments.
+    """Core attention over one layer's cached keys and values, with Megatron's arguments.
 
-    Query [N, 1, heads, D], key and value [N, 1, KV heads, D], rotated already, and padding behind
-    them; the result is [N, 1, heads x D], and zeros for the padding.
+    Query [N, 1, M, D], key and value [N, 1, G, D], already rotated and padded at the end. The
+    result is [N, 1, M x D], with zeros for the padding.
     """
 
     def __init__(self, rows: _Rows, scale: float | None):
@@ -273,21 +285,21 @@ class _CachedAttention(torch.nn.Module):
         self.scale = scale
         self.keys_BGLD = self.values_BGLD = torch.empty(0)
 
-    def move(self, rows: list[int], places: list[int]) -> None:
-        """What is cached of `rows`, to `places`."""
+    def move(self, old_indices: list[int], new_indices: list[int]) -> None:
+        """Move the cache of rows from old to new indices."""
         for cache_BGLD in (self.keys_BGLD, self.values_BGLD):
-            cache_BGLD[places] = cache_BGLD[rows]
+            cache_BGLD[new_indices] = cache_BGLD[old_indices]
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_masks: Any, **_mask_settings: Any
     ) -> Tensor:
         rows = self.rows
         place = (rows.rows_N, slice(None), rows.positions_N)
-        num_tokens = rows.positions_N.numel()  # what follows them is padding
+        num_tokens = rows.positions_N.numel()  # without padding
         num_padded, _, num_heads, head_dim = query.shape
         query_NMD, key, value = (part[:num_tokens].squeeze(1) for part in (query, key, value))
         if not self.keys_BGLD.numel():
-            # Zeros: the causal mask gives what is not written yet no weight, but 0 x NaN is NaN.
+            # Zeros, because masked keys have weight 0, and 0 x NaN is NaN.
             shape = (rows.num_rows, key.size(1), rows.max_length, head_dim)
             self.keys_BGLD, self.values_BGLD = key.new_zeros(shape), value.new_zeros(shape)
         self.keys_BGLD[place] = key
@@ -303,8 +315,7 @@ class _CachedAttention(torch.nn.Module):
         return functional.pad(context, (0, 0, 0, 0, 0, num_padded - num_tokens))
 
     def _old(self, query_BMD: Tensor) -> Tensor:
-        """One token a row. The query heads that share a KV head see the same keys: they are its
-        queries."""
+        """Attend with one token per row. Query heads that share a KV head are its R queries."""
         visible_B11L = self.rows.visible_B11L
         num_rows, num_keys = visible_B11L.size(0), visible_B11L.size(-1)
         keys, values = (c[:num_rows, :, :num_keys] for c in (self.keys_BGLD, self.values_BGLD))
@@ -318,7 +329,7 @@ class _CachedAttention(torch.nn.Module):
         return context_BGRD.flatten(1, 2)
 
     def _new(self, query_NMD: Tensor, bucket: range, lengths: list[int]) -> Tensor:
-        """Whole prompts, padded to the longest of the bucket."""
+        """Attend within whole prompts, padded to the longest of the bucket."""
         longest = max(lengths)
         counted_BS = torch.arange(longest) < torch.tensor(lengths)[:, None]
         counted_BS = counted_BS.to(query_NMD.device)

@@ -1,4 +1,4 @@
-"""FP8 through Transformer Engine: Megatron's settings, and whether this machine can do it."""
+"""FP8 through Transformer Engine: Megatron's settings, and a check of this machine."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from aropd_mcore.config import ConfigError, PrecisionConfig
 
 
 def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
-    """For a TransformerConfig; nothing in bf16."""
+    """Return the FP8 settings of a TransformerConfig. Empty without FP8."""
     if precision.fp8 is None:
         return {}
     return {
@@ -23,22 +23,23 @@ def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
 
 
 def check_fp8(precision: PrecisionConfig) -> None:
-    """Refuse FP8 where it cannot run: on this machine, with what is installed.
+    """Check that this machine and the installed packages can run the FP8 settings.
 
     Raises:
-        ConfigError: what is missing: a GPU, Transformer Engine, or a GPU that has the format.
+        ConfigError: there is no GPU, Transformer Engine is not installed, or the GPU lacks the
+            format.
     """
     if not precision.has_fp8:
         return
-    asked = f"precision.fp8 {precision.fp8 or precision.of_teacher.fp8}"
+    setting = f"precision.fp8 {precision.fp8 or precision.of_teacher.fp8}"
     if not torch.cuda.is_available():
-        raise ConfigError(f"{asked} needs a GPU, and torch sees none on this machine")
+        raise ConfigError(f"{setting} needs a GPU, and torch finds none on this machine")
     if not HAVE_TE:
         raise ConfigError(
-            f"{asked} needs Transformer Engine, which is not installed; "
-            "pip install 'aropd-mcore[gpu]'"
+            f"{setting} needs Transformer Engine, which is not installed; "
+            "run pip install 'aropd-mcore[gpu]'"
         )
-    # Transformer Engine has moved it; Megatron knows where it is.
+    # Transformer Engine has moved this class. Megatron imports it from the right place.
     state = fp8_utils.FP8GlobalStateManager
     is_available = {
         "tensorwise": state.is_fp8_available,
@@ -50,5 +51,5 @@ def check_fp8(precision: PrecisionConfig) -> None:
     if not available:
         name = torch.cuda.get_device_name()
         raise ConfigError(
-            f"{asked} with fp8_recipe {precision.fp8_recipe} cannot run on this {name}: {reason}"
+            f"{setting} with fp8_recipe {precision.fp8_recipe} cannot run on this {name}: {reason}"
         )

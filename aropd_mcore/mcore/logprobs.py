@@ -1,4 +1,4 @@
-"""Log-probs of given tokens, by the forward that training uses."""
+"""Log-probs of given tokens, computed by the forward that training uses."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,16 @@ from aropd_mcore.types import Microbatch, Sample
 
 
 def sequence_logprobs(model: StageModel, runtime: Runtime, ids: Sequence[int]) -> Tensor:
-    """log softmax(logits)[token] of every token of a sequence but its first.
+    """Return log softmax(logits)[token] of every token of a sequence but the first.
 
     Args:
-        model: this rank's shard, without DDP around it.
-        ids: token ids, two or more, the same on every rank.
+        model: this rank's shard, not wrapped in DDP.
+        ids: two or more token ids, the same on every rank.
     Returns:
-        CPU fp32 [len(ids) - 1], nats, the same on every rank of a model replica. Without gradient.
-    Collectives: the schedule's and the loss's; an all-reduce over cp_group, a broadcast over
-        pp_group. Every rank must call it where replicas share experts.
+        CPU fp32 [len(ids) - 1], in nats, the same on every rank of a model replica. Without
+        gradient.
+    Collectives: those of the schedule and of the loss, an all-reduce over cp_group and a broadcast
+        over pp_group. If replicas share experts, every rank must call it.
     """
     sample = Sample(tuple(ids[:1]), (), (), tuple(ids[1:]), 1.0)
     (microbatch,) = collate(
@@ -50,9 +51,9 @@ def sequence_logprobs(model: StageModel, runtime: Runtime, ids: Sequence[int]) -
 
     was_training = model.training
     model.eval()
-    # Interleaved, the schedule wants as many microbatches as there are stages.
+    # The interleaved schedule needs as many microbatches as there are stages.
     count = runtime.pp_size if runtime.vp_size > 1 else 1
-    found = run_schedule(
+    results = run_schedule(
         list(model),
         [microbatch] * count,
         view_of=lambda item: item.student,
@@ -62,7 +63,7 @@ def sequence_logprobs(model: StageModel, runtime: Runtime, ids: Sequence[int]) -
     model.train(was_training)
     logprobs_T = torch.zeros(len(ids) - 1, device=runtime.device)
     if runtime.is_last_stage:
-        logprobs_T[microbatch.offset_T] = found[0].float()
+        logprobs_T[microbatch.offset_T] = results[0].float()
         dist.all_reduce(logprobs_T, group=runtime.cp_group)
     dist.broadcast(logprobs_T, runtime.last_stage_rank, group=runtime.pp_group)
     return logprobs_T.cpu()

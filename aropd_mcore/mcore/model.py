@@ -1,4 +1,4 @@
-"""From an HF config.json to Megatron's GPTModel, in the shard of this rank."""
+"""Construction of this rank's shard of Megatron's GPTModel from an HF config.json."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,12 +36,12 @@ from aropd_mcore.mcore.patches.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
 
 BF16 = PrecisionConfig()
-"""No product in fp8."""
+"""Precision settings without FP8."""
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    # Layer by layer: of each only its input is kept.
+    # Layer by layer: only each layer's input is kept.
     "full": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -50,19 +50,19 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    # The router asks whether it is None (transformer/moe/moe_utils.py:1192), but in megatron-core
-    # 0.16.1 the name is only there with Transformer Engine.
+    # The router compares this name with None (transformer/moe/moe_utils.py:1192). megatron-core
+    # 0.16.1 defines the name only if Transformer Engine is installed.
     moe_utils.te_general_gemm = None  # type: ignore[assignment]
 
 
 class HiddenStateGPT(GPTModel):
     """GPTModel whose last stage returns final hidden states instead of logits.
 
-    Called as GPTModel is (tokens [B, S], positions [B, S], attention mask or None for causal), in
-    training and, with a StaticInferenceContext, in cached decoding. Every stage returns [S, B, H],
-    or under sequence parallelism this tensor rank's [S / tp, B, H]: the last one after the final
-    norm. The output head is applied where logits are consumed, inside the loss and the sampler,
-    chunk by chunk: no [S, B, V] tensor is made here.
+    The arguments are GPTModel's: tokens [B, S], positions [B, S], and an attention mask or None for
+    causal attention. A StaticInferenceContext makes it decode with a cache. Every stage returns
+    [S, B, H], or under sequence parallelism this tensor rank's [S / tp, B, H]. The last stage
+    returns its output after the final norm. The loss and the sampler apply the output head, chunk
+    by chunk, so no [S, B, V] tensor is made here.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class HiddenStateGPT(GPTModel):
         padded = padded_vocab_size(architecture.vocab_size, runtime.tp_size)
         super().__init__(
             config,
-            _layer_spec(config, runtime, vp_stage),  # type: ignore[arg-type] # or a block's
+            _layer_spec(config, runtime, vp_stage),  # type: ignore[arg-type] # block specs too
             vocab_size=padded,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=runtime.is_first_stage and vp_stage in (None, 0),
             post_process=runtime.is_last_stage and vp_stage in (None, runtime.vp_size - 1),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,  # type: ignore[arg-type] # any number serves
+            rotary_base=architecture.rope_theta,  # type: ignore[arg-type] # floats work too
             rope_scaling=architecture.rope_scaling_factor is not None,
             rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
@@ -92,22 +92,22 @@ class HiddenStateGPT(GPTModel):
         self.padded_vocab_size = padded
 
     def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        # GPTModel splits the mask over tensor ranks where it splits the embedded tokens, and leaves
-        # it whole on later stages (models/gpt/gpt_model.py, _preprocess).
+        # GPTModel splits the mask over tensor ranks only on the stage that embeds the tokens. Later
+        # stages get the whole mask (models/gpt/gpt_model.py, _preprocess), so it is split here.
         split_here = self.config.sequence_parallel and not self.pre_process
         if padding_mask is not None and split_here:
-            mine_SB = scatter_to_sequence_parallel_region(padding_mask.T.contiguous())
-            padding_mask = mine_SB.T.contiguous()
+            local_SB = scatter_to_sequence_parallel_region(padding_mask.T.contiguous())
+            padding_mask = local_SB.T.contiguous()
         return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """This rank's shard of the output head, [V_padded / tp, H]; last stage only.
+        """Return this rank's shard of the output head, [V_padded / tp, H]. Last stage only.
 
-        The embedding itself where it is tied and this stage holds it. Rows at or past vocab_size
-        belong to no token.
+        A tied head is the embedding itself if this stage holds the embedding. Rows from vocab_size
+        on belong to no token.
         """
         embedding = self.share_embeddings_and_output_weights and self.pre_process
         weight = self.embedding.word_embeddings.weight if embedding else self.output_layer.weight
@@ -116,10 +116,10 @@ class HiddenStateGPT(GPTModel):
 
 
 class StageModel(torch.nn.ModuleList):
-    """What this rank holds of the model: its pipeline stage's chunks, one unless interleaved.
+    """The model chunks of this rank's pipeline stage: one, or several if interleaved.
 
-    A token passes chunk 0 of every stage, then chunk 1 of every stage, and so on. Chunks come in
-    that order; parameters are named by chunk: `0.decoder.layers.0...`.
+    A token passes chunk 0 of every stage, then chunk 1 of every stage, and so on. Iteration yields
+    the chunks in this order. Parameter names begin with the chunk: `0.decoder.layers.0...`.
     """
 
     def __init__(
@@ -136,18 +136,18 @@ class StageModel(torch.nn.ModuleList):
 
     @property
     def layers(self) -> list[Any]:
-        """The decoder layers of all chunks, in the order in which a token passes them."""
+        """Decoder layers of all chunks, in the order in which a token passes them."""
         return [layer for chunk in self for layer in chunk.decoder.layers]
 
     def head_weight(self) -> Tensor:
-        """As HiddenStateGPT.head_weight; last stage only."""
+        """Return HiddenStateGPT.head_weight of the last chunk. Last stage only."""
         return cast(HiddenStateGPT, self[-1]).head_weight()
 
     def sharded_state_dict(self, prefix: str = "", *, metadata: dict[str, Any]) -> dict[str, Any]:
-        """For dist_checkpointing, chunk by chunk: `{"0": its tensors by their local names, ...}`.
+        """Return the state for dist_checkpointing: `{"0": chunk 0's tensors by local name, ...}`.
 
-        A tensor's key in the checkpoint, which begins with `prefix`, counts layers over the whole
-        model, so that any layout reads it.
+        A tensor's key in the checkpoint begins with `prefix` and counts layers over the whole
+        model. Therefore any layout can read the checkpoint.
         """
         return {
             str(index): chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
@@ -163,9 +163,9 @@ def model_config(
     recompute: Recompute = "none",
     precision: PrecisionConfig = BF16,
 ) -> TransformerConfig:
-    """Megatron's settings for a model and this runtime.
+    """Return Megatron's settings for a model and this runtime.
 
-    Fused kernels are on where Transformer Engine is there to supply them.
+    Fused kernels are enabled if Transformer Engine provides them.
     """
     fused = _use_transformer_engine(runtime)
     return TransformerConfig(
@@ -196,22 +196,23 @@ def model_config(
         **(_routing_settings(architecture.routing) if architecture.routing else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Interleaved, stages exchange what they have as soon as they have it. Batched, as Megatron
-        # does it by default, the exchange gives wrong data on gloo, and no error.
+        # Interleaved stages send each tensor as soon as it is ready. Megatron's default, batched
+        # exchange, silently gives wrong data on gloo in that layout.
         overlap_p2p_comm=runtime.vp_size > 1,
         batch_p2p_comm=runtime.vp_size == 1,
         bf16=dtype == torch.bfloat16,
-        # Microbatches differ in length. Megatron asks for this dispatcher then, experts or not.
+        # Microbatches differ in length. Megatron then requires this dispatcher, even for dense
+        # models.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # The loss comes as a sum and is divided in one place.
+        # The loss is a sum. numerics.reduce divides it.
         calculate_per_token_loss=True,
         use_cpu_initialization=runtime.device.type == "cpu",
-        # Weights are loaded, so the initial values do not matter; but initialization is also where
-        # Megatron marks which weights are tensor-parallel, and without the marks the gradient norm
-        # counts the first tensor rank's alone (tensor_parallel/layers.py, ColumnParallelLinear).
-        init_method=_leave_as_it_is,
-        output_layer_init_method=_leave_as_it_is,
+        # Weights are loaded later, so initial values do not matter. Initialization must still run:
+        # it marks the tensor-parallel weights, and without the marks the gradient norm counts them
+        # on the first tensor rank only (tensor_parallel/layers.py, ColumnParallelLinear).
+        init_method=_keep_uninitialized,
+        output_layer_init_method=_keep_uninitialized,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
@@ -224,11 +225,12 @@ def _routing_settings(routing: Routing) -> dict[str, Any]:
         "num_moe_experts": routing.num_experts,
         "moe_router_topk": routing.experts_per_token,
         "moe_ffn_hidden_size": routing.ffn_hidden_size,
-        # Softmax over the chosen experts alone is softmax over all, normalized after the choice.
+        # A softmax over the chosen experts only equals a softmax over all experts that is
+        # normalized after the choice.
         "moe_router_pre_softmax": not routing.normalized,
         "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",  # which experts are near a tie is not for bf16 to decide
-        "moe_grouped_gemm": False,  # one matrix product after another; grouping needs a kernel
+        "moe_router_dtype": "fp32",  # in bf16, near ties between experts would be rounded
+        "moe_grouped_gemm": False,  # grouped matrix products need a special kernel
     }
 
 
@@ -240,20 +242,23 @@ def build_model(
     recompute: Recompute = "none",
     precision: PrecisionConfig = BF16,
 ) -> StageModel:
-    """The model that an HF config describes, this rank's shard of it, on runtime.device.
+    """Build this rank's shard of the model that an HF config describes, on runtime.device.
 
-    Its weights are uninitialized memory: load them (weights.load_hf_weights, or a checkpoint).
+    Its weights are uninitialized memory. Load them with weights.load_hf_weights or from a
+    checkpoint.
 
     Args:
         hf: an HF folder, a config.json, or its parsed contents.
-        dtype: of every parameter; activations follow.
-        recompute: what a backward computes again: nothing, core attention, or every layer.
-        precision: of the layers' products (fp8.check_fp8 says whether it can run here).
+        dtype: dtype of all parameters and of the activations.
+        recompute: the part that the backward computes again: nothing, core attention, or every
+            layer.
+        precision: precision of the layers' matrix products. fp8.check_fp8 checks that this machine
+            supports it.
     Raises:
         CheckpointError: the config cannot be used.
         ValueError: the runtime's layout does not divide the model.
-    Collectives: with tied embeddings over several stages, Megatron's constructor sums the two
-        copies; every rank must build its own.
+    Collectives: with tied embeddings and several stages, Megatron's constructor sums the two
+        copies of the embedding. Every rank must call this function.
     """
     architecture = read_architecture(hf)
     check_layout(
@@ -271,31 +276,33 @@ def build_model(
     chunks = [HiddenStateGPT(architecture, config, runtime, stage) for stage in vp_stages]
     model = StageModel(architecture, config, chunks)
     _mark_experts(model, runtime)
-    # The local spec's norms are created in fp32 and on the CPU, whatever params_dtype says.
+    # The local spec creates its norms in fp32 and on the CPU, regardless of params_dtype.
     return model.to(device=runtime.device, dtype=dtype)
 
 
 def _mark_experts(model: StageModel, runtime: Runtime) -> None:
-    """Say of the experts' weights how their gradients are summed and counted in the norm.
+    """Mark on the experts' weights how their gradients are summed and counted in the norm.
 
-    Where ranks share experts or their matrices out, each rank's are its own, and all count;
-    megatron-core 0.16 would count those of the first tensor rank alone. Where every tensor rank has
-    all of them, whole, and gives them its own tokens, their gradients have to be summed over
-    tp_group and counted once, as the norms' weights are; megatron-core 0.16 takes them for split
-    over tensor ranks instead, and 0.19 gives them an optimizer of their own (`allreduce` in
-    tensor_parallel/layers.py, ColumnParallelLinear).
+    There are two cases:
+
+    - The experts or their matrices are sharded over ranks. Each rank's gradients are its own, and
+      all count in the norm. megatron-core 0.16 would count the first tensor rank's only.
+    - Every tensor rank has all experts, whole, and sends them its own tokens. Their gradients must
+      be summed over tp_group and counted once, like those of the norms' weights. megatron-core 0.16
+      treats these weights as split over tensor ranks, and 0.19 gives them a separate optimizer
+      (`allreduce` in tensor_parallel/layers.py, ColumnParallelLinear).
     """
-    is_shared_out = runtime.shares_experts
+    are_sharded = runtime.shares_experts
     for name, weight in model.named_parameters():
         if ".experts." in name:
-            weight.allreduce = not is_shared_out  # type: ignore[attr-defined]
-            weight.tensor_model_parallel = is_shared_out  # type: ignore[attr-defined]
+            weight.allreduce = not are_sharded  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = are_sharded  # type: ignore[attr-defined]
             weight.sequence_parallel = (  # type: ignore[attr-defined]
-                runtime.sequence_parallel and not is_shared_out
+                runtime.sequence_parallel and not are_sharded
             )
 
 
-def _leave_as_it_is(weight: Tensor) -> Tensor:
+def _keep_uninitialized(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -325,9 +332,10 @@ def _layer_spec(
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     if config.num_moe_experts:
-        # In checkpoints the local spec calls norms as Transformer Engine's does, which fuses them
-        # into the linear layer behind. It does so before experts too, where Transformer Engine's
-        # spec fuses nothing and keeps the plain name. One name, so that both read the same files.
+        # In checkpoints, the local spec gives norms the names of Transformer Engine's spec, which
+        # fuses them into the next linear layer. Before experts Transformer Engine's spec fuses
+        # nothing and keeps the plain name, but the local spec renames that norm too. Undo this, so
+        # that both specs read the same checkpoints.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(

@@ -1,4 +1,4 @@
-"""What a step minimizes, from the hidden states at a microbatch's loss tokens.
+"""Objectives: the loss of a step from the hidden states at a microbatch's loss tokens.
 
 Shape letters: T loss tokens of a microbatch on this rank, H hidden, V vocabulary rows of this rank.
 """
@@ -18,16 +18,16 @@ from aropd_mcore.numerics.position_metrics import hindsight_tokens, response_end
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenValues = dict[str, Tensor]
-"""name -> [T]: values of metrics, among others those that the objective declares."""
+"""name -> [T]: metric values, including those of the metrics that the objective declares."""
 
 
 class Objective(Protocol):
-    """A loss over the student's hidden states on the last stage."""
+    """The protocol of a loss over the student's hidden states on the last stage."""
 
     views: tuple[PrivilegedView, ...]
-    """The teacher's views that it reads."""
+    """Views of the teacher that the loss needs."""
     metrics: tuple[str, ...]
-    """Names, of `numerics.position_metrics.METRICS`, that it reports."""
+    """Names of the reported metrics, from `numerics.position_metrics.METRICS`."""
 
     def __call__(
         self,
@@ -39,13 +39,14 @@ class Objective(Protocol):
         """Compute the microbatch's part of the global loss, and token values for its metrics.
 
         Args:
-            hidden_TH: the student's, with gradient.
-            head_VH: the student's output layer. Its gradient goes into `main_grad` where Megatron's
-                DDP keeps one in fp32.
-            teacher: on this device; None without views.
+            hidden_TH: the student's hidden states, with gradient.
+            head_VH: the student's output layer. If Megatron's DDP has an fp32 `main_grad`, the
+                gradient is accumulated there.
+            teacher: the teacher's hidden states on this device. None without views.
         Returns:
-            The sum over loss tokens of token weight times loss, with gradient; and token values.
-        Collectives: those of the loss over tp_group, and over cp_group those of importance weights.
+            The sum over loss tokens of token weight times loss, with gradient, and token values.
+        Collectives: those of the loss over tp_group, and those of the importance weights over
+            cp_group.
         """
         ...
 
@@ -83,7 +84,7 @@ class AnchoredResidual:
         has_both = len(self.views) == 2
         token_weights_T, mismatch = self._importance(hidden_TH, head_VH, microbatch)
         if config.temper_logits and temperature != 1:
-            # The output layer has no bias: this divides the logits, and their gradient.
+            # The output layer has no bias, so this divides the logits and their gradient.
             hidden_TH, teacher = hidden_TH / temperature, teacher.divided_by(temperature)
         loss, values = fused_linear_anchored_residual_kl(
             hidden_TH,
@@ -118,10 +119,9 @@ class AnchoredResidual:
     def _importance(
         self, hidden_TH: Tensor, head_VH: Tensor, microbatch: Microbatch
     ) -> tuple[Tensor, TokenValues]:
-        """Multiply the token weights by importance weights, where the engine's mismatch asks for
-        them.
+        """Multiply the token weights by importance weights, if rollout settings enable them.
 
-        They have to be known before the loss is computed, so the output layer is applied once more.
+        The weights are needed before the loss, so the output layer is applied an extra time.
         """
         level, engine_logprobs_T = self._rollout.importance_level, microbatch.engine_logprobs_T
         if level is None:
@@ -149,7 +149,7 @@ class AnchoredResidual:
 
 
 def reported_metrics(objective: ObjectiveConfig, rollout: RolloutConfig) -> tuple[str, ...]:
-    """Metrics of AnchoredResidual under these settings."""
+    """Return the names of the metrics that AnchoredResidual reports under these settings."""
     names = ("loss", "num_tokens")
     if len(objective.views) == 2:
         names += ("hindsight_token_rate", "num_response_ends")
@@ -162,7 +162,7 @@ def reported_metrics(objective: ObjectiveConfig, rollout: RolloutConfig) -> tupl
 
 
 class CrossEntropy:
-    """Next-token cross-entropy on the oracle's responses: `sft`, which has no teacher."""
+    """Next-token cross-entropy on the oracle's responses: the objective `sft`, without teacher."""
 
     def __init__(self, objective: ObjectiveConfig, runtime: Runtime, *, vocab_size: int):
         self.views: tuple[PrivilegedView, ...] = ()
@@ -218,6 +218,6 @@ def _tp_group(runtime: Runtime) -> dist.ProcessGroup | None:
 
 
 def _main_grad(weight: Tensor) -> Tensor | None:
-    """The tensor into which Megatron's DDP accumulates the gradient, if it is in fp32."""
+    """Return the tensor into which Megatron's DDP accumulates the gradient, if it is fp32."""
     main_grad = getattr(weight, "main_grad", None)
     return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None

@@ -29,26 +29,29 @@ from aropd_mcore.mcore.patches.bucket_padding import count_padding
 adam.install()
 
 STATE_FORMAT = "fully_reshardable"
-"""Of the optimizer's tensors in a checkpoint: the one that survives a change of layout."""
+"""Format of the optimizer's tensors in a checkpoint. Only this format can be loaded into another
+layout."""
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What became of one optimizer update; the same on every rank."""
+    """Result of one optimizer update, the same on every rank."""
 
     grad_norm: float
     """Global L2 norm before clipping."""
     applied: bool
-    """False when it was left out: weights, optimizer state and schedule are untouched."""
+    """Whether the update was applied. If not, weights, optimizer state and schedule are unchanged.
+    """
     lr: float
     """Learning rate of this update."""
 
 
 class Optimizer:
-    """AdamW over the student's shards, its state sharded over the data-parallel ranks.
+    """AdamW over the student's shards, with its state sharded over the data-parallel ranks.
 
-    Gradients arrive already normalized: token weights carry the global divisor (numerics.reduce),
-    so Megatron sums them over microbatches and data-parallel ranks and divides by nothing.
+    Gradients arrive already normalized, because token weights contain the global divisor
+    (numerics.reduce). Megatron sums them over microbatches and data-parallel ranks and does not
+    divide.
     """
 
     def __init__(
@@ -62,8 +65,8 @@ class Optimizer:
         """
         Args:
             model: the student; its parameters become views into DDP's buffers.
-            num_steps: updates of the whole run, for the schedule.
-            overlap_grad_reduce: reduce gradients while the last microbatch's backward goes on.
+            num_steps: number of updates of the whole run, for the schedule.
+            overlap_grad_reduce: reduce gradients during the last microbatch's backward.
         """
         self.clip_grad = config.clip_grad
         self.ddp_chunks = [
@@ -95,8 +98,8 @@ class Optimizer:
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        # Without a graph: an fp32 model's shards are views of its parameters, and their grad_fn
-        # would tie optimizer, DDP and its groups in a cycle that Python cannot collect.
+        # An fp32 model's shards are views of its parameters. With a graph, their grad_fn would join
+        # the optimizer, DDP and its groups in a cycle that Python cannot collect.
         with torch.no_grad():
             inner = get_megatron_optimizer(
                 megatron_config,
@@ -106,7 +109,7 @@ class Optimizer:
         assert isinstance(inner, ChainedOptimizer)
         self.inner = inner
         for part in self.inner.chained_optimizers:
-            # Now, so that a checkpoint can be written before the first update was applied.
+            # Create the state now, so that a checkpoint can be written before the first update.
             part.init_state_fn(part.optimizer, part.config)
         model.config.grad_scale_func = self.inner.scale_loss
         model.config.finalize_model_grads_func = _finalize_summed_grads
@@ -115,7 +118,7 @@ class Optimizer:
         warmup_steps = min(int(config.warmup_ratio * num_steps), num_steps - 1)
         self.scheduler = OptimizerParamScheduler(
             self.inner,
-            # From 0, Megatron's choice, the first step's rollouts would change nothing.
+            # With Megatron's default, a start at 0, the first step would have no effect.
             init_lr=config.lr / (warmup_steps + 1),
             max_lr=config.lr,
             min_lr=config.min_lr,
@@ -126,14 +129,14 @@ class Optimizer:
             end_wd=config.weight_decay,
             wd_incr_steps=num_steps,
             wd_incr_style="constant",
-            # A run that is resumed with another num_steps or lr follows its new schedule.
+            # A run that resumes with another num_steps or lr follows its new schedule.
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:
-        """Backwards of all microbatches but the last, which is when gradients are reduced."""
+        """Context for the backward of all microbatches but the last: gradients are not reduced."""
         with ExitStack() as stack:
             for chunk in self.ddp_chunks:
                 stack.enter_context(chunk.no_sync())
@@ -146,7 +149,7 @@ class Optimizer:
 
     @torch.no_grad()
     def grad_norm(self) -> float:
-        """Global L2 norm of the gradients of the last forward-backward; `step` comes next.
+        """Return the global L2 norm of the last forward-backward's gradients. Call `step` next.
 
         Collectives: one all-reduce over the model's ranks.
         """
@@ -155,11 +158,12 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, grad_norm: float, *, apply: bool) -> UpdateResult:
-        """Clip and apply the gradients whose norm `grad_norm` has found; advance the schedule.
+        """Clip and apply the gradients, and advance the schedule.
 
         Args:
-            apply: the same on every rank; False leaves weights, optimizer state and schedule
-                untouched.
+            grad_norm: global norm of the gradients, from the method `grad_norm`.
+            apply: the same on every rank. False leaves weights, optimizer state and schedule
+                unchanged.
         Collectives: the all-gather of updated parameters over the data-parallel ranks.
         """
         lr = self.lr
@@ -180,13 +184,15 @@ class Optimizer:
     def sharded_state_dict(
         self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
     ) -> dict[str, Any]:
-        """Optimizer state for dist_checkpointing, and the schedule's position.
+        """Return the optimizer state for dist_checkpointing, and the schedule's position.
 
-        Of Megatron's own state only the tensors, so that one optimizer reads what two have written:
-        experts that ranks share out (EP) have an optimizer of their own.
+        Of Megatron's state, only the tensors are included. Experts that are sharded over ranks (EP)
+        have a second optimizer in Megatron, and a layout with one optimizer must be able to load
+        the state of two.
 
         Args:
-            model_state: the student's sharded state dict; metadata: the same at save and load.
+            model_state: the student's sharded state dict.
+            metadata: the same when saving and loading.
         """
         parts = [
             part.sharded_state_dict(model_state, is_loading, metadata=metadata)
@@ -200,7 +206,7 @@ class Optimizer:
 
     @torch.no_grad()  # fp32 parameters are leaves that the load writes into
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over moments, fp32 values and the schedule's position; settings stay this run's."""
+        """Load moments, fp32 weights and the schedule's position. Settings remain this run's."""
         for i, part in enumerate(self.inner.chained_optimizers):
             own = cast(dict[str, Any], part.state_dict())
             for group in own["optimizer"]["param_groups"]:
@@ -214,5 +220,5 @@ class Optimizer:
 def _finalize_summed_grads(
     model: list[Any], _num_tokens: Any = None, *args: Any, **kwargs: Any
 ) -> None:
-    """Megatron's gradient reductions without its division by a token count."""
+    """Run Megatron's gradient reductions without its division by a token count."""
     finalize_model_grads(model, None, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Work that rank 0 does for all ranks of the job."""
+"""Calls that run on rank 0 for all ranks of the job."""
 
 import pickle
 import threading
@@ -13,23 +13,23 @@ from aropd_mcore.heartbeat import beat
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30.0
-"""How often the other ranks hear that work with `takes_long` is not done yet."""
+"""Interval in seconds at which rank 0 informs the other ranks that long work is still running."""
 
 
 def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
-    """Call `work()` on rank 0 only; return its result, or raise its error, on every rank.
+    """Call `work()` on rank 0 only. Return its result, or raise its error, on every rank.
 
-    Without it, an error on rank 0 only would leave the other ranks waiting in the next collective.
+    If the error were raised on rank 0 only, the other ranks would hang in the next collective.
 
     Args:
-        work: takes part in no collective. Its result is pickled.
-        takes_long: for work that may outlast the timeout of a collective and has timeouts of its
-            own. It runs in a thread; meanwhile every rank shows the watchdog that it is alive.
+        work: a function without collectives. Its result is pickled.
+        takes_long: whether `work` may outlast the timeout of a collective and has its own timeouts.
+            If so, it runs in a thread, and every rank sends the watchdog heartbeats meanwhile.
     Raises:
-        What work raises, on every rank. On the ranks other than 0 the error has the attribute
-        is_from_rank0, and an error that cannot be pickled is replaced by a RuntimeError with its
-        text.
-    Collectives: broadcasts of an object over the job; every rank must call it.
+        The error that `work` raises, on every rank. On the ranks other than 0 the error has the
+        attribute is_from_rank0, and an error that cannot be pickled is replaced by a RuntimeError
+        with its text.
+    Collectives: broadcasts of an object over the job. Every rank must call it.
     """
     future: Future[T] | None = None
     if dist.get_rank() == 0:
@@ -43,7 +43,7 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
         if takes_long:
             beat()
     if future is not None:
-        return future.result()  # an error with its traceback
+        return future.result()  # raises the error with its traceback
     result, error = outcome[0]
     if error is not None:
         error.is_from_rank0 = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -52,7 +52,7 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Call `work()` in a daemon thread, which does not keep an interrupted run from ending."""
+    """Call `work()` in a daemon thread, so that an interrupted run can exit."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -75,7 +75,7 @@ def _done(work: Callable[[], T]) -> Future[T]:
 
 
 def _outcome(future: Future[Any]) -> tuple[Any, BaseException | None]:
-    """Result and error of rank 0, as the other ranks get them."""
+    """Return rank 0's result and error in the form that is sent to the other ranks."""
     error = future.exception()
     if error is None:
         return future.result(), None

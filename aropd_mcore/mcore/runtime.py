@@ -5,7 +5,7 @@ import warnings
 
 from aropd_mcore.mcore.patches import cpu_mode
 
-# Said on every rank, of Megatron's own code: what is not installed, and what torch has renamed.
+# Warnings that Megatron causes on every rank: packages that are not installed, renamed torch APIs.
 for message in (
     ".*Apex (are|is) not installed",
     ".*CUDA_DEVICE_MAX_CONNECTIONS",
@@ -13,10 +13,10 @@ for message in (
     ".torch.distributed.* is deprecated",
     ".load_state_dict. is deprecated",
     "Please use DTensor instead",
-    ".sequence_parallel. is set to .True., but tensor",  # of experts, whole on every tensor rank
+    ".sequence_parallel. is set to .True., but tensor",  # for experts that tensor does not shard
 ):
     warnings.filterwarnings("ignore", message=message)
-logging.getLogger("megatron.core").setLevel(logging.ERROR)  # its deprecations, on every rank
+logging.getLogger("megatron.core").setLevel(logging.ERROR)  # deprecations, on every rank
 
 cpu_mode.install()  # before the first import of megatron.core
 
@@ -36,14 +36,18 @@ _MINUTE = timedelta(minutes=1)
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its device and its process groups.
+    """This process's device and process groups.
 
-    The model is sharded over tp_group (tensor) and pp_group (pipeline stages). Ranks with the same
-    shard are joined by cp_group (context) where they share out the positions of the same sequences,
-    by dp_group where each has sequences of its own, and all of them by dp_cp_group; tp_cp_group has
-    the tokens of the same sequences. The experts of a layer are the exception, shared out across
-    tensor ranks of a stage first and then across its replicas: etp_group, ranks in a row, cuts each
-    expert's matrices, and ep_group, ranks with the same part of them, shares experts out.
+    - tp_group (tensor) and pp_group (pipeline stages): ranks over which the model is sharded.
+    - cp_group (context): ranks with the same shard that split the positions of the same sequences.
+    - dp_group (data): ranks with the same shard and different sequences.
+    - dp_cp_group: all ranks with the same shard.
+    - tp_cp_group: ranks that hold the tokens of the same sequences.
+    - etp_group (expert tensor): consecutive ranks over which each expert's matrices are sharded.
+    - ep_group (expert): ranks with the same part of the matrices, over which a layer's experts are
+      distributed.
+
+    etp_group and ep_group cover the tensor ranks of a stage first, then its replicas.
     """
 
     device: torch.device
@@ -56,11 +60,11 @@ class Runtime:
     ep_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
     vp_size: int
-    """Model chunks on each pipeline stage; more than one in the interleaved layout."""
+    """Number of model chunks per pipeline stage. More than one if interleaved."""
     sequence_parallel: bool
-    """Whether, between the layers' matrix products, each tensor rank holds a part of the tokens."""
+    """Whether each tensor rank holds a part of the tokens between the layers' matrix products."""
     token_multiple: int = 1
-    """What a rank's number of tokens must be a multiple of; more than 1 for products in fp8."""
+    """Required divisor of a rank's number of tokens. More than 1 for FP8 matrix products."""
 
     @property
     def rank(self) -> int:
@@ -120,24 +124,24 @@ class Runtime:
 
     @property
     def shares_experts(self) -> bool:
-        """Whether a rank has but a part of its layers' experts, or of each of them."""
+        """Whether a layer's experts, or the matrices of each, are sharded over several ranks."""
         return self.ep_size * self.etp_size > 1
 
     @property
     def sequence_size(self) -> int:
-        """Tensor ranks that share out the tokens between matrix products."""
+        """Number of tensor ranks that split the tokens between matrix products."""
         return self.tp_size if self.sequence_parallel else 1
 
     @property
     def segment_multiple(self) -> int:
-        """What a packed sample's length must be a multiple of (data.context_parallel)."""
+        """Required divisor of a packed sample's length (data.context_parallel)."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     @property
     def length_multiple(self) -> int:
-        """What the length of a sequence in the model must be a multiple of."""
-        a_rank = math.lcm(self.token_multiple, 2 if self.cp_size > 1 else 1)
-        return a_rank * self.cp_size * self.sequence_size
+        """Required divisor of the length of a sequence in the model."""
+        per_rank = math.lcm(self.token_multiple, 2 if self.cp_size > 1 else 1)
+        return per_rank * self.cp_size * self.sequence_size
 
     @property
     def is_first_stage(self) -> bool:
@@ -149,26 +153,30 @@ class Runtime:
 
     @property
     def samples(self) -> bool:
-        """Whether this rank draws the tokens of its model replica."""
+        """Whether this rank samples the tokens of its model replica."""
         return self.is_last_stage and self.tp_rank == 0
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage of this model replica, same tensor rank."""
+        """Global rank of this replica's last pipeline stage, with the same tensor rank."""
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
 
     def gather_over_data(self, local: torch.Tensor) -> torch.Tensor:
-        """Concatenate a CPU tensor of equal shape on every rank over dp_group, in rank order.
+        """Concatenate the CPU tensors of dp_group's ranks, in rank order.
 
+        Args:
+            local: this rank's tensor, of the same shape and dtype on every rank.
+        Returns:
+            CPU tensor. Its first dimension is dp_size times that of `local`.
         Collectives: one all-gather over dp_group.
         """
-        mine = local.to(self.device)
-        parts = [torch.empty_like(mine) for _ in range(self.dp_size)]
-        dist.all_gather(parts, mine, group=self.dp_group)
+        local = local.to(self.device)
+        parts = [torch.empty_like(local) for _ in range(self.dp_size)]
+        dist.all_gather(parts, local, group=self.dp_group)
         return torch.cat(parts).cpu()
 
     def concatenate_over_data(self, local: list[Any]) -> list[Any]:
-        """The lists of all ranks of dp_group, of any lengths, one after another in rank order.
+        """Concatenate the lists of dp_group's ranks, in rank order. Lengths may differ.
 
         Collectives: one all-gather of pickled objects over dp_group.
         """
@@ -179,7 +187,7 @@ class Runtime:
         return [item for part in parts for item in part]
 
     def max_over_job(self, value: int) -> int:
-        """The largest of all ranks' values.
+        """Return the maximum of all ranks' values.
 
         Collectives: one all-reduce over the whole job, on the CPU.
         """
@@ -188,7 +196,7 @@ class Runtime:
         return int(largest)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a config's `bf16`, `fp32` or `auto` means here."""
+        """Return the dtype of a config's `bf16`, `fp32` or `auto`: bf16 on a GPU, else fp32."""
         if name == "auto":
             name = "bf16" if self.device.type == "cuda" else "fp32"
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
@@ -207,31 +215,31 @@ def start(
     seed: int = 1234,
     timeout: timedelta | None = None,
 ) -> Runtime:
-    """Join the job's processes, split them into groups and seed every generator.
+    """Join the job, create its process groups and seed all random generators.
 
-    Under torchrun the job is what RANK, WORLD_SIZE and LOCAL_RANK say; otherwise it is this
-    process alone. NCCL serves tensors on the GPU, gloo those on the CPU.
+    RANK, WORLD_SIZE and LOCAL_RANK describe the job, as torchrun sets them. Without RANK, the job
+    consists of this process only. Collectives use NCCL for GPU tensors and gloo for CPU tensors.
 
     Args:
-        tensor, pipeline, context: sizes of the model's and the sequences' sharding; data
-            parallelism takes the rest.
-        virtual_pipeline: chunks that each stage holds, interleaved over the layers.
-        expert: ranks of a stage that share out its experts.
-        expert_tensor: ranks of a stage that share out the matrices of each expert.
+        tensor, pipeline, context: number of ranks over which weights, layers and sequences are
+            sharded. Data parallelism takes the remaining factor.
+        virtual_pipeline: number of chunks per stage, interleaved over the layers.
+        expert: number of ranks of a stage over which its experts are distributed.
+        expert_tensor: number of ranks of a stage over which each expert's matrices are sharded.
         sequence_parallel: split the tokens over the tensor ranks where weights are not split.
         token_multiple: see Runtime.
         seed: the same on every rank.
-        timeout: of collectives; torch's and Megatron's defaults if None.
+        timeout: timeout of collectives. None: the defaults of torch and Megatron.
     Raises:
-        ValueError: the sizes do not divide the number of processes, virtual_pipeline has no stages
-            to interleave, or sequence_parallel no tensor ranks to split over.
-    Collectives: creates process groups; every rank of the job must call it.
+        ValueError: the sizes do not divide the number of processes, virtual_pipeline needs more
+            than one stage, or sequence_parallel needs more than one tensor rank.
+    Collectives: creates process groups. Every rank of the job must call it.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        # Tensor parallelism overlaps communication only when kernels queue in order.
+        # Tensor parallelism overlaps communication only if kernels are queued in order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -255,7 +263,10 @@ def start(
         expert_tensor,
     )
     if sequence_parallel and tensor == 1:
-        raise ValueError("sequence parallelism splits tokens over tensor ranks; tensor is 1")
+        raise ValueError(
+            "parallel.sequence true with parallel.tensor 1: expected two tensor ranks or more, "
+            "over which tokens are split; set parallel.sequence to false"
+        )
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
@@ -263,21 +274,21 @@ def start(
         context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor,
-        # A timedelta is made of it: minutes need not be whole.
+        # Megatron makes a timedelta of this number, so fractions are allowed.
         distributed_timeout_minutes=30 if timeout is None else timeout / _MINUTE,  # pyright: ignore[reportArgumentType]
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return Runtime(
         device=device,
-        tp_group=_own(parallel_state.get_tensor_model_parallel_group()),
-        pp_group=_own(parallel_state.get_pipeline_model_parallel_group()),
-        cp_group=_own(parallel_state.get_context_parallel_group()),
-        dp_group=_own(parallel_state.get_data_parallel_group()),
-        dp_cp_group=_own(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        tp_cp_group=_own(parallel_state.get_tensor_and_context_parallel_group()),
-        ep_group=_own(parallel_state.get_expert_model_parallel_group()),
-        etp_group=_own(parallel_state.get_expert_tensor_parallel_group()),
+        tp_group=_checked(parallel_state.get_tensor_model_parallel_group()),
+        pp_group=_checked(parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=_checked(parallel_state.get_context_parallel_group()),
+        dp_group=_checked(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_checked(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        tp_cp_group=_checked(parallel_state.get_tensor_and_context_parallel_group()),
+        ep_group=_checked(parallel_state.get_expert_model_parallel_group()),
+        etp_group=_checked(parallel_state.get_expert_tensor_parallel_group()),
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
         token_multiple=token_multiple,
@@ -296,37 +307,37 @@ def _check_sizes(
     sharing = expert * expert_tensor
     replica = math.lcm(tensor * context, sharing) * pipeline
     if world_size % replica:
-        experts = f", their experts shared by {sharing} ranks" if sharing > 1 else ""
+        experts = f" with experts sharded over {sharing} ranks" if sharing > 1 else ""
         raise ValueError(
             f"{world_size} processes cannot be split into model replicas of "
             f"parallel.tensor {tensor} x parallel.pipeline {pipeline} x parallel.context "
-            f"{context}{experts}; start a multiple of {replica}"
+            f"{context}{experts}; start a multiple of {replica} processes"
         )
     if virtual_pipeline > 1 and pipeline == 1:
         raise ValueError(
-            f"{virtual_pipeline} chunks on each pipeline stage interleave over two stages or more; "
-            "parallel.pipeline is 1"
+            f"parallel.virtual_pipeline {virtual_pipeline} with parallel.pipeline 1: expected two "
+            "stages or more, whose chunks are interleaved; set parallel.virtual_pipeline to 1"
         )
 
 
-def _own(group: object) -> dist.ProcessGroup:
-    """parallel_state's group; its other types are for ranks outside and for several pipelines."""
+def _checked(group: object) -> dist.ProcessGroup:
+    """Return parallel_state's group. Other types, for ranks outside of a group, do not occur."""
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def stop(*, leave_job: bool = False) -> None:
-    """Undo `start`: drop the groups, so that another split can follow.
+    """Destroy the groups of `start`, so that it can be called again with another layout.
 
     Args:
-        leave_job: also leave torch.distributed; a process does this once, at its end.
+        leave_job: also leave torch.distributed. A process does this once, before it exits.
     """
-    # destroy_model_parallel ends a few groups and only forgets the others, whose threads live on.
+    # destroy_model_parallel destroys some groups and drops the others, whose threads keep running.
     groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
     for group in groups:
         if group is not None:  # None is the job's own
-            with suppress(ValueError):  # ended already
+            with suppress(ValueError):  # already destroyed
                 dist.destroy_process_group(group)
     if leave_job:
         dist.destroy_process_group()

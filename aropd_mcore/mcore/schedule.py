@@ -1,4 +1,4 @@
-"""A thin hold on Megatron's pipeline schedules."""
+"""A thin wrapper around Megatron's pipeline schedules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,32 +23,33 @@ def run_schedule(
     forward_only: bool,
     gather_over: dist.ProcessGroup | None = None,
 ) -> list[Any]:
-    """Send microbatches through the pipeline; 1F1B with backward, or forward only.
+    """Run microbatches through the pipeline: 1F1B with backward, or forward only.
 
     Args:
-        chunks: of the model on this stage (each under DDP when there is a backward); over several,
-            the schedule is interleaved.
-        inputs: one item a microbatch, the same on every stage.
-        view_of: the sequences of an item that the model reads.
-        on_last_stage: called as (hidden_TH, item) on the last stage with the final hidden states at
-            the view's loss positions, [T, H]; with a backward it returns (loss, report), the
-            loss a scalar that is summed over microbatches.
-        forward_only: no backward; what on_last_stage returns is collected as it is.
-        gather_over: the context group, where the view's loss positions count the hidden states of
-            all its ranks; forward only.
+        chunks: this stage's model chunks, each wrapped in DDP if there is a backward. With several
+            chunks the schedule is interleaved.
+        inputs: one item per microbatch, the same on every stage.
+        view_of: returns the sequences of an item that the model reads.
+        on_last_stage: called as (hidden_TH, item) on the last stage, with the final hidden states
+            at the view's loss positions, [T, H]. With a backward it returns (loss, report). The
+            loss is a scalar that is summed over microbatches.
+        forward_only: run no backward. on_last_stage may then return any value.
+        gather_over: the context group, if the view's loss positions index the hidden states of all
+            its ranks. Forward only.
     Returns:
-        On the last stage what on_last_stage reported for each microbatch, in order; elsewhere [].
-    Collectives: point to point between stages; under sequence parallelism an all-gather of the
-        final hidden states over tp_group, and one over gather_over; with a backward also Megatron's
-        gradient reductions.
+        On the last stage, the reports of on_last_stage (forward only: its results), in the order of
+        the inputs. On other stages [].
+    Collectives: sends and receives between stages. Under sequence parallelism an all-gather of the
+        final hidden states over tp_group, and an all-gather over gather_over. With a backward also
+        Megatron's gradient reductions.
     """
 
     def forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Callable[..., Any]]:
         beat()
         item = next(iterator)
         view = view_of(item)
-        # Right padding under a causal mask is never seen by a real token: no mask is needed, and
-        # positions count from the start of each row, or packed sample, as the prompt does.
+        # Under a causal mask real tokens never see padding on the right, so no mask is needed.
+        # Positions count from the start of each row or packed sample, as in rollouts.
         position_ids = torch.arange(view.tokens_BS.size(1), device=view.tokens_BS.device)
         hidden_SBH = stage(
             view.tokens_BS,
@@ -60,7 +61,8 @@ def run_schedule(
 
         def finish(output_SBH: Tensor, non_loss_data: bool = False) -> Any:
             if stage.config.sequence_parallel:
-                # The loss gives every tensor rank the whole gradient: each keeps its own tokens'.
+                # Every tensor rank gets the whole gradient from the loss and keeps its own tokens'
+                # part.
                 output_SBH = gather_from_sequence_parallel_region(
                     output_SBH, tensor_parallel_output_grad=False
                 )
@@ -71,7 +73,7 @@ def run_schedule(
             if non_loss_data:
                 return result
             loss, report = result
-            # The token count is for Megatron's own normalization, which is off.
+            # The token count is for Megatron's normalization, which is disabled.
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
 
         return hidden_SBH, finish
@@ -79,11 +81,12 @@ def run_schedule(
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            # Each chunk goes through all the items by itself.
+            # Each chunk iterates over all items.
             data_iterator=[iter(inputs) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(inputs),
-            # Stages tell each other the shapes (variable_seq_lengths); these only have to exist.
+            # Stages send the shapes to each other (variable_seq_lengths). Megatron requires these
+            # two sizes but does not use them.
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,

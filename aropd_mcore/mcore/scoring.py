@@ -1,4 +1,4 @@
-"""Responses scored under the three views, forward only."""
+"""Scoring of responses under the three views, forward only."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from aropd_mcore.numerics.token_diagnostics import Thresholds, fused_linear_scor
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 Scores = dict[str, Tensor]
-"""Of `numerics.token_diagnostics.fused_linear_scores`."""
+"""Result of `numerics.token_diagnostics.fused_linear_scores`."""
 
 
 def score_responses(
@@ -24,17 +24,18 @@ def score_responses(
     objective: ObjectiveConfig,
     runtime: Runtime,
 ) -> list[Scores]:
-    """Both privileged views and the student's, once each, over every loss token.
+    """Score every loss token under the student view and both privileged views.
 
     Args:
-        student: this rank's shard, without DDP around it.
-        microbatches: with both of the teacher's views, the same number of them on every
-            data-parallel rank where replicas share experts.
-        num_top: of each microbatch; see `fused_linear_scores`.
-        objective: its residual_scale, residual_clip, chunk_tokens, and hindsight thresholds.
+        student: this rank's shard, not wrapped in DDP.
+        microbatches: microbatches with both of the teacher's views. If replicas share experts,
+            every data-parallel rank must pass the same number.
+        num_top: one number per microbatch; see `fused_linear_scores`.
+        objective: source of residual_scale, residual_clip, chunk_tokens and the hindsight
+            thresholds.
     Returns:
-        On the last stage the scores of each microbatch, in order; elsewhere [].
-    Collectives: those of two passes of the pipeline, and the scores'.
+        On the last stage, the scores of each microbatch, in order. On other stages [].
+    Collectives: those of two passes of the pipeline and of fused_linear_scores.
     """
     outputs = teacher.score(microbatches)
 

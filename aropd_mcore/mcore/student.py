@@ -1,4 +1,4 @@
-"""The student's forward and backward through the pipeline, with the loss on its last stage."""
+"""The student's forward and backward through the pipeline, with the loss on the last stage."""
 
 from collections.abc import Sequence
 
@@ -18,15 +18,15 @@ from aropd_mcore.numerics.position_metrics import METRICS, POSITION_BUCKETS, tok
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenSums = dict[str, Tensor]
-"""name -> fp64 [position buckets]: the objective's metrics and the routers' losses, in the form of
-`numerics.position_metrics.token_sums`."""
+"""name -> fp64 [position buckets]: sums of the objective's metrics and of the routers' losses, in
+the format of `numerics.position_metrics.token_sums`."""
 
 
 class Student:
     """The trained model.
 
     Args:
-        router_losses: None without them.
+        router_losses: None if their coefficients are 0.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Student:
         teacher: Teacher | None,
         runtime: Runtime,
     ) -> "Student":
-        """Build the student with the objective and the routers' losses that `config` asks for."""
+        """Build the student with the objective and the routers' losses of `config`."""
         objective = build_objective(
             config.objective, config.rollout, teacher, runtime, vocab_size=model.vocab_size
         )
@@ -67,15 +67,18 @@ class Student:
         microbatches: Sequence[Microbatch],
         teacher_outputs: Sequence[TeacherOutput | None] | None,
     ) -> TokenSums:
-        """Accumulate the gradient of the global loss, and of the routers', over all microbatches.
+        """Accumulate the gradient of the global loss and of the routers' losses.
 
         Args:
-            microbatches: this data-parallel rank's; their token weights are globally normalized.
-            teacher_outputs: of `Teacher.score`, one per microbatch; None without a teacher.
+            microbatches: all microbatches of this data-parallel rank, with globally normalized
+                token weights.
+            teacher_outputs: result of `Teacher.score`, one item per microbatch. None without a
+                teacher.
         Returns:
             Sums over the global batch's loss tokens, the same on every rank.
-        Collectives: those of the schedule and of the losses; then one all-reduce of the sums over
-            the data-parallel ranks and one broadcast from the last stage.
+        Collectives: those of the schedule and of the losses, then an all-reduce of the sums (and
+            one of maxima, if a metric has them) over dp_cp_group on the last stage, and a broadcast
+            from the last stage.
         """
 
         def compute_loss(
@@ -83,7 +86,7 @@ class Student:
         ) -> tuple[Tensor, TokenSums]:
             microbatch, output = item
             if output is not None:
-                output = output.to(hidden_TH.device)  # from the host, if it waited there
+                output = output.to(hidden_TH.device)  # may be on the host
             loss, values = self.objective(hidden_TH, self.model.head_weight(), microbatch, output)
             return loss, token_sums(self.objective.metrics, loss, values, microbatch.offset_T)
 
@@ -99,7 +102,7 @@ class Student:
             forward_only=False,
         )
         self._release_graph()
-        sums = self._add_up(reports)
+        sums = self._reduce(reports)
         if self._router_losses:
             for name, value in self._router_losses.finish_step().items():
                 sums[name] = torch.zeros_like(sums["loss"])
@@ -109,15 +112,15 @@ class Student:
     def _release_graph(self) -> None:
         """Drop the experts' references to the autograd graph.
 
-        Dispatchers keep the last microbatch's routing, and by its grad_fn the graph, which ends in
-        DDP's hooks: a cycle that Python cannot collect.
+        Token dispatchers keep the last microbatch's routing, whose grad_fn holds the graph. The
+        graph refers to DDP's hooks, which makes a cycle that Python cannot collect.
         """
         for layer in self.model.layers:
             dispatcher = getattr(layer.mlp, "token_dispatcher", None)
             if dispatcher is not None:
                 dispatcher.probs = None
 
-    def _add_up(self, reports: list[TokenSums]) -> TokenSums:
+    def _reduce(self, reports: list[TokenSums]) -> TokenSums:
         runtime = self.runtime
         maxima_names = [n for n in self.objective.metrics if METRICS[n].over == "max"]
         sum_names = [n for n in self.objective.metrics if n not in maxima_names]

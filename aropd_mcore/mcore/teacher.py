@@ -1,4 +1,4 @@
-"""The teacher: the same model seen through the two privileged views."""
+"""The teacher: the model that scores responses under the two privileged views."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +16,14 @@ from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
 
 
 class Teacher:
-    """Scores microbatches under its views; follows the student as the config says.
+    """The teacher, which scores microbatches under its views and follows the student.
 
-    `ema` and `frozen` own a second model, sharded like the student; `live` is the student's own.
-    With config.weights "host" the second model's parameters, but its output head, and the fp32
-    average lie in pinned memory of the host; `score` brings the parameters to the device and lets
-    them go. On a CPU host and device are one, and nothing is copied.
+    `ema` and `frozen` own a second model, sharded like the student. `live` uses the student's
+    model.
+
+    With config.weights "host", pinned host memory holds the second model's parameters, except for
+    the output head, and the fp32 average. `score` copies the parameters to the device and frees the
+    copies afterwards. On a CPU nothing is copied.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class Teacher:
         """
         Args:
             student: the module whose parameters the optimizer updates.
-            model: the teacher's own, loaded with its start; None for `live`.
+            model: the teacher's model with its initial weights. None for `live`.
         """
         assert (model is None) == (config.kind == "live")
         self.config = config
@@ -52,7 +54,7 @@ class Teacher:
                 if p.dtype != torch.float32
             }
         self._visitors: list[torch.nn.Parameter] = []
-        """Parameters that are on the device while the teacher scores, and else on the host."""
+        """Parameters that are on the device only while the teacher scores."""
         if on_host:
             head = self.model.head_weight() if runtime.is_last_stage else None
             self._visitors = [p for p in self.model.parameters() if p is not head]
@@ -62,17 +64,19 @@ class Teacher:
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's shard of the output layer, [V_padded / tp, H]; on the last stage only."""
+        """This rank's shard of the output layer, [V_padded / tp, H]. Last stage only."""
         return self.model.head_weight().detach()
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherOutput | None]:
-        """The privileged views of every microbatch in one forward-only pass of the pipeline.
+        """Compute the hidden states of all microbatches' privileged views, without gradient.
+
+        All views take one forward-only pass of the pipeline.
 
         Returns:
-            For each microbatch the final hidden states at its loss tokens, [T, H] for each view
-            that it has, in the model's dtype, where config.hidden_states says; None on stages
-            before the last. Without gradient.
-        Collectives: the schedule's.
+            For each microbatch, the final hidden states at its loss tokens: [T, H] per view, in the
+            model's dtype, on the device or host (config.hidden_states). None on stages before the
+            last.
+        Collectives: those of run_schedule.
         """
         on_host = self.config.hidden_states == "host"
         views = [view for m in microbatches for view in (m.partial, m.full) if view is not None]
@@ -80,7 +84,7 @@ class Teacher:
             hidden = run_schedule(
                 list(self.model),
                 views,
-                view_of=_is_a_view,
+                view_of=_identity,
                 on_last_stage=lambda hidden_TH, _: _pinned(hidden_TH) if on_host else hidden_TH,
                 forward_only=True,
                 gather_over=self._runtime.cp_group,
@@ -88,31 +92,33 @@ class Teacher:
         _finish_copies()
         if not hidden:
             return [None] * len(microbatches)
-        in_order = iter(hidden)
+        remaining = iter(hidden)
 
-        def next_of(view: ViewBatch | None) -> Tensor | None:
-            return None if view is None else next(in_order)
+        def take(view: ViewBatch | None) -> Tensor | None:
+            return None if view is None else next(remaining)
 
-        return [TeacherOutput(next_of(m.partial), next_of(m.full)) for m in microbatches]
+        return [TeacherOutput(take(m.partial), take(m.full)) for m in microbatches]
 
     @torch.no_grad()
     def follow(self) -> None:
-        """After an optimizer step: teacher <- (1 - alpha) teacher + alpha student, shard by shard.
+        """Update the teacher after an optimizer step.
 
-        Source: METHOD section 4. No collective: both models are sharded alike. What is on the host
-        comes to the device and goes back, a parameter at a time.
+            teacher <- (1 - alpha) teacher + alpha student
+
+        Source: METHOD section 4. Both models are sharded alike, so there is no collective. Weights
+        on the host are copied to the device and back, one parameter at a time.
         """
         if self.config.kind != "ema":
             return
         students = dict(self._student.named_parameters())
         for name, p in self.model.named_parameters():
             average, student = self._master.get(name, p), students[name]
-            here = average.to(student.device, non_blocking=True)
-            here.lerp_(student.to(here.dtype), self.config.ema_rate)
-            if here is not average:
-                average.copy_(here, non_blocking=True)
+            updated = average.to(student.device, non_blocking=True)
+            updated.lerp_(student.to(updated.dtype), self.config.ema_rate)
+            if updated is not average:
+                average.copy_(updated, non_blocking=True)
             if average is not p:
-                p.copy_(here, non_blocking=True)
+                p.copy_(updated, non_blocking=True)
         _finish_copies()
 
     @contextmanager
@@ -127,13 +133,13 @@ class Teacher:
                 p.data = weight
             if on_host:
                 for module in self.model.modules():
-                    # Transformer Engine's copies of them in fp8 (pytorch/module/base.py).
+                    # Transformer Engine's FP8 copies of the weights (pytorch/module/base.py).
                     getattr(module, "_fp8_workspaces", {}).clear()
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """The teacher's tensors under the prefix `teacher.`, fp32 where there is a master.
+        """Return the teacher's tensors, with the prefix `teacher.`, for dist_checkpointing.
 
-        `live` has none of its own: an empty dict.
+        Weights with an fp32 average are saved as the average. Empty for `live`.
         """
         if self.model is self._student:
             return {}
@@ -146,12 +152,12 @@ class Teacher:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over tensors that a checkpoint's load filled in for `sharded_state_dict`."""
+        """Load tensors that dist_checkpointing has read for `sharded_state_dict`."""
         if self.model is self._student:
             return
         for index, chunk in enumerate(self.model):
             tensors = state[str(index)].items()
-            # Statistics of fp8's delayed scaling too, which are no parameters.
+            # This also loads the statistics of FP8's delayed scaling, which are not parameters.
             chunk.load_state_dict({key.removeprefix(TEACHER_PREFIX): t for key, t in tensors})
         for name, average in self._master.items():
             chunk, key = _entry(name)
@@ -159,14 +165,16 @@ class Teacher:
 
 
 def _entry(parameter: str) -> tuple[str, str]:
-    """Where a parameter stands in `Teacher.sharded_state_dict`: its chunk, and its key there."""
+    """Return a parameter's chunk in `Teacher.sharded_state_dict` and its key in the chunk."""
     chunk, _, name = parameter.partition(".")
     return chunk, TEACHER_PREFIX + name
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy on the host that the GPU writes by itself, whole after `_finish_copies`; on a CPU the
-    tensor as it is."""
+    """Start an asynchronous copy to pinned host memory. `_finish_copies` waits for it.
+
+    A CPU tensor is returned unchanged.
+    """
     tensor = tensor.detach()
     if tensor.device.type == "cpu":
         return tensor
@@ -177,5 +185,5 @@ def _finish_copies() -> None:
     torch.cuda.current_stream().synchronize()
 
 
-def _is_a_view(view: ViewBatch) -> ViewBatch:
+def _identity(view: ViewBatch) -> ViewBatch:
     return view

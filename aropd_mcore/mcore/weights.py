@@ -1,6 +1,7 @@
-"""Checkpoints to this rank's shards, and shards to HF tensors.
+"""Loading of checkpoints into this rank's shard, and export of shards to HF tensors.
 
-A rank holds a part of each of its stage's dense weights, and some of its experts, or parts of them.
+A rank holds a part of each dense weight of its stage. Of the stage's experts it holds some, whole
+or in part.
 """
 
 import re
@@ -30,30 +31,31 @@ _NUMBERED = re.compile(
 
 
 def load_hf_weights(model: StageModel, hf_dir: Path | str, runtime: Runtime) -> None:
-    """`load_weights` from an HF folder, of which only what the shard holds is read."""
+    """Call `load_weights` on an HF folder. Only this rank's shard is read."""
     load_weights(model, HFSource(Path(hf_dir)), runtime)
 
 
 @torch.no_grad()
 def load_weights(model: StageModel, source: Source, runtime: Runtime) -> None:
-    """Load a checkpoint of either kind, whatever layout wrote it, into this rank's shard.
+    """Load an HF or Megatron checkpoint, written by any layout, into this rank's shard.
 
-    Values are cast to the model's dtype; rows of the padded vocabulary become zero.
+    Values are cast to the model's dtype. Rows of the padded vocabulary become zero.
 
     Args:
-        source: opened by every rank: what its headers say was checked, so that all raise, or none.
+        source: the checkpoint. Every rank opens it, which checks its headers, so that errors in
+            headers are raised on every rank.
     Raises:
-        CheckpointError: another model's; tensors that cannot be read.
+        CheckpointError: the checkpoint is of another model, or a tensor cannot be read.
     """
     if source.architecture != model.architecture:
         raise CheckpointError(
             f"{source.path}: {source.hf_folder / 'config.json'} describes another model than the "
-            "one that was built"
+            "one that was built; use a checkpoint of the same model"
         )
     own_names = _own_names(model, runtime)
     parameters = dict(model.named_parameters())
     for weight in model.architecture.weights():
-        if weight.name in own_names:  # else another rank's
+        if weight.name in own_names:  # other weights are on other ranks
             group = _tensor_group(weight, runtime)
             shard = source.shard(weight, group.size(), group.rank())
             parameters[own_names[weight.name]].copy_(shard)
@@ -62,18 +64,18 @@ def load_weights(model: StageModel, source: Source, runtime: Runtime) -> None:
 def iter_hf_tensors(
     model: StageModel, runtime: Runtime, values: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Every tensor of the HF checkpoint, whole, one after another in the order of `hf_shapes`.
+    """Yield every whole tensor of the HF checkpoint, one at a time, in the order of `hf_shapes`.
 
     Args:
-        values: tensors to read in place of the parameters, by the names of model.named_parameters()
-            and all of one dtype, such as the moving average of the teacher.
+        values: tensors to read instead of the parameters, such as the teacher's moving average. The
+            keys are those of model.named_parameters(), and all dtypes are equal.
     Yields:
-        (HF name, tensor): the tensor on runtime.device at the rank of the first stage that is first
-            of its tensor and expert ranks, None on the others. A tied head is not repeated.
-    Collectives: for each tensor a gather over tp_group, or for an expert's one over etp_group and a
-        send within ep_group, on its stage, and then a send to the first stage. Every rank of a
-        model replica must iterate to the end. Replicas are independent, unless experts are shared:
-        then all must iterate.
+        (HF name, tensor). The tensor is on runtime.device of the first rank in tp_group, ep_group
+            and etp_group of the first stage. It is None on other ranks. A tied head is omitted.
+    Collectives: for each tensor a gather over tp_group of its stage, then a send to the first
+        stage. For an expert's tensor instead a gather over etp_group, a send within ep_group, then
+        a send to the first stage. Every rank of a model replica must iterate to the end. If
+        replicas share experts, every rank of the job must.
     """
     architecture = model.architecture
     own_names = _own_names(model, runtime)
@@ -109,25 +111,25 @@ def gather_hf(
     consume: Callable[[Iterator[tuple[str, Tensor]]], None],
     values: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Hand every tensor of the HF checkpoint, one whole tensor at a time, to `consume`.
+    """Pass every whole tensor of the HF checkpoint, one at a time, to `consume` on rank 0.
 
     Args:
-        consume: called on rank 0 only, with `iter_hf_tensors`' tensors.
+        consume: called on rank 0 only, with the tensors of `iter_hf_tensors`.
         values: see `iter_hf_tensors`.
     Raises:
-        What consume raises, on every rank alike (see run_on_rank0).
-    Collectives: those of `iter_hf_tensors` on the first replica, or on all where they share
-        experts; then those of run_on_rank0, which every rank waits for.
+        The error that `consume` raises, on every rank (see run_on_rank0).
+    Collectives: those of `iter_hf_tensors` on the first replica, or on all replicas if they share
+        experts, and then those of run_on_rank0. Every rank must call it.
     """
     error: Exception | None = None
     if runtime.dp_cp_group.rank() == 0 or runtime.shares_experts:
         tensors = iter_hf_tensors(model, runtime, values)
-        if runtime.rank == 0:  # the first in every group
+        if runtime.rank == 0:  # the first rank of each of its groups
             try:
                 consume((name, tensor) for name, tensor in tensors if tensor is not None)
             except Exception as raised:
                 error = raised
-        for _ in tensors:  # to the end, whatever happened: the other ranks take part in each
+        for _ in tensors:  # to the end, also after an error: other ranks take part in each gather
             pass
 
     def raise_error() -> None:
@@ -148,22 +150,22 @@ def export_model(
 ) -> None:
     """Write the model as an HF folder that transformers loads.
 
-    Tensors are gathered and written one after another. The folder appears under its name when it is
-    whole. Config, tokenizer and the like are copied from source_hf_dir.
+    Tensors are gathered and written one at a time. The folder gets its final name when it is
+    complete. Config, tokenizer and similar files are copied from source_hf_dir.
 
     Args:
-        out_dir: must not exist.
-        dtype: of the files; the model's own if None.
+        out_dir: a path that does not exist.
+        dtype: dtype of the files. None: the model's dtype.
         values: see `iter_hf_tensors`.
     Raises:
         CheckpointError: out_dir exists.
-        Those of `gather_hf`: what went wrong while the first rank wrote.
+        Those of `gather_hf`, if rank 0 fails to write.
     Collectives: a barrier of the whole job, and those of `gather_hf`.
     """
     source, target = Path(source_hf_dir), Path(out_dir)
     dtype = dtype or model.config.params_dtype
     refuse_existing(target)
-    dist.barrier()  # before the first rank can make it
+    dist.barrier()  # all ranks check before rank 0 creates the folder
 
     def write(tensors: Iterator[tuple[str, Tensor]]) -> None:
         with new_folder(target) as folder:
@@ -176,9 +178,9 @@ def export_model(
 
 
 def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
-    """Table name -> the model's own name, of each parameter on this rank.
+    """Return the model's name of each parameter on this rank, by its name in the weight table.
 
-    The table numbers layers and experts over the whole model and knows no chunks and fused norms.
+    The table numbers layers and experts over the whole model and has no chunks and no fused norms.
     """
     table = list(model.architecture.weights())
     unfused = {weight.fused_name: weight.name for weight in table if weight.fused_name}
@@ -202,7 +204,7 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
 
 
 def _stage(weight: Weight, architecture: Architecture, runtime: Runtime) -> int:
-    """The pipeline stage that a weight is read from; a tied embedding is on two."""
+    """Return the pipeline stage that a weight is read from. A tied embedding is on two stages."""
     if weight.layer is not None:
         num_chunks = runtime.pp_size * runtime.vp_size
         return weight.layer * num_chunks // architecture.num_layers % runtime.pp_size
@@ -210,7 +212,7 @@ def _stage(weight: Weight, architecture: Architecture, runtime: Runtime) -> int:
 
 
 def _tensor_group(weight: Weight, runtime: Runtime) -> dist.ProcessGroup:
-    """The ranks that a weight is cut over."""
+    """Return the group over whose ranks a weight is sharded."""
     return runtime.tp_group if weight.expert is None else runtime.etp_group
 
 
@@ -225,7 +227,7 @@ def _local_kv_heads(model: StageModel, runtime: Runtime) -> int:
 def _gather_part(
     part: Tensor | None, kind: Kind, num_rows: int, group: dist.ProcessGroup
 ) -> Tensor | None:
-    """The whole HF tensor at the first rank of the group that holds it; None elsewhere."""
+    """Gather a whole HF tensor on the first rank of the group. Return None on other ranks."""
     dim = kind.split_dim
     if part is None or (dim is None and group.rank() > 0):
         return None
@@ -249,7 +251,7 @@ def _move_to_first(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """What rank `source` of the group holds, at the group's first rank; None elsewhere."""
+    """Send a tensor from rank `source` of the group to its first rank. Return None elsewhere."""
     if source == 0:
         return full
     if group.rank() == source:

@@ -116,7 +116,7 @@ def report(tmp_path_factory) -> Path:
 def page(tmp_path_factory):
     with chromium(tmp_path_factory.mktemp("profile")) as page:
         yield page
-        assert page.said == []
+        assert page.console == []
 
 
 SELECTED = "document.querySelector('.token[aria-selected=true]')"
@@ -136,7 +136,7 @@ def test_it_opens_by_itself_and_shows_every_part(page, report):
     assert re.match(r"\s*anchored\s+AR-OPD\s+0\.8\s+5\s+ema\s+40\s+61\.0 % 55\.0–67\.0 %", rows[0])
     assert re.match(r"\s*<i>full\s+Full OPD\s+1\s+none", rows[1])
     drawn = page.run("[...document.querySelectorAll('.chart svg')].every(e => e.clientHeight > 99)")
-    assert drawn and page.said == []
+    assert drawn and page.console == []
 
 
 def test_it_shows_response_ends_and_predictors(page, report):

@@ -80,8 +80,8 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(path, whole, small_disk, t
         assert str(disk) in message
     during, after, killed, denied = others
     assert "No such file" in during
-    assert "is gone; was it deleted, or its disk unmounted?" in after
-    assert "rank 1: the process that writes has died" in killed
+    assert "is missing; was it deleted, or its disk unmounted?" in after
+    assert "rank 1: the writing process died" in killed
     assert "cannot be written to: Permission denied" in denied
 
 
@@ -266,7 +266,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
         taken, notes = result
         assert taken == folder / "iter_0000003"
         assert len(notes) == 1 and notes[0].startswith(f"{folder / 'iter_0000004' / name}: ")
-        assert problem in notes[0] and notes[0].endswith("; set aside as iter_0000004.corrupt")
+        assert problem in notes[0] and notes[0].endswith("; renamed to iter_0000004.corrupt")
         assert sorted(p.name for p in folder.glob("iter_*")) == [
             "iter_0000003",
             "iter_0000004.corrupt",
@@ -274,10 +274,10 @@ def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3"
     *_, of_nothing, of_lost, of_aside = found[0]
     assert of_nothing == (None, [])
-    assert of_lost.startswith(f"{lost}: none of the 2 checkpoints is whole")
+    assert of_lost.startswith(f"{lost}: none of the 2 checkpoints is intact")
     assert of_lost.count("__0_0.distcp: has ") == 2
     assert len(iterations(lost)) == 2, "what cannot be replaced is left where it is"
-    assert of_aside.startswith(f"{aside}: none of the 1 checkpoints is whole")
+    assert of_aside.startswith(f"{aside}: none of the 1 checkpoints is intact")
 
 
 def find_all(folders: list[Path]) -> list:
@@ -297,7 +297,7 @@ def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(path, whole, tmp
     damaged(whole, out / "checkpoints", 4, what="tensors flipped")
     shutil.copy(whole / "metrics.jsonl", out)
     printed = run_ranks(train_and_show, 2, path, [f"output_dir={out}"])[0]
-    assert "resuming at step 3" in printed and "set aside as iter_0000004.corrupt" in printed
+    assert "resuming at step 3" in printed and "renamed to iter_0000004.corrupt" in printed
     assert repeatable(read_lines(out)) == repeatable(read_lines(whole))
     last = "checkpoints/iter_0000004"
     files, expected = (read_manifest(run / last)["files"] for run in (out, whole))

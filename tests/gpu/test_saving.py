@@ -1,7 +1,7 @@
-"""A run on a GPU, as users start it: saved in the background, stopped, killed, gone on with.
+"""Test of background saves on a GPU: a run is stopped, killed and resumed by the command line.
 
-What a checkpoint holds is tests/faults' to show, on CPU ranks; here the writer is forked from a
-process that has CUDA.
+Here the writing process is forked from a process that uses CUDA. tests/faults tests the contents of
+checkpoints on CPU ranks.
 """
 
 import signal
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 NUM_STEPS = 12
 
 
-def test_a_run_is_stopped_and_killed_and_goes_on(tmp_path):
+def test_run_resumes_after_a_stop_and_a_kill(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     checkpoint = {"save_every_steps": 2}

@@ -1,10 +1,13 @@
-"""Training on a GPU: Transformer Engine's layers, flash attention, FP8, a teacher on the host.
+"""Tests of training on a GPU: Transformer Engine's layers, flash attention, FP8, host teacher.
 
 Each run takes ten steps from the same weights on the same responses: the oracle's (`sft`), or those
-that the bf16 run has sampled (`aropd`). So losses differ by the arithmetic alone, and by what it
-has done to the weights since. The bands bound that difference at every step, as a share of the bf16
-run's loss. On a CPU bf16 is off fp32 by at most 0.7 % (`sft`) and 6 % (`aropd`, a KL of 0.1 nats
-between nearly equal models, to which every rounding adds; hence also its low learning rate).
+that the bf16 run sampled (`aropd`). Losses therefore differ only by arithmetic, which also changes
+the weights over the steps. The bands limit the difference at every step, relative to the bf16 run's
+loss.
+
+On a CPU, bf16 differs from fp32 by at most 0.7 % (`sft`) and 6 % (`aropd`). The `aropd` loss is a
+KL of 0.1 nats between nearly equal models, to which every rounding error adds. Its learning rate is
+low for the same reason.
 """
 
 from collections.abc import Iterator
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 NUM_STEPS = 10
 BF16_BAND = {"sft": 0.02, "aropd": 0.1}
-"""Of bf16 against fp32, and of packed against padded bf16."""
+"""Relative difference allowed between bf16 and fp32, and between packed and padded bf16."""
 FP8_BAND = {"sft": 0.05, "aropd": 0.25}
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {"objective": {"name": "sft"}, "optimizer": {"lr": 1e-3}},
@@ -34,7 +37,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 BOTH = pytest.mark.parametrize("method", METHODS)
 RECIPES = ["tensorwise", "delayed", "blockwise", "mxfp8"]
 FAMILIES = {
-    # Head dimensions that flash attention has, and sizes that FP8 has.
+    # Head dimensions that flash attention supports, and sizes that FP8 supports.
     "qwen2": {"head_dim": 64},
     "qwen3_moe": {"head_dim": 64, "moe_intermediate_size": 128},
 }
@@ -43,16 +46,16 @@ PACKED = {"packing": True, "max_tokens_per_microbatch": 800}
 
 @pytest.fixture(scope="module", autouse=True)
 def transformer_engine() -> Iterator[None]:
-    """Installed, and without its slow attention: what has no flash or fused kernel fails."""
+    """Require Transformer Engine, and make attention without flash or fused kernel fail."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     pytest.importorskip("transformer_engine.pytorch")
     from transformer_engine.pytorch.attention.dot_product_attention import backends
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("neither flash nor fused attention")
+        raise AssertionError("expected flash or fused attention")
 
-    # NVTE_UNFUSED_ATTN=0 would do, if Megatron did not refuse it (language_module.py:118).
+    # NVTE_UNFUSED_ATTN=0 would have this effect, but Megatron refuses it (language_module.py:118).
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends.UnfusedDotProductAttention, "forward", refuse)
         yield
@@ -71,13 +74,13 @@ def root(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Steps:
-    """What a run did."""
+    """Results of a run."""
 
     losses: list[float]
     rollouts: list[list[Rollout]]
-    """By step."""
+    """Rollouts of each step."""
     teacher: dict[str, torch.Tensor]
-    """Its weights at the end; none for `sft`."""
+    """Final weights of the teacher. Empty for `sft`."""
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def take_steps(
     from aropd_mcore.trainer.build import build_run, start_runtime
     from aropd_mcore.trainer.step import train_step
 
-    config = config_of(root, family, dtype, METHODS[method] | sections)
+    config = build_config(root, family, dtype, METHODS[method] | sections)
     run = build_run(config, start_runtime(config))
     try:
         if replay is not None and run.engine is not None:
@@ -113,22 +116,24 @@ def take_steps(
         runtime.stop()
 
 
-def config_of(root: Path, family: str, dtype: str, sections: dict[str, dict[str, Any]]) -> Config:
+def build_config(
+    root: Path, family: str, dtype: str, sections: dict[str, dict[str, Any]]
+) -> Config:
     sections["training"] = {"num_steps": NUM_STEPS} | sections.get("training", {})
     tree = tiny_config(root / family, root / "rows.jsonl", root / "out", **sections)
     tree["model"]["dtype"] = dtype
     return Config.model_validate(tree)
 
 
-def check(found: Steps, expected: Steps, band: float) -> None:
-    assert found.losses == pytest.approx(expected.losses, rel=band)
-    assert expected.losses[0] > 0.01, "nothing to compare"
+def check(actual: Steps, expected: Steps, band: float) -> None:
+    assert actual.losses == pytest.approx(expected.losses, rel=band)
+    assert expected.losses[0] > 0.01, "the losses are too small to compare"
 
 
 @BOTH
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformer_engine_is_the_local_layers(root, bf16, family, method, monkeypatch):
-    """Its layers in bf16, against Megatron's local ones with torch's attention, in fp32."""
+def test_transformer_engine_layers_match_local_layers(root, bf16, family, method, monkeypatch):
+    """bf16 with Transformer Engine's layers; fp32 with Megatron's local layers."""
     from aropd_mcore.mcore import model
 
     monkeypatch.setattr(model, "HAVE_TE", False)
@@ -138,11 +143,11 @@ def test_transformer_engine_is_the_local_layers(root, bf16, family, method, monk
 
 @BOTH
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_is_padded(root, bf16, family, method):
+def test_packed_training_matches_padded_training(root, bf16, family, method):
     """Flash attention over packed sequences."""
     expected = bf16[family, method]
-    found = take_steps(root, family, method, expected, training=PACKED)
-    check(found, expected, BF16_BAND[method])
+    actual = take_steps(root, family, method, expected, training=PACKED)
+    check(actual, expected, BF16_BAND[method])
 
 
 @BOTH
@@ -155,28 +160,28 @@ def test_fp8_is_near_bf16(root, bf16, family, method, recipe):
         check_fp8(PrecisionConfig.model_validate(precision))
     except ConfigError as error:
         pytest.skip(str(error))  # this GPU lacks the format
-    found = take_steps(root, family, method, expected, precision=precision, training=PACKED)
-    check(found, expected, FP8_BAND[method])
-    assert found.losses != expected.losses, "nothing was in fp8"
+    actual = take_steps(root, family, method, expected, precision=precision, training=PACKED)
+    check(actual, expected, FP8_BAND[method])
+    assert actual.losses != expected.losses, "FP8 was not used"
 
 
-def test_fp8_teacher_of_a_bf16_student(root, bf16):
+def test_fp8_teacher_of_a_bf16_student_is_near_bf16(root, bf16):
     precision = {"teacher_fp8": "e4m3", "bf16_first_layers": 1, "bf16_last_layers": 1}
     expected = bf16["qwen2", "aropd"]
-    found = take_steps(root, "qwen2", "aropd", expected, precision=precision)
-    check(found, expected, FP8_BAND["aropd"])
-    assert found.losses != expected.losses, "nothing was in fp8"
+    actual = take_steps(root, "qwen2", "aropd", expected, precision=precision)
+    check(actual, expected, FP8_BAND["aropd"])
+    assert actual.losses != expected.losses, "FP8 was not used"
 
 
-def test_rollouts_in_fp8_follow_the_weights(root):
-    """Transformer Engine keeps its fp8 copies of the weights: after an update the engine samples
-    from new ones, as it does when there are none."""
+def test_fp8_rollouts_after_an_update_use_the_new_weights(root):
+    """Transformer Engine caches FP8 copies of the weights. After an update, the engine must sample
+    as it does with an empty cache."""
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import build_run, start_runtime
     from aropd_mcore.trainer.step import train_step
 
     sections = {"precision": {"fp8": "hybrid"}, "optimizer": {"lr": 1e-2}}
-    config = config_of(root, "qwen2", "bf16", sections)
+    config = build_config(root, "qwen2", "bf16", sections)
     run = build_run(config, start_runtime(config))
     try:
         prompts, seeds = [(40, 41, 42)] * 4, [1, 2, 3, 4]
@@ -194,24 +199,24 @@ def test_rollouts_in_fp8_follow_the_weights(root):
 
 
 @pytest.mark.parametrize("kind", ["ema", "frozen"])
-def test_teacher_on_the_host_is_the_teacher_on_the_device(root, bf16, kind):
-    """Bit by bit: the same arithmetic on the same numbers."""
+def test_teacher_on_the_host_equals_the_teacher_on_the_device(root, bf16, kind):
+    """The results are bitwise equal, because the arithmetic is the same."""
     replay = bf16["qwen2", "aropd"]
     on_host = {"kind": kind, "weights": "host", "hidden_states": "host"}
     expected = take_steps(root, "qwen2", "aropd", replay, teacher={"kind": kind})
-    found = take_steps(root, "qwen2", "aropd", replay, teacher=on_host)
-    assert found.losses == expected.losses
-    assert found.teacher.keys() == expected.teacher.keys()
+    actual = take_steps(root, "qwen2", "aropd", replay, teacher=on_host)
+    assert actual.losses == expected.losses
+    assert actual.teacher.keys() == expected.teacher.keys()
     for name, weight in expected.teacher.items():
-        assert torch.equal(found.teacher[name], weight), name
+        assert torch.equal(actual.teacher[name], weight), name
 
 
 def test_teacher_on_the_host_frees_the_device(root):
-    """Between its phases only the output head is left there."""
+    """While the teacher does not score, only its output head is on the device."""
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import build_run, start_runtime
 
-    config = config_of(root, "qwen2", "bf16", {"teacher": {"weights": "host"}})
+    config = build_config(root, "qwen2", "bf16", {"teacher": {"weights": "host"}})
     run = build_run(config, start_runtime(config))
     try:
         assert run.teacher is not None

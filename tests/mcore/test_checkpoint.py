@@ -1,6 +1,6 @@
-"""Checkpoints, bf16 with its fp32 masters, and what is refused.
+"""Tests of checkpoints: fp32 values behind bf16 weights, background saves, exports and errors.
 
-That a run goes on bitwise in fp32 is tested on real processes in tests/trainer/test_resume.py.
+tests/trainer/test_resume.py tests on real processes that an fp32 run resumes bitwise.
 """
 
 import itertools
@@ -45,7 +45,8 @@ LR = 1e-3
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    """Learning rate and EMA rate so low that a step of the average vanishes in bf16."""
+    """Run whose learning rate and EMA rate are so low that bf16 would round the average's step to
+    zero."""
     path = write_run(
         tmp_path_factory.mktemp("checkpoints"),
         teacher={"ema_rate": EMA_RATE},
@@ -61,25 +62,25 @@ def build(path: Path, *overrides: str) -> Run:
 
 
 def step(run: Run, number: int) -> tuple[StepResult, float]:
-    """Take a step; its result and its loss."""
+    """Take a step. Return its result and its loss."""
     result = train_step(run, number)
     assert result.update.applied
     return result, float(result.sums["loss"].sum())
 
 
 def replay(run: Run, rollouts: Sequence[Rollout]) -> Run:
-    """The run, with the same responses for every step."""
+    """Return the run with the same responses in every step."""
     return replace(run, source=ReplaySource(run.source, itertools.repeat(rollouts)))
 
 
-def teacher_of(run: Run) -> Teacher:
+def get_teacher(run: Run) -> Teacher:
     assert run.teacher is not None
     return run.teacher
 
 
-def masters(run: Run) -> dict[str, torch.Tensor]:
-    """The fp32 values behind a bf16 run, on this rank: optimizer, its state, and the average."""
-    tensors = {f"ema.{name}": average for name, average in teacher_of(run)._master.items()}
+def copy_fp32_state(run: Run) -> dict[str, torch.Tensor]:
+    """Copy this rank's fp32 values of a bf16 run: main weights, moments, and the EMA."""
+    tensors = {f"ema.{name}": average for name, average in get_teacher(run)._master.items()}
     for part in run.student.optimizer.inner.chained_optimizers:
         for g, group in enumerate(part.optimizer.param_groups):
             for i, p in enumerate(group["params"]):
@@ -88,7 +89,7 @@ def masters(run: Run) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def test_bf16_keeps_fp32_masters_that_move_and_are_saved(path, tmp_path):
+def test_bf16_run_updates_saves_and_restores_its_fp32_state(path, tmp_path):
     run_ranks(check_bf16, 2, path, tmp_path)
 
 
@@ -98,53 +99,53 @@ def check_bf16(path: Path, folder: Path) -> None:
     runtime.stop()
 
     run = replay(build(path, "model.dtype=bf16"), exact.rollouts)
-    for model in (run.student.model, teacher_of(run).model):
+    for model in (run.student.model, get_teacher(run).model):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    start = {name: p.detach().clone() for name, p in teacher_of(run).model.named_parameters()}
-    before = masters(run)
+    start = {name: p.detach().clone() for name, p in get_teacher(run).model.named_parameters()}
+    before = copy_fp32_state(run)
     assert len(before) > 4 and {tensor.dtype for tensor in before.values()} == {torch.float32}
     rounded, loss = step(run, 0)
-    # bf16 has 8 bits, 0.4 % an operation, through a few dozen operations.
+    # bf16 has 8 bits: 0.4 % per operation, over a few dozen operations.
     assert loss == pytest.approx(exact_loss, rel=0.03)
     assert rounded.update.grad_norm == pytest.approx(exact.update.grad_norm, rel=0.05)
 
     students = dict(run.student.model.named_parameters())
-    average = teacher_of(run)._master
+    average = get_teacher(run)._master
     assert average.keys() == start.keys()
-    for name, was in start.items():
-        moved = average[name] - was.float()
-        expected = EMA_RATE * (students[name].detach().float() - was.float())
-        # What lerp rounds is of the size of the weight, not of the step.
-        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-7, msg=name)
+    for name, initial in start.items():
+        change = average[name] - initial.float()
+        expected = EMA_RATE * (students[name].detach().float() - initial.float())
+        # The rounding error of lerp is relative to the weight, not to the change.
+        torch.testing.assert_close(change, expected, rtol=1e-3, atol=2e-7, msg=name)
     first = "0.decoder.layers.0.mlp.linear_fc1.weight"
-    assert (average[first] != start[first].float()).float().mean() > 0.5, "the average stood still"
-    still = (teacher_of(run).model.get_parameter(first) == start[first]).float().mean()
-    assert still > 0.9, "in bf16 alone this step should have vanished"
+    assert (average[first] != start[first].float()).float().mean() > 0.5, "the EMA did not change"
+    unchanged = (get_teacher(run).model.get_parameter(first) == start[first]).float().mean()
+    assert unchanged > 0.9, "expected bf16 to round this step to zero"
 
     state.save(folder, 1, run.student, run.teacher, {"step": 1}, run.runtime)
-    saved, drawn = masters(run), draw()
-    _, following = step(run, 1)
-    reached = masters(run)
+    saved, random_numbers = copy_fp32_state(run), draw()
+    _, next_loss = step(run, 1)
+    final = copy_fp32_state(run)
     runtime.stop()
 
     run = build(path, "model.dtype=bf16")
-    path_of_save = newest(folder)
-    assert path_of_save is not None
-    assert state.load(path_of_save, run.student, run.teacher, run.runtime) == {"step": 1}
-    assert_equal(masters(run), saved)
-    assert draw() == drawn, "every generator goes on from where it was"
-    assert step(replay(run, exact.rollouts), 1)[1] == following
-    assert_equal(masters(run), reached)
+    checkpoint = newest(folder)
+    assert checkpoint is not None
+    assert state.load(checkpoint, run.student, run.teacher, run.runtime) == {"step": 1}
+    assert_equal(copy_fp32_state(run), saved)
+    assert draw() == random_numbers, "a generator's state was not restored"
+    assert step(replay(run, exact.rollouts), 1)[1] == next_loss
+    assert_equal(copy_fp32_state(run), final)
 
 
 def draw() -> tuple[float, ...]:
-    """A number of each generator that a process has."""
+    """Draw a number from each of the process's random generators."""
     with get_cuda_rng_tracker().fork():
-        of_tracker = float(torch.rand(()))
-    return random.random(), float(np.random.random()), float(torch.rand(())), of_tracker
+        tracker_number = float(torch.rand(()))
+    return random.random(), float(np.random.random()), float(torch.rand(())), tracker_number
 
 
-def test_a_save_in_the_background_holds_the_values_at_its_start(path, tmp_path):
+def test_background_save_holds_the_values_at_its_start(path, tmp_path):
     run_ranks(check_background, 2, path, tmp_path)
 
 
@@ -156,14 +157,15 @@ def check_background(path: Path, folder: Path) -> None:
     directory.prepare(folder / "later")
     with patch.object(writer.os, "nice", lambda _: time.sleep(2.0)):  # in the writing process
         saving = state.Saving(folder / "later", 1, *parts)
-    before = masters(run)
+    before = copy_fp32_state(run)
     step(run, 1)
-    assert not saving.is_written(), "the step was to come before the writing"
+    assert not saving.is_written(), "expected the step to end before the write"
     assert newest(folder / "later") is None
     assert saving.commit() >= 2.0
     later = newest(folder / "later")
     assert later is not None
-    assert any(not torch.equal(value, before[name]) for name, value in masters(run).items())
+    after = copy_fp32_state(run)
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
     sums, expected = (read_manifest(p)["files"] for p in (later, at_once))
     tensors = [name for name in expected if name.endswith(".distcp")]
     assert tensors and {name: sums[name] for name in tensors} == {
@@ -171,16 +173,16 @@ def check_background(path: Path, folder: Path) -> None:
     }
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
 
 
-def test_exports_give_transformers_the_trained_models(path, tmp_path):
-    """Student and teacher of a run on TP 2 x PP 2: the live weights, and the same log-probs."""
+def test_exported_student_and_teacher_equal_the_trained_models(path, tmp_path):
+    """A run on TP 2 x PP 2: same weights as the live models, same log-probs in transformers."""
     rollouts = run_ranks(train_and_save, 4, path, tmp_path)[0]
-    found = {}
+    exported_logprobs = {}
     for who, (rollout,) in rollouts.items():
         arguments = ["convert", "export", str(tmp_path), str(tmp_path / who), "--weights", who]
         assert cli.main(arguments) == 0
@@ -191,9 +193,11 @@ def test_exports_give_transformers_the_trained_models(path, tmp_path):
         tokens = torch.tensor([[*PROMPT, *rollout.response_ids]])
         with torch.no_grad():
             logprobs = model(tokens).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
-        found[who] = logprobs.gather(-1, tokens[0, len(PROMPT) :, None]).squeeze(-1).tolist()
-        assert found[who] == pytest.approx(rollout.logprobs, abs=1e-4)
-    assert found["student"] != pytest.approx(found["teacher"], abs=1e-3), "the same model twice"
+        logprobs = logprobs.gather(-1, tokens[0, len(PROMPT) :, None]).squeeze(-1).tolist()
+        assert logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
+        exported_logprobs[who] = logprobs
+    student, teacher = exported_logprobs["student"], exported_logprobs["teacher"]
+    assert student != pytest.approx(teacher, abs=1e-3), "student and teacher are the same model"
     summary = inspect(tmp_path)
     assert (summary.step, summary.has_teacher, summary.has_optimizer) == (3, True, True)
     sizes = {name: size for name, size in summary.layout.items() if size > 1}
@@ -210,19 +214,19 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
     model = path.parent / "model"
     if run.runtime.rank == 0:
         keep_companions(HFSource(model), folder / HF_FOLDER, torch.float32)
-        # As transformers 4 writes it, and every published Qwen2.5 has it.
+        # The key that transformers 4 writes, as in all published Qwen2.5 models.
         config = folder / HF_FOLDER / "config.json"
         config.write_text(config.read_text().replace('"dtype"', '"torch_dtype"'))
     sampling = SamplingConfig(max_response_tokens=12)
     rollouts = {}
-    for who, live in (("student", run.student.model), ("teacher", teacher_of(run).model)):
+    for who, live in (("student", run.student.model), ("teacher", get_teacher(run).model)):
         engine = NativeEngine(live, run.runtime, eos_token_ids=[], batch_size=1)
         rollouts[who] = sample(engine, [PROMPT], [5], sampling)
         export_model(live, model, folder / f"live-{who}", run.runtime)
     return rollouts
 
 
-def test_what_cannot_be_loaded_is_refused(path, tmp_path):
+def test_load_of_an_unusable_checkpoint_raises(path, tmp_path):
     run_ranks(check_refusals, 1, path, tmp_path)
 
 
@@ -238,16 +242,16 @@ def check_refusals(path: Path, folder: Path) -> None:
         state.load(empty, run.student, run.teacher, run.runtime)
     empty.rmdir()
 
-    of_sft = state.save(folder, 1, run.student, None, {}, run.runtime)
+    sft_checkpoint = state.save(folder, 1, run.student, None, {}, run.runtime)
 
     runtime.stop()
-    distilling = build(path)
-    with pytest.raises(CheckpointError, match="does not hold what is needed here: teacher") as e:
-        state.load(of_sft, distilling.student, distilling.teacher, distilling.runtime)
+    run = build(path)
+    with pytest.raises(CheckpointError, match="cannot be loaded into this run: teacher") as e:
+        state.load(sft_checkpoint, run.student, run.teacher, run.runtime)
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
     runtime.stop()
     model = write_model(folder / "wider", intermediate_size=128)
     wider = build(path, "objective.name=sft", f"model.path={model}")
     with pytest.raises(CheckpointError, match=r"shape mismatch .*linear_fc[12]"):
-        state.load(of_sft, wider.student, None, wider.runtime)
+        state.load(sft_checkpoint, wider.student, None, wider.runtime)

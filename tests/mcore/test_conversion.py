@@ -1,7 +1,7 @@
-"""Imports load at any layout, and what any layout saves exports, both bit for bit, every family.
+"""Bitwise tests of conversion: every family, loaded and saved in every layout.
 
-Loading the HF folder straight into a layout is the reference; that this model then computes what
-transformers computes is shown in test_model_parity.py.
+The reference is the HF folder, loaded directly into the layout. test_model_parity.py compares that
+model with transformers.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ LAYOUTS = {  # world size -> settings of runtime.start
 
 @dataclass(frozen=True)
 class Case:
-    """An HF folder, and its import."""
+    """An HF folder and its import."""
 
     name: str
     hf: Path
@@ -44,9 +44,10 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> list[Case]:
-    """Tied and untied, fp32 and bf16, one file and several; the vocabulary of 509 is padded."""
+    """Models with tied and untied head, fp32 and bf16, one file and several. The vocabulary of 509
+    is padded."""
     root = tmp_path_factory.mktemp("conversion")
-    made = []
+    cases = []
     for number, family in enumerate(FAMILIES):
         for tie in (False, True):
             dtype = torch.bfloat16 if (number + tie) % 2 else torch.float32
@@ -55,12 +56,15 @@ def cases(tmp_path_factory) -> list[Case]:
             limit = "5GB" if tie else "100KB"
             save_tiny_model(family, case.hf, tie=tie, dtype=dtype, max_shard_size=limit)
             import_hf(HFSource(case.hf), case.megatron)
-            made.append(case)
-    return made
+            cases.append(case)
+    return cases
 
 
-def of_layout(layout: dict[str, int], number: int, part: str, cases: list[Case]) -> list[Case]:
-    """The models that a layout can hold: all, one (another for each layout), or the others."""
+def select_cases(layout: dict[str, int], number: int, part: str, cases: list[Case]) -> list[Case]:
+    """Select from the models that a layout supports: all, the first, or the others.
+
+    The first is another model for each layout number.
+    """
     possible = [c for c in cases if "expert" not in layout or c.name.startswith(MOE_FAMILIES)]
     first = possible[number % len(possible)]
     if part == "all":
@@ -69,7 +73,7 @@ def of_layout(layout: dict[str, int], number: int, part: str, cases: list[Case])
 
 
 @pytest.mark.slow
-def test_round_trip_is_bitwise_in_the_originals_order(cases: list[Case], tmp_path: Path):
+def test_export_of_an_import_equals_the_original_bitwise(cases: list[Case], tmp_path: Path):
     for case in cases:
         back = tmp_path / case.name
         export_hf(MegatronSource(case.megatron, case.megatron / "iter_0000000"), back)
@@ -89,25 +93,25 @@ def test_round_trip_is_bitwise_in_the_originals_order(cases: list[Case], tmp_pat
         pytest.param(4, "others", marks=pytest.mark.rest),
     ],
 )
-def test_every_layout_loads_imports_and_writes_exports(
+def test_conversion_in_every_layout_is_bitwise(
     world_size: int, part: str, cases: list[Case], tmp_path: Path
 ):
     layouts = LAYOUTS[world_size]
-    visits = [of_layout(layout, n, part, cases) for n, layout in enumerate(layouts)]
-    run_ranks(visit, world_size, layouts, visits, tmp_path)
-    for number, visited in enumerate(visits):
-        for case in visited:
+    selected = [select_cases(layout, n, part, cases) for n, layout in enumerate(layouts)]
+    run_ranks(load_and_save_all, world_size, layouts, selected, tmp_path)
+    for number, layout_cases in enumerate(selected):
+        for case in layout_cases:
             saved, back = tmp_path / f"{number}-{case.name}", tmp_path / f"{number}-{case.name}-hf"
             export_hf(MegatronSource(saved, saved, hf=case.megatron / "hf"), back)
             assert_same_folder(back, case.hf)
 
 
-def visit(layouts: list[dict[str, int]], visits: list[list[Case]], out: Path) -> None:
+def load_and_save_all(layouts: list[dict[str, int]], selected: list[list[Case]], out: Path) -> None:
     from aropd_mcore.mcore import runtime
 
-    for number, (layout, cases) in enumerate(zip(layouts, visits, strict=True)):
+    for number, (layout, cases) in enumerate(zip(layouts, selected, strict=True)):
         rt = runtime.start(**layout)
-        # Megatron can also number layers in the keys, where they differ from one another.
+        # With this setting, Megatron numbers the layers in the keys.
         metadata = {"non_homogeneous_layers": True} if number and not layout else None
         for case in cases:
             load_and_save(case, rt, out / f"{number}-{case.name}", metadata)
@@ -116,14 +120,14 @@ def visit(layouts: list[dict[str, int]], visits: list[list[Case]], out: Path) ->
 
 @torch.no_grad()
 def load_and_save(case: Case, rt, out: Path, metadata: dict | None) -> None:
-    from megatron.core import dist_checkpointing  # after the CPU mode
+    from megatron.core import dist_checkpointing  # after the CPU mode is installed
 
     from aropd_mcore.mcore.model import build_model
     from aropd_mcore.mcore.weights import load_hf_weights
 
     model = build_model(case.hf, rt, dtype=case.dtype)
     load_hf_weights(model, case.hf, rt)
-    straight = {name: p.clone() for name, p in model.named_parameters()}
+    expected = {name: p.clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.fill_(torch.nan)
     chunks = list(model)
@@ -132,7 +136,7 @@ def load_and_save(case: Case, rt, out: Path, metadata: dict | None) -> None:
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"])
     for name, p in model.named_parameters():
-        assert torch.equal(p, straight[name]), (case.name, rt, name)
+        assert torch.equal(p, expected[name]), (case.name, rt, name)
     if rt.rank == 0:
         out.mkdir()
     dist.barrier()
@@ -140,9 +144,9 @@ def load_and_save(case: Case, rt, out: Path, metadata: dict | None) -> None:
     dist_checkpointing.save(states, str(out))
 
 
-def test_megatron_lm_takes_an_import_for_its_own(cases: list[Case]):
+def test_import_is_accepted_by_megatron_lm(cases: list[Case]):
     if importlib.util.find_spec("megatron.training") is None:
-        pytest.skip("this megatron-core comes without Megatron-LM's training package (0.19 has it)")
+        pytest.skip("this megatron-core lacks Megatron-LM's training package, which 0.19 has")
     run_ranks(read_as_megatron_lm, 1, cases[0])
 
 
@@ -150,7 +154,7 @@ def read_as_megatron_lm(case: Case) -> None:
     from aropd_mcore.mcore import runtime
 
     runtime.start()
-    from megatron.training import checkpointing, global_vars  # after the CPU mode
+    from megatron.training import checkpointing, global_vars  # after the CPU mode is installed
 
     checks = {"vocab_file": None, "data_parallel_random_init": False}
     places = {"non_persistent_global_ckpt_dir": None, "non_persistent_local_ckpt_dir": None}
@@ -179,7 +183,7 @@ def read_as_megatron_lm(case: Case) -> None:
         checkpointing.check_checkpoint_args(state["args"])
 
 
-def assert_same_folder(found: Path, expected: Path) -> None:
-    report = verify(HFSource(expected), HFSource(found))
-    assert report.same and report.tensors, found
-    assert list(HFWeights(found).tensors) == list(HFWeights(expected).tensors), found
+def assert_same_folder(actual: Path, expected: Path) -> None:
+    report = verify(HFSource(expected), HFSource(actual))
+    assert report.same and report.tensors, actual
+    assert list(HFWeights(actual).tensors) == list(HFWeights(expected).tensors), actual

@@ -1,6 +1,6 @@
-"""A run's checkpoint, loaded without the run: any layout, student and teacher, against its export.
+"""Tests of load_weights: a run's checkpoint in any layout, compared with its export.
 
-That a shard of an HF folder is the right one is shown in test_model_parity.py.
+test_model_parity.py tests the shards of an HF folder.
 """
 
 from pathlib import Path
@@ -40,23 +40,24 @@ EXPERTS: Layouts = {
 }
 
 
-def train_here(path: Path, overrides: list[str]) -> None:
+def train_on_rank(path: Path, overrides: list[str]) -> None:
     config = load_config(path, overrides)
     train(config, start_runtime(config))
 
 
 @pytest.mark.parametrize(
-    ("family", "tie", "written_by", "layouts"),
+    ("family", "tie", "overrides", "layouts"),
     [
-        # Its teacher's average is fp32 beside weights in bf16, and its head is stored once.
+        # The teacher's average is fp32 while the weights are bf16, and the tied head is stored
+        # once.
         ("qwen2", True, ["parallel.pipeline=2", "model.dtype=bf16"], DENSE),
         ("qwen3_moe", False, ["parallel.expert=2"], EXPERTS),
     ],
 )
-def test_every_layout_loads_what_an_export_holds(family, tie, written_by, layouts, tmp_path):
+def test_load_weights_in_every_layout_equals_the_export(family, tie, overrides, layouts, tmp_path):
     path = write_run(tmp_path, training={"num_steps": 2, "global_batch_size": 4})
     write_model(tmp_path / "model", family, tie=tie)
-    run_ranks(train_here, 2, path, written_by)
+    run_ranks(train_on_rank, 2, path, overrides)
     for who in WHO:
         arguments = ["convert", "export", str(tmp_path / "out"), str(tmp_path / who)]
         assert cli.main([*arguments, "--weights", who]) == 0
@@ -66,32 +67,32 @@ def test_every_layout_loads_what_an_export_holds(family, tie, written_by, layout
 
 def compare(folder: Path, layouts: list[dict[str, int]]) -> None:
     for layout in layouts:
-        here = runtime.start(**layout)
-        found: dict[str, StageModel] = {}
+        rt = runtime.start(**layout)
+        loaded: dict[str, StageModel] = {}
         for who in WHO:
             models: list[Any] = []
             for _ in range(2):
-                models.append(build_model(folder / "out" / "hf", here, dtype=torch.bfloat16))
+                models.append(build_model(folder / "out" / "hf", rt, dtype=torch.bfloat16))
                 for p in models[-1].parameters():
                     p.data.fill_(torch.nan)
-            load_weights(models[0], open_source(folder / "out", who=who), here)
-            load_hf_weights(models[1], folder / who, here)
+            load_weights(models[0], open_source(folder / "out", who=who), rt)
+            load_hf_weights(models[1], folder / who, rt)
             assert_equal(*models)
-            found[who] = models[0]
-        students, teachers = (list(found[who].parameters()) for who in WHO)
-        moved = [not torch.equal(s, t) for s, t in zip(students, teachers, strict=True)]
-        assert sum(moved) > len(moved) // 2, "the same weights twice"
+            loaded[who] = models[0]
+        students, teachers = (list(loaded[who].parameters()) for who in WHO)
+        differ = [not torch.equal(s, t) for s, t in zip(students, teachers, strict=True)]
+        assert sum(differ) > len(differ) // 2, "student and teacher have the same weights"
         runtime.stop()
 
 
-def assert_equal(found: StageModel, expected: StageModel) -> None:
+def assert_equal(actual: StageModel, expected: StageModel) -> None:
     parameters = dict(expected.named_parameters())
-    for name, p in found.named_parameters():
+    for name, p in actual.named_parameters():
         assert torch.equal(p, parameters[name]), name
 
 
-def test_imports_of_any_padding_load_and_other_models_do_not(tmp_path):
-    """512 rows of 509 are what one rank pads to; three tensor ranks need 768."""
+def test_load_weights_accepts_other_padding_and_rejects_other_models(tmp_path):
+    """One rank pads a vocabulary of 509 to 512 rows. Three tensor ranks pad it to 768."""
     for name, layers in (("model", 2), ("longer", 3)):
         save_tiny_model(
             "llama",
@@ -107,12 +108,12 @@ def test_imports_of_any_padding_load_and_other_models_do_not(tmp_path):
 
 
 def load_imports(folder: Path) -> None:
-    here = runtime.start(tensor=3)
-    models = [build_model(folder / "model", here, dtype=torch.float32) for _ in range(2)]
-    load_weights(models[0], open_source(folder / "model-imported"), here)
-    load_hf_weights(models[1], folder / "model", here)
+    rt = runtime.start(tensor=3)
+    models = [build_model(folder / "model", rt, dtype=torch.float32) for _ in range(2)]
+    load_weights(models[0], open_source(folder / "model-imported"), rt)
+    load_hf_weights(models[1], folder / "model", rt)
     assert_equal(*models)
-    if here.tp_rank == 2:  # rows 512 to 767
+    if rt.tp_rank == 2:  # rows 512 to 767
         assert not models[0].head_weight().any()
     with pytest.raises(CheckpointError, match=r"longer.*config\.json describes another model"):
-        load_weights(models[0], open_source(folder / "longer-imported"), here)
+        load_weights(models[0], open_source(folder / "longer-imported"), rt)

@@ -1,9 +1,8 @@
-"""The Megatron model against transformers, for every family and layout, and weights there and back.
+"""Parity of the Megatron model with transformers, and bitwise exports, in all layouts.
 
-The reference is made once, in the test's process; each world of ranks then goes through all its
-layouts and models in one call. A family comes in by its entry in FAMILIES of
-tests/support/tiny_models.py, which tests/convert/test_architecture.py demands of every family that
-convert/mapping.py has a table of.
+The reference is computed once, in the test's process. Each world size then runs all its layouts and
+models in one call. The families are FAMILIES of tests/support/tiny_models.py.
+tests/convert/test_architecture.py checks that each family of convert/mapping.py is there.
 """
 
 import json
@@ -26,7 +25,7 @@ NUM_NEW_TOKENS = 8
 
 
 class Layout(NamedTuple):
-    """Data parallelism takes the ranks that are left."""
+    """Arguments of runtime.start. Data parallelism takes the remaining ranks."""
 
     tensor: int
     pipeline: int
@@ -52,7 +51,7 @@ LAYOUTS = {  # by world size
         Layout(1, 4),
         Layout(2, 1),
         Layout(2, 1, expert=2),
-        Layout(2, 1, expert=4),  # over tensor ranks and replicas
+        Layout(2, 1, expert=4),  # experts over tensor ranks and replicas
         Layout(2, 2, expert=2),
         Layout(2, 1, expert=2, expert_tensor=2),
         Layout(4, 1, expert_tensor=2),
@@ -63,13 +62,13 @@ LAYOUTS = {  # by world size
 
 @dataclass(frozen=True)
 class Case:
-    """A saved model, and what transformers makes of it in fp32."""
+    """A saved model, and its outputs in transformers in fp32."""
 
     name: str
     folder: Path
     has_experts: bool
     tokens_BS: torch.Tensor
-    """Prompts, and behind them what transformers goes on with, greedily."""
+    """Prompts, each followed by transformers' greedy continuation."""
     logits_BSV: torch.Tensor
 
 
@@ -105,34 +104,37 @@ def _case(root: Path, family: str, tie: bool, prompt: torch.Tensor) -> Case:
         pytest.param(4, "others", marks=pytest.mark.rest),
     ],
 )
-def test_logits_greedy_tokens_and_round_trip(
+def test_model_in_every_layout_matches_transformers_and_exports_bitwise(
     world_size: int, part: str, cases: list[Case], tmp_path: Path
 ):
     by_name = {case.name: case for case in cases}
-    visits = {
-        layout: _cases_of(layout, number, part, cases)
+    selected = {
+        layout: _select_cases(layout, number, part, cases)
         for number, layout in enumerate(LAYOUTS[world_size])
     }
-    for results in run_ranks(_visit, world_size, visits, tmp_path):
+    for results in run_ranks(_compute_and_export, world_size, selected, tmp_path):
         for (layout, name), logits in results.items():
-            case, where = by_name[name], f"{name}, {layout}"
+            case, label = by_name[name], f"{name}, {layout}"
             torch.testing.assert_close(
-                logits, case.logits_BSV, atol=1e-4, rtol=0, msg=lambda m, w=where: f"{w}: {m}"
+                logits, case.logits_BSV, atol=1e-4, rtol=0, msg=lambda m, w=label: f"{w}: {m}"
             )
-            # Each new token is the likeliest after those before it: so decoding would choose it.
+            # Each new token has the largest logit, so greedy decoding would choose it.
             chosen = logits[:, NUM_PROMPT_TOKENS - 1 : -1].argmax(-1)
-            assert torch.equal(chosen, case.tokens_BS[:, NUM_PROMPT_TOKENS:]), where
+            assert torch.equal(chosen, case.tokens_BS[:, NUM_PROMPT_TOKENS:]), label
 
-    for layout, visited in visits.items():
-        for case in visited:
+    for layout, layout_cases in selected.items():
+        for case in layout_cases:
             folder = tmp_path / _export_name(layout, case)
             _assert_bitwise(folder, case.folder)
             for name in ("config.json", "generation_config.json"):
                 assert (folder / name).read_text() == (case.folder / name).read_text(), folder
 
 
-def _cases_of(layout: Layout, number: int, part: str, cases: list[Case]) -> list[Case]:
-    """The models that a layout can hold: all, one (another for each layout), or the others."""
+def _select_cases(layout: Layout, number: int, part: str, cases: list[Case]) -> list[Case]:
+    """Select from the models that a layout supports: all, the first, or the others.
+
+    The first is another model for each layout number.
+    """
     shares_experts = layout.expert * layout.expert_tensor > 1
     possible = [case for case in cases if case.has_experts or not shares_experts]
     first = possible[number % len(possible)]
@@ -145,20 +147,20 @@ def _export_name(layout: Layout, case: Case) -> str:
     return "-".join(map(str, (*layout, case.name)))
 
 
-def _visit(visits: dict[Layout, list[Case]], out: Path) -> dict[tuple, torch.Tensor]:
-    """On every rank: each layout's and model's logits, and its export."""
+def _compute_and_export(selected: dict[Layout, list[Case]], out: Path) -> dict[tuple, torch.Tensor]:
+    """Compute logits of the selected models in each layout, and export the models."""
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.weights import export_model
 
     results = {}
-    for layout, cases in visits.items():
+    for layout, cases in selected.items():
         rt = runtime.start(**layout._asdict())
         for case in cases:
             model = _load(case.folder, rt)
-            # Replicas have the rows in other orders: where they share experts, tokens that come
-            # back to the wrong rank make a difference.
-            mine = case.tokens_BS.roll(rt.dp_rank, 0)
-            results[layout, case.name] = _logits(model, mine, rt).roll(-rt.dp_rank, 0)
+            # Each replica has another order of rows. If replicas share experts and a token returns
+            # to the wrong rank, the logits then differ.
+            tokens = case.tokens_BS.roll(rt.dp_rank, 0)
+            results[layout, case.name] = _logits(model, tokens, rt).roll(-rt.dp_rank, 0)
             export_model(model, case.folder, out / _export_name(layout, case), rt)
         runtime.stop()
     return results
@@ -169,7 +171,7 @@ def test_config_without_a_key_gives_the_logits_of_the_family_default(tmp_path: P
         0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(3)
     )
     for family, key, settings in (
-        ("mixtral", "rope_parameters", {}),  # theta is 1e6, where other families have 1e4
+        ("mixtral", "rope_parameters", {}),  # theta is 1e6; in other families it is 1e4
         ("mistral", "num_key_value_heads", {"num_key_value_heads": 8}),
         ("qwen3_moe", "head_dim", {"head_dim": 8}),
     ):
@@ -191,8 +193,8 @@ def _single_rank_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     return _logits(_load(folder, rt), tokens_BS, rt)
 
 
-def test_dtypes_shards_and_replaced_values(tmp_path: Path):
-    """bf16 there and back from several files, fp32 from bf16, and values in the weights' place."""
+def test_export_supports_other_dtypes_several_files_and_replaced_values(tmp_path: Path):
+    """bf16 from several files and back, fp32 from bf16, and `values` instead of the weights."""
     source = save_tiny_model(
         "qwen2", tmp_path / "source", dtype=torch.bfloat16, max_shard_size="100KB"
     )
@@ -202,7 +204,7 @@ def test_dtypes_shards_and_replaced_values(tmp_path: Path):
     _assert_bitwise(tmp_path / "bf16", tmp_path / "source")
     for name, factor in (("fp32", 1), ("doubled", 2)):
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert exported.dtype == torch.float32, "config.json must say what the files hold"
+        assert exported.dtype == torch.float32, "config.json must state the dtype of the files"
         for key, tensor in source.state_dict().items():
             assert torch.equal(exported.state_dict()[key], factor * tensor.float()), key
 
@@ -224,7 +226,7 @@ def _export_variants(folder: Path) -> None:
         export_model(model, source, folder / "bf16", rt)
 
 
-def test_vocabulary_padding_and_cached_decoding(tmp_path: Path):
+def test_model_with_padded_vocabulary_decodes_with_a_cache(tmp_path: Path):
     save_tiny_model("qwen3", tmp_path / "model", vocab_size=70)
     run_ranks(_check_padding_and_cache, 2, tmp_path / "model")
 
@@ -233,7 +235,7 @@ def _check_padding_and_cache(folder: Path) -> None:
     from aropd_mcore.mcore import runtime
 
     rt = runtime.start(tensor=2)
-    [model] = _load(folder, rt)  # of chunks
+    [model] = _load(folder, rt)  # one chunk
     from megatron.core.inference.contexts import StaticInferenceContext  # after the CPU mode
 
     assert (model.vocab_size, model.padded_vocab_size) == (70, 128)
@@ -257,14 +259,14 @@ def _check_padding_and_cache(folder: Path) -> None:
     torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-5, rtol=0)
 
 
-def test_unusable_folders_fail_alike_on_every_rank(tmp_path: Path):
+def test_unusable_folder_raises_on_every_rank(tmp_path: Path):
     odd = {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
     save_tiny_model("llama", tmp_path / "odd", hidden_size=48, **odd)
     save_tiny_model("llama", tmp_path / "other", num_hidden_layers=2)
     run_ranks(_check_errors, 2, tmp_path)
 
 
-def test_sizes_that_do_not_fit_each_other():
+def test_start_with_incompatible_sizes_raises():
     run_ranks(_check_sizes, 2)
 
 
@@ -272,11 +274,11 @@ def _check_sizes() -> None:
     from aropd_mcore.mcore import runtime
 
     for sizes, message in (
-        ({"tensor": 2, "pipeline": 2}, "2 processes cannot be .* start a multiple of 4$"),
-        ({"tensor": 2, "expert": 3}, "tensor 2 .* experts shared by 3 ranks; .* multiple of 6$"),
-        ({"pipeline": 2, "expert": 2}, "start a multiple of 4$"),
-        ({"virtual_pipeline": 2}, "2 chunks on each .* parallel.pipeline is 1$"),
-        ({"sequence_parallel": True}, "splits tokens over tensor ranks; tensor is 1$"),
+        ({"tensor": 2, "pipeline": 2}, "2 processes cannot be .* start a multiple of 4 processes$"),
+        ({"tensor": 2, "expert": 3}, "tensor 2 .* experts sharded over 3 ranks; .* multiple of 6 "),
+        ({"pipeline": 2, "expert": 2}, "start a multiple of 4 processes$"),
+        ({"virtual_pipeline": 2}, "parallel.virtual_pipeline 2 with parallel.pipeline 1: expected"),
+        ({"sequence_parallel": True}, "parallel.sequence true with parallel.tensor 1: expected"),
     ):
         with pytest.raises(ValueError, match=message):
             runtime.start(**sizes)
@@ -307,8 +309,8 @@ def _check_errors(folder: Path) -> None:
         build_model(folder / "other", rt, dtype=torch.float32)
 
 
-def test_checkpoints_have_the_names_of_the_table(tmp_path: Path):
-    """Those that Transformer Engine's layers have too, so that either reads the other's."""
+def test_checkpoint_names_match_the_weight_table(tmp_path: Path):
+    """Transformer Engine's layers have the same names, so both specs read the same checkpoints."""
     for family in ("qwen2", "qwen3", "qwen3_moe", "mixtral"):
         save_tiny_model(family, tmp_path / family, num_hidden_layers=2)
         run_ranks(_check_checkpoint_names, 1, tmp_path / family)
@@ -317,15 +319,16 @@ def test_checkpoints_have_the_names_of_the_table(tmp_path: Path):
 def _check_checkpoint_names(folder: Path) -> None:
     from aropd_mcore.mcore import runtime
 
-    [model] = _load(folder, runtime.start())  # of chunks
-    found = {tensor.key for tensor in model.sharded_state_dict().values()}
-    # A tensor is one of all layers, or of all their experts, so numbers are no part of its name.
-    in_table = {
+    [model] = _load(folder, runtime.start())  # one chunk
+    keys = {tensor.key for tensor in model.sharded_state_dict().values()}
+    # A checkpoint joins a weight of all layers and experts into one tensor, so its key has no
+    # numbers.
+    table_keys = {
         re.sub(r"\.(layers|local_experts)\.\d+\.", r".\1.", weight.fused_name or weight.name)
         for weight in model.architecture.weights()
     }
-    in_table = {name.replace("local_experts", "experts") for name in in_table}
-    assert {name for name in found if not name.endswith("_extra_state")} == in_table
+    table_keys = {name.replace("local_experts", "experts") for name in table_keys}
+    assert {key for key in keys if not key.endswith("_extra_state")} == table_keys
 
 
 def _load(folder: Path, rt, dtype: torch.dtype = torch.float32) -> Any:
@@ -339,19 +342,19 @@ def _load(folder: Path, rt, dtype: torch.dtype = torch.float32) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any, tokens_BS: torch.Tensor, rt) -> torch.Tensor:
-    """Whole, unpadded logits [B, S, V] on every rank, by plain sends from chunk to chunk."""
+    """Compute logits [B, S, V] without padding on every rank, by plain sends between chunks."""
     batch, length = tokens_BS.shape
-    before, after = (
+    previous_rank, next_rank = (
         dist.get_global_rank(rt.pp_group, (rt.pp_rank + step) % rt.pp_size) for step in (-1, 1)
     )
     hidden = torch.empty(length, batch, TINY["hidden_size"])
     for chunk in model:
         if not chunk.pre_process:
-            dist.recv(hidden, before, group=rt.pp_group)
+            dist.recv(hidden, previous_rank, group=rt.pp_group)
             chunk.set_input_tensor(hidden)
         hidden = chunk(tokens_BS, torch.arange(length).expand(batch, length), None)
         if not chunk.post_process:
-            dist.send(hidden, after, group=rt.pp_group)
+            dist.send(hidden, next_rank, group=rt.pp_group)
     logits = torch.empty(batch, length, model.vocab_size)
     if rt.is_last_stage:
         shard = (hidden @ model.head_weight().T).transpose(0, 1).contiguous()
@@ -363,11 +366,11 @@ def _logits(model: Any, tokens_BS: torch.Tensor, rt) -> torch.Tensor:
 
 
 def _assert_bitwise(exported: Path, source: Path) -> None:
-    found, expected = _tensors(exported), _tensors(source)
-    assert found.keys() == expected.keys(), exported
+    actual, expected = _tensors(exported), _tensors(source)
+    assert actual.keys() == expected.keys(), exported
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, (exported, name)
-        assert torch.equal(found[name], tensor), (exported, name)
+        assert actual[name].dtype == tensor.dtype, (exported, name)
+        assert torch.equal(actual[name], tensor), (exported, name)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules; the updates are compared in tests/trainer/test_step.py."""
+"""Tests of learning-rate schedules. tests/trainer/test_step.py tests the updates."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.support.tiny_models import save_tiny_model
 
 NUM_STEPS, NUM_WARMUP = 10, 2
 LR, MIN_LR = 1e-3, 0.0
-DECAY = {  # share of the way from min_lr to lr that is left, after a share of the decay is done
+DECAY = {  # fraction of the decay that is done -> position from min_lr (0) to lr (1)
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
@@ -18,13 +18,13 @@ DECAY = {  # share of the way from min_lr to lr that is left, after a share of t
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, list[float]]:
+def learning_rates(tmp_path_factory) -> dict[str, list[float]]:
     folder = tmp_path_factory.mktemp("model")
     save_tiny_model("llama", folder, num_hidden_layers=1)
-    return run_ranks(learning_rates, 1, folder, list(DECAY))[0]
+    return run_ranks(take_steps, 1, folder, list(DECAY))[0]
 
 
-def learning_rates(folder: Path, schedules: list[str]) -> dict[str, list[float]]:
+def take_steps(folder: Path, schedules: list[str]) -> dict[str, list[float]]:
     import torch
 
     from aropd_mcore.config import OptimizerConfig
@@ -41,7 +41,8 @@ def learning_rates(folder: Path, schedules: list[str]) -> dict[str, list[float]]
         model = build_model(folder, rt, dtype=torch.float32)
         optimizer = Optimizer(model, config, num_steps=NUM_STEPS)
         optimizer.zero_grad()
-        # Updates of no gradient. Every second one is left out, and the schedule waits.
+        # The gradients are zero. Every second update is skipped, which must not advance the
+        # schedule.
         rates[schedule] = []
         for _ in range(NUM_STEPS):
             grad_norm = optimizer.grad_norm()
@@ -53,10 +54,10 @@ def learning_rates(folder: Path, schedules: list[str]) -> dict[str, list[float]]
 
 
 @pytest.mark.parametrize("schedule", DECAY)
-def test_warm_up_then_decay(found, schedule):
+def test_learning_rate_warms_up_then_decays(learning_rates, schedule):
     decaying = NUM_STEPS - NUM_WARMUP
     expected = [LR * n / (NUM_WARMUP + 1) for n in range(1, NUM_WARMUP + 1)] + [
         MIN_LR + (LR - MIN_LR) * DECAY[schedule](n / decaying) for n in range(decaying)
     ]
-    assert found[schedule] == pytest.approx(expected)
-    assert min(found[schedule]) > 0
+    assert learning_rates[schedule] == pytest.approx(expected)
+    assert min(learning_rates[schedule]) > 0

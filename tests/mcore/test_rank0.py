@@ -1,4 +1,4 @@
-"""Work of rank 0: every rank gets its result, or its error."""
+"""Tests of run_on_rank0: every rank gets the result or the error."""
 
 import time
 
@@ -11,7 +11,7 @@ from tests.support.ranks import run_ranks
 
 
 class Unpicklable(Exception):
-    """An error that pickle cannot rebuild: it does not keep its arguments."""
+    """An error that pickle cannot rebuild, because it does not keep its arguments."""
 
     def __init__(self, first: str, second: str):
         super().__init__(first + second)
@@ -30,9 +30,9 @@ def check(takes_long: bool) -> None:
         time.sleep(0.2)
         return "done"
 
-    usual, rank0.HEARTBEAT_SECONDS = rank0.HEARTBEAT_SECONDS, 0.01
+    original, rank0.HEARTBEAT_SECONDS = rank0.HEARTBEAT_SECONDS, 0.01
     assert run_on_rank0(work, takes_long=takes_long) == "done"
-    rank0.HEARTBEAT_SECONDS = usual
+    rank0.HEARTBEAT_SECONDS = original
     assert ranks == ([0] if dist.get_rank() == 0 else [])
 
     def fail() -> None:
@@ -48,4 +48,5 @@ def check(takes_long: bool) -> None:
     expected = Unpicklable if dist.get_rank() == 0 else RuntimeError
     with pytest.raises(expected, match="a reason"):
         run_on_rank0(fail_badly, takes_long=takes_long)
-    assert run_on_rank0(lambda: None, takes_long=takes_long) is None  # the ranks are in step
+    # The ranks still run the same collectives.
+    assert run_on_rank0(lambda: None, takes_long=takes_long) is None

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven over a pipe by its DevTools protocol."""
+"""Headless Chromium, driven over a pipe by its DevTools protocol."""
 
 import base64
 import json
@@ -18,11 +18,13 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Page:
-    """One tab. `said` are the errors and warnings of its console, `requests` all that it loaded."""
+    """One tab of the browser."""
 
     def __init__(self, commands: Any, replies: Any):
-        self.said: list[str] = []
+        self.console: list[str] = []
+        """Errors and warnings of the console, and exceptions."""
         self.requests: list[str] = []
+        """URLs of all requests."""
         self._commands, self._replies = commands, replies
         self._number, self._session = 0, None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -52,20 +54,20 @@ class Page:
         self.send("Page.navigate", url=path.as_uri())
         deadline = time.monotonic() + _SECONDS
         while not self.run("document.readyState === 'complete' && !!document.querySelector('h2')"):
-            assert time.monotonic() < deadline, "the page did not draw itself"
+            assert time.monotonic() < deadline, "the page was not drawn in time"
         self.frames()
 
     def frames(self) -> None:
-        """Let the page draw what has changed."""
+        """Wait until the page has drawn all changes."""
         self.run("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
-        found = self.send(
+        """Evaluate a JavaScript expression, await it and return its value."""
+        reply = self.send(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        return reply["result"].get("value")
 
     def press(self, key: str) -> None:
         codes = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "Tab": 9, "End": 35}
@@ -96,7 +98,7 @@ class Page:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def _next(self) -> dict[str, Any]:
-        """The next message; what the page says and loads is kept."""
+        """Read the next message. Record console output and requests."""
         raw = bytearray()
         while (byte := self._replies.read(1)) != b"\0":
             assert byte, "chromium ended"
@@ -104,11 +106,11 @@ class Page:
         message = json.loads(raw)
         event, details = message.get("method"), message.get("params", {})
         if event == "Runtime.exceptionThrown":
-            self.said.append(str(details["exceptionDetails"]))
+            self.console.append(str(details["exceptionDetails"]))
         elif event == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning"):
-            self.said.append(str(details["args"]))
+            self.console.append(str(details["args"]))
         elif event == "Log.entryAdded" and details["entry"]["level"] in ("error", "warning"):
-            self.said.append(details["entry"]["text"])
+            self.console.append(details["entry"]["text"])
         elif event == "Network.requestWillBeSent":
             self.requests.append(details["request"]["url"])
         return message
@@ -116,13 +118,13 @@ class Page:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:
-    """A page in a browser of its own; skips the test where no browser is installed."""
+    """Start a browser and yield a page. Skip the test if no browser is installed."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(f"no browser: expected one of {', '.join(NAMES)} (apt-get install chromium)")
     commands_read, commands_write = os.pipe()
     replies_read, replies_write = os.pipe()
-    # The protocol's pipe is at descriptors 3 and 4.
+    # Chromium expects the protocol's pipe at descriptors 3 and 4.
     shell = f'exec "$@" 3<&{commands_read} 4>&{replies_write}'
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     quiet = ["--remote-debugging-pipe", "--no-first-run", f"--user-data-dir={profile}"]

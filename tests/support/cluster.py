@@ -1,7 +1,7 @@
 """A real Slurm on this machine: munged, slurmctld and one slurmd per node, in one folder.
 
 It needs Debian's `slurm-wlm` and `munge`, but no system settings. Keys, sockets, state and logs are
-in the folder. The daemons run as the user who runs the tests, and end with the test.
+in the folder. The daemons run as the user of the tests, and end with the test.
 """
 
 import getpass
@@ -17,7 +17,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 """Programs that must be installed."""
 
-# The names of nodes are loopback addresses, which need no DNS.
+# Node names are loopback addresses, which need no DNS.
 _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -71,7 +71,7 @@ class Slurm:
         words = [str(word) for word in command]
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True)
         if check and done.returncode:
-            raise AssertionError(f"{words} ended with {done.returncode}: {done.stderr}")
+            raise AssertionError(f"{words} exited with {done.returncode}: {done.stderr}")
         return done.stdout.strip()
 
     def submit(self, *words: object, cwd: Path, env: Mapping[str, str]) -> int:
@@ -116,7 +116,7 @@ class Slurm:
 def slurm(folder: Path, *, num_nodes: int, cpus: int) -> Iterator[Slurm]:
     """Run a Slurm with nodes 127.0.0.1, 127.0.0.2, ... and `cpus` declared CPUs on each.
 
-    All its processes are ended in the end, also after an error.
+    On exit, also after an error, all its processes are ended.
     """
     (folder / "state").mkdir(parents=True)
     (folder / "munge.key").touch(mode=0o600)

@@ -1,7 +1,7 @@
-"""A server that speaks vLLM's protocol as rollout/vllm_api.py uses it, and fails as it is told.
+"""A fake vLLM server with the endpoints that rollout/vllm_api.py uses, and with planted failures.
 
-Its "model" is a number in the folder that it is told to load, or a real one, by transformers. Run
-as a program it takes vLLM's own arguments: an interpreter for `rollout.vllm.python`.
+Its "model" is a number in the file `value` of the loaded folder, or else a real model of
+transformers. As a program it accepts vLLM's arguments and can be used as `rollout.vllm.python`.
 """
 
 import json
@@ -20,16 +20,17 @@ from typing import Any
 
 EOS = 3
 UNLOADED = -9.0
-"""A log-prob under the weights that it started with."""
+"""Log-prob of every token under the initial weights."""
 
 _LOADING = threading.Lock()
-"""transformers patches itself and torch while it loads a model; two loads at a time leave that."""
+"""Lock for loading a model. transformers patches itself and torch meanwhile, and two concurrent
+loads would leave the patches in place."""
 
 
 def response_to(
     prompt: Sequence[int], seed: int, limit: int, stop_ids: Sequence[int] = (EOS,)
 ) -> list[int]:
-    """What it samples: a function of prompt and seed; most end by one of stop_ids."""
+    """Return the fake response to a prompt and seed. Most responses end with one of stop_ids."""
     length = seed % (limit + limit // 2) + 1
     others = [id for id in range(10, 210) if id not in stop_ids]
     ids = [others[(sum(prompt) + seed + 7 * i) % len(others)] for i in range(min(length, limit))]
@@ -38,9 +39,11 @@ def response_to(
     return ids
 
 
-def _port_to_come_back_to() -> int:
-    """A free one below those that the system gives to connections (from 32,768 on): nobody takes it
-    while the server is away."""
+def _choose_port() -> int:
+    """Choose a free port that remains free while the server is down.
+
+    It is below 32,768, where the ports begin that the system assigns to connections.
+    """
     for port in random.sample(range(20_000, 32_000), 100):
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
@@ -52,16 +55,21 @@ class FakeVllm:
     """The server, in threads of this process.
 
     Attributes that a test may set:
-        faults: what to do wrong with the next requests for a response, in turn ("": nothing), and
-            always: with all others; see `_generate`.
-        hold: while it is cleared, responses wait.
-        loads: False makes it keep its old weights and claim the new ones.
-        processed: take log-probs after the sampling settings.
-        damaged, lost: a tensor that its workers are given with another bit, or not at all.
-        greedy: answer with the loaded model's likeliest tokens.
-        num_workers, sent_value: of a transfer.
-    and look at: responses (how many it gave), most_at_a_time, loaded (folders, in order), joined
-    (communicators, in order).
+        faults: faults of the next responses, in order; "" is no fault. See `_generate`.
+        always: fault of all later responses.
+        hold: event; responses wait while it is cleared.
+        loads: whether it loads new weights. If not, it still reports the new version.
+        processed: whether log-probs are computed after the sampling settings.
+        damaged: name of a tensor that workers receive with a flipped bit.
+        lost: name of a tensor that workers do not receive.
+        greedy: whether it responds with the loaded model's likeliest tokens.
+        num_workers: world size that the server reports.
+        sent_value: value of the "model" after a weight transfer.
+    Attributes that a test may read:
+        responses: number of correct responses.
+        most_at_a_time: largest number of concurrent requests.
+        loaded: loaded folders, in order.
+        joined: communicators, in order.
     """
 
     def __init__(
@@ -73,7 +81,7 @@ class FakeVllm:
         port: int = 0,
     ):
         self.key, self.version = key, version
-        self.host, self.port = host, port or _port_to_come_back_to()
+        self.host, self.port = host, port or _choose_port()
         self.faults: list[str] = []
         self.always: str | None = None
         self.hold = threading.Event()
@@ -88,7 +96,7 @@ class FakeVllm:
         self.start()
 
     def start(self) -> None:
-        """Begin to serve, with the weights of a new server."""
+        """Start serving, with the initial weights."""
         self.label, self.is_paused, self.value, self.model = "default", False, UNLOADED, None
         self.digests: dict[str, str] | None = None
         self._is_dying = False
@@ -112,7 +120,7 @@ class FakeVllm:
             request_queue_size = 256
 
             def handle_error(self, *_: Any) -> None:
-                """Connections break here on purpose."""
+                """Ignore errors: connections are broken on purpose."""
 
         self._http = Server((self.host, self.port), Handler)
         self._connections: list[socket.socket] = []
@@ -123,12 +131,12 @@ class FakeVllm:
         return f"http://127.0.0.1:{self.port}"
 
     def die(self) -> None:
-        """Break every connection, and take no more."""
+        """Break every connection, and accept no more."""
         self._is_dying = True
         self._http.shutdown()
         self._http.server_close()
         for connection in self._connections:
-            # Reset, as a killed process's are.
+            # Reset connections, as when a process is killed.
             linger = struct.pack("ii", 1, 0)
             try:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -173,7 +181,7 @@ class FakeVllm:
         return {"success": True}
 
     def _on_workers(self, method: str, arguments: dict[str, str]) -> list[Any]:
-        found: Any = None
+        result: Any = None
         match method:
             case "reload_weights":
                 folder = Path(arguments["weights_path"])
@@ -183,12 +191,12 @@ class FakeVllm:
             case "aropd_note_digests":
                 self.digests = {}
             case "aropd_noted_digests":
-                found, self.digests = self.digests, None
-                assert found is not None
-        return [found] * self.num_workers
+                result, self.digests = self.digests, None
+                assert result is not None
+        return [result] * self.num_workers
 
     def _note(self, folder: Path | None = None) -> None:
-        """Digests of what its workers are given: a folder's tensors, or the number as one."""
+        """Note digests of the workers' new weights: a folder's tensors, or the value as one."""
         if self.digests is None:
             return
         import torch
@@ -222,14 +230,14 @@ class FakeVllm:
             if self._is_dying:
                 return self._hang_up(handler)
             fault = self.faults.pop(0) if self.faults else self.always
-            # die() takes a while: no other request may get a response in the meantime.
+            # die() takes time. Other requests must not get a response meanwhile.
             self._is_dying |= fault in ("die", "restart")
             self._at_a_time += 1
             self.most_at_a_time = max(self.most_at_a_time, self._at_a_time)
         self.hold.wait()
         params = body["sampling_params"]
         limit, stop_ids = params["max_tokens"], params["stop_token_ids"]
-        # Whoever takes the answer of a fault takes another one than the right one.
+        # A faulty response has other tokens, so a test fails if it is used.
         seed = params["seed"] + bool(fault)
         if self.greedy:
             assert params["temperature"] == 0
@@ -330,7 +338,7 @@ class FakeVllm:
 
 
 def main() -> None:
-    """As `python -m vllm.entrypoints.openai.api_server`."""
+    """Run like `python -m vllm.entrypoints.openai.api_server`."""
     arguments = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
     print("arguments", sys.argv[1:], flush=True)
     if "--refuse" in sys.argv:

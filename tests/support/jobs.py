@@ -1,4 +1,4 @@
-"""`aropd train` as users start it, to be watched from outside and killed."""
+"""`aropd train` as a subprocess that tests observe and kill."""
 
 import os
 import signal
@@ -16,11 +16,12 @@ from tests.conftest import REPO
 from tests.support.training import command, environment
 
 _MARK = "AROPD_TEST_JOB"
-"""Ranks are in sessions of their own: what belongs to a job is known by its environment."""
+"""Environment variable that marks a job's processes. Their session does not identify them, because
+each rank has its own."""
 
 
 class Job:
-    """`aropd train` with its ranks, in a session of their own."""
+    """A running `aropd train` with its ranks."""
 
     def __init__(self, path: Path, num_ranks: int, *overrides: str, torchrun: bool = False):
         self.mark = uuid.uuid4().hex
@@ -44,11 +45,13 @@ class Job:
         until = time.monotonic() + seconds
         while not is_time():
             if self.process.poll() is not None or time.monotonic() > until:
-                pytest.fail(f"the job ended, or hung, before its kill:\n{self.log.read_text()}")
+                pytest.fail(
+                    f"the job ended or hung before the expected event:\n{self.log.read_text()}"
+                )
             time.sleep(0.002)
 
     def kill(self, rank: int | None) -> None:
-        """One rank, whose death must end the job by itself; or, with None, all there is."""
+        """Kill one rank and check that the job ends. None: kill all processes of the job."""
         if rank is None:
             self.end()
             return
@@ -56,11 +59,11 @@ class Job:
         pid = self.pid_of(rank)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        assert self.process.wait(60) != 0, "the job went on without one of its ranks"
+        assert self.process.wait(60) != 0, "the job succeeded without one of its ranks"
         self.check_nothing_is_left()
 
     def check_nothing_is_left(self) -> None:
-        """No process of the job outlives its launcher by more than ten seconds."""
+        """Check that all processes of the job end within ten seconds after the launcher."""
         until = time.monotonic() + 10
         while left := self.processes():
             if time.monotonic() > until:
@@ -69,28 +72,28 @@ class Job:
             time.sleep(0.05)
 
     def end(self) -> None:
-        """Nothing of the job lives on."""
+        """Kill all processes of the job."""
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def pid_of(self, rank: int) -> int | None:
-        """Of the rank's process, once it has started."""
+        """Return the process id of a rank, or None before the rank has started."""
         for pid, environ in self.processes().items():
             if f"RANK={rank}" in environ and parent_of(pid) == self.process.pid:
                 return pid
         return None
 
     def processes(self) -> dict[int, list[str]]:
-        """The job's processes, ranks and what ranks have started, each with its environment."""
+        """Return pid -> environment of the job's processes: launcher, ranks and their children."""
         mark = f"{_MARK}={self.mark}"
-        found = {}
+        environs = {}
         for entry in Path("/proc").glob("[0-9]*"):
             environ = read_text(entry / "environ").split("\0")
             if mark in environ:
-                found[int(entry.name)] = environ
-        return found
+                environs[int(entry.name)] = environ
+        return environs
 
 
 def parent_of(pid: int) -> int:
@@ -103,7 +106,7 @@ def command_of(pid: int) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Empty where the process is gone."""
+    """Read a file of /proc. Return an empty string if the process has ended."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -1,8 +1,8 @@
-"""Dense formulas, written from METHOD.md alone: what every other implementation is compared with.
+"""Dense reference formulas, written from METHOD.md only.
 
-Plain autograd torch over whole [tokens, vocabulary] matrices, in the dtype of what is passed: fp64
-for the truth, bf16 for the error that an eager implementation makes. Imports nothing of the
-package.
+Plain autograd torch over whole [tokens, vocabulary] matrices, in the dtype of the arguments: fp64
+for the reference, bf16 for the error of an eager implementation. The module imports nothing from
+the package.
 """
 
 import torch
@@ -49,7 +49,10 @@ def token_losses(
     divergence: str = "kl_target_student",
     jsd_weight: float = 0.5,
 ) -> Tensor:
-    """[T]; differentiable in the student's logits, with a constant target; METHOD section 3."""
+    """Return the loss of each token, [T]; METHOD section 3.
+
+    It is differentiable in the student's logits. The target is constant.
+    """
     log_s, log_p, log_f = (
         torch.log_softmax(logits, -1)
         for logits in (student_logits, partial_logits.detach(), full_logits.detach())
@@ -73,7 +76,7 @@ def token_metrics(
     scale: float,
     clip: float | None,
 ) -> dict[str, Tensor]:
-    """METHOD section 7, the metrics that one token has."""
+    """Return the metrics per token, each [T]; METHOD section 7."""
     log_s, log_p, log_f = (
         torch.log_softmax(logits.detach(), -1)
         for logits in (student_logits, partial_logits, full_logits)
@@ -81,7 +84,7 @@ def token_metrics(
     log_q = target_logprobs(log_p, log_f, scale, clip)
     clipped = (log_f - log_p).abs() > (torch.inf if clip is None else clip)
     top_k = min(TOP_K, log_s.size(-1))
-    # A token is in the top 16 when fewer than 16 are strictly likelier.
+    # A token is in the top 16 if fewer than 16 tokens are strictly likelier.
     top_s, top_f = (
         logits >= logits.topk(top_k).values[:, -1:] for logits in (student_logits, full_logits)
     )
@@ -101,12 +104,12 @@ def token_metrics(
 
 
 def cross_entropy(student_logits: Tensor, target_ids: Tensor) -> Tensor:
-    """[T]; the SFT baseline."""
+    """Return the cross-entropy of each token, [T]: the SFT baseline."""
     return -torch.log_softmax(student_logits, -1).gather(-1, target_ids[:, None]).squeeze(-1)
 
 
 def reduced_loss(losses_by_response: list[Tensor], weights: list[float], reduction: str) -> Tensor:
-    """The loss of a global batch from each response's token losses; METHOD section 3, Reduction."""
+    """Reduce each response's token losses to a global batch's loss; METHOD section 3, Reduction."""
     if reduction == "sequence_mean_all":
         terms = [
             w * (x.sum() / max(x.numel(), 1))

@@ -1,4 +1,4 @@
-"""Few rows of settings that show every pair of values that all rows show."""
+"""Pairwise coverage: a few rows of settings that contain every pair of values of all rows."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -6,12 +6,15 @@ from typing import Any
 
 
 def pairs(row: Mapping[str, Any]) -> set[tuple]:
-    """Every two settings of a row, with their values."""
+    """Return all pairs of a row's settings, with their values."""
     return set(combinations(sorted(row.items()), 2))
 
 
 def covering_rows(rows: Sequence[Mapping[str, Any]], costs: Sequence[float]) -> list[int]:
-    """Indices of rows that together have every pair of `rows`: most new pairs per cost first."""
+    """Return indices of rows that together have every pair of `rows`.
+
+    Greedy: the row with the most new pairs per cost is chosen next.
+    """
     missing = set().union(*map(pairs, rows))
     chosen = []
     while missing:

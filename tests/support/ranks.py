@@ -1,8 +1,8 @@
 """`run_ranks`: call a function on every rank of a small gloo world.
 
-Importing torch, megatron and transformers costs seconds a process, so the ranks are a pool of
-spawned processes that live as long as the test session; each call makes a fresh process group
-among the first `world_size` of them.
+Importing torch, megatron and transformers takes seconds per process. The ranks are therefore a pool
+of spawned processes that live until the end of the test session. Each call creates a process group
+of the first `world_size` processes.
 """
 
 import atexit
@@ -26,36 +26,39 @@ import torch
 import torch.distributed as dist
 
 GROUP_TIMEOUT = timedelta(seconds=60)
-"""A collective that a peer never joins ends in an error, on the rank that waits, after this."""
+"""Timeout of collectives, after which a rank that waits for a missing peer raises an error."""
 GRACE_SECONDS = 5.0
-"""How long the other ranks' tracebacks are waited for after the first failure."""
+"""Time to wait for the other ranks' tracebacks after the first failure."""
 
 
 class RankError(AssertionError):
-    """A rank raised, died or did not finish in time; the message shows every rank's traceback."""
+    """Error: a rank raised, died or timed out. The message has every rank's traceback."""
 
 
 def run_ranks(fn: Callable, world_size: int, *args, timeout: float = 180.0) -> list[Any]:
-    """`fn(*args)` on every rank of a gloo world of `world_size`; the return values in rank order.
+    """Call `fn(*args)` on every rank of a gloo world, and return the results in rank order.
 
-    `fn` is a function at the top of an importable module, and arguments and results are pickled
-    by value. The default process group is initialized (the rank is `dist.get_rank()`), torch is
-    seeded with 0 and uses one thread; afterwards Megatron's parallel state and the group are
-    destroyed. Modules stay imported from call to call, so a rank must leave no global changed.
+    On each rank the default process group is initialized, torch is seeded with 0 and torch uses one
+    thread. Afterwards Megatron's parallel state and the group are destroyed. Modules remain
+    imported between calls, so `fn` must restore all globals that it changes.
 
+    Args:
+        fn: a module-level function of an importable module. Arguments and results are pickled.
+        timeout: time limit of the call in seconds.
     Raises:
-        RankError: a rank raised, died, or was not done within `timeout` seconds. The first rank to
-            fail is shown first, and ranks that hang with the stack they hang in.
+        RankError: a rank raised, died, or did not finish in time. The first rank that failed comes
+            first. A rank that hangs is reported with its stack.
     """
     workers = _pool(world_size)
-    # The store's server lives here, on a port the system chose: no race, and no rank is special.
+    # The store's server is in this process, on a port that the system chose: there is no race, and
+    # all ranks are clients.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((fn, args))
     try:
         for rank, worker in enumerate(workers):
             worker.pipe.send((store.port, rank, world_size, call))
         results, failures = _collect(workers, timeout)
-    except BaseException:  # an interrupt: the ranks are in the middle of something
+    except BaseException:  # an interrupt, during which the ranks are still running
         shutdown_pool()
         raise
     if failures:
@@ -66,30 +69,31 @@ def run_ranks(fn: Callable, world_size: int, *args, timeout: float = 180.0) -> l
 
 
 class _Worker:
-    """A pool process, the pipe to it, and the file it writes its stack to on SIGUSR1."""
+    """A pool process, the pipe to it, and the file to which it writes its stack on SIGUSR1."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        self.pipe, worker_pipe = context.Pipe()
         self.stack = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
         self.process = context.Process(
-            target=_serve, args=(theirs, self.stack.name), daemon=True, name="rank"
+            target=_serve, args=(worker_pipe, self.stack.name), daemon=True, name="rank"
         )
         self.process.start()
-        theirs.close()  # so that the worker's death is an EOF here
+        worker_pipe.close()  # so that the worker's death is an EOF here
 
     def kill(self) -> None:
-        """End the process, and what it started: Megatron's checkpointing leaves one behind."""
+        """Kill the process and its children. Megatron's checkpointing leaves a child behind."""
         assert self.process.pid, "started"
-        with suppress(ProcessLookupError):  # where it has not come to lead its group yet
+        with suppress(ProcessLookupError):  # it may not lead its process group yet
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
 
-    def hung(self, why: str) -> str:
+    def report_hang(self, reason: str) -> str:
+        """Return the reason with the stack of the process."""
         with suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, signal.SIGUSR1)
         time.sleep(0.2)
-        return f"{why}; it was in\n{self.stack.read() or '(no stack: still importing)'}"
+        return f"{reason}; stack:\n{self.stack.read() or '(no stack: still importing)'}"
 
 
 _workers: list[_Worker] = []
@@ -97,7 +101,7 @@ _workers: list[_Worker] = []
 
 def _pool(world_size: int) -> list[_Worker]:
     threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the child imports torch
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when the child imports torch
     try:
         while len(_workers) < world_size:
             _workers.append(_Worker())
@@ -111,7 +115,7 @@ def _pool(world_size: int) -> list[_Worker]:
 
 @atexit.register
 def shutdown_pool() -> None:
-    """End the processes; the next call starts new ones."""
+    """End the processes. The next call starts new ones."""
     for worker in _workers:
         worker.kill()
     for worker in _workers:
@@ -130,8 +134,8 @@ def _collect(
     while waiting:
         ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
-            why = "did not finish" if failures else f"did not finish in {timeout:g} s"
-            failures += [(rank, workers[rank].hung(why)) for rank in waiting.values()]
+            reason = "did not finish" if failures else f"did not finish in {timeout:g} s"
+            failures += [(rank, workers[rank].report_hang(reason)) for rank in waiting.values()]
             break
         for pipe in ready:
             rank = waiting.pop(pipe)  # type: ignore[arg-type]
@@ -150,12 +154,13 @@ def _collect(
 
 
 def _serve(pipe: connection.Connection, stack_path: str) -> None:
-    """A pool process's life: calls from the pipe until it closes or a call fails."""
-    # Daemonic, so that it ends with the session, yet allowed children: dist_checkpointing has some.
+    """Serve calls from the pipe until it closes or a call fails. Runs in a pool process."""
+    # The process is daemonic, so that it ends with the test session. dist_checkpointing starts
+    # children, which multiprocessing forbids to daemonic processes.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    os.setpgid(0, 0)  # so that they can be ended together
+    os.setpgid(0, 0)  # so that the process and its children can be killed together
     torch.set_num_threads(1)
-    # The suite's rule (pyproject, filterwarnings) holds on every rank.
+    # The filter of pyproject.toml (filterwarnings), for the ranks.
     warnings.filterwarnings("error", ".*autograd kernel was not registered.*")
     with open(stack_path, "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
@@ -169,7 +174,7 @@ def _serve(pipe: connection.Connection, stack_path: str) -> None:
                 reply = pickle.dumps((True, _in_world(port, rank, world_size, fn, args)))
             except BaseException:
                 pipe.send(pickle.dumps((False, traceback.format_exc())))
-                os._exit(1)  # closes this rank's sockets, so that peers fail now and report too
+                os._exit(1)  # closes this rank's sockets, so that its peers fail and report too
             pipe.send(reply)
 
 
@@ -180,7 +185,7 @@ def _in_world(port: int, rank: int, world_size: int, fn: Callable, args: tuple) 
     )
     torch.manual_seed(0)
     result = fn(*args)
-    dist.barrier()  # nobody tears down while a peer still works
+    dist.barrier()  # wait for peers before the groups are destroyed
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None and parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

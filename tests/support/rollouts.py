@@ -1,4 +1,4 @@
-"""Rollouts for tests: from an engine in one call, and from a list in place of a run's source."""
+"""Rollouts for tests: sampled from an engine, or replayed from a list."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,13 +22,13 @@ def sample(
 
 
 class ReplaySource:
-    """RolloutSource that gives a run's steps the responses of another run, whatever its model."""
+    """RolloutSource that replays given responses instead of sampling from the model."""
 
     def __init__(self, source: Any, rollouts: Iterable[Sequence[Rollout]]):
         """
         Args:
-            source: Sampled, of the run; its prompts are used.
-            rollouts: one list per step, in the order in which steps are taken.
+            source: the run's `Sampled` source, whose prompts are used.
+            rollouts: one list per step, in the order of the steps.
         """
         self.weight_version = 0
         self._prompts = source.prompts

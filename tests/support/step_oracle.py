@@ -1,8 +1,8 @@
-"""AR-OPD training steps in plain PyTorch and transformers, on one process, from METHOD.md alone.
+"""AR-OPD training steps in plain PyTorch and transformers, written from METHOD.md only.
 
-One dense pass a sample and a view, autograd through whole logits, torch's AdamW: slow and plain.
-Imports nothing of the package. Everything is fp64 (but for what transformers computes in fp32 in
-its norms), so a difference is the other side's rounding.
+One process, one dense pass per sample and view, autograd through whole logits, torch's AdamW. The
+module imports nothing from the package. All arithmetic is fp64, except for fp32 parts of
+transformers' norms, so differences are rounding errors of the tested implementation.
 """
 
 import copy
@@ -35,7 +35,7 @@ BY_POSITION = (
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one row's three prompts and of the response."""
+    """Token ids of one row's three prompts and of its response."""
 
     student: tuple[int, ...]
     partial: tuple[int, ...]
@@ -43,14 +43,14 @@ class Sample:
     response: tuple[int, ...]
     weight: float
     engine_logprobs: tuple[float, ...] = ()
-    """Of the response, by whoever sampled it."""
+    """Log-probs of the response by the sampling engine."""
     finished: bool = False
-    """Whether the response ended by EOS."""
+    """Whether the response ended with EOS."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """METHOD's symbols; `sft` replaces the target by the response itself."""
+    """METHOD's symbols. With `sft`, the target is the response itself."""
 
     num_steps: int
     sft: bool
@@ -74,16 +74,16 @@ class Method:
     router_aux: float = 0.0
     router_z: float = 0.0
     importance: str | None = None
-    """`sequence` or `token`."""
+    """Level of importance weights: `sequence` or `token`."""
     cap: float = 2.0
     temperature: float = 1.0
-    """Divides the logits of all three views before the loss."""
+    """Divisor of the logits of all three views before the loss."""
     sft_prompt_loss: bool = False
 
 
 @dataclass(frozen=True)
 class OracleStep:
-    """What a step reports, and the weights after it, by their HF names."""
+    """The metrics of a step, and the weights after it by their HF names."""
 
     metrics: dict[str, float]
     student: dict[str, Tensor]
@@ -98,12 +98,12 @@ class Oracle:
         self.student = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float64,
-            experts_implementation="eager",  # the grouped one has no fp64
+            experts_implementation="eager",  # the grouped implementation lacks fp64
         ).eval()
         self.teacher = copy.deepcopy(self.student)
         if method.teacher == "live":
             self.teacher = self.student
-        weights = list(self.student.parameters())  # a tied head is the embedding, once
+        weights = list(self.student.parameters())  # a tied head is not repeated
         self.optimizer = torch.optim.AdamW(
             [
                 {
@@ -125,9 +125,10 @@ class Oracle:
         return [m for name, m in self.student.named_modules() if name.endswith("mlp.gate")]
 
     def step(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]] = ()) -> OracleStep:
-        """
+        """Take a training step.
+
         Args:
-            groups: the samples of each microbatch, on which the routers' losses depend.
+            groups: indices of the samples of each microbatch, on which the routers' losses depend.
         """
         method = self.method
         self._router_inputs.clear()
@@ -181,7 +182,7 @@ class Oracle:
             partial = self._logits(self.teacher, sample.partial, sample.response)
             full = self._logits(self.teacher, sample.full, sample.response)
         sampled = torch.tensor(sample.response[method.skip :], dtype=torch.int64)
-        # Of the distribution that was sampled from, at any temperature of the loss.
+        # Log-probs of the sampled distribution do not depend on the temperature of the loss.
         log_s = -oracles.cross_entropy(student.detach(), sampled)
         student, partial, full = (x / method.temperature for x in (student, partial, full))
         losses = oracles.token_losses(
@@ -229,16 +230,19 @@ class Oracle:
         return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy} | logprob
 
     def _logits(self, model, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
-        """[T, V] in fp64: what predicts each response token that the loss counts."""
+        """Compute the logits that predict the response tokens in the loss, fp64 [T, V]."""
         tokens = torch.tensor([[*prompt, *response]])
         return model(tokens).logits[0, len(prompt) - 1 : -1][self.method.skip :]
 
     def _router_losses(
         self, num_samples: int, groups: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor]:
-        """Sums over layers of the means over microbatches, weighted by tokens; no padding here."""
+        """Compute both losses: a token-weighted mean over microbatches, then a sum over layers.
+
+        There is no padding here.
+        """
         routers = self._routers
-        # Sample by sample, and of each layer by layer: passes with a graph are the student's.
+        # Inputs are ordered by sample, then by layer. Only the student's inputs have a graph.
         inputs = [x.flatten(0, -2) for x in self._router_inputs if x.requires_grad]
         assert len(inputs) == num_samples * len(routers)
         num_tokens = sum(len(x) for x in inputs) // len(routers)
@@ -255,7 +259,10 @@ class Oracle:
         return aux, z
 
     def _lr(self) -> float:
-        """Linear warm-up that starts above 0, then a cosine to min_lr; METHOD section 6."""
+        """Return the learning rate: linear warm-up from above 0, then a cosine to min_lr.
+
+        Source: METHOD section 6.
+        """
         method = self.method
         num_warmup = int(method.warmup_ratio * method.num_steps)
         if self.num_done < num_warmup:
@@ -264,7 +271,7 @@ class Oracle:
         return method.min_lr + (method.lr - method.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
     def _means(self, metrics: dict[str, Tensor], offsets: Tensor) -> dict[str, float]:
-        """METHOD section 7, means over the global batch's loss tokens."""
+        """Compute the means over the global batch's loss tokens of METHOD section 7."""
         report = {
             name: float(values.mean())
             for name, values in metrics.items()
@@ -286,7 +293,7 @@ class Oracle:
 
 
 def _at_ends(samples: Sequence[Sample], metrics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """P(EOS) at the last token of each response that ended by itself; METHOD section 7."""
+    """Compute the mean P(EOS) at the last token of responses that ended with EOS (METHOD 7)."""
     ends = [m for sample, m in zip(samples, metrics, strict=True) if sample.finished]
     ends = [m for m in ends if len(m["logprob_student"])]
     report = {"num_response_ends": len(ends)}
@@ -306,12 +313,12 @@ def _weights(model) -> dict[str, Tensor]:
         layer, _, fused = name.partition(".experts.")
         if not fused:
             weights[name] = weight.detach().clone()
-        # transformers 5 holds a layer's experts as one tensor; files have them one by one.
+        # transformers 5 has one tensor for all experts of a layer. Files have one per expert.
         for index, expert in enumerate(weight.detach().clone() if fused else ()):
             parts = expert.chunk(2) if fused == "gate_up_proj" else [expert]
             for part, tensor in zip(fused.removesuffix("_proj").split("_"), parts, strict=True):
                 weights[f"{layer}.experts.{index}.{part}_proj.weight"] = tensor
-    if model.config.model_type == "mixtral":  # whose files kept the names of their first release
+    if model.config.model_type == "mixtral":  # its files use the names of the first release
         return {
             ".".join(_MIXTRAL.get(part, part) for part in name.split(".")): weight
             for name, weight in weights.items()

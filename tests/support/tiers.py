@@ -1,4 +1,4 @@
-"""Which tests start processes: found in the code that they reach, so that no test can forget it."""
+"""Detection of tests that start processes, by the functions that they can call."""
 
 import inspect
 import types
@@ -12,7 +12,7 @@ STARTERS = frozenset({"run_ranks", "Job", "subprocess", "chromium", "slurm"})
 
 
 def starts_processes(item: pytest.Item) -> bool:
-    """Whether the test, or a fixture that it uses, can reach a call that starts a process."""
+    """Return whether the test, or one of its fixtures, can call a function of STARTERS."""
     function = getattr(item, "function", None)
     if function is None:
         return False
@@ -30,7 +30,7 @@ def _reaches(function: Any, seen: set[types.CodeType]) -> bool:
     names = set(_names(code))
     if names & STARTERS:
         return True
-    # Only functions at the top of a module are followed, not methods.
+    # Only module-level functions are followed, not methods.
     reached = [function.__globals__.get(name) for name in names]
     reached += [inspect.unwrap(value) for value in reached if hasattr(value, "__wrapped__")]
     return any(_reaches(value, seen) for value in reached if isinstance(value, types.FunctionType))

@@ -1,7 +1,7 @@
-"""Tiny random HF models of every family, made by transformers itself.
+"""Tiny random HF models of every family, created by transformers.
 
-In memory transformers 5 holds a layer's experts as one tensor; `save_pretrained` writes them one by
-one, under the names that published checkpoints have.
+In memory, transformers 5 has one tensor for all experts of a layer. `save_pretrained` writes one
+tensor per expert, with the names of published checkpoints.
 """
 
 import copy
@@ -26,10 +26,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-logging.disable_progress_bar()  # one for each file that is saved
+logging.disable_progress_bar()  # transformers shows one per saved file
 
 TINY: dict[str, Any] = {
-    "vocab_size": 509,  # prime: padding is never nothing
+    "vocab_size": 509,  # prime, so that it is always padded
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
-    "initializer_range": 0.2,  # large enough for logits that tell tokens apart
+    "initializer_range": 0.2,  # large enough for clearly different logits
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -60,7 +60,7 @@ QWEN3_MOE: dict[str, Any] = {
 
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama2": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 8}),  # a head has its own
+    "llama2": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 8}),  # no grouped queries
     "llama31": (
         LlamaConfig,
         LlamaForCausalLM,
@@ -68,7 +68,7 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
             "rope_theta": 500000.0,
             "rope_scaling": LLAMA31_ROPE,
             "max_position_embeddings": 16384,
-            "head_dim": 64,  # long enough wavelengths for the scaling to touch
+            "head_dim": 64,  # wavelengths long enough to be scaled
         },
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 48}),
@@ -90,9 +90,9 @@ MOE_FAMILIES = ("qwen3_moe", "qwen3_moe_unnormalized", "mixtral")
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
-    """The HF config of a tiny model; `overrides` replace settings of TINY and of the family."""
+    """Build the HF config of a tiny model. `overrides` replace settings of TINY and the family."""
     config_class, _, settings = FAMILIES[family]
-    # A copy: transformers writes into the objects that it is given.
+    # A deep copy, because transformers writes into its arguments.
     return config_class(**copy.deepcopy({**TINY, **settings, **overrides}))
 
 
@@ -108,12 +108,12 @@ def save_tiny_model(
 ) -> PreTrainedModel:
     """Write a random model to `folder` as an HF folder (config, safetensors), and return it.
 
-    Biases and norms are random too: at their initial zeros and ones they would hide mistakes.
+    Biases and norms are random too, because their initial zeros and ones would hide mistakes.
 
     Args:
         family: a key of FAMILIES.
         tie: share input embedding and output head.
-        overrides: settings of the HF config, in place of TINY's.
+        overrides: settings of the HF config that replace those of TINY.
     """
     model_class = FAMILIES[family][1]
     config = tiny_config(family, tie_word_embeddings=tie, **overrides)

@@ -1,4 +1,4 @@
-"""A whole tiny run on disk: model, tokenizer, rows and YAML, in a second and without downloads."""
+"""Files of a tiny run (model, tokenizer, rows and YAML), written in a second without downloads."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,15 @@ from tests.support.tiny_models import save_tiny_model
 from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 
 EOS_IDS = list(range(5, VOCAB_SIZE, 16))
-"""Many, so that a random model's responses end at lengths of their own."""
+"""EOS tokens. There are many, so that a random model's responses end at different lengths."""
 NUM_ROWS = 24
 
 
 def write_model(folder: Path, family: str = "qwen2", *, tie: bool = False, **settings: Any) -> Path:
-    """A random model with the byte tokenizer, saved into `folder`."""
+    """Save a random model with the byte tokenizer into `folder`."""
     ids = {
         "eos_token_id": EOS_IDS,
-        # transformers trains no embedding of a padding token, and starts it as zeros.
+        # transformers initializes the embedding of a padding token as zeros and does not train it.
         "pad_token_id": None,
     }
     save_tiny_model(family, folder, tie=tie, vocab_size=VOCAB_SIZE, **{**ids, **settings})
@@ -27,7 +27,7 @@ def write_model(folder: Path, family: str = "qwen2", *, tie: bool = False, **set
 
 
 def write_rows(path: Path) -> Path:
-    """Rows with questions, traces and sample weights of different sizes."""
+    """Write rows with questions, traces and sample weights of different sizes."""
     rows = [
         {
             "question": f"{'Q' * (i % 5)} {i} + {i * i}?",
@@ -42,7 +42,7 @@ def write_rows(path: Path) -> Path:
 
 
 def tiny_config(model: Path, rows: Path, output_dir: Path, **sections: dict[str, Any]) -> dict:
-    """A run's configuration as YAML holds it: short prompts and responses, a few steps."""
+    """Return a run's configuration as a YAML tree: short prompts and responses, a few steps."""
     base: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "fp32"},
         "data": {"train": [str(rows)]},
@@ -64,7 +64,10 @@ def tiny_config(model: Path, rows: Path, output_dir: Path, **sections: dict[str,
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Everything `aropd train` needs under `folder`; the YAML's path. It writes to folder/out."""
+    """Write all input of `aropd train` into `folder`, and return the YAML's path.
+
+    The run's output_dir is folder/out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
     path = folder / "run.yaml"

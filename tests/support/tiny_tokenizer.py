@@ -1,4 +1,4 @@
-"""A tokenizer of 259 tokens (bytes and three special ones), made on the spot: no downloads."""
+"""A tokenizer of 259 tokens (bytes and three special tokens) that needs no download."""
 
 from pathlib import Path
 
@@ -20,7 +20,10 @@ def save_tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Save a byte-level tokenizer with a ChatML template and EOS `<|im_end|>` into `folder`.
 
-    Any text survives encoding and decoding. None for chat_template leaves the template out.
+    Encoding and decoding restores any text.
+
+    Args:
+        chat_template: None for a tokenizer without chat template.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: id for id, character in enumerate(alphabet)}

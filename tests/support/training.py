@@ -1,4 +1,4 @@
-"""Start training runs, and read what they leave."""
+"""Helpers that start training runs and read their output."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import pytest
 from aropd_mcore.convert.manifest import newest
 
 NOT_REPEATABLE = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
-"""Metrics of the machine, not of the run."""
-OF_THE_LAYOUT = ("padding_fraction",)
-"""Metrics of how a layout forms microbatches: another pads otherwise."""
+"""Prefixes of metrics that depend on the machine."""
+LAYOUT_DEPENDENT = ("padding_fraction",)
+"""Metrics that depend on the layout, because layouts form and pad microbatches differently."""
 
 
 def train_on_ranks(path: Path, overrides: list[str]) -> None:
-    """`aropd train` as one rank of the test's own processes."""
+    """Train on this rank of a run_ranks world."""
     from aropd_mcore.config_file import load_config
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import train
@@ -35,17 +35,18 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def read_lines(out: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl."""
+    """Read the complete lines of a run's metrics.jsonl."""
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def repeatable(
-    lines: list[dict[str, Any]], but: tuple[str, ...] = NOT_REPEATABLE
+    lines: list[dict[str, Any]], excluded: tuple[str, ...] = NOT_REPEATABLE
 ) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in line.items() if not name.startswith(but)} for line in lines
+        {name: value for name, value in line.items() if not name.startswith(excluded)}
+        for line in lines
     ]
 
 
@@ -54,7 +55,7 @@ def saved_steps(out: Path) -> list[int]:
 
 
 def read_checkpoints(outs: list[Path]) -> list[dict[str, Any]]:
-    """On a rank: everything in the newest checkpoint of each run, whole, by name."""
+    """Read the newest checkpoint of each run: name -> whole tensor or value. Runs on a rank."""
     from megatron.core import dist_checkpointing
 
     checkpoints = []
@@ -77,6 +78,8 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def assert_same_in_any_layout(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    but = NOT_REPEATABLE + OF_THE_LAYOUT
-    for line, other in zip(repeatable(lines, but), repeatable(expected, but), strict=True):
+    excluded = NOT_REPEATABLE + LAYOUT_DEPENDENT
+    for line, other in zip(
+        repeatable(lines, excluded), repeatable(expected, excluded), strict=True
+    ):
         assert line == pytest.approx(other, rel=1e-4)

@@ -34,7 +34,7 @@ def test_fp8_is_refused_without_a_gpu(path, capfd):
     fp8 = ["precision.fp8=hybrid", "model.dtype=bf16", "views.max_prompt_tokens=96"]
     assert main(["train", str(path), *fp8, "--nproc-per-node", "1"]) == 2
     said = capfd.readouterr().err
-    assert "precision.fp8 hybrid needs a GPU, and torch sees none on this machine" in said
+    assert "precision.fp8 hybrid needs a GPU, and torch finds none on this machine" in said
     assert main(["train", str(path), *fp8, "--nproc-per-node", "1", "--dry-run"]) == 0
 
 

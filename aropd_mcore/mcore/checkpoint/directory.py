@@ -1,6 +1,6 @@
-"""The folder of a run's checkpoints: which are there, which is whole, which stay.
+"""The folder of a run's checkpoints: creation, search and deletion of checkpoints.
 
-Rank 0 changes it, and every rank learns of the result or the error (mcore.rank0.run_on_rank0).
+Only rank 0 changes the folder. Every rank gets the result or the error (mcore.rank0.run_on_rank0).
 """
 
 import os
@@ -32,14 +32,20 @@ _PARTIAL, _DELETED, _CORRUPT = ".partial", ".deleted", ".corrupt"
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the message says why. Raised on every rank alike, and the
-    checkpoints before it are as they were."""
+    """Error: a checkpoint could not be written. The message states the reason.
+
+    It is raised on every rank. Earlier checkpoints are unchanged.
+    """
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete all checkpoints but the newest keep_last, and those of multiples of keep_every steps.
+    """Delete old checkpoints. Call on rank 0 only.
 
-    For the first rank. What cannot be deleted stays.
+    Errors of deletion are ignored.
+
+    Args:
+        keep_last: number of the newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this number.
     """
     for old in iterations(folder)[keep_last:]:
         if keep_every is None or parse_step(old) % keep_every:
@@ -48,11 +54,11 @@ def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> Non
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder of a run's checkpoints, or delete from it what killed attempts left behind.
+    """Create the folder of a run's checkpoints, and delete leftovers of killed attempts from it.
 
     Raises:
-        CheckpointError: nothing can be written there.
-    Collectives: a broadcast; every rank must call it.
+        CheckpointError: the folder is not writable.
+    Collectives: a broadcast. Every rank must call it.
     """
     run_on_rank0(lambda: _prepare(folder))
 
@@ -61,7 +67,7 @@ def _prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{secrets.token_hex(4)}{_PARTIAL}"
-        probe.mkdir()  # a folder that is there need not let anything be made in it
+        probe.mkdir()  # an existing folder may be read-only
         probe.rmdir()
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written to: {error.strerror}") from error
@@ -71,46 +77,50 @@ def _prepare(folder: Path) -> None:
 
 
 def find(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `folder` whose every file is as its manifest says; None if there
-    has never been one. Newer ones that are not are set aside, as iter_NNNNNNN.corrupt.
+    """Find the newest intact checkpoint under `folder`: every file matches the manifest.
+
+    Newer, damaged checkpoints are renamed to iter_NNNNNNN.corrupt.
 
     Returns:
-        The checkpoint, and for each of those that were set aside what is wrong with it.
+        The checkpoint, or None if there has never been one. For each renamed checkpoint, a note
+        that describes the damage.
     Raises:
-        CheckpointError: there are checkpoints, and none of them is whole.
-    Collectives: a gather of objects for each checkpoint that is looked at, and broadcasts. Each
-        rank reads its share of the files.
+        CheckpointError: there are checkpoints, but none of them is intact.
+    Collectives: an all-gather of objects for each checkpoint that is checked, and broadcasts. Every
+        rank must call it. Each rank reads a part of the files.
     """
     candidates, num_corrupt = run_on_rank0(
         lambda: (iterations(folder), len(list(folder.glob(f"iter_*{_CORRUPT}*"))))
     )
-    wrong: dict[Path, list[str]] = {}
+    damages: dict[Path, list[str]] = {}
     for path in candidates:
-        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, problems(path, dist.get_rank(), dist.get_world_size()))
-        wrong[path] = [line for lines in found for line in lines]
-        if not wrong[path]:
-            del wrong[path]
-            return path, run_on_rank0(partial(_go_back, path, wrong))
+        parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, problems(path, dist.get_rank(), dist.get_world_size()))
+        damages[path] = [line for lines in parts for line in lines]
+        if not damages[path]:
+            del damages[path]
+            return path, run_on_rank0(partial(_set_all_aside, damages, path))
     if candidates or num_corrupt:
-        lines = [f"\n  {line}" for lines in wrong.values() for line in lines[:3]]
+        lines = [f"\n  {line}" for lines in damages.values() for line in lines[:3]]
         raise CheckpointError(
-            f"{folder}: none of the {len(candidates) + num_corrupt} checkpoints is whole; put one "
-            f"back that is, or move the folder away to start from step 0{''.join(lines)}"
+            f"{folder}: none of the {len(candidates) + num_corrupt} checkpoints is intact; "
+            "restore an intact one, or move the folder away to start from step 0"
+            f"{''.join(lines)}"
         )
     return None, []
 
 
 def new_partial(folder: Path, step: int) -> Path:
-    """A folder for a checkpoint's files until it is whole, under a name that no process of an
-    attempt before this one can still be writing to. For the first rank.
+    """Create a folder for a checkpoint's files until it is complete. Call on rank 0 only.
+
+    Its name is random, because a process of an earlier attempt may still be writing.
 
     Raises:
-        SaveFailed: it cannot be made.
+        SaveFailed: the folder cannot be created.
     """
     path = folder / f".{folder_name(step)}.{secrets.token_hex(4)}{_PARTIAL}"
     if not folder.is_dir():
-        raise SaveFailed(f"{folder}: is gone; was it deleted, or its disk unmounted?")
+        raise SaveFailed(f"{folder}: is missing; was it deleted, or its disk unmounted?")
     try:
         path.mkdir()
     except OSError as error:
@@ -121,13 +131,15 @@ def new_partial(folder: Path, step: int) -> Path:
 def make_whole(
     path: Path, step: int, files: Mapping[str, FileSum], about: Mapping[str, Any]
 ) -> None:
-    """Make a checkpoint of what was written to `path`, of new_partial. For the first rank.
+    """Turn the folder of new_partial into a checkpoint. Call on rank 0 only.
 
     Args:
-        files: that are on the disk already, with their sums; others are seen to here.
-        about: for the manifest.
+        path: the folder, with all files of the checkpoint but the manifest.
+        files: files that are already synced to the disk, with their checksums. The other files are
+            synced here.
+        about: JSON values for the manifest.
     Raises:
-        SaveFailed: the disk is full, or gone.
+        SaveFailed: the files cannot be written, for example because the disk is full.
     """
     target = path.parent / folder_name(step)
     try:
@@ -137,7 +149,7 @@ def make_whole(
             sync(path / name)
         write_manifest(path, step, sums, about)
         sync(path)
-        _delete(target)  # of a run that went back behind it
+        _delete(target)  # exists if the run resumed from an earlier checkpoint
         path.rename(target)
         sync(path.parent)
         _write_tracker(path.parent, step)
@@ -146,32 +158,32 @@ def make_whole(
 
 
 def give_up(path: Path, step: int, why: str, where: str | None = None) -> str:
-    """Delete what was written to `path`, of new_partial; what to say of it. For the first rank."""
+    """Delete the folder of new_partial and return an error message. Call on rank 0 only."""
     space = ""
-    with suppress(OSError):  # a disk that is full is not always called so
+    with suppress(OSError):  # errors of a full disk do not always state that it is full
         space = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there)"
     shutil.rmtree(path, ignore_errors=True)
     return f"{where or path.parent / folder_name(step)}: {why}{space}"
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint: under another name, so that no kill leaves a part of it."""
-    gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_DELETED}")
+    """Delete a checkpoint after a rename, so that a kill cannot leave a damaged checkpoint."""
+    renamed = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_DELETED}")
     with suppress(FileNotFoundError):
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
-def _go_back(path: Path, wrong: Mapping[Path, list[str]]) -> list[str]:
-    """Set aside all that is newer than `path` and wrong."""
-    notes = [_set_aside(newer, lines) for newer, lines in wrong.items()]
+def _set_all_aside(damages: Mapping[Path, list[str]], newest: Path) -> list[str]:
+    """Rename damaged checkpoints, make `newest` the latest one, and return a note per rename."""
+    notes = [_set_aside(damaged, lines) for damaged, lines in damages.items()]
     if notes:
-        _write_tracker(path.parent, parse_step(path))
+        _write_tracker(newest.parent, parse_step(newest))
     return notes
 
 
-def _set_aside(path: Path, wrong: list[str]) -> str:
-    """What is wrong with a checkpoint and where it is now."""
+def _set_aside(path: Path, damage: list[str]) -> str:
+    """Rename a damaged checkpoint. Return a note with the damage and the new name."""
     aside = path.with_name(path.name + _CORRUPT)
     for number in range(2, 1000):
         if not aside.exists():
@@ -180,8 +192,8 @@ def _set_aside(path: Path, wrong: list[str]) -> str:
     try:
         path.rename(aside)
     except OSError as error:
-        return f"{wrong[0]}; not used ({error.strerror})"
-    return f"{wrong[0]}; set aside as {aside.name}"
+        return f"{damage[0]}; ignored, since it cannot be renamed: {error.strerror}"
+    return f"{damage[0]}; renamed to {aside.name}"
 
 
 def _write_tracker(folder: Path, step: int) -> None:

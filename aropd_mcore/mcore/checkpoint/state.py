@@ -1,11 +1,11 @@
-"""Everything a run needs to go on, saved and loaded with Megatron's dist_checkpointing.
+"""Saving and loading of a run's whole state with Megatron's dist_checkpointing.
 
     checkpoints/
-        iter_0000010/                       one whole checkpoint (torch_dist format, and a manifest)
-        latest_checkpointed_iteration.txt   as Megatron-LM names it
+        iter_0000010/                       one checkpoint (torch_dist format, and a manifest)
+        latest_checkpointed_iteration.txt   Megatron-LM's name
 
-A checkpoint is written under a temporary name; its manifest comes last, and the rename is what
-makes it exist, so a kill at any moment leaves the one before it (convert/manifest.py).
+A checkpoint is written under a temporary name. Its manifest is written last, and then the folder is
+renamed. A kill at any moment therefore leaves the previous checkpoint (convert/manifest.py).
 """
 
 import random
@@ -45,12 +45,13 @@ _PACKAGES = {
     "transformers": "transformers",
     "numpy": "numpy",
 }
-"""Named in every checkpoint. The modules are asked: on a cluster Megatron, and this package, are
-often folders on PYTHONPATH, of which pip knows nothing."""
+"""Packages whose versions are in every checkpoint, with their modules. The version is read from the
+module, because on clusters Megatron and this package are often folders on PYTHONPATH without
+metadata of pip."""
 
 
 class Saving:
-    """A checkpoint that is being written; it exists when `commit` returns."""
+    """A checkpoint that is being written. It is complete when `commit` returns."""
 
     def __init__(
         self,
@@ -63,22 +64,25 @@ class Saving:
         *,
         about: Mapping[str, Any] | None = None,
     ):
-        """Take the values of everything as they are now, and begin to write them in the background.
+        """Take a snapshot of the run's state, and start writing it in the background.
 
         Args:
-            folder: that exists.
-            progress: plain values that belong to the run (counters); the same on every rank.
-            about: JSON values for the manifest, beside the progress, layout and package versions.
+            folder: an existing folder.
+            progress: plain values of the run, such as counters, the same on every rank.
+            about: JSON values for the manifest, in addition to the progress, layout and package
+                versions.
         Raises:
-            SaveFailed: the folder is gone, or nothing can be written there.
-        Collectives: dist_checkpointing.save's, and broadcasts; every rank must call it.
+            SaveFailed: the folder does not exist or is not writable.
+        Collectives: those of dist_checkpointing.save, and broadcasts. Every rank must call it.
         """
         self.step = step
         started = time.perf_counter()
         self._about = {
             "progress": dict(progress),
             "layout": _layout(runtime),
-            "packages": {name: import_module(of).__version__ for name, of in _PACKAGES.items()},
+            "packages": {
+                name: import_module(module).__version__ for name, module in _PACKAGES.items()
+            },
             **(about or {}),
         }
         self._partial = run_on_rank0(lambda: new_partial(folder, step))
@@ -90,40 +94,41 @@ class Saving:
         self._seconds = time.perf_counter() - started
 
     def is_written(self) -> bool:
-        """Whether `commit` would have nothing to wait for.
+        """Return whether all ranks have written, so that `commit` need not wait.
 
-        Collectives: an all-reduce over the job; every rank must call it.
+        Collectives: an all-reduce over the job, and those of Writing.finish once all ranks have
+            written. Every rank must call it.
         """
         return self._writing.is_done()
 
     def commit(self) -> float:
-        """Wait until every rank has written its share, and make the checkpoint exist.
+        """Wait until every rank has written its part, and complete the checkpoint.
 
         Returns:
-            Seconds that the save has taken, not counting what training did meanwhile.
+            Seconds that the save took, without the training that ran meanwhile.
         Raises:
             SaveFailed: a rank could not write, or the disk is full.
-        Collectives: Megatron's, a gather and a broadcast; every rank must call it.
+        Collectives: Megatron's, an all-gather and a broadcast. Every rank must call it.
         """
-        # What is waited for here is part of what the writing process says of itself.
+        # The wait for the writing processes is not timed. Each process measures its own seconds.
         written, errors = self._writing.finish()
         started = time.perf_counter()
-        everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, (written, errors))
+        results: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(results, (written, errors))
         run_on_rank0(
-            lambda: make_whole(self._partial, self.step, self._files(everybody), self._about)
+            lambda: make_whole(self._partial, self.step, self._files(results), self._about)
         )
-        writing = max(written.seconds for written, _ in everybody)
+        writing = max(written.seconds for written, _ in results)
         return self._seconds + writing + time.perf_counter() - started
 
-    def _files(self, everybody: list[tuple[Written, list[str]]]) -> dict[str, FileSum]:
-        """The files that all ranks have written, if they could."""
-        errors = [(rank, w.error) for rank, (w, _) in enumerate(everybody) if w.error]
-        errors += [(rank, error) for rank, (_, more) in enumerate(everybody) for error in more]
+    def _files(self, results: list[tuple[Written, list[str]]]) -> dict[str, FileSum]:
+        """Return the files that all ranks have written. Raise SaveFailed if a rank has an error."""
+        errors = [(rank, w.error) for rank, (w, _) in enumerate(results) if w.error]
+        errors += [(rank, error) for rank, (_, more) in enumerate(results) for error in more]
         if errors:
             rank, error = errors[0]
             raise SaveFailed(give_up(self._partial, self.step, f"rank {rank}: {error}"))
-        return {name: s for written, _ in everybody for name, s in written.files.items()}
+        return {name: s for written, _ in results for name, s in written.files.items()}
 
 
 def save(
@@ -134,8 +139,9 @@ def save(
     progress: Mapping[str, Any],
     runtime: Runtime,
 ) -> Path:
-    """Write a checkpoint of `step` steps and wait for it; arguments, errors and collectives as
-    Saving's.
+    """Write a checkpoint of `step` steps and wait until it is complete.
+
+    The arguments, errors and collectives are those of Saving. `folder` is created if it is missing.
 
     Returns:
         The checkpoint's folder.
@@ -146,16 +152,16 @@ def save(
 
 
 def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime) -> dict[str, Any]:
-    """Take over a checkpoint, whatever layout wrote it.
+    """Load a checkpoint, written by any layout, into the student and the teacher.
 
-    Random-number state is restored when the layout is the one that wrote it; it belongs to ranks,
-    and nothing of a step depends on it (rollouts have seeds of their own).
+    Random-number states belong to ranks, so they are restored only if the checkpoint has the same
+    layout. No part of a step depends on them, since rollouts have their own seeds.
 
     Returns:
-        The progress that `save` was given.
+        The `progress` of the save.
     Raises:
-        CheckpointError: the folder is no checkpoint, or lacks what this run needs.
-    Collectives: dist_checkpointing.load's; every rank must call it.
+        CheckpointError: the folder is not a checkpoint, or lacks a tensor that this run needs.
+    Collectives: those of dist_checkpointing.load. Every rank must call it.
     """
     common = read_common(path)
     state = _sharded_state(student, teacher, runtime, is_loading=True)
@@ -174,7 +180,7 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """What of a checkpoint is the same on every rank: progress, layout, schedule.
+    """Read the part of a checkpoint that is the same on every rank: progress, layout, schedule.
 
     Raises:
         CheckpointError: `path` is not a checkpoint of this program.
@@ -184,25 +190,28 @@ def read_common(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"{path}: not a checkpoint: {error}") from error
     if "progress" not in common:
-        raise CheckpointError(f"{path}: a checkpoint, but not of an aropd run (no progress in it)")
+        raise CheckpointError(
+            f"{path}: a checkpoint without the progress of a run; expected a checkpoint that "
+            "`aropd train` has written"
+        )
     return common
 
 
 def _load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], dist_checkpointing.load(state, str(path)))
-    except CheckpointException as error:  # torch's, which is no Exception; one failure a rank
+    except CheckpointException as error:  # torch's, not an Exception; has one failure per rank
         first, _ = next(iter(error.failures.values()))
-        raise _does_not_hold(path, first) from error
-    except Exception as error:  # Megatron's and the file system's, by many names
-        raise _does_not_hold(path, error) from error
+        raise _load_error(path, first) from error
+    except Exception as error:  # Megatron and the file system raise many types
+        raise _load_error(path, error) from error
 
 
-def _does_not_hold(path: Path, error: BaseException) -> CheckpointError:
-    # They begin with the tensor in question, and go on with a list of all that there are.
+def _load_error(path: Path, error: BaseException) -> CheckpointError:
+    # Messages begin with the tensor in question. A list of all tensors may follow.
     reason = textwrap.shorten(str(error).strip("\"'"), 200, placeholder=" ...")
-    reason = reason or type(error).__name__  # a file that is cut short is an EOFError, no more
-    return CheckpointError(f"{path}: does not hold what is needed here: {reason}")
+    reason = reason or type(error).__name__  # a truncated file raises EOFError without a message
+    return CheckpointError(f"{path}: cannot be loaded into this run: {reason}")
 
 
 def _sharded_state(
@@ -261,11 +270,11 @@ def _restore_rng(state: dict[str, Any], runtime: Runtime) -> None:
 
 
 def _numpy_state() -> tuple[Any, ...]:
-    """Of numpy's global generator, in plain values, which is what torch.load takes."""
+    """Return the state of numpy's global generator as plain values, which torch.load accepts."""
     name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     return (name, keys.tolist(), *rest)
 
 
 def _tracker() -> Any:
-    """Megatron's named random-number states (runtime.start makes them)."""
+    """Return Megatron's named random-number states, which runtime.start creates."""
     return tensor_parallel.get_cuda_rng_tracker()

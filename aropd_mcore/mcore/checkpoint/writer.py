@@ -1,12 +1,12 @@
 """Megatron's dist_checkpointing.save in the background, with a checksum of every file.
 
-Each rank writes the files of its own tensors, in a process forked for it (megatron-core 0.16.1,
-dist_checkpointing/strategies/async_utils.py): the fork holds the tensors as they were, whatever
-training does to them meanwhile; those of a GPU are copied to the host first. Who wants to wait does
-so: in a process of its own all the same, since torch's writer may crash on a full disk.
+Each rank writes the files of its own tensors in a forked process (megatron-core 0.16.1,
+dist_checkpointing/strategies/async_utils.py). The fork keeps the tensors' values while training
+changes them. GPU tensors are copied to the host first. A save that is waited for also runs in a
+forked process, because torch's writer may crash on a full disk.
 
-The writing processes end with their rank (lifetime.py), even in the middle of a file. The manifest
-is written last, so a checkpoint that they leave behind is never taken for a whole one.
+The writing process ends with its rank (lifetime.py), even in the middle of a file. The manifest is
+written last, so an incomplete checkpoint is never used.
 """
 
 import functools
@@ -38,38 +38,40 @@ from torch.distributed.checkpoint.api import CheckpointException
 from aropd_mcore import lifetime
 from aropd_mcore.convert.manifest import FileSum, file_sums
 
-_PATIENCE = 10
-"""How much nicer than training the writing process is (os.nice), where they share cores."""
+_NICENESS = 10
+"""Increment of the writing process's nice value (os.nice), since it may share cores with training.
+"""
 
 
 class Written(NamedTuple):
-    """What a rank has written."""
+    """One rank's result of a save."""
 
     files: dict[str, FileSum]
     seconds: float
-    """That it took."""
+    """Duration of the write in seconds."""
     error: str | None
-    """Why it could not."""
+    """Reason of a failure, else None."""
 
 
 class Writing:
-    """One save under way. Every rank begins it, asks `is_done` or not, and calls `finish`."""
+    """A save in progress. Every rank creates one, may call `is_done`, and must call `finish`."""
 
     def __init__(self, state: dict[str, Any], folder: Path):
-        """Take the values of a state and start writing them to files of `folder`, which is empty.
+        """Take a snapshot of a state and start writing it to `folder`, which is empty.
 
-        Collectives: dist_checkpointing.save's; every rank must call it.
+        Collectives: those of dist_checkpointing.save. Every rank must call it.
         """
         self._errors: list[str] = []
-        """What went wrong on this rank; raised by nobody, so that all ranks go on in step."""
+        """This rank's errors. They are not raised here, so that all ranks run the same collectives.
+        """
         self._queue = AsyncCallsQueue()
         self._is_finished = False
         _prepare_results()
         self._results, results = multiprocessing.Pipe(duplex=False)
-        with self._no_rank_waits_in_vain():
+        with self._collecting_errors():
             request = _request(state, folder)
             if request.async_fn is not None:
-                prefix = f"__{dist.get_rank()}_"  # Megatron's, of this rank's files
+                prefix = f"__{dist.get_rank()}_"  # Megatron's prefix of this rank's files
                 write = functools.partial(
                     _write, request.async_fn, folder, prefix, results, os.getpid()
                 )
@@ -77,12 +79,13 @@ class Writing:
             else:
                 results.send(Written({}, 0.0, None))
             self._queue.schedule_async_request(request)
-        results.close()  # the other process's end is the one that counts
+        results.close()  # only the writing process must hold this end
 
     def is_done(self) -> bool:
-        """Whether every rank has written its files.
+        """Return whether every rank has written its files.
 
-        Collectives: an all-reduce over the job, and where it says yes those of `finish`.
+        Collectives: an all-reduce over the job, and once all ranks have written, those of `finish`.
+            Every rank must call it.
         """
         if not self._is_finished:
             self._finish(self._queue.maybe_finalize_async_calls)
@@ -92,13 +95,13 @@ class Writing:
         """Wait until every rank has written, and write Megatron's own index of the files.
 
         Returns:
-            What this rank has written, and what else went wrong on it: often what follows from
+            This rank's result, and further errors on this rank, which are often consequences of
             another rank's error.
-        Collectives: Megatron's; every rank must call it.
+        Collectives: Megatron's. Every rank must call it.
         """
         if not self._is_finished:
             self._finish(functools.partial(self._queue.maybe_finalize_async_calls, blocking=True))
-        written = Written({}, 0.0, "the process that writes has died")  # killed, out of memory
+        written = Written({}, 0.0, "the writing process died")  # for example out of memory
         with suppress(EOFError):
             written = self._results.recv()
         self._results.close()
@@ -106,18 +109,21 @@ class Writing:
 
     def _finish(self, finalize: Callable[[], Any]) -> None:
         try:
-            with self._no_rank_waits_in_vain():
-                self._is_finished = finalize() != []  # of the calls that it has finalized
-        except CheckpointException as error:  # on every rank alike, and no Exception
+            with self._collecting_errors():
+                self._is_finished = finalize() != []  # a list of the finalized calls
+        except CheckpointException as error:  # raised on every rank; not an Exception
             self._is_finished = True
             self._errors += [str(cause) for cause, _ in error.failures.values()]
 
     @contextmanager
-    def _no_rank_waits_in_vain(self) -> Iterator[None]:
-        """Megatron's first rank alone writes a few small files, while the others wait for it in a
-        collective: what goes wrong is noted and not raised, until all can be told.
+    def _collecting_errors(self) -> Iterator[None]:
+        """Collect the errors of Megatron's functions that run on rank 0 only.
 
-        serialization.py:411 and :422, state_dict_saver.py:243; 0.19 has no common.pt of its own.
+        Rank 0 writes a few small files while the other ranks wait in a collective. An error raised
+        there would make them hang. The ranks exchange the errors later.
+
+        Source: serialization.py:411 and :422, state_dict_saver.py:243. Version 0.19 writes no
+        common.pt.
         """
         places: list[tuple[Any, str]] = [
             (serialization, "save_config"),
@@ -128,41 +134,43 @@ class Writing:
             places.append((strategy, "save_common"))
         usual = [getattr(place, name) for place, name in places]
         for (place, name), function in zip(places, usual, strict=True):
-            setattr(place, name, self._noting(function))
+            setattr(place, name, self._collecting(function))
         try:
             yield
         finally:
             for (place, name), function in zip(places, usual, strict=True):
                 setattr(place, name, function)
 
-    def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _collecting(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def noting(*args: Any, **kwargs: Any) -> Any:
+        def collecting(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                self._errors.append(_said(error))
+                self._errors.append(_brief(error))
 
-        return noting
+        return collecting
 
 
 def _request(state: dict[str, Any], folder: Path) -> AsyncRequest:
     for sharded in nested_values(state):
-        # Pinned memory is shared with a fork, which has to keep the values as they are now.
+        # Pinned memory is shared with a fork, so training would change the fork's values.
         if isinstance(sharded, ShardedTensor | ShardedTensorFactory):
             tensor = sharded.data
             if tensor is not None and tensor.device.type == "cpu" and tensor.is_pinned():
                 sharded.data = tensor.clone()
     options: dict[str, Any] = {"async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        options["async_strategy"] = "mcore"  # 0.19, whose other one is a package of its own
+        options["async_strategy"] = "mcore"  # 0.19; its other strategy needs another package
     request = dist_checkpointing.save(state, str(folder), **options)
     return cast(AsyncRequest, request)
 
 
 def _prepare_results() -> None:
-    """Make Megatron's queue of results before Megatron does, whose server process would outlive a
-    rank that is killed; and drop the results of a save that was given up."""
+    """Create Megatron's results queue, or empty it of an abandoned save's results.
+
+    If Megatron created the queue, its server process would survive a rank that is killed.
+    """
     queue = filesystem_async._results_queue
     if queue is None:
         manager, parent = SyncManager(ctx=multiprocessing.get_context("spawn")), os.getpid()
@@ -175,9 +183,10 @@ def _prepare_results() -> None:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Hide `__main__` from a process that is spawned inside.
+    """Context in which spawned processes do not import `__main__`.
 
-    multiprocessing imports it there again: a script without a `__main__` guard would train twice.
+    By default, multiprocessing imports `__main__` in a spawned process. A script without a
+    `__main__` guard would then train twice.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -196,41 +205,41 @@ def _write(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """In the writing process: Megatron's `write`, then the checksums of what it has written."""
+    """Call Megatron's `write`, then compute the files' checksums. Runs in the writing process."""
     lifetime.end_with_parent(rank_pid)
     started = time.perf_counter()
     error = None
     files: dict[str, FileSum] = {}
-    logger, heard = logging.getLogger(filesystem_async.__name__), _Heard()
-    logger.addHandler(heard)
+    logger, first_error = logging.getLogger(filesystem_async.__name__), _FirstError()
+    logger.addHandler(first_error)
     try:
-        # They mean the training process, which waits for this one before it stops.
+        # These signals are for the training process, which waits for this one before it stops.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        os.nice(_PATIENCE)
+        os.nice(_NICENESS)
         write(*args, **kwargs)
         names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]
         files = file_sums(folder, names)
     except BaseException as failure:
-        error = _said(failure)
-    # A thread's or a process's error is logged, and what is raised says but that there was one.
-    error = heard.first or error
+        error = _brief(failure)
+    # Megatron logs the error of a thread or process. The exception only states that there was one.
+    error = first_error.text or error
     results.send(Written(files, time.perf_counter() - started, error))
 
 
-class _Heard(logging.Handler):
-    """The first error that Megatron logs."""
+class _FirstError(logging.Handler):
+    """Log handler that keeps the first error that Megatron logs."""
 
-    first: str | None = None
+    text: str | None = None
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.first = self.first or record.getMessage()[:300]
+        self.text = self.text or record.getMessage()[:300]
 
 
-def _said(error: BaseException) -> str:
-    """In a few words: torch's errors go on for lines, and the result has to fit into a pipe."""
+def _brief(error: BaseException) -> str:
+    """Return an error's type and first line, since the result has to fit into a pipe."""
     first_line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first_line[:300]}"

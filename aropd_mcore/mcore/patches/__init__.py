@@ -1,1 +1,1 @@
-"""Replacements of parts of Megatron-Core and torch, each with the reason beside it."""
+"""Replacements of parts of Megatron-Core and torch. Each states its reason."""

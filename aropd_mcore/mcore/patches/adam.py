@@ -1,14 +1,14 @@
-"""AdamW in plain torch, in the shape of Apex's and Transformer Engine's FusedAdam.
+"""AdamW in plain torch, with the interface of FusedAdam of Apex and Transformer Engine.
 
-Megatron falls back to torch.optim.AdamW where neither is installed, and its checkpoint code then
-goes wrong without a word: torch keeps one `step` tensor a parameter, and after a load all
-parameters share a single one, which advances once for each of them (megatron-core 0.16.1 and 0.19,
-optimizer/distrib_optimizer.py, load_state_dict, "non-Apex/TE support"). FusedAdam keeps `step` in
-the parameter group, which is the path Megatron's users run; so does this optimizer.
+If neither package is installed, Megatron falls back to torch.optim.AdamW, and its checkpoint code
+then silently gives wrong updates. torch keeps one `step` tensor per parameter. After a load, all
+parameters share a single `step` tensor, which advances once per parameter (megatron-core 0.16.1 and
+0.19, optimizer/distrib_optimizer.py, load_state_dict, "non-Apex/TE support"). This optimizer keeps
+`step` in the parameter group, as FusedAdam does.
 """
 
 # pyright: reportPrivateImportUsage=false
-# torch._foreach_*: what torch.optim itself is made of.
+# torch.optim itself uses torch._foreach_*.
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,8 +24,8 @@ class AdamW(torch.optim.Optimizer):
 
         p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps)
 
-    Source: Loshchilov and Hutter, arXiv:1711.05101. State: `exp_avg` and `exp_avg_sq` a parameter,
-    `step` a parameter group.
+    Source: Loshchilov and Hutter, arXiv:1711.05101. State: `exp_avg` and `exp_avg_sq` per
+    parameter, `step` per parameter group.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class AdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ):
-        assert adam_w_mode and not capturable, "OptimizerConfig asks for neither"
+        assert adam_w_mode and not capturable, "only the decoupled, uncaptured mode is implemented"
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults)
 
@@ -68,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Have Megatron use `AdamW` above where it found neither Transformer Engine nor Apex."""
+    """Make Megatron use this `AdamW` if it found neither Transformer Engine nor Apex."""
     if not upstream.USING_PYTORCH_OPTIMIZER:
         return
     upstream.Adam = distrib_optimizer.Adam = AdamW  # type: ignore[assignment,misc]

@@ -1,9 +1,9 @@
 """CPU mode: megatron-core without a GPU, over gloo.
 
-Megatron-Core reaches for CUDA in places where any device would do. Each patch below stands for the
-upstream lines it names (megatron-core 0.16.1, under megatron/core/; 0.19 has the same lines). With
-a GPU nothing is touched. What CPU mode proves: parallel logic, checkpoints, the numerics of the
-local layer spec. It says nothing of NCCL, Transformer Engine or fused kernels.
+Megatron-Core uses CUDA in places where any device would work. Each patch below names the upstream
+lines that need it (megatron-core 0.16.1, under megatron/core/; 0.19 has the same lines). With a GPU
+nothing is patched. CPU mode can test parallel logic, checkpoints and the numerics of the local
+layer spec. It cannot test NCCL, Transformer Engine or fused kernels.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 
 
 def install() -> None:
-    """Patch torch for a machine without a GPU; call before anything imports megatron.core."""
+    """Patch torch on a machine without a GPU. Call this before megatron.core is imported."""
     if torch.cuda.is_available():
         return
     _tensors()
@@ -37,9 +37,10 @@ def _tensors() -> None:
     # transformer/utils.py:35            torch.ones(sq, sq, device="cuda")
     # dist_checkpointing/exchange_utils.py:104, 326  torch.empty_like / torch.empty on "cuda"
     with torch.device("cpu"):
-        # torch.device contexts know factories by identity, from a set that is made at first use
-        # (torch/utils/_device.py): of the plain ones, here, or `with torch.device("meta")` passes
-        # them by, and transformers' from_pretrained then leaves rotary tables uninitialized.
+        # torch.device contexts recognize factory functions by identity, from a set that is created
+        # at first use (torch/utils/_device.py). Create it here, from the original functions.
+        # Otherwise `with torch.device("meta")` does not affect the original functions, and
+        # transformers' from_pretrained leaves rotary tables uninitialized.
         torch.empty(0)
     for name in ("zeros", "ones", "empty", "tensor", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -72,7 +73,7 @@ def _type_as_on_cuda(plain_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Stream:
-    """torch.cuda.Stream and .Event: work on a CPU is in order already."""
+    """Stand-in for torch.cuda.Stream and .Event. On a CPU, work is executed in order."""
 
     def __init__(self, *_args: Any, **_kwargs: Any):
         pass
@@ -93,40 +94,40 @@ def _streams() -> None:
 
 
 def _random_state() -> None:
-    # tensor_parallel/random.py CudaRNGStatesTracker: its generator is the CPU's one here.
+    # tensor_parallel/random.py CudaRNGStatesTracker uses the CPU's generator instead.
     torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
     import megatron.core.tensor_parallel.random as upstream
 
     upstream._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     upstream._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
-    # fork() warns "CPU RNG state changed within GPU RNG context", which is the point here.
+    # fork() warns "CPU RNG state changed within GPU RNG context", which is intended here.
     logging.getLogger(upstream.__name__).setLevel(logging.ERROR)
 
 
 def _experts() -> None:
     # transformer/moe/token_dispatcher.py:879 maybe_move_tensor_to_cpu(splits, as_numpy=True), for
-    # all_to_all: what is on the CPU already stays a tensor, which all_to_all does not take.
+    # all_to_all. It returns a CPU tensor unchanged, but all_to_all needs numpy.
     from megatron.core.transformer.moe import token_dispatcher
 
-    def as_asked(value: Any, as_numpy: bool = False, **_kwargs: Any) -> Any:
+    def move_to_cpu(value: Any, as_numpy: bool = False, **_kwargs: Any) -> Any:
         return value.numpy() if as_numpy and torch.is_tensor(value) else value
 
-    token_dispatcher.maybe_move_tensor_to_cpu = as_asked
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
 
 
 def _uneven_gather() -> None:
-    # tensor_parallel/mappings.py:150 torch.distributed.all_gather of parts of different lengths,
-    # which gloo does not have: the tokens that ranks send to an expert they share out.
+    # tensor_parallel/mappings.py:150 torch.distributed.all_gather of tensors of different lengths:
+    # tokens for an expert whose matrices are sharded. gloo cannot gather different lengths.
     from megatron.core.tensor_parallel import mappings
 
     plain_gather = mappings._gather_along_first_dim
 
-    def gather(mine: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> torch.Tensor:
+    def gather(local: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> torch.Tensor:
         if sizes is None or group.size() == 1:
-            return plain_gather(mine, group, sizes, *args)
-        padded = mine.new_zeros(max(sizes), *mine.shape[1:])
-        padded[: len(mine)] = mine
+            return plain_gather(local, group, sizes, *args)
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
+        padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in sizes]
         torch.distributed.all_gather(parts, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

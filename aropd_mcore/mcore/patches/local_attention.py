@@ -1,4 +1,4 @@
-"""Core attention for the layer spec without Transformer Engine, under context parallelism too."""
+"""Core attention for the local layer spec, which also supports context parallelism."""
 
 from itertools import pairwise
 from typing import Any
@@ -15,12 +15,14 @@ from aropd_mcore.data.context_parallel import positions_of_rank
 
 
 class LocalCoreAttention(torch.nn.Module):
-    """Causal attention by torch's own kernel; takes Megatron's arguments.
+    """Causal attention by torch's kernel, with Megatron's arguments.
 
-    Query [S, B, heads, D], key and value [S, B, KV heads, D], rotated already; the result is
-    [S, B, heads x D]. Packed, with packed_seq_params: [S, heads, D] and so on, to [S, heads, D].
+    Query [S, B, heads, D], key and value [S, B, KV heads, D], already rotated. The result is
+    [S, B, heads x D]. With packed_seq_params, query and result are [S, heads, D], key and value
+    [S, KV heads, D].
+
     Under context parallelism S counts this rank's positions (data.context_parallel), and every rank
-    gathers all keys and values: the simplest scheme, for CPU ranks.
+    gathers all keys and values. This simple scheme is for CPU ranks.
 
     Collectives: under context parallelism an all-gather of keys and one of values over the context
         group, and in the backward a reduce-scatter of each gradient.
@@ -48,17 +50,21 @@ class LocalCoreAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_more_settings: Any,
     ) -> Tensor:
-        """attention_mask: bool [B or 1, 1, S, S], True where not allowed; None is causal."""
+        """Compute attention.
+
+        Args:
+            attention_mask: bool [B or 1, 1, S, S], True for masked positions. None: causal.
+        """
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
         num_positions = query.size(0)
         visible = None if attention_mask is None else ~attention_mask
-        num_cached = key.size(0) - num_positions  # of cached decoding, before the queries
+        num_cached = key.size(0) - num_positions  # with a KV cache: keys before the first query
         if visible is None and num_cached > 0:
             visible = torch.ones(num_positions, key.size(0), dtype=torch.bool, device=query.device)
             visible = visible.tril(num_cached)
         if self.group.size() > 1:
-            assert attention_mask is None, "a mask of one's own has no place in a split sequence"
+            assert attention_mask is None, "context parallelism supports causal attention only"
             visible = self._visible([0, num_positions * self.group.size()], query.device)
             key, value = self._gathered(key), self._gathered(value)
         return self._attend(query, key, value, visible).flatten(2)
@@ -76,7 +82,7 @@ class LocalCoreAttention(torch.nn.Module):
         return torch.cat(sequences).squeeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        """[S, B, heads, D]; visible is bool [S, keys], None is causal."""
+        """Return [S, B, heads, D]. `visible` is bool [S, keys]; None is causal."""
         context_BMSD = functional.scaled_dot_product_attention(
             *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
             attn_mask=visible,
@@ -90,7 +96,7 @@ class LocalCoreAttention(torch.nn.Module):
         return gather_from_sequence_parallel_region(part.contiguous(), group=self.group)
 
     def _visible(self, bounds: list[int], device: torch.device) -> Tensor:
-        """bool [S, S of all ranks]: which of the gathered keys each of this rank's queries sees."""
+        """Return the mask of gathered keys for this rank's queries, bool [S, S of all ranks]."""
         size, rank = self.group.size(), self.group.rank()
         ranks = [positions_of_rank(bounds, size, other).to(device) for other in range(size)]
         queries, keys = ranks[rank], torch.cat(ranks)

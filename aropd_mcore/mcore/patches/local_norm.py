@@ -1,4 +1,4 @@
-"""RMSNorm for the layer spec without Transformer Engine, under sequence parallelism too."""
+"""RMSNorm for the local layer spec, which also supports sequence parallelism."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class LocalRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, which Megatron's own wrapper around it refuses under sequence parallelism.
+    """torch's RMSNorm. Megatron's wrapper around it does not support sequence parallelism.
 
-    Works on any [..., H]. Its weight is whole on every tensor rank; where each rank sees some of
-    the tokens only, it is marked, so that finalize_model_grads sums its gradient over tp_group.
+    It accepts any [..., H]. Its weight is whole on every tensor rank. Under sequence parallelism
+    each rank sees a part of the tokens, so the weight is marked for finalize_model_grads, which
+    sums its gradient over tp_group.
     """
 
     def __init__(
