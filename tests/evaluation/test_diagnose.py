@@ -383,7 +383,7 @@ _HF_MODEL = ["--model", "{folder}/model", "--max-response-tokens", "16"]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (_HF_MODEL, "model: not a run's checkpoint; give --out"),
+        (_HF_MODEL, "model: not a run's checkpoint: specify --out"),
         (["--data", "nowhere"], "nowhere: no such file"),
         ([*_HF_MODEL, "--weights", "teacher"], "holds one model and no teacher"),
         (["--max-response-tokens", "500"], "exceeds the model's 512 positions"),

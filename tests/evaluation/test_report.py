@@ -322,12 +322,12 @@ def test_long_curves_are_thinned_and_names_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda run: None, "nothing to show; expected metrics.jsonl, diagnose"),
+        (lambda run: None, "nothing to show: expected a run's output_dir with metrics.jsonl, diagnose"),
         (
             lambda run: write_json(run / "diagnose" / "x.json", {"schema": "aropd-diagnosis/0"}),
-            "x.json: schema: found 'aropd-diagnosis/0', expected 'aropd-diagnosis/2'",
+            "x.json: schema 'aropd-diagnosis/0', expected 'aropd-diagnosis/2'",
         ),
-        (lambda run: write_json(run / "eval" / "summary.json", {}), "summary.json: expected the"),
+        (lambda run: write_json(run / "eval" / "summary.json", {}), "summary.json: no `tasks`: expected"),
     ],
 )
 def test_what_cannot_be_shown_is_named(tmp_path, capsys, prepare, message):
@@ -341,5 +341,5 @@ def test_what_cannot_be_shown_is_named(tmp_path, capsys, prepare, message):
 
 def test_a_run_is_named_once(tmp_path):
     run = write_folder(tmp_path / "run")
-    with pytest.raises(ValueError, match="expected each of them once"):
+    with pytest.raises(ValueError, match="expected each run only once"):
         write_report([run, run], tmp_path / "report.html")

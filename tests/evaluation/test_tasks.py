@@ -156,14 +156,14 @@ def test_code_prompts_show_up_to_n_asserts(tmp_path):
     [
         (
             {"query": "q", "reply": "a"},
-            "task.jsonl:2: no known format; expected gsm8k, medmcqa, gpqa, choices, humaneval, "
+            "task.jsonl:2: unknown format, expected gsm8k, medmcqa, gpqa, choices, humaneval, "
             "mbpp, math (`--task name:format=FILE`); found keys query, reply",
         ),
         ({"question": "q", "answer": "18"}, "format gsm8k: no line '#### answer' at the end"),
-        ({"question": "q", "choices": ABC, "answer": 3}, "not a letter up to C, nor a number from"),
+        ({"question": "q", "choices": ABC, "answer": 3}, "neither a letter from A to C nor an index"),
         ({"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 4}, "0 to 3"),
         ({**HUMANEVAL, "entry_point": "g"}, "'prompt' does not define 'entry_point'"),
-        ({**MBPP, "code": "def other(): pass"}, "the tests use nothing that 'code' defines"),
+        ({**MBPP, "code": "def other(): pass"}, "the tests use no name that 'code' defines"),
         ({"problem": "q", "solution": "18"}, "no 'answer', and no \\boxed{} in 'solution'"),
     ],
 )
