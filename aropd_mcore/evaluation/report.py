@@ -41,7 +41,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     names = _display_names(runs)
     data = {
         "version": __version__,
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "labels": {name: [metric.title, metric.unit] for name, metric in METRICS.items()},
         "runs": [{"name": name} | _load_run(run) for name, run in zip(names, runs, strict=True)],
     }

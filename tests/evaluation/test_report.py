@@ -130,7 +130,7 @@ def test_it_opens_by_itself_and_shows_every_part(page, report):
     headings = page.run("[...document.querySelectorAll('h2')].map(e => e.textContent)")
     assert headings == [
         "Methods", "Reader", "Curves", "Drift by position", "Accuracy by response length",
-        "Diagnosis", "Where a step's time goes",
+        "Diagnosis", "Step time",
     ]  # fmt: skip
     rows = page.run("[...document.querySelectorAll('#methods tbody tr')].map(e => e.innerText)")
     assert re.match(r"\s*anchored\s+AR-OPD\s+0\.8\s+5\s+ema\s+40\s+61\.0 % 55\.0–67\.0 %", rows[0])
@@ -150,7 +150,7 @@ def test_it_shows_response_ends_and_predictors(page, report):
 
     ends, predictors = card("Response ends"), card("Predictors of a right answer")
     assert re.search(r"student\s+66\.0\s+partial\s+55\.0\s+full\s+46\.0\s+target\s+–", ends)
-    assert "2 of them; 1 were cut" in ends
+    assert "Finished: 2. Cut at the limit: 1." in ends
     assert re.search(r"total: full over student\s+0\.779\s+0\.700–0\.850", predictors)
     assert re.search(r"partial over student\s+0\.766\s+–", predictors)
     assert re.search(r"marginal: full over partial\s+–\s+–", predictors)
