@@ -291,7 +291,7 @@ function readerSection(all) {
         "dl",
         { class: "sums" },
         sum("residual", "log f − log p", one.residual[at]),
-        sum("through the anchor", "log q − log p", one.target[at] - one.partial[at]),
+        sum("kept", "log q − log p", one.target[at] - one.partial[at]),
         sum("pull", "log q − log s", one.target[at] - one.student[at]),
       ),
       h(
