@@ -145,7 +145,7 @@ def test_a_run_with_a_preset_and_its_resume(tmp_path, capsys):
 
     assert cli.main([*command, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "the run will resume at step 1" in printed and "# changed" not in printed
+    assert "the run will resume at step 1" in printed and "# settings changed" not in printed
 
 
 def beyond_the_full_view(log_p, log_f):

@@ -21,7 +21,7 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.local_launch import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.locks import RunLock
-from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, job_deadline
 
 if TYPE_CHECKING:
     from aropd_mcore.plan.layout import Layout
@@ -82,7 +82,7 @@ def _train_here(config: Config) -> int:
     """Train as one rank of the job, or as all of it."""
     faulthandler.enable(2)  # NCCL's own time-outs and crashes abort: print the place on stderr
     started = psutil.Process().create_time()
-    stops = Stops(started=started, deadline=deadline_of(config.limits, started=started))
+    stops = Stops(started=started, deadline=job_deadline(config.limits, started=started))
     with stops.listening(*PASSED_ON):
         from aropd_mcore.mcore import runtime
         from aropd_mcore.trainer.build import start_runtime

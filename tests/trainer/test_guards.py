@@ -27,17 +27,17 @@ def judge(guards: Guards, *steps: tuple[float, float, float]) -> list[Verdict]:
 @pytest.mark.parametrize(
     ("name", "step", "said", "count"),
     [
-        ("loss_spike", (1.07, 2.0, 100), "loss 1.07, 7.0 standard deviations", "num_loss_spikes"),
-        ("loss_spike", (1.0, 2.7, 100), "gradient norm 2.7, 7.0 above", "num_loss_spikes"),
+        ("loss_spike", (1.07, 2.0, 100), "loss 1.07 is 7.0 standard deviations", "num_loss_spikes"),
+        ("loss_spike", (1.0, 2.7, 100), "gradient norm 2.7 is 7.0 above", "num_loss_spikes"),
         ("length_collapse", (1.0, 2.0, 20), "20.0 loss tokens", "num_length_collapses"),
     ],
 )
 def test_each_action(name, step, said, count):
     for action in ("off", "warn", "skip", "stop"):
         *calm, verdict = judge(guards(**{name: action}), *CALM, step)
-        assert all(v.apply and not v.said and v.metrics[count] == 0 for v in calm)
+        assert all(v.apply and not v.findings and v.metrics[count] == 0 for v in calm)
         assert verdict.apply == (action in ("off", "warn")), action
-        assert any(said in line for line in verdict.said) == (action != "off")
+        assert any(said in line for line in verdict.findings) == (action != "off")
         assert (verdict.stop is not None and said in verdict.stop) == (action == "stop")
         assert verdict.metrics[count] == (action != "off")
 
@@ -46,7 +46,7 @@ def test_each_action(name, step, said, count):
 def test_what_is_no_reason(step):
     """A little more, and far less: lower losses and longer responses are welcome."""
     [*_, verdict] = judge(guards(loss_spike="stop", length_collapse="stop"), *CALM, step)
-    assert verdict.apply and not verdict.said
+    assert verdict.apply and not verdict.findings
 
 
 def test_nothing_is_judged_by_a_window_that_is_not_full():
@@ -67,9 +67,11 @@ def test_what_is_left_out_does_not_hide_the_next_and_too_many_stop():
     verdicts = judge(guards(loss_spike="skip"), *CALM, spike, spike, CALM[0], *[spike] * 3)
     assert [v.apply for v in verdicts[4:]] == [False, False, True, False, False, False]
     assert [v.stop is None for v in verdicts[4:]] == [True] * 5 + [False]
-    assert "3 steps in a row were left out" in str(verdicts[-1].stop)
+    assert "3 updates in a row were skipped" in str(verdicts[-1].stop)
     warned = judge(guards(loss_spike="warn"), *CALM, *[spike] * 5)
-    assert [bool(v.said) for v in warned[4:]] == [True] + [False] * 4, "a new level is one spike"
+    assert [bool(v.findings) for v in warned[4:]] == [True] + [False] * 4, (
+        "a new level is one spike"
+    )
 
 
 @pytest.mark.parametrize("step", [(math.nan, 1.0, 100.0), (1.0, math.inf, 100.0)])
@@ -78,7 +80,7 @@ def test_what_is_not_finite_is_never_applied(step):
     assert not verdict.apply and verdict.stop is None
     assert verdict.metrics["num_non_finite_steps"] == 1
     [verdict] = judge(guards(non_finite="stop"), step)
-    assert not verdict.apply and "no finite loss and gradient" in str(verdict.stop)
+    assert not verdict.apply and "non-finite loss or gradient" in str(verdict.stop)
 
 
 def test_a_step_without_loss_is_left_out_counted_and_stops_the_run():
@@ -89,9 +91,9 @@ def test_a_step_without_loss_is_left_out_counted_and_stops_the_run():
     ]
     assert not any(verdict.apply for verdict in without)
     assert [v.metrics["num_steps_without_loss_tokens"] for v in without] == [1, 2, 3]
-    assert all("objective.skip_response_tokens" in str(verdict.said) for verdict in without)
+    assert all("objective.skip_response_tokens" in str(verdict.findings) for verdict in without)
     assert [verdict.stop is None for verdict in without] == [True, True, False]
-    assert "3 steps in a row were left out" in str(without[-1].stop)
+    assert "3 updates in a row were skipped" in str(without[-1].stop)
     assert "optimizer.lr" not in str(without[-1].stop), "no remedy for this"
     assert judge(judged, *CALM)[-1].apply
 
@@ -111,14 +113,14 @@ def test_truncation_that_drifts_slowly_warns_well_before_the_end():
     """The default window of 32 steps is longer than this run."""
     judged = Guards(GuardsConfig(), max_skipped_steps=3)
     verdicts = judge_cut(judged, DRIFT)
-    warned = [step for step, verdict in enumerate(verdicts) if verdict.said]
+    warned = [step for step, verdict in enumerate(verdicts) if verdict.findings]
     assert 12 <= warned[0] <= 17 and len(warned) <= 2, "a level is reported once"
-    (line,) = verdicts[warned[0]].said
+    (line,) = verdicts[warned[0]].findings
     assert "responses stop ending" in line and "(guards.truncation_rise 0.2)" in line
     share = sum(DRIFT[warned[0] - 7 : warned[0] + 1]) / 128
     assert f"{share:.0%} of the last responses were cut" in line
-    assert f"{sum(DRIFT[:8]) / 128:.0%} at the run's start" in line
-    assert "eos_prob_student" in line and "Troubleshooting" in line
+    assert f"{sum(DRIFT[:8]) / 128:.0%} at the start of the run" in line
+    assert "eos_prob_student" in line and "docs/troubleshooting.md" in line
     assert all(verdict.apply for verdict in verdicts)
     last = verdicts[-1].metrics
     assert last["num_truncation_rises"] == len(warned)
@@ -133,15 +135,15 @@ def test_truncation_that_only_fluctuates_is_silent(num_sampled, mean):
         cut.append(sum(draws.random() < mean / num_sampled for _ in range(num_sampled)))
     assert max(cut) - min(cut) > 0.1 * num_sampled
     judged = Guards(GuardsConfig(truncation="stop"), max_skipped_steps=3)
-    assert not any(verdict.said for verdict in judge_cut(judged, cut, num_sampled))
+    assert not any(verdict.findings for verdict in judge_cut(judged, cut, num_sampled))
 
 
 def test_truncation_above_the_ceiling_is_reported_once_from_the_first_step_on():
     verdicts = judge_cut(Guards(GuardsConfig(), max_skipped_steps=3), [15] * 20)
-    assert [bool(verdict.said) for verdict in verdicts] == [True] + [False] * 19
-    assert "(guards.truncation_ceiling 0.9)" in verdicts[0].said[0]
+    assert [bool(verdict.findings) for verdict in verdicts] == [True] + [False] * 19
+    assert "(guards.truncation_ceiling 0.9)" in verdicts[0].findings[0]
     without = GuardsConfig(truncation_ceiling=1.0)
-    assert not judge_cut(Guards(without, max_skipped_steps=3), [16])[0].said
+    assert not judge_cut(Guards(without, max_skipped_steps=3), [16])[0].findings
 
 
 def test_each_action_on_truncation():
@@ -149,20 +151,20 @@ def test_each_action_on_truncation():
     for action in ("off", "warn", "skip", "stop"):
         judged = Guards(GuardsConfig(truncation=action), max_skipped_steps=2)
         verdicts = judge_cut(judged, steps)
-        first = next((step for step, verdict in enumerate(verdicts) if verdict.said), None)
+        first = next((step for step, verdict in enumerate(verdicts) if verdict.findings), None)
         assert (first is None) == (action == "off")
         if first is not None:
             verdict, following = verdicts[first : first + 2]
             assert verdict.apply == (action == "warn")
             assert (verdict.stop is not None) == (action == "stop")
             # What is left out does not hide the next.
-            assert bool(following.said) == (action != "warn")
+            assert bool(following.findings) == (action != "warn")
             assert (following.stop is not None) == (action in ("skip", "stop"))
 
 
 def test_the_oracles_responses_are_not_judged():
     verdicts = judge_cut(guards(truncation="stop"), [16] * 20, num_sampled=0)
-    assert not any(verdict.said or "truncation_rise" in verdict.metrics for verdict in verdicts)
+    assert not any(verdict.findings or "truncation_rise" in verdict.metrics for verdict in verdicts)
 
 
 def test_truncation_is_compared_with_the_runs_start_across_restarts():

@@ -122,10 +122,10 @@ def test_too_many_in_a_row_stop_the_run(path):
     message = run_ranks(train_poisoned, 2, path, out, [1, 2, 3])[0]
     assert message is not None
     assert message.startswith(
-        "step 3: 3 steps in a row were left out, the last for no finite loss and gradient "
+        "step 3: 3 updates in a row were skipped, the last because of: non-finite loss or gradient "
         "(loss nan, gradient norm"
     )
-    assert "the limit is training.max_skipped_steps" in message
+    assert "The limit is training.max_skipped_steps" in message
     assert f"The last checkpoint is {out / 'checkpoints' / 'iter_0000004'}." in message
     assert [line["step_skipped"] for line in read_lines(out)] == [0, 1, 1, 1]
 
@@ -136,7 +136,7 @@ def test_the_count_survives_a_resume(path):
     saves = ["checkpoint.save_every_steps=4", "checkpoint.asynchronous=false"]
     run_ranks(train_poisoned, 2, path, out, [2, 3], saves, 4)
     message = run_ranks(train_poisoned, 2, path, out, [4])[0]
-    assert message is not None and message.startswith("step 4: 3 steps in a row")
+    assert message is not None and message.startswith("step 4: 3 updates in a row")
     assert str(out / "checkpoints" / "iter_0000005") in message
     rates = [line["lr"] for line in read_lines(out)]
     assert rates[0] > rates[1] > rates[2] == rates[3] == rates[4], "it waits for an update"
@@ -158,7 +158,7 @@ def test_a_guard_skips_or_stops_before_the_update(path):
 
     out = path.parent / "guarded"
     message = run_ranks(train_poisoned, 2, path, out, [], [*guards, "guards.loss_spike=stop"])[0]
-    assert message is not None and message.startswith(f"step {first}: a spike: loss")
+    assert message is not None and message.startswith(f"step {first}: loss spike: loss")
     assert f"The last checkpoint is {out / 'checkpoints' / f'iter_{first + 1:07d}'}." in message
     assert read_lines(out)[-1]["step_skipped"] == 1
 
@@ -171,8 +171,8 @@ def test_responses_without_loss_tokens_stop_the_run(path, objective):
     settings = [f"objective.name={objective}", "objective.skip_response_tokens=16"]
     message = run_ranks(train_poisoned, 2, path, out, [], settings)[0]
     assert message is not None and message.startswith(
-        "step 2: 3 steps in a row were left out, the last for there is no loss: each response ends "
-        "within objective.skip_response_tokens"
+        "step 2: 3 updates in a row were skipped, the last because of: no loss tokens: each "
+        "response ends within objective.skip_response_tokens"
     )
     lines = read_lines(out)
     assert [line["step_skipped"] for line in lines] == [1, 1, 1]
@@ -196,8 +196,8 @@ def test_steps_of_rows_without_weight_and_of_some_short_responses(path, tmp_path
     assert [line["step_skipped"] for line in lines] == [1, 0, 0]
     assert [line["num_steps_without_loss_tokens"] for line in lines] == [1, 1, 1]
     assert any(0 < line["no_loss_tokens_rate"] < 1 for line in lines[1:])
-    assert "WARNING: step 0: there is no loss" in printed
-    assert "its update is left out" in printed
+    assert "WARNING: step 0: no loss tokens: " in printed
+    assert "its update is skipped" in printed
 
 
 def train_printing(path: Path, out: Path, overrides: list[str]) -> str:
@@ -219,11 +219,11 @@ def ends_without_checkpoint(path: Path) -> list[str]:
     from types import SimpleNamespace
     from typing import cast
 
-    from aropd_mcore.trainer.loop import _ended
+    from aropd_mcore.trainer.loop import _stop_error
     from aropd_mcore.trainer.stop import _TIME, StopWanted
 
     nothing = cast(Any, SimpleNamespace(newest=None))
-    return [str(_ended(StopWanted(code), 0, 0, nothing)) for code in (_TIME, signal.SIGTERM)]
+    return [str(_stop_error(StopWanted(code), 0, 0, nothing)) for code in (_TIME, signal.SIGTERM)]
 
 
 class Interrupted(Exception):
@@ -277,7 +277,7 @@ def test_command_line_says_why_and_exits_with_3(path, tmp_path):
     overrides = ["objective.name=sft", f"model.path={model}", f"output_dir={tmp_path / 'out'}"]
     code, printed = run_ranks(train_by_command, 1, path, overrides)[0]
     assert code == 3
-    assert printed.startswith("aropd: stopped: step 2: 3 steps in a row")
+    assert printed.startswith("aropd: stopped: step 2: 3 updates in a row")
     assert "Traceback" not in printed and printed.count("\n") == 1
 
 

@@ -75,7 +75,9 @@ def test_a_log_that_cannot_be_cut_back_is_left_alone_and_named(tmp_path):
     config.output_dir.mkdir()
     log = config.output_dir / "metrics.jsonl"
     log.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a step's metrics"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl:2: found .*, expected the metrics of a step"
+    ):
         MetricsLog(config, first_step=1)
     assert log.read_text().count("\n") == 3
 

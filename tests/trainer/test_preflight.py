@@ -135,7 +135,7 @@ CANNOT_START: list[tuple[str, Callable[[], object], list[str], str]] = [
         "an epoch of no step",
         NOTHING,
         ["training={num_epochs: 1, global_batch_size: 32}"],
-        f"1 epochs of {NUM_ROWS} rows are less than one step of 32 prompts",
+        f"training.num_epochs 1 of {NUM_ROWS} rows: fewer than one step of 32 prompts",
     ),
     (
         "output_dir is a file",
@@ -236,12 +236,12 @@ def test_a_dry_run_reports_what_it_found(run, capsys):
     for line in (
         "# 23 rows (1 left out, first: rows.jsonl:3: key 'reasoning' is missing",
         ", 2 steps of 4 responses",
-        "# longest prompt: 128 tokens of views.max_prompt_tokens 128; responses have up to 16",
+        "# longest prompt: 128 of 128 tokens (views.max_prompt_tokens); responses: up to 16 tokens",
         "# the question of 1 of 23 rows is cut to fit views.max_prompt_tokens; first: rows.jsonl:6",
         "# the partial view of 2 of 23 rows equals the full view, so their residual is zero; "
         "first: rows.jsonl:5",
         "the chat template ignores add_generation_prompt",
-        "# the run will start at step 0: there is no checkpoint yet",
+        "# the run will start at step 0: there is no checkpoint",
     ):
         assert line in printed, line
     assert not Path("out").exists()
@@ -321,13 +321,13 @@ def test_a_run_does_not_resume_with_another_chat_template(trained, original, tmp
     longer = ["training.num_steps=4", f"output_dir={folder / 'out'}"]
     longer.append(f"model.path={folder / 'model'}")
     _, error = run_ranks(train_here, 1, original / "run.yaml", longer)[0]
-    assert error and "the checkpoint is of another run:\n  model.chat_template: " in error
-    assert "or go on nevertheless with 'checkpoint.allow_changes=[model.chat_template]'" in error
+    assert error and "the checkpoint belongs to another run:\n  model.chat_template " in error
+    assert "or permit the changes with 'checkpoint.allow_changes=[model.chat_template]'" in error
 
     allowed = [*longer, "checkpoint.allow_changes=[model.chat_template]"]
     printed, error = run_ranks(train_here, 1, original / "run.yaml", allowed)[0]
     assert error is None
-    assert "other rules from here on: " in printed and "model.chat_template: " in printed
+    assert "effective from this step: " in printed and "model.chat_template " in printed
     assert len((folder / "out" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -338,11 +338,11 @@ def test_a_run_does_not_resume_with_another_chat_template(trained, original, tmp
 def test_a_dry_run_refuses_what_the_resumed_run_would(trained, original, tmp_path, other, key):
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     overrides = [f"model.path={other(tmp_path)}"]
-    with pytest.raises(ConfigError, match=f"another run:\n  {key}: "):
+    with pytest.raises(ConfigError, match=f"another run:\n  {key} "):
         preflight(load_config(original / "run.yaml", overrides))
     overrides.append(f"checkpoint.allow_changes=[{key}]")
     *_, note = preflight(load_config(original / "run.yaml", overrides))
-    assert f"other rules from here on: {key}: " in note
+    assert f"effective from this step: {key} " in note
 
 
 def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
@@ -351,10 +351,10 @@ def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
     overrides = [f"output_dir={out}", "training.num_steps=4", "views.partial_ratio=0.25"]
     found = preflight(load_config(path, overrides))
     assert f"the run will resume at step 2 from {out / 'checkpoints' / 'iter_0000002'}" in found
-    assert any("other rules from here on" in n and "views.partial_ratio" in n for n in found)
+    assert any("effective from this step" in n and "views.partial_ratio" in n for n in found)
     found = preflight(load_config(path, [f"output_dir={out}"]))
-    assert any("which is the end: no step is left" in note for note in found)
-    with pytest.raises(ConfigError, match=r"another run:\n  training\.seed: 1234 -> 5"):
+    assert any("; no step is left" in note for note in found)
+    with pytest.raises(ConfigError, match=r"another run:\n  training\.seed 1234 -> 5"):
         preflight(load_config(path, [*overrides, "training.seed=5"]))
 
     checkpoint = newest(out / "checkpoints")
@@ -366,7 +366,7 @@ def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
     assert any("has 0 bytes, expected" in n and "set this checkpoint aside" in n for n in found)
     assert f"the run will resume at step 2 from {checkpoint}" in found
     shutil.rmtree(checkpoint)
-    with pytest.raises(ValueError, match="none of the checkpoints is whole") as refused:
+    with pytest.raises(ValueError, match="no checkpoint is intact") as refused:
         preflight(load_config(path, overrides))
     assert ".metadata: has 0 bytes" in str(refused.value)
 
@@ -374,5 +374,5 @@ def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
 def test_preflight_when_no_token_can_count_in_the_loss_notes_it(run):
     for skip, is_noted in ((15, False), (16, True)):
         config = load_config(run, [f"objective.skip_response_tokens={skip}"])
-        text = f"skip_response_tokens {skip} is not less than rollout.max_response_tokens 16"
+        text = f"skip_response_tokens is {skip}, expected less than rollout.max_response_tokens 16"
         assert any(text in sentence for sentence in preflight(config)) == is_noted
