@@ -6,7 +6,7 @@ layout must sample the same rollouts. `make test` runs layouts that cover every 
 
 Tolerances. The oracle is fp64 and the run fp32, so losses, metrics and gradient norms differ by
 fp32 rounding only. REPORTED is their relative tolerance. A weight's update is
-lr * m / (sqrt(v) + eps), of the order of lr. eps is raised from 1e-8, since otherwise gradients that
+lr * m / (sqrt(v) + eps), of the order of lr. eps is raised from 1e-8. Otherwise gradients that
 consist of rounding errors would decide the sign of updates. UPDATE bounds the error of every weight
 as a share of the largest learning rate.
 """
@@ -58,8 +58,8 @@ class Layout(NamedTuple):
 
 
 def every_layout(*, experts: bool) -> list[Layout]:
-    """List every factorization of 4 ranks that the model of four layers allows: with and without SP,
-    1F1B and interleaved. Experts on tensor ranks require SP."""
+    """List every layout of 4 ranks that the model of four layers allows: with and without SP, 1F1B
+    and interleaved. Experts on tensor ranks require SP."""
     layouts = []
     for tensor, pipeline, context in product((1, 2, 4), repeat=3):
         if 4 % (tensor * pipeline * context):
@@ -207,7 +207,7 @@ CASES = [
         ],
     ),
     Case(
-        # Overlap starts in the second step. Megatron records the order of the gradients in the first.
+        # Overlap starts in the second step. In the first, Megatron records the gradients' order.
         "overlap",
         {
             "objective": AROPD | {"metrics": False},
@@ -405,7 +405,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def choose_first() -> list[tuple[str, Layout]]:
-    """Choose cases and layouts of `make test`. They cover every pair of sizes, experts and packing."""
+    """Choose the cases and layouts of `make test`: every pair of sizes, experts and packing."""
     runs = [(case, layout) for case in CASES for layout in case.layouts]
     rows = [
         layout._asdict()
