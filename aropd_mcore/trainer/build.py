@@ -68,10 +68,10 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
     model = load_model(config, runtime, config.precision, inputs.source)
     teacher = engine = None
     if config.objective.name == "aropd":
-        own = None
+        teacher_model = None
         if config.teacher.kind != "live":
-            own = load_model(config, runtime, config.precision.of_teacher, inputs.source)
-        teacher = Teacher(config.teacher, runtime, student=model, model=own)
+            teacher_model = load_model(config, runtime, config.precision.of_teacher, inputs.source)
+        teacher = Teacher(config.teacher, runtime, student=model, model=teacher_model)
         longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
         engine = build_engine(
             Serving.from_config(config),

@@ -59,8 +59,8 @@ class Saver:
         """Load the newest complete checkpoint into the run.
 
         Returns:
-            The saved progress, or None if there is no checkpoint; and messages for the user about
-            checkpoints that were set aside and settings that changed.
+            The saved progress, or None if there is no checkpoint.
+            Messages for the user about checkpoints that were set aside and settings that changed.
         Raises:
             CheckpointError: there are checkpoints, but no complete one.
             ConfigError: the checkpoint belongs to another run: a changed setting is refused.

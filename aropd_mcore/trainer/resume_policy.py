@@ -83,9 +83,10 @@ def describe_run(
     Args:
         identity: hashes of the chat template and the tokenizer (ViewBuilder.identity).
     Returns:
-        `config`; `contents`, hashes of the rows, the architecture, the chat template and the
-        tokenizer; `data`, the counts of rows; and `config_hash`, a hash of all contents and of the
-        settings that are not free.
+        config: all settings.
+        contents: hashes of the rows, the architecture, the chat template and the tokenizer.
+        data: numbers of rows and of bad rows.
+        config_hash: hash of the contents and of the settings that are not free.
     """
     settings = config.model_dump(mode="json")
     contents = {"data.train": dataset.fingerprint(), "model.path": _architecture(config)}

@@ -16,7 +16,7 @@ from typing import Protocol
 from aropd_mcore.config import LimitsConfig
 
 _TIME = 1
-"""Code of the time limit. All other codes are signal numbers; no signal that stops a run is 1."""
+"""Code of the time limit. All other codes are signal numbers, none of which is 1."""
 _MARGIN_SHARE, _LONGEST_MARGIN = 0.05, 60.0
 """The margin is a share of the job's time, up to a number of seconds."""
 _SAVE_MARGINS = 3

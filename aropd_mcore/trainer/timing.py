@@ -11,7 +11,7 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.trainer.stop import Stops
 
 _BEFORE_UPDATE = ("teacher", "student")
-"""Phases at whose end the step has changed nothing of the run, so it may be abandoned."""
+"""Phases that change no state of the run. The step may be abandoned at their end."""
 
 
 class Phases:

@@ -3,11 +3,11 @@
 Without it, the ranks of a job would wait in collectives until the timeout after one rank raised or
 hung. The watchdogs communicate through the store with which the process group was initialized:
 
-    claim   rank of the first error; errors of other ranks are taken for its consequences
-    end     that rank, its exit code and its error, published after its traceback is printed
-    ready   number of ranks that have read `end` and, on a hang, written their stacks; ranks exit
-            together, since one of them may host the store
-    stop    signal that one rank received
+    claim   rank of the first error. Later errors are considered its consequences.
+    end     that rank, its exit code and its error. Published after its traceback is printed.
+    ready   number of ranks that have read `end` and, on a hang, written their stacks. Ranks exit
+            together, since one of them may host the store.
+    stop    signal that one rank received.
 
 The thread runs while the main thread waits in a collective, which releases Python's GIL.
 """
