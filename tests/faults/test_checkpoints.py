@@ -181,7 +181,7 @@ def test_a_full_disk_stops_the_run_or_not_by_setting(path, whole, small_disk, as
         # A save in the background fails while the next step trains.
         assert len(read_lines(out)) in (num_steps, num_steps + 1)
         assert saved_steps(out) == [1]
-        assert ("could not save, and goes on:" in printed) == (on_failure == "continue")
+        assert ("could not save, training continues:" in printed) == (on_failure == "continue")
 
 
 def train_until_stopped(path: Path, overrides: list[str]) -> tuple[str, str]:

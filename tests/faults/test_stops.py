@@ -136,7 +136,7 @@ def test_sigusr1_to_the_command_saves_and_the_command_goes_on(path, unbroken, ca
             f"steps of {mean_seconds(read_lines(out)):.2f} s"
         )
     assert "aropd: stopped: SIGUSR1 before step" in printed
-    assert "goes on from there" in printed and "Traceback" not in printed
+    assert "rerun the command to resume" in printed and "Traceback" not in printed
 
     done = start(command, {})
     printed, _ = done.communicate(timeout=PATIENCE)
@@ -213,7 +213,7 @@ def test_a_rank_that_raises_in_the_data_loader_ends_all_with_its_traceback_first
     assert printed.count("in train_step") == 1, printed
     for rank in (0, 1, 3):
         [line] = [line for line in printed.splitlines() if line.startswith(f"[rank {rank}] ")]
-        assert "ended, because rank 2 failed: RuntimeError: a planted error" in line
+        assert "ended because rank 2 failed: RuntimeError: a planted error" in line
 
 
 def test_a_slow_rank_is_waited_for_and_a_hung_one_is_not(path):
@@ -240,7 +240,7 @@ def test_a_collective_that_times_out_names_phase_and_step(path):
     printed = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], printed
     assert "[rank 0] step 1, phase rollout\nTraceback" in printed[0]
-    assert "[rank 1] step 1, phase rollout: ended, because rank 0 failed" in printed[1]
+    assert "[rank 1] step 1, phase rollout: ended because rank 0 failed" in printed[1]
 
 
 def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
