@@ -192,7 +192,7 @@ def test_the_metrics_are_those_of_the_method_over_the_loss_tokens(diagnosed, den
 def test_responses_and_prompts_are_those_of_generate_and_can_be_read(folder, diagnosed, tmp_path):
     out = tmp_path / "out.jsonl"
     options = ["--max-response-tokens", "16", "--samples", str(SAMPLES)]
-    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    files = ["--model", folder / "out", "--prompts", folder / "rows.jsonl", "--out", out]
     assert cli.main(["generate", *map(str, files), *options]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

@@ -186,8 +186,8 @@ def test_greedy_tokens_of_the_real_model_equal_those_of_transformers(model, data
     rows = rows_of(data / "validation.jsonl")[:8]
     prompts.write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
     run(
-        *("-m", "aropd_mcore.cli", "generate", "--checkpoint", model, "--prompts", prompts),
-        *("--output", tmp_path / "out.jsonl", "--temperature", 0, "--dtype", "fp32"),
+        *("-m", "aropd_mcore.cli", "generate", "--model", model, "--prompts", prompts),
+        *("--out", tmp_path / "out.jsonl", "--temperature", 0, "--dtype", "fp32"),
         *("--max-response-tokens", limit, "--config", EXAMPLE / "aropd.yaml"),
     )
     tokenizer = AutoTokenizer.from_pretrained(model)

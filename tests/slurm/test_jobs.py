@@ -189,8 +189,8 @@ def test_a_cancelled_job_is_not_requeued(site: Site, base: Path):
 
 
 def test_generate(site: Site, base: Path):
-    words = ["--checkpoint", base, "--prompts", "runs/arithmetic/data/heldout.jsonl"]
-    words += ["--output", "out.jsonl", "--max-response-tokens", 8, "--tensor", 2]
+    words = ["--model", base, "--prompts", "runs/arithmetic/data/heldout.jsonl"]
+    words += ["--out", "out.jsonl", "--max-response-tokens", 8, "--tensor", 2]
     site.finish(site.submit("generate", *words))
     num_prompts = len((site.folder / words[3]).read_text().splitlines())
     assert len((site.folder / "out.jsonl").read_text().splitlines()) == num_prompts

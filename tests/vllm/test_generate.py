@@ -48,7 +48,7 @@ def train_here(path: Path) -> None:
 
 def generate(folder: Path, engine: str) -> list[dict]:
     out = folder / f"{engine}.jsonl"
-    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    files = ["--model", folder / "out", "--prompts", folder / "rows.jsonl", "--out", out]
     options = ["--weights", "teacher", "--config", folder / "vllm.yaml", "--temperature", "0"]
     options += ["--max-response-tokens", "16", "--logprobs", "--engine", engine]
     done = subprocess.run(
