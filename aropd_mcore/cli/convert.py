@@ -365,7 +365,7 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the result as JSON to this file"
+        "--json", type=Path, metavar="FILE", help="also write the result as JSON (default: no file)"
     )
 
 
