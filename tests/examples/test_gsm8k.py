@@ -29,7 +29,7 @@ from tests.support.ranks import run_ranks
 
 EXAMPLE = REPO / "examples" / "gsm8k"
 NUM_ROWS = 400
-"""Number of GSM8K's 7,473 rows that are trained on. Reading all on every rank dominates the time."""
+"""Number of training rows. Reading all 7,473 rows on every rank would dominate the time."""
 
 # The metrics of METHOD section 7, with the one position bucket that short responses reach.
 METRICS = {

@@ -1,4 +1,4 @@
-"""examples/smollm2: the problems, and the real model if AROPD_SMOLLM2 is set (make test-smollm2)."""
+"""examples/smollm2: the problems, and with AROPD_SMOLLM2 (make test-smollm2) the real model."""
 
 import json
 import os
