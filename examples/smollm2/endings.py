@@ -192,10 +192,10 @@ def line(results: Path, name: str, metrics: Sequence[dict]) -> list[str]:
     cells.append(f"{mean(sample['length'] for sample in samples):.0f}")
     for steps in (metrics[:4], metrics[-4:]):
         ends = [step for step in steps if "eos_prob_target" in step]
-        found = [
+        means = [
             mean(step[f"eos_prob_{who}"] for step in ends) for who in ("student", "target") if ends
         ]
-        cells.append(" / ".join(f"{value:.2f}" for value in found) or "–")
+        cells.append(" / ".join(f"{value:.2f}" for value in means) or "–")
     return [name, *cells]
 
 

@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.what == "collect":
         old = json.loads(args.results.read_text()) if args.results.exists() else {}
-        found = merged(old, collect(args.runs))
-        args.results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        results = merged(old, collect(args.runs))
+        args.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     else:
         print(TABLES[args.what](json.loads(args.results.read_text())))
 

@@ -117,9 +117,8 @@ def test_sigkill_of_the_launcher_during_a_save_ends_the_writers_and_the_run_resu
         assert any("multiprocessing.spawn" in command for command in started), started
         os.kill(job.process.pid, signal.SIGKILL)
         num_steps = len(read_lines(out)) + 2
-        again = Job(
-            path, 2, f"output_dir={out}", f"training.num_steps={num_steps}"
-        )  # without waiting for the end of `job`
+        # The next job starts without waiting for the end of the first.
+        again = Job(path, 2, f"output_dir={out}", f"training.num_steps={num_steps}")
         try:
             job.check_nothing_is_left()
             assert again.process.wait(120) == 0, again.log.read_text()
