@@ -15,7 +15,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, example: str) -> No
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help=f"settings that replace those of the file, such as {example}",
+        help=f"settings that replace those of the file and of --preset, such as {example}",
     )
     add_preset_argument(parser)
 
@@ -24,9 +24,8 @@ def add_preset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="settings of a published method, which replace those of the file and are replaced by "
-        f"KEY=VALUE: {', '.join(PRESETS)}. aropd_mcore/presets/NAME.yaml names the source of each. "
-        "Default: no preset.",
+        help="settings of a published method, which replace those of the file (default: none): "
+        f"{', '.join(PRESETS)}. aropd_mcore/presets/NAME.yaml names the source of each.",
     )
 
 

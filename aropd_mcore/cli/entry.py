@@ -65,7 +65,7 @@ class UsageError(ValueError):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError, for callers from Python, where argparse ends the process."""
+    """A parser that raises UsageError. The base class would end the calling process."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.format_usage())

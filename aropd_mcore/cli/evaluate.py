@@ -31,7 +31,7 @@ Questions are rendered as in training, by the views of the checkpoint's run or o
 is greedy unless --temperature is given.
 
 Mathematics is graded by math-verify, multiple choice by letter, and code by running it in a
-sandbox, which needs --allow-code-execution. evaluation/README.md describes the sandbox.
+sandbox, which needs --allow-code-execution. docs/evaluation.md describes the sandbox.
 
 The folder OUT receives responses.jsonl, samples.jsonl (one graded line per response) and
 summary.json. Rerun an interrupted command to resume. Processes are started as by `aropd generate`.

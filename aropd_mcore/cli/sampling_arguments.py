@@ -80,7 +80,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
         "--dtype",
         choices=get_args(ModelConfig.model_fields["dtype"].annotation),
         default="auto",
-        help=ModelConfig.model_fields["dtype"].description,
+        help=_help_text(ModelConfig.model_fields["dtype"].description or "", "auto"),
     )
     for name, description in _PARALLEL.items():
         option = f"--{name.replace('_', '-')}"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Start a run, or resume it from its newest checkpoint. Under torchrun this process is one rank of the
-job. Otherwise it starts one process per GPU. trainer/README.md lists the exit codes.
+job. Otherwise it starts one process per GPU. docs/checkpoints.md lists the exit codes.
 """
 _EXAMPLES = """\
 examples:

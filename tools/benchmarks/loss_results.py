@@ -42,7 +42,7 @@ def machine_rates(point: Point, seconds: dict[str, list[float]]) -> dict[str, An
 
 
 def add_ratios(result: Result, single: Result) -> None:
-    """Add ratios to the rows of `result`: to the dense formula and the floors in `single` (tp 1)."""
+    """Add ratios to the rows of `result`: to the dense formula, and to the floors in `single`."""
     for row in result["rows"]:
         if row["missing"]:
             continue
