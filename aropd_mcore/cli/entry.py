@@ -89,9 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{error.usage}aropd: error: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
-        # Every rank prints its error: an error may occur on one rank only.
+        # An error may occur on one rank only, so each rank prints its own. Copies of rank 0's error
+        # are not printed again.
         rank = int(os.environ.get("RANK", "0"))
-        print(f"aropd: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        if not getattr(error, "is_from_rank0", False):
+            print(f"aropd: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("aropd: interrupted", file=sys.stderr)

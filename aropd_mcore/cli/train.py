@@ -21,7 +21,7 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.local_launch import PASSED_ON, SAVED, start_ranks
 from aropd_mcore.locks import RunLock
-from aropd_mcore.trainer.stop import StoppedEarly, Stops, deadline_of
+from aropd_mcore.trainer.stop import StoppedEarly, Stops, job_deadline
 
 if TYPE_CHECKING:
     from aropd_mcore.plan.layout import Layout
@@ -83,7 +83,7 @@ def _train_here(config: Config) -> int:
     """Train in this process, which is one rank of the job or the whole job."""
     faulthandler.enable(2)  # NCCL aborts the process on timeouts: print the stack on stderr
     started = psutil.Process().create_time()
-    stops = Stops(started=started, deadline=deadline_of(config.limits, started=started))
+    stops = Stops(started=started, deadline=job_deadline(config.limits, started=started))
     with stops.listening(*PASSED_ON):
         from aropd_mcore.mcore import runtime
         from aropd_mcore.trainer.build import start_runtime

@@ -116,7 +116,7 @@ class Stops:
                 signal.signal(number, handler)
 
 
-def deadline_of(
+def job_deadline(
     limits: LimitsConfig, *, started: float, environ: Mapping[str, str] = os.environ
 ) -> float | None:
     """When the job has to be gone, by time.time(): as the settings say, or Slurm if that is sooner.

@@ -7,7 +7,7 @@ import pytest
 
 from aropd_mcore.config import LimitsConfig
 from aropd_mcore.trainer import stop
-from aropd_mcore.trainer.stop import Stops, StopWanted, deadline_of
+from aropd_mcore.trainer.stop import Stops, StopWanted, job_deadline
 
 HOUR = 3600.0
 
@@ -76,7 +76,7 @@ def test_a_short_job_is_not_all_margin(clock):
 )
 def test_the_sooner_of_the_settings_and_slurm(stop_before, environ, deadline):
     limits = LimitsConfig(stop_before=stop_before)
-    assert deadline_of(limits, started=1000.0, environ=environ) == deadline
+    assert job_deadline(limits, started=1000.0, environ=environ) == deadline
 
 
 def test_a_signal_that_the_launcher_has_blocked_is_noted():
