@@ -151,15 +151,15 @@ def test_show_views_prints_the_three_views_of_a_row(run, capsys):
     (student, partial) = re.findall(r"(?:student|partial) view: (\d+) tokens", printed)
     assert student == partial  # the partial view of er_opd shows no part of the trace
     assert cli.main([*preset, "--model", str(run.parent)]) == 2
-    assert "give --config" in capsys.readouterr().err
+    assert "expected --config" in capsys.readouterr().err
 
 
 def test_prepare_reports_the_kept_rows(tmp_path, capsys):
     source, out = tmp_path / "gsm.jsonl", tmp_path / "rows.jsonl"
     rows = [{"question": "1+1?", "answer": "one <<1+1=2>>more\n#### 2"}, {"question": "2+2?"}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.main(["prepare", str(source), "--output", str(out)]) == 0
+    assert cli.main(["prepare", str(source), "--out", str(out)]) == 0
     assert "kept 1 rows" in capsys.readouterr().out
     assert json.loads(out.read_text())["answer"] == "2"
-    assert cli.main(["prepare", str(tmp_path / "none"), "--output", str(out)]) == 2
+    assert cli.main(["prepare", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "no such file" in capsys.readouterr().err

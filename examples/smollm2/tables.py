@@ -1,12 +1,12 @@
 """Make results.json from the study's runs, and tables from results.json.
 
-    python examples/smollm2/tables.py collect      # adds what is in runs/smollm2 to results.json
+    python examples/smollm2/tables.py collect      # adds the runs in runs/smollm2 to results.json
     python examples/smollm2/tables.py views        # prints a table; also signals, grid, main,
                                                    # lengths, differences, ablations, predictors
 
-Each number is a mean over seeds with its 95 % interval (Student's t). A seed has training rows,
-held-out problems, order and samples of its own; the base is the same for all. Differences are taken
-seed by seed, over the same problems.
+Each number is a mean over seeds with its 95 % confidence interval (Student's t). Each seed has its
+own training rows, held-out problems, order and samples. All seeds share the base model. Differences
+are paired by seed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TRAINING = (
     *("hindsight_token_rate", "kl_full_partial", "clip_fraction", "residual_capture_ratio"),
     *("truncation_rate", "eos_prob_student", "eos_prob_target"),
 )
-"""Metrics of training that a result keeps: means over the last steps."""
+"""Metrics of training in results.json, as means over the last steps."""
 Results = Mapping[str, Any]
 
 
@@ -44,15 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.what == "collect":
         old = json.loads(args.results.read_text()) if args.results.exists() else {}
-        found = merged(old, collect(args.runs))
-        args.results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        results = merged(old, collect(args.runs))
+        args.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     else:
         print(TABLES[args.what](json.loads(args.results.read_text())))
 
 
 def collect(runs: Path) -> dict[str, Any]:
-    """Every run's numbers: by model and view, by method and rate, and by method and seed; and the
-    diagnoses, by model."""
+    """Return all numbers: `views` by model and view, `grid` by method and learning rate, `runs` by
+    method and seed, `diagnoses` by model."""
     views = {}
     for model in ("untouched", "base"):
         paths = {decoding: runs / "views" / model / f"{decoding}.json" for decoding in DECODINGS}
@@ -78,15 +78,15 @@ def collect(runs: Path) -> dict[str, Any]:
 
 
 def merged(old: Results, new: Results) -> dict[str, Any]:
-    """`new`, and what only `old` has: a study may be made on several machines.
+    """Return `new` with the results that only `old` has: a study may run on several machines.
 
     Raises:
-        ValueError: they begin with different bases.
+        ValueError: the results have different base models.
     """
     if old and old["base"] != new["base"]:
         raise ValueError(
-            f"results of two bases ({old['base']} and {new['base']}): collect one of them into "
-            "another file (--results)"
+            f"found results of two base models ({old['base']} and {new['base']}), expected one: "
+            "collect these runs into another file (--results)"
         )
     found = {}
     for name, group in new.items():
@@ -96,7 +96,8 @@ def merged(old: Results, new: Results) -> dict[str, Any]:
 
 
 def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Means over responses; accuracy with its 95 % interval, by kind and by number of steps."""
+    """Return means over responses, by decoding. Accuracy also by kind and by number of steps, and
+    with its 95 % interval."""
     found: dict[str, float] = {}
     for decoding in DECODINGS:
         lines = answers[decoding]
@@ -119,9 +120,9 @@ def of_method(results: Results, method: str, name: str) -> list[float]:
 
 
 def gains(results: Results, first: str, second: str, name: str) -> list[float]:
-    """The first method's number less the second's, for every seed that both have."""
-    ours, theirs = results["runs"][first], results["runs"][second]
-    return [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
+    """Return the first method's number minus the second's, for each common seed."""
+    firsts, seconds = results["runs"][first], results["runs"][second]
+    return [firsts[seed][name] - seconds[seed][name] for seed in firsts if seed in seconds]
 
 
 def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -139,7 +140,7 @@ def table(
 
 
 def cells(results: Results, names: Mapping[str, str]) -> dict[str, Callable[[str], str]]:
-    """Heading -> cell of a method, for headings of names."""
+    """Return the cell function of each heading. `names` are result names by heading."""
     return {
         heading: lambda method, name=name: percent(of_method(results, method, name))
         for heading, name in names.items()
@@ -221,7 +222,7 @@ def ablations_table(results: Results) -> str:
 
 
 def signals_table(results: Results) -> str:
-    """What the two anchors leave to the residual, on the base's samples."""
+    """Return the size of the residual with each of the two anchors, on the base model's samples."""
     names = {
         "KL(full ‖ partial), nats": "kl_full_partial",
         "KL(partial ‖ student), nats": "kl_partial_student",

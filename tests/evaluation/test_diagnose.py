@@ -198,7 +198,7 @@ def test_metrics_of_a_diagnosis_are_those_of_method_over_loss_tokens(diagnosed, 
 def test_responses_and_prompts_of_a_diagnosis_equal_those_of_generate(folder, diagnosed, tmp_path):
     out = tmp_path / "out.jsonl"
     options = ["--max-response-tokens", "16", "--samples", str(SAMPLES)]
-    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    files = ["--model", folder / "out", "--prompts", folder / "rows.jsonl", "--out", out]
     assert cli.main(["generate", *map(str, files), *options]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

@@ -225,7 +225,7 @@ def test_vllm_servers_sample_with_the_checkpoints_weights(folder, tmp_path, monk
 
 
 def command(folder: Path, out: Path, *options: str) -> list[str]:
-    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    files = ["--model", folder / "out", "--prompts", folder / "rows.jsonl", "--out", out]
     return ["generate", *map(str, files), "--max-response-tokens", "16", "--samples", "2", *options]
 
 
@@ -297,16 +297,16 @@ def test_generate_command_starts_the_ranks_of_a_layout(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts", "nowhere"], "nowhere: no such file; expected prompts"),
-        (["--checkpoint", "nowhere"], "nowhere: not a checkpoint"),
-        (["--checkpoint", "{folder}/model", "--weights", "teacher"], "holds one model and no"),
-        (["--output", "{folder}/run.yaml"], "run.yaml: exists already; remove it or name another"),
+        (["--prompts", "nowhere"], "nowhere: no such file; expected JSONL or"),
+        (["--model", "nowhere"], "nowhere: not a checkpoint"),
+        (["--model", "{folder}/model", "--weights", "teacher"], "holds one model and no"),
+        (["--out", "{folder}/run.yaml"], "run.yaml: exists already; remove it or choose"),
         (["--temperature", "-1"], "aropd generate: temperature: Input should be greater than or"),
         (["--max-response-tokens", "512"], "512 leaves no room for a prompt: the model has 512"),
         (["--kv-cache-tokens", "9"], "leaves no room for a prompt: the model has 512 positions, k"),
         (["--tensor", "3"], "tensor-parallel size 3 does not divide"),
         (["--expert", "2"], "expert-parallel size 2 does not divide a dense model"),
-        (["--tensor", "2", "--nproc-per-node", "3"], "3 processes cannot share the model in that"),
+        (["--tensor", "2", "--nproc-per-node", "3"], "3 processes: expected a multiple of 2"),
     ],
 )
 def test_bad_option_is_refused_before_anything_starts(folder, tmp_path, capsys, options, message):
