@@ -291,5 +291,5 @@ def rows_in_cache(folder: Path) -> list[int]:
 
 
 def test_kv_cache_has_as_many_rows_as_needed_and_fit(folders):
-    """Of five prompts: all; batch_size; and the number of 19 + 24 tokens that fit."""
+    """Five prompts: all fit, batch_size limits them, and the number of cached tokens does."""
     assert run_ranks(rows_in_cache, 1, folders["qwen2"])[0] == [5, 3, 2]
