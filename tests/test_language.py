@@ -17,7 +17,7 @@ WORDS = {
     rf"\b({_COUNTED}) an? ({_UNITS})\b": "write `per`: one line per step",
     r"\balone\b": "write `only`",
     r"\b(go|goes|going|gone|went) on\b": "write `resume` or `continue`",
-    r"(?<!`)\b(nobody|somebody|anybody|everybody|whoever|whom)\b": "name the rank, process or caller",
+    r"(?<!`)\b(nobody|somebody|anybody|whoever|whom)\b": "name the rank, process or caller",
     r"\b(says|said|told|tells|speaks? for)\b": "write `states`, `reports`, `prints` or `specifies`",
     r"\b(mend|mends|mended)\b": "write `fix`",
     r"\bOf them\b|\bthat is none\b|\bthose that are\b": "name the noun",

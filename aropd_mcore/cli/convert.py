@@ -221,7 +221,7 @@ def _export(args: argparse.Namespace) -> None:
     from aropd_mcore.convert.import_export import export_hf
     from aropd_mcore.convert.source import MegatronSource, open_source
 
-    source = open_source(args.mcore_dir, who=args.weights, hf=args.hf)
+    source = open_source(args.mcore_dir, role=args.weights, hf=args.hf)
     if not isinstance(source, MegatronSource):
         raise ValueError(f"{args.mcore_dir}: found an HF folder, expected a Megatron checkpoint")
     export_hf(
@@ -239,8 +239,8 @@ def _verify(args: argparse.Namespace) -> int:
     from aropd_mcore.convert.verify import verify
 
     a, b = (
-        open_source(path, who=who, hf=args.hf, allow_pickle=args.allow_pickle)
-        for path, who in _paths_with_weights(args)
+        open_source(path, role=role, hf=args.hf, allow_pickle=args.allow_pickle)
+        for path, role in _paths_with_weights(args)
     )
     report = verify(a, b, logits=args.logits)
     _write_json(args.json, report.as_json())

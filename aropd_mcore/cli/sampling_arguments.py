@@ -105,7 +105,7 @@ def _help_text(description: str, default: object) -> str:
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `add_sampling_arguments` as arguments of `build_generation_spec`."""
     return {
-        "who": args.weights,
+        "role": args.weights,
         "hf": args.hf,
         "config": args.config,
         "rollout": {name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}

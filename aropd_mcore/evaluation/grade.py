@@ -269,7 +269,7 @@ def check_graders(golds: Iterable[Gold]) -> str:
         where = f"; not isolated: {outcome.not_isolated}" if outcome.not_isolated else ""
         raise ValueError(
             f"the sandbox for code does not work on this machine: a correct program failed with "
-            f"{outcome.failure}{where}. Without isolation, root runs code as the user `nobody`: give "
-            f"that user read access to {sys.base_prefix}"
+            f"{outcome.failure}{where}. Without isolation, root runs code as the user `nobody`: "
+            f"give that user read access to {sys.base_prefix}"
         )
     return outcome.not_isolated

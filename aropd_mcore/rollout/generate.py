@@ -234,7 +234,7 @@ def _headline(spec: GenerationSpec, runtime: Runtime, extent: _Extent) -> str:
             "cuts them, and their lines have num_cut_tokens"
         )
     return (
-        f"{start}: {spec.source.path} ({spec.who}) in {dtype} on {runtime.device.type}, "
+        f"{start}: {spec.source.path} ({spec.role}) in {dtype} on {runtime.device.type}, "
         f"{describe(spec.parallel, runtime.dp_size)}\n"
         f"{extent.counts.num_prompts} prompts, {spec.rollout.rollouts_per_prompt} samples each, "
         f"engine {spec.rollout.engine}, seed {spec.seed}{cut}"

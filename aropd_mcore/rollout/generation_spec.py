@@ -16,7 +16,7 @@ from aropd_mcore.config import (
 )
 from aropd_mcore.config_file import load_config, validated
 from aropd_mcore.convert.architecture import check_layout
-from aropd_mcore.convert.source import MegatronSource, Source, Who, open_source
+from aropd_mcore.convert.source import MegatronSource, Source, Role, open_source
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GenerationSpec:
     """Settings of a job that samples responses of one model to a file of prompts."""
 
     source: Source
-    who: Who
+    role: Role
     prompts: Path
     output: Path
     views: ViewsConfig
@@ -56,7 +56,7 @@ class GenerationSpec:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "checkpoint": str(weights.resolve()),
-            "who": self.who,
+            "role": self.role,
             "hf": str(source.hf_folder.resolve()),
             "sha256 of prompts": sha256,
             **{f"views.{name}": value for name, value in self.views},
@@ -74,7 +74,7 @@ def build_generation_spec(
     prompts: Path,
     output: Path,
     *,
-    who: Who = "student",
+    role: Role = "student",
     hf: Path | None = None,
     config: Path | None = None,
     rollout: Mapping[str, Any],
@@ -97,7 +97,7 @@ def build_generation_spec(
     Raises:
         ValueError: a setting, the checkpoint or the layout cannot be used.
     """
-    source = open_source(checkpoint, who=who, hf=hf)
+    source = open_source(checkpoint, role=role, hf=hf)
     given = load_config(config) if config else None
     servers = {"vllm": given.rollout.vllm} if given else {}
     settings = validated(RolloutConfig, {**rollout, **servers}, "aropd generate")
@@ -122,7 +122,7 @@ def build_generation_spec(
     run = given or config_of_run(source)
     return GenerationSpec(
         source=source,
-        who=who,
+        role=role,
         prompts=prompts,
         output=output,
         views=run.views if run else ViewsConfig(max_prompt_tokens=room, on_long_prompt="drop"),

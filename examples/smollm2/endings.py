@@ -193,7 +193,9 @@ def line(results: Path, name: str, metrics: Sequence[dict]) -> list[str]:
     for steps in (metrics[:4], metrics[-4:]):
         ends = [step for step in steps if "eos_prob_target" in step]
         means = [
-            mean(step[f"eos_prob_{who}"] for step in ends) for who in ("student", "target") if ends
+            mean(step[f"eos_prob_{role}"] for step in ends)
+            for role in ("student", "target")
+            if ends
         ]
         cells.append(" / ".join(f"{value:.2f}" for value in means) or "–")
     return [name, *cells]

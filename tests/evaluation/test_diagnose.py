@@ -55,9 +55,9 @@ def folder(tmp_path_factory) -> Path:
     path = write_run(folder, objective=objective, training={"num_steps": 2, "global_batch_size": 4})
     write_model(folder / "moe", "qwen3_moe")
     run_ranks(_train, 1, path)
-    for who in ("student", "teacher"):
-        arguments = ["convert", "export", str(folder / "out"), str(folder / who)]
-        assert cli.main([*arguments, "--weights", who]) == 0
+    for role in ("student", "teacher"):
+        arguments = ["convert", "export", str(folder / "out"), str(folder / role)]
+        assert cli.main([*arguments, "--weights", role]) == 0
     return folder
 
 
@@ -95,16 +95,16 @@ def diagnosed(folder) -> dict[str, Any]:
 def dense(folder, diagnosed) -> list[dict[str, np.ndarray]]:
     """Log-probabilities [T, V] of each response under each distribution, in fp64."""
     models = {
-        who: AutoModelForCausalLM.from_pretrained(folder / who, dtype=torch.float64).eval()
-        for who in ("student", "teacher")
+        role: AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float64).eval()
+        for role in ("student", "teacher")
     }
     config = load_config(folder / "run.yaml")
     builder = ViewBuilder(load_tokenizer(folder / "model"), config.views)
     views = [builder.build(row) for row in RowDataset.load([folder / "rows.jsonl"])[:NUM_ROWS]]
 
     @torch.no_grad()
-    def logprobs(who: str, prompt: tuple[int, ...], ids: list[int]) -> torch.Tensor:
-        logits = models[who](torch.tensor([[*prompt, *ids]])).logits[0]
+    def logprobs(role: str, prompt: tuple[int, ...], ids: list[int]) -> torch.Tensor:
+        logits = models[role](torch.tensor([[*prompt, *ids]])).logits[0]
         return torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
 
     responses = []

@@ -66,7 +66,7 @@ def read_samples(out: Path) -> list[dict[str, Any]]:
 
 
 def test_samples_file_has_prompt_answer_and_verdict_per_response(folder, tmp_path):
-    call = build_call(folder, tmp_path / "out", who="teacher", config=folder / "run.yaml")
+    call = build_call(folder, tmp_path / "out", role="teacher", config=folder / "run.yaml")
     run_ranks(run_evaluations, 1, [call])
     lines = read_samples(tmp_path / "out")
     assert [(line["task"], line["id"]) for line in lines] == [
@@ -192,10 +192,10 @@ HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):
     [
         (["--task", "x"], "task 'x': expected name=FILE or name:format=FILE"),
         (["--task", "x=nowhere"], "nowhere: no such file"),
-        (["--task", "math={folder}/math.jsonl"], "math, choices, math: expected a name each"),
+        (["--task", "math={folder}/math.jsonl"], "math, choices, math: expected different names"),
         (["--task", "rows={folder}/run.yaml"], "run.yaml:1: the line is not JSON"),
         (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the code"),
-        (["--samples", "2"], "--samples 2: greedy samples are all the same; give --temperature"),
+        (["--samples", "2"], "--samples 2: greedy samples are all the same; expected 1"),
         (["--weights", "teacher"], "holds one model and no teacher"),
     ],
 )

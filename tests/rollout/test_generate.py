@@ -45,9 +45,9 @@ def folder(tmp_path_factory) -> Path:
     write_model(folder / "model", initializer_range=0.1)
     write_model(folder / "moe", "qwen3_moe")
     run_ranks(train_here, 2, path)
-    for who in ("student", "teacher"):
-        arguments = ["convert", "export", str(folder / "out"), str(folder / who)]
-        assert cli.main([*arguments, "--weights", who]) == 0
+    for role in ("student", "teacher"):
+        arguments = ["convert", "export", str(folder / "out"), str(folder / role)]
+        assert cli.main([*arguments, "--weights", role]) == 0
     return folder
 
 
@@ -121,18 +121,18 @@ def test_greedy_responses_of_an_hf_folder_equal_transformers(folder, tmp_path):
 
 def test_student_and_teacher_of_a_run_respond_as_their_exports(folder, tmp_path):
     responses = {}
-    for who in ("student", "teacher"):
-        here = on_one_rank(folder, tmp_path / who, who=who)  # the views are those of config.yaml
+    for role in ("student", "teacher"):
+        here = on_one_rank(folder, tmp_path / role, role=role)  # the views are those of config.yaml
         export = on_one_rank(
             folder,
-            tmp_path / f"{who}-export",
-            checkpoint=folder / who,
+            tmp_path / f"{role}-export",
+            checkpoint=folder / role,
             config=folder / "run.yaml",
         )
         assert {line.pop("weight_version") for line in here} == {2}
         assert here == export and len(here) == 2 * 24
-        responses[who] = here
-    ids = {who: [line["response_ids"] for line in responses[who]] for who in responses}
+        responses[role] = here
+    ids = {role: [line["response_ids"] for line in responses[role]] for role in responses}
     assert ids["student"] != ids["teacher"]
     # Samples of a prompt differ, and some end before the limit.
     assert ids["student"][::2] != ids["student"][1::2]
@@ -200,7 +200,7 @@ def test_vllm_servers_sample_with_the_checkpoints_weights(folder, tmp_path, monk
     config["rollout"]["vllm"] = vllm
     (tmp_path / "vllm.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out.jsonl"
-    call = {"checkpoint": folder / "out", "who": "teacher", "prompts": folder / "rows.jsonl"}
+    call = {"checkpoint": folder / "out", "role": "teacher", "prompts": folder / "rows.jsonl"}
     call |= {"output": out, "config": tmp_path / "vllm.yaml", "rollout": FEW | {"engine": "vllm"}}
     assert run_ranks(generate_all, 2, [call]) == [[""], [""]]  # two replicas, in pieces
 

@@ -91,7 +91,7 @@ def _teacher(request: DiagnosisSpec, runtime: Runtime, student: StageModel) -> T
     if not request.has_own_teacher:
         return Teacher(TeacherConfig(kind="live"), runtime, student=student, model=None)
     spec = request.spec
-    source = open_source(spec.source.path, who="teacher", hf=spec.source.hf_folder)
+    source = open_source(spec.source.path, role="teacher", hf=spec.source.hf_folder)
     model = load_generation_model(spec, runtime, source)
     return Teacher(TeacherConfig(kind="frozen"), runtime, student=student, model=model)
 
@@ -194,7 +194,7 @@ def _model(request: DiagnosisSpec) -> dict[str, Any]:
     spec = request.spec
     return {
         "path": str(spec.source.path),
-        "weights": spec.who,
+        "weights": spec.role,
         "step": spec.weight_version,
         "teacher": "own" if request.has_own_teacher else "the model itself",
         "dtype": spec.dtype,
@@ -230,7 +230,7 @@ def _headline(request: DiagnosisSpec, runtime: Runtime) -> str:
     dtype = str(runtime.dtype(spec.dtype)).removeprefix("torch.")
     teacher = "its own teacher" if request.has_own_teacher else "itself as the teacher"
     return (
-        f"{spec.source.path} ({spec.who}) with {teacher}, in {dtype} on {runtime.device.type}, "
+        f"{spec.source.path} ({spec.role}) with {teacher}, in {dtype} on {runtime.device.type}, "
         f"{describe(spec.parallel, runtime.dp_size)}\n"
         f"{len(request.views)} rows, {spec.rollout.rollouts_per_prompt} samples each, engine "
         f"{spec.rollout.engine}, seed {spec.seed}"

@@ -44,7 +44,9 @@ class DiagnosisSpec:
     def has_own_teacher(self) -> bool:
         source = self.spec.source
         return (
-            self.spec.who == "student" and isinstance(source, MegatronSource) and source.has_teacher
+            self.spec.role == "student"
+            and isinstance(source, MegatronSource)
+            and source.has_teacher
         )
 
 
@@ -110,7 +112,7 @@ def _default_folder(spec: GenerationSpec) -> Path:
 
 def _name(spec: GenerationSpec) -> str:
     parts = [spec.prompts.name.partition(".")[0]]
-    if spec.who == "teacher":
+    if spec.role == "teacher":
         parts.append("teacher")
     if spec.weight_version is not None:
         parts.append(f"step{spec.weight_version}")
