@@ -198,9 +198,11 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
     tasks = write_views(out, model)
     for name, path in {"untouched": model, "base": out / "base"}.items():
         for decoding in DECODINGS:
-            found = answers(path, out / "views" / name, decoding, tasks, core)
-            (out / "views" / name / f"{decoding}.json").write_text(json.dumps(found) + "\n")
-            for view, samples in found.items():
+            samples_by_view = answers(path, out / "views" / name, decoding, tasks, core)
+            (out / "views" / name / f"{decoding}.json").write_text(
+                json.dumps(samples_by_view) + "\n"
+            )
+            for view, samples in samples_by_view.items():
                 print(f"{name}, {decoding}, {view}: {means(samples)}", flush=True)
     for name, partial_view in ANCHORS.items():
         folder = out / "views" / name
@@ -208,9 +210,9 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
         config = folder / "config.yaml"
         settings = load_config(CONFIG, [f"views.partial_view={partial_view}"])
         config.write_text(dump_config(settings))
-        found = diagnosis(out / "base", config, out / "data/validation.jsonl", folder, core)
-        (folder / "diagnosis.json").write_text(json.dumps(found) + "\n")
-        print(f"{name}: {found['metrics']}", flush=True)
+        result = diagnosis(out / "base", config, out / "data/validation.jsonl", folder, core)
+        (folder / "diagnosis.json").write_text(json.dumps(result) + "\n")
+        print(f"{name}: {result['metrics']}", flush=True)
 
 
 ANCHORS = {
@@ -267,13 +269,13 @@ def answers(
         for row in map(json.loads, path.read_text().splitlines())
     }
     tokenizer = load_tokenizer(model if (model / "tokenizer.json").exists() else model / "hf")
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+    measurements: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
     for line in (folder / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
         row = rows[sample["task"], sample["id"]]
         kind, num_steps, _ = row["id"].split("-")
         steps = sample["text"].split("The answer is")[0].strip().splitlines()
-        found[sample["task"]].append(
+        measurements[sample["task"]].append(
             {
                 "id": row["id"],
                 "kind": kind,
@@ -285,7 +287,7 @@ def answers(
                 "premature": is_premature(tokenizer, sample["response_ids"], row["answer"]),
             }
         )
-    return found
+    return measurements
 
 
 def diagnosis(model: Path, config: Path, problems: Path, out: Path, core: int) -> dict[str, Any]:
@@ -295,8 +297,8 @@ def diagnosis(model: Path, config: Path, problems: Path, out: Path, core: int) -
         "--data", problems, "--rows", NUM_DIAGNOSED, "--batch-size", 100, "--out", out / "diagnose",
         core=core, log=out / "diagnose.log",
     )  # fmt: skip
-    found = json.loads((out / "diagnose" / f"{problems.stem}.json").read_text())
-    return {name: found[name] for name in ("metrics", "tenths", "response_ends", "predictors")}
+    result = json.loads((out / "diagnose" / f"{problems.stem}.json").read_text())
+    return {name: result[name] for name in ("metrics", "tenths", "response_ends", "predictors")}
 
 
 def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -60,21 +60,21 @@ def collect(runs: Path) -> dict[str, Any]:
         views[model] = {v: numbers({d: answers[d][v] for d in DECODINGS}) for v in VIEWS}
     with (runs / "base/model.safetensors").open("rb") as file:
         base = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    found = {"base": {"weights": base}, "views": views, "grid": {}, "runs": {}, "diagnoses": {}}
+    results = {"base": {"weights": base}, "views": views, "grid": {}, "runs": {}, "diagnoses": {}}
     for name in ANCHORS:
         path = runs / "views" / name / "diagnosis.json"
-        found["diagnoses"][name] = json.loads(path.read_text())
+        results["diagnoses"][name] = json.loads(path.read_text())
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text())
         training = {k: result["training"][k] for k in TRAINING if k in result["training"]}
         is_grid = path.parent.parent.name == "grid"
-        group = found["grid" if is_grid else "runs"].setdefault(result["method"], {})
+        group = results["grid" if is_grid else "runs"].setdefault(result["method"], {})
         group[f"{result['lr']:g}" if is_grid else str(result["seed"])] = (
             numbers(result) | training | {"seconds": round(result["seconds"]["train"])}
         )
         if "diagnosis" in result:
-            found["diagnoses"][result["method"]] = result["diagnosis"]
-    return found
+            results["diagnoses"][result["method"]] = result["diagnosis"]
+    return results
 
 
 def merged(old: Results, new: Results) -> dict[str, Any]:
@@ -88,34 +88,36 @@ def merged(old: Results, new: Results) -> dict[str, Any]:
             f"found results of two base models ({old['base']} and {new['base']}), expected one: "
             "collect these runs into another file (--results)"
         )
-    found = {}
+    both = {}
     for name, group in new.items():
-        before = old.get(name, {})
-        found[name] = {key: before.get(key, {}) | of for key, of in (before | group).items()}
-    return found
+        old_group = old.get(name, {})
+        both[name] = {
+            key: old_group.get(key, {}) | entries for key, entries in (old_group | group).items()
+        }
+    return both
 
 
 def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     """Return means over responses, by decoding. Accuracy also by kind and by number of steps, and
     with its 95 % interval."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for decoding in DECODINGS:
         lines = answers[decoding]
         for name in ("right", "cut", "skips", "premature", "length"):
-            found[f"{decoding}/{name}"] = mean(line[name] for line in lines)
+            values[f"{decoding}/{name}"] = mean(line[name] for line in lines)
         groups = {kind: [a for a in lines if a["kind"] == kind] for kind in ("shop", "carry")}
         groups |= {b: [a for a in lines if a["num_steps"] in n] for b, n in BUCKETS.items()}
         for name, group in groups.items():
-            found[f"{decoding}/right/{name}"] = mean(line["right"] for line in group)
+            values[f"{decoding}/right/{name}"] = mean(line["right"] for line in group)
         problems: dict[str, list[bool]] = {}
         for line in lines:
             problems.setdefault(line["id"], []).append(line["right"])
         for name, bound in zip(("low", "high"), interval(list(problems.values())), strict=True):
-            found[f"{decoding}/right/{name}"] = bound
-    return {name: round(value, 6) for name, value in found.items()}
+            values[f"{decoding}/right/{name}"] = bound
+    return {name: round(value, 6) for name, value in values.items()}
 
 
-def of_method(results: Results, method: str, name: str) -> list[float]:
+def run_values(results: Results, method: str, name: str) -> list[float]:
     return [run[name] for run in results["runs"][method].values() if name in run]
 
 
@@ -133,16 +135,17 @@ def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def table(
     results: Results, methods: Iterable[str], columns: Mapping[str, Callable[[str], str]]
 ) -> str:
-    there = [method for method in methods if method in results["runs"]]
+    available = [method for method in methods if method in results["runs"]]
     return markdown(
-        ["", *columns], [[method, *(cell(method) for cell in columns.values())] for method in there]
+        ["", *columns],
+        [[method, *(cell(method) for cell in columns.values())] for method in available],
     )
 
 
 def cells(results: Results, names: Mapping[str, str]) -> dict[str, Callable[[str], str]]:
     """Return the cell function of each heading. `names` are result names by heading."""
     return {
-        heading: lambda method, name=name: percent(of_method(results, method, name))
+        heading: lambda method, name=name: percent(run_values(results, method, name))
         for heading, name in names.items()
     }
 
