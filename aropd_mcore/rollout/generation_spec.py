@@ -16,7 +16,7 @@ from aropd_mcore.config import (
 )
 from aropd_mcore.config_file import load_config, validated
 from aropd_mcore.convert.architecture import check_layout
-from aropd_mcore.convert.source import MegatronSource, Source, Role, open_source
+from aropd_mcore.convert.source import MegatronSource, Role, Source, open_source
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ def test_python_code_in_every_form_is_extracted(graders, text, rule):
     assert (grade.verdict, grade.rule) == ("right", rule)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
 def test_grade_of_humaneval_solutions_is_right_and_of_altered_ones_wrong(graders, shared_data):
     path = shared_data / "humaneval" / "HumanEval.jsonl.gz"

@@ -117,6 +117,7 @@ def test_run_with_skipped_steps_reports_them_and_continues(path):
     assert lines[1]["loss"] is None and math.isfinite(lines[3]["loss"])
 
 
+@pytest.mark.rest
 def test_too_many_skipped_steps_in_a_row_stop_the_run(path):
     out = path.parent / "stops"
     message = run_ranks(train_poisoned, 2, path, out, [1, 2, 3])[0]

@@ -88,6 +88,7 @@ def test_run_killed_twice_and_resumed_equals_the_uninterrupted_run_bitwise(path,
         assert same, name
 
 
+@pytest.mark.rest
 def test_run_resumed_in_another_layout_has_the_same_losses(path, uninterrupted):
     out = copy_step_2(uninterrupted, path.parent / "other-layout")
     run_ranks(
