@@ -134,7 +134,7 @@ def test_serve_starts_the_server_that_a_run_would_start(tmp_path):
     assert "a key" not in done.stdout
 
     done = start(command)
-    assert done.returncode == 2 and "rollout.vllm.port: required" in done.stderr
+    assert done.returncode == 2 and "rollout.vllm.port 0: expected a port" in done.stderr
 
 
 def test_show_views_prints_the_three_views_of_a_row(run, capsys):

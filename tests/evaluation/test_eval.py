@@ -194,7 +194,7 @@ HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):
         (["--task", "x=nowhere"], "nowhere: no such file"),
         (["--task", "math={folder}/math.jsonl"], "math, choices, math: expected different names"),
         (["--task", "rows={folder}/run.yaml"], "run.yaml:1: the line is not JSON"),
-        (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the code"),
+        (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the model's code"),
         (["--samples", "2"], "--samples 2: greedy samples are all the same; expected 1"),
         (["--weights", "teacher"], "holds one model and no teacher"),
     ],
