@@ -545,6 +545,9 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     """Number of latest checkpoints that are kept. Older ones are deleted, except those of
     keep_every."""
+    keep_best: str | None = None
+    """Name of a task of `validation`. The checkpoint with its highest accuracy is saved and never
+    deleted, and `checkpoints/best` links to it. null: no best checkpoint."""
     keep_every: Positive | None = None
     """Multiple of steps whose checkpoints are never deleted. null: no exceptions."""
     asynchronous: bool = True
@@ -561,6 +564,57 @@ class CheckpointConfig(Section):
     allow_changes: list[str] = []
     """Names of settings, such as training.global_batch_size, that may change on resume although the
     resumed run is then a different experiment. An error lists the names that are needed."""
+
+
+class ValidationConfig(Section):
+    """Accuracy on held-out problems while the run trains. The run's ranks measure it. This does not
+    change what the run computes."""
+
+    tasks: list[str] = []
+    """Benchmarks that the student answers, as NAME=FILE or NAME:FORMAT=FILE, like the tasks of
+    `aropd eval`. Tasks of code are refused."""
+    rows: list[Path] = []
+    """Files of held-out rows, in the format of data.train. The student answers them as the task
+    `rows`."""
+    teacher_views: list[PrivilegedView] = []
+    """Privileged views under which the teacher answers `rows`, as the tasks `rows_partial` and
+    `rows_full`. The native engine samples them from the teacher's weights."""
+    every_steps: Positive = 50
+    """Number of steps between validations. The final weights are always validated."""
+    at_start: bool = True
+    """Validation of the weights that the run starts from."""
+    limit: Positive | None = None
+    """Number of problems of each task and of `rows`, from the first on. null: all."""
+    samples: Positive = 1
+    """Number of responses per problem."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature. 0: greedy decoding. top_p and top_k are not applied."""
+    max_response_tokens: Positive | None = None
+    """Largest number of tokens in a response. null: rollout.max_response_tokens."""
+    stop_after: Positive | None = None
+    """Number of validations in a row without a new highest accuracy after which the run ends, as if
+    its last step were done. The accuracy is that of checkpoint.keep_best, or else the mean over the
+    student's tasks. null: never."""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.tasks or self.rows)
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> "ValidationConfig":
+        if self.teacher_views and not self.rows:
+            raise ValueError(
+                "teacher_views without rows: expected rows, since only they have the traces that "
+                "the teacher's views show; set rows, or leave teacher_views empty"
+            )
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"samples {self.samples} and temperature 0: greedy samples are all the same; set "
+                "samples to 1, or a temperature above 0"
+            )
+        if self.stop_after and not self.is_on:
+            raise ValueError("stop_after without tasks and rows: expected at least one of them")
+        return self
 
 
 class LimitsConfig(Section):
@@ -652,6 +706,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     teacher: TeacherConfig = TeacherConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     limits: LimitsConfig = LimitsConfig()
     guards: GuardsConfig = GuardsConfig()
@@ -693,6 +748,30 @@ class Config(Section):
                 "teacher is the student itself; set it to as_student or choose another teacher.kind"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> "Config":
+        names = self.validation_tasks
+        if len(set(names)) < len(names):
+            raise ValueError(f"validation: tasks {', '.join(names)}: expected different names")
+        best = self.checkpoint.keep_best
+        if best is not None and best not in names:
+            raise ValueError(
+                f"checkpoint.keep_best {best}: expected a task of validation, found "
+                f"{', '.join(names) or 'none'}; add the task, or set keep_best to null"
+            )
+        if self.validation.teacher_views and self.objective.name == "sft":
+            raise ValueError(
+                "validation.teacher_views with objective.name sft: sft has no teacher; leave "
+                "teacher_views empty"
+            )
+        return self
+
+    @property
+    def validation_tasks(self) -> list[str]:
+        """Names of the tasks of `validation` that the student answers."""
+        names = [text.partition("=")[0].partition(":")[0] for text in self.validation.tasks]
+        return names + ["rows"] * bool(self.validation.rows)
 
     @property
     def prompts_per_step(self) -> int:

@@ -111,6 +111,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         """
         examples:
           %(prog)s runs/mine hf-folder
+          %(prog)s runs/mine hf-folder --which best
           %(prog)s runs/mine/checkpoints/iter_0000200 hf-folder --weights teacher --dtype bfloat16
         """,
     )
@@ -122,6 +123,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "checkpoint)",
     )
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder to write")
+    parser.add_argument(
+        "--which",
+        choices=("newest", "best"),
+        default="newest",
+        help="checkpoint of a run's output_dir to export. The best one is that of "
+        "checkpoint.keep_best. (default: newest)",
+    )
     _add_weights(parser)
     parser.add_argument(
         "--dtype",
@@ -219,9 +227,10 @@ def _export(args: argparse.Namespace) -> None:
     import torch
 
     from aropd_mcore.convert.import_export import export_hf
-    from aropd_mcore.convert.source import MegatronSource, open_source
+    from aropd_mcore.convert.source import MegatronSource, best_checkpoint, open_source
 
-    source = open_source(args.mcore_dir, role=args.weights, hf=args.hf)
+    path = best_checkpoint(args.mcore_dir) if args.which == "best" else args.mcore_dir
+    source = open_source(path, role=args.weights, hf=args.hf)
     if not isinstance(source, MegatronSource):
         raise ValueError(f"{args.mcore_dir}: found an HF folder, expected a Megatron checkpoint")
     export_hf(

@@ -32,6 +32,8 @@ from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Name of a Megatron checkpoint's file with the number of the newest iteration, or `release`."""
+BEST = "best"
+"""Name of the link to the best checkpoint among a run's checkpoints (checkpoint.keep_best)."""
 HF_FOLDER = "hf"
 """Name of the folder with config and tokenizer, next to an import's iterations or to a run's
 `checkpoints`."""
@@ -232,7 +234,7 @@ def find_iteration(path: Path) -> Path | None:
             run does not match its manifest.
     """
     if (path / METADATA).exists():
-        return _checked(path)
+        return _checked(path.resolve() if path.is_symlink() else path)  # a link to the best one
     for folder in (path, path / "checkpoints"):
         of_run = newest(folder)
         if of_run is not None:
@@ -246,6 +248,21 @@ def find_iteration(path: Path) -> Path | None:
                 raise CheckpointError(f"{tracker}: names {text}, but {metadata} is missing")
             return iteration
     return None
+
+
+def best_checkpoint(run: Path) -> Path:
+    """Return the best checkpoint of a run (checkpoint.keep_best).
+
+    Raises:
+        CheckpointError: the run has none.
+    """
+    link = run / "checkpoints" / BEST
+    if not link.is_dir():
+        raise CheckpointError(
+            f"{link}: no such folder; expected the output_dir of a run with checkpoint.keep_best "
+            "and a validation that was better than the one at the start"
+        )
+    return link
 
 
 def _checked(iteration: Path) -> Path:

@@ -80,7 +80,7 @@ class Teacher:
         """
         on_host = self.config.hidden_states == "host"
         views = [view for m in microbatches for view in (m.partial, m.full) if view is not None]
-        with self._weights_on_device():
+        with self.weights_on_device():
             hidden = run_schedule(
                 list(self.model),
                 views,
@@ -122,7 +122,8 @@ class Teacher:
         _finish_copies()
 
     @contextmanager
-    def _weights_on_device(self) -> Iterator[None]:
+    def weights_on_device(self) -> Iterator[None]:
+        """Keep the weights on the device in the body of the `with` block."""
         on_host = [p.data for p in self._visitors]
         for p in self._visitors:
             p.data = p.data.to(self._runtime.device, non_blocking=True)

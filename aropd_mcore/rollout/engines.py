@@ -142,4 +142,5 @@ def _serving(
         run_on_rank0(export, takes_long=True)
     servers = vllm.model_copy(update={"weights_dir": weights})
     rollout = spec.rollout.model_copy(update={"vllm": servers})
-    return Serving(rollout, path, spec.dtype, longest_prompt, scratch)
+    max_tokens = longest_prompt + rollout.max_response_tokens
+    return Serving(rollout, path, spec.dtype, max_tokens, scratch)

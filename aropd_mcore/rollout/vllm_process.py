@@ -72,15 +72,18 @@ class Serving:
     """Whole HF folder that a server starts with."""
     dtype: str
     """As model.dtype in a run's config."""
-    max_prompt_tokens: int
+    max_tokens: int
+    """Largest number of tokens of a prompt with its response."""
     folder: Path
     """Folder of the servers' logs, and of the weights unless rollout.vllm.weights_dir is set."""
 
     @classmethod
     def from_config(cls, config: Config) -> "Serving":
         """Build the settings of a run's engine."""
-        model, longest = config.model, config.views.max_prompt_tokens
-        return cls(config.rollout, model.path, model.dtype, longest, config.output_dir)
+        model, rollout = config.model, config.rollout
+        response = max(rollout.max_response_tokens, config.validation.max_response_tokens or 0)
+        longest = config.views.max_prompt_tokens + response
+        return cls(rollout, model.path, model.dtype, longest, config.output_dir)
 
 
 def server_launch(
@@ -92,12 +95,11 @@ def server_launch(
         ValueError: the model's config.json cannot be read.
     """
     vllm, dtype = serving.rollout.vllm, serving.dtype
-    longest = serving.max_prompt_tokens + serving.rollout.max_response_tokens
     room = read_architecture(serving.model).max_position_embeddings
     if dtype == "auto":
         dtype = "bf16" if torch.cuda.is_available() else "fp32"
     command = server_command(
-        vllm, serving.model, dtype=dtype, max_length=min(longest, room), port=port
+        vllm, serving.model, dtype=dtype, max_length=min(serving.max_tokens, room), port=port
     )
     devices = vllm.devices[index] if vllm.devices else None
     return command, server_environment(vllm, key, devices=devices)

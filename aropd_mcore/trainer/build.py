@@ -17,6 +17,7 @@ from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_weights
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine
+from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.rollout.sources import StepPrompts, build_source
 from aropd_mcore.rollout.vllm_process import Serving
 from aropd_mcore.trainer.guards import Guards
@@ -96,6 +97,14 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         run_hash=inputs.about["config_hash"],
         check_stop=partial(stops.check, runtime),
     )
+    native = partial(
+        NativeEngine,
+        runtime=runtime,
+        eos_token_ids=ends,
+        batch_size=config.rollout.batch_size,
+        kv_cache_tokens=config.rollout.kv_cache_tokens,
+        should_stop=stops.is_wanted,
+    )
     return Run(
         config=config,
         runtime=runtime,
@@ -112,6 +121,9 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         stops=stops,
         about=inputs.about,
         notes=inputs.notes,
+        problems=inputs.problems,
+        validation_engine=engine or native(model),
+        teacher_engine=native(teacher.model) if teacher else None,
         hooks=[DeviceUse(runtime)] if runtime.device.type == "cuda" else [],
     )
 

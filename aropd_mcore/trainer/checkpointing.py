@@ -46,6 +46,8 @@ class Saver:
         self._pending: Saving | None = None
         self._num_saved = 0
         """Number of steps in the newest checkpoint."""
+        self._best: int | None = None
+        """Number of steps of the checkpoint that is to be the best one."""
         self._blocked = 0.0
         directory.prepare(self._folder)
         self._last_time = time.monotonic()
@@ -86,6 +88,22 @@ class Saver:
                 self._attempt(self._commit)
             if self._is_due(num_done):
                 self._attempt(self._commit)  # of the previous save, if it is still running
+                self._attempt(lambda: self._begin(num_done, progress))
+                if not self._settings.asynchronous:
+                    self._attempt(self._commit)
+
+    def keep_as_best(self, num_done: int, progress: Counters) -> None:
+        """Make the checkpoint of this step the best one, and save it if that was not started.
+
+        Raises:
+            SaveFailed: as after_step.
+        """
+        with self._blocking():
+            self._best = num_done
+            if self._num_saved == num_done:
+                self._mark_best()
+            elif self._pending is None or self._pending.step != num_done:
+                self._attempt(self._commit)
                 self._attempt(lambda: self._begin(num_done, progress))
                 if not self._settings.asynchronous:
                     self._attempt(self._commit)
@@ -148,12 +166,17 @@ class Saver:
         saving, self._pending = self._pending, None
         self.seconds = max(self.seconds or 0.0, saving.commit())
         self._num_saved = saving.step
+        if self._num_saved == self._best:
+            self._mark_best()
         if self._run.runtime.rank == 0:
             settings = self._settings
             directory.prune(
                 self._folder, keep_last=settings.keep_last, keep_every=settings.keep_every
             )
         self._run.source.steps_saved(self._num_saved)
+
+    def _mark_best(self) -> None:
+        run_on_rank0(lambda: directory.mark_best(self._folder, self._num_saved))
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from aropd_mcore.trainer.preflight import describe_rows
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
 from aropd_mcore.trainer.timing import time_metrics
+from aropd_mcore.trainer.validation import Validator
+from aropd_mcore.trainer.validation import describe as describe_validation
 
 
 class TrainingStopped(RuntimeError):
@@ -101,31 +103,43 @@ def _train(run: Run) -> None:
             "weight_version": run.source.weight_version,
         }
 
-    with Reporter(run, first_step) as reporter:
-        saver.notify, saver.before_saving = reporter.notify, reporter.sync
+    with Reporter(run, first_step) as reporter, closing(Validator(run, first_step)) as validator:
+        saver.notify = reporter.notify
+        saver.before_saving = lambda: (reporter.sync(), validator.sync())
         for note in (*run.notes, *notes):
             reporter.notify(note)
         run.source.weights_changed(weight_version)
-        for step in range(first_step, run.num_steps):
-            started = time.perf_counter()
+        step = first_step
+        while True:
             try:
                 run.stops.longest_save = saver.seconds
-                run.stops.check(runtime, before_step=True)
+                if step < run.num_steps:
+                    run.stops.check(runtime, before_step=True)
+                _validate(validator, step, reporter)
+                if validator.is_best(step):
+                    saver.keep_as_best(step, progress(step))
+                if step == run.num_steps or validator.is_exhausted():
+                    break
+                started = time.perf_counter()
                 with run.stops.timing_step():
                     result = train_step(run, step, on_progress=reporter.show_rollouts)
             except (RolloutFailed, StopWanted) as reason:
                 # This step has changed nothing yet.
                 _save_now(saver, step, progress(step))
                 raise _stop_error(reason, step, first_step, saver) from reason
+            except SaveFailed as failed:
+                raise _cannot_save(saver, failed) from failed
             beat("metrics")
             # Metrics are written before the checkpoint. After a kill in between, the resumed run
             # removes their line and repeats the step.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
             for hook in run.hooks:
                 metrics |= hook.after_step(run, step, result, metrics)
+            metrics |= validator.metrics(step)
+            validation = validator.seconds_before(step)
             metrics |= time_metrics(
-                result.seconds,
-                elapsed=time.perf_counter() - started,
+                {**validation, **result.seconds},
+                elapsed=time.perf_counter() - started + sum(validation.values()),
                 saving=saver.blocked_seconds(),
                 num_response_tokens=metrics["num_response_tokens"],
             )
@@ -141,7 +155,25 @@ def _train(run: Run) -> None:
                 saver.after_step(step + 1, progress(step + 1))
             except SaveFailed as failed:
                 raise _cannot_save(saver, failed) from failed
-        _save_now(saver, run.num_steps, progress(run.num_steps))
+            step += 1
+        _save_now(saver, step, progress(step))
+        if step < run.num_steps:
+            reporter.notify(
+                f"ended after {step} of {run.num_steps} steps: {run.config.validation.stop_after} "
+                "validations in a row without a new highest accuracy (validation.stop_after)"
+            )
+
+
+def _validate(validator: Validator, num_updates: int, reporter: "Reporter") -> None:
+    """Validate the weights after `num_updates` updates, if that is due."""
+    if not validator.is_due(num_updates):
+        return
+    result = validator.validate(num_updates)
+    reporter.report_validation(
+        num_updates, describe_validation(result), validator.metrics(num_updates)
+    )
+    for warning in validator.warnings(result):
+        reporter.notify(f"WARNING: {warning}")
 
 
 def _stop_error(
@@ -244,6 +276,12 @@ class Reporter:
         self._progress.update(self._task, advance=1, description=line)
         if self._progress.disable:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
+
+    def report_validation(self, num_updates: int, line: str, metrics: Metrics) -> None:
+        """Print a validation. The final one, which belongs to no step, is sent to the loggers."""
+        self.notify(line)
+        if self._is_rank0 and num_updates == self._run.num_steps:
+            self._log.send(metrics, num_updates)
 
     def show_rollouts(self, num_done: int, num_all: int) -> None:
         """Show how many responses of a step are complete (rollout.engine.Progress)."""

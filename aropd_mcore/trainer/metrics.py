@@ -3,12 +3,8 @@
 Names and definitions are those of METHOD section 7. The name of a KL states its direction.
 """
 
-import json
-import math
-import os
 import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from aropd_mcore.config import Config
 from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.numerics.position_metrics import token_metrics
+from aropd_mcore.trainer.jsonl import JsonlFile, read_until
 from aropd_mcore.trainer.step import StepResult
 
 Metrics = dict[str, Any]
@@ -109,28 +106,23 @@ class MetricsLog:
             ValueError: metrics.jsonl has an invalid line, or the package of a logger is missing.
         """
         path = config.output_dir / "metrics.jsonl"
-        _cut_back(path, first_step)
-        self._file = path.open("ab", buffering=0)
-        self._unwritten = b""
-        """Bytes that a full disk did not accept. They are written again with the next line."""
+        read_until(path, "step", first_step)
+        self._file = JsonlFile(path)
         self._tensorboard = _open_tensorboard(config, first_step)
         self._wandb = _open_wandb(config)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        # JSON has no NaN or infinity, and strict readers reject them.
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._unwritten += (json.dumps(finite) + "\n").encode()
-        with suppress(OSError):
-            self._write_out()
+        """Write the metrics of one step."""
+        self._file.write(metrics)
+        self.send(metrics, metrics["step"])
+
+    def send(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Log metrics to TensorBoard and W&B only."""
         if self._tensorboard:
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, metrics["step"])
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(dict(metrics), step=metrics["step"])
-
-    def _write_out(self) -> None:
-        while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._wandb.log(dict(metrics), step=step)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk. A checkpoint of their steps may then be written.
@@ -138,41 +130,14 @@ class MetricsLog:
         Raises:
             OSError: the disk does not accept them.
         """
-        try:
-            self._write_out()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+        self._file.sync()
 
     def close(self) -> None:
-        with suppress(OSError):  # already reported by the failed save
-            self._write_out()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def _cut_back(path: Path, first_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break  # A kill can leave half a line, of a step that was not saved.
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: found {line.strip()[:60]!r}, expected the metrics of a step; "
-                "remove the line to resume"
-            ) from error
-        if step < first_step:
-            kept.append(line)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
 
 
 def _open_tensorboard(config: Config, first_step: int) -> Any:

@@ -21,6 +21,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
+from aropd_mcore.evaluation.validation_set import ValidationProblem, read_validation_set
 from aropd_mcore.trainer.resume_policy import check_changes, describe_run
 from aropd_mcore.types import Views
 
@@ -39,6 +40,8 @@ class Inputs:
     eos_token_ids: tuple[int, ...]
     dataset: RowDataset
     """Rows whose prompts fit views.max_prompt_tokens."""
+    problems: list[ValidationProblem]
+    """Problems of validation."""
     num_steps: int
     about: dict[str, Any]
     """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
@@ -67,6 +70,7 @@ def open_inputs(config: Config) -> Inputs:
         builder,
         ends,
         dataset,
+        read_validation_set(config, builder, source.architecture.max_position_embeddings),
         num_steps=config.training.num_steps or _count_epoch_steps(config, len(dataset)),
         about=describe_run(config, dataset, builder.identity),
         notes=(*builder.notes, *notes),
@@ -89,8 +93,10 @@ def preflight(config: Config, *, same_environment: bool = True) -> list[str]:
         _check_writable(config.output_dir / folder)
     inputs = open_inputs(config)
     steps = f"{inputs.num_steps} steps of {config.training.global_batch_size} responses"
+    validation = [f"validation: {len(inputs.problems)} problems"] if inputs.problems else []
     return [
         f"{describe_rows(inputs.dataset)}, {steps}",
+        *validation,
         *inputs.notes,
         *_describe_start(config, inputs),
     ]

@@ -24,6 +24,7 @@ FREE = (
     "checkpoint",
     "limits",
     "logging",
+    "validation",
     "parallel",
     "training.micro_batch_size",
     "training.packing",

@@ -12,6 +12,7 @@ import torch
 from aropd_mcore.config import Config
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.evaluation.validation_set import ValidationProblem
 from aropd_mcore.mcore.optim import UpdateResult
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student, TokenSums
@@ -43,6 +44,12 @@ class Run:
     """Engine that `source` uses. None for `sft`, which trains on the reference responses."""
     pad_token_id: int
     guards: Guards
+    problems: Sequence[ValidationProblem] = ()
+    """Problems of the run's validations. Empty: validation is off."""
+    validation_engine: RolloutEngine | None = None
+    """Engine that samples the student's answers to `problems`."""
+    teacher_engine: RolloutEngine | None = None
+    """Engine that samples the teacher's answers. None without validation.teacher_views."""
     stops: Stops = field(default_factory=Stops)
     about: Mapping[str, Any] = field(default_factory=dict)
     """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""

@@ -76,7 +76,7 @@ def test_metrics_log_with_an_invalid_line_is_refused_and_unchanged(tmp_path):
     log = config.output_dir / "metrics.jsonl"
     log.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(
-        ValueError, match=r"metrics\.jsonl:2: found .*, expected the metrics of a step"
+        ValueError, match=r"metrics\.jsonl:2: found .*, expected an object with 'step'"
     ):
         MetricsLog(config, first_step=1)
     assert log.read_text().count("\n") == 3

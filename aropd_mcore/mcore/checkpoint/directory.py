@@ -25,7 +25,7 @@ from aropd_mcore.convert.manifest import (
     problems,
     write_manifest,
 )
-from aropd_mcore.convert.source import TRACKER
+from aropd_mcore.convert.source import BEST, TRACKER
 from aropd_mcore.mcore.rank0 import run_on_rank0
 
 _PARTIAL, _DELETED, _CORRUPT = ".partial", ".deleted", ".corrupt"
@@ -39,7 +39,7 @@ class SaveFailed(RuntimeError):
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> None:
-    """Delete old checkpoints. Call on rank 0 only.
+    """Delete old checkpoints, except for the best one. Call on rank 0 only.
 
     Errors of deletion are ignored.
 
@@ -47,10 +47,27 @@ def prune(folder: Path, *, keep_last: int, keep_every: int | None = None) -> Non
         keep_last: number of the newest checkpoints to keep.
         keep_every: also keep checkpoints whose step is a multiple of this number.
     """
+    best = (folder / BEST).resolve()
     for old in iterations(folder)[keep_last:]:
-        if keep_every is None or parse_step(old) % keep_every:
+        if old.resolve() != best and (keep_every is None or parse_step(old) % keep_every):
             with suppress(OSError):
                 _delete(old)
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Let `best` link to the checkpoint after `step` steps. Call on rank 0 only.
+
+    Raises:
+        SaveFailed: the link cannot be written.
+    """
+    temporary = folder / f".{BEST}"
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder_name(step))
+        os.replace(temporary, folder / BEST)
+        sync(folder)
+    except OSError as error:
+        raise SaveFailed(f"{folder / BEST}: {error.strerror}") from error
 
 
 def prepare(folder: Path) -> None:

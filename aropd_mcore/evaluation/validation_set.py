@@ -1,0 +1,89 @@
+"""Problems of a run's validation: prompts as token ids, and references. Needs no Megatron."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.records import DataError
+from aropd_mcore.data.thoughts import opened_thought
+from aropd_mcore.data.views import View, ViewBuilder
+from aropd_mcore.evaluation.grade import check_graders
+from aropd_mcore.evaluation.tasks import CodeTests, Gold, MathAnswer, parse_task, read_task
+from aropd_mcore.types import Row
+
+STUDENT_ROWS = "rows"
+"""Task of the held-out rows under the student view. The teacher has rows_partial, rows_full."""
+
+
+@dataclass(frozen=True)
+class ValidationProblem:
+    """A problem with its prompt."""
+
+    task: str
+    view: View
+    """View that the prompt shows. The student answers the student view, the teacher the others."""
+    prompt_ids: tuple[int, ...]
+    thought: str
+    """Beginning of a thought that the prompt ends with. The response continues the thought."""
+    gold: Gold
+
+
+def read_validation_set(
+    config: Config, builder: ViewBuilder, max_positions: int
+) -> list[ValidationProblem]:
+    """Read the problems of config.validation, ordered by task.
+
+    Args:
+        max_positions: number of positions of the model.
+    Raises:
+        ConfigError: a task is not of the form name=FILE, is graded by running code, or needs
+            math-verify, which is not installed.
+        DataError: a file or a problem is invalid, or a prompt is too long.
+    """
+    problems = list(_problems(config, builder))
+    settings = config.validation
+    limit = settings.max_response_tokens or config.rollout.max_response_tokens
+    for problem in problems:
+        if len(problem.prompt_ids) + limit > max_positions:
+            raise ConfigError(
+                f"validation task {problem.task}: a prompt of {len(problem.prompt_ids)} tokens and "
+                f"{limit} response tokens exceed the model's {max_positions} positions; lower "
+                "validation.max_response_tokens or views.max_prompt_tokens"
+            )
+    if problems:
+        check_graders(problem.gold for problem in problems)
+    return problems
+
+
+def _problems(config: Config, builder: ViewBuilder) -> Iterator[ValidationProblem]:
+    settings = config.validation
+    for text in settings.tasks:
+        task = parse_task(text)
+        for problem in islice(read_task(task), settings.limit):
+            if isinstance(problem.gold, CodeTests):
+                raise ConfigError(
+                    f"validation.tasks {text}: expected a task without code, since a run does not "
+                    "execute the code of its responses; use `aropd eval` on a checkpoint"
+                )
+            row = Row(
+                problem.question, reasoning="", answer="", origin=f"{task.path}, {problem.id}"
+            )
+            yield _build(task.name, row, "student", problem.gold, builder)
+    if settings.rows:
+        rows = RowDataset.load(settings.rows, on_bad_row=config.data.on_bad_row)[: settings.limit]
+        views: Sequence[View] = ("student", *settings.teacher_views)
+        for view in views:
+            name = STUDENT_ROWS if view == "student" else f"{STUDENT_ROWS}_{view}"
+            for row in rows:
+                if not row.answer.strip():
+                    problem = "expected an answer, since validation compares it"
+                    raise DataError(row.origin, problem, "an empty answer")
+                yield _build(name, row, view, MathAnswer(row.answer), builder)
+
+
+def _build(task: str, row: Row, view: View, gold: Gold, builder: ViewBuilder) -> ValidationProblem:
+    ids = builder.prompt(row, view).ids
+    thought = opened_thought(str(builder.tokenizer.decode(list(ids))))
+    return ValidationProblem(task, view, ids, thought, gold)
