@@ -23,7 +23,7 @@ settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Each of two workers takes whole files. The longest file comes first, so that both end together.
+    # Each of two workers takes whole files. The longest comes first, so that both end together.
     items.sort(key=lambda item: item.path.name != "test_step.py")
     for item in items:
         if starts_processes(item):
