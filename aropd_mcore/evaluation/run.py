@@ -1,13 +1,14 @@
-"""`aropd eval`: problems -> prompts -> responses -> graded samples -> a summary.
+"""`aropd eval`: sample responses to problems, grade them, and summarize the grades.
 
-    OUT/evaluation.json    what everything below depends on
-    OUT/prompts.jsonl      the problems' questions, of all tasks; what `aropd generate` is given
-    OUT/responses.jsonl    what it wrote
-    OUT/samples.jsonl      the responses with their grades
-    OUT/summary.json
+    OUT/evaluation.json    settings that the other files depend on
+    OUT/prompts.jsonl      questions of the problems of all tasks, the input of `aropd generate`
+    OUT/responses.jsonl    output of `aropd generate`
+    OUT/samples.jsonl      responses with their grades
+    OUT/summary.json       accuracy per task
 
-Each is begun when the one before it is whole, and only what is not there is made: the same command
-goes on where it stopped, and grades again, without sampling, what is left without samples.jsonl.
+Files are written in this order, and existing files except summary.json are kept. Rerun the command
+to resume after an interruption. If samples.jsonl is missing, the command grades the responses again
+without sampling.
 """
 
 import hashlib
@@ -37,13 +38,13 @@ from aropd_mcore.types import Row
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, problems, and the folder for what comes of them."""
+    """A model, problems, and the output folder."""
 
     spec: GenerationSpec
-    """Which makes the responses."""
+    """Spec of the responses."""
     tasks: tuple[Task, ...]
     problems: tuple[Problem, ...]
-    """Of all tasks, in their order."""
+    """Problems of all tasks, in the order of the tasks."""
     out: Path
     not_isolated: str
     """See check_graders."""
@@ -55,7 +56,7 @@ class Evaluation:
         return self.spec.output.exists()
 
     def identity(self) -> dict[str, Any]:
-        """What its samples depend on, as JSON holds it."""
+        """Return the settings that the samples depend on, as JSON values."""
         sums = {
             f"sha256 of {task.name}": hashlib.sha256(task.path.read_bytes()).hexdigest()
             for task in self.tasks
@@ -72,33 +73,37 @@ def build_evaluation(
     code_asserts: int | None = None,
     **spec: Any,
 ) -> Evaluation:
-    """Read the tasks, check all that is asked for, and write OUT's first two files.
+    """Read the tasks, check the arguments, and write evaluation.json and prompts.jsonl.
 
-    Every process of a job calls it, and writes the same.
+    Every process of a job calls this function and writes the same content.
 
     Args:
         model: see open_source.
+        tasks: tasks with different names.
+        out: output folder.
+        allow_code_execution: permit tasks that are graded by running code.
         code_asserts: see tasks.read_task.
-        spec: more arguments of rollout.generation_spec.build_generation_spec.
+        spec: further arguments of rollout.generation_spec.build_generation_spec.
     Raises:
-        ValueError: what cannot be used, and why; or OUT holds another evaluation.
+        ValueError: an argument cannot be used, or `out` has another evaluation. The message states
+            the reason.
     """
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise ValueError(f"tasks {', '.join(names)}: expected a name each")
+        raise ValueError(f"tasks {', '.join(names)}: expected different names")
     problems = tuple(
         problem for task in tasks for problem in read_task(task, code_asserts=code_asserts)
     )
     code = next((p.task for p in problems if isinstance(p.gold, CodeTests)), None)
     if code and not allow_code_execution:
         raise ValueError(
-            f"task {code!r} is graded by running the code that the model writes, in a sandbox; "
-            "give --allow-code-execution"
+            f"task {code!r} is graded by running the model's code in a sandbox: specify "
+            "--allow-code-execution to permit it"
         )
     made = build_generation_spec(model, out / "prompts.jsonl", out / "responses.jsonl", **spec)
     if made.rollout.temperature == 0 and made.rollout.rollouts_per_prompt > 1:
         raise ConfigError(
-            f"--samples {made.rollout.rollouts_per_prompt}: greedy samples are all the same; give "
+            f"--samples {made.rollout.rollouts_per_prompt}: greedy samples are all equal: specify "
             "--temperature"
         )
     not_isolated = check_graders(problem.gold for problem in problems)
@@ -117,23 +122,28 @@ def _begin(evaluation: Evaluation) -> None:
         write_atomically(prompts, [lines])
     elif prompts.read_text() != lines:
         raise ValueError(
-            f"{out}: holds an evaluation of other problems, or of the same problems with another "
-            "--code-asserts; name another --out"
+            f"{out}: the folder has an evaluation of other problems, or of the same problems with "
+            "another --code-asserts: specify another --out"
         )
     identity, path = evaluation.identity(), out / "evaluation.json"
     begun = {}
     with suppress(FileNotFoundError):
         begun = json.loads(path.read_text())
     if begun and (problem := other_value(begun, identity)):
-        raise ValueError(f"{out}: holds another evaluation: {problem}; name another --out")
+        raise ValueError(
+            f"{out}: the folder has another evaluation: {problem}. Specify another --out"
+        )
     if not begun:
         write_atomically(path, [json.dumps(identity, indent=2) + "\n"])
 
 
 def grade(evaluation: Evaluation) -> dict[str, Any]:
-    """Grade the responses, write samples.jsonl and summary.json; the summary.
+    """Grade the responses, and write samples.jsonl and summary.json.
 
-    One process calls it, when the responses are whole.
+    One process calls this function, after all responses were written.
+
+    Returns:
+        The content of summary.json.
     """
     path = evaluation.out / "samples.jsonl"
     if not path.exists():
@@ -161,7 +171,7 @@ def _write_samples(evaluation: Evaluation, path: Path) -> None:
             lines = list(map(json.loads, islice(responses, file.num_lines, None)))
         problems = [evaluation.problems[(file.num_lines + i) // samples] for i in range(len(lines))]
         prompts = list(_prompts(evaluation, problems))
-        # A thought that the prompt begins is one of the response's.
+        # A thought that the prompt opens belongs to the response.
         texts = (
             opened_thought(prompt) + line["text"]
             for prompt, line in zip(prompts, lines, strict=True)
@@ -179,13 +189,13 @@ def _write_samples(evaluation: Evaluation, path: Path) -> None:
 
 
 def _prompts(evaluation: Evaluation, problems: Sequence[Problem]) -> Iterator[str]:
-    """Each problem's prompt, as the model sees it."""
+    """Yield the prompt of each problem as the model reads it."""
     spec = evaluation.spec
     tokenizer = load_tokenizer(spec.source.hf_folder)
     views = ViewBuilder(tokenizer, spec.views)
     last, text = None, ""
     for problem in problems:
-        if problem is not last:  # its next sample
+        if problem is not last:  # else another sample of the same problem
             row = Row(problem.question, reasoning="", answer="")
             text = str(tokenizer.decode(list(views.prompt(row, "student").ids)))
             last = problem
@@ -193,7 +203,7 @@ def _prompts(evaluation: Evaluation, problems: Sequence[Problem]) -> Iterator[st
 
 
 def _sample(line: Mapping[str, Any], problem: Problem, prompt: str) -> dict[str, Any]:
-    """A response as samples.jsonl has it, without its grade."""
+    """Build a line of samples.jsonl without the grade."""
     match problem.gold:
         case MathAnswer(text=answer) | Choices(letter=answer):
             pass

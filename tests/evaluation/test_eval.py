@@ -161,10 +161,12 @@ def test_eval_command_after_an_interruption_resumes_grading(folder, tmp_path, ca
 
     # Another evaluation cannot use the same folder.
     assert cli.main(build_command(folder, out, *sampled, "--seed", "5")) == 2
-    assert "holds another evaluation: seed was 1234, and is 5 now" in capsys.readouterr().err
+    assert (
+        "the folder has another evaluation: seed was 1234, and is 5 now" in capsys.readouterr().err
+    )
     other = [*build_command(folder, out, *sampled), f"--task=more={folder / 'math.jsonl'}"]
     assert cli.main(other) == 2
-    assert "holds an evaluation of other problems" in capsys.readouterr().err
+    assert "the folder has an evaluation of other problems" in capsys.readouterr().err
 
 
 def test_eval_with_other_code_asserts_in_the_same_folder_is_refused(
@@ -192,10 +194,10 @@ HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):
     [
         (["--task", "x"], "task 'x': expected name=FILE or name:format=FILE"),
         (["--task", "x=nowhere"], "nowhere: no such file"),
-        (["--task", "math={folder}/math.jsonl"], "math, choices, math: expected a name each"),
+        (["--task", "math={folder}/math.jsonl"], "math, choices, math: expected different names"),
         (["--task", "rows={folder}/run.yaml"], "run.yaml:1: the line is not JSON"),
-        (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the code"),
-        (["--samples", "2"], "--samples 2: greedy samples are all the same; give --temperature"),
+        (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the model's code"),
+        (["--samples", "2"], "--samples 2: greedy samples are all equal: specify --temperature"),
         (["--weights", "teacher"], "holds one model and no teacher"),
     ],
 )
