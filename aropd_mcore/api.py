@@ -1,9 +1,9 @@
 """The Python API: the work of the `aropd` commands, with Python values in and out.
 
 Each function runs in this process if the job has one process. With several (`num_processes`, or as
-many GPUs as there are) it starts them and waits. Under torchrun every rank calls the function, and
-this process is one rank of the job. Keyword options are those of the command, with underscores:
-`max_response_tokens=64` is `--max-response-tokens 64`.
+many GPUs as there are) it starts them and waits. Under torchrun every rank calls the function, this
+process is one rank of the job, and every rank gets the result or the error. Keyword options are
+those of the command, with underscores: `max_response_tokens=64` is `--max-response-tokens 64`.
 """
 
 import atexit
@@ -11,11 +11,11 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aropd_mcore import cli
 from aropd_mcore.cli.ranks import leave_job
@@ -24,6 +24,8 @@ from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.local_launch import SAVED
+
+T = TypeVar("T")
 
 _CODES = {
     1: "a process of the job died",
@@ -107,8 +109,7 @@ def train(config: Config, *, num_processes: int | None = None) -> RunResult:
         path = Path(folder) / "run.yaml"
         path.write_text(dump_config(config))
         _run("train", [str(path)], {"nproc_per_node": num_processes})
-    with (config.output_dir / "metrics.jsonl").open() as file:
-        history = [json.loads(line) for line in file]
+    history = _read(lambda: _json_lines(config.output_dir / "metrics.jsonl"))
     checkpoint = newest(config.output_dir / "checkpoints")
     assert checkpoint is not None
     return RunResult(config.output_dir, history, checkpoint)
@@ -128,11 +129,11 @@ def generate(
         model: an HF folder, a Megatron checkpoint, or a run's output_dir.
         prompts: a file, or questions, or records as in such a file (`question`, `messages` or
             `prompt_ids`, and other fields).
-        out: JSONL file to write; an interrupted call resumes there. None: a temporary one.
+        out: JSONL file to write; an interrupted call resumes there. Questions and records are
+            written beside it, to NAME.prompts.jsonl. None: a temporary one.
         options: of `aropd generate`.
     Returns:
-        `samples` responses per prompt, in the order of the prompts. Under torchrun: on rank 0; the
-        other ranks return an empty list.
+        `samples` responses per prompt, in the order of the prompts.
     Raises:
         ValueError, OSError, CommandFailed: as `train`.
     """
@@ -143,10 +144,7 @@ def generate(
             write_atomically(prompts, [json.dumps(line) + "\n" for line in lines])
         words = ["--checkpoint", str(model), "--prompts", str(prompts), "--output", str(output)]
         _run("generate", words, {"nproc_per_node": num_processes, **options})
-        if not _is_rank0():
-            return []
-        with output.open() as file:
-            records = [json.loads(line) for line in file]
+        records = _read(lambda: _json_lines(output))
     return [
         Response(record["text"], record["response_ids"], record["finish_reason"], record)
         for record in records
@@ -175,8 +173,8 @@ def evaluate(
         words = ["--model", str(model), "--out", str(folder)]
         words += [f"--task={task}" for task in tasks]
         _run("eval", words, {"nproc_per_node": num_processes, **options})
-        summary = json.loads((folder / "summary.json").read_text()) if _is_rank0() else {}
-    return EvalSummary(summary.get("mean_accuracy", float("nan")), summary.get("tasks", {}))
+        summary = _read(lambda: json.loads((folder / "summary.json").read_text()))
+    return EvalSummary(summary["mean_accuracy"], summary["tasks"])
 
 
 def diagnose(
@@ -195,18 +193,14 @@ def diagnose(
         out: folder to write. None: a temporary one.
         options: of `aropd diagnose`.
     Returns:
-        The diagnosis, whose parts `evaluation/diagnose/summary.py` describes. Under torchrun: on
-        rank 0; the other ranks return an empty dictionary.
+        The diagnosis, whose parts `evaluation/diagnose/summary.py` describes.
     Raises:
         ValueError, OSError, CommandFailed: as `train`.
     """
     with _path(out, "diagnose", "diagnose") as folder:
         words = ["--model", str(model), "--data", str(data), "--out", str(folder)]
         _run("diagnose", words, {"nproc_per_node": num_processes, **options})
-        if not _is_rank0():
-            return {}
-        written = max(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        return json.loads(written.read_text())
+        return _read(lambda: _newest_json(folder))
 
 
 def _run(command: str, words: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -237,8 +231,22 @@ def _option_words(options: Mapping[str, Any]) -> Iterator[str]:
             yield f"{option}={value}"
 
 
-def _is_rank0() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def _read(read: Callable[[], T]) -> T:
+    """Read what the command has written, on rank 0 of a job under torchrun for all ranks."""
+    if "RANK" not in os.environ:
+        return read()
+    from aropd_mcore.mcore.rank0 import run_on_rank0
+
+    return run_on_rank0(read)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open() as file:
+        return [json.loads(line) for line in file]
+
+
+def _newest_json(folder: Path) -> dict[str, Any]:
+    return json.loads(max(folder.glob("*.json"), key=lambda path: path.stat().st_mtime).read_text())
 
 
 @contextmanager

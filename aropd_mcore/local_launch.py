@@ -62,14 +62,14 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
             ranks.append(rank)
             for number in passed_on:  # before this rank was there
                 rank.send_signal(number)
-        return _code_of(ranks, passed_on)
+        return _exit_code(ranks, passed_on)
     finally:
         _end(ranks)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _code_of(ranks: Sequence[subprocess.Popen[bytes]], passed_on: Collection[int]) -> int:
+def _exit_code(ranks: Sequence[subprocess.Popen[bytes]], passed_on: Collection[int]) -> int:
     """Wait for the ranks to end; only so long once one has failed."""
     code, until = None, math.inf
     while True:

@@ -96,38 +96,67 @@ def test_train_with_several_processes_gives_the_metrics_of_torchrun(run, tmp_pat
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     config = aropd.load_config(run, [f"output_dir={tmp_path / 'started'}"])
     result = aropd.train(config, num_processes=2)
+    (tmp_path / "rows.jsonl").write_text('{"question": "1?", "reasoning": "1", "answer": "1"}\n')
     script = f"""
+import json
 import aropd_mcore as aropd
-print(aropd.train(aropd.load_config({str(run)!r}, ["output_dir=ranks"])).metrics["loss"])
-print(len(aropd.generate("ranks", prompts=["1?"], out="out.jsonl", max_response_tokens=4)))
+
+out = [aropd.train(aropd.load_config({str(run)!r}, ["output_dir=ranks"])).metrics["loss"]]
+options = dict(max_response_tokens=4)
+out.append([r.text for r in aropd.generate("ranks", ["1?", "2?"], out="out.jsonl", **options)])
+tasks = ["own:math=rows.jsonl"]
+for _ in range(2):  # sampled and graded, then graded again
+    out.append(aropd.evaluate("ranks", tasks, out="eval", **options).tasks["own"]["accuracy"])
+found = aropd.diagnose("ranks", "rows.jsonl", out="diagnose", max_response_tokens=16, rows=1)
+out.append(found["metrics"]["num_responses"])
+try:
+    aropd.generate("ranks", [{{"quest": "1?"}}], out="other.jsonl", **options)
+except ValueError as error:
+    out.append(str(error))
+print("RANK", json.dumps(out), flush=True)
 """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     output = python(script, tmp_path, *torchrun)
     lines = (tmp_path / "ranks/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["loss"] == result.metrics["loss"]
-    assert output.count(str(result.metrics["loss"])) == 2, "both ranks return the result"
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+    first, second = [
+        json.loads(line.split("RANK ")[1]) for line in output.splitlines() if "RANK " in line
+    ]
+    assert first == second, "every rank gets the result or the error"
+    loss, texts, accuracy, again, num_responses, error = first
+    assert loss == result.metrics["loss"] and accuracy == again and num_responses == 1
+    assert "other.prompts.jsonl" in error
+    responses = aropd.generate(tmp_path / "ranks", ["1?", "2?"], max_response_tokens=4)
+    assert [response.text for response in responses] == texts, "one process as two"
 
 
 def test_train_with_an_output_dir_in_use_is_refused_in_one_line(run, tmp_path):
     script = f"""
-import subprocess, sys
+import subprocess, sys, time
 import aropd_mcore as aropd
-from aropd_mcore.locks import RunLock
 
-config = aropd.load_config({str(run)!r}, ["output_dir=shared"])
-if sys.argv[1:] != ["second"]:
-    lock = RunLock(config.output_dir)
-    sys.exit(subprocess.run([sys.executable, __file__, "second"]).returncode)
+config = aropd.load_config({str(run)!r}, ["output_dir=shared", "training.num_steps=100000"])
+metrics = config.output_dir / "metrics.jsonl"
+if sys.argv[1:] == ["first"]:
+    aropd.train(config)
+first = subprocess.Popen([sys.executable, __file__, "first"])
+while not (metrics.exists() and metrics.read_text()):
+    assert first.poll() is None
+    time.sleep(0.1)
 try:
     aropd.train(config)
 except ValueError as error:
+    num_lines = len(metrics.read_text().splitlines())
+    while len(metrics.read_text().splitlines()) == num_lines:
+        assert first.poll() is None
+        time.sleep(0.1)
     sys.exit(f"refused: {{error}}")
+finally:
+    first.kill()
 """
     output = python(script, tmp_path, code=1)
     assert "refused: output_dir shared is in use by another run" in output
     assert "Traceback" not in output
-    assert not (tmp_path / "shared/metrics.jsonl").exists()
 
 
 def test_train_with_a_missing_model_raises_the_error_itself(run, tmp_path):

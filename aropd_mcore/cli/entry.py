@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         # Each rank prints its own error: one that only this rank met is printed nowhere else.
         rank = int(os.environ.get("RANK", "0"))
-        print(f"aropd: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+        if not getattr(error, "is_from_rank0", False):
+            print(f"aropd: error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("aropd: interrupted", file=sys.stderr)

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aropd_mcore.cli.generate import generate_here
-from aropd_mcore.cli.ranks import add_num_processes_argument, run_as_ranks
+from aropd_mcore.cli.ranks import add_num_processes_argument, run_as_ranks, sample_here
 from aropd_mcore.cli.sampling_arguments import (
     add_sampling_arguments,
     add_source_argument,
@@ -17,6 +16,7 @@ from aropd_mcore.cli.sampling_arguments import (
 
 if TYPE_CHECKING:
     from aropd_mcore.evaluation.run import Evaluation
+    from aropd_mcore.mcore.runtime import Runtime
 
 _DESCRIPTION = """\
 Accuracy of a student, a teacher or any other checkpoint on benchmarks in local files.
@@ -82,24 +82,35 @@ def _run(args: argparse.Namespace) -> int:
         code_asserts=args.code_asserts,
         **sampling_settings(args),
     )
-    if evaluation.is_sampled:
-        return _grade_here(evaluation)
-    spec = evaluation.spec
-    return run_as_ranks(args, spec, lambda: generate_here(spec) or _grade_here(evaluation))
+    if evaluation.is_sampled and "RANK" not in os.environ:
+        _grade(evaluation)
+        return 0
+    return run_as_ranks(args, evaluation.spec, lambda: _evaluate_here(evaluation))
 
 
-def _grade_here(evaluation: "Evaluation") -> int:
+def _evaluate_here(evaluation: "Evaluation") -> int:
+    """Do this rank's part of sampling and grading; return the exit code."""
+    from aropd_mcore.mcore.rank0 import run_on_rank0
+    from aropd_mcore.rollout.generate import generate
+
+    def work(runtime: "Runtime") -> None:
+        if not run_on_rank0(lambda: evaluation.is_sampled):
+            generate(evaluation.spec, runtime)
+        run_on_rank0(lambda: _grade(evaluation), takes_long=True)
+
+    return sample_here(evaluation.spec, work)
+
+
+def _grade(evaluation: "Evaluation") -> None:
     from rich.console import Console
 
     from aropd_mcore.evaluation.run import grade
     from aropd_mcore.evaluation.summary import tables
 
-    if int(os.environ.get("RANK", "0")) == 0:
-        if evaluation.not_isolated:
-            print(
-                f"aropd: the sandbox for code has no namespaces here ({evaluation.not_isolated}): "
-                "the model's code can reach the network, and files that are not its own",
-                file=sys.stderr,
-            )
-        Console(soft_wrap=True).print(*tables(grade(evaluation)), sep="\n")
-    return 0
+    if evaluation.not_isolated:
+        print(
+            f"aropd: the sandbox for code has no namespaces here ({evaluation.not_isolated}): the "
+            "model's code can reach the network, and files that are not its own",
+            file=sys.stderr,
+        )
+    Console(soft_wrap=True).print(*tables(grade(evaluation)), sep="\n")

@@ -72,10 +72,10 @@ def _run(args: argparse.Namespace) -> int:
         with_logprobs=args.logprobs,
         **sampling_settings(args),
     )
-    return run_as_ranks(args, spec, lambda: generate_here(spec))
+    return run_as_ranks(args, spec, lambda: _generate_here(spec))
 
 
-def generate_here(spec: "GenerationSpec") -> int:
+def _generate_here(spec: "GenerationSpec") -> int:
     """Do this rank's part of the sampling; return the exit code."""
     from aropd_mcore.rollout.generate import generate
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from aropd_mcore.config import OptimizerConfig
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.patches import adam
+from aropd_mcore.mcore.patches.bucket_padding import count_padding
 
 adam.install()
 
@@ -79,7 +80,7 @@ class Optimizer:
             for chunk in model
         ]
         for chunk in self.ddp_chunks:
-            _count_padding(chunk)
+            count_padding(chunk)
         bf16 = model.config.params_dtype == torch.bfloat16
         megatron_config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -208,22 +209,6 @@ class Optimizer:
             own["param_state_sharding_type"] = STATE_FORMAT
             part.load_state_dict(own)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
-
-
-def _count_padding(chunk: Any) -> None:
-    """Count the padding behind each bucket of DDP's buffers as a part of the bucket.
-
-    Megatron gathers a buffer's state for a checkpoint without the padding between its buckets, and
-    then takes each parameter's from where it starts with the padding: behind a padded bucket the
-    checkpoint holds a neighbour's numbers (megatron-core 0.16.1 and 0.19,
-    optimizer/distrib_optimizer.py, get_parameter_state_dp_zero and
-    sharded_param_state_fully_reshardable). A tied embedding on several stages, or
-    overlap_grad_reduce, makes several buckets.
-    """
-    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _finalize_summed_grads(

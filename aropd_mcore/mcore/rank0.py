@@ -19,15 +19,16 @@ HEARTBEAT_SECONDS = 30.0
 def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
     """Call `work()` on rank 0 only; return its result, or raise its error, on every rank.
 
-    An error that rank 0 alone met would leave the other ranks waiting in the next collective.
+    Without it, an error on rank 0 only would leave the other ranks waiting in the next collective.
 
     Args:
         work: takes part in no collective. Its result is pickled.
         takes_long: for work that may outlast the timeout of a collective and has timeouts of its
             own. It runs in a thread; meanwhile every rank shows the watchdog that it is alive.
     Raises:
-        What work raises, on every rank alike; in place of an error that cannot be pickled, a
-        RuntimeError with its text on the ranks other than 0.
+        What work raises, on every rank. On the ranks other than 0 the error has the attribute
+        is_from_rank0, and an error that cannot be pickled is replaced by a RuntimeError with its
+        text.
     Collectives: broadcasts of an object over the job; every rank must call it.
     """
     future: Future[T] | None = None
@@ -45,6 +46,7 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
         return future.result()  # an error with its traceback
     result, error = outcome[0]
     if error is not None:
+        error.is_from_rank0 = True  # pyright: ignore[reportAttributeAccessIssue]
         raise error
     return result
 

@@ -17,7 +17,7 @@ from aropd_mcore.numerics.checks import check_head, check_ids, check_views
 from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
 from aropd_mcore.numerics.cross_entropy import cross_entropies, write_cross_entropy_gradient
 from aropd_mcore.numerics.kl import Wanted, join, passes_for, token_groups, token_losses
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import TorchPasses, ViewLogits
 from aropd_mcore.numerics.vocab_shard import vocab_shard
 
@@ -94,7 +94,7 @@ def fused_linear_anchored_residual_kl(
         is also one all-gather per stream and chunk, and a reduce-scatter replaces the all-reduce.
         None in the backward.
     """
-    objective = Objective(residual_scale, residual_clip, divergence, jsd_weight)
+    objective = LossSettings(residual_scale, residual_clip, divergence, jsd_weight)
     privileged = {"partial": partial_hidden_TH, "full": full_hidden_TH}
     needs_both = with_metrics or sampled_ids_T is not None
     check_views(privileged, None if needs_both else objective.target_view)

@@ -56,7 +56,7 @@ from aropd_mcore.numerics.kernel_blocks import (
     product,
     shift,
 )
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import MOMENTS, Softmax, ViewLogits
 
 NUM_WARPS = LANES.value // 32
@@ -84,7 +84,7 @@ def view_statistics(views: ViewLogits, moments: Sequence[tuple[int, int]]) -> Te
 def target_statistics(
     views: ViewLogits,
     softmax: Softmax,
-    objective: Objective,
+    objective: LossSettings,
     *,
     with_metrics: bool,
     least_top_2T: Tensor | None,
@@ -105,7 +105,7 @@ def target_statistics(
     return out_KT
 
 
-def mixture_statistics(views: ViewLogits, softmax: Softmax, objective: Objective) -> Tensor:
+def mixture_statistics(views: ViewLogits, softmax: Softmax, objective: LossSettings) -> Tensor:
     out_KT = _empty_numbers(2, views)
     with torch.cuda.device_of(out_KT):
         _mixture_statistics[(out_KT.size(1),)](
@@ -124,7 +124,7 @@ def write_gradient(
     views: ViewLogits,
     softmax: Softmax,
     kl_student_T: Tensor,
-    objective: Objective,
+    objective: LossSettings,
     weights_T: Tensor,
 ) -> None:
     num_tokens, num_columns = out_TV.shape
@@ -162,7 +162,7 @@ def _contiguous(softmax: Softmax) -> Softmax:
     return Softmax(*(numbers_KT.contiguous() for numbers_KT in softmax))
 
 
-def _residual(objective: Objective) -> dict[str, float | str]:
+def _residual(objective: LossSettings) -> dict[str, float | str]:
     """Return the case of log u, which selects a compiled kernel, and its run-time numbers."""
     scale, clip = float(objective.residual_scale), objective.residual_clip
     if scale == 0:
@@ -174,7 +174,7 @@ def _residual(objective: Objective) -> dict[str, float | str]:
     return {"scale": scale, "clip": float(clip or 0), "RESIDUAL": case}
 
 
-def _mixture(objective: Objective) -> dict[str, float]:
+def _mixture(objective: LossSettings) -> dict[str, float]:
     beta = objective.jsd_weight
     return {"log_student_share": math.log1p(-beta), "log_target_share": math.log(beta)}
 

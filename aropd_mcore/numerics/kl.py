@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from aropd_mcore.config import Divergence
 from aropd_mcore.numerics.checks import check_ids, check_matrices
 from aropd_mcore.numerics.gradients import refuse_second_derivative, wants_gradient
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import (
     MOMENTS,
     TARGET,
@@ -102,7 +102,7 @@ def vocab_parallel_anchored_residual_kl(
     Collectives: in the forward, two all-gathers, of at most 47 and of 6 numbers per token, and for
         `jsd` a third, of 2. None in the backward.
     """
-    objective = Objective(residual_scale, residual_clip, divergence, jsd_weight)
+    objective = LossSettings(residual_scale, residual_clip, divergence, jsd_weight)
     logits = {
         "student_logits_TV": student_logits_TV,
         "partial_logits_TV": partial_logits_TV,
@@ -168,7 +168,7 @@ class Passes(Protocol):
         self,
         views: ViewLogits,
         softmax: Softmax,
-        objective: Objective,
+        objective: LossSettings,
         /,
         *,
         with_metrics: bool,
@@ -176,7 +176,7 @@ class Passes(Protocol):
     ) -> Tensor: ...
 
     def mixture_statistics(
-        self, views: ViewLogits, softmax: Softmax, objective: Objective, /
+        self, views: ViewLogits, softmax: Softmax, objective: LossSettings, /
     ) -> Tensor: ...
 
     def write_gradient(
@@ -185,7 +185,7 @@ class Passes(Protocol):
         views: ViewLogits,
         softmax: Softmax,
         kl_student_T: Tensor,
-        objective: Objective,
+        objective: LossSettings,
         weights_T: Tensor,
         /,
     ) -> None: ...
@@ -212,7 +212,7 @@ def token_groups(run: Passes, num_tokens: int, shard: VocabShard) -> list[slice]
 
 
 def token_losses(
-    run: Passes, views: ViewLogits, objective: Objective, shard: VocabShard, wanted: Wanted
+    run: Passes, views: ViewLogits, objective: LossSettings, shard: VocabShard, wanted: Wanted
 ) -> TokenLosses:
     """Compute loss and metrics of unpadded logit shards, from validated arguments.
 
@@ -322,7 +322,7 @@ def add_up_target(views: Softmax, local_RKT: Tensor) -> tuple[Softmax, tuple[Ten
     return softmax, (kl_target_T, kl_student_T, clipped_T, num_both_T)
 
 
-def target_logprobs(logprobs_KT: Tensor, softmax: Softmax, objective: Objective) -> Tensor:
+def target_logprobs(logprobs_KT: Tensor, softmax: Softmax, objective: LossSettings) -> Tensor:
     """Compute log q of tokens from their log-probs under the three views.
 
         log q = log u - log sum_v u_v,    log u = log p + lambda * clip(log f - log p, -c, +c)
@@ -391,7 +391,7 @@ class _LogitsLoss(torch.autograd.Function):
         max_KT: Tensor,
         log_sum_KT: Tensor,
         kl_student_T: Tensor,
-        objective: Objective,
+        objective: LossSettings,
         num_columns: int,
     ) -> Tensor:
         ctx.save_for_backward(student_TV, partial_TV, full_TV, max_KT, log_sum_KT, kl_student_T)

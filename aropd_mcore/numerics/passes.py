@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.residual import unnormalized_target
 
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
@@ -132,7 +132,7 @@ class TorchPasses:
         self,
         views: ViewLogits,
         softmax: Softmax,
-        objective: Objective,
+        objective: LossSettings,
         *,
         with_metrics: bool,
         least_top_2T: Tensor | None,
@@ -181,7 +181,7 @@ class TorchPasses:
         return self._in_blocks(views, 6, statistics)
 
     def mixture_statistics(
-        self, views: ViewLogits, softmax: Softmax, objective: Objective
+        self, views: ViewLogits, softmax: Softmax, objective: LossSettings
     ) -> Tensor:
         """Compute this shard's parts of KL(q || m) and KL(s || m), m = (1 - beta) s + beta q.
 
@@ -209,7 +209,7 @@ class TorchPasses:
         views: ViewLogits,
         softmax: Softmax,
         kl_student_T: Tensor,
-        objective: Objective,
+        objective: LossSettings,
         weights_T: Tensor,
     ) -> None:
         """Write weights_t times d loss_t / d student logits to `out_TV`, rounded once to its dtype.
@@ -314,7 +314,7 @@ def _log_views(
 
 
 def _log_target(
-    log_p: Tensor, log_f: Tensor, objective: Objective, careful: bool, out: Tensor
+    log_p: Tensor, log_f: Tensor, objective: LossSettings, careful: bool, out: Tensor
 ) -> Tensor:
     """Return log u, in `out` or in one of the arguments."""
     scale, clip = objective.residual_scale, objective.residual_clip
@@ -324,7 +324,7 @@ def _log_target(
 def _log_student_and_target(
     views: ViewLogits,
     softmax: Softmax,
-    objective: Objective,
+    objective: LossSettings,
     tokens: slice,
     buffers: Sequence[Tensor],
     careful: bool,
@@ -336,7 +336,7 @@ def _log_student_and_target(
 
 
 def _log_mixture(
-    log_s: Tensor, log_q: Tensor, objective: Objective, buffers: Sequence[Tensor]
+    log_s: Tensor, log_q: Tensor, objective: LossSettings, buffers: Sequence[Tensor]
 ) -> Tensor:
     """Return log m. For the reverse KL, m is q."""
     if objective.divergence != "jsd":

@@ -29,7 +29,7 @@ from aropd_mcore.numerics.kl import (
     target_logprobs,
     token_losses,
 )
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import BLOCK_ELEMENTS, TARGET, Softmax, ViewLogits, wide_dtype
 from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards, vocab_shard
 
@@ -97,7 +97,7 @@ def fused_linear_scores(
     """
     if not 0 <= num_top <= vocab_size:
         raise ValueError(f"num_top {num_top}: expected 0 to vocab_size {vocab_size}")
-    objective = Objective(residual_scale, residual_clip, "kl_target_student", 0.5)
+    objective = LossSettings(residual_scale, residual_clip, "kl_target_student", 0.5)
     streams = [Stream(student_hidden_TH, student_weight_VH)]
     check_head("student", *streams[0], *streams[0])
     for view, hidden_TH in (("partial", partial_hidden_TH), ("full", full_hidden_TH)):
@@ -146,7 +146,7 @@ class _Distributions:
     """A chunk's logit shards with everybody's softmax."""
 
     def __init__(
-        self, views: ViewLogits, softmax: Softmax, objective: Objective, shard: VocabShard
+        self, views: ViewLogits, softmax: Softmax, objective: LossSettings, shard: VocabShard
     ):
         self._views = views
         self._softmax = softmax

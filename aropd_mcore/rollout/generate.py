@@ -68,8 +68,8 @@ def generate(spec: GenerationSpec, runtime: Runtime) -> None:
     interrupted is gone on with where it stopped: every response has a seed of its own.
 
     Raises:
-        ValueError, OSError: on the first rank, what is wrong with the prompts or the output, before
-            anything is sampled; the other ranks return.
+        ValueError, OSError: the prompts or the output cannot be used. It is raised on every rank,
+            before anything is sampled.
         RolloutFailed: see RolloutEngine; what was written stays for the next call.
     Collectives: the engine's; broadcasts over the job; an all-gather of the responses over
         dp_group. Every rank must call.
@@ -94,12 +94,7 @@ def generate(spec: GenerationSpec, runtime: Runtime) -> None:
             output.append(stack.enter_context(file))
             return _Extent(counts, file.num_lines // samples)
 
-        try:
-            extent = run_on_rank0(begin, takes_long=True)
-        except Exception:
-            if runtime.rank == 0:
-                raise
-            return  # the first rank says why
+        extent = run_on_rank0(begin, takes_long=True)
         if runtime.rank == 0:
             for note in view_builder.notes:
                 print(note, file=sys.stderr)

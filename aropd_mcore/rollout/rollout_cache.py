@@ -35,7 +35,7 @@ class RolloutCache:
         self._folder = folder
         self._run_hash = run_hash
         self._runtime = runtime
-        steps = [sorted({_step_of(path) for path in folder.glob("step_*.json")})]
+        steps = [sorted({_step_number(path) for path in folder.glob("step_*.json")})]
         dist.broadcast_object_list(steps, src=0)
         self.steps = set(steps[0])
         """Steps that an earlier attempt has left and that were not read yet; the same on every
@@ -135,11 +135,11 @@ class RolloutCache:
 
     def _remove(self, is_removed: Callable[[int], bool]) -> None:
         for path in self._folder.glob("step_*"):
-            if is_removed(_step_of(path)):
+            if is_removed(_step_number(path)):
                 path.unlink(missing_ok=True)
 
 
-def _step_of(path: Path) -> int:
+def _step_number(path: Path) -> int:
     return int(path.name.removeprefix("step_").partition(".")[0])
 
 

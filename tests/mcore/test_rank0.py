@@ -38,8 +38,9 @@ def check(takes_long: bool) -> None:
     def fail() -> None:
         raise FileNotFoundError(2, "No such file", "x")
 
-    with pytest.raises(FileNotFoundError, match="No such file: 'x'"):
+    with pytest.raises(FileNotFoundError, match="No such file: 'x'") as raised:
         run_on_rank0(fail, takes_long=takes_long)
+    assert getattr(raised.value, "is_from_rank0", False) is (dist.get_rank() != 0)
 
     def fail_badly() -> None:
         raise Unpicklable("a ", "reason")

@@ -18,7 +18,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from aropd_mcore.numerics import kernels
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import MOMENTS, Softmax, ViewLogits
 
 
@@ -56,7 +56,7 @@ def compile_all() -> list[tuple[str, Any]]:
         kernels.view_statistics(views, MOMENTS)
         kernels.view_statistics(views, ())
         for divergence in ("kl_target_student", "kl_student_target", "jsd"):
-            objective = Objective(0.8, 5.0, divergence, 0.5)
+            objective = LossSettings(0.8, 5.0, divergence, 0.5)
             for with_metrics, least in ((True, tops), (False, None)):
                 kernels.target_statistics(
                     views, views_softmax, objective, with_metrics=with_metrics, least_top_2T=least

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from aropd_mcore.numerics.kl import add_up_target, add_up_views
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, ViewLogits
 from tests.numerics.problems import EVERY_SETTING, ONE_VIEW, Settings, make_problem
 from tests.numerics.runs import run_fused, run_logits_form
@@ -39,7 +39,7 @@ def numbers_and_gradient(
     run, views: ViewLogits, settings: Settings, with_metrics: bool
 ) -> list[Tensor]:
     """Return the results of every pass of `run`, in order, over one shard."""
-    objective = Objective(*astuple(settings))
+    objective = LossSettings(*astuple(settings))
     moments = MOMENTS if with_metrics else ()
     least_top_2T = None
     if with_metrics:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from aropd_mcore.numerics import anchored_residual_logprobs, vocab_parallel_anchored_residual_kl
 from aropd_mcore.numerics.kl import add_up_target, add_up_views
-from aropd_mcore.numerics.objective import Objective
+from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import MOMENTS, TorchPasses, ViewLogits
 from tests.support import oracles
 
@@ -104,7 +104,7 @@ def test_dense_target_equals_the_oracle(rows, scale, clip):
 @given(three_rows(), scales, clips, st.lists(st.integers(0, 40), max_size=4))
 def test_statistics_of_any_shards_add_up(rows, scale, clip, cuts):
     """The ranks' numbers add up for shards of any sizes, including empty ones."""
-    objective = Objective(scale, clip, "kl_student_target", 0.5)
+    objective = LossSettings(scale, clip, "kl_student_target", 0.5)
     num_columns = rows[0].size(1)
     bounds = [0, *sorted(min(cut, num_columns) for cut in cuts), num_columns]
     results = []

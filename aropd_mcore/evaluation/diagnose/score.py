@@ -19,6 +19,7 @@ from aropd_mcore.evaluation.diagnose.summary import Scored, summarize
 from aropd_mcore.evaluation.figures import describe_diagnosis, plot_diagnosis
 from aropd_mcore.evaluation.predictors import predict
 from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.scoring import Scores, score_responses
 from aropd_mcore.mcore.teacher import Teacher
@@ -42,7 +43,7 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
 
     Raises:
         RolloutFailed: see RolloutEngine.
-        ValueError: on the first rank, where no response reaches a token that the loss counts.
+        ValueError: no response has a token that the loss counts. It is raised on every rank.
     Collectives: the engine's and the models'; gathers over the job. Every rank must call.
     """
     spec = request.spec
@@ -66,7 +67,8 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
         for keys in _pieces(request, runtime):
             scored += _score_piece(request, runtime, engine, student, teacher, keys)
             console.print(f"responses {len(scored)}/{len(request.keys)}")
-    if runtime.rank == 0:
+
+    def write() -> None:
         shutil.rmtree(scratch, ignore_errors=True)  # logs of servers
         diagnosis = {
             "model": _model(request),
@@ -81,6 +83,8 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
         write_atomically(spec.output, [json.dumps(diagnosis), "\n"])
         console.print(describe_diagnosis(diagnosis), markup=False)
         plot_diagnosis(diagnosis, spec.output.with_suffix(".png"))
+
+    run_on_rank0(write, takes_long=True)
 
 
 def _teacher(request: DiagnosisSpec, runtime: Runtime, student: StageModel) -> Teacher:

@@ -8,7 +8,7 @@ from aropd_mcore.numerics.residual import check_residual
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossSettings:
     """Settings of target and divergence: the arguments of `vocab_parallel_anchored_residual_kl`.
 
     Raises:
