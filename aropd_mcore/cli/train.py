@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Start a run, or resume it from its newest checkpoint. Under torchrun this process is one rank of the
-job; otherwise it starts the processes itself. docs/checkpoints.md lists the exit codes.
+job; otherwise it starts the processes itself. trainer/README.md lists the exit codes.
 """
 _EXAMPLES = """\
 examples:
