@@ -108,8 +108,8 @@ out.append([r.text for r in aropd.generate("ranks", ["1?", "2?"], out="out.jsonl
 tasks = ["own:math=rows.jsonl"]
 for _ in range(2):  # sampled and graded, then graded again
     out.append(aropd.evaluate("ranks", tasks, out="eval", **options).tasks["own"]["accuracy"])
-found = aropd.diagnose("ranks", "rows.jsonl", out="diagnose", max_response_tokens=16, rows=1)
-out.append(found["metrics"]["num_responses"])
+diagnosis = aropd.diagnose("ranks", "rows.jsonl", out="diagnose", max_response_tokens=16, rows=1)
+out.append(diagnosis["metrics"]["num_responses"])
 try:
     aropd.generate("ranks", [{{"quest": "1?"}}], out="other.jsonl", **options)
 except ValueError as error:

@@ -105,7 +105,7 @@ def confine(folder: str, limits: dict[str, int], *, isolate: bool, parent: int) 
 
 
 def _end_with_parent(is_gone: Callable[[], bool]) -> None:
-    """Have the kernel kill this process when its parent ends; end now if the parent is gone."""
+    """Make the kernel kill this process when its parent ends. Exit if the parent has ended."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     if is_gone():
         os._exit(1)

@@ -279,7 +279,7 @@ def _describe_start(config: Config, inputs: Inputs) -> list[str]:
     if candidates or list(folder.glob("iter_*.corrupt*")):
         lines = [f"\n  {note}" for note in notes]
         raise CheckpointError(
-            f"{folder}: no checkpoint is intact; restore an intact one, or move the folder away "
-            f"to start from step 0{''.join(lines)}"
+            f"{folder}: none of the checkpoints is intact; restore an intact one, or move the "
+            f"folder away to start from step 0{''.join(lines)}"
         )
     return ["the run will start at step 0: there is no checkpoint"]

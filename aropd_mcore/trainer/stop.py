@@ -52,7 +52,8 @@ class Stops:
     def __init__(self, *, started: float = 0.0, deadline: float | None = None):
         """
         Args:
-            started, deadline: start and end of the job, by time.time(). None: no time limit.
+            started: start of the job, by time.time().
+            deadline: end of the job, by time.time(). None: no time limit.
         """
         self.signal = 0
         """Number of the received signal. 0: none."""

@@ -366,7 +366,7 @@ def test_dry_run_reports_where_the_run_resumes(trained, original, tmp_path):
     assert any("has 0 bytes, expected" in n and "set this checkpoint aside" in n for n in notes)
     assert f"the run will resume at step 2 from {checkpoint}" in notes
     shutil.rmtree(checkpoint)
-    with pytest.raises(ValueError, match="no checkpoint is intact") as error:
+    with pytest.raises(ValueError, match="none of the checkpoints is intact") as error:
         preflight(load_config(path, overrides))
     assert ".metadata: has 0 bytes" in str(error.value)
 
