@@ -79,11 +79,13 @@ def _display_names(runs: Sequence[Path]) -> list[str]:
 
 
 def _load_run(run: Path) -> dict[str, Any]:
+    validations = run / "validation.jsonl"
     lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     data = {
         "num_steps": len(lines),
         **_columns(lines),
         "method": _method(run / "config.yaml"),
+        "validations": read_metrics(validations) if validations.exists() else [],
         "evaluations": list(_evaluations(run)),
         "diagnoses": list(_diagnoses(run)),
     }

@@ -27,6 +27,9 @@ def write_folder(folder: Path, *, scale: float = 0.8, steps: int = 40) -> Path:
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     lines = [build_metrics(step) for step in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "validation.jsonl").write_text(
+        "".join(json.dumps(build_validation(number)) + "\n" for number in (0, 20, 40))
+    )
     write_json(folder / "eval" / "gsm8k" / "summary.json", {"tasks": {"gsm8k": build_task()}})
     write_json(folder / "diagnose" / "test-step40.json", build_diagnosis())
     return folder
@@ -47,6 +50,12 @@ def build_metrics(step: int) -> dict[str, Any]:
         **{f"kl_full_student/{bucket}": 0.1 * i for i, bucket in enumerate(BUCKETS)},
         **{f"seconds/{phase}": 0.5 for phase in PHASES},
     }
+
+
+def build_validation(num_updates: int) -> dict[str, Any]:
+    task = {"accuracy": 0.5 + num_updates / 400, "accuracy_low": 0.4, "accuracy_high": 0.7}
+    task |= {"length_mean": 33.5, "truncation_rate": 0.02, "num_problems": 100}
+    return {"num_updates": num_updates, "tasks": {"sums": task}}
 
 
 def build_task() -> dict[str, Any]:
@@ -132,7 +141,7 @@ def test_report_requests_no_other_file_and_shows_every_section(page, report):
     assert page.requests == [report.as_uri()]
     headings = page.run("[...document.querySelectorAll('h2')].map(e => e.textContent)")
     assert headings == [
-        "Methods", "Reader", "Curves", "Drift by position", "Accuracy by response length",
+        "Methods", "Reader", "Validation", "Curves", "Drift by position", "Accuracy by response length",
         "Diagnosis", "Step time",
     ]  # fmt: skip
     rows = page.run("[...document.querySelectorAll('#methods tbody tr')].map(e => e.innerText)")

@@ -15,6 +15,7 @@ document.getElementById("title").textContent = title;
 const sections = [
   methodsSection(runs),
   readerSection(runs),
+  validationSection(runs, shown),
   curvesSection(runs, shown),
   driftSection(runs, shown),
   accuracySection(runs, shown),

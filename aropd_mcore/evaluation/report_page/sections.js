@@ -215,6 +215,7 @@ function curvesSection(all, shown) {
 
 function timeSection(shown, all) {
   const order = [
+      "validation",
       "rollout",
       "batch",
       "teacher",
@@ -394,8 +395,6 @@ function accuracySection(all, shown) {
   const tasks = [
     ...new Set(all.flatMap((run) => run.evaluations.flatMap((one) => Object.keys(one.tasks)))),
   ];
-  if (!tasks.length) return null;
-  const hosts = tasks.map(() => h("div", {}));
   const spec = (task) => ({
     title: `Accuracy on ${task} by response length`,
     unit: "share",
@@ -427,9 +426,48 @@ function accuracySection(all, shown) {
         })),
     ),
   });
+  return taskCharts("accuracy", "Accuracy by response length", tasks, spec);
+}
+
+function validationSection(all, shown) {
+  const tasks = [
+    ...new Set(all.flatMap((run) => run.validations.flatMap((one) => Object.keys(one.tasks)))),
+  ];
+  const spec = (task) => ({
+    title: `Accuracy on ${task} while training`,
+    unit: "share",
+    yLabel: "accuracy",
+    xLabel: "updates",
+    xName: "updates",
+    dots: true,
+    height: 280,
+    series: shown()
+      .map((run) => ({
+        name: run.name,
+        color: run.color,
+        dash: run.dash,
+        points: run.validations
+          .filter((one) => one.tasks[task])
+          .map(({ num_updates: x, tasks: { [task]: result } }) => ({
+            x,
+            y: result.accuracy,
+            low: result.accuracy_low,
+            high: result.accuracy_high,
+            note: `(${format(result.accuracy_low, "share")} to ${format(result.accuracy_high, "share")}, ${format(result.length_mean, "tokens")} tokens, ${format(result.truncation_rate, "share")} cut)`,
+          })),
+      }))
+      .filter((one) => one.points.length),
+  });
+  return taskCharts("validation", "Validation", tasks, spec);
+}
+
+/** A section with one chart of accuracies per task, or null without tasks. */
+function taskCharts(id, title, tasks, spec) {
+  if (!tasks.length) return null;
+  const hosts = tasks.map(() => h("div", {}));
   const node = section(
-    "accuracy",
-    "Accuracy by response length",
+    id,
+    title,
     "Bars are 95 % confidence intervals.",
     h(
       "div",
