@@ -28,9 +28,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt 
 # Of make test-rest. Failures are repeated by `make test-rest SEED=...`.
 SEED ?= $(shell date +%s)
 PYTEST = $(BIN)/python -m pytest
-# Tests of one process share the cores; those that start processes or need a GPU run one by one.
-SEVERAL = --numprocesses 2 --dist loadfile
-ALONE = (processes or gpu)
+# Two workers share the cores. Tests that need a GPU run one by one.
+WORKERS = --numprocesses 2 --dist loadfile
 
 .PHONY: demo demo-compare test test-quick test-rest test-all test-latest test-vllm test-slurm test-smollm2 test-faults soak
 .PHONY: bench-memory bench-step bench-save docs lint clean
@@ -42,11 +41,11 @@ demo-compare: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py --compare
 
 test: lint
-	$(PYTEST) $(SEVERAL) -m 'not $(ALONE) and not rest'
-	$(PYTEST) -m '$(ALONE) and not rest and not soak'
+	$(PYTEST) $(WORKERS) -m 'not gpu and not rest and not soak'
+	$(PYTEST) -m 'gpu and not rest'
 
 test-quick: $(VENV)/.installed-dev
-	$(PYTEST) $(SEVERAL) -m 'not $(ALONE) and not rest and not slow'
+	$(PYTEST) $(WORKERS) -m 'not (processes or gpu or rest or slow)'
 
 test-rest: $(VENV)/.installed-dev
 	@echo 'To repeat these examples: make test-rest SEED=$(SEED)'

@@ -142,7 +142,7 @@ def generate(
             lines = [{"question": p} if isinstance(p, str) else dict(p) for p in prompts]
             prompts = output.with_suffix(".prompts.jsonl")
             write_atomically(prompts, [json.dumps(line) + "\n" for line in lines])
-        words = ["--checkpoint", str(model), "--prompts", str(prompts), "--output", str(output)]
+        words = ["--model", str(model), "--prompts", str(prompts), "--out", str(output)]
         _run("generate", words, {"nproc_per_node": num_processes, **options})
         records = _read(lambda: _json_lines(output))
     return [

@@ -41,7 +41,7 @@ class Section(BaseModel):
     def _check_yaml_value(cls, value: Any, info: ValidationInfo) -> Any:
         """Give an empty section its defaults, and keep booleans and numbers apart.
 
-        Pydantic alone accepts 1, "yes" and "on" as true, and true as 1.
+        Pydantic by itself accepts 1, "yes" and "on" as true, and true as 1.
         """
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation

@@ -1,4 +1,4 @@
-"""A job's ranks as processes of this machine, started and watched by `aropd train` itself."""
+"""Ranks of a job as child processes on this machine."""
 
 import math
 import os
@@ -13,11 +13,12 @@ from types import FrameType
 from aropd_mcore import lifetime
 
 SAVED = 75
-"""Exit code of a job that has stopped early, with everything saved: sysexits.h's EX_TEMPFAIL."""
+"""Exit code of a job that stopped early with everything saved (EX_TEMPFAIL of sysexits.h)."""
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals that this process passes on to the ranks."""
 _GRACE_SECONDS = 15.0
-"""How long the ranks that are left have after the first failure: they end by themselves."""
-_LOOK_SECONDS = 0.05
+"""Time in which the other ranks end by themselves after the first failure."""
+_POLL_SECONDS = 0.05
 
 
 def start_ranks(count: int, arguments: Sequence[str]) -> int:
@@ -32,13 +33,13 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
     """
     import torch.distributed as dist
 
-    # The store lives here, on a port that the system has chosen: no rank is special, and no port
-    # is taken by another in between.
+    # This process has the store, on a port that the system chooses: no rank is special, and no
+    # other process can take the port in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch/distributed/rendezvous.py: rank 0 has none
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 starts none (rendezvous.py)
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
@@ -57,10 +58,10 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         for index in range(count):
             command = [sys.executable, "-m", "aropd_mcore.cli", *arguments]
             own = {"RANK": str(index), "LOCAL_RANK": str(index)}
-            # A session of its own: the processes that it has started can be found after its end.
+            # In a session of its own, so that its child processes can be found after its end.
             rank = lifetime.start(command, env=environment | own, start_new_session=True)
             ranks.append(rank)
-            for number in passed_on:  # before this rank was there
+            for number in passed_on:  # signals that came before this rank
                 rank.send_signal(number)
         return _exit_code(ranks, passed_on)
     finally:
@@ -70,27 +71,27 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
 
 
 def _exit_code(ranks: Sequence[subprocess.Popen[bytes]], passed_on: Collection[int]) -> int:
-    """Wait for the ranks to end; only so long once one has failed."""
+    """Wait for the ranks to end, and after the first failure for _GRACE_SECONDS."""
     code, until = None, math.inf
     while True:
         ended = [rank.poll() for rank in ranks]
-        failed = [i for i, found in enumerate(ended) if found not in (None, 0, SAVED)]
+        failed = [i for i, code_i in enumerate(ended) if code_i not in (None, 0, SAVED)]
         if failed and code is None:
-            # Who died of a signal did so first: the others only met its absence.
+            # A rank killed by a signal comes first: the others failed because of its absence.
             first = min(failed, key=lambda i: (ended[i] or 0) >= 0)
             code, until = _meaning(first, ended[first] or 0, passed_on), time.monotonic()
             until += _GRACE_SECONDS
             for rank in ranks:
                 rank.terminate()
         if None not in ended or time.monotonic() > until:
-            return max(found or 0 for found in ended) if code is None else code
-        time.sleep(_LOOK_SECONDS)
+            return max(code_i or 0 for code_i in ended) if code is None else code
+        time.sleep(_POLL_SECONDS)
 
 
 def _meaning(rank: int, code: int, passed_on: Collection[int]) -> int:
-    """A rank's exit code as the job's; a signal is said and explained."""
+    """Return the job's exit code for that of a rank, and report a signal."""
     if -code in passed_on:
-        # Before it listened to that signal: there was nothing new to save.
+        # The rank did not handle the signal yet, so there was nothing new to save.
         print(f"aropd: ended by {signal.Signals(-code).name}", file=sys.stderr)
         return SAVED
     if code < 0:
@@ -100,14 +101,14 @@ def _meaning(rank: int, code: int, passed_on: Collection[int]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Nothing of the job lives on; after Ctrl-C the ranks have a while."""
+    """End all processes of the job, after Ctrl-C only when _GRACE_SECONDS have passed."""
     if sys.exc_info()[0] is KeyboardInterrupt:
         until = time.monotonic() + _GRACE_SECONDS
         for rank in ranks:
             rank.send_signal(signal.SIGINT)
         while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
     for rank in ranks:
-        with suppress(ProcessLookupError):  # nobody is left
+        with suppress(ProcessLookupError):  # no process is left
             os.killpg(rank.pid, signal.SIGKILL)
         rank.wait()

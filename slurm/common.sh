@@ -26,7 +26,7 @@ set -uo pipefail
 
 say() { echo "aropd-slurm: $(date '+%F %T') $*"; }
 
-fail() { # MESSAGE: end the job with the exit code of invalid input, for which a restart is no help
+fail() { # MESSAGE: end the job with the exit code of invalid input, after which it is not restarted
     say "error: $*" >&2
     exit 2
 }
@@ -192,7 +192,7 @@ finish() { # CODE of the step: end the job, or requeue it
             ;;
         2 | 3)
             show_end "$name"
-            say "$name ($host) ended with $code, for which a restart is no help: fix the cause above and submit again"
+            say "$name ($host) ended with $code, which a restart cannot fix: correct the cause above and submit again"
             exit "$code"
             ;;
         75) say "saved and stopped early" ;;

@@ -1,4 +1,4 @@
-"""Fixtures that every part of the suite may use."""
+"""Fixtures of the whole test suite."""
 
 import os
 from pathlib import Path
@@ -10,19 +10,21 @@ from hypothesis import is_hypothesis_test, settings
 from tests.support.tiers import starts_processes
 
 if not torch.cuda.is_available():
-    # Triton's own functions are made for its interpreter, or not, when it is first imported, and
-    # Megatron imports it: it has to be decided before any test.
+    # Triton reads this variable at its first import, which Megatron triggers. So it is set before
+    # any test.
     os.environ["TRITON_INTERPRET"] = "1"
 
 REPO = Path(__file__).resolve().parent.parent
 
-# `make test` repeats the same examples; `make test-rest` draws many others from a printed seed.
+# `make test` repeats the same examples. `make test-rest` draws others from a printed seed.
 settings.register_profile("fixed", deadline=None, max_examples=50, derandomize=True)
 settings.register_profile("seeded", deadline=None, max_examples=200, print_blob=True)
 settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Each of two workers takes whole files. The longest comes first, so that both end together.
+    items.sort(key=lambda item: item.path.name != "test_step.py")
     for item in items:
         if starts_processes(item):
             item.add_marker("processes")
@@ -32,14 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def seed(request) -> int:
-    """Seed of a test's own random examples: that of --hypothesis-seed, else always the same."""
+    """Seed of a test's random examples: --hypothesis-seed, or 1."""
     return int(request.config.getoption("--hypothesis-seed") or 1)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets and the Qwen2 tokenizer: $AROPD_DATA, or ../shared/data."""
+    """Folder of real data sets and the Qwen2 tokenizer: $AROPD_DATA, or ../shared/data."""
     folder = Path(os.environ.get("AROPD_DATA") or REPO.parent / "shared" / "data")
     if not folder.is_dir():
-        pytest.skip(f"{folder} is absent; set AROPD_DATA to the folder of data sets")
+        pytest.skip(f"{folder} is missing; set AROPD_DATA to the folder of data sets")
     return folder

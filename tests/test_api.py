@@ -1,4 +1,4 @@
-"""The Python API as users write it: scripts of their own, run as they are."""
+"""The Python API, in scripts that run in separate processes as users' scripts do."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.support.tiny_runs import write_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The YAML file of a run of two steps, which saves in the background after each."""
+    """YAML file of a run of two steps, with a save after each step."""
     return write_run(
         tmp_path_factory.mktemp("api"),
         training={"num_steps": 2},
@@ -53,8 +53,8 @@ def test_import_of_the_package_imports_neither_torch_nor_megatron():
         aropd.trian  # noqa: B018
 
 
-def test_script_without_a_main_guard_trains_once_then_again_then_samples(run, tmp_path):
-    """Two trainings, then every other function, in one process and with asynchronous saves."""
+def test_script_without_a_main_guard_trains_twice_and_calls_every_function(run, tmp_path):
+    """Two trainings with background saves, then every other function, in one process."""
     output = python(
         f"""
 import aropd_mcore as aropd
@@ -74,8 +74,8 @@ with open("rows.jsonl", "w") as file:
     file.write('{{"question": "1 + 1?", "reasoning": "2", "answer": "2"}}\\n')
 summary = aropd.evaluate("first", tasks=["own:math=rows.jsonl"], max_response_tokens=8)
 assert summary.tasks["own"]["problems"] == 1 and summary.mean_accuracy in (0, 1)
-found = aropd.diagnose("second", data="rows.jsonl", max_response_tokens=16, rows=1)
-assert found["metrics"]["num_responses"] == 1
+diagnosis = aropd.diagnose("second", data="rows.jsonl", max_response_tokens=16, rows=1)
+assert diagnosis["metrics"]["num_responses"] == 1
 folder = result.export_hf("hf")
 assert (folder / "config.json").exists()
 try:
@@ -89,10 +89,11 @@ print("script ends")
         tmp_path,
     )
     assert output.count("script begins") == output.count("script ends") == 1
-    assert not list(tmp_path.glob("eval*")), "without `out` nothing is left"
+    assert not list(tmp_path.glob("eval*")), "without `out`, no folder of results remains"
 
 
-def test_processes_that_train_starts_give_the_metrics_of_torchrun(run, tmp_path, monkeypatch):
+@pytest.mark.rest
+def test_train_with_several_processes_gives_the_metrics_of_torchrun(run, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     config = aropd.load_config(run, [f"output_dir={tmp_path / 'started'}"])
     result = aropd.train(config, num_processes=2)
@@ -107,8 +108,8 @@ out.append([r.text for r in aropd.generate("ranks", ["1?", "2?"], out="out.jsonl
 tasks = ["own:math=rows.jsonl"]
 for _ in range(2):  # sampled and graded, then graded again
     out.append(aropd.evaluate("ranks", tasks, out="eval", **options).tasks["own"]["accuracy"])
-found = aropd.diagnose("ranks", "rows.jsonl", out="diagnose", max_response_tokens=16, rows=1)
-out.append(found["metrics"]["num_responses"])
+diagnosis = aropd.diagnose("ranks", "rows.jsonl", out="diagnose", max_response_tokens=16, rows=1)
+out.append(diagnosis["metrics"]["num_responses"])
 try:
     aropd.generate("ranks", [{{"quest": "1?"}}], out="other.jsonl", **options)
 except ValueError as error:
@@ -130,7 +131,8 @@ print("RANK", json.dumps(out), flush=True)
     assert [response.text for response in responses] == texts, "one process as two"
 
 
-def test_second_run_in_a_folder_in_use_is_refused_in_one_line(run, tmp_path):
+@pytest.mark.rest
+def test_train_with_an_output_dir_in_use_is_refused_in_one_line(run, tmp_path):
     script = f"""
 import subprocess, sys, time
 import aropd_mcore as aropd
@@ -165,6 +167,7 @@ def test_train_with_a_missing_model_raises_the_error_itself(run, tmp_path):
         aropd.train(config)
 
 
+@pytest.mark.rest
 @pytest.mark.processes
 def test_failed_job_of_several_processes_raises_its_command_and_exit_code(
     run, tmp_path, monkeypatch, capfd

@@ -1,4 +1,4 @@
-"""The `aropd` command: what it prints, what it refuses and with which exit code."""
+"""The `aropd` command: output, errors and exit codes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.support.tiny_runs import write_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The YAML of a run of two steps with every kind of log."""
+    """YAML file of a run of two steps with every logger."""
     return write_run(
         tmp_path_factory.mktemp("cli"),
         training={"num_steps": 2, "global_batch_size": 4, "micro_batch_size": 2},
@@ -30,7 +30,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(run) -> Path:
-    """The output_dir of the run, trained by the command itself in a process of its own."""
+    """output_dir of the run, trained by the command in a separate process."""
     done = subprocess.run(
         [sys.executable, "-m", "aropd_mcore.cli", "train", str(run), "rollout.top_k=50"],
         env=os.environ
@@ -44,7 +44,7 @@ def trained(run) -> Path:
     return run.parent / "out"
 
 
-def test_a_run_leaves_what_the_readme_says(run, trained):
+def test_train_writes_metrics_config_checkpoint_and_logs(run, trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert "top_k: 50" in (trained / "config.yaml").read_text()
@@ -65,11 +65,11 @@ def test_export_gives_a_folder_that_transformers_loads(run, trained, weights, ca
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     start = load_file(run.parent / "model" / "model.safetensors")
-    found = load_file(out / "model.safetensors")
-    assert found.keys() == start.keys()
-    # The student has moved by about lr a step; the moving average by a tenth of that.
-    moved = max(float((found[name] - start[name]).abs().max()) for name in start)
-    assert (5e-4 < moved < 5e-3) if weights == "student" else (2e-5 < moved < 5e-4)
+    exported = load_file(out / "model.safetensors")
+    assert exported.keys() == start.keys()
+    # The student moved by about lr per step, the moving average by a tenth of that.
+    distance = max(float((exported[name] - start[name]).abs().max()) for name in start)
+    assert (5e-4 < distance < 5e-3) if weights == "student" else (2e-5 < distance < 5e-4)
     assert cli.main(command[3:]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -95,21 +95,21 @@ def test_dry_run_prints_the_config_and_the_layout_and_starts_nothing(run, capsys
         (["--stop-before", "90"], "limits.stop_before: found '90', expected a time such as 3h55m"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_a_line(run, capsys, arguments, message):
+def test_train_with_an_invalid_config_exits_with_2_and_one_error(run, capsys, arguments, message):
     assert cli.main(["train", str(run), "--dry-run", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("aropd: error: ") and message in error
     assert "Traceback" not in error
 
 
-def test_what_one_rank_alone_met_is_said_by_that_rank(monkeypatch, capsys, tmp_path):
+def test_error_on_a_rank_other_than_0_names_the_rank(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith("aropd: error on rank 3: ")
 
 
-def test_serve_starts_what_a_run_would_start_itself(tmp_path):
-    """In place of an interpreter with vLLM, one that only shows what it was given."""
+def test_serve_starts_the_server_that_a_run_would_start(tmp_path):
+    """A fake interpreter prints its arguments in place of one that has vLLM."""
     interpreter = tmp_path / "python"
     interpreter.write_text('#!/bin/sh\necho "$@"\necho "$CUDA_VISIBLE_DEVICES $RANK"\n')
     interpreter.chmod(0o700)
@@ -126,15 +126,15 @@ def test_serve_starts_what_a_run_would_start_itself(tmp_path):
 
     done = start([*command, "rollout.vllm.port=8123"])
     assert done.returncode == 0, done.stderr
-    said, arguments, rest = done.stdout.splitlines()
-    assert said.endswith("at http://127.0.0.1:8123")
+    headline, arguments, variables = done.stdout.splitlines()
+    assert headline.endswith("at http://127.0.0.1:8123")
     assert "--max-model-len 144 --tokens-only --logprobs-mode raw_logprobs" in arguments
     assert "--host 127.0.0.1 --port 8123 --middleware aropd_guard.Guard --some=flag" in arguments
-    assert rest == "6,7 "
+    assert variables == "6,7 "
     assert "a key" not in done.stdout
 
     done = start(command)
-    assert done.returncode == 2 and "rollout.vllm.port: required" in done.stderr
+    assert done.returncode == 2 and "rollout.vllm.port 0: expected a port" in done.stderr
 
 
 def test_show_views_prints_the_three_views_of_a_row(run, capsys):
@@ -149,17 +149,17 @@ def test_show_views_prints_the_three_views_of_a_row(run, capsys):
     assert cli.main([*preset, "--config", str(run)]) == 0
     printed = capsys.readouterr().out
     (student, partial) = re.findall(r"(?:student|partial) view: (\d+) tokens", printed)
-    assert student == partial  # its anchor sees no part of the trace
+    assert student == partial  # the partial view of er_opd shows no part of the trace
     assert cli.main([*preset, "--model", str(run.parent)]) == 2
-    assert "give --config" in capsys.readouterr().err
+    assert "expected --config" in capsys.readouterr().err
 
 
-def test_prepare_reports_what_it_kept(tmp_path, capsys):
+def test_prepare_reports_the_kept_rows(tmp_path, capsys):
     source, out = tmp_path / "gsm.jsonl", tmp_path / "rows.jsonl"
     rows = [{"question": "1+1?", "answer": "one <<1+1=2>>more\n#### 2"}, {"question": "2+2?"}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.main(["prepare", str(source), "--output", str(out)]) == 0
+    assert cli.main(["prepare", str(source), "--out", str(out)]) == 0
     assert "kept 1 rows" in capsys.readouterr().out
     assert json.loads(out.read_text())["answer"] == "2"
-    assert cli.main(["prepare", str(tmp_path / "none"), "--output", str(out)]) == 2
+    assert cli.main(["prepare", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Configuration: what is read, what is refused, and in which words."""
+"""Configuration: defaults, overrides, refused values and their messages."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def test_defaults_are_the_reference_settings(path):
         ("name=sft", ()),
     ],
 )
-def test_views_that_are_read(path, overrides, views):
+def test_objective_views_of_each_setting(path, overrides, views):
     config = load_config(path, [f"objective.{override}" for override in overrides.split()])
     assert config.objective.views == views
     setup = build_setup(config, 1, architecture=read_architecture(CLUSTERS / "Qwen2.5-7B-Instruct"))
@@ -84,17 +84,19 @@ def test_overrides_are_yaml_at_dotted_keys(path):
     assert config.data.train == [Path("a.jsonl"), Path("b.parquet")]
     assert config.views.student_template == "{question} = ?"
     assert config.rollout.top_k == 5
-    assert load_config(path).optimizer.lr == 2e-5, "an override left its file's run changed"
+    assert load_config(path).optimizer.lr == 2e-5, (
+        "an override must not change later loads of the file"
+    )
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "0.00001", ".1e-4"])
-def test_floats_without_a_dot_are_floats(tmp_path, text):
+def test_float_in_any_notation_is_a_float(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(SMALLEST) + f"optimizer: {{lr: {text}}}\n")
     assert load_config(path).optimizer.lr == pytest.approx(1e-5)
 
 
-def test_dump_and_load_give_the_same_run(path, tmp_path):
+def test_dumped_config_loads_as_the_same_config(path, tmp_path):
     config = load_config(path, ["objective.residual_clip=null", "optimizer.lr=3e-7"])
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(dump_config(config))
@@ -215,7 +217,7 @@ def test_dump_and_load_give_the_same_run(path, tmp_path):
         ),
     ],
 )
-def test_values_that_are_refused(path, override, key, message):
+def test_invalid_value_is_refused(path, override, key, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
     assert str(caught.value) == f"{path}: {key}: {message}"
@@ -230,20 +232,20 @@ def test_values_that_are_refused(path, override, key, message):
         ("data.train=[a", "override 'data.train=[a': not YAML"),
     ],
 )
-def test_overrides_that_are_refused(path, override, message):
+def test_invalid_override_is_refused(path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
     assert str(caught.value).startswith(message)
 
 
 def test_load_config_with_the_default_of_a_removed_key_ignores_it(tmp_path, path):
-    """As the config.yaml of a run of an earlier version states it."""
+    """The config.yaml of a run of an earlier version has this key."""
     tree = load_config(path).model_dump(mode="json")
     tree["parallel"]["overlap_param_gather"] = False
     assert load_config(write(tmp_path / "config.yaml", tree)) == load_config(path)
 
 
-def test_files_that_are_refused(tmp_path):
+def test_invalid_file_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     for tree, message in (
         ({}, "output_dir: missing; this key is required"),
@@ -265,7 +267,7 @@ def test_files_that_are_refused(tmp_path):
         load_config(path)
 
 
-def test_every_problem_is_named_at_once(path):
+def test_config_with_several_problems_names_all_of_them(path):
     with pytest.raises(ConfigError) as caught:
         load_config(path, ["optimizer.lr=-1", "modle.path=x"])
     assert "optimizer.lr" in str(caught.value) and "did you mean 'model'" in str(caught.value)
@@ -276,14 +278,14 @@ def test_shipped_yaml_loads(example):
     load_config(example)
 
 
-def test_sequence_parallelism_needs_tensor_ranks(tmp_path: Path):
+def test_sequence_parallelism_without_tensor_parallelism_is_refused(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("parallel: {sequence: true}")
     with pytest.raises(ConfigError, match=r"parallel: sequence is true and tensor is 1"):
         load_config(path)
 
 
-def test_fp8_is_of_bf16_and_a_live_teacher_is_the_student(path):
+def test_fp8_with_fp32_or_another_format_for_a_live_teacher_is_refused(path):
     load_config(path, ["precision.teacher_fp8=e4m3"])
     for overrides, message in (
         (["precision.fp8=e4m3", "model.dtype=fp32"], "fp8 products with model.dtype fp32"),
@@ -296,18 +298,18 @@ def test_fp8_is_of_bf16_and_a_live_teacher_is_the_student(path):
             load_config(path, overrides)
 
 
-def test_there_are_shipped_examples():
+def test_examples_exist():
     assert EXAMPLES
 
 
-def test_every_setting_says_what_it_means():
-    def undocumented(model: type[BaseModel], where: str) -> list[str]:
+def test_every_setting_is_documented():
+    def undocumented(model: type[BaseModel], prefix: str) -> list[str]:
         names = []
         for name, field in model.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                names += undocumented(field.annotation, f"{where}{name}.")
+                names += undocumented(field.annotation, f"{prefix}{name}.")
             elif not (field.description or "").strip():
-                names.append(where + name)
+                names.append(prefix + name)
         return names
 
     assert undocumented(Config, "") == []

@@ -54,7 +54,7 @@ def test_sigkill_ends_a_child_and_the_forks_of_its_forks():
         time.sleep(0.01)
 
 
-def test_a_child_outlives_the_thread_that_started_it():
+def test_child_outlives_the_thread_that_started_it():
     started: list[subprocess.Popen] = []
     thread = threading.Thread(target=lambda: started.append(lifetime.start(SLEEP)))
     thread.start()
@@ -69,7 +69,7 @@ def test_a_child_outlives_the_thread_that_started_it():
     assert child.wait() == -signal.SIGKILL
 
 
-def test_a_child_whose_parent_has_ended_does_not_start(tmp_path):
+def test_child_whose_parent_has_ended_does_not_start(tmp_path):
     """The parent may be killed between its fork and the child's first instruction."""
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -79,13 +79,13 @@ def test_a_child_whose_parent_has_ended_does_not_start(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "started").exists()
 
 
-def test_a_command_that_does_not_exist_is_reported_in_one_line():
+def test_missing_command_is_reported_in_one_line():
     child = lifetime.start(["/no/such/program"], stderr=subprocess.PIPE)
     assert child.communicate()[1] == b"/no/such/program: No such file or directory\n"
     assert child.returncode == 1
 
 
-def test_a_rank_whose_launcher_and_store_have_ended_exits_at_once():
+def test_rank_whose_launcher_and_store_have_ended_exits_at_once():
     """Ranks do not know torchrun's process id, so they cannot compare it."""
     with socket.socket() as probe:  # bind and close a port, which then refuses connections
         probe.bind(("127.0.0.1", 0))
@@ -104,14 +104,14 @@ def test_a_rank_whose_launcher_and_store_have_ended_exits_at_once():
 
 STARTS = {
     "evaluation/grade.py": "math_child.py: lifetime.start",
-    "evaluation/sandbox.py": "sandbox_child.py, which asks for the signal itself",
-    "evaluation/sandbox_child.py": "its fork asks again",
+    "evaluation/sandbox.py": "sandbox_child.py, which requests the signal itself",
+    "evaluation/sandbox_child.py": "its fork requests the signal again",
     "lifetime.py": "the mechanism",
-    "mcore/checkpoint/writer.py": "the queue's server and the writers ask first thing",
+    "mcore/checkpoint/writer.py": "the queue's server and the writers request the signal first",
     "local_launch.py": "ranks: lifetime.start",
     "rollout/vllm_process.py": "the first watchdog, which watches this process",
     "rollout/vllm_side/aropd_watchdog.py": "two watchdogs, which watch each other",
-    "trainer/slurm_launch.py": "sbatch, which ends by itself and must not end half-way",
+    "trainer/slurm_launch.py": "sbatch, which ends by itself and must not be interrupted",
 }
 """Modules that start processes, and the reason why none of these processes is left behind."""
 

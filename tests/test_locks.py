@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one holder, which errors describe, and none after it has ended."""
+"""The lock of a run's folder: it has one holder, which errors describe, and ends with it."""
 
 import fcntl
 import os
@@ -33,7 +33,7 @@ def short_wait(monkeypatch):
     monkeypatch.setattr(locks, "_PATIENCE", 0.2)
 
 
-def test_a_killed_holder_whose_fork_lives_blocks_no_run(tmp_path, short_wait, monkeypatch):
+def test_lock_of_a_killed_holder_with_a_living_fork_is_free(tmp_path, short_wait, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=REPO, stdout=subprocess.PIPE, text=True
@@ -78,15 +78,15 @@ def test_run_lock_on_a_file_system_without_locks_succeeds(tmp_path, monkeypatch)
 def test_every_rank_of_a_second_run_raises_the_same_error_before_it_writes(tmp_path):
     path = write_run(tmp_path)
     lock = RunLock(tmp_path / "out")
-    messages = run_ranks(error_of_second_run, 2, path)
+    messages = run_ranks(second_run_error, 2, path)
     assert messages[0] == messages[1] and f"pid {os.getpid()}" in messages[0]
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
     lock.close()
     run_ranks(train_on_ranks, 2, path, ["training.num_steps=1"])
-    RunLock(tmp_path / "out").close()  # the run has released the lock, and its ranks still live
+    RunLock(tmp_path / "out").close()  # the run released the lock, although its ranks live on
 
 
-def error_of_second_run(path: Path) -> str:
+def second_run_error(path: Path) -> str:
     locks._PATIENCE, patience = 0.2, locks._PATIENCE
     try:
         with pytest.raises(InUse) as failed:

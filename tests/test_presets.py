@@ -1,4 +1,4 @@
-"""Presets: what each changes, what wins over it, and the loss that each one means."""
+"""Presets: changed settings, precedence, and the loss of each method."""
 
 import os
 import subprocess
@@ -60,7 +60,7 @@ CHANGES = {
         "teacher.kind": "frozen",
     },
 }
-"""Of a run with default settings."""
+"""Settings that each preset changes in a run with default settings."""
 
 
 @pytest.fixture
@@ -76,14 +76,14 @@ def settings(config: Config) -> dict:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_changes_exactly_its_settings(path, preset):
+def test_preset_changes_exactly_its_settings(path, preset):
     before, config = settings(load_config(path)), load_config(path, preset=preset)
     changed = {key: v for key, v in settings(config).items() if v != before[key]}
     assert changed == CHANGES[preset]
     assert {line.split(":")[0] for line in preset_changes(path, preset, config)} == changed.keys()
 
 
-def test_file_then_preset_then_override(path):
+def test_preset_takes_precedence_over_the_file_and_overrides_over_both(path):
     tree = SMALLEST | {"objective": {"name": "sft", "residual_scale": 0.6, "jsd_weight": 0.3}}
     path.write_text(yaml.safe_dump(tree))
     overrides = ["objective.jsd_weight=0.9", "teacher.kind=live"]
@@ -95,14 +95,14 @@ def test_file_then_preset_then_override(path):
     assert "objective.residual_scale: 0.6 -> 1.0" in lines
     assert "objective.jsd_weight: 0.3 -> 0.5, replaced by an override: 0.9" in lines
     assert 'teacher.kind: "ema" -> "frozen", replaced by an override: "live"' in lines
-    # What the file has already is no change.
+    # A value that the file already has is no change.
     path.write_text(yaml.safe_dump(SMALLEST | {"objective": {"residual_clip": None}}))
     assert preset_changes(path, "sdft", load_config(path, preset="sdft")) == [
         "objective.residual_scale: 0.8 -> 1.0"
     ]
 
 
-def test_an_unknown_preset_is_refused_in_one_line(path, capsys):
+def test_unknown_preset_is_refused_in_one_line(path, capsys):
     for command in ("train", "plan", "launch", "serve"):
         assert cli.main([command, str(path), "--preset", "../opsd"]) == 2
         assert capsys.readouterr().err == (
@@ -113,15 +113,15 @@ def test_an_unknown_preset_is_refused_in_one_line(path, capsys):
         assert "er_opd, g_opd, opsd, reference, sdft" in " ".join(capsys.readouterr().out.split())
 
 
-def test_logits_are_not_divided_by_a_temperature_of_0(path):
+def test_temper_logits_with_temperature_0_is_refused(path):
     with pytest.raises(ConfigError, match=r"temper_logits true and rollout.temperature 0"):
         load_config(path, ["rollout.temperature=0"], preset="opsd")
-    # There the logits are not divided.
+    # sft does not divide the logits.
     load_config(path, ["rollout.temperature=0", "objective.name=sft"], preset="reference")
 
 
 @pytest.mark.rest
-def test_a_run_with_a_preset_and_its_resume(tmp_path, capsys):
+def test_run_with_a_preset_resumes_without_changes(tmp_path, capsys):
     run = write_run(tmp_path, training={"num_steps": 1}, objective={"name": "sft"})
     command = ["train", str(run), "--preset", "reference", "objective.reduction=token_mean"]
     command += ["--nproc-per-node", "2"]
@@ -145,36 +145,36 @@ def test_a_run_with_a_preset_and_its_resume(tmp_path, capsys):
 
     assert cli.main([*command, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "the run will resume at step 1" in printed and "# changed" not in printed
+    assert "the run will resume at step 1" in printed and "# settings changed" not in printed
 
 
-def beyond_the_full_view(log_p, log_f):
+def extrapolate(log_p, log_f):
     return torch.log_softmax(1.25 * log_f - 0.25 * log_p, -1)
 
 
-def half_way(log_q, log_s):
+def jensen_shannon(log_q, log_s):
     log_m = ((log_q.exp() + log_s.exp()) / 2).log()
     return (kl(log_q, log_m) + kl(log_s, log_m)) / 2
 
 
 @pytest.mark.parametrize(
-    ("preset", "loss_of"),
+    ("preset", "compute_loss"),
     [
-        ("opsd", lambda log_s, log_p, log_f: half_way(log_f, log_s)),
+        ("opsd", lambda log_s, log_p, log_f: jensen_shannon(log_f, log_s)),
         ("sdft", lambda log_s, log_p, log_f: kl(log_f, log_s)),
-        ("er_opd", lambda log_s, log_p, log_f: kl(beyond_the_full_view(log_p, log_f), log_s)),
-        ("g_opd", lambda log_s, log_p, log_f: kl(log_s, beyond_the_full_view(log_p, log_f))),
+        ("er_opd", lambda log_s, log_p, log_f: kl(extrapolate(log_p, log_f), log_s)),
+        ("g_opd", lambda log_s, log_p, log_f: kl(log_s, extrapolate(log_p, log_f))),
     ],
 )
-def test_the_loss_of_a_relative(path, preset, loss_of):
-    """Loss and gradient against the method's own equation."""
+def test_loss_of_a_preset_equals_the_published_equation(path, preset, compute_loss):
+    """Loss and gradient are compared."""
     objective = load_config(path, preset=preset).objective
     torch.manual_seed(0)
     student, partial, full = (3 * torch.randn(5, 40, dtype=torch.float64) for _ in range(3))
     student.requires_grad_()
-    expected = loss_of(*(torch.log_softmax(x, -1) for x in (student, partial, full)))
+    expected = compute_loss(*(torch.log_softmax(x, -1) for x in (student, partial, full)))
     (gradient,) = torch.autograd.grad(expected.sum(), student)
-    found, _ = vocab_parallel_anchored_residual_kl(
+    loss_T, _ = vocab_parallel_anchored_residual_kl(
         student,
         partial,
         full,
@@ -184,12 +184,12 @@ def test_the_loss_of_a_relative(path, preset, loss_of):
         jsd_weight=objective.jsd_weight,
         vocab_size=40,
     )
-    assert_close(found, expected)
-    assert_close(torch.autograd.grad(found.sum(), student)[0], gradient)
+    assert_close(loss_T, expected)
+    assert_close(torch.autograd.grad(loss_T.sum(), student)[0], gradient)
 
 
 @pytest.mark.parametrize("preset", ["er_opd", "g_opd"])
-def test_the_anchor_of_extrapolation_sees_the_student_prompt(path, tmp_path, preset):
+def test_partial_view_of_extrapolation_equals_the_student_view(path, tmp_path, preset):
     builder = ViewBuilder(save_tiny_tokenizer(tmp_path), load_config(path, preset=preset).views)
     views = builder.build(Row("1 + 1?", "One and one make two.", "2"))
     assert views.partial_ids == views.student_ids != views.full_ids

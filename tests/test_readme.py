@@ -1,10 +1,12 @@
-"""README.md: its quickstart runs as it stands, and its links lead somewhere."""
+"""README.md: the quickstart runs as written, and the links are valid."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import REPO
 from tests.support.tiny_runs import write_model
@@ -13,8 +15,9 @@ README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.rest
 def test_quickstart_commands_run_as_written(tmp_path: Path):
-    """In order, with a tiny model in place of the one that it names."""
+    """The commands run in order, with a tiny model under the name of the real one."""
     files = {"json": "rows.jsonl", "yaml": "run.yaml"}
     write_model(tmp_path / "Qwen2.5-0.5B-Instruct", max_position_embeddings=2048)
     environment = os.environ | {
@@ -35,7 +38,7 @@ def test_quickstart_commands_run_as_written(tmp_path: Path):
     assert (tmp_path / "first-hf/model.safetensors").exists()
 
 
-def test_relative_links_lead_to_files():
+def test_relative_links_point_to_existing_files():
     links = re.findall(r"\]\(([^)#]+)[^)]*\)|(?:srcset|src)=\"([^\"]+)\"", README)
     paths = [link or image for link, image in links if not (link or image).startswith("http")]
     assert len(paths) > 20

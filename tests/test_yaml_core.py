@@ -1,4 +1,4 @@
-"""YAML 1.2 core with unique keys: values, refused texts, and no exception but ConfigError."""
+"""YAML 1.2 core with unique keys: values, refused texts, and ConfigError as the only error."""
 
 import math
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_parse_yaml_of_a_bad_text_names_the_line(text, message):
 # --- configurations ---
 
 
-def test_a_section_given_twice_is_refused(tmp_path):
+def test_repeated_section_is_refused(tmp_path):
     twice = "training: {num_steps: 2, global_batch_size: 8, seed: 7}\ntraining: {num_steps: 2}\n"
     with pytest.raises(ConfigError, match=r"run\.yaml: line 5: found key 'training' a second"):
         load(tmp_path, HEAD + twice)
@@ -154,7 +154,7 @@ def test_times_and_dates_stay_strings(tmp_path):
 
 
 @pytest.mark.parametrize("nothing", ["", "\n#  max_prompt_tokens: 400", " {}", " null", " ~"])
-def test_an_empty_section_has_its_defaults(tmp_path, nothing):
+def test_empty_section_has_its_defaults(tmp_path, nothing):
     text = HEAD + TRAINING + f"rollout: {{vllm:}}\nviews:{nothing}\n"
     assert load(tmp_path, text) == load(tmp_path, HEAD + TRAINING)
     config = load(tmp_path, text, "views.max_prompt_tokens=400", "rollout.vllm.servers=2")
@@ -196,7 +196,7 @@ def test_booleans_and_numbers_do_not_replace_each_other(tmp_path, override, mess
         load(tmp_path, HEAD + TRAINING, override)
 
 
-def test_an_anchored_section_is_copied(tmp_path):
+def test_anchored_section_is_copied(tmp_path):
     """If two sections share an anchor, an override of one section does not change the other."""
     text = HEAD + TRAINING + "views: {partial_ratio: &half 0.5}\nobjective: {jsd_weight: *half}\n"
     config = load(tmp_path, text, "views.partial_ratio=0.25")

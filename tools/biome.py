@@ -23,7 +23,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _is_installed() -> bool:
-    """Whether node_modules is newer than the lock file. npm writes its copy of the lock last."""
+    """Return whether node_modules is newer than the lock file.
+
+    npm writes its copy of the lock file last.
+    """
     copy = _MODULES / ".package-lock.json"
     return copy.exists() and copy.stat().st_mtime >= (_TOOLS / "package-lock.json").stat().st_mtime
 

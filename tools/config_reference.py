@@ -29,7 +29,7 @@ Schema = Mapping[str, Any]
 
 
 def render() -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     schema = Config.model_json_schema()
     sections, own_settings = {}, {}
     for name, setting in schema["properties"].items():
@@ -70,7 +70,7 @@ def _resolved(setting: Schema, schema: Schema) -> Schema:
 
 
 def _type(setting: Schema) -> str:
-    """The values that a setting takes, in words."""
+    """Describe the values that a setting accepts."""
     if choices := setting.get("anyOf"):
         return ", ".join(map(_type, choices))
     if "enum" in setting:
@@ -87,7 +87,7 @@ def _type(setting: Schema) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A default value as a YAML file spells it."""
+    """Return a default value in YAML."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) and value.isidentifier() else json.dumps(value)

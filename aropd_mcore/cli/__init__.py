@@ -1,4 +1,4 @@
-"""The `aropd` command: one module per subcommand, with its arguments and its few lines of work."""
+"""The `aropd` command: one module per subcommand defines its arguments and calls the work."""
 
 from aropd_mcore.cli.entry import main, run
 

@@ -11,7 +11,12 @@ from aropd_mcore.config_file import PRESETS, load_config, preset_changes
 def add_config_arguments(parser: argparse.ArgumentParser, *, example: str) -> None:
     """Add the YAML file, overrides of its settings, and --preset."""
     parser.add_argument("config", type=Path, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", help=f"settings, such as {example}")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help=f"settings that replace those of the file and of --preset, such as {example}",
+    )
     add_preset_argument(parser)
 
 
@@ -19,8 +24,8 @@ def add_preset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"settings of a method, over the YAML file and under overrides: {', '.join(PRESETS)}; "
-        "aropd_mcore/presets/NAME.yaml states what each reproduces",
+        help="settings of a published method, which replace those of the file (default: none): "
+        f"{', '.join(PRESETS)}. aropd_mcore/presets/NAME.yaml names the source of each.",
     )
 
 
@@ -30,7 +35,7 @@ def load(args: argparse.Namespace) -> Config:
 
 
 def config_words(args: argparse.Namespace) -> list[str]:
-    """Return the arguments with which another process loads the same configuration."""
+    """Return the command-line arguments from which another process loads the same config."""
     preset = ["--preset", args.preset] if args.preset else []
     return [str(args.config), *preset, *args.overrides]
 
@@ -43,5 +48,5 @@ def print_preset(args: argparse.Namespace, config: Config) -> None:
 
 
 def print_comments(texts: Iterable[str]) -> None:
-    """Print texts as comments, below the YAML or the command that they belong to."""
+    """Print texts as comments, below the YAML or the command that they describe."""
     print("".join(f"# {line}\n" for text in texts for line in text.splitlines()), end="")

@@ -1,4 +1,4 @@
-"""`aropd convert` and its commands; tools/ has the two directions as scripts of their own."""
+"""`aropd convert` and its subcommands. tools/ has scripts that run import and export."""
 
 import argparse
 import json
@@ -13,24 +13,35 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16", "float16")
 _MAX_ROWS = 20
 
-_A_CHECKPOINT = (
-    "an HF folder; a Megatron torch_dist checkpoint or one iteration of it; a run's output_dir"
+_CHECKPOINT_HELP = (
+    "an HF folder, a Megatron torch_dist checkpoint, one iteration of a Megatron checkpoint, or a "
+    "run's output_dir"
 )
 _STREAMS = """
-    Tensors are read, transformed and written two at a time: no GPU, no process group, and about
-    1 GB of memory beside the largest tensors, whatever the size of the model. The target takes its
-    name when it is whole and on the disk; after an interruption nothing is there, and the next call
-    removes what was left.
+    Tensors are read, transformed and written two at a time. This needs no GPU and no process group.
+    Memory is about 1 GB in addition to the largest tensors, for any size of model. The output gets
+    its name only when it is complete and on disk. The next call removes the temporary files of an
+    interrupted one.
+"""
+_DESCRIPTION = "Convert, compare and inspect checkpoints. This needs no GPU and no Megatron."
+_EXAMPLES = """\
+examples:
+  %(prog)s import Qwen2.5-7B-Instruct checkpoints/qwen
+  %(prog)s export runs/mine hf-folder
+  %(prog)s COMMAND --help    all options of a command
 """
 _EXIT = """
     exit status:
-      0  done    1  a difference (verify)    2  an error, said in one line on stderr
+      0  success
+      1  the checkpoints differ (verify)
+      2  error, stated in one line on stderr
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Register import, export, verify and inspect."""
-    parser.description = "Convert, compare and inspect checkpoints: no GPU and no Megatron needed."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, add, summary in (
         ("import", add_import, "convert an HF folder to a Megatron checkpoint"),
@@ -46,9 +57,9 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         parser,
         "Write an HF folder as a Megatron-Core torch_dist checkpoint, bit for bit.",
         """
-        MCORE_DIR/iter_0000000/ is the checkpoint, with the arguments that Megatron-LM looks for;
-        MCORE_DIR/latest_checkpointed_iteration.txt names it; MCORE_DIR/hf/ keeps config, tokenizer
-        and chat template for the way back. Every layout loads it: no option has to match.
+        MCORE_DIR/iter_0000000/ is the checkpoint, including the arguments that Megatron-LM reads.
+        MCORE_DIR/latest_checkpointed_iteration.txt names it. MCORE_DIR/hf/ keeps config, tokenizer
+        and chat template for the export. The checkpoint loads in every layout.
         """
         + _STREAMS,
         """
@@ -57,22 +68,32 @@ def add_import(parser: argparse.ArgumentParser) -> None:
           %(prog)s Qwen3-30B-A3B checkpoints/moe --tensor 4 --expert 8
         """,
     )
-    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder of safetensors")
+    parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="HF folder to read")
     parser.add_argument("mcore_dir", type=Path, metavar="MCORE_DIR", help="folder to write")
-    layout = parser.add_argument_group("the layout that will load it, checked before anything else")
+    layout = parser.add_argument_group(
+        "layout in which the checkpoint will be loaded",
+        "The model is checked against the layout before the conversion starts.",
+    )
     layout.add_argument(
         "--tensor",
         type=_size,
-        help="tensors are cut so that such a rank reads its own part alone "
-        "(default: the largest of 8, 4, 2, 1 that divides the model)",
+        metavar="N",
+        help="number of tensor-parallel ranks. Tensors are stored in as many pieces, of which each "
+        "rank reads only its own. (default: the largest of 8, 4, 2, 1 that divides the model)",
     )
-    for name, what in (
+    for name, description in (
         ("pipeline", "pipeline stages"),
-        ("virtual-pipeline", "chunks on each stage"),
+        ("virtual-pipeline", "model chunks per stage"),
         ("expert", "expert-parallel ranks"),
-        ("expert-tensor", "ranks that share out each expert"),
+        ("expert-tensor", "tensor-parallel ranks of each expert"),
     ):
-        layout.add_argument(f"--{name}", type=_size, default=1, help=f"{what} (default: 1)")
+        layout.add_argument(
+            f"--{name}",
+            type=_size,
+            default=1,
+            metavar="N",
+            help=f"number of {description} (default: 1)",
+        )
     _add_allow_pickle(parser)
     _add_overwrite(parser)
     parser.set_defaults(run=_import)
@@ -83,8 +104,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         parser,
         "Write a Megatron checkpoint's weights as an HF folder that transformers and vLLM load.",
         """
-        The checkpoint may be an import or of a training run, and of any layout; optimizer state is
-        passed over. Names and order of the tensors are those of the model's original folder.
+        The checkpoint may come from an import or from a training run, in any layout. Optimizer
+        state is ignored. Names and order of the tensors are those of the model's original folder.
         """
         + _STREAMS,
         """
@@ -97,21 +118,23 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "mcore_dir",
         type=Path,
         metavar="MCORE_DIR",
-        help="a Megatron checkpoint, one iteration of it, or a run's output_dir (its newest)",
+        help="a Megatron checkpoint, one iteration of it, or a run's output_dir (for its newest "
+        "checkpoint)",
     )
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder to write")
     _add_weights(parser)
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of every tensor (default: each keeps its own; a teacher's average may be float32)",
+        help="dtype of all tensors (default: each keeps its own; a teacher that is a moving "
+        "average may be float32)",
     )
     parser.add_argument(
         "--max-shard-size",
         type=_bytes,
         default="5GB",
         metavar="SIZE",
-        help="of a safetensors file, such as 2GB (default: 5GB)",
+        help="largest size of a safetensors file, such as 2GB (default: 5GB)",
     )
     _add_hf(parser)
     _add_overwrite(parser)
@@ -124,10 +147,10 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         "Compare two checkpoints of either kind: the architecture that config.json describes, and "
         "every tensor, bit for bit.",
         """
-        Facts of config.json that differ are listed with both values. Tensors that differ are listed
-        with their largest absolute and relative error. Any of these differences, if only of dtype,
-        is exit status 1. Other files that differ, such as a chat template, are listed as notes and
-        do not change the exit status.
+        Properties in config.json that differ are listed with both values. Tensors that differ are
+        listed with their largest absolute and relative error. Any of these differences gives exit
+        status 1, also a difference of dtype only. Other files that differ, such as a chat template,
+        are listed as notes and do not change the exit status.
         """,
         """
         examples:
@@ -136,13 +159,13 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         """,
     )
     for name in ("a", "b"):
-        parser.add_argument(name, type=Path, metavar=name.upper(), help=_A_CHECKPOINT)
+        parser.add_argument(name, type=Path, metavar=name.upper(), help=_CHECKPOINT_HELP)
     _add_weights(parser)
     parser.add_argument(
         "--logits",
         action="store_true",
-        help="also compare logits and greedy tokens of a random prompt, in fp32 through "
-        "transformers: needs memory for one whole model (default: off)",
+        help="also compare logits and greedy tokens for a random prompt, in fp32 with "
+        "transformers; needs memory for one whole model (default: off)",
     )
     _add_json(parser)
     _add_hf(parser)
@@ -153,15 +176,16 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     _describe(
         parser,
-        "Say what a checkpoint of either kind holds; only headers are read.",
-        "Family, parameters, dtypes, layout, step; whether a teacher and an optimizer are in it.",
+        "Describe a checkpoint of either kind. Only headers are read.",
+        "Prints family, number of parameters, dtypes, layout and step, and whether the checkpoint "
+        "contains a teacher and optimizer state.",
         """
         examples:
           %(prog)s runs/mine
           %(prog)s Qwen2.5-7B-Instruct --shapes
         """,
     )
-    parser.add_argument("path", type=Path, metavar="DIR", help=_A_CHECKPOINT)
+    parser.add_argument("path", type=Path, metavar="DIR", help=_CHECKPOINT_HELP)
     parser.add_argument("--shapes", action="store_true", help="list every tensor (default: off)")
     _add_json(parser)
     _add_hf(parser)
@@ -176,7 +200,7 @@ def _import(args: argparse.Namespace) -> None:
 
     source = open_source(args.hf_dir, allow_pickle=args.allow_pickle)
     if not isinstance(source, HFSource):
-        raise ValueError(f"{args.hf_dir}: a Megatron checkpoint; import reads HF folders")
+        raise ValueError(f"{args.hf_dir}: found a Megatron checkpoint, expected an HF folder")
     check_layout(
         source.architecture,
         tensor=args.tensor or 1,
@@ -187,7 +211,7 @@ def _import(args: argparse.Namespace) -> None:
     )
     import_hf(source, args.mcore_dir, tensor_parallel=args.tensor, overwrite=args.overwrite)
     for name in source.left_aside:
-        print(f"left aside, as transformers does: {name}")
+        print(f"ignored, as in transformers: {name}")
     print(f"{args.hf_dir} -> {args.mcore_dir}")
 
 
@@ -197,9 +221,9 @@ def _export(args: argparse.Namespace) -> None:
     from aropd_mcore.convert.import_export import export_hf
     from aropd_mcore.convert.source import MegatronSource, open_source
 
-    source = open_source(args.mcore_dir, who=args.weights, hf=args.hf)
+    source = open_source(args.mcore_dir, role=args.weights, hf=args.hf)
     if not isinstance(source, MegatronSource):
-        raise ValueError(f"{args.mcore_dir}: an HF folder; export reads Megatron checkpoints")
+        raise ValueError(f"{args.mcore_dir}: found an HF folder, expected a Megatron checkpoint")
     export_hf(
         source,
         args.hf_dir,
@@ -215,8 +239,8 @@ def _verify(args: argparse.Namespace) -> int:
     from aropd_mcore.convert.verify import verify
 
     a, b = (
-        open_source(path, who=who, hf=args.hf, allow_pickle=args.allow_pickle)
-        for path, who in _whose(args)
+        open_source(path, role=role, hf=args.hf, allow_pickle=args.allow_pickle)
+        for path, role in _paths_with_weights(args)
     )
     report = verify(a, b, logits=args.logits)
     _write_json(args.json, report.as_json())
@@ -224,8 +248,9 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.same else 1
 
 
-def _whose(args: argparse.Namespace) -> list[tuple[Path, Any]]:
-    """Both paths; an HF folder holds one model only, so `--weights` is not asked of it."""
+def _paths_with_weights(args: argparse.Namespace) -> list[tuple[Path, Any]]:
+    """Return both paths, each with the weights to read. An HF folder has one model only, which
+    counts as the student, whatever `--weights` is."""
     is_hf = [(path / "config.json").exists() for path in (args.a, args.b)]
     return [
         (path, "student" if hf else args.weights)
@@ -288,12 +313,12 @@ def _lines(summary: "Summary") -> list[tuple[str, str]]:
     if summary.kind != "HF":
         lines += [
             ("step", "unknown" if summary.step is None else str(summary.step)),
-            ("written by", layout or "a layout it does not name"),
+            ("layout", layout or "unknown"),
             ("teacher", "yes" if summary.has_teacher else "no"),
             ("optimizer", "yes" if summary.has_optimizer else "no"),
         ]
     if summary.left_aside:
-        lines.append(("left aside", ", ".join(summary.left_aside)))
+        lines.append(("ignored", ", ".join(summary.left_aside)))
     return lines
 
 
@@ -309,7 +334,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("student", "teacher"),
         default="student",
-        help="whose, of a training checkpoint (default: %(default)s)",
+        help="weights to read of a training checkpoint (default: %(default)s)",
     )
 
 
@@ -318,7 +343,7 @@ def _add_hf(parser: argparse.ArgumentParser) -> None:
         "--hf",
         type=Path,
         metavar="DIR",
-        help="folder of config.json and tokenizer (default: the hf/ beside the checkpoint)",
+        help="folder of config.json and tokenizer (default: hf/ next to the checkpoint)",
     )
 
 
@@ -326,7 +351,7 @@ def _add_allow_pickle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read pytorch_model.bin too, by torch's weights-only loader (default: off)",
+        help="also read pytorch_model.bin, with torch's weights-only loader (default: off)",
     )
 
 
@@ -334,13 +359,13 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a checkpoint that is there, once the new one is whole (default: off)",
+        help="replace an existing checkpoint when the new one is complete (default: off)",
     )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write it as JSON too (default: no file)"
+        "--json", type=Path, metavar="FILE", help="also write the result as JSON (default: no file)"
     )
 
 
@@ -351,7 +376,7 @@ def _write_json(path: Path | None, value: dict[str, Any]) -> None:
 
 def _size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive whole number")
     return int(text)
 
 
@@ -359,5 +384,5 @@ def _bytes(text: str) -> int:
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
     number = text[:-2]
     if text[-2:] not in units or not number.isdecimal() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size such as 5GB or 500MB")
     return int(number) * units[text[-2:]]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from aropd_mcore.cli.ranks import add_num_processes_argument, run_as_ranks, sample_here
 from aropd_mcore.cli.sampling_arguments import (
+    add_model_argument,
     add_sampling_arguments,
-    add_source_argument,
     positive,
     sampling_settings,
 )
@@ -17,20 +17,19 @@ if TYPE_CHECKING:
     from aropd_mcore.evaluation.diagnose.spec import DiagnosisSpec
 
 _DESCRIPTION = """\
-Look at what a teacher would teach: responses are sampled, and scored once by the student and under
-both privileged views.
+Compare the teacher's signals on sampled responses. The student scores each response, and the
+teacher scores it under both privileged views.
 
-FILE has rows as training data: question, reasoning, answer. The teacher is the checkpoint's own;
-where it has none, and with --weights teacher, the model itself. Views, lambda, clip, thresholds,
-skip_response_tokens and, unless it is given, --max-response-tokens are those of the checkpoint's
-run or of --config.
+The data has training rows: question, reasoning, answer. The teacher is the one in the checkpoint.
+If the checkpoint has none, or with --weights teacher, the model is its own teacher. Views, lambda,
+clip, thresholds and skip_response_tokens are those of the checkpoint's run or of --config.
 
-The terminal shows P(EOS) where responses end, by view, the accuracy, and the AUC of the teacher's
-signals for a right response. Grading needs math-verify: pip install 'aropd-mcore[eval]'.
+Prints P(EOS) at the ends of responses by view, the accuracy, and the AUC of the teacher's signals
+as predictors of a correct response. Grading needs math-verify: pip install 'aropd-mcore[eval]'.
 
-OUT gets NAME.json, whose parts evaluation/diagnose/summary.py describes, and NAME.png; NAME is of
-the file, the weights and the step. `aropd report` shows what lies in a run's folder `diagnose`.
-Processes are those of `aropd generate`.
+Writes NAME.json, which evaluation/diagnose/summary.py describes, and NAME.png to the folder OUT.
+NAME consists of the data file's name, the weights and the step. `aropd report` shows the files in a
+run's folder `diagnose`. Processes are started as by `aropd generate`.
 """
 _EXAMPLES = """\
 examples:
@@ -42,20 +41,30 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    add_source_argument(parser, "--model")
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE")
+    add_model_argument(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="(default: of a run, its folder diagnose)"
+        "--data", required=True, type=Path, metavar="FILE", help="JSONL or Parquet file of rows"
     )
     parser.add_argument(
-        "--rows", type=positive, default=64, help="the first of FILE (default: %(default)s)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (default for a run's checkpoint: the run's folder diagnose)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="use the first N rows of the data (default: %(default)s)",
     )
     parser.add_argument(
         "--read",
         type=int,
         default=8,
         metavar="N",
-        help="responses that are written token by token, for the reader (default: %(default)s)",
+        help="number of responses written token by token for the page of `aropd report` (default: "
+        "%(default)s)",
     )
     add_sampling_arguments(parser, max_response_tokens=None)
     add_num_processes_argument(parser)

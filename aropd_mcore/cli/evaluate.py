@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from aropd_mcore.cli.ranks import add_num_processes_argument, run_as_ranks, sample_here
 from aropd_mcore.cli.sampling_arguments import (
+    add_model_argument,
     add_sampling_arguments,
-    add_source_argument,
     positive,
     sampling_settings,
 )
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from aropd_mcore.mcore.runtime import Runtime
 
 _DESCRIPTION = """\
-Accuracy of a student, a teacher or any other checkpoint on benchmarks in local files.
+Measure the accuracy of a student, a teacher or any other checkpoint on benchmarks in local files.
 
-A task is name=FILE, JSONL (also .gz) or Parquet as published, whose format is found from its keys:
+A task is NAME=FILE or NAME:FORMAT=FILE. FILE is the published JSONL (also .gz) or Parquet file.
+Choose any NAME. Without FORMAT the format is detected from the file's keys:
   gsm8k      GSM8K                              medmcqa    MedMCQA
   math       MATH-500, AMC, AIME, Minerva, rows gpqa       GPQA
   choices    MMLU, MMLU-Pro, MedQA              humaneval  HumanEval, HumanEval+
                                                 mbpp       MBPP, MBPP+
-or name:format=FILE. Questions are rendered as in training, by the views of the checkpoint's run or
-of --config, greedy unless --temperature says otherwise.
+Questions are rendered as in training, by the views of the checkpoint's run or of --config. Decoding
+is greedy unless --temperature is given.
 
-Mathematics is graded by math-verify, choices by letter, code by running it: --allow-code-execution
-does that in a sandbox, which evaluation/README.md describes.
+Mathematics is graded by math-verify, multiple choice by letter, and code by running it in a
+sandbox, which needs --allow-code-execution. docs/evaluation.md describes the sandbox.
 
-OUT gets responses.jsonl, samples.jsonl (a graded line a response) and summary.json. After an
-interruption the same command goes on where it stopped. Processes are those of `aropd generate`.
+The folder OUT receives responses.jsonl, samples.jsonl (one graded line per response) and
+summary.json. Rerun an interrupted command to resume. Processes are started as by `aropd generate`.
 """
 _EXAMPLES = """\
 examples:
@@ -47,11 +48,16 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    add_source_argument(parser, "--model")
+    add_model_argument(parser)
     parser.add_argument(
-        "--task", required=True, action="append", dest="tasks", metavar="NAME=FILE", help="several"
+        "--task",
+        required=True,
+        action="append",
+        dest="tasks",
+        metavar="NAME=FILE",
+        help="benchmark; repeat the option for several",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--allow-code-execution",
         action="store_true",
@@ -61,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--code-asserts",
         type=positive,
         metavar="N",
-        help="show up to N of a code problem's asserts in its prompt; they are among those that "
-        "grade it (default: the benchmark's own prompt, which is all of MBPP's test_list and none "
-        "of HumanEval's)",
+        help="show up to N of a code problem's asserts in its prompt. The same asserts also grade "
+        "the answer. (default: the benchmark's own prompt, which shows all of MBPP's test_list and "
+        "no asserts of HumanEval)",
     )
     add_sampling_arguments(parser, temperature=0.0)
     add_num_processes_argument(parser)
@@ -89,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _evaluate_here(evaluation: "Evaluation") -> int:
-    """Do this rank's part of sampling and grading; return the exit code."""
+    """Run this rank's part of sampling and grading. Returns the exit code."""
     from aropd_mcore.mcore.rank0 import run_on_rank0
     from aropd_mcore.rollout.generate import generate
 
@@ -109,8 +115,8 @@ def _grade(evaluation: "Evaluation") -> None:
 
     if evaluation.not_isolated:
         print(
-            f"aropd: the sandbox for code has no namespaces here ({evaluation.not_isolated}): the "
-            "model's code can reach the network, and files that are not its own",
+            f"aropd: the sandbox cannot use namespaces here ({evaluation.not_isolated}): the "
+            "model's code can reach the network and files outside its folder",
             file=sys.stderr,
         )
     Console(soft_wrap=True).print(*tables(grade(evaluation)), sep="\n")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from aropd_mcore.cli.ranks import add_num_processes_argument, run_as_ranks, sample_here
 from aropd_mcore.cli.sampling_arguments import (
+    add_model_argument,
     add_sampling_arguments,
-    add_source_argument,
     sampling_settings,
 )
 
@@ -16,43 +16,60 @@ if TYPE_CHECKING:
     from aropd_mcore.rollout.generation_spec import GenerationSpec
 
 _DESCRIPTION = """\
-Write responses of a student, a teacher or any other checkpoint, as JSONL.
+Sample responses of a student, a teacher or any other checkpoint, and write them as JSONL.
 
-A line of FILE (JSONL or Parquet) has one of
-  question      as training data: with its `system`, rendered as the student's view in training
+Each record of the prompts (JSONL or Parquet) has one of these fields:
+  question      as in training data; rendered, with `system` if present, as the student view
   messages      chat turns, each with `role` and `content`
   prompt_ids    token ids
-and any other fields, which go into its output lines as they are. An output line is a response: the
-fields of its prompt, then sample, text, response_ids (with the EOS), logprobs (with --logprobs),
-finish_reason (stop: an EOS; length: --max-response-tokens) and, of a training checkpoint,
-weight_version, its training steps. Order and seeds are those of the prompts, whatever the layout.
+Other fields are copied to the output. The output has one line per response: the fields of its
+prompt, then
+  sample          number of the response among the prompt's responses
+  text            the decoded response
+  response_ids    token ids, including the EOS
+  logprobs        with --logprobs
+  finish_reason   stop: ended with an EOS; length: at --max-response-tokens
+  weight_version  number of training steps, for a training checkpoint
+Order and seeds follow the prompts and do not depend on the layout.
 
-Of a run's checkpoint, questions are rendered by the views of its config.yaml, where
-views.on_long_prompt: cut and cut_chat shorten long ones; their lines have num_cut_tokens. Any other
-prompt that does not fit is an error, and every prompt is checked before the first response.
+For a run's checkpoint, questions are rendered by the views in the run's config.yaml. With
+views.on_long_prompt: cut or cut_chat, long questions are shortened, and their lines have
+num_cut_tokens. Any other prompt that is too long is an error. All prompts are checked before the
+first response is sampled.
 
-With --engine vllm the processes hand their weights to vLLM servers: those of --config's
-rollout.vllm, never of the checkpoint's run by itself, or one that is started on this machine.
+With --engine vllm the processes send their weights to vLLM servers: those in rollout.vllm of
+--config, or without --config one server that is started on this machine. Servers in the config of
+the checkpoint's run are not used.
 
-Responses gather in OUTPUT.partial until all are there. After an interruption the same command goes
-on where it stopped. Under torchrun this process is one rank of the job; otherwise it starts the
-processes itself. Those beyond one model replica are further replicas, which share out the prompts.
+Responses are collected in OUT.partial until all are complete. Rerun an interrupted command to
+resume. Under torchrun this process is one rank of the job. Otherwise it starts the processes
+itself. Several model replicas, if there are enough processes, split the prompts.
 """
 _EXAMPLES = """\
 examples:
-  %(prog)s --checkpoint runs/mine --prompts test.jsonl --output out.jsonl --temperature 0
-  %(prog)s --checkpoint runs/mine --weights teacher --prompts test.jsonl --output teacher.jsonl
-  %(prog)s --checkpoint Qwen2.5-7B-Instruct --prompts test.jsonl --output base.jsonl --samples 4
+  %(prog)s --model runs/mine --prompts test.jsonl --out out.jsonl --temperature 0
+  %(prog)s --model runs/mine --weights teacher --prompts test.jsonl --out teacher.jsonl
+  %(prog)s --model Qwen2.5-7B-Instruct --prompts test.jsonl --out base.jsonl --samples 4
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    add_source_argument(parser, "--checkpoint")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--logprobs", action="store_true", help="write each token's log-prob too")
+    add_model_argument(parser)
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="JSONL or Parquet file of prompts",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="JSONL file to write"
+    )
+    parser.add_argument(
+        "--logprobs", action="store_true", help="also write the log-probability of each token"
+    )
     add_sampling_arguments(parser)
     add_num_processes_argument(parser)
     parser.set_defaults(run=_run)
@@ -62,13 +79,13 @@ def _run(args: argparse.Namespace) -> int:
     from aropd_mcore.rollout.generation_spec import build_generation_spec
 
     if not args.prompts.is_file():
-        raise ValueError(f"{args.prompts}: no such file; expected prompts, JSONL or Parquet")
-    if args.output.exists():
-        raise ValueError(f"{args.output}: exists already; remove it, or name another --output")
+        raise ValueError(f"{args.prompts}: no such file; expected JSONL or Parquet of prompts")
+    if args.out.exists():
+        raise ValueError(f"{args.out}: exists already; remove it or choose another --out")
     spec = build_generation_spec(
-        args.checkpoint,
+        args.model,
         args.prompts,
-        args.output,
+        args.out,
         with_logprobs=args.logprobs,
         **sampling_settings(args),
     )
@@ -76,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _generate_here(spec: "GenerationSpec") -> int:
-    """Do this rank's part of the sampling; return the exit code."""
+    """Run this rank's part of the sampling. Returns the exit code."""
     from aropd_mcore.rollout.generate import generate
 
     code = sample_here(spec, lambda here: generate(spec, here))

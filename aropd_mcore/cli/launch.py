@@ -13,15 +13,17 @@ from aropd_mcore.cli.config_arguments import (
 from aropd_mcore.cli.sampling_arguments import positive
 
 _DESCRIPTION = """\
-Check the config, its layout, data, weights and tokenizer here, then submit slurm/train.sbatch with
-it, or slurm/serve_and_train.sbatch with --vllm-nodes. Relative paths are those of the working
-directory, in the job too. Words after `--` go to sbatch as they are. The head of slurm/common.sh
-lists the environment variables that the scripts read.
+Submit a run to Slurm. The config, layout, data, weights and tokenizer are checked first, on this
+machine. The job script is slurm/train.sbatch, or slurm/serve_and_train.sbatch with --vllm-nodes. In
+the job, relative paths are relative to the current working directory. Arguments after `--` are
+passed to sbatch unchanged. The head of slurm/common.sh lists the environment variables of the job
+scripts.
 """
 _EXAMPLES = """\
 examples:
   %(prog)s run.yaml --nodes 4 --dry-run
   %(prog)s run.yaml --nodes 4 -- --partition=gpu --time=2-0
+  %(prog)s run.yaml --nodes 6 --vllm-nodes 2
 """
 
 
@@ -29,13 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add_config_arguments(parser, example="optimizer.lr=1e-5")
-    parser.add_argument("--nodes", type=positive, default=1, help="(default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument(
-        "--vllm-nodes", type=int, default=0, help="number of the nodes that serve (default: 0)"
+        "--nodes", type=positive, default=1, metavar="N", help="number of nodes (default: 1)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the command and the script, submit nothing"
+        "--gpus-per-node",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of GPUs per node (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vllm-nodes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of nodes, among --nodes, that run vLLM servers (default: 0)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the sbatch command and the script; submit nothing",
     )
     parser.set_defaults(run=_run)
 

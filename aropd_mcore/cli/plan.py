@@ -6,22 +6,46 @@ from aropd_mcore.cli.config_arguments import add_config_arguments, load
 from aropd_mcore.cli.sampling_arguments import positive
 
 _DESCRIPTION = """\
-Estimate a run from its config alone: parameters, memory by part and phase, time by part, pipeline
-bubble, whether it fits, and what would make it fit.
+Estimate memory and step time of a run from its config, without starting it. Prints the number of
+parameters, memory by part and phase, time by part, and the pipeline bubble. States whether the run
+fits the GPUs, and which settings would make it fit.
+"""
+_EXAMPLES = """\
+examples:
+  %(prog)s run.yaml --nodes 4
+  %(prog)s run.yaml --gpus 64 --memory 141 parallel.tensor=4
+  %(prog)s run.yaml --gpus 64 --sweep
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = _DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add_config_arguments(parser, example="parallel.tensor=4")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--nodes", type=positive, default=1, help="(default: %(default)s)")
-    size.add_argument("--gpus", type=positive, help="in place of --nodes")
-    parser.add_argument("--gpus-per-node", type=positive, default=8, help="(default: %(default)s)")
-    parser.add_argument(
-        "--memory", type=float, default=80.0, help="GB per GPU (default: %(default)s)"
+    size.add_argument(
+        "--nodes", type=positive, default=1, metavar="N", help="number of nodes (default: 1)"
     )
-    parser.add_argument("--sweep", action="store_true", help="list the layouts that fit")
+    size.add_argument(
+        "--gpus", type=positive, metavar="N", help="number of GPUs, in place of --nodes"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="number of GPUs per node (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=80.0,
+        metavar="GB",
+        help="memory per GPU in GB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="list all layouts that fit, in place of one estimate"
+    )
     parser.set_defaults(run=_run)
 
 

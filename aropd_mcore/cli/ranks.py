@@ -1,4 +1,4 @@
-"""This process as a rank of a job, and jobs of several processes."""
+"""Work as one rank of a job, and the start of jobs of several processes."""
 
 import argparse
 import os
@@ -19,7 +19,8 @@ def add_num_processes_argument(parser: argparse.ArgumentParser) -> None:
         "--nproc-per-node",
         type=int,
         metavar="N",
-        help="processes to start (default: one per GPU; without GPUs those of one model replica)",
+        help="number of processes to start (default: one per GPU; without GPUs, as many as one "
+        "model replica needs)",
     )
 
 
@@ -35,7 +36,7 @@ def num_local_processes(args: argparse.Namespace, parallel: ParallelConfig) -> i
 
 
 def run_as_ranks(args: argparse.Namespace, spec: "GenerationSpec", work: Callable[[], int]) -> int:
-    """Do this process's part of a job that samples, or start the job's processes.
+    """Run this process's part of a sampling job, or start the job's processes and wait.
 
     Returns:
         The exit code.
@@ -46,8 +47,8 @@ def run_as_ranks(args: argparse.Namespace, spec: "GenerationSpec", work: Callabl
     num_all = int(os.environ.get("WORLD_SIZE", num_local))
     if num_all % replica_size(spec.parallel):
         raise ValueError(
-            f"{num_all} processes cannot share the model in that layout; expected a multiple of "
-            f"{replica_size(spec.parallel)}"
+            f"{num_all} processes: expected a multiple of {replica_size(spec.parallel)}, the size "
+            "of one model replica in this layout"
         )
     if "RANK" in os.environ or num_local == 1:
         return work()
@@ -55,10 +56,10 @@ def run_as_ranks(args: argparse.Namespace, spec: "GenerationSpec", work: Callabl
 
 
 def sample_here(spec: "GenerationSpec", work: "Callable[[Runtime], None]") -> int:
-    """Do this rank's part of work that samples.
+    """Run this rank's part of a sampling job.
 
     Returns:
-        The exit code; 3 where no engine can sample any more.
+        The exit code: 0, or 3 if the rollout engine has failed for good.
     """
     from aropd_mcore.mcore import runtime
     from aropd_mcore.rollout.engine import RolloutFailed
@@ -76,13 +77,13 @@ def sample_here(spec: "GenerationSpec", work: "Callable[[Runtime], None]") -> in
 
 
 def joined_job() -> bool:
-    """Return whether this process is in a job of torch.distributed."""
+    """Return whether this process has initialized torch.distributed."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
 
 
 def leave_job() -> None:
-    """Leave torch.distributed and drop Megatron's groups, if this process has joined a job."""
+    """Destroy the process groups of torch.distributed and Megatron, if there are any."""
     if joined_job():
         from aropd_mcore.mcore import runtime
 

@@ -3,14 +3,28 @@
 import argparse
 from pathlib import Path
 
+_DESCRIPTION = """\
+Write one HTML page about one or more runs: training curves, drift, accuracy by response length,
+step time, and a viewer for responses. The page works offline.
+"""
+_EXAMPLES = """\
+examples:
+  %(prog)s runs/mine
+  %(prog)s runs/baseline runs/mine --out comparison.html
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Write one HTML page from the folders of runs: curves, drift, accuracy by length, step "
-        "time, and a reader of responses. The page needs no network."
-    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="HTML file to write (default: %(default)s)",
+    )
     parser.set_defaults(run=_run)
 
 

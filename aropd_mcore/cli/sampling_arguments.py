@@ -1,4 +1,4 @@
-"""Arguments of the commands that sample."""
+"""Arguments of the commands that sample responses."""
 
 import argparse
 from pathlib import Path
@@ -11,76 +11,101 @@ _ENGINE = ("engine", "batch_size", "kv_cache_tokens")
 _PARALLEL = {
     "tensor": "tensor-parallel ranks",
     "pipeline": "pipeline stages",
-    "expert": "ranks that share out the experts",
-    "expert_tensor": "ranks that share out the matrices of each expert",
+    "expert": "expert-parallel ranks",
+    "expert_tensor": "tensor-parallel ranks of each expert",
 }
+_TYPES = {"temperature": float, "top_p": float, "engine": str}
 
 
-def add_source_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the option that names the weights."""
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --model, the path of the weights."""
     parser.add_argument(
-        name,
+        "--model",
         required=True,
         type=Path,
         metavar="DIR",
-        help="an HF folder; a Megatron checkpoint or one iteration of it; a run's output_dir",
+        help="an HF folder, a Megatron checkpoint, one iteration of a Megatron checkpoint, or a "
+        "run's output_dir",
     )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the options of weights, engine, sampling and layout.
+    """Add the options for weights, engine, sampling and layout.
 
     Args:
-        defaults: values in place of RolloutConfig's defaults.
+        defaults: values that replace RolloutConfig's defaults. max_response_tokens=None: the run's
+            setting.
     """
     parser.add_argument(
         "--weights",
-        dest="who",
         choices=("student", "teacher"),
         default="student",
-        help="whose weights, of a training checkpoint (default: %(default)s)",
+        help="weights to use of a training checkpoint (default: %(default)s)",
     )
     parser.add_argument(
         "--hf",
         type=Path,
         metavar="DIR",
-        help="folder of config.json and tokenizer (default: the hf/ beside the checkpoint)",
+        help="folder of config.json and tokenizer (default: hf/ next to the checkpoint)",
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="YAML",
-        help="a run's, for its views (default: of the run that the checkpoint is of) and the vLLM "
-        "servers of its rollout.vllm (default: one, here)",
+        help="config of a run, for its views (default: those of the checkpoint's run) and for the "
+        "vLLM servers in its rollout.vllm (default: one server, started on this machine)",
     )
     rollout = RolloutConfig.model_fields
     parser.add_argument(
-        "--samples", type=positive, default=1, help="responses per prompt (default: 1)"
+        "--samples",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="number of responses per prompt (default: 1)",
     )
     for name in (*_SAMPLING, *_ENGINE):
+        default = defaults.get(name, rollout[name].default)
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type={"temperature": float, "top_p": float, "engine": str}.get(name, int),
+            type=_TYPES.get(name, int),
             choices=get_args(rollout[name].annotation) if name == "engine" else None,
-            default=defaults.get(name, rollout[name].default),
-            help=f"{rollout[name].description} (default: %(default)s)",
+            default=default,
+            metavar={"temperature": "T", "top_p": "P", "engine": None}.get(name, "N"),
+            help=_help_text(rollout[name].description or "", default),
         )
-    parser.add_argument("--seed", type=int, default=1234, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="seed of sampling (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=get_args(ModelConfig.model_fields["dtype"].annotation),
         default="auto",
-        help=ModelConfig.model_fields["dtype"].description,
+        help=_help_text(ModelConfig.model_fields["dtype"].description or "", "auto"),
     )
-    for name, what in _PARALLEL.items():
+    for name, description in _PARALLEL.items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=positive, default=1, help=f"{what} (default: 1)")
+        parser.add_argument(
+            option,
+            type=positive,
+            default=1,
+            metavar="N",
+            help=f"number of {description} (default: 1)",
+        )
+
+
+def _help_text(description: str, default: object) -> str:
+    """Return a setting's description with its default. Descriptions state the meaning of null."""
+    if default is not None:
+        return f"{description} (default: %(default)s)"
+    if "null:" in description:
+        return description.replace("null:", "Default:")
+    return f"{description} (default: the run's setting)"
 
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what `add_sampling_arguments` adds, as arguments of `build_generation_spec`."""
+    """Return the options of `add_sampling_arguments` as arguments of `build_generation_spec`."""
     return {
-        "who": args.who,
+        "role": args.weights,
         "hf": args.hf,
         "config": args.config,
         "rollout": {name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}

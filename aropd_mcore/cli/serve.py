@@ -5,13 +5,18 @@ import argparse
 from aropd_mcore.cli.config_arguments import add_config_arguments, load
 
 _DESCRIPTION = """\
-Start the vLLM server that the run would start itself, in the foreground. The run finds it under
-rollout.vllm.urls. The server asks for the key in $VLLM_API_KEY.
+Start the vLLM server that the run would start itself, in the foreground. Put the server's address
+into the run's rollout.vllm.urls. Requests to the server need the key in $VLLM_API_KEY.
+"""
+_EXAMPLES = """\
+examples:
+  VLLM_API_KEY=... %(prog)s run.yaml rollout.vllm.port=8000
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = _DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add_config_arguments(parser, example="rollout.vllm.port=8000")
     parser.set_defaults(run=_run)
 

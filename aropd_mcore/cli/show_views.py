@@ -5,14 +5,38 @@ from pathlib import Path
 
 from aropd_mcore.cli.config_arguments import add_preset_argument
 
+_DESCRIPTION = """\
+Print the three prompts that a run builds from one row: the student view, the partial view and the
+full view.
+"""
+_EXAMPLES = """\
+examples:
+  %(prog)s rows.jsonl --config run.yaml
+  %(prog)s rows.jsonl --row 3 --model Qwen2.5-7B-Instruct
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Print the three views of one row: the student's, the partial, the full."
-    parser.add_argument("data", type=Path, help="JSONL or Parquet file of rows")
-    parser.add_argument("--row", type=int, default=0, help="counted from 0 (default: %(default)s)")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.add_argument("data", type=Path, metavar="DATA", help="JSONL or Parquet file of rows")
+    parser.add_argument(
+        "--row",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of the row, counted from 0 (default: %(default)s)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, help="YAML file of a run: its tokenizer and views")
-    source.add_argument("--model", type=Path, help="HF folder: its tokenizer, default views")
+    source.add_argument(
+        "--config", type=Path, metavar="YAML", help="use the tokenizer and views of this run"
+    )
+    source.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="use the tokenizer of this HF folder and the default views",
+    )
     add_preset_argument(parser)
     parser.set_defaults(run=_run)
 
@@ -28,11 +52,15 @@ def _run(args: argparse.Namespace) -> None:
     from aropd_mcore.data.views import ViewBuilder
 
     if args.preset and not args.config:
-        raise ValueError("--preset changes the views of a run: give --config in place of --model")
+        raise ValueError(
+            "--preset with --model: expected --config, since a preset changes the views of a run"
+        )
     config = load_config(args.config, preset=args.preset) if args.config else None
     views = config.views if config else ViewsConfig()
     rows = RowDataset.load([args.data])
     if not 0 <= args.row < len(rows):
-        raise ValueError(f"{args.data}: has rows 0 to {len(rows) - 1}, found --row {args.row}")
+        raise ValueError(
+            f"--row {args.row}: {args.data} has rows 0 to {len(rows) - 1}; choose one of them"
+        )
     builder = ViewBuilder(load_tokenizer(config.model.path if config else args.model), views)
     Console().print(render_views(builder, rows[args.row]))

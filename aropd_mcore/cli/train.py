@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Start a run, or resume it from its newest checkpoint. Under torchrun this process is one rank of the
-job; otherwise it starts the processes itself. trainer/README.md lists the exit codes.
+job. Otherwise it starts one process per GPU. docs/checkpoints.md lists the exit codes.
 """
 _EXAMPLES = """\
 examples:
@@ -46,12 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check config, data, weights and output_dir, print the plan, start nothing",
+        help="check config, data, weights and output_dir, and print the plan; start nothing",
     )
     parser.add_argument(
         "--stop-before",
         metavar="TIME",
-        help="save and exit with 75 before the job is this old, such as 3h55m (limits.stop_before)",
+        help="save and exit with code 75 before the job has run for TIME, such as 3h55m (sets "
+        "limits.stop_before)",
     )
     parser.set_defaults(run=_run)
 
@@ -79,8 +80,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _train_here(config: Config) -> int:
-    """Train as one rank of the job, or as all of it."""
-    faulthandler.enable(2)  # NCCL's own time-outs and crashes abort: print the place on stderr
+    """Train in this process, which is one rank of the job or the whole job."""
+    faulthandler.enable(2)  # NCCL aborts the process on timeouts: print the stack on stderr
     started = psutil.Process().create_time()
     stops = Stops(started=started, deadline=job_deadline(config.limits, started=started))
     with stops.listening(*PASSED_ON):
@@ -93,7 +94,7 @@ def _train_here(config: Config) -> int:
         with Watchdog(config.output_dir, stops, minutes=config.limits.watchdog_minutes):
             try:
                 train(config, here, stops)
-            except (TrainingStopped, StoppedEarly) as stopped:  # on every rank alike
+            except (TrainingStopped, StoppedEarly) as stopped:  # raised on all ranks
                 code = SAVED if isinstance(stopped, StoppedEarly) else 3
                 if here.rank == 0:
                     print(f"aropd: stopped: {stopped}", file=sys.stderr)
@@ -113,6 +114,6 @@ def _print_plan(config: Config, layout: "Layout") -> None:
     print(
         f"# {layout.world_size} processes: {describe(config.parallel, layout.data)}; "
         f"{layout.num_parameters:,} parameters\n"
-        f"# a step: {config.prompts_per_step} prompts, {training.global_batch_size} responses, "
+        f"# per step: {config.prompts_per_step} prompts, {training.global_batch_size} responses, "
         f"{microbatches} on each data-parallel rank"
     )

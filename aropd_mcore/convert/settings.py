@@ -81,7 +81,8 @@ def check_settings(config: JsonObject, family: Family, num_layers: int) -> None:
         other = [str(kind) for kind in layer_types if kind != "full_attention"]
         raise config.error(
             f"layer_types has {', '.join(other[:3]) or f'{len(layer_types)} entries'}; only "
-            f"full_attention is supported, with one entry per layer ({num_layers})"
+            f"full_attention is supported, with one entry per layer (num_hidden_layers "
+            f"{num_layers})"
         )
 
 

@@ -38,7 +38,7 @@ HF_FOLDER = "hf"
 TEACHER_PREFIX = "teacher."
 """Prefix of the teacher's tensors in a training checkpoint. The student's have Megatron's names."""
 
-Who = Literal["student", "teacher"]
+Role = Literal["student", "teacher"]
 
 
 class HFSource:
@@ -72,14 +72,14 @@ class MegatronSource:
     """The student or the teacher of a Megatron checkpoint, written by any parallel layout."""
 
     def __init__(
-        self, path: Path, iteration: Path, *, who: Who = "student", hf: Path | None = None
+        self, path: Path, iteration: Path, *, role: Role = "student", hf: Path | None = None
     ):
         self.path, self.iteration = path, iteration
         self.reader = TorchDistReader(iteration)
         self.hf_folder = hf or _hf_folder(iteration)
         self.config = read_config(self.hf_folder)
         self.architecture = self.config.architecture
-        self._prefix = TEACHER_PREFIX if who == "teacher" else ""
+        self._prefix = TEACHER_PREFIX if role == "teacher" else ""
         self._places = self._check()
         self.tensors = self._hf_tensors()
         """Dtypes and shapes of all weights by HF name, in the order of the original's files if
@@ -195,13 +195,13 @@ Source = HFSource | MegatronSource
 
 
 def open_source(
-    path: Path, *, who: Who = "student", hf: Path | None = None, allow_pickle: bool = False
+    path: Path, *, role: Role = "student", hf: Path | None = None, allow_pickle: bool = False
 ) -> Source:
     """Open a checkpoint and check that it matches its config.json.
 
     Args:
         path: an HF folder, a Megatron checkpoint, one of its iterations, or a run's output_dir.
-        who: the model to read from a training checkpoint.
+        role: the model to read from a training checkpoint.
         hf: folder of config.json, for a Megatron checkpoint without its own.
         allow_pickle: see HFWeights.
     Raises:
@@ -209,14 +209,14 @@ def open_source(
     """
     iteration = find_iteration(path)
     if iteration is not None:
-        return MegatronSource(path, iteration, who=who, hf=hf)
+        return MegatronSource(path, iteration, role=role, hf=hf)
     if not (path / "config.json").exists():
         refuse_adapter(path)
         raise CheckpointError(
             f"{path}: not a checkpoint; expected config.json (HF), or {TRACKER} or {METADATA} "
             "(Megatron's torch_dist)"
         )
-    if who == "teacher":
+    if role == "teacher":
         raise CheckpointError(f"{path}: an HF folder holds one model and no teacher")
     return HFSource(path, allow_pickle=allow_pickle)
 

@@ -1,7 +1,7 @@
-"""The choice that a response states: by its letter, or by its text.
+"""Extraction of the choice that a response states, by its letter or by its text.
 
-A letter counts where the response states it as the answer, never as a word (`A ball`, `I think`).
-The text is in plain form (normalize.plain_text).
+A letter counts only if the response states it as the answer. A letter that is a word (`A ball`,
+`I think`) does not count. All functions expect text in plain form (normalize.plain_text).
 """
 
 import re
@@ -62,58 +62,63 @@ _ANSWER_IS = re.compile(
 _MORE_LETTERS = re.compile(
     r"\s*(?:,|/|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?[*_`(]*[A-Z](?![A-Za-z'’])"
 )
-_STANDS_ALONE = re.compile(r"\s*(?:[.,:;)!?]|$|\n|because\b|since\b)", re.IGNORECASE)
+_END_OF_CLAUSE = re.compile(r"\s*(?:[.,:;)!?]|$|\n|because\b|since\b)", re.IGNORECASE)
 _PARENTHESES = re.compile(r"\(([A-Z])\)")
 _EITHER_OR = re.compile(r"\([A-Z]\)(?:\s*(?:,|/|\bor\b|\band\b)\s*\([A-Z]\))+")
-_ALONE = re.compile(rf"{_SUBJECT}{_OPEN}([A-Za-z]){_CLOSE}[.)\]:!]?{_CLOSE}", re.IGNORECASE)
+_LETTER_ONLY = re.compile(rf"{_SUBJECT}{_OPEN}([A-Za-z]){_CLOSE}[.)\]:!]?{_CLOSE}", re.IGNORECASE)
 _BEFORE_TEXT = re.compile(
     rf"{_SUBJECT}{_OPEN}([A-Z]){_CLOSE}(?:[.):\]]{_CLOSE}|\s[-–])\s+\S", re.IGNORECASE
 )
-_MOST_PHRASES = 64
+_MAX_PHRASES = 64
 
 
 def stated_choice(text: str, choices: Choices) -> tuple[str | None, str]:
-    """The letter of the choice that a response states, and the rule that found it.
+    """Find the choice that a response states by the first rule that applies.
 
-    The rules, in their order: `answer` and `boxed`, a letter or the text of one choice; `phrase`,
-    the last "answer is C", "C is correct" or "I pick C"; `letter`, lines that name a single letter,
-    or the last "(C)"; `text`, a last line that is the text of a choice.
+        answer  the last <answer>...</answer>, if it is a letter or the text of one choice
+        boxed   the last box, if it is a letter or the text of one choice
+        phrase  the last "answer is C", "C is correct" or "I pick C"
+        letter  lines that name a single letter, or the last "(C)"
+        text    the last line, if it is the text of one choice
+
+    Returns:
+        The letter and the name of the rule. None and `none` if no rule applies.
     """
     letters = LETTERS[: len(choices.texts)]
     tagged = tagged_answer(text)
-    for rule, found in (("answer", tagged[1] if tagged else None), ("boxed", boxed_answer(text))):
-        letter = _letter_in(found, choices, letters) if found else None
+    for rule, answer in (("answer", tagged[1] if tagged else None), ("boxed", boxed_answer(text))):
+        letter = _find_letter(answer, choices, letters) if answer else None
         if letter:
             return letter, rule
     for rule, letter in (
-        ("phrase", _in_phrases(text, choices, letters)),
-        ("letter", _on_lines(text, letters)),
-        ("text", _by_last_line(text, choices)),
+        ("phrase", _search_phrases(text, choices, letters)),
+        ("letter", _search_lines(text, letters)),
+        ("text", _match_last_line(text, choices)),
     ):
         if letter:
             return letter, rule
     return None, "none"
 
 
-def _letter_in(found: str, choices: Choices, letters: str) -> str | None:
-    """The letter that an answer names, or whose text it is."""
-    plain = without_text_commands(normal_answer(boxed_answer(found) or found))
-    if len(plain) > 1 and (letter := _by_text(plain, choices)):
+def _find_letter(answer: str, choices: Choices, letters: str) -> str | None:
+    """Return the letter that an answer names, or the letter of the choice with the same text."""
+    plain = without_text_commands(normal_answer(boxed_answer(answer) or answer))
+    if len(plain) > 1 and (letter := _match_text(plain, choices)):
         return letter
-    if match := _ALONE.fullmatch(plain):
-        return _among(match[1], letters)
+    if match := _LETTER_ONLY.fullmatch(plain):
+        return _valid_letter(match[1], letters)
     if match := re.match(rf"{_SUBJECT}\(?([A-Z])(?:[).:]|\s|$)", plain, re.IGNORECASE):
         rest = plain[match.end() :].strip()
         is_letter = match[1].isupper() or match[0].rstrip().endswith((")", ".", ":"))
         if is_letter and not _MORE_LETTERS.match(plain[match.end(1) :]):
-            same = _by_text(rest, choices)
+            same = _match_text(rest, choices)
             if plain[match.end(1) : match.end()].strip() or same in (None, match[1].upper()):
-                return _among(match[1], letters)
-    return _by_text(plain, choices)
+                return _valid_letter(match[1], letters)
+    return _match_text(plain, choices)
 
 
-def _by_text(text: str, choices: Choices) -> str | None:
-    """The one choice that has this text."""
+def _match_text(text: str, choices: Choices) -> str | None:
+    """Return the letter of the choice that has this text. None unless exactly one has it."""
     if not text:
         return None
     wanted, wanted_words = normal_answer(text), words_of(normal_answer(text))
@@ -127,46 +132,53 @@ def _by_text(text: str, choices: Choices) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def _among(letter: str, letters: str) -> str | None:
+def _valid_letter(letter: str, letters: str) -> str | None:
     return letter.upper() if letter.upper() in letters else None
 
 
-def _in_phrases(text: str, choices: Choices, letters: str) -> str | None:
-    """What the last phrase states that names a choice."""
+def _search_phrases(text: str, choices: Choices, letters: str) -> str | None:
+    """Return the letter of the last phrase that names a choice."""
     found: list[tuple[int, str]] = []
     for pattern in _PHRASES:
-        for match in deque(pattern.finditer(text), maxlen=_MOST_PHRASES):
-            letter = _among(match["letter"], letters)
+        for match in deque(pattern.finditer(text), maxlen=_MAX_PHRASES):
+            letter = _valid_letter(match["letter"], letters)
             rest = text[match.end() : match.end() + 80]
             if not letter or _MORE_LETTERS.match(rest):
                 continue
             is_marked = text[match.start("letter") - 1] in "([*`$\"'{" or text[
                 match.end("letter") : match.end("letter") + 1
             ] in set(")].:*`$}")
-            if match["letter"].isupper() or is_marked or _STANDS_ALONE.match(rest):
+            if match["letter"].isupper() or is_marked or _END_OF_CLAUSE.match(rest):
                 found.append((match.start("letter"), letter))
-    for match in deque(_ANSWER_IS.finditer(text), maxlen=_MOST_PHRASES):
+    for match in deque(_ANSWER_IS.finditer(text), maxlen=_MAX_PHRASES):
         sentence = re.split(r"[.!?](?=\s|$|\*)", match[1], maxsplit=1)[0]
-        if len(normal_answer(sentence)) > 1 and (letter := _by_text(sentence, choices)):
-            found.append((match.start(1) + 1, letter))  # "A only" before its letter
+        if len(normal_answer(sentence)) > 1 and (letter := _match_text(sentence, choices)):
+            found.append(
+                (match.start(1) + 1, letter)
+            )  # +1: the text "A only" wins over the letter A
     return max(found)[1] if found else None
 
 
-def _on_lines(text: str, letters: str) -> str | None:
-    """The last line that is a letter, the one letter that lines begin with, or the last "(C)"."""
+def _search_lines(text: str, letters: str) -> str | None:
+    """Search lines for a letter.
+
+    Returns:
+        The last line that is a letter. Otherwise the only letter that starts lines. Otherwise the
+        letter of the last "(C)".
+    """
     lines = [line.strip("# \t") for line in text.splitlines() if line.strip()]
-    alone = [match[1] for line in lines if (match := _ALONE.fullmatch(line))]
-    alone = [letter for name in alone if (letter := _among(name, letters))]
-    if alone:
-        return alone[-1]
+    only = [match[1] for line in lines if (match := _LETTER_ONLY.fullmatch(line))]
+    only = [letter for name in only if (letter := _valid_letter(name, letters))]
+    if only:
+        return only[-1]
     starts = [match[1] for line in lines if (match := _BEFORE_TEXT.match(line))]
-    starts = {letter for name in starts if (letter := _among(name, letters))}
+    starts = {letter for name in starts if (letter := _valid_letter(name, letters))}
     if len(starts) == 1:
         return starts.pop()
     named = [name for name in _PARENTHESES.findall(_EITHER_OR.sub("", text)) if name in letters]
     return named[-1] if named else None
 
 
-def _by_last_line(text: str, choices: Choices) -> str | None:
+def _match_last_line(text: str, choices: Choices) -> str | None:
     lines = text.strip().splitlines()
-    return _by_text(lines[-1], choices) if lines else None
+    return _match_text(lines[-1], choices) if lines else None

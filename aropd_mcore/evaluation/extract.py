@@ -1,7 +1,7 @@
-"""The answer within a response, and the rule that found it.
+"""Extraction of the answer from a response.
 
-Thoughts are cut off before any rule. Every rule is linear in the response's length: a model that
-repeats itself writes tags by the thousand.
+Thoughts are removed first. Every rule takes time linear in the response's length, because a model
+that repeats itself can write thousands of tags.
 """
 
 import re
@@ -18,29 +18,34 @@ _FENCE = re.compile(r"^[ \t]*```")
 
 
 class Extracted(NamedTuple):
+    """An answer and the rule that found it."""
+
     text: str | None
-    """None: no rule found any."""
+    """Text of the answer. None if no rule found one."""
     rule: str
+    """Name of the rule, or `none`."""
 
 
 _NOTHING = Extracted(None, "none")
 
 
 def math_answer(response: str, *, words: bool = False) -> Extracted:
-    """Find the answer to a mathematical problem.
+    """Find the answer to a mathematical problem by the first rule that applies.
 
-    The rules, in their order: `answer` (the last <answer>...</answer>), `boxed` (the last box, or
-    several that make one answer), `hashes` (what follows the last #### before a number), `phrase`
-    (the last "the answer is ...") and `number` (the last number, expression or formula).
+        answer  the last <answer>...</answer>
+        boxed   the last box, or the last boxes if only commas, "and" or "or" separate them
+        hashes  the text after the last #### that directly precedes a number
+        phrase  the last "the answer is ..."
+        words   the last bold text, or a short last line. Only if `words` is True
+        number  the last number, expression or formula
 
     Args:
-        words: whether the reference is words. `phrase` then takes words, and `words` (the last bold
-            text, or a short last line) takes the place of `number`.
+        words: whether the reference consists of words. `phrase` then accepts words, too.
     """
     text = plain_text(split_thoughts(response).visible)
     tagged = tagged_answer(text)
     if tagged and tagged[1].strip():
-        # Models put one form into the other.
+        # Some models write a box inside the tags.
         return Extracted((boxed_answer(tagged[1]) or tagged[1]).strip(), "answer")
     for rule, find in (("boxed", boxed_answer), ("hashes", hashes_answer)):
         if found := find(text):
@@ -54,14 +59,21 @@ def math_answer(response: str, *, words: bool = False) -> Extracted:
 
 
 def choice_letter(response: str, choices: Choices) -> Extracted:
-    """Find the letter of the choice that a response states; see choices.stated_choice."""
+    """Find the letter of the choice that a response states (choices.stated_choice)."""
     return Extracted(*stated_choice(plain_text(split_thoughts(response).visible), choices))
 
 
 def python_code(response: str, tests: CodeTests) -> Extracted:
-    """By `answer`, `block` (the last ``` block that defines what was asked for, or the last block)
-    or `text` (all of it, which may go on with the prompt): the code, with the task's header or
-    prompt before it."""
+    """Find the code of a response by the first rule that applies.
+
+        answer  the last block in the last <answer>...</answer>, or its text if it has no block
+        block   the last ``` block that defines the requested name, or else the last block
+        text    the whole response, which may continue the prompt's code
+
+    Returns:
+        The task's header and the code. If the code does not define the requested name, the task's
+        prompt and the code.
+    """
     text = split_thoughts(response).visible
     tagged = tagged_answer(text)
     if tagged and tagged[1].strip():
@@ -85,7 +97,7 @@ def _defines(code: str, tests: CodeTests) -> bool:
 
 
 def _blocks(text: str) -> list[str]:
-    """What stands between lines of ```; a last one may be open."""
+    """Return the texts between ``` lines. The last block may lack its closing line."""
     blocks: list[list[str]] = []
     is_open = False
     for line in text.splitlines():

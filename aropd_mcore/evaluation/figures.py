@@ -1,4 +1,4 @@
-"""Plots as PNG files, and tables for a terminal; `aropd report` is the page to look around in."""
+"""Plots as PNG files, and tables for a terminal. `aropd report` writes an interactive page."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ PANELS = {
     "response_length_mean": "mean response length",
     "grad_norm": "gradient norm",
 }
-"""Metric -> title of the curves that `plot_curves` draws."""
+"""Metric -> title of its plot in `plot_curves`."""
 _KLS = tuple(name for name in BY_POSITION if name.startswith("kl_"))
 _SUPPORT_GAPS = tuple(SUPPORT_GAPS)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, one a step.
+    """Read the lines of a metrics.jsonl, one per step.
 
     Raises:
-        ValueError: the file is missing, or a line is not JSON; it names file and line.
+        ValueError: the file is missing, or a line is not JSON. The message names file and line.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a run writes it to its output_dir")
+        raise ValueError(f"{path}: no such file. A run writes this file to its output_dir")
     lines = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
@@ -41,12 +41,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str] = PANELS) -> None:
-    """Draw metrics over steps to a PNG: for each run its values, and their running mean.
+    """Draw metrics over steps to a PNG file, with the values and the running mean of each run.
 
     Args:
-        runs: label -> metrics.jsonl.
-        out: the PNG.
-        panels: metric -> title; steps without the metric are left out.
+        runs: label -> path of metrics.jsonl.
+        out: path of the PNG file.
+        panels: metric -> title. Steps without the metric are skipped.
+    Raises:
+        ValueError: see `read_metrics`.
     """
     import matplotlib
 
@@ -61,7 +63,7 @@ def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str
     metrics = {label: read_metrics(path) for label, path in runs.items()}
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
         for label, lines in metrics.items():
-            # null, on a skipped step, or not reported at all
+            # A metric is null on a skipped step, or absent.
             points = [(m["step"], m[name]) for m in lines if m.get(name) is not None]
             steps, values = [step for step, _ in points], [value for _, value in points]
             [mean] = axis.plot(steps, _running_mean(values), label=label)
@@ -79,7 +81,7 @@ def plot_curves(runs: Mapping[str, Path], out: Path, *, panels: Mapping[str, str
 
 
 def plot_diagnosis(diagnosis: Mapping[str, Any], out: Path) -> None:
-    """Draw the parts of a diagnosis (evaluation/diagnose/summary.py) that are curves to a PNG."""
+    """Draw the plots of a diagnosis (evaluation/diagnose/summary.py) to a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,7 +133,7 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], out: Path) -> None:
 
 
 def describe_diagnosis(diagnosis: Mapping[str, Any]) -> str:
-    """What a terminal shows of a diagnosis: how responses end, and what predicts a right one."""
+    """Format the response ends and the predictors of a diagnosis for a terminal."""
     ends, predictors = diagnosis["response_ends"], diagnosis["predictors"]
     lines = [f"response ends: {ends['finished']} finished, {ends['cut']} cut at the limit"]
     if ends["finished"]:
@@ -146,13 +148,13 @@ def describe_diagnosis(diagnosis: Mapping[str, Any]) -> str:
     if predictors["reason"]:
         lines.append(f"predictors of a right answer: none, {predictors['reason']}")
     else:
-        of = f"{predictors['right']} right, {predictors['wrong']} wrong"
-        found = ", ".join(_auc_text(*signal) for signal in predictors["signals"].items())
-        lines.append(f"predictors of a right answer, AUC ({of}): {found}")
+        counts = f"{predictors['right']} right, {predictors['wrong']} wrong"
+        aucs = ", ".join(_format_auc(*signal) for signal in predictors["signals"].items())
+        lines.append(f"predictors of a right answer, AUC ({counts}): {aucs}")
     return "\n".join(lines)
 
 
-def _auc_text(name: str, signal: Mapping[str, Any]) -> str:
+def _format_auc(name: str, signal: Mapping[str, Any]) -> str:
     bounds = signal["interval_95"]
     interval = f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else ""
     return f"{name} {signal['auc']:.3f}{interval}"
@@ -166,16 +168,17 @@ def _label(axis: Any, title: str, x: str, y: str) -> None:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Each value's mean with those before it, over a tenth of the run."""
+    """Return the mean of each value and its predecessors, over a tenth of the run."""
     width = max(1, len(values) // 10)
     windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 
 
 def results_table(title: str, rows: Mapping[str, Mapping[str, float]], formats: Sequence[Any]):
-    """A table of results, a line a model.
+    """Build a table of results with one row per model.
 
     Args:
+        title: title of the table.
         rows: label -> metric -> value.
         formats: (metric, heading, format specification) of each column.
     """

@@ -1,4 +1,4 @@
-"""Responses -> verdicts: mathematics by math-verify, choices by letter, code by its tests."""
+"""Grading of responses: mathematics by math-verify, choices by letter, code by its tests."""
 
 import importlib.util
 import json
@@ -33,15 +33,15 @@ from aropd_mcore.evaluation.values import only_value
 
 _CHILD = Path(__file__).with_name("math_child.py")
 _MATH_SECONDS = 20.0
-"""For one answer; the slowest of GSM8K's and MATH's take half of one."""
+"""Time limit per answer. The slowest answers of GSM8K and MATH take half a second."""
 _START_SECONDS = 120.0
-_AT_ONCE = 256
-"""Responses, between one that is handed on and the last one that is begun."""
+_CHUNK_SIZE = 256
+"""Number of responses that are submitted to the threads together."""
 
 _ELLIPSIS = re.compile(r"\\(?:[lc]?dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}")
 _HALF_OF_DAY = re.compile(r"\d\s*(?:\\text\s*\{)?\s*([ap])\.?\s*m(?![A-Za-z])", re.IGNORECASE)
 _BASE = re.compile(r"(?<=[\dA-F}])_\s*\{?\s*(?:\\text\{)?(\d+)\s*\}*$")
-"""The base of a number such as `1010_2`; math-verify does not compare it."""
+"""Base of a number such as `1010_2`. math-verify does not compare bases."""
 _VERDICTS = ("yes", "no", "true", "false")
 
 Verdict = Literal["right", "wrong", "no answer", "time"]
@@ -49,80 +49,82 @@ Verdict = Literal["right", "wrong", "no answer", "time"]
 
 @dataclass(frozen=True)
 class Grade:
+    """Grade of one response."""
+
     extracted: str | None
-    """The answer within the response."""
+    """Answer extracted from the response. None if there is none."""
     rule: str
-    """Which found it (evaluation/extract.py); `none`."""
+    """Rule that extracted the answer (evaluation/extract.py), or `none`."""
     verdict: Verdict
-    """`time`: grading it went over a time limit; it counts as wrong."""
+    """`time` means that grading exceeded a time limit. It counts as wrong."""
     failure: str | None = None
-    """Of code that is wrong: what stopped its tests (sandbox.Outcome)."""
+    """Reason why code failed its tests (sandbox.Outcome)."""
 
 
 class _MathChild:
-    """math_child.py, started again after it was killed."""
+    """A process that runs math_child.py. It is restarted after it was killed."""
 
     _process: "subprocess.Popen[bytes] | None" = None
 
     def same(self, gold: str, answer: str, seconds: float) -> bool | None:
-        """Whether the answers are the same; None where that takes too long."""
+        """Return whether the answers are the same. None: the time limit was exceeded."""
         process = self._process or self._start()
         assert process.stdin
         try:
             process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
             process.stdin.flush()
-            said = self._line(process, seconds)
+            line = self._read_line(process, seconds)
         except BrokenPipeError:
-            said = b""
-        if not said:
-            self.close()  # it computes on, or died of the answer
-            return None if said is None else False
-        return json.loads(said)
+            line = b""
+        if not line:
+            self.close()  # the process is still computing, or the answer has crashed it
+            return None if line is None else False
+        return json.loads(line)
 
     def close(self) -> None:
         if self._process:
             self._process.kill()
-            with suppress(BrokenPipeError):  # of what it has not read
+            with suppress(BrokenPipeError):  # the process has not read all of its input
                 self._process.communicate()
             self._process = None
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        self._process = lifetime.start(  # it may compute for ever, and must not outlive the grader
+        self._process = lifetime.start(  # it may compute forever and must not outlive the grader
             [sys.executable, "-P", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms follows sets
+            env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy orders terms by sets
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends it
+            start_new_session=True,  # Ctrl-C goes to the parent, which ends this process
         )
-        if not self._line(self._process, _START_SECONDS):
+        if not self._read_line(self._process, _START_SECONDS):
             self.close()
-            raise RuntimeError("the process with math-verify does not start; its error is above")
+            raise RuntimeError("the math-verify process did not start: see its error above")
         return self._process
 
     @staticmethod
-    def _line(process: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
-        """What it says next, b"" if it is gone, None if it says nothing for so long."""
+    def _read_line(process: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
+        """Read a line of output. b"": the process has ended. None: the time limit was exceeded."""
         assert process.stdout
-        end, said = time.monotonic() + seconds, b""
-        while not said.endswith(b"\n"):
+        end, line = time.monotonic() + seconds, b""
+        while not line.endswith(b"\n"):
             wait = max(0.0, end - time.monotonic())
             if not select.select([process.stdout], [], [], wait)[0]:
                 return None
             part = os.read(process.stdout.fileno(), 64)
             if not part:
                 return b""
-            said += part
-        return said
+            line += part
+        return line
 
 
 def _wants_words(gold: str) -> bool:
-    """Whether a reference is words, or the letter of a choice."""
+    """Return whether a reference consists of words or is the letter of a choice."""
     return is_words(gold) or bool(re.fullmatch(r"\(?[A-Z]\)?", gold))
 
 
-def _in_one_form(gold: str, answer: str) -> tuple[str, str]:
-    """Without units; of an answer in words to a question for a value, the one value in it."""
+def _reduce_to_values(gold: str, answer: str) -> tuple[str, str]:
+    """Remove units. If the reference is a value and the answer is words, extract its only value."""
     if is_words(without_unit(gold)):
         if gold.casefold() in _VERDICTS and (match := re.match(r"([A-Za-z]+)\s*[,.;:]", answer)):
             answer = match[1]  # Yes, because
@@ -136,12 +138,12 @@ def _in_one_form(gold: str, answer: str) -> tuple[str, str]:
 
 
 class Graders:
-    """Grades many responses at a time; a context manager, which ends the processes it started.
+    """Context manager that grades responses in parallel. It ends the processes that it started.
 
     Args:
-        num_at_a_time: processes that grade; None: one a core that this process may use.
+        num_at_a_time: number of grading processes. None: one per core that this process may use.
         math_seconds: time limit for comparing two answers.
-        limits: of the sandbox that runs code.
+        limits: limits of the sandbox that runs code. None: the defaults.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class Graders:
     ) -> None:
         count = num_at_a_time or len(os.sched_getaffinity(0))
         self._math_seconds, self._limits = math_seconds, limits
-        self._threads = ThreadPoolExecutor(count)  # each waits for a process
+        self._threads = ThreadPoolExecutor(count)  # each thread waits for a process
         self._children: SimpleQueue[_MathChild] = SimpleQueue()
         for _ in range(count):
             self._children.put(_MathChild())
@@ -172,32 +174,33 @@ class Graders:
             self._children.get().close()
 
     def grade_all(self, responses: Iterable[tuple[str, Gold]]) -> Iterator[Grade]:
-        """A grade each, in their order."""
+        """Grade responses (text and gold), and yield the grades in the same order."""
         rest = iter(responses)
-        while some := list(islice(rest, _AT_ONCE)):
-            yield from self._threads.map(lambda response: self.grade(*response), some)
+        while chunk := list(islice(rest, _CHUNK_SIZE)):
+            yield from self._threads.map(lambda response: self.grade(*response), chunk)
 
     def grade(self, text: str, gold: Gold) -> Grade:
-        """One response's grade; several threads may call."""
+        """Grade one response. Thread-safe."""
         match gold:
             case MathAnswer():
                 found = math_answer(text, words=_wants_words(normal_answer(gold.text)))
-                return self._compared(found, gold) if found.text else _graded(found, False)
+                return self._compare(found, gold) if found.text else _grade(found, False)
             case Choices():
                 found = choice_letter(text, gold)
-                return _graded(found, found.text == gold.letter)
+                return _grade(found, found.text == gold.letter)
             case CodeTests():
                 found = python_code(text, gold)
-                return self._tested(found, gold) if found.text else _graded(found, False)
+                return self._test(found, gold) if found.text else _grade(found, False)
 
-    def _compared(self, found: Extracted, gold: MathAnswer) -> Grade:
+    def _compare(self, found: Extracted, gold: MathAnswer) -> Grade:
         same = self._same(gold.text, found.text or "")
-        return _graded(found, bool(same), out_of_time=same is None)
+        return _grade(found, bool(same), out_of_time=same is None)
 
     def _same(self, gold: str, answer: str) -> bool | None:
-        """Whether two answers are the same; None where that takes too long.
+        """Return whether two answers are the same. None: the time limit was exceeded.
 
-        Words are compared as words, terms of an elided list one by one, all else by math-verify.
+        Words are compared as words, and lists with an ellipsis term by term. math-verify compares
+        everything else.
         """
         gold, answer = normal_answer(gold), normal_answer(answer)
         if len(answer) > LONGEST_ANSWER:
@@ -205,7 +208,7 @@ class Graders:
         halves = [_HALF_OF_DAY.search(text) for text in (gold, answer)]
         if halves[0] and halves[1] and halves[0][1].lower() != halves[1][1].lower():
             return False
-        gold, answer = _in_one_form(gold, answer)
+        gold, answer = _reduce_to_values(gold, answer)
         if gold == answer:
             return True
         if is_words(gold) or is_words(answer):
@@ -222,23 +225,23 @@ class Graders:
             self._children.put(child)
 
     def _same_terms(self, gold: str, answer: str) -> bool | None:
-        """Compare lists with an ellipsis; what it stands for is not computed."""
+        """Compare lists with an ellipsis by their written terms."""
         pairs = [re.split(r",|;", _ELLIPSIS.sub(",", text)) for text in (gold, answer)]
-        has_one = [len(_ELLIPSIS.findall(text)) for text in (gold, answer)]
+        num_ellipses = [len(_ELLIPSIS.findall(text)) for text in (gold, answer)]
         terms, others = ([part.strip("{}()[]\\ ") for part in parts] for parts in pairs)
         terms, others = list(filter(None, terms)), list(filter(None, others))
-        if has_one[0] != has_one[1] or len(terms) != len(others):
+        if num_ellipses[0] != num_ellipses[1] or len(terms) != len(others):
             return False
-        found = [self._same(*pair) for pair in zip(terms, others, strict=True)]
-        return None if None in found else all(found)
+        verdicts = [self._same(*pair) for pair in zip(terms, others, strict=True)]
+        return None if None in verdicts else all(verdicts)
 
-    def _tested(self, found: Extracted, gold: CodeTests) -> Grade:
+    def _test(self, found: Extracted, gold: CodeTests) -> Grade:
         program = Program(found.text or "", gold.names, gold.tests, gold.setup)
         failure = run_tests(program, self._limits).failure
-        return _graded(found, not failure, out_of_time=failure == "time", failure=failure or None)
+        return _grade(found, not failure, out_of_time=failure == "time", failure=failure or None)
 
 
-def _graded(
+def _grade(
     found: Extracted, is_right: bool, *, out_of_time: bool = False, failure: str | None = None
 ) -> Grade:
     verdict: Verdict = "right" if is_right else "time" if out_of_time else "wrong"
@@ -246,26 +249,27 @@ def _graded(
 
 
 def check_graders(golds: Iterable[Gold]) -> str:
-    """Try what the problems need, so that a machine without it does not grade everything as wrong.
+    """Check that this machine can grade problems with these references.
 
     Returns:
-        Nothing, or why the sandbox isolates less than it could.
+        The reason why the sandbox has no namespaces. Empty if it has, or if no problem needs it.
     Raises:
-        ValueError: math-verify is absent, or no code can be run.
+        ValueError: math-verify is not installed, or the sandbox cannot run code.
     """
     kinds = {type(gold) for gold in golds}
     if MathAnswer in kinds and not importlib.util.find_spec("math_verify"):
         raise ValueError("grading needs math-verify: pip install 'aropd-mcore[eval]'")
     if CodeTests not in kinds:
         return ""
-    # Modules that no interpreter has loaded by itself: it must be able to read its own library.
+    # Import modules that an interpreter does not load at its start: the sandbox must be able to
+    # read the standard library.
     code = "import decimal, typing, statistics, socket\ndef double(x): return 2 * x"
     outcome = run_tests(Program(code, ["double"], "assert double((1,)) == (1, 1)"))
     if outcome.failure:
         where = f"; not isolated: {outcome.not_isolated}" if outcome.not_isolated else ""
         raise ValueError(
-            f"the sandbox for code does not work here: a program that is right fails by "
-            f"{outcome.failure}{where}. Without isolation root runs code as nobody, who has to be "
-            f"able to read {sys.base_prefix}"
+            f"the sandbox for code does not work on this machine: a correct program failed with "
+            f"{outcome.failure}{where}. Without isolation, root runs code as the user `nobody`: "
+            f"give that user read access to {sys.base_prefix}"
         )
     return outcome.not_isolated

@@ -1,17 +1,17 @@
-"""Whether two answers are the same, by math-verify; a process of its own, which may be killed.
+"""Program that compares answers by math-verify, in a process that may be killed.
 
-Run as a program: it prints `true` when it is ready, then answers a line of JSON, [gold, answer],
-both in normal form (evaluation/normalize.py), with `true` or `false`. An answer may keep sympy busy
-for ever, or fill the memory.
+It prints `true` when it is ready. Then it reads one JSON line `[gold, answer]` per comparison, both
+in normal form (evaluation/normalize.py), and prints `true` or `false`. It is a separate process
+because an answer can keep sympy busy forever or fill the memory.
 
-Numbers are compared here, not by math-verify, whose tolerances are absolute: 1/2^99 and 1/2^98
-would be equal. The rule:
+This program compares numbers itself, because the tolerances of math-verify are absolute: 1/2^99
+would equal 1/2^98. Rules:
 
-    exact numbers       are equal if their difference is 0
-    a decimal           equals a number that is the same rounded to six places, as with math-verify,
-                        and that differs by less than a ten-thousandth of itself
-    irrational numbers  are equal if 50 significant digits are
-    9% and 9            are equal
+    exact numbers       equal if their difference is 0
+    decimals            equal if they are equal when rounded to six places (as in math-verify) and
+                        their relative difference is at most 1/10000
+    irrational numbers  equal if their difference is below 10^-45 of the larger one
+    percentages         9% equals 9
 """
 
 import json
@@ -26,11 +26,11 @@ _DIGITS = 50
 
 
 def main() -> None:
-    logging.disable()  # math-verify's warnings that no time limit of its own is on
+    logging.disable()  # math-verify warns that its time limits are off
     import math_verify.grader as grader
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    # Sets, tuples, intervals and matrices compare their elements by this function.
+    # math-verify compares elements of sets, tuples, intervals and matrices by this function.
     library_rule = grader.sympy_numeric_eq
 
     def numeric_eq(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
@@ -40,7 +40,7 @@ def main() -> None:
         return same
 
     grader.sympy_numeric_eq = numeric_eq
-    # normalize.py removes units: math-verify takes the variables of 5t and 4ab for units.
+    # normalize.py removes units. math-verify would treat the variables of 5t and 4ab as units.
     form = replace(LatexExtractionConfig().normalization_config, units=False)
     latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=form)
     configs = [latex, ExprExtractionConfig()]
@@ -57,13 +57,13 @@ def main() -> None:
     for line in sys.stdin:
         try:
             verdict = same(*json.loads(line))
-        except Exception:  # sympy's or the parser's, about an answer that means nothing to them
+        except Exception:  # sympy or the parser cannot process the answer
             verdict = False
         print(json.dumps(bool(verdict)), flush=True)
 
 
 def same_number(a: Any, b: Any) -> bool | None:
-    """Compare two sympy expressions as numbers; None if one of them is none."""
+    """Compare two sympy expressions as numbers. None: one of them is not a number."""
     import sympy
 
     for value in (a, b):
@@ -86,7 +86,7 @@ def same_number(a: Any, b: Any) -> bool | None:
 
 
 def _exact(value: Any) -> Any:
-    """The value with decimals as the fractions that they are written as."""
+    """Replace each decimal of an expression with the exact fraction of its digits."""
     import sympy
 
     decimals = {number: sympy.Rational(str(number)) for number in value.atoms(sympy.Float)}
@@ -94,7 +94,7 @@ def _exact(value: Any) -> Any:
 
 
 def _percent(value: Any) -> Any:
-    """9 of 9%, which math-verify writes as a product that is not evaluated."""
+    """Return 9 for 9%, which math-verify represents as an unevaluated product."""
     import sympy
 
     hundredth = sympy.UnevaluatedExpr(sympy.Rational(1, 100))

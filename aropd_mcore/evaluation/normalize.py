@@ -1,15 +1,15 @@
-"""One form for the many ways to write an answer; the same functions read references and responses.
+"""Normalization of answers. References and responses pass through the same functions.
 
-plain_text      Unicode: minus signs, spaces, digits, fractions and powers as ASCII or LaTeX
-normal_answer   one answer without what is only form: Markdown, currency, degrees, separators
-is_words        whether an answer is words, which are compared as words
+plain_text      converts Unicode minus signs, spaces, digits, fractions and powers to ASCII or LaTeX
+normal_answer   removes formatting from one answer: Markdown, currency, degrees, separators
+is_words        decides whether an answer is compared as words
 """
 
 import re
 import unicodedata
 
 LONGEST_ANSWER = 4_000
-"""In characters. Some patterns take quadratic time."""
+"""Length of the longest answer that is normalized. Some patterns take quadratic time."""
 
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ"
 _SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
@@ -78,7 +78,8 @@ _ROOT = re.compile(
 _PERCENT = re.compile(r"\s*(?:(?<!\\)%|(?<=\d)\s*\bpercent(?:age)?\b)")
 _WORD = re.compile(r"(?:^|\s)[(\"']*[^\W\d_]{2,}(?:[.'-]+[^\W\d_]+)*[.,;:!?)\"']*(?:\s|$)")
 _MATHEMATICS = re.compile(r"[=^_<>+&\[{]|\\(?:begin|frac|sqrt)|(?:^|\s)[-*/](?:\s|$)")
-# Words of any other two letters, as in `5 mn`, and other words without a blank are variables.
+# Other two-letter words, such as the `mn` in `5 mn`, and other words without a space before them
+# are variables.
 _SHORT_UNITS = (
     "[cdkmnμ]?m|[cdkm]?[lL]|[kmM]?g|mi|in|ft|yds?|lbs?|oz|hrs?|ms|min|sec|mph|kph|km/?h|rpm"
     "|[kMG]?Hz|[kMG]?W|[kM]?J|[kM]?Pa|[kMG]?eV|[kM]?N|[kM]?cal|deg|rad|mol|Rs|USD|EUR|GBP|INR|cts?"
@@ -107,10 +108,11 @@ _UNIT = re.compile(
 
 
 def plain_text(text: str) -> str:
-    """Write typographic characters as ASCII or LaTeX; letters and line breaks stay.
+    """Convert typographic characters to ASCII or LaTeX. Letters and line breaks stay.
 
-    `x²` becomes `x^{2}`, `½` becomes `\\frac{1}{2}`, U+2212 a hyphen. Full-width digits, special
-    spaces and curly quotes become plain ones; a special space within a number is left out.
+    `x²` becomes `x^{2}`, `½` becomes `\\frac{1}{2}`, and U+2212 becomes a hyphen. Full-width
+    digits, special spaces and curly quotes become plain ones. A special space within a number is
+    removed.
     """
     if text.isascii():
         return text
@@ -132,9 +134,9 @@ def _vulgar_fraction(match: re.Match[str]) -> str:
 
 
 def normal_answer(text: str) -> str:
-    """One answer as LaTeX or words, without Markdown, currency, degree signs and separators.
+    """Convert one answer to LaTeX or words without Markdown, currency, degrees and separators.
 
-    A text over LONGEST_ANSWER is no answer: it keeps its form.
+    A text longer than LONGEST_ANSWER is not an answer: only its characters and spaces change.
     """
     text = re.sub(r"\s+", " ", plain_text(text)).strip()
     if len(text) > LONGEST_ANSWER:
@@ -142,9 +144,9 @@ def normal_answer(text: str) -> str:
     text = text.translate(_SYMBOL_TABLE)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}|^\s*\{\s*\}\s*$", r"\\emptyset", text)
-    text = _unwrapped(text)
+    text = _unwrap(text)
     text = _SPACES.sub(" ", _NO_MEANING.sub("", _MARKED.sub(r"\1\2", text)))
-    text = _unwrapped(text)
+    text = _unwrap(text)
     if not text.startswith(("(", "[", "\\{")):  # (1,234) is a pair
         text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
@@ -160,15 +162,15 @@ def normal_answer(text: str) -> str:
     return text.strip()
 
 
-def _unwrapped(text: str) -> str:
-    """Without wrappers around the whole, and punctuation and announcements at its ends."""
+def _unwrap(text: str) -> str:
+    """Remove wrappers around the whole text, and punctuation and introductions at its ends."""
     for _ in range(10):
         before = text
         text = _START.sub("", _END.sub("", text))
         for wrapper in _WRAPPERS:
             if match := wrapper.fullmatch(text):
                 inner = next(group for group in match.groups() if group is not None)
-                # $a$ and $b$ is not one formula.
+                # "$a$ and $b$" is not one formula.
                 if not re.search(r"\$|\*\*|\\\)|\\\]", inner):
                     text = inner
         if text == before:
@@ -177,23 +179,23 @@ def _unwrapped(text: str) -> str:
 
 
 def without_unit(text: str) -> str:
-    """`18` of `18 dollars per day`, `18\\text{ cm}^2` and `18 cm^{2}`."""
+    """Remove a unit: `18 dollars per day`, `18\\text{ cm}^2` and `18 cm^{2}` become `18`."""
     value = _UNIT.sub("", text).strip()
     return text if not value or is_words(value) else value
 
 
 def is_words(text: str) -> bool:
-    """Whether an answer is words: letters of them are no product of variables."""
+    """Return whether an answer consists of words, not of products of variables."""
     plain = without_text_commands(text)
     return not _MATHEMATICS.search(plain) and bool(_WORD.search(_BARE_FUNCTION.sub("", plain)))
 
 
 def without_text_commands(text: str) -> str:
-    """`B. 15` of `\\text{B. } 15`."""
+    """Remove LaTeX text commands: `\\text{B. } 15` becomes `B.  15`."""
     return _TEXT.sub(r"\1", text)
 
 
 def words_of(text: str) -> list[str]:
-    """The words and numbers of an answer, without case, punctuation and a first article."""
+    """Split an answer into its casefolded words and numbers, without a leading article."""
     words = re.findall(r"[^\W_]+(?:[.'/-][^\W_]+)*", without_text_commands(text).casefold())
     return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words

@@ -1,12 +1,12 @@
-"""How well the teacher's signals predict that a response is right.
+"""Teacher signals as predictors of right responses.
 
-Of each response, means over its loss tokens y_t, in nats:
+A signal is a mean over the loss tokens y_t of a response, in nats:
 
-    total      log f(y_t) - log s(y_t)    what Full OPD would add to the response
-    partial    log p(y_t) - log s(y_t)    the anchor's part
+    total      log f(y_t) - log s(y_t)    the full view against the student
+    partial    log p(y_t) - log s(y_t)    the part of the anchor
     marginal   log f(y_t) - log p(y_t)    the residual, before clip and scale
 
-with s the student, p the partial view and f the full view. A signal's AUC is the probability that
+s is the student, p the partial view and f the full view. A signal's AUC is the probability that
 it is higher for a right response than for a wrong one.
 
 Source: METHOD section 7, `predictors`.
@@ -32,7 +32,7 @@ SIGNALS = {
     "partial": ("partial", "student"),
     "marginal": ("full", "partial"),
 }
-"""Name -> the distributions (a, b) of log a - log b."""
+"""Signal name -> the distributions (a, b) of log a - log b."""
 
 
 def predict(
@@ -42,10 +42,10 @@ def predict(
     *,
     skip_response_tokens: int,
 ) -> dict[str, Any]:
-    """Grade the responses, and compare the signals of right and wrong ones.
+    """Grade the responses and compare the signals of right and wrong ones.
 
     Returns:
-        `predictors`, as `compare` returns it.
+        The `predictors` of a diagnosis (see `compare`).
     """
     try:
         check_graders([MathAnswer("")])
@@ -60,14 +60,14 @@ def grade(
     """Grade each response as `aropd eval` grades a task of format `math`.
 
     Returns:
-        Whether each response is right; None where its row has no answer, or a program as the
-        answer, which can only be run.
+        Whether each response is right. None: its row has no answer, or the answer is a program,
+        which can only be run.
     """
 
     def text(one: Scored) -> str:
         prompt = str(tokenizer.decode(list(views[one.row].student_ids)))
         ids = list(one.rollout.response_ids)
-        # A thought that the prompt begins is one of the response's.
+        # A thought that the prompt opens belongs to the response.
         return opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=True))
 
     answers = [views[one.row].row.answer.strip() for one in scored]
@@ -92,14 +92,16 @@ def compare(
     """Compare the signals of right and wrong responses.
 
     Args:
-        right: of each response; None where it has no grade.
-        reason: why there are no grades.
+        right: whether each response is right. None: it has no grade.
+        reason: reason why there are no grades.
     Returns:
         graded       number of responses with a grade
-        accuracy     share of them that are right, with accuracy_95, its 95 % interval
-        right, wrong numbers of graded responses that have loss tokens, which the AUCs compare
-        signals      of SIGNALS, {auc, interval_95}: bootstrap over rows
-        reason       why there are no AUCs; null where there are
+        accuracy     share of graded responses that are right
+        accuracy_95  95 % interval of the accuracy
+        right, wrong numbers of right and wrong graded responses with loss tokens. The AUCs compare
+                     these responses
+        signals      signal name -> {auc, interval_95}. Intervals by bootstrap over rows
+        reason       reason why there are no AUCs. None if there are
 
         A number that does not exist is None.
     """

@@ -1,14 +1,14 @@
-"""`aropd report`: runs' folders -> one HTML page that needs nothing else.
+"""`aropd report`: one self-contained HTML page that shows the folders of runs.
 
-What a run's folder may hold, each part by itself:
+A folder may contain any of these files:
 
     metrics.jsonl             curves, step time, drift by position
-    config.yaml               the method
-    eval/**/summary.json      of `aropd eval`: accuracy, also by length
-    diagnose/*.json           of `aropd diagnose`: the reader, thresholds, reliability
+    config.yaml               method
+    eval/**/summary.json      accuracy, also by response length (from `aropd eval`)
+    diagnose/*.json           reader, thresholds, reliability (from `aropd diagnose`)
 
-The page is report_page/: Python puts style, scripts and the data, as JSON, into page.html. Whatever
-comes from a run is shown as text: no script of the page makes HTML of it.
+This module inserts the style, the scripts and the data (as JSON) of report_page/ into page.html.
+The scripts show text from a run as text only, never as HTML.
 """
 
 import json
@@ -29,28 +29,29 @@ from aropd_mcore.numerics.position_metrics import METRICS
 _PAGE = Path(__file__).with_name("report_page")
 _SCRIPTS = ("labels.js", "chart.js", "sections.js", "reader.js", "page.js")
 _MAX_POINTS = 1000
-"""Of a curve; longer ones become means of neighbours."""
+"""Number of points per curve. A longer curve is shown as means of neighbouring steps."""
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page; `out`.
+    """Write the report page of runs to `out`, and return `out`.
 
     Raises:
-        ValueError: a folder holds nothing that can be shown, or what it holds cannot be read.
+        ValueError: a folder has no file that the page shows, or a file cannot be read.
     """
+    names = _display_names(runs)
     data = {
         "version": __version__,
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "labels": {name: [metric.title, metric.unit] for name, metric in METRICS.items()},
-        "runs": [{"name": name} | _run(run) for name, run in zip(_names(runs), runs, strict=True)],
+        "runs": [{"name": name} | _load_run(run) for name, run in zip(names, runs, strict=True)],
     }
     write_atomically(out, [render(data)])
     return out
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page with this data in it."""
-    # JSON knows another way to write `<`: no text can end the element that it stands in.
+    """Insert data into the page, and return its HTML."""
+    # Escape `<`, so that no text in the data can end the script element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     script = "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     parts = {
@@ -59,43 +60,43 @@ def render(data: Mapping[str, Any]) -> str:
         "/*DATA*/": text,
     }
     page = (_PAGE / "page.html").read_text(encoding="utf-8")
-    for place, part in parts.items():  # the data last: it may hold the others' names
+    for place, part in parts.items():  # the data last: it may contain the other placeholders
         before, _, after = page.partition(place)
         page = before + part + after
     return page
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Folders' names where they differ, else their paths from where they part."""
-    whole = [run.resolve() for run in runs]
-    if len(set(whole)) < len(whole):
-        raise ValueError(f"runs {', '.join(map(str, runs))}: expected each of them once")
-    names = [path.name for path in whole]
+def _display_names(runs: Sequence[Path]) -> list[str]:
+    """Return the names of folders if they differ, or else paths relative to their common parent."""
+    paths = [run.resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"runs {', '.join(map(str, runs))}: expected each run only once")
+    names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names
-    common = os.path.commonpath(whole)
-    return [os.path.relpath(path, common) for path in whole]
+    common = os.path.commonpath(paths)
+    return [os.path.relpath(path, common) for path in paths]
 
 
-def _run(run: Path) -> dict[str, Any]:
+def _load_run(run: Path) -> dict[str, Any]:
     lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    found = {
+    data = {
         "num_steps": len(lines),
         **_columns(lines),
         "method": _method(run / "config.yaml"),
         "evaluations": list(_evaluations(run)),
         "diagnoses": list(_diagnoses(run)),
     }
-    if not (lines or found["evaluations"] or found["diagnoses"]):
+    if not (lines or data["evaluations"] or data["diagnoses"]):
         raise ValueError(
-            f"{run}: nothing to show; expected metrics.jsonl, diagnose/*.json or "
-            "eval/**/summary.json, as a run's output_dir has"
+            f"{run}: nothing to show: expected a run's output_dir with metrics.jsonl, "
+            "diagnose/*.json or eval/**/summary.json"
         )
-    return found
+    return data
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each metric its values over the steps; null where there is none."""
+    """Return the steps, and the values of each metric over the steps. None: not reported."""
     size = -(-len(lines) // _MAX_POINTS) or 1
     pieces = [lines[start : start + size] for start in range(0, len(lines), size)]
     names = sorted({name for line in lines for name in line} - {"step"})
@@ -124,7 +125,7 @@ def _method(path: Path) -> dict[str, Any]:
 
 
 def _method_name(config: Config) -> str:
-    """METHOD section 8."""
+    """Return the name of the method of a config (METHOD section 8)."""
     objective = config.objective
     if objective.name == "sft":
         return "SFT"
@@ -138,29 +139,29 @@ def _evaluations(run: Path) -> Iterator[dict[str, Any]]:
     for path in sorted((run / "eval").rglob("summary.json")):
         summary = _read(path)
         if not isinstance(summary.get("tasks"), dict):
-            raise ValueError(f"{path}: expected the summary that `aropd eval` writes, with `tasks`")
+            raise ValueError(f"{path}: no `tasks`: expected a summary.json of `aropd eval`")
         yield {"name": str(path.parent.relative_to(run / "eval")), "tasks": summary["tasks"]}
 
 
 def _diagnoses(run: Path) -> Iterator[dict[str, Any]]:
-    """By their steps, the last one last."""
-    found = []
+    """Yield the diagnoses of a run, sorted by step."""
+    diagnoses = []
     for path in sorted((run / "diagnose").glob("*.json")):
         diagnosis = _read(path)
         if diagnosis.get("schema") != SCHEMA:
             raise ValueError(
-                f"{path}: schema: found {diagnosis.get('schema')!r}, expected {SCHEMA!r}; "
-                "run `aropd diagnose` again"
+                f"{path}: schema {diagnosis.get('schema')!r}, expected {SCHEMA!r}: rerun "
+                "`aropd diagnose`"
             )
-        found.append({"name": path.stem} | diagnosis)
-    yield from sorted(found, key=lambda one: one["model"]["step"] or 0)
+        diagnoses.append({"name": path.stem} | diagnosis)
+    yield from sorted(diagnoses, key=lambda diagnosis: diagnosis["model"]["step"] or 0)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found {type(content).__name__}, expected a JSON object")
+    return content

@@ -1,13 +1,13 @@
 """`aropd eval`: problems -> prompts -> responses -> graded samples -> a summary.
 
-    OUT/evaluation.json    what everything below depends on
-    OUT/prompts.jsonl      the problems' questions, of all tasks; what `aropd generate` is given
-    OUT/responses.jsonl    what it wrote
-    OUT/samples.jsonl      the responses with their grades
-    OUT/summary.json
+    OUT/evaluation.json    everything that the other files depend on
+    OUT/prompts.jsonl      questions of all tasks, the input of `aropd generate`
+    OUT/responses.jsonl    output of `aropd generate`
+    OUT/samples.jsonl      responses with their grades
+    OUT/summary.json       accuracies and counts
 
-Each is begun when the one before it is whole, and only what is not there is made: the same command
-goes on where it stopped, and grades again, without sampling, what is left without samples.jsonl.
+A file is begun when the one before it is complete, and complete files are kept. So the same command
+resumes an interrupted evaluation. Delete samples.jsonl to grade again without sampling.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ from aropd_mcore.types import Row
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, problems, and the folder for what comes of them."""
+    """A model, the problems it answers, and the folder of the results."""
 
     spec: GenerationSpec
-    """Which makes the responses."""
+    """Job that samples the responses."""
     tasks: tuple[Task, ...]
     problems: tuple[Problem, ...]
-    """Of all tasks, in their order."""
+    """Problems of all tasks, in the order of the tasks."""
     out: Path
     not_isolated: str
     """See check_graders."""
@@ -55,7 +55,7 @@ class Evaluation:
         return self.spec.output.exists()
 
     def identity(self) -> dict[str, Any]:
-        """What its samples depend on, as JSON holds it."""
+        """Return everything that the samples depend on, as JSON values."""
         sums = {
             f"sha256 of {task.name}": hashlib.sha256(task.path.read_bytes()).hexdigest()
             for task in self.tasks
@@ -72,37 +72,40 @@ def build_evaluation(
     code_asserts: int | None = None,
     **spec: Any,
 ) -> Evaluation:
-    """Read the tasks, check all that is asked for, and write OUT's first two files.
+    """Read the tasks, check the settings, and write evaluation.json and prompts.jsonl.
 
-    Every process of a job calls it, and writes the same.
+    Every process of a job calls it and writes the same content.
 
     Args:
         model: see open_source.
         code_asserts: see tasks.read_task.
-        spec: more arguments of rollout.generation_spec.build_generation_spec.
+        spec: further arguments of rollout.generation_spec.build_generation_spec.
     Raises:
-        ValueError: what cannot be used, and why; or OUT holds another evaluation.
+        ValueError: a task, a setting or the checkpoint cannot be used, or `out` holds another
+            evaluation.
     """
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise ValueError(f"tasks {', '.join(names)}: expected a name each")
+        raise ValueError(f"tasks {', '.join(names)}: expected different names")
     problems = tuple(
         problem for task in tasks for problem in read_task(task, code_asserts=code_asserts)
     )
     code = next((p.task for p in problems if isinstance(p.gold, CodeTests)), None)
     if code and not allow_code_execution:
         raise ValueError(
-            f"task {code!r} is graded by running the code that the model writes, in a sandbox; "
-            "give --allow-code-execution"
+            f"task {code!r} is graded by running the model's code in a sandbox; allow that with "
+            "--allow-code-execution"
         )
-    made = build_generation_spec(model, out / "prompts.jsonl", out / "responses.jsonl", **spec)
-    if made.rollout.temperature == 0 and made.rollout.rollouts_per_prompt > 1:
+    generation = build_generation_spec(
+        model, out / "prompts.jsonl", out / "responses.jsonl", **spec
+    )
+    if generation.rollout.temperature == 0 and generation.rollout.rollouts_per_prompt > 1:
         raise ConfigError(
-            f"--samples {made.rollout.rollouts_per_prompt}: greedy samples are all the same; give "
-            "--temperature"
+            f"--samples {generation.rollout.rollouts_per_prompt}: greedy samples are all the same; "
+            "expected 1, or a --temperature above 0"
         )
     not_isolated = check_graders(problem.gold for problem in problems)
-    evaluation = Evaluation(made, tuple(tasks), problems, out, not_isolated, code_asserts)
+    evaluation = Evaluation(generation, tuple(tasks), problems, out, not_isolated, code_asserts)
     _begin(evaluation)
     return evaluation
 
@@ -131,9 +134,9 @@ def _begin(evaluation: Evaluation) -> None:
 
 
 def grade(evaluation: Evaluation) -> dict[str, Any]:
-    """Grade the responses, write samples.jsonl and summary.json; the summary.
+    """Grade the responses, write samples.jsonl and summary.json, and return the summary.
 
-    One process calls it, when the responses are whole.
+    One process calls it when the responses are complete.
     """
     path = evaluation.out / "samples.jsonl"
     if not path.exists():
@@ -161,7 +164,7 @@ def _write_samples(evaluation: Evaluation, path: Path) -> None:
             lines = list(map(json.loads, islice(responses, file.num_lines, None)))
         problems = [evaluation.problems[(file.num_lines + i) // samples] for i in range(len(lines))]
         prompts = list(_prompts(evaluation, problems))
-        # A thought that the prompt begins is one of the response's.
+        # A thought that the prompt begins belongs to the response.
         texts = (
             opened_thought(prompt) + line["text"]
             for prompt, line in zip(prompts, lines, strict=True)
@@ -171,15 +174,15 @@ def _write_samples(evaluation: Evaluation, path: Path) -> None:
         for line, problem, prompt, graded in track(
             graded_lines, "grading", len(lines), console=console, disable=not console.is_terminal
         ):
-            found = {key: value for key, value in asdict(graded).items() if key != "failure"}
+            fields = {key: value for key, value in asdict(graded).items() if key != "failure"}
             if graded.failure is not None:
-                found["failure"] = graded.failure
-            file.write([_sample(line, problem, prompt) | found])
+                fields["failure"] = graded.failure
+            file.write([_sample(line, problem, prompt) | fields])
         file.finish()
 
 
 def _prompts(evaluation: Evaluation, problems: Sequence[Problem]) -> Iterator[str]:
-    """Each problem's prompt, as the model sees it."""
+    """Yield the prompt of each problem as the model sees it."""
     spec = evaluation.spec
     tokenizer = load_tokenizer(spec.source.hf_folder)
     views = ViewBuilder(tokenizer, spec.views)
@@ -193,7 +196,7 @@ def _prompts(evaluation: Evaluation, problems: Sequence[Problem]) -> Iterator[st
 
 
 def _sample(line: Mapping[str, Any], problem: Problem, prompt: str) -> dict[str, Any]:
-    """A response as samples.jsonl has it, without its grade."""
+    """Return the line of samples.jsonl without the grade."""
     match problem.gold:
         case MathAnswer(text=answer) | Choices(letter=answer):
             pass

@@ -1,17 +1,18 @@
-"""A sample's code and a task's tests, run where neither can do harm.
+"""Sandbox that runs a sample's code and a task's tests.
 
-Two processes a sample, in sessions of their own (sandbox_child.py): the checker runs the tests, the
-candidate the sample, and only data goes between them; the verdict is the checker's, over a pipe
-that the sample never holds. Each has an empty environment, limits on processor time, memory and
-file sizes, and no right to start processes or threads; it ends by SIGKILL.
+Two processes per sample (sandbox_child.py), each in its own session: the candidate runs the sample
+and the checker runs the tests. They exchange only data. The checker reports the verdict through a
+pipe that the sample never holds. Both have an empty environment, limits on CPU time, memory and
+file sizes, and may not start processes or threads. Both end by SIGKILL.
 
-Where the kernel allows namespaces (root, or a user who may have user namespaces), there is no
-network, no other process, and no file but the interpreter and system libraries, read-only, and a
-memory disk that goes with the process. Where it does not, `Outcome.not_isolated` says why: a sample
-then has the network and files of the user, or of `nobody` where the user is root.
+If the kernel allows namespaces (for root, or for a user who may create user namespaces), a sample
+has no network and sees no other process. The only files are the interpreter and system libraries,
+read-only, and a memory disk that disappears with the process. Otherwise `Outcome.not_isolated`
+states the reason, and a sample can use the network and the files of the user, or those of the user
+`nobody` if the command runs as root.
 
-What remains to a sample that cheats: answers that it knows from tests which its prompt shows, and
-objects of its own classes, which tests can only ask about themselves.
+A sample can still cheat in two ways: by hard-coding answers to tests that its prompt shows, and by
+returning objects of its own classes, about which the tests can only ask these objects.
 """
 
 import json
@@ -28,77 +29,80 @@ from pathlib import Path
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # a sample's verdict must not depend on the order of its sets
-    "OPENBLAS_NUM_THREADS": "1",  # numpy would start threads, and may not
+    "OPENBLAS_NUM_THREADS": "1",  # numpy would start threads, which the limits forbid
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of each of a sandbox's two processes."""
+    """Limits of each of a sandbox's two processes."""
 
     cpu: int = 10
-    """Seconds of processor time, which other work on the machine does not change."""
+    """CPU time in seconds. It does not depend on other work on the machine."""
     wall: float = 30.0
-    """Seconds, for both: of a sample that sleeps."""
+    """Wall-clock time of both processes in seconds. It ends a sample that sleeps."""
     memory: int = 2 << 30
-    """Bytes of address space."""
+    """Address space in bytes."""
     disk: int = 64 << 20
-    """Bytes of a file; where it is isolated, of all files."""
+    """Size of each file in bytes. If isolated, also the total size of all files."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is run."""
+    """A sample's code and the tests that grade it."""
 
     code: str
-    """The sample's."""
+    """Code of the sample."""
     names: Sequence[str]
-    """What the tests know of it: the functions and classes that they call."""
+    """Functions and classes of the sample that the tests use."""
     tests: str
-    """Statements that raise where the sample is wrong."""
+    """Statements that raise an exception if the sample is wrong."""
     setup: str = ""
-    """Run before the tests, beside them: imports and helpers of the task's own."""
+    """Imports and helpers of the task. They run before the tests, in the same process."""
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """Result of a sandbox."""
+
     failure: str
-    """Nothing: all tests passed. `time`: over a limit; `ended`: the sample's process is gone; else
-    the name of the exception, of the sample or the tests."""
+    """Reason for the failure. Empty: all tests passed. `time`: a time limit was exceeded. `ended`:
+    the sample's process has ended. Otherwise the name of the sample's or the tests' exception."""
     not_isolated: str
-    """Nothing, or why the sandbox has no namespaces."""
+    """Reason why the sandbox has no namespaces. Empty if it has."""
 
 
 def run_tests(program: Program, limits: Limits | None = None, *, isolate: bool = True) -> Outcome:
-    """Whether a sample passes its task's tests.
+    """Run a sample and its task's tests in a sandbox.
 
-    A test may hand plain data to the sample, and objects that it got from it, but no functions or
-    objects of its own.
+    A test may pass plain data to the sample, and objects that the sample returned, but no functions
+    or objects of the test's own.
 
     Args:
-        isolate: by namespaces, where the kernel allows them.
+        limits: None: the defaults.
+        isolate: use namespaces if the kernel allows them.
     """
     limits = limits or Limits()
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as other_folder,
     ):
-        request, answered = os.pipe(), os.pipe()
+        request, reply = os.pipe(), os.pipe()
         settings = {"limits": asdict(limits), "isolate": isolate, "parent": os.getpid()}
         try:
             candidate = _start(
-                "candidate", settings | {"folder": folder}, stdin=request[0], stdout=answered[1]
+                "candidate", settings | {"folder": folder}, stdin=request[0], stdout=reply[1]
             )
-            pipes = (answered[0], request[1])
+            pipes = (reply[0], request[1])
             checker = _start(
                 "checker", settings | {"folder": other_folder, "pipes": pipes}, pipes=pipes
             )
         finally:
-            for end in (*request, *answered):
+            for end in (*request, *reply):
                 os.close(end)
         try:
-            said, _ = checker.communicate(json.dumps(asdict(program)).encode(), limits.wall)
-            outcome = Outcome(**json.loads(said)) if said else Outcome("time", "")
+            verdict, _ = checker.communicate(json.dumps(asdict(program)).encode(), limits.wall)
+            outcome = Outcome(**json.loads(verdict)) if verdict else Outcome("time", "")
             if outcome.failure == "ended" and _ran_out_of_time(candidate):
                 outcome = Outcome("time", outcome.not_isolated)
         except subprocess.TimeoutExpired:
@@ -118,7 +122,8 @@ def _start(
     pipes: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        # Neither the user's packages nor this folder, whose names would hide the library's.
+        # -sP: import neither the user's packages nor modules of this folder, which could shadow the
+        # standard library's.
         [sys.executable, "-sP", str(_CHILD), role, json.dumps(settings)],
         stdin=stdin,
         stdout=stdout,

@@ -1,14 +1,14 @@
-"""The two processes of a sandbox; run as a program, with the standard library alone.
+"""Program of the two processes of a sandbox. Uses the standard library only.
 
-numpy is imported only where a sample or a test has made one of its values.
-
-    candidate   runs the sample's code, and answers calls of its functions
+    candidate   runs the sample's code and executes calls of its functions
     checker     runs the task's tests, which call those functions through a pipe
 
-The sample shares no interpreter with the tests. What comes back from it is data, of which the
-checker builds values of plain types, of the standard library's value types and of numpy's; it
-compares them as one process would, and tells the parent. A sample can end, hang or patch its own
-process only.
+The sample and the tests do not share an interpreter. The sample returns data only. From this data
+the checker builds plain values, value types of the standard library and numpy values, so that
+comparisons give the same results as in one process. The checker reports the verdict to the parent.
+A sample can end, hang or patch only its own process.
+
+numpy is imported only if a sample or a test has created a numpy value.
 """
 
 import builtins
@@ -31,7 +31,7 @@ NOBODY = 65534
 _LONGEST_MESSAGE = 1 << 26
 _MOST_ITEMS = 1_000_000
 _MODULE = 0
-"""The object that stands for the sample's module."""
+"""Number of the object that is the sample's module."""
 
 # From linux/sched.h, mount.h, fcntl.h, prctl.h and capability.h.
 _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
@@ -46,22 +46,25 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Ended(BaseException):
-    """The other process is gone, or says what cannot be read. No test can catch it by mistake."""
+    """The other process has ended or sent an unreadable message.
+
+    A BaseException, so that the tests' `except Exception` does not catch it.
+    """
 
 
 # Confinement
 
 
 def confine(folder: str, limits: dict[str, int], *, isolate: bool, parent: int) -> str:
-    """Give up everything that a sample does not need; goes on in a child of this process.
+    """Give up every resource that a sample does not need. May return in a child of this process.
 
     Args:
-        folder: empty, and this process's alone.
-        isolate: into namespaces of its own: no network, no processes and no files but the
-            interpreter's and the system's libraries, read-only, and an empty memory disk.
+        folder: empty folder that no other process uses.
+        isolate: enter new namespaces: no network, no other processes, and no files except the
+            interpreter and system libraries (read-only) and an empty memory disk.
         parent: process id of the grader. The kernel kills this process when the grader ends.
     Returns:
-        Nothing, or why the process is not isolated.
+        The reason why the process is not isolated. Empty if it is isolated.
     """
     is_root, problem = os.geteuid() == 0, ""
 
@@ -70,12 +73,12 @@ def confine(folder: str, limits: dict[str, int], *, isolate: bool, parent: int) 
 
     try:
         if not isolate:
-            raise OSError("not asked for")
-        _leave_namespaces(is_root)
+            raise OSError("not requested")
+        _enter_namespaces(is_root)
         _end_with_parent(parent_is_gone)
-        parent_is_gone = _in_a_child()
-        _new_root(folder, limits["disk"])
-    except (OSError, AttributeError) as error:  # AttributeError: a system without the call
+        parent_is_gone = _continue_in_child()
+        _enter_new_root(folder, limits["disk"])
+    except (OSError, AttributeError) as error:  # AttributeError: the C library lacks the call
         problem = str(error)
         if is_root:
             os.chown(folder, NOBODY, NOBODY)
@@ -89,26 +92,27 @@ def confine(folder: str, limits: dict[str, int], *, isolate: bool, parent: int) 
         ("NPROC", 0),  # neither processes nor threads
     ):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    if is_root:  # whom the limit on processes does not bind
+    if is_root:  # RLIMIT_NPROC does not apply to root
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     _check(_libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24)))
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    # Nobody with the same user id may trace it, or read its memory.
+    # No process with the same user id may trace this process or read its memory.
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
-    _end_with_parent(parent_is_gone)  # a fork and a change of the user clear the setting
+    _end_with_parent(parent_is_gone)  # fork and setuid clear the setting
     return problem
 
 
 def _end_with_parent(is_gone: Callable[[], bool]) -> None:
-    """Have the kernel kill this process when its parent ends; end now if the parent is gone."""
+    """Make the kernel kill this process when its parent ends. Exit if the parent has ended."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     if is_gone():
         os._exit(1)
 
 
-def _leave_namespaces(is_root: bool) -> None:
+def _enter_namespaces(is_root: bool) -> None:
+    """Enter new mount, IPC, network and process namespaces. Non-root: a user namespace too."""
     flags = _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWPID | _CLONE_NEWNET
     ids = {"uid": os.geteuid(), "gid": os.getegid()}
     _check(_libc.unshare(flags if is_root else flags | _CLONE_NEWUSER))
@@ -120,46 +124,49 @@ def _leave_namespaces(is_root: bool) -> None:
                 file.write(f"{id} {id} 1")
 
 
-def _in_a_child() -> Callable[[], bool]:
-    """Go on in the first process of the new process namespace; with it ends whatever is in there.
+def _continue_in_child() -> Callable[[], bool]:
+    """Fork, and return in the child only: the first process of the new process namespace.
+
+    When that process ends, the kernel kills all processes of the namespace.
 
     Returns:
-        Whether the process before it is gone; to be called once.
+        Function that returns whether the parent has ended. It may be called once.
     """
-    before = os.pidfd_open(os.getpid())
+    parent = os.pidfd_open(os.getpid())
     child = os.fork()
     if child:
-        os.closerange(0, 1 << 20)  # the pipes' ends are the child's alone
+        os.closerange(0, 1 << 20)  # only the child may hold the ends of the pipes
         status = os.waitpid(child, 0)[1]
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
-    def is_gone() -> bool:  # getppid() is 0 here: the parent is outside of the namespace
-        gone = bool(select.select([before], [], [], 0)[0])
-        os.close(before)
+    def is_gone() -> bool:  # getppid() is 0 here: the parent is outside the namespace
+        gone = bool(select.select([parent], [], [], 0)[0])
+        os.close(parent)
         return gone
 
     return is_gone
 
 
-def _new_root(folder: str, size: int) -> None:
+def _enter_new_root(folder: str, size: int) -> None:
+    """Change the root to a memory disk of `size` bytes with read-only system libraries."""
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=755,size={size}")
-    shown: list[str] = []
-    # A path inside another one comes with it.
+    mounted: list[str] = []
+    # A path inside a mounted path needs no mount.
     for path in sorted({"/usr", "/lib", "/lib64", "/dev/null", sys.prefix, sys.base_prefix}):
-        if os.path.exists(path) and not any(path.startswith(f"{other}/") for other in shown):
-            shown.append(path)
-            _show(path, folder + path)
+        if os.path.exists(path) and not any(path.startswith(f"{other}/") for other in mounted):
+            mounted.append(path)
+            _mount_read_only(path, folder + path)
     os.makedirs(f"{folder}/tmp", exist_ok=True)
     os.chmod(f"{folder}/tmp", 0o777)
     os.chroot(folder)
     os.chdir("/tmp")
 
 
-def _show(path: str, target: str) -> None:
-    """`path` at `target`, for reading."""
+def _mount_read_only(path: str, target: str) -> None:
+    """Bind-mount `path` at `target`, read-only."""
     if os.path.isdir(path):
         os.makedirs(target)
     else:
@@ -193,7 +200,7 @@ def _check(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-# Data between the two
+# Data that the two processes exchange
 
 
 _VALUES: dict[str, Callable[[Any], list[Any]]] = {
@@ -220,25 +227,25 @@ _VALUES: dict[str, Callable[[Any], list[Any]]] = {
     "pathlib.PurePosixPath": lambda value: [str(value)],
     "uuid.UUID": lambda value: [value.hex],
 }
-"""Value types of the standard library -> the arguments that make an equal value."""
+"""Value types of the standard library -> arguments that construct an equal value."""
 _VIEWS: dict[str, Callable[[list[Any]], Any]] = {
     "dict_items": lambda items: dict(items).items(),
     "dict_keys": lambda items: dict.fromkeys(items).keys(),
     "dict_values": lambda items: dict(enumerate(items)).values(),
 }
 _ARRAY_KINDS = "biufcSUmM"
-"""numpy's booleans, numbers, strings and dates, whose bytes are the value."""
+"""Kinds of numpy dtypes whose bytes are the value: booleans, numbers, strings and dates."""
 
 
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
-    """Encode a value for JSON, so that the decoded one compares as the value itself would.
+    """Encode a value for JSON such that the decoded value compares like the original.
 
-    numpy's scalars and arrays and the standard library's value types keep their type. A subclass's
-    value becomes its base class's, without methods such as `__eq__` that a sample may have written.
-    Any other object becomes its number.
+    numpy scalars and arrays and value types of the standard library keep their type. A value of a
+    subclass becomes a value of its base class, because a sample may have overridden methods such as
+    `__eq__`. Any other object becomes its number.
 
     Args:
-        keep: returns the number of an object.
+        keep: function that returns the number of an object.
     """
     kind = type(value)
     if kind.__module__ == "numpy" and (data := _encode_numpy(value, keep)):
@@ -265,7 +272,11 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
 
 
 def _encode_numpy(value: Any, keep: Callable[[Any], int]) -> Any:
-    """A scalar or array as dtype, shape (None of a scalar) and bytes or items; None of the rest."""
+    """Encode a scalar or array as dtype, shape (None for a scalar) and bytes or items.
+
+    Returns:
+        None for any other numpy object.
+    """
     import numpy
 
     if type(value) is not numpy.ndarray and not isinstance(value, numpy.generic):
@@ -280,10 +291,10 @@ def _encode_numpy(value: Any, keep: Callable[[Any], int]) -> Any:
 
 
 def decode(data: Any, find: Callable[[int], Any]) -> Any:
-    """Return the value that `encode` was given; builds only types that `encode` knows.
+    """Decode the output of `encode`. Builds only the types that `encode` supports.
 
     Args:
-        find: returns the object of a number.
+        find: function that returns the object with a number.
     """
     if isinstance(data, list):
         return [decode(item, find) for item in data]
@@ -316,7 +327,7 @@ def _decode_numpy(dtype: str, shape: list[int] | None, content: Any, find: Any) 
 
     if dtype == "O":
         array = numpy.empty(len(content), dtype=object)
-        for i, item in enumerate(content):  # a slice would take a list for a row
+        for i, item in enumerate(content):  # assigning a slice would treat a list as a row
             array[i] = decode(item, find)
     elif dtype.strip("<>=|")[0] in _ARRAY_KINDS:
         array = numpy.frombuffer(bytearray.fromhex(content), dtype)
@@ -326,7 +337,7 @@ def _decode_numpy(dtype: str, shape: list[int] | None, content: Any, find: Any) 
 
 
 class Channel:
-    """Messages with the other process: four bytes of length, and JSON."""
+    """Connection to the other process. A message is four bytes of length, then JSON."""
 
     def __init__(self, reads: int, writes: int) -> None:
         self._reads, self._writes = reads, writes
@@ -364,7 +375,7 @@ class Channel:
 
 
 class _Objects:
-    """What a sample has given out that is no data."""
+    """Table of the sample's objects that the tests hold and that cannot be sent as data."""
 
     def __init__(self, module: types.ModuleType) -> None:
         self._objects: list[Any] = [module]
@@ -394,19 +405,19 @@ class _Objects:
 
 
 def candidate(channel: Channel) -> None:
-    """Run the code that the first message holds, and then what the others ask for."""
+    """Run the code in the first message, then execute the requests in the following messages."""
     module = types.ModuleType("sample")
-    sys.modules["sample"] = module  # dataclasses look there
+    sys.modules["sample"] = module  # dataclasses look up the module there
     objects = _Objects(module)
     random.seed(0)
     code = channel.receive()
-    channel.send(_answer(lambda: exec(compile(code, "sample.py", "exec"), module.__dict__)))
+    channel.send(_run(lambda: exec(compile(code, "sample.py", "exec"), module.__dict__)))
     while True:
         request = channel.receive()
-        channel.send(_answer(lambda request=request: objects.do(request)))
+        channel.send(_run(lambda request=request: objects.do(request)))
 
 
-def _answer(work: Callable[[], Any]) -> dict[str, Any]:
+def _run(work: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"value": work()}
     except Ended:
@@ -419,69 +430,72 @@ def _answer(work: Callable[[], Any]) -> dict[str, Any]:
 
 
 class _Remote:
-    """An object of the sample, as the tests see it."""
+    """Proxy of an object of the sample, which the tests use."""
 
-    __slots__ = ("_ask", "_number")
+    __slots__ = ("_number", "_send_request")
 
-    def __init__(self, ask: Callable[[dict[str, Any]], Any], number: int) -> None:
-        object.__setattr__(self, "_ask", ask)
+    def __init__(self, request: Callable[[dict[str, Any]], Any], number: int) -> None:
+        object.__setattr__(self, "_send_request", request)
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        coded = [encode(arg, _number_of) for arg in args]
-        coded_named = {key: encode(arg, _number_of) for key, arg in named.items()}
-        return self._ask(
+        coded = [encode(arg, _object_number) for arg in args]
+        coded_named = {key: encode(arg, _object_number) for key, arg in named.items()}
+        return self._send_request(
             {"do": "call", "object": self._number, "args": coded, "named": coded_named}
         )
 
     def __getattr__(self, name: str) -> Any:
-        return self._ask({"do": "get", "object": self._number, "name": name})
+        return self._send_request({"do": "get", "object": self._number, "name": name})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        coded = encode(value, _number_of)
-        self._ask({"do": "set", "object": self._number, "name": name, "value": coded})
+        coded = encode(value, _object_number)
+        self._send_request({"do": "set", "object": self._number, "name": name, "value": coded})
 
     def __bool__(self) -> bool:
-        return self._ask({"do": "bool", "object": self._number}) is True
+        return self._send_request({"do": "bool", "object": self._number}) is True
 
     def __iter__(self) -> Any:
-        return iter(self._ask({"do": "list", "object": self._number}))
+        return iter(self._send_request({"do": "list", "object": self._number}))
 
 
-def _number_of(value: Any) -> int:
+def _object_number(value: Any) -> int:
     if type(value) is not _Remote:
-        raise TypeError(f"a test hands {type(value).__name__} to the sample")
+        raise TypeError(f"a test passes an object of type {type(value).__name__} to the sample")
     return value._number
 
 
 def check(channel: Channel, spec: dict[str, Any]) -> str:
-    """Run a task's tests; nothing where they pass, or what stopped them.
+    """Run a task's tests.
 
     Args:
-        job: code: the sample's; setup: run before the tests, here; names: of the sample's that the
-            tests know; tests.
+        spec: `code` (the sample's code), `setup` (code that this process runs before the tests),
+            `names` (the sample's functions and classes that the tests use) and `tests`.
+    Returns:
+        Empty if the tests pass. `ended` if the sample's process has ended. Otherwise the name of
+        the exception that stopped the tests.
     """
 
-    def ask(request: Any) -> Any:
+    def send(request: Any) -> Any:
         channel.send(request)
-        return value_of(channel.receive())
+        return read(channel.receive())
 
-    def value_of(answer: Any) -> Any:
-        if not isinstance(answer, dict):
+    def read(reply: Any) -> Any:
+        if not isinstance(reply, dict):
             raise Ended
-        if "error" in answer:
-            kind = getattr(builtins, str(answer["error"]), None)
-            # No SystemExit: it is not the sample that ends the tests.
+        if "error" in reply:
+            kind = getattr(builtins, str(reply["error"]), None)
+            # SystemExit is excluded: a sample must not end the tests.
             if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                raise RuntimeError("an error of the sample's own")
+                raise RuntimeError("the sample raised an exception that is not a built-in one")
             raise kind
-        return decode(answer.get("value"), lambda number: _Remote(ask, number))
+        return decode(reply.get("value"), lambda number: _Remote(send, number))
 
     names: dict[str, Any] = {"__name__": "tests"}
     try:
         exec(compile(spec["setup"], "setup.py", "exec"), names)
-        ask(spec["code"])
-        module = _Remote(ask, _MODULE)
+        send(spec["code"])
+        module = _Remote(send, _MODULE)
         names |= {name: getattr(module, name) for name in spec["names"]}
         exec(compile(spec["tests"], "tests.py", "exec"), names)
     except Ended:
@@ -492,7 +506,10 @@ def check(channel: Channel, spec: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """`role settings`, as evaluation/sandbox.py starts it."""
+    """Run a role (candidate or checker) with settings (JSON), both given as arguments.
+
+    evaluation/sandbox.py starts the processes.
+    """
     role, settings = sys.argv[1], json.loads(sys.argv[2])
     sys.set_int_max_str_digits(0)
     spec = json.load(sys.stdin.buffer) if role == "checker" else {}
@@ -510,7 +527,7 @@ def main() -> None:
     if role == "candidate":
         channel.send(problem)
         return candidate(channel)
-    # What the candidate says before it has seen any code can be believed.
+    # The candidate's first message is trusted, because it has not run any code yet.
     try:
         problem = channel.receive() or problem
         failure = check(channel, spec)

@@ -1,6 +1,6 @@
-"""Estimates from graded samples, and their 95 % intervals.
+"""Estimates from graded samples and their 95 % confidence intervals.
 
-A problem's samples are a list of booleans, True where one is right.
+The samples of a problem are a list of booleans, True for a right sample.
 """
 
 import math
@@ -11,42 +11,45 @@ import numpy as np
 
 Samples = Sequence[Sequence[bool]]
 _Z = 1.959963984540054
-"""The normal distribution's 97.5 % quantile."""
+"""97.5 % quantile of the normal distribution."""
 _NUM_RESAMPLES = 2000
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves for more."""
+"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom. The last is used beyond 9."""
 
 
 def accuracy(samples: Samples) -> float:
-    """Share of all samples that are right: with k a problem this is avg@k."""
+    """Return the share of right samples. With k samples per problem this is avg@k."""
     return sum(map(sum, samples)) / sum(map(len, samples))
 
 
 def pass_at(k: int, samples: Samples) -> float:
-    """Probability that one of k samples of a problem is right, over the problems' mean.
+    """Estimate pass@k: the probability that at least one of k samples of a problem is right.
 
-        1 - C(n - c, k) / C(n, k),   n samples, c of them right
+        mean over problems of 1 - C(n - c, k) / C(n, k),   n samples, c right samples
 
-    Source: Chen et al., arXiv:2107.03374, equation 1: unbiased for k <= n.
+    Source: Chen et al., arXiv:2107.03374, equation 1. Unbiased for k <= n.
     """
 
-    def of(problem: Sequence[bool]) -> float:
+    def pass_probability(problem: Sequence[bool]) -> float:
         n, c = len(problem), sum(problem)
         return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
-    return sum(map(of, samples)) / len(samples)
+    return sum(map(pass_probability, samples)) / len(samples)
 
 
 def interval(samples: Samples, *, seed: int = 0) -> tuple[float, float]:
-    """Of `accuracy`: Wilson's where each problem has one sample, else by `bootstrap`, since samples
-    of one problem are not independent."""
+    """Compute a 95 % interval of `accuracy`.
+
+    Wilson's interval if each problem has one sample. Otherwise `bootstrap`, because samples of one
+    problem are not independent.
+    """
     if all(len(problem) == 1 for problem in samples):
         return wilson(sum(map(sum, samples)), len(samples))
     return bootstrap(samples, seed=seed)
 
 
 def wilson(num_right: int, num: int) -> tuple[float, float]:
-    """Wilson's score interval.
+    """Compute Wilson's score interval.
 
         (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
@@ -60,7 +63,7 @@ def wilson(num_right: int, num: int) -> tuple[float, float]:
 
 
 def bootstrap(samples: Samples, *, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of `accuracy` over problems drawn with replacement."""
+    """Compute a percentile interval of `accuracy` over problems drawn with replacement."""
     num_right = np.array([sum(problem) for problem in samples])
     num = np.array([len(problem) for problem in samples])
     return _percentiles(
@@ -69,53 +72,57 @@ def bootstrap(samples: Samples, *, seed: int = 0) -> tuple[float, float]:
 
 
 def auc(values: np.ndarray, right: np.ndarray, weights: np.ndarray | None = None) -> float | None:
-    """Area under the ROC curve: how often a right response has the higher value; a tie counts half.
+    """Compute the area under the ROC curve.
+
+    It is the probability that a right response has a higher value than a wrong one. A tie counts
+    half.
 
         sum_ij w_i w_j ([v_i > v_j] + [v_i = v_j] / 2) / sum_ij w_i w_j,   i right, j wrong
 
-    Source: Hanley and McNeil, 1982: the Mann-Whitney statistic.
+    Source: Hanley and McNeil, 1982 (the Mann-Whitney statistic).
 
     Args:
-        values: [N], of the responses.
-        right: bool [N].
-        weights: [N], how often each response counts; None: once.
+        values: [N], one value per response.
+        right: bool [N], whether each response is right.
+        weights: [N], number of times that each response counts. None: once.
     Returns:
-        A number from 0 to 1, 0.5 by chance; None where there is no pair.
+        A number from 0 to 1, where 0.5 is chance. None if there is no pair.
     """
     weights = np.ones(len(values)) if weights is None else weights
     _, place = np.unique(values, return_inverse=True)  # in ascending order
-    of_right, of_wrong = (np.bincount(place, weights * kind) for kind in (right, ~right))
-    pairs = of_right.sum() * of_wrong.sum()
-    below = np.cumsum(of_wrong) - of_wrong
-    return float((of_right * (below + of_wrong / 2)).sum() / pairs) if pairs else None
+    num_right, num_wrong = (np.bincount(place, weights * kind) for kind in (right, ~right))
+    pairs = num_right.sum() * num_wrong.sum()
+    below = np.cumsum(num_wrong) - num_wrong
+    return float((num_right * (below + num_wrong / 2)).sum() / pairs) if pairs else None
 
 
 def auc_interval(
     values: np.ndarray, right: np.ndarray, problems: Sequence[int], *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile interval of `auc` over problems drawn with replacement.
+    """Compute a percentile interval of `auc` over problems drawn with replacement.
 
-    Draws without a right or without a wrong response are left out.
+    Resamples without a right response or without a wrong response are skipped.
 
     Args:
-        problems: [N], the problem that each response answers.
+        values, right: see `auc`.
+        problems: [N], number of the problem that each response answers.
     Returns:
-        None for a single problem.
+        None if there is only one problem or all resamples are skipped.
     """
-    names, problem_of = np.unique(problems, return_inverse=True)
+    names, problem_index = np.unique(problems, return_inverse=True)
     if len(names) < 2:
         return None
-    found = []
+    aucs = []
     for chosen in _resamples(len(names), seed):
         count = np.bincount(chosen.astype(np.int64), minlength=len(names))
-        found.append(auc(values, right, count[problem_of]))
-    known = [value for value in found if value is not None]
+        aucs.append(auc(values, right, count[problem_index]))
+    known = [value for value in aucs if value is not None]
     return _percentiles(known) if known else None
 
 
 def _resamples(num: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices below `num`, drawn with replacement, once per resample."""
-    # Raw draws, since numpy keeps their stream from one release to the next.
+    """Yield the indices below `num` of each resample, drawn with replacement."""
+    # Raw draws, because numpy guarantees their stream across releases.
     draws = np.random.PCG64(seed)
     for _ in range(_NUM_RESAMPLES):
         yield draws.random_raw(num) % np.uint64(num)
@@ -127,12 +134,13 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of one number per seed, and half of its 95 % interval.
+    """Compute the mean of one number per seed, and half the width of its 95 % interval.
 
         t_{0.975, n - 1} s / sqrt(n),   n values with standard deviation s
 
     Returns:
-        The second is None for one value. With more than 10 values it is slightly too wide.
+        Mean and half-width. The half-width is None for one value, and slightly too large for more
+        than 10 values.
     """
     if len(values) < 2:
         return mean(values), None
@@ -141,10 +149,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def percent(values: Sequence[float], *, sign: str = "", digits: int = 1) -> str:
-    """Write the mean of shares over seeds and its interval in percent, such as `52.5 ± 2.8`.
+    """Format the mean of shares over seeds and its interval in percent, such as `52.5 ± 2.8`.
 
     Args:
-        sign: "+" writes the sign of a positive mean too.
+        values: one share per seed.
+        sign: "+" also prints the sign of a positive mean.
+        digits: number of digits after the decimal point.
     """
     if not values:
         return "–"

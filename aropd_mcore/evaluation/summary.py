@@ -1,4 +1,4 @@
-"""Graded samples -> a summary, as JSON and as tables."""
+"""Summary of graded samples, as JSON and as tables."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,31 +13,31 @@ from aropd_mcore.evaluation.statistics import accuracy, interval, pass_at
 from aropd_mcore.numerics.position_metrics import BUCKET_NAMES, POSITION_BUCKETS
 
 Sample = Mapping[str, Any]
-"""A line of samples.jsonl."""
+"""One line of samples.jsonl."""
 
 
 def summarize(samples: Sequence[Sample], *, num_samples: int, not_isolated: str) -> dict[str, Any]:
-    """What summary.json holds: for each task, and the mean of the tasks' accuracies.
+    """Build the content of summary.json: a summary per task, and the mean accuracy of the tasks.
 
     Args:
-        samples: in the order of tasks, problems and samples of a problem.
-        num_samples: of a problem.
+        samples: samples in the order of tasks, problems, and samples per problem.
+        num_samples: number of samples per problem.
         not_isolated: see grade.check_graders.
     """
     tasks = {
-        name: _of_task(list(lines), num_samples)
+        name: _summarize_task(list(lines), num_samples)
         for name, lines in groupby(samples, key=lambda line: line["task"])
     }
     mean = sum(task["accuracy"] for task in tasks.values()) / len(tasks)
     summary: dict[str, Any] = {"tasks": tasks, "mean_accuracy": mean}
-    with suppress(PackageNotFoundError):  # nothing needed it
+    with suppress(PackageNotFoundError):  # not installed, because no task needs it
         summary["math_verify"] = version("math-verify")
     if not_isolated:
         summary["sandbox_not_isolated"] = not_isolated
     return summary
 
 
-def _of_task(lines: list[Sample], num_samples: int) -> dict[str, Any]:
+def _summarize_task(lines: list[Sample], num_samples: int) -> dict[str, Any]:
     is_right = [line["verdict"] == "right" for line in lines]
     problems = [is_right[i : i + num_samples] for i in range(0, len(lines), num_samples)]
     ks = [2**power for power in range(num_samples.bit_length())]
@@ -60,7 +60,7 @@ def _of_task(lines: list[Sample], num_samples: int) -> dict[str, Any]:
 
 
 def _by_length(lines: list[Sample], num_samples: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The buckets that have responses (METHOD section 7)."""
+    """Summarize the length buckets that have responses (METHOD section 7)."""
     ends = (*POSITION_BUCKETS[1:], float("inf"))
     for name, first, end in zip(BUCKET_NAMES, POSITION_BUCKETS, ends, strict=True):
         problems: dict[int, list[bool]] = {}
@@ -84,7 +84,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def tables(summary: Mapping[str, Any]) -> Iterator[Table]:
-    """Accuracy of each task, and by the length of the responses."""
+    """Build the tables of accuracy per task and of accuracy by response length."""
     results = Table(title="accuracy", title_justify="left")
     lengths = Table(title="accuracy by response tokens (responses)", title_justify="left")
     for heading in ("", "problems", "right", "95 %", "pass@n", "cut off", "tokens"):
@@ -103,8 +103,8 @@ def tables(summary: Mapping[str, Any]) -> Iterator[Table]:
             f"{task['mean_length']:.0f}",
         )
         cells = [
-            f"{of['accuracy']:.1%} ({of['samples']})" if of else ""
-            for of in map(task["by_length"].get, BUCKET_NAMES)
+            f"{bucket['accuracy']:.1%} ({bucket['samples']})" if bucket else ""
+            for bucket in map(task["by_length"].get, BUCKET_NAMES)
         ]
         lengths.add_row(name, *cells)
     if len(summary["tasks"]) > 1:

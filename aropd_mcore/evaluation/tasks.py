@@ -1,15 +1,15 @@
-"""Published benchmarks in local files -> problems: a question to ask, and what decides the answer.
+"""Reading of published benchmarks from local files. A problem is a question and its reference.
 
-format    a record has
-gsm8k     question, answer (whose last line is `#### 18`)
-math      problem or question, and answer, or a solution with \\boxed{}: MATH-500, AMC, AIME,
-          Minerva, and rows as training reads them
-choices   question, choices or options (a list, or letters with texts) and answer, answer_idx or
-          answer_index (a letter, or a number from 0): MMLU, MMLU-Pro, MedQA
-medmcqa   question, opa to opd, cop (from 0)
+format    keys of a record
+gsm8k     question, answer (its last line is `#### 18`)
+math      problem or question, and answer or a solution with \\boxed{}: MATH-500, AMC, AIME,
+          Minerva, and training rows
+choices   question, choices or options (a list, or letters with texts), and answer, answer_idx or
+          answer_index (a letter, or an index from 0): MMLU, MMLU-Pro, MedQA
+medmcqa   question, opa to opd, cop (index from 0)
 gpqa      Question, Correct Answer, Incorrect Answer 1 to 3
 humaneval prompt, entry_point, test: HumanEval, HumanEval+
-mbpp      text or prompt, code, test_list; test where there is one: MBPP, MBPP+
+mbpp      text or prompt, code, test_list, and optionally test: MBPP, MBPP+
 """
 
 import ast
@@ -29,32 +29,35 @@ _ID_KEYS = ("task_id", "unique_id", "id", "idx", "question_id", "Record ID")
 
 @dataclass(frozen=True)
 class MathAnswer:
-    """A number, an expression or a word, in LaTeX or plain."""
+    """Reference of a mathematical problem: a number, an expression or words, in LaTeX or plain."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the letters from A on stand for, and which one is right."""
+    """Reference of a multiple-choice problem."""
 
     texts: tuple[str, ...]
+    """Texts of the choices A, B, ..."""
     letter: str
+    """Letter of the right choice."""
 
 
 @dataclass(frozen=True)
 class CodeTests:
-    """Tests that a response's code has to pass."""
+    """Reference of a code problem: tests that the response's code must pass."""
 
     names: tuple[str, ...]
-    """Functions and classes that the tests call; the first one is what was asked for."""
+    """Functions and classes that the tests use. The first one is the requested one."""
     tests: str
+    """Statements that raise an exception if the code is wrong."""
     setup: str = ""
-    """Run beside the tests, before them."""
+    """Code that runs before the tests, in their process."""
     header: str = ""
-    """Goes before the response's code: imports and helpers that the question shows."""
+    """Imports and helpers that the question shows. They are placed before the response's code."""
     prompt: str = ""
-    """Goes before a response that goes on with it: the header, signature and docstring."""
+    """Header, signature and docstring, placed before a response that continues them."""
 
 
 Gold = MathAnswer | Choices | CodeTests
@@ -62,33 +65,38 @@ Gold = MathAnswer | Choices | CodeTests
 
 @dataclass(frozen=True)
 class Problem:
+    """A problem of a task."""
+
     task: str
+    """Name of the task."""
     id: str
     question: str
-    """The user's turn, before views.student_template."""
+    """Text of the user turn, before views.student_template is applied."""
     gold: Gold
 
 
 class Task(NamedTuple):
-    """What `--task name:format=FILE` says; no format: by the keys of the first record."""
+    """Value of `--task name:format=FILE`."""
 
     name: str
     path: Path
     format: str | None = None
+    """Format of the records. None: detected from the keys of the first record."""
 
 
 def parse_task(text: str) -> Task:
-    """`name=FILE` or `name:format=FILE`.
+    """Parse `name=FILE` or `name:format=FILE`.
 
     Raises:
-        ValueError: it is neither, or there is no such format.
+        ValueError: the text has another form, or the format is unknown.
     """
     name, equals, path = text.partition("=")
     name, colon, format = name.partition(":")
     if not (name and equals and path):
         raise ValueError(f"task {text!r}: expected name=FILE or name:format=FILE")
     if colon and format not in _FORMATS:
-        raise ValueError(f"task {text!r}: no format {format!r}; expected {', '.join(_FORMATS)}")
+        expected = ", ".join(_FORMATS)
+        raise ValueError(f"task {text!r}: unknown format {format!r}, expected {expected}")
     return Task(name, Path(path), format or None)
 
 
@@ -96,25 +104,25 @@ def read_task(task: Task, *, code_asserts: int | None = None) -> list[Problem]:
     """Read a task's problems, in the order of its file.
 
     Args:
-        code_asserts: show up to this many of a code problem's asserts in its question. None: the
-            benchmark's own prompt, which is all of test_list for mbpp and none for humaneval.
-
+        code_asserts: maximum number of asserts to show in a code problem's question. None: the
+            benchmark's own prompt, which shows all of test_list for mbpp and none for humaneval.
     Raises:
-        DataError: the file cannot be read or has no problems; a record is broken, or has no known
-            format. The message names the file, the line, the keys found and the known formats.
+        DataError: the file cannot be read or has no problems, or a record is invalid or has an
+            unknown format. The message names the file, the line, the record's keys and the known
+            formats.
     """
     problems, format = [], task.format
     for number, (origin, record) in enumerate(read_records(task.path), start=1):
         if isinstance(record, DataError):
             raise record
         record = {key: value for key, value in record.items() if not is_absent(value)}
-        format = format or _detect(record, origin)
+        format = format or _detect_format(record, origin)
         try:
             shown = {"num_asserts": code_asserts} if _FORMATS[format].is_code else {}
             question, gold = _FORMATS[format].convert(record, **shown)
         except Unusable as error:
-            found = "keys " + (", ".join(map(str, record)) or "none")
-            raise DataError(origin, f"not a problem of format {format}: {error}", found) from error
+            problem = f"not a problem of format {format}: {error}"
+            raise DataError(origin, problem, _list_keys(record)) from error
         id = next((str(record[key]) for key in _ID_KEYS if key in record), str(number))
         problems.append(Problem(task.name, id, question, gold))
     if not problems:
@@ -122,16 +130,20 @@ def read_task(task: Task, *, code_asserts: int | None = None) -> list[Problem]:
     return problems
 
 
-def _detect(record: Record, origin: str) -> str:
+def _detect_format(record: Record, origin: str) -> str:
     for name, format in _FORMATS.items():
         if format.fits(record):
             return name
-    problem = f"no known format; expected {', '.join(_FORMATS)} (`--task name:format=FILE`)"
-    raise DataError(origin, problem, "keys " + (", ".join(map(str, record)) or "none"))
+    problem = f"unknown format, expected {', '.join(_FORMATS)} (`--task name:format=FILE`)"
+    raise DataError(origin, problem, _list_keys(record))
+
+
+def _list_keys(record: Record) -> str:
+    return "keys " + (", ".join(map(str, record)) or "none")
 
 
 def _text(record: Record, *keys: str) -> str:
-    """Under the first of the keys that there is."""
+    """Return the text under the first of `keys` that the record has."""
     for key in keys:
         if key in record:
             if not isinstance(record[key], str):
@@ -163,13 +175,13 @@ def _from_math(record: Record) -> tuple[str, Gold]:
 # Multiple choice
 
 
-def _ask(question: str, choices: Sequence[str], right: int) -> tuple[str, Gold]:
+def _choices_problem(question: str, choices: Sequence[str], right: int) -> tuple[str, Gold]:
     return choice_question(question, choices), Choices(tuple(choices), LETTERS[right])
 
 
 def _from_choices(record: Record) -> tuple[str, Gold]:
     choices: Any = record.get("choices", record.get("options"))
-    if isinstance(choices, dict):  # MedQA: {"A": ..., "B": ...}; Parquet fills up with nulls
+    if isinstance(choices, dict):  # MedQA: {"A": ..., "B": ...}, with nulls in Parquet
         choices = [choices[letter] for letter in sorted(choices) if choices[letter] is not None]
     is_list = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     if not is_list or not 2 <= len(choices) <= len(LETTERS):
@@ -179,26 +191,26 @@ def _from_choices(record: Record) -> tuple[str, Gold]:
         right = LETTERS.find(right.strip().upper())
     if type(right) is not int or not 0 <= right < len(choices):
         raise Unusable(
-            f"the answer is not a letter up to {LETTERS[len(choices) - 1]}, nor a number from 0 to "
-            f"{len(choices) - 1}"
+            f"the answer is neither a letter from A to {LETTERS[len(choices) - 1]} nor an index "
+            f"from 0 to {len(choices) - 1}"
         )
-    return _ask(_text(record, "question"), choices, right)
+    return _choices_problem(_text(record, "question"), choices, right)
 
 
 def _from_medmcqa(record: Record) -> tuple[str, Gold]:
-    return _ask(_text(record, "question"), *medmcqa_choices(record))
+    return _choices_problem(_text(record, "question"), *medmcqa_choices(record))
 
 
 def _from_gpqa(record: Record) -> tuple[str, Gold]:
     question, right = _text(record, "Question"), _text(record, "Correct Answer").strip()
     wrong = [_text(record, f"Incorrect Answer {number}").strip() for number in (1, 2, 3)]
 
-    def place(choice: str) -> bytes:
-        """The right one comes first in the file: an order of the question's own."""
+    # The right answer comes first in the file: shuffle by a hash.
+    def sort_key(choice: str) -> bytes:
         return hashlib.sha256(f"{question}\n{choice}".encode()).digest()
 
-    choices = sorted([right, *wrong], key=place)
-    return _ask(question, choices, choices.index(right))
+    choices = sorted([right, *wrong], key=sort_key)
+    return _choices_problem(question, choices, choices.index(right))
 
 
 # Code
@@ -211,7 +223,7 @@ def _from_humaneval(record: Record, num_asserts: int | None) -> tuple[str, Gold]
         raise Unusable("'prompt' does not define 'entry_point'")
     tests = _text(record, "test")
     lines = ["Complete this Python function, and give all of it.", "", *_fenced(prompt.strip())]
-    # HumanEval+ has megabytes of tests: they are parsed only if asserts are asked for.
+    # Parse the tests only if asserts are shown: HumanEval+ has megabytes of them.
     if num_asserts and (shown := _candidate_asserts(tests, name)[:num_asserts]):
         lines += ["", "These are some of the tests that it must pass:", "", *_fenced(*shown)]
     return "\n".join(lines), CodeTests(
@@ -224,17 +236,17 @@ def _from_humaneval(record: Record, num_asserts: int | None) -> tuple[str, Gold]
 
 
 def _candidate_asserts(tests: str, name: str) -> list[str]:
-    """The asserts of `check(candidate)` that call the candidate directly, under the name `name`.
+    """Extract the asserts in `check(candidate)` that call the candidate, and rename it to `name`.
 
-    HumanEval states its tests so. HumanEval+ has lists of inputs and results instead, and a loop
-    over them: it has no such assert.
+    HumanEval's tests are such asserts. HumanEval+ loops over lists of inputs and results instead,
+    so the result is empty.
     """
     try:
         functions = [s for s in ast.parse(tests).body if isinstance(s, ast.FunctionDef)]
     except SyntaxError as error:
         raise Unusable(f"'test' is not Python: {error.msg}") from error
     body = next((function.body for function in functions if function.name == "check"), [])
-    found = []
+    asserts = []
     for statement in body:
         if not isinstance(statement, ast.Assert):
             continue
@@ -243,8 +255,8 @@ def _candidate_asserts(tests: str, name: str) -> list[str]:
         for node in candidates:
             node.id = name
         if candidates:
-            found.append(f"assert {ast.unparse(statement.test)}")
-    return found
+            asserts.append(f"assert {ast.unparse(statement.test)}")
+    return asserts
 
 
 def _fenced(*lines: str) -> list[str]:
@@ -258,14 +270,14 @@ def _from_mbpp(record: Record, num_asserts: int | None) -> tuple[str, Gold]:
     imports = "\n".join(record.get("test_imports", []))
     body = _text(record, "test") if "test" in record else "\n".join(asserts)
     tests = "\n".join([imports, record.get("test_setup_code", ""), body]).strip()
-    names, setup = _called(_text(record, "code"), tests)
+    names, setup = _tested_names(_text(record, "code"), tests)
     lines = [_text(record, "text", "prompt").strip(), "Write it in Python. It must pass:", ""]
     question = "\n".join([*lines, *_fenced(*asserts[:num_asserts])])
     return question, CodeTests(names, tests, setup=setup)
 
 
-def _called(code: str, tests: str) -> tuple[tuple[str, ...], str]:
-    """Names that the reference solution defines and the tests use, and its imports."""
+def _tested_names(code: str, tests: str) -> tuple[tuple[str, ...], str]:
+    """Return the names that the solution defines and the tests use, and the solution's imports."""
     try:
         statements = ast.parse(code.replace("\r\n", "\n")).body
         used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
@@ -273,16 +285,16 @@ def _called(code: str, tests: str) -> tuple[tuple[str, ...], str]:
         raise Unusable(f"'code' or its tests are not Python: {error.msg}") from error
     imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
     defined = [s.name for s in statements if isinstance(s, ast.FunctionDef | ast.ClassDef)]
-    # The last one that is used is what was asked for; those before it help.
+    # The last name that is used is the requested one. The names before it are helpers.
     names = tuple(dict.fromkeys(name for name in reversed(defined) if name in used))
     if not names:
-        raise Unusable("the tests use nothing that 'code' defines")
+        raise Unusable("the tests use no name that 'code' defines")
     return names, "\n".join(map(ast.unparse, imports))
 
 
 class _Format(NamedTuple):
     convert: Callable[..., tuple[str, Gold]]
-    """Takes the record, and num_asserts if is_code."""
+    """Converts a record to a question and a gold. Also takes num_asserts if is_code."""
     fits: Callable[[Record], bool]
     is_code: bool = False
 
@@ -312,4 +324,4 @@ _FORMATS = {
     "mbpp": _Format(_from_mbpp, _has("code", "test_list", one_of=("text", "prompt")), True),
     "math": _Format(_from_math, _is_math),
 }
-"""In the order in which they are tried: the last ones have keys that others have too."""
+"""Formats in the order of detection. The last ones have keys that other formats have, too."""

@@ -1,8 +1,8 @@
-"""Values within prose: numbers, plain expressions and formulas, and the one that is the answer.
+"""Extraction of values (numbers, expressions and formulas) from prose.
 
-A value is a whole expression: of `$\\frac{1}{2}$`, `25π` or `x^2 + 1` no number is taken alone. The
-text is in plain form (normalize.plain_text). Every pattern takes linear time: quantifiers are
-possessive or bounded.
+A value is a whole expression: the numbers within `$\\frac{1}{2}$`, `25π` or `x^2 + 1` are not
+separate values. All functions expect text in plain form (normalize.plain_text). Every pattern takes
+linear time, because its quantifiers are possessive or bounded.
 """
 
 import re
@@ -67,8 +67,9 @@ _FILLER = re.compile(
 _SENTENCE = re.compile(r"[.!?](?=\s|$|\*)|\n")
 _VERDICT = re.compile(r"\s*(?:yes|no|true|false)\s*[,.;:]", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]{1,60})\*\*")
-_LONGEST = 600
-_MOST_PHRASES = 32
+_MAX_SENTENCE = 600
+"""Number of characters after a phrase that are searched for its value."""
+_MAX_PHRASES = 32
 
 
 class Value(NamedTuple):
@@ -81,7 +82,7 @@ class Value(NamedTuple):
 
 
 def values_in(text: str) -> list[Value]:
-    """All values, in order; those in `$...$`, `\\(...\\)` and `\\[...\\]` are formulas."""
+    """Find all values of a text, in order. `$...$`, `\\(...\\)` and `\\[...\\]` are formulas."""
     formulas = _formulas(text)
     parts, position = [], 0
     for formula in formulas:
@@ -114,7 +115,7 @@ def _formulas(text: str) -> list[Value]:
 
 
 def _is_formula(content: str) -> bool:
-    """Whether text between two `$` is a formula; in "$5 and $6" they are currency signs."""
+    """Return whether text between two `$` is a formula. In "$5 and $6" they are currency signs."""
     if not content.strip() or _PROSE.search(content):
         return False
     is_padded = (content[0].isspace(), content[-1].isspace())
@@ -124,22 +125,22 @@ def _is_formula(content: str) -> bool:
 
 
 def last_value(text: str) -> str | None:
-    """The last value, with those that are listed with it: `3, 5` of "The roots are 3 and 5"."""
+    """Find the last value or list of values, such as `3, 5` in "The roots are 3 and 5"."""
     values = values_in(text)
     counting = [value for value in values if _COUNTS.search(value.text)] or values
-    return _listed(text, counting) if counting else None
+    return _join_list(text, counting) if counting else None
 
 
-def _listed(text: str, values: list[Value]) -> str:
-    """The last value and those before it that only commas, `and` or `or` separate."""
-    group = [values[-1]]  # from the last one back
+def _join_list(text: str, values: list[Value]) -> str:
+    """Join the last value and the values before it that only commas, `and` or `or` separate."""
+    group = [values[-1]]  # in reverse order
     for value in reversed(values[:-1]):
         gap = _BETWEEN.fullmatch(text, value.end, group[-1].start)
         if not gap or not (gap[1] or gap[2] or (value.is_formula and "\n" not in gap[0])):
             break
         group.append(value)
     group.reverse()
-    # Of "After step 3, 18 remain" the last one is meant.
+    # "After step 3, 18 remain" is not a list: take its last value only.
     if not all(value.is_formula for value in group) and not _STATED.search(
         text, max(0, group[0].start - 40), group[0].start
     ):
@@ -148,20 +149,20 @@ def _listed(text: str, values: list[Value]) -> str:
 
 
 def stated_value(text: str, *, wants_words: bool) -> str | None:
-    """What the last "the answer is ..." states: a value, or words where these are wanted."""
-    for phrase in reversed(deque(_PHRASE.finditer(text), maxlen=_MOST_PHRASES)):
+    """Find the value in the last "the answer is ...". With wants_words: the words instead."""
+    for phrase in reversed(deque(_PHRASE.finditer(text), maxlen=_MAX_PHRASES)):
         if phrase.end() < len(text) and text[phrase.end()] == "\n" and phrase[0][-1] not in ":=":
             line = text[text.rfind("\n", 0, phrase.start()) + 1 : phrase.start()]
             if not _HEADING.fullmatch(line):
                 continue
         start = _FILLER.match(text, phrase.end()).end()  # type: ignore[union-attr]
-        found = _in_sentence(text[start : start + _LONGEST], wants_words)
+        found = _find_in_sentence(text[start : start + _MAX_SENTENCE], wants_words)
         if found:
             return found
     return None
 
 
-def _in_sentence(rest: str, wants_words: bool) -> str | None:
+def _find_in_sentence(rest: str, wants_words: bool) -> str | None:
     values = values_in(rest)
     first = values[0] if values and values[0].start == 0 else None
     if first is None or not first.is_formula:
@@ -189,7 +190,7 @@ def _in_sentence(rest: str, wants_words: bool) -> str | None:
 
 
 def words_at_the_end(text: str) -> str | None:
-    """The last bold words, or the last line where it is a few words or begins with `Yes,`."""
+    """Find the last bold words, or else the last line if it is short or begins with `Yes,`."""
     lines = [line for line in text.splitlines() if line.strip()]
     bold = _BOLD.findall(text)
     if bold:
@@ -199,7 +200,11 @@ def words_at_the_end(text: str) -> str | None:
 
 
 def only_value(text: str) -> str | None:
-    """The one value that an answer in words states: `18` of "18 dollars", of "9 * 2 = 18 ducks"."""
+    """Find the only value in an answer in words: `18` in "18 dollars" and "9 * 2 = 18 ducks".
+
+    Returns:
+        None if there are no values or several different ones.
+    """
     values = values_in(text)
     for i in range(len(values) - 1, 0, -1):
         if re.fullmatch(r"\s*(?:=|≈)\s*", text[values[i - 1].end : values[i].start]):

@@ -1,11 +1,11 @@
-"""What is looked at of a sampled token beyond the loss's metrics, from the three hidden states.
+"""Diagnostics of sampled tokens beyond the loss's metrics, from the three hidden states.
 
     log q = log_softmax(log p + lambda * clip(log f - log p, -c, +c))
     support gap of a over b = sum_v a_v [log a_v - log b_v > tau and b_v < epsilon]
 
-A support gap is the mass that a puts where only a lends support, by the thresholds of METHOD
-section 7's hindsight tokens: the hindsight rate of tokens drawn from a. It is taken of the full
-view and of the target, over the anchor and over the student.
+A support gap is the probability mass of a on tokens that only a supports, by the thresholds of
+METHOD section 7's hindsight tokens. It equals the hindsight rate of tokens drawn from a. It is
+computed for the full view and for the target, over the anchor and over the student.
 
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard, H hidden, D the four
 distributions (student, partial, full, target), K likeliest tokens of a distribution, R ranks.
@@ -40,15 +40,15 @@ SUPPORT_GAPS = {
     "support_gap_target_partial": (3, 1),
     "support_gap_target_student": (3, 0),
 }
-"""Name -> the distributions (a, b)."""
+"""Name -> distributions (a, b) as indices into DISTRIBUTIONS."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Of hindsight: METHOD section 7."""
+    """Thresholds of hindsight tokens (METHOD section 7)."""
 
     gap: float
-    """Tau, nats."""
+    """Tau, in nats."""
     floor: float
     """Epsilon, a probability."""
 
@@ -69,7 +69,7 @@ def fused_linear_scores(
     tp_group=None,
     chunk_tokens: int | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
-    """Everything about each token that does not need its neighbours; without gradient.
+    """Compute the scores of each token that need no other position, without gradient.
 
     Source: METHOD sections 3 and 7; AR-OPD, arXiv:2606.10385.
 
@@ -80,9 +80,9 @@ def fused_linear_scores(
         teacher_weight_VH: this rank's shard of the teacher's output layer, [V_padded / tp, H'].
         sampled_ids_T: int64 [T], global ids.
         residual_scale, residual_clip: lambda and c; None: no clip.
-        num_top: K; 0: the likeliest tokens are not asked for.
-        vocab_size, tp_group, chunk_tokens: as in `fused_linear_anchored_residual_kl`: the logits of
-            a chunk of tokens are all that exists of [T, V].
+        num_top: K, the number of likeliest tokens to return; 0: none.
+        vocab_size, tp_group, chunk_tokens: as in `fused_linear_anchored_residual_kl`. Only the
+            logits of one chunk of tokens exist at a time.
     Returns:
         name -> [T], fp32 (fp64 for fp64), the same on every rank of tp_group: the metrics of
         `vocab_parallel_anchored_residual_kl` with sampled ids, and SUPPORT_GAPS.
@@ -90,10 +90,10 @@ def fused_linear_scores(
         of DISTRIBUTIONS, likeliest first; and top_logprobs, [T, 4 K, 4], of each of these under
         every distribution, nats.
     Raises:
-        ValueError: hidden states and weights that do not fit together; a setting or an id out of
-            range; num_top above vocab_size.
-    Collectives: a chunk has those of the loss, an all-gather of 4 + 8 K numbers a token, and with
-        num_top one of 12 K.
+        ValueError: hidden states and weights do not fit together, or a setting, an id or num_top
+            is out of range.
+    Collectives per chunk: those of the loss, an all-gather of 4 + 8 K numbers per token, and with
+        num_top another of 12 K numbers per token.
     """
     if not 0 <= num_top <= vocab_size:
         raise ValueError(f"num_top {num_top}: expected 0 to vocab_size {vocab_size}")
@@ -112,9 +112,9 @@ def fused_linear_scores(
     ) -> dict[str, Tensor]:
         views = ViewLogits(*logits)
         losses = token_losses(passes_for(views), views, objective, shard, Wanted(ids_T, True, True))
-        found = {"loss_T": losses.loss_T} | losses.metrics
+        loss_scores = {"loss_T": losses.loss_T} | losses.metrics
         distributions = _Distributions(views, losses.softmax, objective, shard)
-        return found | distributions.look(thresholds, num_top)
+        return loss_scores | distributions.scores(thresholds, num_top)
 
     with torch.no_grad():
         _, scores = weighted_sum_over_chunks(
@@ -132,18 +132,18 @@ def fused_linear_scores(
 
 
 class _Local(NamedTuple):
-    """Of this shard alone."""
+    """Values of this vocabulary shard."""
 
     gaps: Tensor
     """[len(SUPPORT_GAPS), T]."""
     top_logprobs: Tensor
-    """[4 K, T]; -inf where the shard has fewer columns than K."""
+    """[4 K, T]; -inf if the shard has fewer than K columns."""
     top_ids: Tensor
-    """[4 K, T], global; as floats, for they travel with the log-probs."""
+    """[4 K, T] global ids, as floats because they are gathered with the log-probs."""
 
 
 class _Distributions:
-    """A chunk's logit shards with everybody's softmax."""
+    """Logit shards of a chunk with the softmax statistics of all shards."""
 
     def __init__(
         self, views: ViewLogits, softmax: Softmax, objective: LossSettings, shard: VocabShard
@@ -153,27 +153,27 @@ class _Distributions:
         self._objective = objective
         self._shard = shard
 
-    def look(self, thresholds: Thresholds, num_top: int) -> dict[str, Tensor]:
-        """The support gaps and, if asked for, the likeliest tokens.
+    def scores(self, thresholds: Thresholds, num_top: int) -> dict[str, Tensor]:
+        """Return the support gaps and, with num_top, the likeliest tokens.
 
         Collectives: one all-gather, and one more with num_top.
         """
         parts = [self._local(log_DTV, thresholds, num_top) for log_DTV in self._blocks()]
         local = _Local(*(torch.cat(numbers, dim=1) for numbers in zip(*parts, strict=True)))
         gathered = gather_over_shards(local._asdict(), self._shard.tp_group)
-        found = dict(zip(SUPPORT_GAPS, gathered["gaps"].sum(0), strict=True))
+        scores = dict(zip(SUPPORT_GAPS, gathered["gaps"].sum(0), strict=True))
         if not num_top:
-            return found
+            return scores
         logprobs_DCT, ids_DCT = (
             numbers_RXT.unflatten(1, (len(DISTRIBUTIONS), num_top)).transpose(0, 1).flatten(1, 2)
             for numbers_RXT in (gathered["top_logprobs"], gathered["top_ids"])
         )
         places_DKT = logprobs_DCT.topk(num_top, dim=1).indices
         ids_XT = ids_DCT.gather(1, places_DKT).flatten(0, 1).long()
-        return found | {"top_ids": ids_XT.T, "top_logprobs": self._logprobs(ids_XT)}
+        return scores | {"top_ids": ids_XT.T, "top_logprobs": self._logprobs(ids_XT)}
 
     def _blocks(self) -> Iterator[Tensor]:
-        """Log-probs of all distributions, [D, t, V], some tokens at a time."""
+        """Yield the log-probs of all distributions, [D, t, V], for some tokens at a time."""
         num_tokens, num_columns = self._views.student.shape
         elements = BLOCK_ELEMENTS["cuda" if self._views.student.is_cuda else "cpu"]
         rows = max(elements // max(num_columns, 1), 1)
@@ -188,9 +188,9 @@ class _Distributions:
     def _local(self, log_DTV: Tensor, thresholds: Thresholds, num_top: int) -> _Local:
         gaps = []
         for a, b in SUPPORT_GAPS.values():
-            alone_TV = log_DTV[b] < math.log(thresholds.floor)
-            alone_TV &= log_DTV[a] - log_DTV[b] > thresholds.gap
-            gaps.append((log_DTV[a].exp() * alone_TV).sum(-1))
+            only_a_TV = log_DTV[b] < math.log(thresholds.floor)
+            only_a_TV &= log_DTV[a] - log_DTV[b] > thresholds.gap
+            gaps.append((log_DTV[a].exp() * only_a_TV).sum(-1))
         num_here = min(num_top, self._shard.num_columns)
         logprobs_DTK, columns_DTK = log_DTV.topk(num_here, dim=-1)
         ids_DTK = (columns_DTK + self._shard.start).to(logprobs_DTK.dtype)
@@ -199,7 +199,7 @@ class _Distributions:
         return _Local(torch.stack(gaps), *(t_DTK.transpose(1, 2).flatten(0, 1) for t_DTK in tops))
 
     def _logprobs(self, ids_XT: Tensor) -> Tensor:
-        """[T, X, D]: of X tokens at each position, wherever their columns are."""
+        """Return the log-probs of X tokens at each position, [T, X, D], from all shards."""
         picked = [sampled_logits(self._views, ids_T, self._shard) for ids_T in ids_XT]
         local = {"logits": torch.cat(picked)}
         logits_YT = gather_over_shards(local, self._shard.tp_group)["logits"].sum(0)

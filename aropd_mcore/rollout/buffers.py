@@ -1,4 +1,4 @@
-"""Decode buffers: responses that grow by one token at a time.
+"""Decode buffers: responses that grow by one token per forward pass.
 
 Shape letters: R responses, T response tokens, B running rows, V vocabulary.
 """
@@ -14,7 +14,7 @@ from aropd_mcore.types import Rollout
 
 
 class DecodeBuffers:
-    """Tokens and log-probs sampled so far for each of R prompts, whether its row runs or not."""
+    """Sampled tokens and log-probs of R responses, both running and finished."""
 
     def __init__(self, seeds: Sequence[int], limit: int, eos_token_ids: Tensor):
         """
@@ -26,7 +26,7 @@ class DecodeBuffers:
         device, shape = eos_token_ids.device, (len(seeds), limit)
         self.tokens_RT = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs_RT = torch.zeros(shape, device=device)
-        """Log-probs on the sampling rank; on other ranks zeros, until they are shared."""
+        """Log-probs on the sampling rank. Zeros on other ranks until they are shared."""
         self.lengths = [0] * len(seeds)
         self.ended = [False] * len(seeds)
         """Whether each response ended by EOS."""
@@ -35,7 +35,7 @@ class DecodeBuffers:
         self._uniforms_RT = uniform_numbers(seeds, limit).to(device)
 
     def next_tokens(self, running: list[int]) -> Tensor:
-        """Last token of each running row, int64 [B], which the model has not read yet."""
+        """Return the last token of each running row, int64 [B]: the model's next input."""
         rows, columns = self._next_columns(running)
         return self.tokens_RT[rows, columns - 1]
 
@@ -60,7 +60,7 @@ class DecodeBuffers:
         """Append a token to each running row.
 
         Returns:
-            Indices into `running` of the rows that are done: by EOS, or at the limit.
+            Indices into `running` of the rows that are finished, by EOS or at the limit.
         """
         self.tokens_RT[self._next_columns(running)] = tokens_B
         done = set()
@@ -73,15 +73,15 @@ class DecodeBuffers:
         return done
 
     def rollouts(self, weight_version: int) -> list[Rollout]:
-        """All R responses as they are now.
+        """Return all R responses as they are now.
 
         Raises:
-            FloatingPointError: logits were not finite.
+            FloatingPointError: a logit was not finite.
         """
         if not self.logprobs_RT.isfinite().all():
             raise FloatingPointError(
-                f"the model's logits are not finite at weight version {weight_version}; its "
-                f"weights must have overflowed"
+                f"the model's logits are not finite at weight version {weight_version}; expected "
+                "finite logits: check the loss and the learning rate of the steps before"
             )
         columns = self.tokens_RT.tolist(), self.logprobs_RT.tolist()
         return [
@@ -92,7 +92,7 @@ class DecodeBuffers:
         ]
 
     def _next_columns(self, running: list[int]) -> tuple[Tensor, Tensor]:
-        """Row and next column of each running row, int64 [B] each."""
+        """Return row and next column of each running row, int64 [B] each."""
         columns = [self.lengths[row] for row in running]
         places = torch.tensor([running, columns], dtype=torch.int64, device=self.tokens_RT.device)
         return places[0], places[1]

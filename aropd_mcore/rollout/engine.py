@@ -9,13 +9,13 @@ from aropd_mcore.config import SamplingConfig
 from aropd_mcore.types import Rollout
 
 Progress = Callable[[int, int], None]
-"""Called with the number of responses that are done, and of those that were submitted."""
+"""Callback that gets the number of finished and of submitted responses."""
 
 
 class RolloutFailed(RuntimeError):
-    """No response can be had, or responses cannot be trusted; the message states why.
+    """The engine cannot produce trustworthy responses; the message states why.
 
-    Raised on every rank alike, by `Pending.result`, and before anything of the run has changed.
+    `Pending.result` raises it on every rank, before the step has changed anything.
     """
 
 
@@ -43,22 +43,24 @@ class PromptBatch:
         """
         if len(self.seeds) != len(self.prompts):
             raise ValueError(
-                f"{len(self.prompts)} prompts but {len(self.seeds)} seeds; give one a prompt"
+                f"found {len(self.prompts)} prompts and {len(self.seeds)} seeds; expected one seed "
+                "per prompt"
             )
         limit = self.sampling.max_response_tokens
         for index, prompt in enumerate(self.prompts):
             if not prompt:
-                raise ValueError(f"prompt {index} is empty; it needs at least one token")
+                raise ValueError(f"prompt {index} is empty; expected at least one token")
             if len(prompt) > max_sequence_length - limit:
                 raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens, and with max_response_tokens "
-                    f"{limit} exceeds the model's {max_sequence_length} positions; shorten one of "
-                    "the two"
+                    f"prompt {index} has {len(prompt)} tokens: with max_response_tokens {limit} it "
+                    f"exceeds the model's {max_sequence_length} positions; shorten the prompt or "
+                    "lower max_response_tokens"
                 )
             if not 0 <= min(prompt) <= max(prompt) < vocab_size:
                 raise ValueError(
                     f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the "
-                    f"model's vocabulary has {vocab_size}; is the tokenizer the model's?"
+                    f"model's vocabulary has {vocab_size}; check that the tokenizer belongs to the "
+                    "model"
                 )
 
 
@@ -73,12 +75,12 @@ class Pending(Protocol):
         """Wait for the responses, one per prompt in the order of the prompts. Call it once.
 
         Args:
-            on_progress: called on rank 0, and on other ranks where they sample too, by any thread.
+            on_progress: called on every rank that samples, rank 0 included, from any thread.
         Raises:
             ValueError: see PromptBatch.check.
-            RolloutFailed: no response can be had, for now or permanently.
-        Collectives: the engine's; every rank that submitted the batch must call it, and ranks must
-            ask for the results of several batches in the same order.
+            RolloutFailed: the engine cannot produce responses, for now or permanently.
+        Collectives: the engine's; every rank that submitted the batch must call it. If
+            several batches are pending, all ranks must take their results in the same order.
         """
         ...
 
@@ -87,45 +89,48 @@ class RolloutEngine(Protocol):
     """Samples responses from the student's weights."""
 
     weight_version: int
-    """Version of the weights that sample: the number of training steps behind their last update."""
+    """Version of the weights that sample: the number of training steps before their last update."""
 
     def submit(self, batch: PromptBatch) -> Pending:
-        """Hand over a batch, and possibly return before anything is sampled.
+        """Hand over a batch. The call may return before anything is sampled.
 
-        The responses are sampled from the weights of now, unless these weights never reached the
-        engine: then `result` tries again with those of its time, or raises why not. Several batches
-        may be pending where the engine runs beside training (RolloutConfig.model_samples is false).
+        The responses are sampled from the current weights. If these weights never reached the
+        engine, `result` retries with the weights that are current then, or raises the reason.
+        Several batches may be pending if the engine runs beside training
+        (RolloutConfig.model_samples is false).
 
-        Collectives: the engine's; every rank must call it, and may have prompts of its own.
+        Collectives: the engine's; every rank must call it, and ranks may have different prompts.
         """
         ...
 
     def update_weights(self, version: int) -> None:
-        """Sample from the student's weights as they are now: those after `version` training steps.
+        """Sample from the student's current weights, those after `version` training steps.
 
-        Called before the first `submit`, and after every update. It waits for batches that older
-        weights sample. An error is raised by the next `Pending.result`: the step that led to these
-        weights is complete.
+        Called before the first `submit` and after every update. It waits for pending batches, which
+        older weights sample. The next `Pending.result` raises an error of this call, because the
+        step that produced these weights is complete.
         """
         ...
 
     def close(self) -> None:
-        """End what the engine has started."""
+        """Stop every process and thread that the engine has started."""
         ...
 
 
 def never() -> bool:
-    """The `should_stop` of an engine that nothing can stop."""
+    """A `should_stop` that never stops."""
     return False
 
 
 def rollout_seed(seed: int, position: int, sample: int) -> int:
-    """The seed of one response, in [0, 2^63): a pure function, so that a resumed run repeats it.
+    """Return the seed of one response, in [0, 2^63).
+
+    A pure function, so that a resumed run draws the same responses.
 
     Args:
-        seed: the run's.
-        position: of the prompt, counted over the whole run.
-        sample: of the prompt's responses.
+        seed: seed of the run.
+        position: position of the prompt, counted over the whole run.
+        sample: number of the response among those to the prompt.
     """
     key = f"{seed}/{position}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1

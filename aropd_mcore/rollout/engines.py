@@ -1,4 +1,4 @@
-"""Rollout engines by their names in rollout.engine, for training and for `aropd generate`."""
+"""Builders of rollout engines, for training and for `aropd generate`."""
 
 import hashlib
 import shutil
@@ -20,7 +20,7 @@ from aropd_mcore.rollout.vllm import VllmEngine
 from aropd_mcore.rollout.vllm_process import Serving
 
 PROBE_TOKENS = 128
-"""Largest number of tokens of a probe, by which an engine proves that it has the weights."""
+"""Largest number of tokens of a probe, which shows that an engine has the current weights."""
 
 
 def build_engine(
@@ -32,15 +32,15 @@ def build_engine(
     probe_ids: Sequence[int],
     should_stop: Callable[[], bool] = never,
 ) -> RolloutEngine:
-    """Build the engine that serving.rollout.engine names; `update_weights` comes next.
+    """Build the engine that serving.rollout.engine names. Call `update_weights` next.
 
     Args:
-        serving: the engine's settings, and what servers are started with.
+        serving: settings of the engine and of the servers that it starts.
         model: this rank's shard, without DDP around it.
         eos_token_ids: any of them ends a response.
         probe_ids: see VllmEngine.
-        should_stop: asked while responses are sampled. True: the result is not waited for, and the
-            caller must discard it.
+        should_stop: polled while responses are sampled. If it returns True, `result` returns early,
+            and the caller must discard the result.
     Raises:
         ConfigError: the engine cannot run on this machine.
     """
@@ -69,7 +69,10 @@ def build_engine(
 def load_generation_model(
     spec: GenerationSpec, runtime: Runtime, source: Source | None = None
 ) -> StageModel:
-    """This rank's shard of the job's model, or of another checkpoint of the same architecture.
+    """Build this rank's shard of the job's model and load its weights.
+
+    Args:
+        source: checkpoint of the same architecture to load instead of spec.source.
 
     Collectives: those of the model's construction; every rank must call it.
     """
@@ -89,15 +92,15 @@ def generation_engine(
     longest_prompt: int,
     scratch: Path,
 ) -> Iterator[RolloutEngine]:
-    """The job's engine, with the weights of its checkpoint; what it starts ends with the block.
+    """Build the job's engine with the weights of its checkpoint, and close it at the end.
 
     Args:
-        model: of `load_generation_model`.
+        model: result of `load_generation_model`.
         probe_ids: see VllmEngine.
-        longest_prompt: tokens that vLLM servers make room for, before the response.
+        longest_prompt: number of prompt tokens that vLLM servers make room for.
         scratch: folder for the servers' logs and, while they run, their weights.
     Raises:
-        ValueError, OSError: what is wrong with the checkpoint or the engine's settings.
+        ValueError, OSError: the checkpoint or the engine's settings cannot be used.
     Collectives: those of `update_weights`; every rank must call it.
     """
     weights = _weights_folder(spec, scratch)
@@ -118,7 +121,7 @@ def generation_engine(
 
 
 def _weights_folder(spec: GenerationSpec, scratch: Path) -> Path:
-    """Folder of the servers' weights, of this job only even below a weights_dir that jobs share."""
+    """Return the folder of the servers' weights. Jobs that share a weights_dir get one each."""
     if spec.rollout.vllm.weights_dir is None:
         return scratch / "weights"
     name = hashlib.sha256(str(spec.output.resolve()).encode()).hexdigest()[:16]
@@ -128,7 +131,7 @@ def _weights_folder(spec: GenerationSpec, scratch: Path) -> Path:
 def _serving(
     spec: GenerationSpec, model: StageModel, weights: Path, longest_prompt: int, scratch: Path
 ) -> Serving:
-    """What servers are started with: a complete HF folder, whose weights are replaced later."""
+    """Return the settings of the servers, which start with a whole HF folder of any weights."""
     path, vllm = spec.source.hf_folder, spec.rollout.vllm
     starts_servers = spec.rollout.engine == "vllm" and not vllm.urls
     if starts_servers and isinstance(spec.source, MegatronSource):

@@ -1,4 +1,4 @@
-"""Responses to a file of prompts, from any checkpoint: the work of `aropd generate`."""
+"""Sampling of responses to a file of prompts, from any checkpoint, for `aropd generate`."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCHES_AT_ONCE = 8
-"""On each replica, between one writing and the next: at its end fewer and fewer rows decode."""
+"""Batches per replica between two writes. At the end of each such group fewer rows decode."""
 FIELDS = (
     "sample",
     "text",
@@ -36,11 +36,11 @@ FIELDS = (
     "weight_version",
     "num_cut_tokens",
 )
-"""What is written beside the prompt's own fields."""
+"""Fields of an output line that are added to those of the prompt."""
 
 
 def start_generation_runtime(spec: GenerationSpec) -> Runtime:
-    """Join the job's processes in the layout that it asks for; as `mcore.runtime.start`."""
+    """Join the job's processes in the layout of the specification; as `mcore.runtime.start`."""
     sizes = spec.parallel
     return start(
         tensor=sizes.tensor,
@@ -54,23 +54,23 @@ def start_generation_runtime(spec: GenerationSpec) -> Runtime:
 
 @dataclass(frozen=True)
 class _Extent:
-    """What there is to do, and what is done."""
+    """Number of prompts, and how many of them are done."""
 
     counts: PromptCounts
     num_done: int
-    """Prompts."""
+    """Number of prompts that earlier calls have finished."""
 
 
 def generate(spec: GenerationSpec, runtime: Runtime) -> None:
-    """Sample job.rollout.rollouts_per_prompt responses to each prompt, and write job.output.
+    """Sample spec.rollout.rollouts_per_prompt responses to each prompt and write spec.output.
 
-    A line a response, in the order of prompts and samples whatever the layout. A call that was
-    interrupted is gone on with where it stopped: every response has a seed of its own.
+    The file has one line per response, in the order of prompts and samples, for every layout. The
+    next call resumes an interrupted one: each response has a seed of its own.
 
     Raises:
         ValueError, OSError: the prompts or the output cannot be used. It is raised on every rank,
             before anything is sampled.
-        RolloutFailed: see RolloutEngine; what was written stays for the next call.
+        RolloutFailed: see RolloutEngine; the next call resumes after the written lines.
     Collectives: the engine's; broadcasts over the job; an all-gather of the responses over
         dp_group. Every rank must call.
     """
@@ -86,7 +86,7 @@ def generate(spec: GenerationSpec, runtime: Runtime) -> None:
     )
     with ExitStack() as stack:
         output: list[LinesFile] = []
-        """On the first rank."""
+        """The output file, on rank 0 only."""
 
         def begin() -> _Extent:
             counts, samples = prompts.check(), spec.rollout.rollouts_per_prompt
@@ -126,7 +126,7 @@ def _prompts_at_once(spec: GenerationSpec, runtime: Runtime) -> int:
 def _pieces(
     prompts: Prompts, extent: _Extent, num_at_once: int
 ) -> Iterator[tuple[int, list[PromptLine]]]:
-    """The prompts that are not done, some at a time, and the position of the first of them."""
+    """Yield the remaining prompts in pieces, each after the position of its first prompt."""
     lines = islice(prompts, extent.num_done, extent.counts.num_prompts)
     position = extent.num_done
     while piece := list(islice(lines, num_at_once)):
@@ -135,7 +135,7 @@ def _pieces(
 
 
 _Response = tuple[Rollout, int]
-"""And how many tokens of its prompt's question were cut off."""
+"""A response, and the number of tokens cut off its prompt's question."""
 
 
 def _respond(
@@ -146,12 +146,13 @@ def _respond(
     position: int,
     piece: Sequence[PromptLine],
 ) -> list[_Response]:
-    """The responses to a piece, all samples of a prompt one after another, on every rank.
+    """Sample the responses to a piece; return them on every rank, ordered by prompt and sample.
 
-    Model replicas take turns at the responses: the same ones whatever their number.
+    Responses are dealt out to the model replicas in turn. They do not depend on the number of
+    replicas.
 
     Args:
-        position: of the piece's first prompt in the file.
+        position: position of the piece's first prompt in the file.
     """
     samples = spec.rollout.rollouts_per_prompt
     places = [(index, sample) for index in range(len(piece)) for sample in range(samples)]
@@ -163,11 +164,11 @@ def _respond(
         spec.rollout,
     )
     rollouts = engine.submit(batch).result()
-    mine = [
+    responses = [
         (place, (rollout, ids[place[0]][1])) for place, rollout in zip(share, rollouts, strict=True)
     ]
-    everything = dict(runtime.concatenate_over_data(mine))
-    return [everything[place] for place in places]
+    all_responses = dict(runtime.concatenate_over_data(responses))
+    return [all_responses[place] for place in places]
 
 
 def _records(
@@ -176,7 +177,7 @@ def _records(
     piece: Sequence[PromptLine],
     responses: Sequence[_Response],
 ) -> Iterator[dict[str, Any]]:
-    """A line of the output a response: the prompt's own fields, and FIELDS."""
+    """Yield one output line per response: the fields of the prompt, then FIELDS."""
     samples = spec.rollout.rollouts_per_prompt
     for number, (rollout, num_cut) in enumerate(responses):
         record = dict(piece[number // samples].fields)
@@ -197,10 +198,10 @@ def _records(
 def _progress(
     spec: GenerationSpec, runtime: Runtime, extent: _Extent
 ) -> Iterator[Callable[[int], None]]:
-    """Says on the first rank's stderr what is done: a bar on a terminal, lines in a log.
+    """Report progress on stderr of rank 0: as a bar on a terminal, as lines in a log.
 
     Yields:
-        A function to call with the number of prompts that are done by now beyond those before.
+        A function to call with the number of prompts finished since the last call.
     """
     if runtime.rank != 0:
         yield lambda num_prompts: None
@@ -208,7 +209,6 @@ def _progress(
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(_headline(spec, runtime, extent), markup=False)
     columns = (TextColumn("prompts"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    # Where nobody watches, lines say more than a bar.
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=extent.counts.num_prompts, completed=extent.num_done)
         num_done = extent.num_done
@@ -225,16 +225,16 @@ def _progress(
 
 def _headline(spec: GenerationSpec, runtime: Runtime, extent: _Extent) -> str:
     dtype = str(runtime.dtype(spec.dtype)).removeprefix("torch.")
-    start = f"going on at prompt {extent.num_done + 1}" if extent.num_done else "starting"
+    start = f"resuming at prompt {extent.num_done + 1}" if extent.num_done else "starting"
     cut = ""
     if extent.counts.num_cut:
         cut = (
-            f"\n{extent.counts.num_cut} prompts are over views.max_prompt_tokens "
-            f"{spec.views.max_prompt_tokens}: they are cut by views.on_long_prompt "
-            f"{spec.views.on_long_prompt}, and their lines have num_cut_tokens"
+            f"\n{extent.counts.num_cut} prompts exceed views.max_prompt_tokens "
+            f"{spec.views.max_prompt_tokens}: views.on_long_prompt {spec.views.on_long_prompt} "
+            "cuts them, and their lines have num_cut_tokens"
         )
     return (
-        f"{start}: {spec.source.path} ({spec.who}) in {dtype} on {runtime.device.type}, "
+        f"{start}: {spec.source.path} ({spec.role}) in {dtype} on {runtime.device.type}, "
         f"{describe(spec.parallel, runtime.dp_size)}\n"
         f"{extent.counts.num_prompts} prompts, {spec.rollout.rollouts_per_prompt} samples each, "
         f"engine {spec.rollout.engine}, seed {spec.seed}{cut}"

@@ -1,4 +1,4 @@
-"""What `aropd generate` is asked for, checked before a process of the job starts; no Megatron."""
+"""Specification of an `aropd generate` job, checked before its processes start; no Megatron."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ from aropd_mcore.config import (
 )
 from aropd_mcore.config_file import load_config, validated
 from aropd_mcore.convert.architecture import check_layout
-from aropd_mcore.convert.source import MegatronSource, Source, Who, open_source
+from aropd_mcore.convert.source import MegatronSource, Role, Source, open_source
 
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """Responses to a file of prompts, from one model."""
+    """Settings of a job that samples responses of one model to a file of prompts."""
 
     source: Source
-    who: Who
+    role: Role
     prompts: Path
     output: Path
     views: ViewsConfig
@@ -37,7 +37,7 @@ class GenerationSpec:
 
     @property
     def weight_version(self) -> int | None:
-        """Training steps behind the weights; None where the checkpoint's name does not say."""
+        """Number of training steps of the weights; None if the checkpoint has no such name."""
         if not isinstance(self.source, MegatronSource):
             return None
         number = self.source.iteration.name.removeprefix("iter_")
@@ -45,18 +45,18 @@ class GenerationSpec:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """That leave room for a response."""
+        """Largest number of prompt tokens that leaves room for a response."""
         return _room(self.source, self.rollout)
 
     def identity(self) -> dict[str, Any]:
-        """What the responses depend on, as JSON holds it. The layout is not among it."""
+        """Return all that the responses depend on, as JSON values. The layout is not part of it."""
         source, sampling = self.source, self.rollout.model_dump(mode="json")
         weights = source.iteration if isinstance(source, MegatronSource) else source.path
         with self.prompts.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "checkpoint": str(weights.resolve()),
-            "who": self.who,
+            "role": self.role,
             "hf": str(source.hf_folder.resolve()),
             "sha256 of prompts": sha256,
             **{f"views.{name}": value for name, value in self.views},
@@ -74,7 +74,7 @@ def build_generation_spec(
     prompts: Path,
     output: Path,
     *,
-    who: Who = "student",
+    role: Role = "student",
     hf: Path | None = None,
     config: Path | None = None,
     rollout: Mapping[str, Any],
@@ -83,26 +83,26 @@ def build_generation_spec(
     seed: int = 1234,
     with_logprobs: bool = False,
 ) -> GenerationSpec:
-    """Open the checkpoint, by its headers alone, and check what is asked of it.
+    """Read the checkpoint's headers and check the settings.
 
     Args:
         checkpoint: see open_source.
         hf: see open_source.
-        config: a run's YAML, for its views, and for its rollout.vllm if that samples. None: the
-            views are those of the config.yaml of the run that the checkpoint is of; without one
-            the default templates, and no limit but the model's. The servers are none of its own:
-            it may be training with them.
+        config: YAML file of a run, for its views and, with the vLLM engine, its rollout.vllm. None:
+            the views of config.yaml in the checkpoint's run; without that file, the default
+            templates with the model's limit. The servers of the checkpoint's run are never used,
+            because the run may be training with them.
         rollout: values of RolloutConfig.
         parallel: values of ParallelConfig.
     Raises:
-        ValueError: what cannot be used, and why.
+        ValueError: a setting, the checkpoint or the layout cannot be used.
     """
-    source = open_source(checkpoint, who=who, hf=hf)
+    source = open_source(checkpoint, role=role, hf=hf)
     given = load_config(config) if config else None
     servers = {"vllm": given.rollout.vllm} if given else {}
     settings = validated(RolloutConfig, {**rollout, **servers}, "aropd generate")
     sizes = dict(parallel)
-    # As in training: Megatron's experts work on tensor ranks that share out the tokens.
+    # As in training: with tensor parallelism, Megatron's experts need sequence parallelism.
     sizes["sequence"] = source.architecture.routing is not None and sizes.get("tensor", 1) > 1
     layout = validated(ParallelConfig, sizes, "aropd generate")
     check_layout(
@@ -122,7 +122,7 @@ def build_generation_spec(
     run = given or config_of_run(source)
     return GenerationSpec(
         source=source,
-        who=who,
+        role=role,
         prompts=prompts,
         output=output,
         views=run.views if run else ViewsConfig(max_prompt_tokens=room, on_long_prompt="drop"),
@@ -140,7 +140,7 @@ def _room(source: Source, rollout: RolloutConfig) -> int:
 
 
 def run_folder(source: Source) -> Path | None:
-    """The output_dir of the run that a checkpoint is of."""
+    """Return the output_dir of the run that saved the checkpoint; None if there is none."""
     if not isinstance(source, MegatronSource):
         return None
     folder = source.iteration.absolute().parent  # output_dir/checkpoints/iter_NNNNNNN
@@ -148,7 +148,7 @@ def run_folder(source: Source) -> Path | None:
 
 
 def config_of_run(source: Source) -> Config | None:
-    """Of the run that a checkpoint is of, where its config.yaml is there."""
+    """Return the configuration of the run that saved the checkpoint; None if it is not there."""
     folder = run_folder(source)
     path = folder / "config.yaml" if folder else None
     return load_config(path) if path and path.is_file() else None

@@ -1,4 +1,4 @@
-"""A JSONL file that is written whole, by as many calls as it takes."""
+"""A JSONL file that appears when it is complete, and whose writing can be resumed."""
 
 import json
 import os
@@ -13,35 +13,35 @@ from aropd_mcore.locks import try_lock
 
 
 def partial_folder(path: Path) -> Path:
-    """Where lines gather on their way to `path`; goes when they are there."""
+    """Return the folder that holds the lines of `path` until the file is complete."""
     return path.with_name(f"{path.name}.partial")
 
 
 def other_value(begun: dict[str, Any], spec: dict[str, Any]) -> str:
-    """The first difference of a job from the one that was begun, in words; nothing if none."""
+    """Describe the first difference between a job and the one that was begun; empty if none."""
     for key, value in spec.items():
         if begun.get(key) != value:
-            return f"{key} was {begun.get(key)!r}, and is {value!r} now"
+            return f"{key} was {begun.get(key)!r} and is now {value!r}"
     return ""
 
 
 class LinesFile:
-    """Lines on their way to `path`; they take its name when the last one is written.
+    """Writer of a JSONL file that takes its name when the last line is written.
 
-        out.jsonl.partial/job.json       what the lines depend on
-        out.jsonl.partial/lines.jsonl    those that there are
+        out.jsonl.partial/job.json       everything that the lines depend on
+        out.jsonl.partial/lines.jsonl    the lines so far
 
-    The next call for the same path and the same job goes on behind them.
+    The next writer of the same path and the same job continues after these lines.
     """
 
     def __init__(self, path: Path, spec: dict[str, Any], *, lines_at_once: int = 1):
         """
         Args:
-            job: what the lines depend on, as JSON holds it.
-            lines_at_once: only so many are kept or dropped together.
+            spec: everything that the lines depend on, as JSON values.
+            lines_at_once: number of lines that belong together: an incomplete group is dropped.
         Raises:
-            ValueError: `path` exists, another process is writing it, or what is there is of another
-                job.
+            ValueError: `path` exists, another process is writing it, or the lines so far belong to
+                another job.
         """
         self.path = path
         self.folder = partial_folder(path)
@@ -50,11 +50,11 @@ class LinesFile:
         self._file = (self.folder / "lines.jsonl").open("a+b")
         try:
             if not try_lock(self._file.fileno()):  # until the file is closed
-                raise ValueError(f"{path}: another process is writing it")
+                raise ValueError(f"{path}: another process is writing this file; wait for its end")
             self._refuse_existing()  # the other process may have ended just before the lock
             self._check_job(spec)
             self.num_lines = self._keep_whole(lines_at_once)
-            """That were there."""
+            """Number of lines that earlier calls have written."""
         except BaseException:
             self._file.close()
             raise
@@ -71,8 +71,8 @@ class LinesFile:
         self._file.close()
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add a line a record."""
-        # ASCII: a record may hold half of a surrogate pair, which UTF-8 cannot say.
+        """Add one line per record."""
+        # ASCII: a record may hold half of a surrogate pair, which UTF-8 cannot encode.
         self._file.write("".join(json.dumps(record) + "\n" for record in records).encode("ascii"))
         self._file.flush()
 
@@ -84,10 +84,10 @@ class LinesFile:
 
     def _refuse_existing(self) -> None:
         if self.path.exists():
-            raise ValueError(f"{self.path}: exists already; remove it, or name another file")
+            raise ValueError(f"{self.path}: exists already; remove it or name another file")
 
     def _keep_whole(self, lines_at_once: int) -> int:
-        """Drop what an interrupted write has left; how many lines stay."""
+        """Drop the rest of an interrupted write; return the number of lines that stay."""
         self._file.seek(0)
         num_lines = end = position = 0
         for line in self._file:
@@ -106,7 +106,7 @@ class LinesFile:
         problem = other_value(begun, spec)
         if problem and self._file.seek(0, os.SEEK_END) > 0:
             raise ValueError(
-                f"{self.folder}: holds lines of another job: {problem}; remove the folder, or name "
+                f"{self.folder}: holds lines of another job: {problem}; remove the folder or name "
                 "another file"
             )
         path.write_text(json.dumps(spec, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The native engine: the model samples by its own forward, with a KV cache, in every layout."""
+"""The native engine: the training model samples with a KV cache, in every layout."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from aropd_mcore.rollout.engine import Pending, Progress, PromptBatch, ignore, n
 from aropd_mcore.types import Rollout
 
 _STOPPED = -1
-"""Value in the place of tokens which tells all ranks that sampling stops."""
+"""Token value that means: stop sampling. All ranks of a replica receive it."""
 
 
 class NativeEngine:
-    """RolloutEngine over the model itself: no second copy of the weights, nothing to send.
+    """RolloutEngine that samples with the training model, without a copy of its weights.
 
     Every rank of a model replica submits the same batch and gets the same rollouts. Replicas are
-    independent: each may have other prompts, and another number of them. Tokens depend on weights,
-    prompt and seed; tensor and pipeline sizes, batch_size and the other prompts change the logits
-    by rounding only.
+    independent and may have different prompts and numbers of prompts. Tokens depend on weights,
+    prompt and seed. Tensor and pipeline sizes, batch_size and the other prompts of the batch change
+    the logits by rounding only.
 
-    A batch is sampled by `Pending.result`, so its result comes before the next update.
+    `Pending.result` samples the batch, so it must be called before the next update.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class NativeEngine:
     ):
         """
         Args:
-            model: this rank's shard, without DDP around it. Its weights are read by every result.
+            model: this rank's shard, without DDP around it. Every result reads its current weights.
             eos_token_ids: any of them ends a response.
             batch_size: largest number of rows decoded together.
             kv_cache_tokens: capacity of each model replica's KV cache. If it is too small for
                 batch_size rows of maximum length, fewer rows are decoded together. None: room for
                 batch_size rows.
-            should_stop: asked for every token on the sampling rank. True: the responses so far are
-                returned at once, and the caller must discard them.
+            should_stop: called once per token on the sampling rank. If it returns True, the
+                responses so far are returned at once, and the caller must discard them.
         """
         self.model = model
         self.runtime = runtime
@@ -66,11 +66,11 @@ class NativeEngine:
         return _NativePending(self, batch, self.weight_version)
 
     def update_weights(self, version: int) -> None:
-        """As RolloutEngine.update_weights; the weights are the model's own. Collectives: none."""
+        """As RolloutEngine.update_weights; nothing is copied. Collectives: none."""
         self.weight_version = version
 
     def close(self) -> None:
-        """As RolloutEngine.close; nothing was started."""
+        """As RolloutEngine.close; the engine has started nothing."""
 
     def _sample(self, batch: PromptBatch, on_progress: Progress) -> list[Rollout]:
         batch.check(
@@ -94,12 +94,12 @@ class NativeEngine:
         sampling: SamplingConfig,
         on_progress: Progress,
     ) -> list[Rollout]:
-        """Rows leave as soon as they are done, and waiting prompts take their places."""
+        """Sample with continuous batching: a waiting prompt replaces each finished row."""
         limit = sampling.max_response_tokens
         max_length = max(map(len, prompts), default=1) + limit
         num_rows = max(1, min(self._rows_in_cache(max_length), len(prompts)))
         buffers = DecodeBuffers(seeds, limit, self._eos_token_ids)
-        # Of similar length one after another, and the longest first: they attend together.
+        # Longest first, so that rows decoded together have similar lengths.
         waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         running: list[int] = []
         with decoding(
@@ -108,7 +108,7 @@ class NativeEngine:
             while self._on_any_replica(bool(running or waiting)):
                 free = num_rows - len(running)
                 new, waiting = waiting[:free], waiting[free:]
-                if not running and not new:  # for the experts here: other replicas still decode
+                if not running and not new:  # other replicas still need the experts of this rank
                     decoder.forward(buffers.next_tokens([]), [(0,)])
                     decoder.drop({0})
                     continue
@@ -136,14 +136,16 @@ class NativeEngine:
             return self.batch_size
         if max_length > self.kv_cache_tokens:
             raise ValueError(
-                f"a prompt with its response takes up to {max_length} tokens, and "
-                f"rollout.kv_cache_tokens {self.kv_cache_tokens} holds fewer"
+                f"rollout.kv_cache_tokens {self.kv_cache_tokens}: expected at least {max_length}, "
+                "the tokens of the longest prompt with its response"
             )
         return min(self.batch_size, self.kv_cache_tokens // max_length)
 
     def _on_any_replica(self, is_here: bool) -> bool:
-        """`is_here` on any of the replicas that must decode in step: those that share experts,
-        whose every forward is a collective."""
+        """Return whether `is_here` holds on any replica that must decode in step with this one.
+
+        Replicas that share experts decode in step, since each of their forwards is a collective.
+        """
         if not self.runtime.shares_experts:
             return is_here
         is_anywhere = torch.tensor(int(is_here), device=self.runtime.device)
@@ -153,7 +155,7 @@ class NativeEngine:
 
 @dataclass(frozen=True)
 class _NativePending:
-    """Pending that samples when its result is asked for."""
+    """Pending that samples when `result` is called."""
 
     engine: NativeEngine
     batch: PromptBatch
@@ -163,12 +165,12 @@ class _NativePending:
         """As Pending.result; progress counts this rank's share of the prompts.
 
         Raises:
-            ValueError: also where a prompt leaves no room for a response in kv_cache_tokens.
+            ValueError: also if a prompt leaves no room for a response in kv_cache_tokens.
             FloatingPointError: the model's logits are not finite.
-        Collectives: the model's over tp_group and pp_group, a gather of logits and a broadcast of
-            tokens for every token; over cp_group, whose ranks share out the prompts, an all-gather
-            of the rollouts. None over dp_group, except where replicas share experts: then all of
-            them must call together, and they decode until the last is done.
+        Collectives: per token, the model's over tp_group and pp_group, a gather of logits and a
+            broadcast of tokens. One all-gather of the rollouts over cp_group, whose ranks divide
+            the prompts. None over dp_group, unless replicas share experts: then all of them must
+            call it together, and they decode until the last one is done.
         """
         assert self.engine.weight_version == self.weight_version, "weights changed before sampling"
         return self.engine._sample(self.batch, on_progress)

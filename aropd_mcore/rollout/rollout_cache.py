@@ -1,10 +1,10 @@
-"""Responses of the steps since the last checkpoint, on disk, for a run that is started again.
+"""Responses of the steps since the last checkpoint, kept on disk for a resumed run.
 
-    rollouts/step_0000012.rank_0003.json    of one data-parallel rank, behind their checksum
+    rollouts/step_0000012.rank_0003.json    checksum and responses of one data-parallel rank
 
-A run that resumes from an earlier checkpoint trains the same steps on the same responses. In its
-first step its weights are the very weights that sampled them. Later they are those that the same
-training leads to: the same up to rounding, and bit for bit on a CPU in the same layout.
+A resumed run trains the steps since its checkpoint on the same responses. In the first of these
+steps its weights are the weights that sampled the responses. In later steps its weights repeat
+those of the interrupted run up to rounding, and bit for bit on a CPU in the same layout.
 """
 
 import json
@@ -23,13 +23,13 @@ from aropd_mcore.types import Rollout
 
 
 class RolloutCache:
-    """Responses by step and seed, whatever the layout that sampled them."""
+    """Responses by step and seed, independent of the layout that sampled them."""
 
     def __init__(self, folder: Path, run_hash: str, runtime: Runtime):
         """
         Args:
-            folder: made by the first write.
-            run_hash: hash of the configuration; responses of another one are not used.
+            folder: created by the first write.
+            run_hash: hash of the configuration; responses of another configuration are ignored.
         Collectives: a broadcast; every rank must call it.
         """
         self._folder = folder
@@ -38,8 +38,7 @@ class RolloutCache:
         steps = [sorted({_step_number(path) for path in folder.glob("step_*.json")})]
         dist.broadcast_object_list(steps, src=0)
         self.steps = set(steps[0])
-        """Steps that an earlier attempt has left and that were not read yet; the same on every
-        rank."""
+        """Steps of an earlier attempt that were not read yet; the same on every rank."""
 
     def read(
         self,
@@ -48,13 +47,13 @@ class RolloutCache:
         seeds: Sequence[int],
         versions: range,
     ) -> list[Rollout] | None:
-        """Read this rank's responses of a step, if every rank's are there and belong to this run.
+        """Read this rank's responses of a step.
 
         Args:
-            versions: weights that may have sampled them.
+            versions: versions of the weights that may have sampled the responses.
         Returns:
-            None: they have to be sampled.
-        Collectives: where `steps` has the step, an all-reduce and a barrier over the job.
+            None unless the responses of every rank are there and belong to this run.
+        Collectives: an all-reduce and a barrier over the job if `steps` has the step.
         """
         if step not in self.steps:
             return None
@@ -66,7 +65,7 @@ class RolloutCache:
             return rollouts
         if self._runtime.rank == 0:
             self._remove(lambda other: other == step)
-        dist.barrier()  # before a rank writes what takes their place
+        dist.barrier()  # before a rank writes the same files again
         return None
 
     def write(
@@ -76,9 +75,9 @@ class RolloutCache:
         seeds: Sequence[int],
         rollouts: Sequence[Rollout],
     ) -> None:
-        """Keep this data-parallel rank's responses; the first rank of its replica writes.
+        """Write this data-parallel rank's responses, on the first rank of its replica.
 
-        What cannot be written is reported, and is sampled again if the run is started again.
+        A failed write is only reported: a resumed run then samples the responses again.
         """
         runtime = self._runtime
         if runtime.tp_rank or runtime.pp_rank or runtime.cp_rank:
@@ -101,7 +100,7 @@ class RolloutCache:
             print(f"aropd: rank {runtime.rank} cannot keep rollouts: {error}", file=sys.stderr)
 
     def forget(self, *, before: int) -> None:
-        """Remove the responses of steps before `before`, which a checkpoint has behind it."""
+        """Remove the responses of steps before `before`, which a checkpoint includes."""
         self.steps = {step for step in self.steps if step >= before}
         if self._runtime.rank == 0:
             self._remove(lambda step: step < before)

@@ -1,4 +1,4 @@
-"""From logits to tokens, by inverting the cumulative distribution at given uniform numbers.
+"""Sampling of tokens: the cumulative distribution is inverted at given uniform numbers.
 
 Shape letters: B rows, V vocabulary, T response tokens.
 """
@@ -13,10 +13,10 @@ from aropd_mcore.config import SamplingConfig
 
 
 def uniform_numbers(seeds: Sequence[int], num_tokens: int) -> Tensor:
-    """fp64 [B, T] in [0, 1): row b is the start of the stream that seeds[b] names, and of no other.
+    """Return fp64 [B, T] in [0, 1): row b holds the first T numbers of the stream of seeds[b].
 
-    Philox, a counter-based generator: it takes all 63 bits of a seed, where torch's CPU generator
-    looks at 32, and the stream is the same on every machine.
+    Philox is a counter-based generator with the same stream on every machine. It uses all 63
+    bits of a seed. torch's CPU generator uses 32.
     """
     rows = [np.random.Generator(np.random.Philox(key=seed)).random(num_tokens) for seed in seeds]
     return torch.from_numpy(np.array(rows).reshape(len(seeds), num_tokens))
@@ -25,26 +25,26 @@ def uniform_numbers(seeds: Sequence[int], num_tokens: int) -> Tensor:
 def sample(
     logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingConfig
 ) -> tuple[Tensor, Tensor]:
-    """Each row's next token, and its log-prob under the unmodified softmax of the logits.
+    """Sample each row's next token; return it and its log-prob under the softmax of the logits.
 
         token_b = the first v with  sum_{w <= v} p_bw > u_b * sum_w p_bw
 
-    with p the probabilities at the sampling temperature, those outside top-k, then top-p set to 0.
-    Vocabulary order is fixed, so rounding in the logits moves a token only where u_b is within
-    rounding of a boundary. A token of zero probability is never the first to exceed anything.
-    Temperature 0 is the argmax.
+    p are the probabilities at the sampling temperature, set to 0 outside top-k and then outside
+    top-p. Vocabulary order is fixed, so rounding in the logits changes a token only if u_b is
+    within rounding of a boundary. A token of zero probability is never chosen. Temperature 0 is
+    the argmax.
 
     Args:
         logits_BV: [B, V] fp32, without padded columns.
         uniforms_B: [B] fp64 in [0, 1), on the same device.
     Returns:
-        Tokens, int64 [B], and log-probs, fp32 [B], nats. Where a row's logits are not finite its
-        log-prob is NaN.
+        Tokens, int64 [B], and log-probs, fp32 [B], in nats. The log-prob of a row whose logits are
+        not finite is NaN.
     """
     if sampling.temperature == 0:
         tokens_B = logits_BV.argmax(-1)
     else:
-        # Shifted first: a small temperature then drives the rest to 0, and nothing to infinity.
+        # Shifted first: a small temperature then cannot overflow.
         shifted_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
         weights_BV = _keep_likeliest(shifted_BV, sampling).exp()
         cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
@@ -56,7 +56,7 @@ def sample(
 
 
 def _keep_likeliest(logits_BV: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The logits with -inf outside top-k, and then outside the smallest set that holds top-p."""
+    """Return the logits with -inf outside top-k, then outside the smallest set of mass top-p."""
     vocab_size = logits_BV.size(-1)
     num_kept = min(sampling.top_k or vocab_size, vocab_size)
     if num_kept == vocab_size and sampling.top_p == 1:

@@ -1,11 +1,11 @@
-"""Rollout sources: where a training step gets its views and responses.
+"""Rollout sources: they give a training step its views and responses.
 
     OracleTraces                      the responses are the rows' own traces, for sft
-    Sampled                           an engine samples a step's responses when the step asks
+    Sampled                           an engine samples the responses of a step on demand
     Replayed(Sampled)                 ... unless an earlier attempt of the run has kept them
-    Prefetched(Sampled or Replayed)   ... and those of the next steps are submitted meanwhile
+    Prefetched(Sampled or Replayed)   ... and the next steps are sampled meanwhile
 
-`build_source` puts them together.
+`build_source` composes them.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +30,9 @@ from aropd_mcore.types import Rollout, Views
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """A step's share of one data-parallel rank: views, seeds and rollouts, one of each per sample.
+    """Views, seeds and rollouts of one data-parallel rank in one step: one of each per sample.
 
-    The ranks of a model replica have the same share.
+    All ranks of a model replica have the same.
     """
 
     views: Sequence[Views]
@@ -41,43 +41,43 @@ class StepRollouts:
 
 
 class RolloutSource(Protocol):
-    """What a training step takes its rollouts from."""
+    """The protocol of all that a training step can take rollouts from."""
 
     @property
     def weight_version(self) -> int:
-        """Version of the weights that sample next: the number of training steps behind their last
+        """Version of the weights that sample next: the number of training steps before their last
         update."""
         ...
 
     def take(self, step: int, *, on_progress: Progress = ignore) -> StepRollouts:
-        """Return a step's rollouts; steps are taken in order, each once.
+        """Return the rollouts of a step. Steps must be taken in order, each once.
 
         Args:
             on_progress: see Pending.result.
         Raises:
-            RolloutFailed: no responses can be had; on every rank alike.
-            Exception: what `check_stop` of Sampled raises, on every rank alike.
-            Nothing of the run has changed then.
+            RolloutFailed: the engine cannot produce responses; raised on every rank.
+            Exception: what `check_stop` of Sampled raises, on every rank.
+            The run's state has not changed in either case.
         Collectives: the engine's; every rank must call it.
         """
         ...
 
     def weights_changed(self, version: int) -> None:
-        """Sample from the student's weights as they are now: those after `version` training steps.
+        """Sample from the student's current weights, those after `version` training steps.
 
-        Called before the first step, and after every update.
+        Called before the first step and after every update.
 
         Collectives: RolloutEngine.update_weights'; every rank must call it.
         """
         ...
 
     def steps_saved(self, num_steps: int) -> None:
-        """Release what is kept of the first `num_steps` steps: a checkpoint has them behind it."""
+        """Release everything kept for the first `num_steps` steps, which a checkpoint includes."""
         ...
 
 
 class PendingStep(Protocol):
-    """A step whose responses were submitted."""
+    """A step whose responses are being sampled."""
 
     def result(self, *, on_progress: Progress = ignore) -> StepRollouts:
         """As RolloutSource.take."""
@@ -88,7 +88,7 @@ class StepSource(RolloutSource, Protocol):
     """A RolloutSource that can work on several steps at the same time."""
 
     def submit(self, step: int) -> PendingStep:
-        """Have a step's responses sampled, and possibly return before they are.
+        """Submit the prompts of a step. The call may return before the responses are sampled.
 
         Collectives: RolloutEngine.submit's; every rank must call it.
         """
@@ -98,8 +98,8 @@ class StepSource(RolloutSource, Protocol):
 class StepPrompts:
     """Views and seeds of every step on this data-parallel rank.
 
-    A pure function of (training.seed, step, layout). The union over data-parallel ranks does not
-    depend on the layout.
+    They are a pure function of training.seed, step and layout. Their union over data-parallel ranks
+    does not depend on the layout.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class StepPrompts:
         self._dataset = dataset
 
     def __call__(self, step: int) -> tuple[list[Views], list[int]]:
-        """The views of a step, one per rollout, and the seed of each rollout."""
+        """Return the views and the seed of each rollout of a step."""
         config = self._config
         positions = step_positions(
             step,
@@ -132,7 +132,7 @@ class StepPrompts:
 
 
 class OracleTraces:
-    """RolloutSource of the rows' own traces, cut to `max_response_tokens`; for `sft`."""
+    """RolloutSource of the rows' oracle traces, cut to `max_response_tokens`, for `sft`."""
 
     def __init__(self, prompts: StepPrompts, *, max_response_tokens: int):
         self.weight_version = 0
@@ -163,7 +163,7 @@ class OracleTraces:
 
 
 class Sampled:
-    """StepSource of responses that an engine samples to the student views."""
+    """StepSource of an engine's responses to the student views."""
 
     def __init__(
         self,
@@ -175,8 +175,8 @@ class Sampled:
     ):
         """
         Args:
-            check_stop: called on every rank when responses are there. It raises, on every rank
-                alike, if the engine may have cut them short because the run has to stop.
+            check_stop: called on every rank after sampling. It must raise on every rank if the run
+                has to stop, because the engine may then have cut responses short.
         """
         self.prompts = prompts
         self._engine = engine
@@ -219,8 +219,7 @@ class _SampledStep:
 
 
 class Replayed:
-    """StepSource that takes a step's responses from a cache on disk if an earlier attempt of the
-    run has sampled them, and keeps those that it samples there."""
+    """StepSource with a cache on disk, which holds the responses of earlier attempts of the run."""
 
     def __init__(
         self, source: StepSource, cache: RolloutCache, prompts: StepPrompts, *, max_staleness: int
@@ -264,7 +263,7 @@ class Replayed:
     ) -> StepRollouts:
         """
         Args:
-            pending: None where the cache is to have the step.
+            pending: None if the cache should have the step.
         """
         if pending is None:
             views, seeds = self._prompts(step)
@@ -291,21 +290,21 @@ class _ReplayedStep:
 
 
 class Prefetched:
-    """RolloutSource that submits the next `depth` steps before it hands over a step's rollouts.
+    """RolloutSource that submits the next `depth` steps before it returns the rollouts of a step.
 
-    A step's responses are sampled from the weights of up to `depth` steps earlier.
+    The responses of a step are sampled by weights of up to `depth` steps earlier.
     """
 
     def __init__(self, source: StepSource, *, depth: int, num_steps: int):
         """
         Args:
-            num_steps: of the run, behind which nothing is submitted.
+            num_steps: number of steps of the run.
         """
         self._source = source
         self._depth = depth
         self._num_steps = num_steps
         self._pending: dict[int, PendingStep] = {}
-        """By step."""
+        """Submitted steps by their number."""
 
     @property
     def weight_version(self) -> int:
@@ -341,11 +340,11 @@ def build_source(
     run_hash: str = "",
     check_stop: Callable[[], None],
 ) -> RolloutSource:
-    """Build the source that a run's settings ask for.
+    """Build the source for the settings of a run.
 
     Args:
         engine: None for `sft`.
-        num_steps: of the run.
+        num_steps: number of steps of the run.
         run_hash: see RolloutCache.
         check_stop: see Sampled.
     Collectives: RolloutCache's; every rank must call it.

@@ -1,4 +1,4 @@
-"""The vLLM engine: servers sample, in processes of their own, with weights that they are given."""
+"""The vLLM engine: server processes sample, and get new weights after each update."""
 
 import os
 import secrets
@@ -37,24 +37,25 @@ from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Nats, where the config names none: several times what rounding leaves of a mean over tokens."""
+"""Default probe_tolerance by dtype, in nats: several times the effect of rounding on the mean."""
 
 _STOP_SECONDS = 1.0
-"""How often rank 0 asks `should_stop` while it waits for responses."""
+"""Interval at which rank 0 calls `should_stop` while it waits for responses."""
 
 
 class VllmEngine:
-    """RolloutEngine over vLLM servers, which the run starts or finds at their URLs.
+    """RolloutEngine on vLLM servers, which the run starts or reaches at given URLs.
 
-    Rank 0 only talks to the servers, for all model replicas: it knows every server's load, and an
-    error occurs once. Every rank of the job must submit, each replica with prompts of its own.
+    Only rank 0 communicates with the servers, on behalf of all model replicas. So one process knows
+    the load of every server, and an error occurs once. Every rank of the job must submit; replicas
+    have different prompts.
 
     Batches are sampled in the background, one after another in the order of `submit`.
 
-    After each update the weights are gathered tensor by tensor, so that no rank ever holds the
-    whole model, and are written as an HF folder that the servers load, or are sent to them. A probe
-    then shows that trainer and servers score the same tokens. A response counts only if the server
-    states that these weights made it.
+    After each update the weights are gathered tensor by tensor, so that no rank holds the whole
+    model. They are written as an HF folder that the servers load, or are sent over NCCL. A probe
+    then compares the log-probs of trainer and servers. A response is accepted only if the server
+    reports that these weights produced it.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class VllmEngine:
             model: this rank's shard, without DDP around it. Its weights are read by
                 `update_weights`.
             eos_token_ids: any of them ends a response.
-            probe_ids: a sequence like the run's, two tokens or more, for the probe of each update.
-            should_stop: asked on rank 0 while it waits for responses. True: none are returned.
+            probe_ids: token ids of a typical sequence, at least two, for the probe of each update.
+            should_stop: called on rank 0 while it waits for responses. If it returns True, the
+                result is an empty list.
         Raises:
-            ConfigError: rollout.vllm.sync is nccl, and there is no GPU.
+            ConfigError: rollout.vllm.sync is nccl and there is no GPU.
         """
         self.model = model
         self.runtime = runtime
@@ -86,11 +88,11 @@ class VllmEngine:
         self._folder = (vllm.weights_dir or serving.folder) / "vllm-weights"
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
-        """Why the servers do not have the weights."""
+        """Reason why the servers do not have the current weights."""
         self._in_flight: list[_VllmPending] = []
-        """Batches that are being sampled, and whose results nothing has asked for yet."""
+        """Batches that are being sampled and whose results were not taken yet."""
         self._last_future: Future[list[Rollout]] | None = None
-        """Of the last batch that was begun; on rank 0 only."""
+        """Future of the last batch that was begun, on rank 0 only."""
         self._servers: Servers | None = None
         if vllm.sync == "nccl" and runtime.device.type != "cuda":
             raise ConfigError(
@@ -101,7 +103,7 @@ class VllmEngine:
             self._servers = self._make_servers(eos_token_ids)
 
     def submit(self, batch: PromptBatch) -> Pending:
-        """As RolloutEngine.submit; the servers begin to sample.
+        """As RolloutEngine.submit; the servers start to sample.
 
         Collectives: an all-gather over dp_group; every rank of the job must call it.
         """
@@ -112,10 +114,10 @@ class VllmEngine:
         return pending
 
     def update_weights(self, version: int) -> None:
-        """As RolloutEngine.update_weights. The first call starts the run's own servers, and waits
-        until all are up.
+        """As RolloutEngine.update_weights. The first call starts the run's servers and waits until
+        all are up.
 
-        Collectives: mcore.weights.gather_hf's, those of mcore.logprobs.sequence_logprobs, and
+        Collectives: those of mcore.weights.gather_hf and mcore.logprobs.sequence_logprobs, and
             broadcasts over the job.
         """
         if self._in_flight:
@@ -128,11 +130,11 @@ class VllmEngine:
             self._trouble = failed
         except (OSError, ValueError) as error:
             self._trouble = RolloutFailed(
-                f"the weights of step {version} could not be handed on: {error}"
+                f"the weights of step {version} could not be handed to the servers: {error}"
             )
 
     def close(self) -> None:
-        """End the servers that the run has started."""
+        """Stop the servers that the run has started."""
         if self._servers:
             self._servers.close()
 
@@ -141,7 +143,7 @@ class VllmEngine:
         wait([self._last_future])
 
     def _begin(self, sample: Callable[[], list[Rollout]]) -> Future[list[Rollout]]:
-        """Call `sample` in the background, after the batches before it. On rank 0."""
+        """Call `sample` in the background after the earlier batches. On rank 0."""
         before = self._last_future
 
         def sample_in_turn() -> list[Rollout]:
@@ -174,7 +176,7 @@ class VllmEngine:
         if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
                 if old != weights.folder:
-                    shutil.rmtree(old, ignore_errors=True)  # or the next time
+                    shutil.rmtree(old, ignore_errors=True)  # else after the next update
 
     def _send(
         self, label: str, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
@@ -194,9 +196,9 @@ class VllmEngine:
     def _write(
         self, folder: Path, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
     ) -> None:
-        """Write the tensors as an HF folder, which appears when it is whole. On rank 0."""
+        """Write the tensors as an HF folder, which appears when it is complete. On rank 0."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # of the run before, from the same step
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt, from the same step
         dtype = self.model.config.params_dtype
         shapes = self.model.architecture.hf_shapes
         infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
@@ -235,23 +237,23 @@ class VllmEngine:
 
 
 class _VllmPending:
-    """Pending whose responses are sampled in the background, for all data-parallel ranks."""
+    """Pending of a batch that is sampled in the background for all data-parallel ranks."""
 
     def __init__(self, engine: VllmEngine, batches: Sequence[PromptBatch], share: slice):
         """
         Args:
             batches: one per data-parallel rank.
-            share: this rank's part of the responses to all of them.
+            share: positions of this rank's responses among those to all batches.
         """
         self._engine = engine
         self._batches = batches
         self._share = share
         self._on_progress = ignore
         self._future: Future[list[Rollout]] | None = None
-        """On rank 0, once the batch has begun."""
+        """Future of the responses, on rank 0 once sampling has begun."""
 
     def begin(self) -> bool:
-        """Begin to sample, if the servers have the weights."""
+        """Start to sample if the servers have the weights; return whether they have."""
         engine = self._engine
         if engine._trouble is not None:
             return False
@@ -266,7 +268,7 @@ class _VllmPending:
         Collectives: broadcasts over the job; every rank must call it.
         """
         engine = self._engine
-        # The servers may have got later weights, where they did not have those of `submit`.
+        # If the servers lacked the weights at `submit`, they may have later weights by now.
         if self not in engine._in_flight and not self.begin():
             assert engine._trouble is not None
             raise engine._trouble

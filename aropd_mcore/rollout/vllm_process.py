@@ -1,4 +1,4 @@
-"""A vLLM server that this process has started, and that ends with it."""
+"""A vLLM server as a child process, which ends with this process."""
 
 import os
 import secrets
@@ -22,12 +22,12 @@ _STOP_SECONDS = 30.0
 
 
 class ServerProcess:
-    """The server's process, under a watchdog that ends it when this process is gone."""
+    """The server's process, under a watchdog that ends it when this process ends."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
         """
         Args:
-            log: what the server prints is appended to it.
+            log: file to which the server's output is appended.
         """
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # the terminal's Ctrl-C is the run's to answer
+                start_new_session=True,  # so that Ctrl-C reaches only the run
             )
 
     @property
@@ -47,13 +47,13 @@ class ServerProcess:
         return self._process.poll() is None
 
     def why_ended(self) -> str:
-        """The exit code, and the end of the log."""
+        """Return the exit code and the end of the log."""
         lines = self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
         end = "\n  ".join(lines)
         return f"it ended with code {self._process.returncode}; the end of {self.log}:\n  {end}"
 
     def stop(self) -> None:
-        """End it, and wait until it is gone."""
+        """End the process and wait for it."""
         if self.is_running:
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -65,20 +65,20 @@ class ServerProcess:
 
 @dataclass(frozen=True)
 class Serving:
-    """Settings of an engine, and what its servers are started with."""
+    """Settings of an engine and of the servers that it starts."""
 
     rollout: RolloutConfig
     model: Path
-    """HF folder, whole: what a server is started with."""
+    """Whole HF folder that a server starts with."""
     dtype: str
     """As model.dtype in a run's config."""
     max_prompt_tokens: int
     folder: Path
-    """Folder of the servers' logs and, unless rollout.vllm.weights_dir is another, the weights."""
+    """Folder of the servers' logs, and of the weights unless rollout.vllm.weights_dir is set."""
 
     @classmethod
     def from_config(cls, config: Config) -> "Serving":
-        """The engine of a run."""
+        """Build the settings of a run's engine."""
         model, longest = config.model, config.views.max_prompt_tokens
         return cls(config.rollout, model.path, model.dtype, longest, config.output_dir)
 
@@ -86,7 +86,7 @@ class Serving:
 def server_launch(
     serving: Serving, key: str, index: int, port: int
 ) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of server `index`.
+    """Build the command and the environment of server `index`.
 
     Raises:
         ValueError: the model's config.json cannot be read.
@@ -104,9 +104,9 @@ def server_launch(
 
 
 def start_server(serving: Serving, key: str, index: int) -> tuple[str, ServerProcess]:
-    """Start server `index`: its URL and its process, not yet up.
+    """Start server `index`; return its URL and its process, which is not ready yet.
 
-    It prints into vllm-INDEX.log of the folder.
+    Its output goes to vllm-INDEX.log in serving.folder.
     """
     host, port = serving.rollout.vllm.host, serving.rollout.vllm.port
     port = port + index if port else _free_port(host)
@@ -116,31 +116,33 @@ def start_server(serving: Serving, key: str, index: int) -> tuple[str, ServerPro
 
 
 def serve(config: Config) -> NoReturn:
-    """Become the first server of a run; the key is $VLLM_API_KEY, or a new one, which is printed.
+    """Replace this process by the first server of a run.
+
+    The key is $VLLM_API_KEY, or a new one that is printed.
 
     Raises:
-        ConfigError: rollout.vllm.port is not chosen.
-        OSError: there is no such interpreter.
+        ConfigError: rollout.vllm.port is not set.
+        OSError: the interpreter does not exist.
     """
     vllm = config.rollout.vllm
     if not vllm.port:
-        raise ConfigError("rollout.vllm.port: required to serve by hand, such as 8000; found 0")
+        raise ConfigError("rollout.vllm.port 0: expected a port, such as 8000, to serve by hand")
     key = os.environ.get(KEY_VARIABLE) or new_key()
     command, environment = server_launch(Serving.from_config(config), key, 0, vllm.port)
     print(f"serving {config.model.path} at http://{vllm.host}:{vllm.port}")
     if KEY_VARIABLE not in os.environ:
-        print(f"the run has to know the key: export {KEY_VARIABLE}={key}")
+        print(f"set the key where the run starts: export {KEY_VARIABLE}={key}")
     sys.stdout.flush()
     os.execvpe(command[0], command, environment)
 
 
 def _free_port(host: str) -> int:
-    """A port that nobody listens on now. Whoever is late starts again with another one."""
+    """Return a port that is free now. If another process takes it, the server is restarted."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
 def new_key() -> str:
-    """A key for servers of this run."""
+    """Create a key for the servers of this run."""
     return secrets.token_urlsafe(32)

@@ -1,9 +1,9 @@
-"""Several vLLM servers as one: load spread, failures tried again, everyone on the same weights.
+"""A group of vLLM servers: load balancing, retries, and the same weights on every server.
 
-A server is *ready* when it holds the weights that are wanted now and a probe has shown it. Whatever
-goes wrong with a server makes it unready; it is then waited for, restarted if the run owns it,
-given the weights again and probed, while the others go on. After too many failures in a row it is
-left out until the next sync.
+A server is *ready* when it holds the current weights and a probe has shown it. Any failure makes a
+server unready. The other servers continue while it is waited for, restarted if the run owns it,
+given the weights again, and probed. After too many failures in a row the server is excluded until
+the next sync.
 """
 
 import asyncio
@@ -21,30 +21,30 @@ from aropd_mcore.rollout.vllm_spread import Server, spread
 from aropd_mcore.types import Rollout
 
 BACKOFF_SECONDS = 0.5
-"""Before the second try; twice as long before each further one."""
+"""Delay before the first retry; it doubles with each further one."""
 _POLL_SECONDS = 0.25
 _HANGING_SECONDS = 30.0
-"""A server of ours that was up once and is silent for so long is started again."""
+"""Time after which a server of the run that was ready once and does not answer is restarted."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What servers have to hold."""
+    """Weights that the servers must hold."""
 
     version: int
-    """Training steps behind them."""
+    """Number of training steps of these weights."""
     label: str
-    """Their name at the servers: no two runs, and no two starts of one, give the same."""
+    """Name of the weights on the servers, different for every run and every start of a run."""
     folder: Path | None
-    """Where a server can load them; None where they are sent instead."""
+    """HF folder that servers load; None if the weights are sent instead."""
     probe_logprobs: Sequence[float]
-    """The trainer's, of the probe's tokens but the first."""
+    """Log-probs of all probe tokens but the first, computed by the trainer."""
     digests: Mapping[str, str] | None = None
-    """The trainer's, of every tensor; None: they are not compared."""
+    """Digest of every tensor of the trainer; None: not compared."""
 
 
 class Servers:
-    """See the module. Used by one process, and by one thread at a time."""
+    """The group of servers. Used by one process, and by one thread at a time."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Servers:
     ):
         """
         Args:
-            batch_size: requests at a time on one server.
+            batch_size: largest number of simultaneous requests per server.
             probe_ids: tokens that the trainer and the servers score after each sync.
-            tolerance: nats, of the mean absolute difference of their log-probs.
+            tolerance: largest mean absolute difference of their log-probs, in nats.
         """
         self.servers = servers
         self._config = config
@@ -71,15 +71,15 @@ class Servers:
         self._wanted: Weights | None = None
         self._is_first_sync = True
         self._receivers: list[tuple[Server, int]] = []
-        """Who takes part in the next transfer, and with how many workers."""
+        """Servers that take part in the next transfer, and the number of workers of each."""
 
     def sync(self, weights: Weights) -> None:
-        """Give the servers these weights. One that fails is seen to in the next `generate`.
+        """Give the servers these weights. The next `generate` repairs a server that fails.
 
-        The first time, they are waited for until they are up.
+        The first call waits until the servers are up.
 
         Raises:
-            RolloutFailed: a server's log-probs are not the trainer's.
+            RolloutFailed: a server's log-probs differ from the trainer's.
         """
         asyncio.run(self._sync(weights))
 
@@ -97,7 +97,7 @@ class Servers:
         return self._config.start_timeout if self._is_first_sync else 0.0
 
     def prepare(self) -> None:
-        """Before a transfer: pause every server that is up, and count its workers."""
+        """Prepare a transfer: pause every server that is up and count its workers."""
         asyncio.run(self._prepare())
 
     async def _prepare(self) -> None:
@@ -118,7 +118,7 @@ class Servers:
 
     @property
     def num_workers(self) -> int:
-        """Of all servers that take part in the next transfer."""
+        """Number of workers of all servers that take part in the next transfer."""
         return sum(count for _, count in self._receivers)
 
     def receive(
@@ -130,13 +130,13 @@ class Servers:
         label: str,
         digests: Mapping[str, str] | None = None,
     ) -> None:
-        """Have the prepared servers join rank 0's communicator, take what it sends, and go on.
+        """Let the prepared servers join rank 0's communicator, receive the weights, and resume.
 
         Args:
-            digests: see Weights; they are there when everything is sent.
+            digests: see Weights; complete once all tensors are sent.
         Raises:
-            ServerError: one of them failed; it names the server.
-            RolloutFailed: a server was given other tensors.
+            ServerError: a server failed; the message names the server.
+            RolloutFailed: a server received other tensors.
         """
         asyncio.run(self._receive(unique_id_base64, names, dtype, shapes, label, digests))
 
@@ -178,13 +178,13 @@ class Servers:
         sampling: SamplingConfig,
         on_response: Callable[[int, int], None],
     ) -> list[Rollout]:
-        """A response to each prompt, in their order.
+        """Sample one response per prompt, in the order of the prompts.
 
         Args:
-            on_response: told how many responses there are, of how many, after each.
+            on_response: called after each response with the number of responses so far and in all.
         Raises:
-            RolloutFailed: no server is left; one answers with other weights; or a response failed
-                more often than it may.
+            RolloutFailed: no server is left, a server has other weights, or a response failed too
+                often.
         """
         return asyncio.run(self._generate(prompts, seeds, sampling, on_response))
 
@@ -226,7 +226,7 @@ class Servers:
         return Rollout(tuple(ids), tuple(logprobs), is_finished, self._wanted.version)
 
     async def _repair(self, http: httpx.AsyncClient, server: Server) -> None:
-        """Try until the server is ready, or lost."""
+        """Retry until the server is ready or excluded."""
         while not server.is_settled(self._config.retries):
             if server.num_failures:
                 await asyncio.sleep(BACKOFF_SECONDS * 2 ** (server.num_failures - 1))
@@ -241,10 +241,10 @@ class Servers:
             server.is_ready = server.was_ready = True
 
     async def _make_ready(self, http: httpx.AsyncClient, server: Server, wait: float) -> None:
-        """Up, of a known version, with the wanted weights, and proved to have them."""
+        """Start the server if needed, give it the current weights, and probe it."""
         weights = self._wanted
         assert weights is not None, "sync comes first"
-        if server.process and server.num_failures > 1:  # it runs, and is of no use
+        if server.process and server.num_failures > 1:  # it runs and keeps failing
             await asyncio.to_thread(server.process.stop)
         server.start()
         api = self._api(http, server)
@@ -254,7 +254,7 @@ class Servers:
         if await api.weight_version() != weights.label:
             check_version(await api.vllm_version())
             if weights.folder is None:
-                raise RefusedByServer("it has no weights, and gets new ones after the next step")
+                raise RefusedByServer("it has no weights until the sync after the next step")
             await api.pause()
             if weights.digests is not None:
                 await api.note_digests()
@@ -265,7 +265,7 @@ class Servers:
         self._prove(server, weights, await api.score(self._probe_ids))
 
     def _prove(self, server: Server, weights: Weights, logprobs: Sequence[float]) -> None:
-        """Raise RolloutFailed unless a server's log-probs of the probe are the trainer's."""
+        """Raise RolloutFailed unless a server's log-probs of the probe agree with the trainer's."""
         pairs = list(zip(weights.probe_logprobs, logprobs, strict=True))
         difference = sum(abs(ours - theirs) for ours, theirs in pairs) / len(pairs)
         if not difference <= self._tolerance:
@@ -273,49 +273,49 @@ class Servers:
             raise RolloutFailed(
                 f"{server.name} does not sample from the weights of step {weights.version}: over "
                 f"a probe of {len(pairs)} tokens the mean log-prob is {ours:.6f} in training and "
-                f"{theirs:.6f} there, {difference:.2g} apart on the average of the tokens; "
-                f"rollout.vllm.probe_tolerance is {self._tolerance:g}"
+                f"{theirs:.6f} on the server, and the mean absolute difference is "
+                f"{difference:.2g}; expected at most rollout.vllm.probe_tolerance "
+                f"{self._tolerance:g}"
             )
 
     def _api(self, http: httpx.AsyncClient, server: Server) -> Api:
         return Api(http, server.url, server.key, self._config.request_timeout)
 
     def close(self) -> None:
-        """End the servers that were started here."""
+        """Stop the servers that the run has started."""
         for server in self.servers:
             if server.process:
                 server.process.stop()
 
 
 def check_digests(
-    server: Server, expected: Mapping[str, str], found: Sequence[Mapping[str, str]]
+    server: Server, expected: Mapping[str, str], loaded: Sequence[Mapping[str, str]]
 ) -> None:
-    """Raise RolloutFailed unless a server's workers loaded the trainer's tensors, bit for bit.
+    """Raise RolloutFailed unless a server's workers loaded the trainer's tensors bit for bit.
 
-    A worker need not have been given all of them (vLLM leaves out experts of others): what it has
-    been given is compared, and together they must have been given everything.
+    A worker may have loaded only some of them, because vLLM skips the experts of other workers. Its
+    tensors are compared, and together the workers must have loaded all tensors.
 
     Args:
-        found: each worker's digests.
+        loaded: digests of the tensors that each worker loaded.
     """
-    for worker, digests in enumerate(found):
+    for worker, digests in enumerate(loaded):
         for name, theirs in digests.items():
             if theirs != expected.get(name):
                 raise RolloutFailed(
-                    f"worker {worker} of {server.name} was given another {name} than training has: "
-                    f"its sha256 is {expected.get(name, 'of no tensor')} in training and {theirs} "
-                    "there"
+                    f"worker {worker} of {server.name} loaded another {name} than training has: "
+                    f"sha256 {theirs}; expected {expected.get(name, 'no such tensor')}"
                 )
-    missing = sorted(expected.keys() - set().union(*found))
+    missing = sorted(expected.keys() - set().union(*loaded))
     if missing:
         raise RolloutFailed(
-            f"{server.name} was given {len(expected) - len(missing)} of {len(expected)} tensors; "
-            f"the first that it was not is {missing[0]}, sha256 {expected[missing[0]]} in training"
+            f"{server.name} loaded {len(expected) - len(missing)} of {len(expected)} tensors; "
+            f"expected also {missing[0]}, sha256 {expected[missing[0]]}"
         )
 
 
 def _client() -> httpx.AsyncClient:
-    # Straight to the servers, whatever proxies the environment names, and all at once.
+    # Without the environment's proxies, and without a limit on connections.
     return httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None))
 
 

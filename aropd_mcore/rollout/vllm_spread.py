@@ -1,4 +1,4 @@
-"""A batch of responses over several servers, each of which may fail at any time."""
+"""Distribution of a batch over several servers, each of which may fail at any time."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -11,13 +11,14 @@ from aropd_mcore.types import Rollout
 
 
 class Server:
-    """One server, as it was last seen."""
+    """State of one server as of the last request."""
 
     def __init__(self, name: str, key: str | None, *, start: Callable[[], tuple] | None = None):
         """
         Args:
-            name: its URL, or what to call it where the run starts it.
-            start: starts it, and returns its URL and process; None where somebody else does.
+            name: URL of the server, or a name for a server that the run starts.
+            start: starts the server and returns its URL and process. None: the server was started
+                by hand.
         """
         self.name = name
         self.key = key
@@ -26,14 +27,14 @@ class Server:
         self._start = start
         self.is_ready = False
         self.was_ready = False
-        """Since it was started."""
+        """Whether the server was ready since its start."""
         self.num_in_flight = 0
         self.num_failures = 0
-        """In a row."""
+        """Number of failures in a row."""
         self.last_error: ServerError | None = None
 
     def start(self) -> None:
-        """Start it if it is ours and does not run."""
+        """Start the server if the run owns it and it does not run."""
         if self._start and not (self.process and self.process.is_running):
             self.was_ready = False
             try:
@@ -47,7 +48,10 @@ class Server:
         self.last_error = error
 
     def is_settled(self, retries: int) -> bool:
-        """Ready; or given up, because it refused or failed more than `retries` times in a row."""
+        """Return whether the server is ready or excluded.
+
+        It is excluded if it refused or failed more than `retries` times in a row.
+        """
         refused = isinstance(self.last_error, RefusedByServer) and self.num_failures > 0
         return self.is_ready or refused or self.num_failures > retries
 
@@ -62,14 +66,14 @@ async def spread(
     retries: int,
     on_response: Callable[[int, int], None],
 ) -> list[Rollout]:
-    """The response of every index, in order: each is asked for until it comes, and is kept then.
+    """Return the response of every index, in order. Failed requests are retried.
 
     Args:
-        respond: asks a server for a response; raises ServerError.
-        repair: makes a server ready again, or gives it up; both show in the server.
-        batch_size: responses at a time on one server.
-        retries: of a response, for each server.
-        on_response: told how many responses there are, of how many, after each.
+        respond: requests a response from a server; raises ServerError.
+        repair: makes a server ready again or excludes it, and updates the Server.
+        batch_size: largest number of simultaneous requests per server.
+        retries: number of retries of a response per server.
+        on_response: called after each response with the number of responses so far and in all.
     Raises:
         RolloutFailed: no server is left, or a response failed too often.
     """
@@ -87,7 +91,7 @@ async def spread(
                 todo.remove(index)
                 responses[asyncio.create_task(respond(index, server))] = index, server
             if not responses and not repairs:
-                raise RolloutFailed(_nobody_left(servers))
+                raise RolloutFailed(_no_server_left(servers))
             waited_for = [*responses, *repairs]
             finished, _ = await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             for task in finished & repairs.keys():
@@ -101,7 +105,7 @@ async def spread(
                 except ServerError as error:
                     failed_on[index].append(server)
                     todo.append(index)
-                    if server.is_ready:  # once for all that it had in flight
+                    if server.is_ready:  # one failure for all its requests in flight
                         server.failed(error)
                     if len(failed_on[index]) > retries * len(servers):
                         raise RolloutFailed(_too_often(failed_on[index], error)) from error
@@ -123,9 +127,10 @@ def _next_responses(
     failed_on: dict[int, list[Server]],
     batch_size: int,
 ) -> list[tuple[int, Server]]:
-    """Responses to ask for now, and of whom; they count as in flight already.
+    """Choose the next requests and their servers, and count them as in flight.
 
-    A response goes to the server with the fewest in flight, among those that have failed it least.
+    A request goes to the server with the fewest in flight, among the servers that have failed it
+    least often.
     """
     chosen = []
     ready = [server for server in servers if server.is_ready]
@@ -151,6 +156,6 @@ def _too_often(failed_on: Sequence[Server], error: ServerError) -> str:
     return f"a response failed {len(failed_on)} times, the last time at {last}: {error}"
 
 
-def _nobody_left(servers: Sequence[Server]) -> str:
+def _no_server_left(servers: Sequence[Server]) -> str:
     errors = (f"{server.name}: {server.last_error}" for server in servers)
     return "no vLLM server is left:\n" + "\n".join(errors)

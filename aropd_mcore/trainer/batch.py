@@ -1,4 +1,4 @@
-"""From rollouts to what the models read: weights, microbatches, and this rank's share of them."""
+"""Microbatches of a step, built from its rollouts, with the weight of every token in the loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,17 +16,18 @@ from aropd_mcore.types import Microbatch, Rollout, Sample, Views
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's microbatches on this rank, on its device."""
+    """Microbatches of one step on this rank, on its device."""
 
     microbatches: list[Microbatch]
     num_tokens: int
-    """Number of tokens in all views, over this data-parallel rank's context ranks, padding
-    included."""
+    """Number of tokens in all views, padding included, over the context ranks of this data-parallel
+    rank."""
     num_padding_tokens: int
+    """Number of padding tokens among num_tokens."""
     num_without_loss: int
     """Number of this data-parallel rank's responses without loss tokens."""
     has_loss: bool
-    """Whether any loss token of the global batch has a weight above 0; the same on every rank."""
+    """Whether any loss token of the global batch has a weight above 0. The same on every rank."""
 
 
 def form_batch(
@@ -36,13 +37,15 @@ def form_batch(
     rollouts: Sequence[Rollout],
     pad_token_id: int,
 ) -> Batch:
-    """This rank's share of the global batch, with globally normalized weights.
+    """Build this rank's share of the global batch, with globally normalized weights.
 
-    Padded, a data-parallel rank trains on what it has sampled itself; packed, on samples that are
-    shared out anew by their tokens.
+    Without packing, each data-parallel rank trains on its own rollouts. With packing, samples are
+    redistributed over the data-parallel ranks by their number of tokens.
 
-    Collectives: one all-reduce over the data-parallel ranks and one over the job; with packing also
-        an all-gather.
+    Args:
+        views, rollouts: those of this data-parallel rank, in the same order.
+    Collectives: one all-reduce over the data-parallel ranks and one over the job. With packing,
+        also one all-gather over the data-parallel ranks.
     """
     objective, training = config.objective, config.training
     num_skipped = objective.skip_response_tokens
@@ -74,7 +77,7 @@ def form_batch(
         groups = packed(
             [_lengths(s, objective.views, runtime.segment_multiple) for s in samples],
             num_ranks=runtime.dp_size,
-            # The end of a microbatch may be padded further.
+            # Padding at the end of a microbatch may add up to length_multiple - 1 tokens.
             budget=training.max_tokens_per_microbatch - runtime.length_multiple + 1,
             count_multiple=runtime.pp_size if runtime.vp_size > 1 else 1,
         )[runtime.dp_rank]
@@ -107,7 +110,7 @@ def form_batch(
 def _with_prompt_as_response(
     views: Sequence[Views], rollouts: Sequence[Rollout]
 ) -> tuple[list[Views], list[Rollout]]:
-    """The same sequences, with the prompt's first token as prompt and all others as response."""
+    """Return the same sequences, with all tokens but the prompt's first as the response."""
     return (
         [replace(v, student_ids=v.student_ids[:1]) for v in views],
         [
@@ -118,7 +121,7 @@ def _with_prompt_as_response(
 
 
 def _lengths(sample: Sample, views: Sequence[PrivilegedView], multiple: int) -> tuple[int, ...]:
-    """Tokens of the sample in the student's view and in `views`, rounded up to `multiple`."""
+    """Return the sample's length in the student view and in `views`, rounded up to `multiple`."""
     privileged = {"partial": sample.partial_ids, "full": sample.full_ids}
     prompts = [sample.student_ids, *(privileged[view] for view in views)]
     lengths = [len(prompt) + len(sample.response_ids) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run."""
+"""Construction of a run's parts from its configuration."""
 
 from datetime import timedelta
 from functools import partial
@@ -27,10 +27,11 @@ from aropd_mcore.trainer.stop import Stops
 
 
 def start_runtime(config: Config) -> Runtime:
-    """Join the job's processes in the layout that the config asks for; as `mcore.runtime.start`.
+    """Start the distributed runtime in the layout of the config; see `mcore.runtime.start`.
 
     Raises:
-        ConfigError: also for products in fp8 where this machine has none.
+        ConfigError: the layout does not fit the job, or precision requests FP8 products that this
+            machine lacks.
     """
     check_fp8(config.precision)
     parallel = config.parallel
@@ -49,17 +50,17 @@ def start_runtime(config: Config) -> Runtime:
 
 
 def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> Run:
-    """Read the data, load the models and join them into a run at its start.
+    """Read the data and load the models of a run, in its state before the first step.
 
     Args:
-        stops: what the run may be stopped by; None: nothing.
+        stops: signals and time limit that stop the run. None: no early stop.
     Raises:
-        ValueError: as trainer.preflight's functions.
-    Collectives: those of the model's and the optimizer's construction; every rank must call it.
+        ValueError: an input is invalid; see trainer.preflight.check_packages and open_inputs.
+    Collectives: those of the construction of model and optimizer. Every rank must call it.
     """
     plan(config, runtime.world_size)
     stops = stops or Stops()
-    if runtime.rank == 0:  # which logs, and starts servers
+    if runtime.rank == 0:  # rank 0 logs and starts servers
         check_packages(config)
     inputs = open_inputs(config)
     dataset, view_builder, ends = inputs.dataset, inputs.view_builder, inputs.eos_token_ids
@@ -67,10 +68,10 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
     model = load_model(config, runtime, config.precision, inputs.source)
     teacher = engine = None
     if config.objective.name == "aropd":
-        own = None
+        teacher_model = None
         if config.teacher.kind != "live":
-            own = load_model(config, runtime, config.precision.of_teacher, inputs.source)
-        teacher = Teacher(config.teacher, runtime, student=model, model=own)
+            teacher_model = load_model(config, runtime, config.precision.of_teacher, inputs.source)
+        teacher = Teacher(config.teacher, runtime, student=model, model=teacher_model)
         longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
         engine = build_engine(
             Serving.from_config(config),
@@ -105,7 +106,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         teacher=teacher,
         source=source,
         engine=engine,
-        # Any token serves: padding stands behind everything that could see it.
+        # Any token works: attention is causal, and padding comes last.
         pad_token_id=view_builder.end_id,
         guards=Guards(config.guards, max_skipped_steps=config.training.max_skipped_steps),
         stops=stops,
@@ -131,8 +132,8 @@ def load_model(
 
 
 def probe_ids(dataset: RowDataset, view_builder: ViewBuilder, num_tokens: int) -> tuple[int, ...]:
-    """A real sequence for the proof that an engine has the trainer's weights: the end of a prompt,
-    and its oracle's response; no more than num_tokens."""
+    """Return a real sequence of up to num_tokens ids, which shows whether an engine has the current
+    weights: the end of a prompt, then its reference response."""
     row = dataset[0]
     prompt = view_builder.build(row).student_ids[-(num_tokens // 2) :]
     return (prompt + view_builder.oracle_response_ids(row))[:num_tokens]

@@ -1,4 +1,4 @@
-"""When a run saves, what it says of it, and what it goes on from."""
+"""Schedule of a run's checkpoints: when to save, how to react to a failed save, how to resume."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,52 +18,52 @@ from aropd_mcore.trainer.resume_policy import check_changes
 from aropd_mcore.trainer.step import Run
 
 Counters = Mapping[str, Any]
-"""What a checkpoint says of its run beside tensors: plain values, the same on every rank. Its place
-in the data is a function of `step`, by the run's seed (data/dataset.py)."""
+"""State of the run other than tensors: plain values, the same on every rank. The position in the
+data is a function of the run's seed and `step` (data/dataset.py)."""
 
 
 class Saver:
-    """Saves a run when the settings say so, and watches over a save in the background.
+    """Saves a run on the schedule of config.checkpoint, in the background if asynchronous.
 
-    Every rank must call every method but `newest`, and at the same steps.
+    Every rank must call every method at the same steps. Only `newest` is local.
     """
 
     def __init__(self, run: Run):
         """
         Raises:
-            CheckpointError: nothing can be written to config.output_dir; on every rank alike.
+            CheckpointError: config.output_dir cannot be written to. Raised on every rank.
         """
-        self.say: Callable[[str], None] = lambda text: None
-        """Called with what the user should know, on every rank alike."""
+        self.notify: Callable[[str], None] = lambda text: None
+        """Called with a message for the user, on every rank."""
         self.before_saving: Callable[[], None] = lambda: None
-        """Called when a save begins, on the first rank; an OSError is a save that failed."""
+        """Called at the start of a save, on rank 0 only. An OSError counts as a failed save."""
         self.seconds: float | None = None
-        """The longest that a save has taken in this process, from its start until the checkpoint
-        existed, without what training did meanwhile."""
+        """Duration of the longest save in this process, in seconds, from its start until its
+        checkpoint exists. Training steps in between are not counted. None before the first save."""
         self._run = run
         self._settings = run.config.checkpoint
         self._folder = run.config.output_dir / "checkpoints"
         self._pending: Saving | None = None
         self._num_saved = 0
-        """Steps that the newest checkpoint has seen."""
+        """Number of steps in the newest checkpoint."""
         self._blocked = 0.0
         directory.prepare(self._folder)
         self._last_time = time.monotonic()
 
     @property
     def newest(self) -> Path | None:
-        """The last checkpoint that exists."""
+        """Folder of the newest complete checkpoint. None: there is none."""
         return newest(self._folder)
 
     def resume(self) -> tuple[Counters | None, list[str]]:
-        """Load the newest whole checkpoint into the run.
+        """Load the newest complete checkpoint into the run.
 
         Returns:
-            The progress that was saved, None if there is no checkpoint; and what to tell the user:
-            checkpoints that were set aside, and settings that have changed.
+            The saved progress, or None if there is no checkpoint.
+            Messages for the user about checkpoints that were set aside and settings that changed.
         Raises:
-            CheckpointError: there are checkpoints, and none is whole.
-            ConfigError: it is of another run, by a change that is refused.
+            CheckpointError: there are checkpoints, but no complete one.
+            ConfigError: the checkpoint belongs to another run: a changed setting is refused.
         """
         path, notes = directory.find(self._folder)
         progress = None
@@ -76,37 +76,37 @@ class Saver:
         return progress, notes
 
     def after_step(self, num_done: int, progress: Counters) -> None:
-        """Save if it is time, and see whether the save before has come to its end.
+        """Complete the pending save if it is written, and start a new save if one is due.
 
         Raises:
-            SaveFailed: a save went wrong, and checkpoint.on_failure is stop.
+            SaveFailed: a save failed, and checkpoint.on_failure is `stop`.
         """
         with self._blocking():
             if self._pending is not None and self._pending.is_written():
                 self._attempt(self._commit)
             if self._is_due(num_done):
-                self._attempt(self._commit)  # the one before, if it still goes on
+                self._attempt(self._commit)  # of the previous save, if it is still running
                 self._attempt(lambda: self._begin(num_done, progress))
                 if not self._settings.asynchronous:
                     self._attempt(self._commit)
 
     def save_now(self, num_done: int, progress: Counters) -> None:
-        """Wait until there is a checkpoint of this step, made now if there is none yet.
+        """Wait until a checkpoint of this step exists. Save it if no save of this step was started.
 
         Raises:
-            SaveFailed: it could not be written, whatever checkpoint.on_failure says.
+            SaveFailed: the save failed. This ignores checkpoint.on_failure.
         """
         with self._blocking():
             try:
                 self._commit()
-            except SaveFailed as failed:  # there is another chance right now
-                self.say(f"could not save: {failed}")
+            except SaveFailed as failed:  # the save below is the retry
+                self.notify(f"could not save: {failed}")
             if self._num_saved < num_done:
                 self._begin(num_done, progress)
                 self._commit()
 
     def blocked_seconds(self) -> float:
-        """How long saves have kept training waiting since the last call."""
+        """Return the seconds for which saves have blocked training since the last call."""
         seconds, self._blocked = self._blocked, 0.0
         return seconds
 
@@ -117,9 +117,9 @@ class Saver:
         if minutes is None:
             return False
         is_late = time.monotonic() - self._last_time >= 60 * minutes
-        told = torch.tensor(int(is_late), device=self._run.runtime.device)
-        dist.broadcast(told, src=0)
-        return bool(told)
+        decision = torch.tensor(int(is_late), device=self._run.runtime.device)
+        dist.broadcast(decision, src=0)
+        return bool(decision)
 
     def _begin(self, num_done: int, progress: Counters) -> None:
         self._last_time = time.monotonic()
@@ -142,7 +142,7 @@ class Saver:
             raise SaveFailed(f"{error.filename}: {error.strerror}") from error
 
     def _commit(self) -> None:
-        """Wait for the save under way, if there is one."""
+        """Wait for the pending save, if there is one, and make it the newest checkpoint."""
         if self._pending is None:
             return
         saving, self._pending = self._pending, None
@@ -161,7 +161,7 @@ class Saver:
         except SaveFailed as failed:
             if self._settings.on_failure == "stop":
                 raise
-            self.say(f"could not save, and goes on: {failed}")
+            self.notify(f"could not save, training continues: {failed}")
 
     @contextmanager
     def _blocking(self) -> Iterator[None]:

@@ -14,10 +14,10 @@ from aropd_mcore.trainer.step import Run, StepResult
 class DeviceUse:
     """Peak memory and arithmetic utilization of the GPUs.
 
-    - `device_memory_peak_gb`: largest memory that PyTorch's allocator has held during the step, in
-      1e9 bytes, over all ranks.
+    - `device_memory_peak_gb`: maximum over all ranks of the memory that PyTorch's allocator held
+      during the step, in units of 1e9 bytes.
     - `mfu`: FLOPs of the teacher and student phases (`plan.cost`) per second of these two phases,
-      over the dense bf16 peak of all GPUs. It is left out for a GPU that `plan.devices` lacks.
+      divided by the dense bf16 peak of all GPUs. Absent for GPUs that `plan.devices` does not list.
     """
 
     def __init__(self, runtime: Runtime):
@@ -27,7 +27,7 @@ class DeviceUse:
     def after_step(
         self, run: Run, step: int, result: StepResult, metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """As StepHook.after_step.
+        """Implement StepHook.after_step.
 
         Collectives: one all-reduce over the job and one all-gather over the data-parallel ranks.
         """
@@ -45,8 +45,10 @@ def utilization(
     """Compute the model FLOP/s utilization of a step's teacher and student phases.
 
     Args:
-        metrics: with `num_loss_tokens`, over the global batch.
-        peak_flops: of one device, FLOP/s.
+        metrics: the step's metrics, with `num_loss_tokens` of the global batch.
+        peak_flops: peak of one device, in FLOP/s.
+    Returns:
+        A fraction of 1.
     Collectives: one all-gather over the data-parallel ranks.
     """
     architecture, views = run.student.model.architecture, run.student.objective.views

@@ -1,4 +1,4 @@
-"""Resume, step, log, save, stop."""
+"""Training loop: resume, step, log, save, stop."""
 
 import sys
 import time
@@ -39,23 +39,23 @@ from aropd_mcore.trainer.timing import time_metrics
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot usefully go on; the message says why and where the last checkpoint is."""
+    """A restart of the run would stop again. The message states why, and the last checkpoint."""
 
 
 def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
-    """Train until num_steps, from the newest checkpoint under config.output_dir if there is one.
+    """Train to the last step, starting from the newest checkpoint in config.output_dir, if any.
 
-    Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, hf/ with the model's
-    config and tokenizer, which an export needs, and .lock (locks.py).
+    Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, hf/ (the model's
+    config and tokenizer, for exports) and .lock (locks.py).
 
     Args:
-        stops: what may stop the run before its end; None: nothing.
+        stops: signals and time limit that stop the run. None: no early stop.
     Raises:
-        TrainingStopped: too many steps in a row were left out, a guard stops the run, there is
-            nobody left who could sample, or the time limit has no room for a single step: the steps
-            so far are saved first. Or no checkpoint can be written.
-        StoppedEarly: a signal or the time limit, once the steps so far are saved.
-        CheckpointError, ConfigError: the checkpoints there cannot be gone on from.
+        TrainingStopped: too many updates in a row were skipped, a guard stopped the run, no engine
+            can sample, or the time limit leaves no room for one step. The completed steps are saved
+            first. Also raised if no checkpoint can be written.
+        StoppedEarly: a signal arrived or the time limit is near. The completed steps are saved.
+        CheckpointError, ConfigError: the run cannot resume from the existing checkpoints.
         InUse: another run is writing to output_dir.
     Collectives: every rank of the job must call it.
     """
@@ -70,11 +70,11 @@ def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
 
 @contextmanager
 def _locked(output_dir: Path) -> Iterator[None]:
-    """Hold the lock of output_dir on rank 0 only, from before the first write to the run's end.
+    """Hold the lock of output_dir, on rank 0 only, from before the first write to the run's end.
 
     Raises:
-        InUse: another run holds the lock; on every rank alike.
-    Collectives: a broadcast; every rank must call it.
+        InUse: another run holds the lock. Raised on every rank.
+    Collectives: one broadcast. Every rank must call it.
     """
     locks: list[RunLock] = []
     run_on_rank0(lambda: locks.append(RunLock(output_dir)))
@@ -102,9 +102,9 @@ def _train(run: Run) -> None:
         }
 
     with Reporter(run, first_step) as reporter:
-        saver.say, saver.before_saving = reporter.say, reporter.sync
+        saver.notify, saver.before_saving = reporter.notify, reporter.sync
         for note in (*run.notes, *notes):
-            reporter.say(note)
+            reporter.notify(note)
         run.source.weights_changed(weight_version)
         for step in range(first_step, run.num_steps):
             started = time.perf_counter()
@@ -113,12 +113,13 @@ def _train(run: Run) -> None:
                 run.stops.check(runtime, before_step=True)
                 with run.stops.timing_step():
                     result = train_step(run, step, on_progress=reporter.show_rollouts)
-            except (RolloutFailed, StopWanted) as why:
-                # Of this step nothing has happened yet.
+            except (RolloutFailed, StopWanted) as reason:
+                # This step has changed nothing yet.
                 _save_now(saver, step, progress(step))
-                raise _ended(why, step, first_step, saver) from why
+                raise _stop_error(reason, step, first_step, saver) from reason
             beat("metrics")
-            # Before the checkpoint: a kill between the two loses no line that is not cut back.
+            # Metrics are written before the checkpoint. After a kill in between, the resumed run
+            # removes their line and repeats the step.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
             for hook in run.hooks:
                 metrics |= hook.after_step(run, step, result, metrics)
@@ -132,7 +133,9 @@ def _train(run: Run) -> None:
             reporter.warn(step, result.verdict)
             if result.verdict.stop:
                 _save_now(saver, step + 1, progress(step + 1))
-                raise TrainingStopped(f"step {step}: {result.verdict.stop}. {_last(saver)}.")
+                raise TrainingStopped(
+                    f"step {step}: {result.verdict.stop}. {_last_checkpoint(saver)}."
+                )
             try:
                 beat("checkpoint")
                 saver.after_step(step + 1, progress(step + 1))
@@ -141,28 +144,28 @@ def _train(run: Run) -> None:
         _save_now(saver, run.num_steps, progress(run.num_steps))
 
 
-def _ended(
-    why: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
+def _stop_error(
+    reason: RolloutFailed | StopWanted, step: int, first_step: int, saver: Saver
 ) -> TrainingStopped | StoppedEarly:
-    """The end of a run whose steps before `step` are saved."""
-    if isinstance(why, RolloutFailed):
-        return TrainingStopped(f"no rollouts for step {step}: {why}\n{_way_on(saver)}")
-    if why.is_time_limit and step == first_step:
+    """Build the error of a run that stops before `step`. The earlier steps are saved."""
+    if isinstance(reason, RolloutFailed):
+        return TrainingStopped(f"no rollouts for step {step}: {reason}\n{_next_action(saver)}")
+    if reason.is_time_limit and step == first_step:
         return TrainingStopped(
             "the time limit leaves no room for one step and a save: raise limits.stop_before or "
-            f"Slurm's --time. {_last(saver)}."
+            f"Slurm's --time. {_last_checkpoint(saver)}."
         )
-    return StoppedEarly(f"{why} before step {step}. {_way_on(saver)}")
+    return StoppedEarly(f"{reason} before step {step}. {_next_action(saver)}")
 
 
-def _last(saver: Saver) -> str:
+def _last_checkpoint(saver: Saver) -> str:
     newest = saver.newest
     return f"The last checkpoint is {newest}" if newest else "No checkpoint has been saved"
 
 
-def _way_on(saver: Saver) -> str:
-    way = "the same command goes on from there" if saver.newest else "rerun the command to start"
-    return f"{_last(saver)}; {way}."
+def _next_action(saver: Saver) -> str:
+    goal = "resume" if saver.newest else "start"
+    return f"{_last_checkpoint(saver)}; rerun the command to {goal}."
 
 
 def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
@@ -174,31 +177,31 @@ def _save_now(saver: Saver, num_done: int, progress: Counters) -> None:
 
 
 def _cannot_save(saver: Saver, failed: SaveFailed) -> TrainingStopped:
-    return TrainingStopped(f"could not save: {failed}\n{_way_on(saver)}")
+    return TrainingStopped(f"could not save: {failed}\n{_next_action(saver)}")
 
 
 class Reporter:
-    """Metrics to files and progress to the screen, on rank 0; elsewhere it does nothing."""
+    """Writer of metrics and progress, on rank 0 only. On other ranks it does nothing."""
 
     def __init__(self, run: Run, first_step: int):
         self._run = run
         self._first_step = first_step
-        self._is_here = run.runtime.rank == 0
+        self._is_rank0 = run.runtime.rank == 0
         self._console = Console(file=sys.stdout, soft_wrap=True)
         self._rollouts: TaskID | None = None
         self._progress = Progress(
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[unit]}"),
             MofNCompleteColumn(),
             BarColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=self._console,
-            # Where nobody watches, a line a step says more than a bar.
-            disable=not (self._is_here and self._console.is_terminal),
+            # In a log file, one line per step replaces the bar.
+            disable=not (self._is_rank0 and self._console.is_terminal),
         )
 
     def __enter__(self) -> "Reporter":
-        if self._is_here:
+        if self._is_rank0:
             config = self._run.config
             config.output_dir.mkdir(parents=True, exist_ok=True)
             (config.output_dir / "config.yaml").write_text(dump_config(config))
@@ -207,34 +210,34 @@ class Reporter:
             self._log = MetricsLog(config, first_step=self._first_step)
             self._console.print(_headline(self._run, self._first_step))
             self._task = self._progress.add_task(
-                "", total=self._run.num_steps, completed=self._first_step, what="step"
+                "", total=self._run.num_steps, completed=self._first_step, unit="step"
             )
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        if self._is_here:
+        if self._is_rank0:
             self._log.close()
 
     def sync(self) -> None:
-        """Have the lines so far on the disk. On the first rank."""
+        """Write all metrics so far to the disk. On rank 0 only; see MetricsLog.sync."""
         self._log.sync()
 
-    def say(self, text: str) -> None:
-        """A line that is no step's."""
-        if self._is_here:
+    def notify(self, text: str) -> None:
+        """Print a message that belongs to no step."""
+        if self._is_rank0:
             self._console.print(text, markup=False)
 
     def warn(self, step: int, verdict: Verdict) -> None:
-        """Print what the guards have found, if anything."""
-        if verdict.said:
-            done = "" if verdict.apply else "; its update is left out"
-            self.say(f"WARNING: step {step}: {'; '.join(verdict.said)}{done}")
+        """Print the findings of the guards, if there are any."""
+        if verdict.findings:
+            consequence = "" if verdict.apply else "; its update is skipped"
+            self.notify(f"WARNING: step {step}: {'; '.join(verdict.findings)}{consequence}")
 
     def report(self, metrics: Metrics) -> None:
-        """Write one step's metrics."""
-        if not self._is_here:
+        """Write the metrics of one step."""
+        if not self._is_rank0:
             return
         self._log.write(metrics)
         line = _step_line(metrics)
@@ -243,9 +246,9 @@ class Reporter:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
 
     def show_rollouts(self, num_done: int, num_all: int) -> None:
-        """Show how many of a step's responses are done (rollout.engine.Progress)."""
+        """Show how many responses of a step are complete (rollout.engine.Progress)."""
         if self._rollouts is None:
-            self._rollouts = self._progress.add_task("", total=None, what="rollout")
+            self._rollouts = self._progress.add_task("", total=None, unit="rollout")
         self._progress.update(self._rollouts, completed=num_done, total=num_all)
 
 

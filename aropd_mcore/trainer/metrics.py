@@ -1,6 +1,6 @@
-"""From a step's sums to the numbers a run reports, and where they are written.
+"""Metrics of a step, and the log that writes them.
 
-The names and definitions are METHOD section 7's; every KL's direction is in its name.
+Names and definitions are those of METHOD section 7. The name of a KL states its direction.
 """
 
 import json
@@ -25,10 +25,11 @@ _QUANTILES = (0.1, 0.5, 0.9)
 
 
 def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Lengths, truncation, early answers and cut prompts over the global batch.
+    """Compute lengths, truncation, early answers and cut prompts of the global batch.
 
-    `premature_answer_rate`: share of rollouts whose first half states the gold answer, as a word
-    of its own. `num_cut_tokens`: of prompts that would have been over the limit.
+    `premature_answer_rate`: share of rollouts whose first half states the gold answer as a separate
+    word.
+    `num_cut_tokens`: number of tokens cut from prompts that exceed views.max_prompt_tokens.
 
     Collectives: one all-gather over the data-parallel ranks.
     """
@@ -60,9 +61,9 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
 
 
 def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
-    """Compute what a step reports of its tokens, rollouts and update.
+    """Compute the metrics of a step's tokens, rollouts and update.
 
-    Collectives: up to three all-gathers over the data-parallel ranks; every rank must call it.
+    Collectives: up to three all-gathers over the data-parallel ranks. Every rank must call it.
     """
     metrics = {
         "step": step,
@@ -84,7 +85,9 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
     )
     metrics["padding_fraction"] = num_padding / num_tokens
     metrics["no_loss_tokens_rate"] = num_without_loss / num_rollouts
-    if any(rollout.logprobs for rollout in result.rollouts):  # sampled, and not the oracle's
+    if any(
+        rollout.logprobs for rollout in result.rollouts
+    ):  # sampled responses, not reference responses
         versions = torch.tensor([[r.weight_version] for r in result.rollouts], dtype=torch.float64)
         metrics["rollout_staleness"] = step - float(runtime.gather_over_data(versions).mean())
         metrics["rollout_tokens_per_second"] = (
@@ -94,25 +97,27 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
 
 
 class MetricsLog:
-    """JSONL always; TensorBoard and Weights & Biases when the config asks. For rank 0."""
+    """Log of metrics on rank 0: JSONL, and TensorBoard and Weights & Biases if configured."""
 
     def __init__(self, config: Config, *, first_step: int):
         """
         Args:
-            config: its output_dir exists.
-            first_step: where the run starts or resumes; lines of later steps, written after the
-                checkpoint that is resumed from, are cut off.
+            config: configuration of the run. Its output_dir must exist.
+            first_step: step at which the run starts or resumes. Lines of this and later steps, from
+                after the checkpoint, are removed.
+        Raises:
+            ValueError: metrics.jsonl has an invalid line, or the package of a logger is missing.
         """
         path = config.output_dir / "metrics.jsonl"
         _cut_back(path, first_step)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        """What a full disk has not taken yet; it is tried again with the next line."""
+        """Bytes that a full disk did not accept. They are written again with the next line."""
         self._tensorboard = _open_tensorboard(config, first_step)
         self._wandb = _open_wandb(config)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        # JSON has no NaN and no infinity, and strict readers refuse them.
+        # JSON has no NaN or infinity, and strict readers reject them.
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._unwritten += (json.dumps(finite) + "\n").encode()
         with suppress(OSError):
@@ -128,11 +133,10 @@ class MetricsLog:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def sync(self) -> None:
-        """Wait until the disk has every line: before a checkpoint is written that has them behind
-        it.
+        """Wait until all lines are on the disk. A checkpoint of their steps may then be written.
 
         Raises:
-            OSError: it does not take them.
+            OSError: the disk does not accept them.
         """
         try:
             self._write_out()
@@ -141,7 +145,7 @@ class MetricsLog:
             raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
-        with suppress(OSError):  # said already, by a checkpoint that could not be written
+        with suppress(OSError):  # already reported by the failed save
             self._write_out()
         self._file.close()
         if self._tensorboard:
@@ -156,13 +160,13 @@ def _cut_back(path: Path, first_step: int) -> None:
     kept = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
-            break  # A kill can leave half a line, which is of a step that was not saved.
+            break  # A kill can leave half a line, of a step that was not saved.
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}:{number}: expected a step's metrics, found {line.strip()[:60]!r}; "
-                "remove the line to go on"
+                f"{path}:{number}: found {line.strip()[:60]!r}, expected the metrics of a step; "
+                "remove the line to resume"
             ) from error
         if step < first_step:
             kept.append(line)
@@ -206,9 +210,9 @@ def _open_wandb(config: Config) -> Any:
 
 
 def _wandb_id(path: Path) -> str:
-    """The id of the run in this folder, made by the first attempt and kept in a file.
+    """Return the id of this folder's W&B run, stored at `path`. The first attempt creates it.
 
-    Later attempts continue that run, also those before the first checkpoint.
+    Later attempts continue the W&B run, even if there is no checkpoint.
     """
     id = path.read_text().strip() if path.exists() else ""
     if not id:  # a kill can leave an empty file

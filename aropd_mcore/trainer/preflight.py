@@ -1,7 +1,8 @@
-"""Everything that a run opens before it builds models: data, weights' headers, tokenizer, output.
+"""Checks of everything that a run opens before it builds models.
 
-The run itself, `aropd train --dry-run` and `aropd launch` share these checks. No Megatron is
-imported and no GPU is needed, so a login node finds what the job would find.
+They cover rows, headers of the weights, tokenizer, chat template and output_dir. The run itself,
+`aropd train --dry-run` and `aropd launch` share them. They need neither Megatron nor a GPU, so a
+login node finds the same errors as the job.
 """
 
 import os
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, opened and checked."""
+    """Inputs of a run, opened and checked."""
 
     source: HFSource
     """Headers of the model's weights."""
@@ -37,21 +38,21 @@ class Inputs:
     view_builder: ViewBuilder
     eos_token_ids: tuple[int, ...]
     dataset: RowDataset
-    """Rows whose prompts fit."""
+    """Rows whose prompts fit views.max_prompt_tokens."""
     num_steps: int
     about: dict[str, Any]
     """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
     notes: tuple[str, ...]
-    """Sentences for the user to read once, such as rows whose residual is zero."""
+    """Notes for the user, one sentence each, such as the number of rows whose residual is zero."""
 
 
 def open_inputs(config: Config) -> Inputs:
-    """Open and check what a run reads.
+    """Open and check the inputs of a run.
 
     Raises:
-        ConfigError: A template or a tokenizer cannot be used, or an epoch has no step.
-        CheckpointError: A weight is missing, or has another shape than config.json describes.
-        DataError: A file or row cannot be used, or no row is left.
+        ConfigError: a template or tokenizer is unusable, or num_epochs gives less than one step.
+        CheckpointError: a weight is missing, or its shape differs from config.json.
+        DataError: a file or row is invalid, or no row is left.
     """
     path = config.model.path
     source = HFSource(path)
@@ -66,21 +67,21 @@ def open_inputs(config: Config) -> Inputs:
         builder,
         ends,
         dataset,
-        num_steps=config.training.num_steps or _steps_of_epochs(config, len(dataset)),
+        num_steps=config.training.num_steps or _count_epoch_steps(config, len(dataset)),
         about=describe_run(config, dataset, builder.identity),
         notes=(*builder.notes, *notes),
     )
 
 
 def preflight(config: Config, *, same_environment: bool = True) -> list[str]:
-    """Check what a run would open, read and write, without a change on the disk.
+    """Check everything that a run would open, read and write. Nothing on the disk is changed.
 
     Args:
-        same_environment: The run uses this interpreter, so its packages are checked too.
+        same_environment: whether the run uses this interpreter. If so, check its packages.
     Returns:
-        What was found, one sentence each.
+        Summary and notes, one sentence each.
     Raises:
-        ValueError: The run could not start; the message is what the run would print.
+        ValueError: the run could not start. The message is the one that the run would print.
     """
     if same_environment:
         check_packages(config)
@@ -88,14 +89,18 @@ def preflight(config: Config, *, same_environment: bool = True) -> list[str]:
         _check_writable(config.output_dir / folder)
     inputs = open_inputs(config)
     steps = f"{inputs.num_steps} steps of {config.training.global_batch_size} responses"
-    return [f"{describe_rows(inputs.dataset)}, {steps}", *inputs.notes, *_start(config, inputs)]
+    return [
+        f"{describe_rows(inputs.dataset)}, {steps}",
+        *inputs.notes,
+        *_describe_start(config, inputs),
+    ]
 
 
 def check_packages(config: Config) -> None:
-    """Check that the optional packages which the settings ask for are installed.
+    """Check that the optional packages that the settings need are installed.
 
     Raises:
-        ConfigError: One is not; the message says how to install it.
+        ConfigError: a package is missing. The message states how to install it.
     """
     wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb != "off"}
     for package, is_wanted in wanted.items():
@@ -126,7 +131,7 @@ def _is_installed(package: str) -> bool:
 
 
 def describe_rows(dataset: RowDataset) -> str:
-    """The number of rows, and which were left out and why."""
+    """Format the number of rows, and the number of left out rows with the first reason."""
     if not dataset.num_bad_rows:
         return f"{len(dataset)} rows"
     left_out = f"{dataset.num_bad_rows} left out, first: {dataset.bad_rows[0]}"
@@ -136,14 +141,14 @@ def describe_rows(dataset: RowDataset) -> str:
 def _usable_rows(
     dataset: RowDataset, builder: ViewBuilder, config: Config
 ) -> tuple[RowDataset, list[str]]:
-    """The rows whose prompts fit, so that no row can stop the run later on, and notes about them.
+    """Return the rows whose prompts fit, and notes about them. No other row may stop the run later.
 
-    A row that does not fit is left out, and is among the result's bad_rows, with
-    views.on_long_prompt "drop" or data.on_bad_row "skip".
+    With views.on_long_prompt "drop" or data.on_bad_row "skip", a row that does not fit is moved to
+    the bad_rows of the result.
 
     Raises:
-        DataError: A row does not fit and neither setting lets it go, or no row is left that
-            counts in the loss.
+        DataError: a row does not fit and neither setting is active, or no row with a weight above 0
+            is left.
     """
     rows, bad_rows, notes = [], list(dataset.bad_rows), _RowNotes(config, builder)
     lenient = config.views.on_long_prompt == "drop" or config.data.on_bad_row == "skip"
@@ -164,7 +169,7 @@ def _usable_rows(
 
 
 class _RowNotes:
-    """Counts over the rows' views, for the user."""
+    """Statistics of the rows' views, as notes for the user."""
 
     def __init__(self, config: Config, builder: ViewBuilder):
         self._config = config
@@ -172,11 +177,11 @@ class _RowNotes:
         self._num_rows = 0
         self._longest = 0
         self._cut: list[str] = []
-        """Origins of the rows of which a prompt is cut."""
+        """Origins of the rows with a cut prompt."""
         self._equal: list[str] = []
-        """Origins of the rows whose partial view is the full view."""
+        """Origins of the rows whose partial view equals the full view."""
         self._truncated: list[str] = []
-        """Origins of the rows whose trace is cut, where the trace is the response."""
+        """Origins of the rows whose trace, as the response of sft, is cut."""
 
     def add(self, views: Views) -> None:
         self._num_rows += 1
@@ -192,83 +197,83 @@ class _RowNotes:
                 self._truncated.append(views.row.origin)
 
     def sentences(self) -> list[str]:
-        config, found = self._config, []
+        config, notes = self._config, []
         limit, response = config.views.max_prompt_tokens, config.rollout.max_response_tokens
-        found.append(
-            f"longest prompt: {self._longest} tokens of views.max_prompt_tokens {limit}; responses "
-            f"have up to {response}"
+        notes.append(
+            f"longest prompt: {self._longest} of {limit} tokens (views.max_prompt_tokens); "
+            f"responses: up to {response} tokens"
         )
         if self._cut:
             part = "chat" if config.views.on_long_prompt == "cut_chat" else "question"
-            found.append(
+            notes.append(
                 f"the {part} of {self._of_all(self._cut)} is cut to fit "
                 f"views.max_prompt_tokens; first: {self._cut[0]}"
             )
         if self._equal and len(config.objective.views) == 2:
-            found.append(
+            notes.append(
                 f"the partial view of {self._of_all(self._equal)} equals the full view, so their "
                 f"residual is zero; first: {self._equal[0]}"
             )
         skip = config.objective.skip_response_tokens
         if skip >= response and not config.objective.has_prompt_loss:
-            found.append(
-                f"no token counts in the loss, so every step will be skipped: "
-                f"objective.skip_response_tokens {skip} is not less than "
-                f"rollout.max_response_tokens {response}; lower the former"
+            notes.append(
+                f"no token counts in the loss, so all updates will be skipped: "
+                f"objective.skip_response_tokens is {skip}, expected less than "
+                f"rollout.max_response_tokens {response}"
             )
         if self._truncated:
-            found.append(
+            notes.append(
                 f"the trace of {self._of_all(self._truncated)} is cut to "
-                f"rollout.max_response_tokens, and does not end; first: {self._truncated[0]}"
+                f"rollout.max_response_tokens, without its end; first: {self._truncated[0]}"
             )
-        return found
+        return notes
 
     def _of_all(self, origins: list[str]) -> str:
         return f"{len(origins)} of {self._num_rows} rows"
 
 
-def _steps_of_epochs(config: Config, num_rows: int) -> int:
+def _count_epoch_steps(config: Config, num_rows: int) -> int:
     assert config.training.num_epochs is not None
     num_steps = config.training.num_epochs * num_rows // config.prompts_per_step
     if num_steps == 0:
         raise ConfigError(
-            f"{config.training.num_epochs} epochs of {num_rows} rows are less than one step of "
-            f"{config.prompts_per_step} prompts; lower training.global_batch_size"
+            f"training.num_epochs {config.training.num_epochs} of {num_rows} rows: fewer than one "
+            f"step of {config.prompts_per_step} prompts; lower training.global_batch_size"
         )
     return num_steps
 
 
 def _check_writable(folder: Path) -> None:
-    """Check that the folder can be written to, or made."""
+    """Check that the folder can be created or written to."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ConfigError(f"output_dir: {nearest} is a file, expected a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: {nearest} cannot be written to")
+        raise ConfigError(f"output_dir: {nearest} is not writable")
 
 
-def _start(config: Config, inputs: Inputs) -> list[str]:
-    """Where the run would start, as far as manifests and sizes of files tell.
+def _describe_start(config: Config, inputs: Inputs) -> list[str]:
+    """Describe where the run would start. Checkpoints are judged by manifests and file sizes only.
 
     Raises:
-        CheckpointError: There are checkpoints, and none is whole.
-        ConfigError: The newest is of another run.
+        CheckpointError: there are checkpoints, but no intact one.
+        ConfigError: the newest checkpoint belongs to another run.
     """
     folder, notes = config.output_dir / "checkpoints", []
     candidates = iterations(folder)
     for path in candidates:
-        wrong = problems(path, with_sums=False)
-        if wrong:
-            notes.append(f"{wrong[0]}; the run will set this checkpoint aside")
+        damage = problems(path, with_sums=False)
+        if damage:
+            notes.append(f"{damage[0]}; the run will set this checkpoint aside")
             continue
         changes = check_changes(read_manifest(path), inputs.about, config.checkpoint.allow_changes)
         step = parse_step(path)
-        left = "" if step < inputs.num_steps else ", which is the end: no step is left"
-        return [*notes, f"the run will resume at step {step} from {path}{left}", *changes]
+        end = "" if step < inputs.num_steps else "; no step is left"
+        return [*notes, f"the run will resume at step {step} from {path}{end}", *changes]
     if candidates or list(folder.glob("iter_*.corrupt*")):
         lines = [f"\n  {note}" for note in notes]
         raise CheckpointError(
-            f"{folder}: none of the checkpoints is whole; put one back that is, or move the "
+            f"{folder}: none of the checkpoints is intact; restore an intact one, or move the "
             f"folder away to start from step 0{''.join(lines)}"
         )
-    return ["the run will start at step 0: there is no checkpoint yet"]
+    return ["the run will start at step 0: there is no checkpoint"]

@@ -1,11 +1,11 @@
-"""What of a run's configuration may differ from the checkpoint's that it goes on from.
+"""Settings that may change when a run is resumed.
 
-    free      where and how fast: the run is the same up to rounding
-    said      the run goes on by other rules from this step on, which may be what is wanted
-    refused   the steps so far would not belong to it; checkpoint.allow_changes lets it through
+    free       affects only where and how fast the run computes: the run is the same up to rounding
+    effective  changes the computation from this step on: the run resumes and prints the change
+    refused    the steps so far would belong to another run; checkpoint.allow_changes permits it
 
-A setting that stands in neither list is `said`. Data and model are compared by what is in them, not
-by the paths that name them.
+A setting in neither FREE nor REFUSED is effective. Data and model are compared by content, not by
+path.
 """
 
 import hashlib
@@ -40,39 +40,39 @@ FREE = (
     "rollout.batch_size",
     "rollout.kv_cache_tokens",
     "rollout.vllm",
-    # Its effect is in the rows and their order, which are compared by content.
+    # It affects only the rows and their order, which are compared by content.
     "data.on_bad_row",
 )
 REFUSED = {
-    "data.train": "the rows behind it are others, so the place in the data means nothing",
-    "data.shuffle": "the rows come in another order, some again and some never",
-    "training.seed": "the rows come in another order, some again and some never",
-    "training.global_batch_size": "a step takes other rows, some again and some never",
-    "rollout.rollouts_per_prompt": "a step takes other rows, some again and some never",
-    "model.path": "the architecture that its config.json describes is another",
-    "model.chat_template": "the prompts are others",
-    "model.tokenizer": "the prompts are others, or token ids mean other text",
-    "model.dtype": "the weights are stored in another",
-    "objective.name": "it is another method, with another optimizer state behind it",
-    "teacher.kind": "the teacher's weights are others, or are not in the checkpoint",
+    "data.train": "the files have other rows, so the position in the data is invalid",
+    "data.shuffle": "the order of the rows changes: some would repeat or be skipped",
+    "training.seed": "the order of the rows changes: some would repeat or be skipped",
+    "training.global_batch_size": "steps take other rows: some would repeat or be skipped",
+    "rollout.rollouts_per_prompt": "steps take other rows: some would repeat or be skipped",
+    "model.path": "its config.json describes another architecture",
+    "model.chat_template": "the prompts change",
+    "model.tokenizer": "the prompts or the meaning of token ids change",
+    "model.dtype": "the weights are stored in another dtype",
+    "objective.name": "the method changes, and the optimizer state belongs to the old one",
+    "teacher.kind": "the teacher's weights differ, or are not in the checkpoint",
     "teacher.fp32_master": "the teacher's average is stored in another precision",
 }
-"""Setting -> why."""
+"""Settings that may not change, and the reason."""
 CONTENTS_ONLY = ("model.chat_template", "model.tokenizer")
-"""Of REFUSED, what is no setting: files of the model's folder."""
+"""Keys of REFUSED that are no settings but files in the model's folder."""
 _BY_CONTENT = ("data.train", "model.path", *CONTENTS_ONLY)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting that differs."""
+    """One setting that differs from the checkpoint."""
 
     key: str
     saved: Any
     current: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {json.dumps(self.saved)} -> {json.dumps(self.current)}"
+        return f"{self.key} {json.dumps(self.saved)} -> {json.dumps(self.current)}"
 
 
 def describe_run(
@@ -81,10 +81,12 @@ def describe_run(
     """Describe a run for the manifests of its checkpoints.
 
     Args:
-        identity: hashes of the chat template and the tokenizer, as ViewBuilder.identity has them.
+        identity: hashes of the chat template and the tokenizer (ViewBuilder.identity).
     Returns:
-        `config`, `contents` (hashes of what is behind the config's paths), `data` (counts of rows)
-        and `config_hash`, a hash of settings and contents that are not free.
+        config: all settings.
+        contents: hashes of the rows, the architecture, the chat template and the tokenizer.
+        data: numbers of rows and of bad rows.
+        config_hash: hash of the contents and of the settings that are not free.
     """
     settings = config.model_dump(mode="json")
     contents = {"data.train": dataset.fingerprint(), "model.path": _architecture(config)}
@@ -107,22 +109,23 @@ def _architecture(config: Config) -> str:
 def check_changes(
     saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str]
 ) -> list[str]:
-    """Compare a checkpoint's run with this one.
+    """Compare the run of a checkpoint with the current run.
 
     Args:
-        saved, current: as describe_run gives them. Contents that a checkpoint of an older version
+        saved, current: descriptions by describe_run. Contents that a checkpoint of an older version
             does not record are not compared.
-        allowed: checkpoint.allow_changes.
+        allowed: keys of refused changes to permit (checkpoint.allow_changes).
     Returns:
-        One line per kind of difference; empty if there is none.
+        One line per kind of change. Empty if nothing changed.
     Raises:
-        ConfigError: a change is refused; the message names all of them, and the way out.
+        ConfigError: a change is refused. The message lists all refused changes and how to permit
+            them.
     """
     for key in allowed:
         if key not in REFUSED:
             raise ConfigError(
-                f"checkpoint.allow_changes: found {key!r}, which nothing refuses; expected some of "
-                + ", ".join(REFUSED)
+                f"checkpoint.allow_changes: found {key!r}, expected settings that may not change "
+                "otherwise: " + ", ".join(REFUSED)
             )
     old, new = saved["contents"], current["contents"]
     changes = _differences(saved["config"], current["config"]) + [
@@ -134,22 +137,22 @@ def check_changes(
     refused = [c for c in changes if c.key in REFUSED and c.key not in allowed]
     if refused:
         raise ConfigError(
-            "the checkpoint is of another run:"
+            "the checkpoint belongs to another run:"
             + "".join(f"\n  {change} ({REFUSED[change.key]})" for change in refused)
-            + "\nuse the saved values, or another output_dir; or go on nevertheless with "
+            + "\nuse the saved values or another output_dir, or permit the changes with "
             f"'checkpoint.allow_changes=[{','.join(c.key for c in refused)}]'"
         )
     free = [str(c) for c in changes if _is_free(c.key)]
-    said = [str(c) for c in changes if not _is_free(c.key)]
+    effective = [str(c) for c in changes if not _is_free(c.key)]
     notes = []
     if free:
-        notes.append(f"changed, and the same run: {', '.join(free)}")
-    if said:
-        notes.append(f"changed, and other rules from here on: {', '.join(said)}")
+        notes.append(f"settings changed, same run up to rounding: {', '.join(free)}")
+    if effective:
+        notes.append(f"settings changed, effective from this step: {', '.join(effective)}")
     if unknown:
         notes.append(
-            f"the checkpoint is older than the record of {', '.join(unknown)}: whether they have "
-            "changed is not known"
+            f"changes not checked: the checkpoint, of an older version, does not record "
+            f"{', '.join(unknown)}"
         )
     return notes
 

@@ -1,4 +1,4 @@
-"""A run as a Slurm job: the sbatch command of `slurm/`'s scripts, checked before it is sent."""
+"""Submission of a run as a Slurm job, with the scripts in `slurm/`."""
 
 import os
 import shlex
@@ -13,46 +13,48 @@ from aropd_mcore.plan.layout import Layout, plan
 from aropd_mcore.trainer.preflight import preflight
 
 HOME = Path(__file__).resolve().parents[2]
-"""The repository, where the package was installed from it in place."""
+"""Root of the repository, if the package is an editable install of it."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A job that could be submitted."""
+    """A Slurm job, ready to be submitted."""
 
     command: list[str]
     environment: dict[str, str]
-    """What the scripts read, beside what is in the environment already."""
+    """Variables for the job scripts, in addition to the current environment."""
     script: Path
     layout: Layout
 
     def __str__(self) -> str:
-        """As one would type it."""
+        """Format the job as a shell command."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*variables, shlex.join(self.command)])
 
     def submit(self) -> int:
-        """Hand it to Slurm: sbatch's exit code.
+        """Submit the job. Returns the exit code of sbatch.
 
         Raises:
-            ValueError: there is no sbatch on this machine.
+            ValueError: sbatch is not installed on this machine.
         """
         try:
             return subprocess.run(self.command, env=os.environ | self.environment).returncode
         except FileNotFoundError as error:
-            raise ValueError("sbatch is not on PATH: is this a login node?") from error
+            raise ValueError(
+                "sbatch is not on PATH; call `aropd launch` on a login node"
+            ) from error
 
 
 def check_inputs(config: Config, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Check here what the job will open there; the job runs in this working directory.
+    """Check on this machine what the job will open. The job runs in the current working directory.
 
-    Optional packages are checked only if the job uses this interpreter. Mounts that rename folders
-    hide the job's files from this machine, so nothing is checked then.
+    Optional packages are checked only if the job uses this interpreter. If CONTAINER_MOUNTS renames
+    folders, nothing is checked, since the job's paths do not exist on this machine.
 
     Returns:
-        What was found, one sentence each.
+        Summary and notes, one sentence each.
     Raises:
-        ValueError: The run could not start.
+        ValueError: the run could not start.
     """
     mounts = environment.get("CONTAINER_MOUNTS", "") if environment.get("CONTAINER_IMAGE") else ""
     for mount in filter(None, mounts.split(",")):
@@ -78,19 +80,20 @@ def build_launch(
     sbatch_options: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> Launch:
-    """The job of a run.
+    """Build the Slurm job of a run.
 
     Args:
-        config: what `arguments`, the YAML file and its overrides, load as.
-        num_nodes: of the job.
-        num_vllm_nodes: those among them that serve; the others train. 0: all train.
-        gpus_per_node: 0 on nodes without; ranks on a node unless the environment's RANKS_PER_NODE
-            says otherwise.
-        sbatch_options: such as --partition=gpu; they come last, and so they win.
+        config: configuration loaded from `arguments`.
+        arguments: command line of the run: the YAML file and its overrides.
+        num_nodes: number of nodes of the job.
+        num_vllm_nodes: number of these nodes that run vLLM servers. The others train.
+        gpus_per_node: number of GPUs per node, 0 on nodes without. Also the number of ranks per
+            node, unless the environment has RANKS_PER_NODE.
+        sbatch_options: options such as --partition=gpu. They come last, so they take precedence.
     Raises:
-        ConfigError: num_vllm_nodes leaves no node to train, sbatch_options change the working
-            directory, or the package is not in its repository.
-        ValueError: the layout does not fit that many ranks.
+        ConfigError: num_vllm_nodes leaves no node for training, sbatch_options change the working
+            directory, or the package is not installed from a clone of its repository.
+        ValueError: the layout does not fit the number of ranks.
     """
     if not 0 <= num_vllm_nodes < num_nodes:
         raise ConfigError(
@@ -99,14 +102,14 @@ def build_launch(
     for option in sbatch_options:
         if option.startswith(("--chdir", "-D")):
             raise ConfigError(
-                f"sbatch option {option}: paths in the config are relative to this working "
-                "directory; call `aropd launch` in the other folder instead"
+                f"sbatch option {option}: changes the working directory, to which the paths in the "
+                "config are relative; call `aropd launch` in the other folder instead"
             )
     script = HOME / "slurm" / ("serve_and_train.sbatch" if num_vllm_nodes else "train.sbatch")
     if not script.is_file():
         raise ConfigError(
-            f"{script} is absent; the job scripts are in the repository: install the package from "
-            "a clone of it, by `pip install -e .`"
+            f"{script} is missing; the job scripts are in the repository: install the package from "
+            "a clone, with `pip install -e .`"
         )
     ranks_per_node = int(environment.get("RANKS_PER_NODE") or gpus_per_node or 1)
     layout = plan(config, (num_nodes - num_vllm_nodes) * ranks_per_node)
@@ -117,7 +120,7 @@ def build_launch(
         variables["VLLM_NODES"] = str(num_vllm_nodes)
     command = [
         "sbatch",
-        # Jobs of one name run one after another: those that write to the same folder.
+        # Jobs of the same name run one after another, so those with the same output_dir do.
         f"--job-name=aropd-{config.output_dir.name}",
         f"--nodes={num_nodes}",
         f"--gpus-per-node={gpus_per_node}",

@@ -1,4 +1,4 @@
-"""One step of AR-OPD, in the order of the paper.
+"""One training step of AR-OPD, in the order of the paper.
 
 Source: METHOD sections 2 to 4; AR-OPD, arXiv:2606.10385.
 """
@@ -27,7 +27,7 @@ from aropd_mcore.types import Rollout, Views
 
 @dataclass(frozen=True)
 class Run:
-    """The parts that a step works with; built once by `trainer.build`."""
+    """Parts of a run that its steps use. Built once, by `trainer.build`."""
 
     config: Config
     runtime: Runtime
@@ -38,46 +38,46 @@ class Run:
     teacher: Teacher | None
     """None for `sft`."""
     source: RolloutSource
-    """Where each step takes its rollouts from."""
+    """Source of the rollouts of each step."""
     engine: RolloutEngine | None
-    """Engine behind `source`; None for `sft`, which learns from the oracle's responses."""
+    """Engine that `source` uses. None for `sft`, which trains on the reference responses."""
     pad_token_id: int
     guards: Guards
     stops: Stops = field(default_factory=Stops)
     about: Mapping[str, Any] = field(default_factory=dict)
     """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
     notes: Sequence[str] = ()
-    """Sentences about data and templates for the user to read once, at the start."""
+    """Notes about data and templates for the user, printed once at the start."""
     hooks: Sequence["StepHook"] = ()
-    """What runs after every step, in this order."""
+    """Hooks that run after every step, in this order."""
 
 
 class StepHook(Protocol):
-    """What follows a step: validation, samples, a profiler."""
+    """Protocol of actions after every step, such as validation, samples or profiling."""
 
     def after_step(
         self, run: Run, step: int, result: "StepResult", metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Act after the update of a step, and before its metrics are written and its checkpoint.
+        """Act after the update of a step, before its metrics and its checkpoint are written.
 
         Args:
-            metrics: the step's, those of earlier hooks included.
+            metrics: metrics of the step, including those of earlier hooks.
         Returns:
             Metrics to add.
-        Collectives: any; every rank calls it.
+        Collectives: any. Every rank calls the hook.
         """
         ...
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; the sums and the update are the same on every rank."""
+    """Result of one step. Sums, verdict and update are the same on every rank."""
 
     views: Sequence[Views]
     rollouts: Sequence[Rollout]
-    """Of this data-parallel rank, one for each of `views`."""
+    """Rollouts of this data-parallel rank, one per element of `views`."""
     num_tokens: int
-    """Number of tokens that this data-parallel rank's models have read, in all views."""
+    """Number of tokens in all views of this data-parallel rank, padding included."""
     num_padding_tokens: int
     """Number of padding tokens among num_tokens."""
     num_without_loss: int
@@ -86,25 +86,27 @@ class StepResult:
     verdict: Verdict
     update: UpdateResult
     seconds: dict[str, float]
+    """Wall-clock seconds by phase."""
 
 
 def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepResult:
-    """Sample, score, learn, follow.
+    """Run one step: sample, score with the teacher, update the student, then the teacher.
 
     Args:
         on_progress: see RolloutSource.take.
     Raises:
-        RolloutFailed, StopWanted: on every rank alike, and before anything of the run has changed.
+        RolloutFailed, StopWanted: raised on every rank, before the step changes the run's state.
+    Collectives: those of all phases. Every rank must call it.
     """
     phase = Phases(step, run.runtime, run.stops)
 
-    # Rows (x, z, a), and for each the prompts of the three views; y ~ student(. | x), or for sft
-    # the oracle's own response.
+    # Rows (x, z, a), the prompts of their three views, and y ~ student(. | x). For sft, y is the
+    # reference response.
     with phase("rollout"):
         taken = run.source.take(step, on_progress=on_progress)
         views, rollouts = taken.views, taken.rollouts
 
-    # The weight of every loss token in the global loss; three sequences with one response each.
+    # Weights of the loss tokens in the global loss. Each response forms one sequence per view.
     with phase("batch"):
         batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
 
@@ -116,13 +118,13 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
     with phase("student"):
         sums = run.student.forward_backward(batch.microbatches, outputs)
 
-    # An update that is not finite, has no loss tokens, or is refused by a guard, is left out.
+    # An update is skipped if it is not finite, has no loss tokens, or is rejected by a guard.
     with phase("optimizer"):
         grad_norm = run.student.optimizer.grad_norm()
         verdict = judge(run, rollouts, sums, grad_norm, has_loss=batch.has_loss)
         update = run.student.optimizer.step(grad_norm, apply=verdict.apply)
 
-    # teacher <- (1 - alpha) teacher + alpha student; later rollouts come from the new weights.
+    # teacher <- (1 - alpha) teacher + alpha student. Later rollouts use the new weights.
     with phase("sync"):
         if update.applied:
             if run.teacher:
@@ -145,7 +147,7 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
 def judge(
     run: Run, rollouts: Sequence[Rollout], sums: TokenSums, grad_norm: float, *, has_loss: bool
 ) -> Verdict:
-    """Judge the step by the run's guards, the same on every rank.
+    """Judge the step with the run's guards. The verdict is the same on every rank.
 
     Collectives: one all-gather over the data-parallel ranks.
     """
@@ -157,6 +159,6 @@ def judge(
         length=float(sums["num_tokens"].sum()) / num_responses,
         has_loss=has_loss,
         num_cut=int(run.runtime.gather_over_data(num_cut).sum()),
-        # The oracle's responses are no sign of what the student does.
+        # Reference responses do not show how the student behaves.
         num_sampled=num_responses if run.engine else 0,
     )

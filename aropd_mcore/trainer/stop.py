@@ -1,9 +1,9 @@
-"""When a job has to save and leave: a signal, or the end of its time. Its ranks agree on it.
+"""Early stop of a job on a signal or near its time limit, agreed on by all ranks.
 
-A signal reaches ranks at different moments, or one of them alone, and no two clocks are the same:
-nobody leaves by its own. At the borders of a step's phases before the update the ranks ask each
-other, and where one wants to stop all abandon the step, of which nothing has happened yet. Whoever
-samples for minutes asks `is_wanted` in between, and may then return early what nobody will read.
+A signal may reach ranks at different moments, or one rank only, and clocks differ. So no rank stops
+by itself. After each phase before the update, the ranks exchange their wishes. If one rank wants to
+stop, all ranks abandon the step, which has changed nothing yet. A long rollout phase polls
+`is_wanted` and may return early, since its result will be discarded.
 """
 
 import os
@@ -16,64 +16,66 @@ from typing import Protocol
 from aropd_mcore.config import LimitsConfig
 
 _TIME = 1
-"""In the place of a signal's number; no signal that stops a run has it."""
-_SHARE_OF_TIME, _LONGEST_MARGIN = 0.05, 60.0
-_MARGINS_OF_A_SAVE = 3
-"""What a save is taken to last before one was measured."""
+"""Code of the time limit. All other codes are signal numbers, none of which is 1."""
+_MARGIN_SHARE, _LONGEST_MARGIN = 0.05, 60.0
+"""The margin is a share of the job's time, up to a number of seconds."""
+_SAVE_MARGINS = 3
+"""Assumed duration of a save before the first measurement, in margins."""
 
 
 class StopWanted(Exception):
-    """Raised on every rank alike, where the job has to stop; before anything of the step is done.
+    """The job has to stop. Raised on every rank, before the step changes the run's state.
 
     Attributes:
-        why: `SIGUSR1`, `SIGTERM` or `the time limit`.
+        reason: `SIGUSR1`, `SIGTERM` or `the time limit`.
     """
 
     def __init__(self, code: int):
         self.is_time_limit = code == _TIME
-        self.why = "the time limit" if self.is_time_limit else signal.Signals(code).name
-        super().__init__(self.why)
+        self.reason = "the time limit" if self.is_time_limit else signal.Signals(code).name
+        super().__init__(self.reason)
 
 
 class StoppedEarly(RuntimeError):
-    """Everything is saved, and the same command goes on; the message says why and where."""
+    """The run is saved and can resume. The message states the reason and the checkpoint."""
 
 
 class Ranks(Protocol):
-    """What of mcore.runtime.Runtime an agreement takes."""
+    """Protocol of the part of mcore.runtime.Runtime that the agreement uses."""
 
     def max_over_job(self, value: int) -> int: ...
 
 
 class Stops:
-    """What this rank knows of reasons to stop, and what the ranks know together."""
+    """Reasons of this rank to stop, and the agreement of all ranks on them."""
 
     def __init__(self, *, started: float = 0.0, deadline: float | None = None):
         """
         Args:
-            started, deadline: of the job, by time.time(); None: it may run for ever.
+            started: start of the job, by time.time().
+            deadline: end of the job, by time.time(). None: no time limit.
         """
         self.signal = 0
-        """The number of the one that came; 0 is none."""
+        """Number of the received signal. 0: none."""
         self._longest_step = 0.0
         self.longest_save: float | None = None
-        """Seconds, once it is known."""
+        """Duration of the longest save so far, in seconds. None: unknown."""
         self._deadline = deadline
         if deadline is not None:
-            self._margin = min(_SHARE_OF_TIME * (deadline - started), _LONGEST_MARGIN)
+            self._margin = min(_MARGIN_SHARE * (deadline - started), _LONGEST_MARGIN)
 
     def is_wanted(self) -> bool:
-        """Whether this rank wants to stop; costs nothing, decides nothing."""
+        """Return whether this rank wants to stop. Cheap, without collectives and without effect."""
         return self._code(step=0.0) != 0
 
     def check(self, ranks: Ranks, *, before_step: bool = False) -> None:
-        """Stop if any rank wants to.
+        """Raise StopWanted if any rank wants to stop.
 
         Args:
-            before_step: also if another step, as long as the longest one, would not fit.
+            before_step: also stop if the time left is too short for a step like the longest so far.
         Raises:
-            StopWanted: on every rank alike.
-        Collectives: one all-reduce over the job; every rank must call it.
+            StopWanted: a rank wants to stop. Raised on every rank.
+        Collectives: one all-reduce over the job. Every rank must call it.
         """
         code = ranks.max_over_job(self._code(step=self._longest_step if before_step else 0.0))
         if code:
@@ -84,27 +86,27 @@ class Stops:
             return self.signal
         save = self.longest_save
         needed = step + self._margin
-        needed += _MARGINS_OF_A_SAVE * self._margin if save is None else save
+        needed += _SAVE_MARGINS * self._margin if save is None else save
         return _TIME if time() + needed > self._deadline else 0
 
     @contextmanager
     def timing_step(self) -> Iterator[None]:
-        """Learn from the block how long a step takes."""
+        """Measure the duration of a step, which is the body of the `with` block."""
         started = time()
         yield
         self._longest_step = max(self._longest_step, time() - started)
 
     @contextmanager
     def listening(self, *signals: signal.Signals) -> Iterator["Stops"]:
-        """While the block runs, `signals` mean that the run shall stop.
+        """Treat `signals` as requests to stop, in the body of the `with` block.
 
-        Processes that were forked from this one, such as those that write checkpoints, ignore them:
-        Slurm signals every process of a task.
+        Processes forked from this one, such as checkpoint writers, ignore them. They receive them
+        because Slurm signals every process of a task.
         """
-        here = os.getpid()
+        own_pid = os.getpid()
 
         def note(number: int, _frame: object) -> None:
-            if os.getpid() == here:
+            if os.getpid() == own_pid:
                 self.signal = number
 
         before = {number: signal.signal(number, note) for number in signals}
@@ -119,10 +121,12 @@ class Stops:
 def job_deadline(
     limits: LimitsConfig, *, started: float, environ: Mapping[str, str] = os.environ
 ) -> float | None:
-    """When the job has to be gone, by time.time(): as the settings say, or Slurm if that is sooner.
+    """Return the end of the job by time.time(): limits.stop_before or Slurm's end, if earlier.
 
     Args:
-        started: of this process. Under Slurm a job's time begins with the job.
+        started: start of this process. Under Slurm, limits.stop_before counts from the job's start.
+    Returns:
+        None if there is no time limit.
     """
     ends = []
     if limits.stop_before_seconds is not None:

@@ -1,4 +1,4 @@
-"""The phases of a step: their time, and where the step may be abandoned."""
+"""Phases of a step: their times, and the points at which a step may be abandoned."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -11,11 +11,11 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.trainer.stop import Stops
 
 _BEFORE_UPDATE = ("teacher", "student")
-"""Phases after which nothing of the run has changed."""
+"""Phases that change no state of the run. The step may be abandoned at their end."""
 
 
 class Phases:
-    """Wall-clock seconds by phase; waits for the GPU at a phase's end."""
+    """Timer of a step's phases, in wall-clock seconds. A phase's end waits for the GPU."""
 
     def __init__(self, step: int, runtime: Runtime, stops: Stops):
         self.seconds: dict[str, float] = {}
@@ -27,8 +27,9 @@ class Phases:
     def __call__(self, phase: str) -> Iterator[None]:
         """
         Raises:
-            StopWanted: at the end of a phase before the update, on every rank alike.
-        Collectives: where it may raise, one all-reduce over the job.
+            StopWanted: a rank wants to stop. Raised on every rank, at the end of the teacher or
+                student phase.
+        Collectives: one all-reduce over the job, at the end of these two phases.
         """
         beat(phase, self._step)
         start = time.perf_counter()
@@ -43,13 +44,14 @@ class Phases:
 def time_metrics(
     phases: Mapping[str, float], *, elapsed: float, saving: float, num_response_tokens: int
 ) -> dict[str, float]:
-    """Compute `seconds/*`, whose sum is the step's whole time, and `tokens_per_second` over it.
+    """Compute `seconds/*`, whose sum is the whole time of the step, and `tokens_per_second`.
 
     Args:
         phases: seconds by phase.
-        elapsed: seconds from the step's beginning until its metrics are known. What the phases do
-            not cover is `seconds/other`.
-        saving: seconds that checkpoints have taken since the step before, beside `elapsed`.
+        elapsed: seconds from the start of the step until its metrics are known. The part outside of
+            the phases is `seconds/other`.
+        saving: seconds that saves have blocked training since the previous step. They are not part
+            of `elapsed`.
     """
     return {
         **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},

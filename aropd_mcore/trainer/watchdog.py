@@ -1,15 +1,15 @@
-"""One thread a rank that sees to it that a job ends as a whole: with its first error, or hung.
+"""Per-rank watchdog thread: ends all ranks on the first error or when one hangs.
 
-A rank that raises leaves the others waiting in collectives, and one that hangs leaves them for an
-hour. Ranks tell each other over the store through which the job came together:
+Without it, the ranks of a job would wait in collectives until the timeout after one rank raised or
+hung. The watchdogs communicate through the store with which the process group was initialized:
 
-    claim   the rank whose error is the job's; whoever fails later only did so because of it
-    end     that rank, its exit code and what happened, once its traceback is printed
-    heard   how many ranks know, and have written their stacks where the job hangs: they leave
-            together, since one of them may have the store
-    stop    the signal that one rank has got
+    claim   rank of the first error. Later errors are considered its consequences.
+    end     that rank, its exit code and its error. Published after its traceback is printed.
+    ready   number of ranks that have read `end` and, on a hang, written their stacks. Ranks exit
+            together, since one of them may host the store.
+    stop    signal that one rank received.
 
-The thread runs while the main thread waits in a collective, which lets go of Python's lock.
+The thread runs while the main thread waits in a collective, which releases Python's GIL.
 """
 
 import faulthandler
@@ -33,29 +33,30 @@ from aropd_mcore.heartbeat import Beat
 from aropd_mcore.trainer.stop import Stops
 
 HUNG = 4
-"""Exit code of every rank."""
+"""Exit code of every rank after a hang."""
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
-"""What people can mend: exit code 2, and before the first step no traceback."""
+"""Errors that the user can fix: exit code 2, without a traceback before the first step."""
 
 _TICK = 1.0
 _PATIENCE = {"start": 3.0, "checkpoint": 3.0}
-"""Phases that may take longer than watchdog_minutes, by how much."""
+"""Factors on watchdog_minutes for phases that may take longer."""
 _OTHERS_SECONDS = 10.0
-"""How long the others are waited for: for an error's traceback, and for their stacks."""
-_LAST_SECONDS = 3.0
-"""How long until they have heard of an error."""
+"""Time to wait for other ranks to print a traceback or to write their stacks."""
+_ERROR_SECONDS = 3.0
+"""Time to wait for other ranks to read the error."""
 _LOST_AFTER = 3
-"""Failures of the store, one after another, after which whoever has it is gone."""
+"""Number of consecutive failures of the store after which its process counts as ended."""
 
 
 class Watchdog:
-    """Of this rank, from `with` to its end."""
+    """Watchdog of this rank. It runs in the body of a `with` block."""
 
     def __init__(self, output_dir: Path, stops: Stops, *, minutes: float | None):
         """
         Args:
-            stops: takes the signals that other ranks have got.
-            minutes: without a heartbeat, until the job is hung; None: for ever.
+            output_dir: folder of the run. Stacks are written to its subfolder `stacks`.
+            stops: receives the signals of other ranks.
+            minutes: time without a heartbeat after which the job counts as hung. None: no limit.
         """
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._stacks = output_dir / "stacks" / f"rank-{self._rank}.txt"
@@ -63,7 +64,7 @@ class Watchdog:
         self._minutes = minutes
         self._is_over = threading.Event()
         self._leaving = threading.Lock()
-        """Held by the thread that ends this process, once there is one."""
+        """Held by the thread that ends this process."""
         self._store = _own_store() if self._world_size > 1 else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -73,11 +74,11 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
-        """Where the run failed and there are other ranks, this one ends here, at once."""
+        """Stop the watchdog. After an error in a job of several ranks, end this process."""
         if error is not None and not isinstance(error, KeyboardInterrupt) and self._store:
             self._fail(error)
         if error is None:
-            dist.barrier()  # The store may end with the first that leaves, and is watched by all.
+            dist.barrier()  # The first rank to exit may end the store, which all watchdogs use.
         self._is_over.set()
         self._thread.join()
 
@@ -87,7 +88,7 @@ class Watchdog:
             end = None
             try:
                 if self._store is not None:
-                    end = self._hear_others(self._store)
+                    end = self._poll(self._store)
                 num_failures = 0
             except RuntimeError:  # torch's DistError
                 num_failures += 1
@@ -97,13 +98,13 @@ class Watchdog:
                 self._follow(end)
             elif num_failures == _LOST_AFTER:
                 self._leaving.acquire()
-                self._leave(1, "the rank or launcher that holds the job's store is gone")
+                self._leave(1, "lost the job's store: the rank or launcher that hosts it has ended")
             elif self._is_silent(last):
                 self._leaving.acquire()
                 self._hang(last)
 
-    def _hear_others(self, store: Store) -> dict[str, Any] | None:
-        """How the job has ended, if it has; and signals go round."""
+    def _poll(self, store: Store) -> dict[str, Any] | None:
+        """Return the end of the job, if there is one. Otherwise exchange signals."""
         if store.check(["end"]):
             return json.loads(store.get("end"))
         if self._stops.signal:
@@ -121,19 +122,19 @@ class Watchdog:
     # --- an error ---
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Print the error if it is the job's first, and leave; else leave as the first one did."""
+        """Print the error if it is the first of the job, and exit. Otherwise follow the first."""
         self._leaving.acquire()
-        what = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
         end = self._claim()
-        if end is not None and end["what"] != what:
+        if end is not None and end["error"] != text:
             self._follow(end)
         code = 2 if isinstance(error, USER_ERRORS) else 1
-        if end is None:  # else a mistake of all ranks alike, said already
-            self._print(self._described(error))
-            self._tell(code, what)
+        if end is None:  # otherwise another rank has printed the same error
+            self._print(self._format(error))
+            self._publish(code, text)
         self._leave(code, None)
 
-    def _described(self, error: BaseException) -> str:
+    def _format(self, error: BaseException) -> str:
         last = heartbeat.last_beat()
         text = ""
         if isinstance(error, USER_ERRORS):
@@ -144,28 +145,28 @@ class Watchdog:
         return f"[rank {self._rank}] {last}\n{trace}{text}".rstrip()
 
     def _claim(self) -> dict[str, Any] | None:
-        """None where this rank's error is the job's; else what became of the one before it."""
+        """Claim to be the first rank that fails. Returns None, or the end of an earlier rank."""
         assert self._store is not None
         try:
             if self._store.compare_set("claim", "", str(self._rank)) == str(self._rank).encode():
                 return None
             self._store.wait(["end"], timedelta(seconds=_OTHERS_SECONDS))
             return json.loads(self._store.get("end"))
-        except RuntimeError:  # nobody there any more
+        except RuntimeError:  # the store has ended
             return None
 
-    def _tell(self, code: int, what: str) -> None:
+    def _publish(self, code: int, error: str) -> None:
         if self._store is not None:
-            end = {"rank": self._rank, "code": code, "what": what}
-            with suppress(RuntimeError):  # nobody there any more
+            end = {"rank": self._rank, "code": code, "error": error}
+            with suppress(RuntimeError):  # the store has ended
                 self._store.set("end", json.dumps(end))
 
     def _follow(self, end: dict[str, Any]) -> NoReturn:
-        """Leave as another rank has left."""
+        """Exit because another rank failed or hangs, with the same exit code."""
         if end["code"] == HUNG:
             self._dump(f"rank {end['rank']} hangs")
             self._leave(HUNG, None)
-        self._leave(end["code"], f"ended, because rank {end['rank']} failed: {end['what']}")
+        self._leave(end["code"], f"ended because rank {end['rank']} failed: {end['error']}")
 
     # --- a hang ---
 
@@ -174,14 +175,14 @@ class Watchdog:
         if end is not None:
             self._follow(end)
         self._dump("the watchdog ends the job (limits.watchdog_minutes)")
-        self._tell(HUNG, f"no progress in {last}")
+        self._publish(HUNG, f"no progress in {last}")
         self._leave(HUNG, None)
 
-    def _dump(self, why: str) -> None:
-        """The stacks of this rank's threads, to their file and to stderr."""
+    def _dump(self, reason: str) -> None:
+        """Write the stacks of this rank's threads to the stacks folder and to stderr."""
         last = heartbeat.last_beat()
         title = f"[rank {self._rank}] {last}: no progress for {time.monotonic() - last.at:.0f} s; "
-        title += f"{why}. Its stacks, the innermost call first:\n"
+        title += f"{reason}. Stacks, innermost call first:\n"
         try:
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
             with self._stacks.open("w") as file:
@@ -189,34 +190,34 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             self._print(self._stacks.read_text())
-        except OSError:  # a full disk may be why it hangs
+        except OSError:  # such as a full disk, which may have caused the hang
             self._print(title)
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
 
-    def _leave(self, code: int, why: str | None) -> NoReturn:
-        """End this process without any destructor: they wait for ranks that are gone."""
-        if why is not None:
-            self._print(f"[rank {self._rank}] {heartbeat.last_beat()}: {why}")
+    def _leave(self, code: int, reason: str | None) -> NoReturn:
+        """End this process without destructors, which would wait for ranks that have ended."""
+        if reason is not None:
+            self._print(f"[rank {self._rank}] {heartbeat.last_beat()}: {reason}")
         if self._store is not None:
-            until = time.monotonic() + (_OTHERS_SECONDS if code == HUNG else _LAST_SECONDS)
-            with suppress(RuntimeError):  # nobody there any more
-                num_heard = self._store.add("heard", 1)
-                while num_heard < self._world_size and time.monotonic() < until:
+            until = time.monotonic() + (_OTHERS_SECONDS if code == HUNG else _ERROR_SECONDS)
+            with suppress(RuntimeError):  # the store has ended
+                num_ready = self._store.add("ready", 1)
+                while num_ready < self._world_size and time.monotonic() < until:
                     time.sleep(0.1)
-                    num_heard = self._store.add("heard", 0)
-        for child in multiprocessing.active_children():  # a checkpoint's writers
+                    num_ready = self._store.add("ready", 0)
+        for child in multiprocessing.active_children():  # checkpoint writers
             child.kill()
         sys.stdout.flush()
         os._exit(code)
 
     def _print(self, text: str) -> None:
-        # In one write: ranks share the terminal.
+        # A single write, since ranks share the terminal.
         sys.stderr.write(text.rstrip() + "\n")
         sys.stderr.flush()
 
 
 def _own_store() -> Store:
-    """A connection to the job's store of its own: another may be waiting in a call."""
+    """Open a separate connection to the job's store. The existing one may be blocked in a call."""
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -1,4 +1,4 @@
-"""The whole path: a base model by sft, then AR-OPD on two processes, then what it learned."""
+"""Train a base model by sft, train it by AR-OPD on two processes, and evaluate both."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from aropd_mcore.evaluation.figures import plot_curves, results_table
 
-HERE = Path("examples/arithmetic")  # run from the top of the repository, as the configs are
+HERE = Path("examples/arithmetic")  # paths are relative to the repository's root
 OUT = Path("runs/arithmetic")
 METHODS = {
     "aropd": [],
@@ -25,7 +25,9 @@ TITLES = {"aropd": "AR-OPD", "full_opd": "Full OPD", "partial_opd": "Partial OPD
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--compare", action="store_true", help="also Full OPD and Partial OPD, from the same base"
+        "--compare",
+        action="store_true",
+        help="also run Full OPD and Partial OPD",
     )
     methods = list(METHODS) if parser.parse_args().compare else ["aropd"]
     started = time.monotonic()

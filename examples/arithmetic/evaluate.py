@@ -1,4 +1,4 @@
-"""Greedy accuracy on held-out problems, with the privileged views' opinion of the responses."""
+"""Measure greedy accuracy on held-out problems, response length and hindsight token rate."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import aropd_mcore as aropd
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path, help="aropd.yaml: its views and objective")
+    parser.add_argument("config", type=Path, help="aropd.yaml, for its views and objective")
     parser.add_argument("rows", type=Path, help="held-out rows")
     parser.add_argument("models", type=Path, nargs="+", help="HF folders")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def evaluate(config_path: Path, rows: Path, model: Path) -> dict[str, float]:
-    """Respond greedily to every row once, and score the responses under the model's own views."""
+    """Sample one greedy response per row, and score the responses with the model as teacher."""
     sampling = {
         "config": config_path,
         "temperature": 0.0,

@@ -1,20 +1,20 @@
-"""Column additions of three digits, with worked traces: the demo's three files of rows.
+"""Write the demo's three files of rows: three-digit additions by column, with worked traces.
 
     {"question": "457+386=", "reasoning": "7+6+0=13 5+8+1=14 4+3+1=08", "answer": "843"}
 
 A column is `digit+digit+carry=sum`, from the right.
 
 heldout.jsonl    problems for evaluation
-train.jsonl      fresh problems for AR-OPD, worked without mistakes
-sft.jsonl        what the base model learns from:
-                 - plain rows, answered by pupils who forget to write down a carry 70 % of the time.
-                   A model that learned from them likes to forget it too, though it knows how to
-                   carry: greedily, it is right where no carry is needed, 30 % of all problems;
+train.jsonl      other problems, for AR-OPD, worked without mistakes
+sft.jsonl        rows for the base model, of two kinds:
+                 - plain rows, in which a carry is forgotten with probability 70 %. A model trained
+                   on them knows how to carry, but usually does not. With greedy decoding it is
+                   right where no carry is needed, on 30 % of all problems.
                  - shown rows, whose question is the teacher's whole user turn: the partial or the
                    full trace, then the question. Their answers have no mistakes, so the model
-                   learns to follow an example that it is shown.
+                   learns to follow an example in the prompt.
 
-No problem occurs twice, in a file or across them. The same seed gives the same files.
+No problem occurs twice, in one file or in two. The same seed gives the same files.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
         "--config",
         type=Path,
         default=Path(__file__).with_name("aropd.yaml"),
-        help="run whose templates the shown rows are written by (default: %(default)s)",
+        help="config whose templates render the shown rows (default: %(default)s)",
     )
     parser.add_argument("--num-sft", type=int, default=20000)
     parser.add_argument("--num-train", type=int, default=5000)
@@ -61,14 +61,14 @@ def main() -> None:
 
 
 def sample_problems(num: int, rng: random.Random) -> list[Problem]:
-    """`num` different pairs of summands, uniformly."""
+    """Sample `num` different pairs of summands, uniformly."""
     first, num_summands = 10 ** (NUM_DIGITS - 1), 9 * 10 ** (NUM_DIGITS - 1)
     pairs = rng.sample(range(num_summands**2), num)
     return [(first + pair // num_summands, first + pair % num_summands) for pair in pairs]
 
 
 def worked_row(problem: Problem, forgets: Callable[[], bool] = lambda: False) -> dict[str, str]:
-    """The problem added up column by column; `forgets` is asked at every carry of 1."""
+    """Add column by column. `forgets` is called at every carry of 1, and drops it if true."""
     a, b = problem
     columns, answer, carry = [], 0, 0
     for place in range(NUM_DIGITS):
@@ -85,7 +85,7 @@ def worked_row(problem: Problem, forgets: Callable[[], bool] = lambda: False) ->
 
 
 def sft_row(problem: Problem, views: ViewsConfig, rng: random.Random) -> dict[str, str]:
-    """A plain row with forgotten carries, or a shown row without mistakes."""
+    """Return a plain row with forgotten carries, or a shown row without mistakes."""
     kinds, shares = ("plain", "partial", "full"), (PLAIN_SHARE, PARTIAL_SHARE, FULL_SHARE)
     [kind] = rng.choices(kinds, shares)
     if kind == "plain":

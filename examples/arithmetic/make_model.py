@@ -1,4 +1,4 @@
-"""A tiny Qwen2 with random weights and a character tokenizer, as a HF folder."""
+"""Write a tiny Qwen2 with random weights and a character tokenizer as an HF folder."""
 
 import argparse
 from pathlib import Path
@@ -29,10 +29,11 @@ def main() -> None:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, and so one a character of ASCII text, and the template's special tokens.
+    """Build a tokenizer with one token per byte, and the template's special tokens.
 
-    It is a byte-level BPE without merges, since that is what transformers 5 takes any tokenizer
-    beside a Qwen2 config.json for, whatever tokenizer_config.json says.
+    ASCII text has one token per character. The tokenizer is a byte-level BPE without merges,
+    because transformers 5 reads any tokenizer next to a Qwen2 config.json as a byte-level BPE and
+    ignores the class in tokenizer_config.json.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({byte: id for id, byte in enumerate(alphabet)}, merges=[]))
@@ -63,9 +64,9 @@ def random_model(
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        # For sequences of 80 tokens rather than 32,768, and for a width of 128: with Qwen2's own
-        # 1,000,000 and 0.02, learning to look up a digit takes several times as many steps.
-        rope_theta=100.0,  # pyright: ignore[reportCallIssue] # among the rope's parameters
+        # Chosen for sequences of 80 tokens and a width of 128. With Qwen2's 1,000,000 and 0.02,
+        # the model needs several times as many steps to learn to look up a digit.
+        rope_theta=100.0,  # pyright: ignore[reportCallIssue] # one of the rope parameters
         initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

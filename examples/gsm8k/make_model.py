@@ -1,7 +1,7 @@
-"""Write a small random Qwen2 model as an HF folder, for trying a run with real data on any machine.
+"""Write a small random Qwen2 model as an HF folder, to try a run with real data on any machine.
 
-The vocabulary has Qwen2's real size, so the real tokenizer fits and every width that depends on it
-is the one of a large run; the rest is small enough for seconds a step on a CPU.
+The vocabulary has Qwen2's real size, so the real tokenizer fits, and every width that depends on
+the vocabulary equals that of a large run. The rest is small: a step takes seconds on a CPU.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 
 VOCAB_SIZE = 151_936
-"""Qwen2's embedding: its 151,646 tokens, and padding rows that no token uses."""
+"""Number of rows of Qwen2's embedding: 151,646 tokens, and padding rows that no token uses."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,14 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--tokenizer", required=True, type=Path, help="HF folder with a Qwen2 tokenizer to copy"
     )
     parser.add_argument("--out", required=True, type=Path, help="HF folder to write")
-    parser.add_argument("--untied", action="store_true", help="an output head of its own")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--untied", action="store_true", help="do not tie the output head to the embedding"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
 
     tokenizer = AutoTokenizer.from_pretrained(str(args.tokenizer), local_files_only=True)
     if len(tokenizer) > VOCAB_SIZE:
         parser.error(
-            f"{args.tokenizer} has {len(tokenizer)} tokens, more than Qwen2's {VOCAB_SIZE}"
+            f"{args.tokenizer}: found {len(tokenizer)} tokens, expected up to {VOCAB_SIZE}, the "
+            "size of Qwen2's vocabulary"
         )
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
@@ -53,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_position_embeddings=4096,
         rms_norm_eps=1e-6,
         tie_word_embeddings=not args.untied,
-        # Ten times the usual: a random model of this width is otherwise so close to uniform that
-        # its views, and what it learns from them, would hardly differ.
+        # Ten times the usual value. Otherwise the distributions of a random model of this width are
+        # so close to uniform that the views would hardly differ.
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,4 +1,4 @@
-"""The experiment of the authors' release: three domains, six methods, a model for each pair.
+"""Run the experiment of the authors' release: three domains, six methods, one model per pair.
 
     python examples/paper/experiment.py prepare math NuminaMath-CoT/data/train-*.parquet
     python examples/paper/experiment.py mmlu mmlu/all/test-00000-of-00001.parquet --benchmarks DIR
@@ -6,11 +6,16 @@
     python examples/paper/experiment.py evaluate --benchmarks DIR --dry-run -- --partition=gpu
     python examples/paper/experiment.py configs
 
-`prepare` writes a domain's rows, `mmlu` one of its benchmarks, `configs` the files in configs/.
-`train` submits a Slurm job of two nodes for each domain and method. `evaluate` submits one of one
-node for each of their models and, for each domain, one for the base model. With --dry-run both
-check every config and print the commands, which needs neither GPUs nor weights. Words after `--`
-go to sbatch. All paths are relative to the repository's root.
+    prepare   write the rows of a domain
+    mmlu      write the benchmark MMLU-medical
+    configs   write the files in configs/
+    train     submit one Slurm job of two nodes per domain and method
+    evaluate  submit one Slurm job of one node per trained model, and one per domain for the base
+              model
+
+`train` checks every config before the first job is submitted. With --dry-run, `train` and
+`evaluate` only print the jobs, which needs neither GPUs nor weights. Arguments after `--` are
+passed to sbatch. All paths are relative to the repository's root.
 """
 
 import argparse
@@ -37,7 +42,7 @@ RUNS = Path("runs/paper")
 NUM_NODES, GPUS_PER_NODE = 2, 8
 GLOBAL_BATCH_SIZE = 256
 
-# The release's prompts have this structure: the wording is this project's.
+# The structure of the release's prompts. The wording is this project's.
 THINK = "between <reasoning> and </reasoning>"
 TEACHER = (
     "{question}\n\nAs an example, this is a complete response:\n\n{trace}\n\n"
@@ -50,16 +55,16 @@ class Domain:
     """A domain's data, prompts and benchmarks."""
 
     data_format: str
-    """`--format` of `aropd prepare`."""
+    """Argument of `aropd prepare --format`."""
     num_rows: int
     system_prompt: str
     teacher_template: str
     max_prompt_tokens: int
     max_response_tokens: int
     benchmarks: dict[str, str]
-    """NAME:FORMAT of `aropd eval` -> file name."""
+    """File name by NAME:FORMAT, as in `aropd eval --task`."""
     eval_tokens: int
-    """Limit of a response in evaluation."""
+    """Largest number of tokens of a response in evaluation."""
     eval_options: tuple[str, ...] = ()
 
     @property
@@ -122,14 +127,14 @@ METHODS = {
         for scale in (0.6, 0.8, 1.2)
     },
 }
-"""What differs between the methods of a domain, beside the warm-up of sft."""
+"""Settings that differ between the methods of a domain, except the warm-up of sft."""
 DISTILLED = "divergence: kl_target_student\nreduction: sequence_mean_all\nskip_response_tokens: 3\n"
 
 MMLU_MEDICAL = (
     *("anatomy", "clinical_knowledge", "college_biology", "college_medicine"),
     *("medical_genetics", "professional_medicine"),
 )
-"""The subjects of MMLU that make up MMLU-medical: 1,089 questions."""
+"""The subjects of MMLU-medical, a part of MMLU with 1,089 questions."""
 
 YAML = Template("""\
 # Written by `python examples/paper/experiment.py configs`: change the table there.
@@ -168,7 +173,7 @@ rollout:
   max_response_tokens: $max_response_tokens
   temperature: 1.0
   top_p: 1.0
-  batch_size: 64 # a replica's share of a step
+  batch_size: 64 # all responses of a replica in one step
 
 objective:
 $objective
@@ -191,10 +196,10 @@ training:
   num_epochs: 1
   global_batch_size: $global_batch_size
   packing: true
-  max_tokens_per_microbatch: 12288 # two responses of full length
+  max_tokens_per_microbatch: 12288 # two prompts and responses of full length
   seed: 42
 
-parallel: # on 2 nodes of 8 x H100: 4 replicas
+parallel: # 4 data-parallel ranks on 2 nodes of 8 x H100
   tensor: 4
   sequence: true
 
@@ -204,10 +209,10 @@ checkpoint:
 
 
 def config_text(name: str, method: str) -> str:
-    """The YAML of a domain and a method."""
+    """Return the YAML of a domain and a method."""
     domain, is_sft = DOMAINS[name], method == "sft"
     objective = METHODS[method] + ("" if is_sft else DISTILLED)
-    # The release warms SFT up over 10 steps. A half more keeps rounding from making it 9.
+    # The release's SFT has 10 warm-up steps. The half step prevents rounding down to 9.
     warmup = f"{10.5 / domain.num_steps:.4f} # 10 steps" if is_sft else "0.1"
     return YAML.substitute(
         runs=RUNS,
@@ -271,26 +276,30 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         type=Path,
         default=Path("models/Qwen2.5-7B-Instruct"),
-        help="HF folder (default: %(default)s); for --dry-run its config.json is enough",
+        help="HF folder; with --dry-run its config.json is sufficient (default: %(default)s)",
     )
-    jobs.add_argument("--dry-run", action="store_true", help="print the jobs, submit none")
+    jobs.add_argument("--dry-run", action="store_true", help="print the jobs; submit nothing")
     commands = parser.add_subparsers(required=True, dest="command")
-    commands.add_parser("configs", help="write configs/")
+    commands.add_parser("configs", help="write the files in configs/")
     rows = commands.add_parser("prepare", help="write a domain's rows")
     rows.add_argument("domain", choices=list(DOMAINS))
-    rows.add_argument("files", nargs="+", type=Path, help="the data set as its hub has it")
-    rows.add_argument("--rows", type=positive, help="(default: the release's number)")
-    mmlu = commands.add_parser("mmlu", help="write MMLU's medical subjects as one benchmark")
+    rows.add_argument("files", nargs="+", type=Path, help="files of the data set, as on the Hub")
+    rows.add_argument(
+        "--rows", type=positive, help="number of rows to write (default: the release's number)"
+    )
+    mmlu = commands.add_parser("mmlu", help="write the benchmark MMLU-medical")
     mmlu.add_argument("file", type=Path, help="test split of cais/mmlu, configuration `all`")
     commands.add_parser("train", parents=[jobs], help="submit the training runs")
     evaluate = commands.add_parser("evaluate", parents=[jobs], help="submit the evaluations")
     for command in (mmlu, evaluate):
-        command.add_argument("--benchmarks", type=Path, required=True, help="folder of the files")
+        command.add_argument(
+            "--benchmarks", type=Path, required=True, help="folder of the benchmarks"
+        )
     return parser
 
 
 def mmlu_medical(path: Path) -> Iterator[str]:
-    """The records of MMLU_MEDICAL as JSONL.
+    """Yield the records of the subjects MMLU_MEDICAL as JSONL lines.
 
     Raises:
         DataError: a record cannot be read, or a subject has no questions.
@@ -313,7 +322,9 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
         for method in args.methods:
             arguments = [str(config_path(name, method)), f"model.path={args.model}"]
             config = load_config(Path(arguments[0]), arguments[1:])
-            if not args.dry_run and method == args.methods[0]:  # a domain's runs read the same rows
+            if (
+                not args.dry_run and method == args.methods[0]
+            ):  # all runs of a domain read the same rows
                 check_inputs(config)
             launch = build_launch(
                 config,
@@ -332,9 +343,9 @@ def train_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
 
 
 def evaluate_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
-    """Submit a job of one node for each model; submitted again, it resumes."""
+    """Submit one job of one node per model. A job that is submitted again resumes."""
     if not args.dry_run and shutil.which("sbatch") is None:
-        raise SystemExit("sbatch is not on PATH: is this a login node?")
+        raise SystemExit("sbatch is not on PATH: run this on a login node, or add --dry-run")
     for name in args.domains:
         domain = DOMAINS[name]
         tasks = [f"{task}={args.benchmarks / file}" for task, file in domain.benchmarks.items()]
@@ -344,7 +355,7 @@ def evaluate_all(args: argparse.Namespace, for_sbatch: list[str]) -> int:
                 raise SystemExit(f"{path}: no such file; README.md lists the benchmarks' files")
         models = {"base": args.model} | {m: RUNS / f"{name}-{m}" for m in args.methods}
         for method, model in models.items():
-            # For its views, which are the same for all methods of a domain.
+            # The config has the views, which are the same for all methods of a domain.
             config = config_path(name, "sft")
             command = [
                 "aropd", "eval", "--model", model, "--config", config,

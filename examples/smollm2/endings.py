@@ -1,14 +1,16 @@
-"""Find out why responses of the untouched model stop ending when AR-OPD trains it.
+"""Find out why AR-OPD on the untouched model leads to responses without an EOS.
 
     python examples/smollm2/endings.py --jobs 2    # trains what is missing, prints the table
 
-Each variant trains the untouched model for 24 steps of 16 responses of at most 80 tokens, on
-problems of one step, and changes one thing. Every variant has the same rows, seeds and held-out
-problems. Columns, of greedy responses: right; cut at the limit; cut though the answer was stated;
-with a line that comes three times, numbers aside; with a preamble ("To solve", "Let's"); tokens.
-Then P(EOS) under student and target where sampled responses ended, over the first and the last
-four steps. The second table has P(EOS) of each trained model where the untouched model's greedy
-responses ended.
+Each variant trains the untouched model for 24 steps of 16 responses of up to 80 tokens, on problems
+of one step, and changes one setting. All variants have the same rows, seeds and held-out problems.
+
+Columns of the first table, for greedy responses: share of right responses, of responses cut at the
+limit, of responses cut after they stated the answer, of responses with a line that occurs three
+times (ignoring numbers), of responses with a preamble ("To solve", "Let's"), and the number of
+tokens. The last columns are P(EOS) under student and target at the ends of sampled responses, over
+the first and the last four steps. The second table has P(EOS) of each trained model at the ends of
+the untouched model's greedy responses.
 """
 
 import argparse
@@ -43,7 +45,7 @@ COMMON = (
     "optimizer.lr=5e-5",
     f"rollout.max_response_tokens={LIMIT}",
 )
-"""No view asks the student for the trace's format, and the learning rate is high."""
+"""Settings of all variants. No view asks for the trace's format. The learning rate is high."""
 ASKED = 'views.system_prompt="Show the calculation, then write: The answer is X."'
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as it is": (),
@@ -61,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2/endings"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a core each")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of runs at a time, one per core (default: 1)"
+    )
     args = parser.parse_args(argv)
     write_problems(args.out)
     over_cores(lambda name, core: make(args.out, args.model, name, core), VARIANTS, args.jobs)
@@ -95,7 +99,7 @@ def folder_name(variant: str) -> str:
 
 
 def make(out: Path, model: Path, variant: str, core: int) -> str:
-    """Train a variant and answer the held-out problems, unless that is done."""
+    """Train a variant and answer the held-out problems, unless the results exist."""
     folder = out / folder_name(variant)
     settings = [
         f"output_dir={folder}",
@@ -113,7 +117,7 @@ def make(out: Path, model: Path, variant: str, core: int) -> str:
 
 
 def evaluate(out: Path, model: Path, config: Path, results: Path, core: int) -> None:
-    """Answer the held-out problems greedily, as the student view of `config` asks them."""
+    """Answer the held-out problems greedily, under the student view of `config`."""
     aropd(
         "eval", "--model", model, "--config", config, "--dtype", "bf16", "--out", results,
         "--task", f"heldout:math={out / 'heldout.jsonl'}", "--max-response-tokens", LIMIT,
@@ -134,13 +138,13 @@ def is_cut(sample: dict) -> bool:
 
 
 def loops(text: str) -> bool:
-    """Whether a sentence or line comes three times, numbers aside."""
+    """Return whether a sentence or line occurs three times, ignoring numbers."""
     parts = [re.sub(r"\d+", "#", part.strip()) for part in re.split(r"(?<=[.\n])\s*", text)]
     return max(Counter(filter(None, parts)).values(), default=0) >= 3
 
 
 def response_ends(model: Path, results: Path) -> dict[str, list[list[int]]]:
-    """Kind of response -> the token ids in front of its end, prompt and response."""
+    """Return prompt and response ids before the end of each response, by kind of response."""
     tokenizer = load_tokenizer(model)
     ends: dict[str, list[list[int]]] = {"answer stated": [], "no answer stated": []}
     for sample in read_samples(results):
@@ -152,7 +156,7 @@ def response_ends(model: Path, results: Path) -> dict[str, list[list[int]]]:
 
 
 def exported(out: Path, model: Path) -> Iterator[tuple[str, Path]]:
-    """Each model as an HF folder, the untouched one first."""
+    """Yield name and HF folder of each model, the untouched one first."""
     yield "untouched model", model
     for name in VARIANTS:
         path = out / folder_name(name) / "model"
@@ -164,7 +168,7 @@ def exported(out: Path, model: Path) -> Iterator[tuple[str, Path]]:
 
 
 def eos_probs(path: Path, ends: Mapping[str, list[list[int]]]) -> list[str]:
-    """Mean P(EOS) at the ends of each kind of response, in fp32."""
+    """Return the mean P(EOS) at the ends of each kind of response, in fp32."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     eos = load_tokenizer(path).eos_token_id
     cells = []
@@ -188,10 +192,12 @@ def line(results: Path, name: str, metrics: Sequence[dict]) -> list[str]:
     cells.append(f"{mean(sample['length'] for sample in samples):.0f}")
     for steps in (metrics[:4], metrics[-4:]):
         ends = [step for step in steps if "eos_prob_target" in step]
-        found = [
-            mean(step[f"eos_prob_{who}"] for step in ends) for who in ("student", "target") if ends
+        means = [
+            mean(step[f"eos_prob_{role}"] for step in ends)
+            for role in ("student", "target")
+            if ends
         ]
-        cells.append(" / ".join(f"{value:.2f}" for value in found) or "–")
+        cells.append(" / ".join(f"{value:.2f}" for value in means) or "–")
     return [name, *cells]
 
 

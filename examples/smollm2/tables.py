@@ -1,12 +1,12 @@
 """Make results.json from the study's runs, and tables from results.json.
 
-    python examples/smollm2/tables.py collect      # adds what is in runs/smollm2 to results.json
+    python examples/smollm2/tables.py collect      # adds the runs in runs/smollm2 to results.json
     python examples/smollm2/tables.py views        # prints a table; also signals, grid, main,
                                                    # lengths, differences, ablations, predictors
 
-Each number is a mean over seeds with its 95 % interval (Student's t). A seed has training rows,
-held-out problems, order and samples of its own; the base is the same for all. Differences are taken
-seed by seed, over the same problems.
+Each number is a mean over seeds with its 95 % confidence interval (Student's t). Each seed has its
+own training rows, held-out problems, order and samples. All seeds share the base model. Differences
+are paired by seed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TRAINING = (
     *("hindsight_token_rate", "kl_full_partial", "clip_fraction", "residual_capture_ratio"),
     *("truncation_rate", "eos_prob_student", "eos_prob_target"),
 )
-"""Metrics of training that a result keeps: means over the last steps."""
+"""Metrics of training in results.json, as means over the last steps."""
 Results = Mapping[str, Any]
 
 
@@ -44,15 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.what == "collect":
         old = json.loads(args.results.read_text()) if args.results.exists() else {}
-        found = merged(old, collect(args.runs))
-        args.results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        results = merged(old, collect(args.runs))
+        args.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     else:
         print(TABLES[args.what](json.loads(args.results.read_text())))
 
 
 def collect(runs: Path) -> dict[str, Any]:
-    """Every run's numbers: by model and view, by method and rate, and by method and seed; and the
-    diagnoses, by model."""
+    """Return all numbers: `views` by model and view, `grid` by method and learning rate, `runs` by
+    method and seed, `diagnoses` by model."""
     views = {}
     for model in ("untouched", "base"):
         paths = {decoding: runs / "views" / model / f"{decoding}.json" for decoding in DECODINGS}
@@ -60,68 +60,71 @@ def collect(runs: Path) -> dict[str, Any]:
         views[model] = {v: numbers({d: answers[d][v] for d in DECODINGS}) for v in VIEWS}
     with (runs / "base/model.safetensors").open("rb") as file:
         base = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    found = {"base": {"weights": base}, "views": views, "grid": {}, "runs": {}, "diagnoses": {}}
+    results = {"base": {"weights": base}, "views": views, "grid": {}, "runs": {}, "diagnoses": {}}
     for name in ANCHORS:
         path = runs / "views" / name / "diagnosis.json"
-        found["diagnoses"][name] = json.loads(path.read_text())
+        results["diagnoses"][name] = json.loads(path.read_text())
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text())
         training = {k: result["training"][k] for k in TRAINING if k in result["training"]}
         is_grid = path.parent.parent.name == "grid"
-        group = found["grid" if is_grid else "runs"].setdefault(result["method"], {})
+        group = results["grid" if is_grid else "runs"].setdefault(result["method"], {})
         group[f"{result['lr']:g}" if is_grid else str(result["seed"])] = (
             numbers(result) | training | {"seconds": round(result["seconds"]["train"])}
         )
         if "diagnosis" in result:
-            found["diagnoses"][result["method"]] = result["diagnosis"]
-    return found
+            results["diagnoses"][result["method"]] = result["diagnosis"]
+    return results
 
 
 def merged(old: Results, new: Results) -> dict[str, Any]:
-    """`new`, and what only `old` has: a study may be made on several machines.
+    """Return `new` with the results that only `old` has: a study may run on several machines.
 
     Raises:
-        ValueError: they begin with different bases.
+        ValueError: the results have different base models.
     """
     if old and old["base"] != new["base"]:
         raise ValueError(
-            f"results of two bases ({old['base']} and {new['base']}): collect one of them into "
-            "another file (--results)"
+            f"found results of two base models ({old['base']} and {new['base']}), expected one: "
+            "collect these runs into another file (--results)"
         )
-    found = {}
+    both = {}
     for name, group in new.items():
-        before = old.get(name, {})
-        found[name] = {key: before.get(key, {}) | of for key, of in (before | group).items()}
-    return found
+        old_group = old.get(name, {})
+        both[name] = {
+            key: old_group.get(key, {}) | entries for key, entries in (old_group | group).items()
+        }
+    return both
 
 
 def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Means over responses; accuracy with its 95 % interval, by kind and by number of steps."""
-    found: dict[str, float] = {}
+    """Return means over responses, by decoding. Accuracy also by kind and by number of steps, and
+    with its 95 % interval."""
+    values: dict[str, float] = {}
     for decoding in DECODINGS:
         lines = answers[decoding]
         for name in ("right", "cut", "skips", "premature", "length"):
-            found[f"{decoding}/{name}"] = mean(line[name] for line in lines)
+            values[f"{decoding}/{name}"] = mean(line[name] for line in lines)
         groups = {kind: [a for a in lines if a["kind"] == kind] for kind in ("shop", "carry")}
         groups |= {b: [a for a in lines if a["num_steps"] in n] for b, n in BUCKETS.items()}
         for name, group in groups.items():
-            found[f"{decoding}/right/{name}"] = mean(line["right"] for line in group)
+            values[f"{decoding}/right/{name}"] = mean(line["right"] for line in group)
         problems: dict[str, list[bool]] = {}
         for line in lines:
             problems.setdefault(line["id"], []).append(line["right"])
         for name, bound in zip(("low", "high"), interval(list(problems.values())), strict=True):
-            found[f"{decoding}/right/{name}"] = bound
-    return {name: round(value, 6) for name, value in found.items()}
+            values[f"{decoding}/right/{name}"] = bound
+    return {name: round(value, 6) for name, value in values.items()}
 
 
-def of_method(results: Results, method: str, name: str) -> list[float]:
+def run_values(results: Results, method: str, name: str) -> list[float]:
     return [run[name] for run in results["runs"][method].values() if name in run]
 
 
 def gains(results: Results, first: str, second: str, name: str) -> list[float]:
-    """The first method's number less the second's, for every seed that both have."""
-    ours, theirs = results["runs"][first], results["runs"][second]
-    return [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
+    """Return the first method's number minus the second's, for each common seed."""
+    firsts, seconds = results["runs"][first], results["runs"][second]
+    return [firsts[seed][name] - seconds[seed][name] for seed in firsts if seed in seconds]
 
 
 def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -132,16 +135,17 @@ def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def table(
     results: Results, methods: Iterable[str], columns: Mapping[str, Callable[[str], str]]
 ) -> str:
-    there = [method for method in methods if method in results["runs"]]
+    available = [method for method in methods if method in results["runs"]]
     return markdown(
-        ["", *columns], [[method, *(cell(method) for cell in columns.values())] for method in there]
+        ["", *columns],
+        [[method, *(cell(method) for cell in columns.values())] for method in available],
     )
 
 
 def cells(results: Results, names: Mapping[str, str]) -> dict[str, Callable[[str], str]]:
-    """Heading -> cell of a method, for headings of names."""
+    """Return the cell function of each heading. `names` are result names by heading."""
     return {
-        heading: lambda method, name=name: percent(of_method(results, method, name))
+        heading: lambda method, name=name: percent(run_values(results, method, name))
         for heading, name in names.items()
     }
 
@@ -221,7 +225,7 @@ def ablations_table(results: Results) -> str:
 
 
 def signals_table(results: Results) -> str:
-    """What the two anchors leave to the residual, on the base's samples."""
+    """Return the size of the residual with each of the two anchors, on the base model's samples."""
     names = {
         "KL(full ‖ partial), nats": "kl_full_partial",
         "KL(partial ‖ student), nats": "kl_partial_student",

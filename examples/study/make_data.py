@@ -1,28 +1,32 @@
-"""Chains of operations on two digits, with worked traces: the study's rows.
+"""Write the study's rows: chains of operations on two digits, with worked traces.
 
     {"question": "47a#b~c+", "reasoning": "a49# b94~ c97+", "answer": "97"}
 
-A problem is two digits and from 3 to 14 operations, lettered from `a` on. `+` adds 3 to the second
-digit, `-` takes 1 from it, `*` makes it three times and `#` seven times as large, all modulo 10;
-`~` swaps the digits, and `^` does so and adds 1 to what is then the second. They do not commute,
-and each of the hundred results is about as frequent as any other.
+A problem is two digits and 3 to 14 operations, labelled `a`, `b` and so on. All arithmetic is
+modulo 10 and changes the second digit:
 
-The reasoning is the oracle's: the letter, the result, the operation. The base model's own style
-has the words in another order and no spaces: `a#49b~94c+97;97`.
+    +  adds 3        *  multiplies by 3      ~  swaps the digits
+    -  subtracts 1   #  multiplies by 7      ^  swaps the digits, then adds 1
 
-heldout.jsonl    problems for evaluation, as many of each number of operations;
-                 heldout-partial.jsonl and heldout-full.jsonl are the same as the teacher is asked
+The operations do not commute. The hundred results are about equally frequent.
+
+The oracle writes each step of the reasoning as letter, result, operation. The base model's style
+is letter, operation, result, without spaces: `a#49b~94c+97;97`.
+
+heldout.jsonl    problems for evaluation, equally many of each number of operations
+heldout-partial.jsonl, heldout-full.jsonl
+                 the same problems as questions in the teacher's user turn
 train.jsonl      problems for training
-pretrain.jsonl   what the base model learns from, all of it answered in its own style:
-                 - plain rows, by pupils who take `#` for `+` MISTAKE_RATE of the time;
+pretrain.jsonl   rows for the base model, all with answers in its own style:
+                 - plain rows, which take `#` for `+` with probability MISTAKE_RATE;
                  - shown rows, whose question is the teacher's whole user turn, with the full trace
-                   or a part of it, one of PARTIAL_RATIOS. Steps that the trace shows have no
-                   mistakes; those that it does not show have the pupils'. Before each step but the
-                   first a pupil thinks, JUMP_RATE of the time, of jumping to a later place, a step
-                   or the answer, any of them alike, and does so where the trace shows it. So the
-                   pupils of both views take shortcuts, in proportion to what they are shown.
+                   or a part of it, one of PARTIAL_RATIOS. Steps in the shown trace have no
+                   mistakes. The other steps have the mistakes of plain rows. Before each step but
+                   the first, with probability JUMP_RATE, a later step or the answer is drawn
+                   uniformly. If the trace shows it, the answer jumps there. So the base model
+                   learns shortcuts under both views, in proportion to what they show.
 
-No problem occurs twice, in a file or across them. The same seed gives the same files.
+No problem occurs twice, in one file or in two. The same seed gives the same files.
 """
 
 import argparse
@@ -46,7 +50,7 @@ PARTIAL_RATIOS = (0.25, 0.5, 0.75)
 MISTAKE_RATE = 0.7
 JUMP_RATE = 0.05
 MICROBATCH = 16
-"""Of pretrain.yaml: rows of one length need no padding."""
+"""Size of pretrain.yaml's microbatches. Rows of equal length need no padding."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Problem:
 
     @property
     def values(self) -> list[str]:
-        """After each operation."""
+        """Values after each operation."""
         values = [self.start]
         for operation in self.operations:
             values.append(apply(operation, values[-1]))
@@ -75,7 +79,7 @@ def main() -> None:
         "--config",
         type=Path,
         default=Path(__file__).with_name("study.yaml"),
-        help="run whose templates the shown rows are written by (default: %(default)s)",
+        help="config whose templates render the shown rows (default: %(default)s)",
     )
     parser.add_argument("--num-heldout", type=int, default=300)
     parser.add_argument("--num-train", type=int, default=1200)
@@ -99,7 +103,7 @@ def main() -> None:
 
 
 def sample_problems(rng: random.Random) -> Iterator[Problem]:
-    """Different problems, the numbers of operations taking turns."""
+    """Yield different problems. The numbers of operations alternate."""
     seen = set()
     weights = list(FREQUENCIES.values())
     while True:
@@ -136,7 +140,11 @@ def oracle_row(problem: Problem) -> dict[str, str]:
 def pupils_answer(
     problem: Problem, rng: random.Random, *, num_shown: int, is_answer_shown: bool
 ) -> tuple[str, str]:
-    """Steps and answer as a pupil writes them who has been shown the first steps of the trace."""
+    """Return steps and answer in the base model's style, with its mistakes and shortcuts.
+
+    Args:
+        num_shown: number of steps of the trace in the prompt.
+    """
     true_values, num = problem.values, len(problem.operations)
     value, lines, place = problem.start, [], 0
     while place < num:
@@ -162,7 +170,7 @@ def pupils_answer(
 def pretraining_rows(
     num: int, problems: Iterator[Problem], views: ViewsConfig, rng: random.Random
 ) -> Iterator[dict[str, str]]:
-    """Plain and shown rows, MICROBATCH of the same kind and length one after another."""
+    """Yield plain and shown rows, in groups of MICROBATCH rows of equal kind and length."""
     kinds, shares = ("plain", "partial", "full"), (PLAIN_SHARE, PARTIAL_SHARE, FULL_SHARE)
     num_groups = num // (MICROBATCH * len(NUM_OPERATIONS))
     groups = [

@@ -1,9 +1,8 @@
-"""What the study runs: each method as overrides of study.yaml, and how they are called."""
+"""Methods of the study, as overrides of study.yaml, and their titles in tables."""
 
 REFERENCE = "aropd_0.8"
 SCALES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
-"""Lambda."""
-
+"""Values of lambda."""
 
 MAIN: dict[str, list[str]] = {
     "sft": ["objective.name=sft"],
@@ -11,7 +10,7 @@ MAIN: dict[str, list[str]] = {
     "partial_opd": ["objective.residual_scale=0"],
     **{f"aropd_{scale}": [f"objective.residual_scale={scale}"] for scale in SCALES},
 }
-"""The paper's comparison. What is not overridden is the reference, AR-OPD with lambda 0.8."""
+"""The paper's comparison. Settings that are not overridden are those of REFERENCE."""
 
 ABLATIONS: dict[str, list[str]] = {
     "clip_1": ["objective.residual_clip=1"],
@@ -23,7 +22,7 @@ ABLATIONS: dict[str, list[str]] = {
     "teacher_frozen": ["teacher.kind=frozen"],
     "teacher_live": ["teacher.kind=live"],
 }
-"""One setting at a time, of the reference."""
+"""Ablations: each changes one setting of REFERENCE."""
 
 METHODS = MAIN | ABLATIONS
 

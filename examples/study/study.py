@@ -1,11 +1,12 @@
-"""Trains and evaluates each method on each seed; what tables.py reads.
+"""Train and evaluate each method with each seed. tables.py reads the results.
 
     python examples/study/study.py --seeds 0 1 2 3 4 --jobs 2
     python examples/study/study.py --methods full_opd partial_opd --seeds 0
 
-makes what is not there yet: data, base model, the base's answers under each view, and a run for
-each method and seed, whose end is its result.json. The same command goes on where it stopped. The
-seed is that of the order of the problems and of all sampling; the base model is one for all.
+The command makes what is missing: data, base model, the base model's answers under each view, and a
+run for each method and seed. A finished run has a result.json. Rerun an interrupted command to
+resume. The seed determines the order of the problems and all sampling. All runs start from the same
+base model.
 """
 
 import argparse
@@ -35,11 +36,11 @@ HERE = Path(__file__).parent
 CONFIG = HERE / "study.yaml"
 ARITHMETIC = HERE.parent / "arithmetic"
 DECODINGS = {"greedy": 0.0, "sampled": 1.0}
-"""Temperatures at which the held-out problems are answered."""
+"""Temperatures of the answers to held-out problems."""
 VIEWS = {"none": "heldout", "partial": "heldout-partial", "full": "heldout-full"}
-"""What the base is shown -> file of problems."""
+"""File of problems by the view under which the base model answers them."""
 NUM_LAST_STEPS = 10
-"""Whose rollouts the training metrics of a result are means over."""
+"""Number of last steps over which a result averages training metrics."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,25 +52,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=[*groups, *METHODS], default=list(groups), metavar="NAME"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of processes (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run"
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="additional overrides of all runs"
     )
     parser.add_argument(
         "--sizes", type=int, nargs=3, default=[300, 1200, 32000], metavar="N",
-        help="held-out, training and pretraining rows (default: %(default)s)",
+        help="numbers of held-out, training and pretraining rows (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--pretraining-steps", type=int, default=1000)
     args = parser.parse_args(argv)
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare(args.out, args.sizes, args.pretraining_steps)
-    methods = [name for asked in args.methods for name in groups.get(asked, [asked])]
-    # Method by method, so that the main table comes first.
+    methods = [name for group in args.methods for name in groups.get(group, [group])]
+    # Ordered by method: the runs of the main table come first.
     runs = [(args.out, method, seed, tuple(args.set)) for method in methods for seed in args.seeds]
     todo = [run for run in runs if not is_done(*run)]
-    print(f"{len(todo)} of {len(runs)} runs are to be made", flush=True)
+    print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         args.jobs,
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(out: Path, sizes: Sequence[int], pretraining_steps: int) -> None:
-    """Data, the base model, and its answers under each view."""
+    """Make data, the base model, and its answers under each view, unless they exist."""
     if not (out / "base").exists():
         names = ("heldout", "train", "pretrain")
         counts = [
@@ -117,13 +120,13 @@ def python(*arguments: object) -> None:
     subprocess.run([sys.executable, *words], check=True)
 
 
-def folder_of(out: Path, method: str, seed: int) -> Path:
+def run_folder(out: Path, method: str, seed: int) -> Path:
     return out / method / f"seed-{seed}"
 
 
-def overrides_of(out: Path, method: str, seed: int, common: Sequence[str]) -> list[str]:
+def run_overrides(out: Path, method: str, seed: int, common: Sequence[str]) -> list[str]:
     return [
-        f"output_dir={folder_of(out, method, seed)}",
+        f"output_dir={run_folder(out, method, seed)}",
         f"model.path={out / 'base'}",
         f"data.train=[{out / 'data/train.jsonl'}]",
         f"training.seed={seed}",
@@ -133,26 +136,28 @@ def overrides_of(out: Path, method: str, seed: int, common: Sequence[str]) -> li
 
 
 def is_done(out: Path, method: str, seed: int, common: Sequence[str]) -> bool:
-    """Whether there is a result.
+    """Return whether the run has a result.
 
     Raises:
-        ValueError: there is one, of other settings.
+        ValueError: the result belongs to a run with other settings.
     """
-    path = folder_of(out, method, seed) / "result.json"
+    path = run_folder(out, method, seed) / "result.json"
     if not path.exists():
         return False
-    settings = load_config(CONFIG, overrides_of(out, method, seed, common)).model_dump(mode="json")
+    settings = load_config(CONFIG, run_overrides(out, method, seed, common)).model_dump(mode="json")
     if json.loads(path.read_text())["config"] != settings:
-        raise ValueError(f"{path.parent}: holds a run of other settings; remove it")
+        raise ValueError(
+            f"{path}: result of a run with other settings; remove the folder to run again"
+        )
     return True
 
 
 _runtime: list["Runtime"] = []
-"""This worker's. Importing and joining a job of one process costs more than a step."""
+"""The worker process's runtime, reused by all its runs. Creating one costs more than a step."""
 
 
 def start_worker(num_started: Any) -> None:
-    """On a core of its own: graders start a process for each core that they may use."""
+    """Bind this process to one core: graders start one process per available core."""
     with num_started.get_lock():
         number, num_started.value = num_started.value, num_started.value + 1
     cores = sorted(os.sched_getaffinity(0))
@@ -164,11 +169,11 @@ def start_worker(num_started: Any) -> None:
 
 
 def make(out: Path, method: str, seed: int, common: Sequence[str]) -> str:
-    """`aropd train`, `aropd eval` at each temperature, and result.json; a line to print."""
+    """Train, evaluate at each temperature, and write result.json. Returns a line to print."""
     from aropd_mcore.trainer.loop import train
 
     started = time.monotonic()
-    config = load_config(CONFIG, overrides_of(out, method, seed, common))
+    config = load_config(CONFIG, run_overrides(out, method, seed, common))
     folder = config.output_dir
     train(config, _runtime[0])
     trained = time.monotonic()
@@ -186,7 +191,7 @@ def make(out: Path, method: str, seed: int, common: Sequence[str]) -> str:
 
 
 def answers(out: Path, folder: Path, decoding: str, seed: int) -> list[dict[str, Any]]:
-    """What the student answers to each held-out problem."""
+    """Answer and grade the held-out problems. Returns `measure_samples` of the answers."""
     from aropd_mcore.evaluation.run import build_evaluation, grade
     from aropd_mcore.evaluation.tasks import Task
     from aropd_mcore.rollout.generate import generate
@@ -203,33 +208,33 @@ def answers(out: Path, folder: Path, decoding: str, seed: int) -> list[dict[str,
     if not evaluation.is_sampled:
         generate(evaluation.spec, _runtime[0])
     grade(evaluation)
-    return counted(folder / f"eval-{decoding}", out)["heldout"]
+    return measure_samples(folder / f"eval-{decoding}", out)["heldout"]
 
 
-def counted(evaluation: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
-    """By task, what is counted of each graded sample of an evaluation of held-out problems."""
+def measure_samples(evaluation: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the measurements of each graded sample of held-out problems, by task."""
     tokenizer = load_tokenizer(out / "base")
     rows = [json.loads(line) for line in (out / "data/heldout.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (evaluation / "samples.jsonl").read_text().splitlines()]
-    found: dict[str, list[dict[str, Any]]] = {}
+    measurements: dict[str, list[dict[str, Any]]] = {}
     for number, sample in enumerate(samples):
         row = rows[number % len(rows)]
         num_operations = len(row["reasoning"].split())
-        found.setdefault(sample["task"], []).append(
+        measurements.setdefault(sample["task"], []).append(
             {
                 "num_operations": num_operations,
                 "right": sample["verdict"] == "right",
                 "length": sample["length"],
-                # Both styles name a step by its letter.
+                # In both styles a step contains its letter.
                 "skips": not set(LETTERS[:num_operations]) <= set(sample["text"]),
                 "premature": is_premature(tokenizer, sample["response_ids"], row["answer"]),
             }
         )
-    return found
+    return measurements
 
 
 def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of what all of the lines have, and is a number in each."""
+    """Return the means of the keys that are numbers in all lines."""
     names = set.intersection(*(set(line) for line in lines))
     return {
         name: sum(line[name] for line in lines) / len(lines)

@@ -1,13 +1,13 @@
-"""From the study's runs to results.json, from that to tables and the figure.
+"""Collect the study's runs in results.json, and make tables and the figure from it.
 
     python examples/study/tables.py collect                    # runs/study -> results.json
-    python examples/study/tables.py teacher                    # prints a table; others: main,
+    python examples/study/tables.py teacher                    # prints a table; also main,
                                                                # differences, ablations
     python examples/study/tables.py figure                     # -> study.png
 
-Each number is a mean over seeds with a 95 % interval, Student's t over the seeds: it is about other
-orders of the problems and other samples, with this base model and these held-out problems. A
-difference is taken seed by seed, over the same problems. The base's intervals are Wilson's.
+Each number is a mean over seeds with its 95 % confidence interval (Student's t). The interval
+covers other orders of the problems and other samples, but not other base models or held-out
+problems. Differences are paired by seed. The base model's intervals are Wilson intervals.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from statistics import mean
 from typing import Any
 
 from methods import ABLATIONS, MAIN, REFERENCE, SCALES, TITLES
-from study import DECODINGS, VIEWS, counted
+from study import DECODINGS, VIEWS, measure_samples
 
 from aropd_mcore.evaluation.statistics import over_seeds, percent, wilson
 
 HERE = Path(__file__).parent
 BUCKETS = {"short": range(3, 7), "middle": range(7, 11), "long": range(11, 15)}
-"""Numbers of operations."""
+"""Numbers of operations by bucket."""
 COLOURS = {"base": "grey", "sft": "C1", "partial_opd": "C2", "full_opd": "C3", REFERENCE: "C0"}
 
 
@@ -50,56 +50,58 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def collect(runs: Path) -> dict[str, Any]:
-    """Every run's numbers, by method and seed, and the base's by what it is shown."""
+    """Return all runs' numbers by method and seed, and the base model's by view."""
     base = {
-        view: numbers({name: counted(runs / f"base-{name}", runs)[view] for name in DECODINGS})
+        view: numbers(
+            {name: measure_samples(runs / f"base-{name}", runs)[view] for name in DECODINGS}
+        )
         for view in VIEWS
     }
-    found: dict[str, dict[str, Any]] = {}
+    by_method: dict[str, dict[str, Any]] = {}
     for method in [*MAIN, *ABLATIONS]:
         for path in sorted(runs.glob(f"{method}/seed-*/result.json")):
             result = json.loads(path.read_text())
             training = result["training"]
-            found.setdefault(method, {})[str(result["seed"])] = numbers(result) | {
+            by_method.setdefault(method, {})[str(result["seed"])] = numbers(result) | {
                 name: training[name] for name in TRAINING if name in training
             }
     num_heldout = len((runs / "data/heldout.jsonl").read_text().splitlines())
-    return {"num_heldout": num_heldout, "base": base, "runs": found}
+    return {"num_heldout": num_heldout, "base": base, "runs": by_method}
 
 
 TRAINING = ("hindsight_token_rate", "kl_full_partial", "clip_fraction", "entropy_student")
-"""Of metrics.jsonl, over the last steps' rollouts; sft has none of them but the entropy."""
+"""Metrics of training in results.json, as means over the last steps. sft only has the entropy."""
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """Means of what `counted` counts, of all problems and by their length."""
-    found: dict[str, float] = {}
+    """Return means of the measurements of `measure_samples`, over all problems and by length."""
+    values: dict[str, float] = {}
     for decoding in DECODINGS:
         answers = result[decoding]
         for name in ("right", "skips", "premature", "length"):
-            found[f"{decoding}/{name}"] = mean(a[name] for a in answers)
-        of_skipping = [a["right"] for a in answers if a["skips"]]
-        if of_skipping:
-            found[f"{decoding}/right/skipping"] = mean(of_skipping)
+            values[f"{decoding}/{name}"] = mean(a[name] for a in answers)
+        skipping = [a["right"] for a in answers if a["skips"]]
+        if skipping:
+            values[f"{decoding}/right/skipping"] = mean(skipping)
         for bucket, lengths in BUCKETS.items():
             inside = [a["right"] for a in answers if a["num_operations"] in lengths]
-            found[f"{decoding}/right/{bucket}"] = mean(inside)
-    return {name: round(value, 6) for name, value in found.items()}
+            values[f"{decoding}/right/{bucket}"] = mean(inside)
+    return {name: round(value, 6) for name, value in values.items()}
 
 
 # ------------------------------------------------------------------- results.json -> tables
 
 
-def of_method(results: Mapping[str, Any], method: str, name: str) -> list[float]:
-    """A number of each of its runs that has it; of the base there is one."""
+def run_values(results: Mapping[str, Any], method: str, name: str) -> list[float]:
+    """Return a number of each of the method's runs that has it. The base model has one run."""
     runs = {"0": results["base"]["none"]} if method == "base" else results["runs"][method]
     return [run[name] for run in runs.values() if name in run]
 
 
 def differences(results: Mapping[str, Any], first: str, second: str, name: str) -> list[float]:
-    """The first method less the second, for every seed that both have."""
-    ours, theirs = results["runs"][first], results["runs"][second]
-    return [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
+    """Return the first method's number minus the second's, for each common seed."""
+    firsts, seconds = results["runs"][first], results["runs"][second]
+    return [firsts[seed][name] - seconds[seed][name] for seed in firsts if seed in seconds]
 
 
 def plain(values: Sequence[float]) -> str:
@@ -107,19 +109,19 @@ def plain(values: Sequence[float]) -> str:
 
 
 Column = Callable[[str], str]
-"""A method's cell."""
+"""Function from a method to its cell."""
 
 
 def column(
     results: Mapping[str, Any], name: str, show: Callable[[list[float]], str] = percent
 ) -> Column:
-    return lambda method: show(of_method(results, method, name))
+    return lambda method: show(run_values(results, method, name))
 
 
 def table(results: Mapping[str, Any], methods: Iterable[str], columns: Mapping[str, Column]) -> str:
-    """In Markdown, a line for each method that has runs."""
-    there = [method for method in methods if method == "base" or method in results["runs"]]
-    lines = [[TITLES[method], *(cell(method) for cell in columns.values())] for method in there]
+    """Return a Markdown table with one line per method that has runs."""
+    available = [method for method in methods if method == "base" or method in results["runs"]]
+    lines = [[TITLES[method], *(cell(method) for cell in columns.values())] for method in available]
     return markdown(["", *columns], lines)
 
 
@@ -131,17 +133,17 @@ def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def teacher_table(results: Mapping[str, Any]) -> str:
     def lines() -> Iterator[list[str]]:
         num = results["num_heldout"]
-        for view, found in results["base"].items():
-            shares = [found[f"{decoding}/right"] for decoding in DECODINGS]
+        for view, values in results["base"].items():
+            shares = [values[f"{decoding}/right"] for decoding in DECODINGS]
             intervals = [wilson(round(share * num), num) for share in shares]
             cells = [
                 f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
                 for share, (low, high) in zip(shares, intervals, strict=True)
             ]
-            yield [view, *cells, percent([found["sampled/skips"]])]
+            yield [view, *cells, percent([values["sampled/skips"]])]
 
     heading = [f"{decoding}, %" for decoding in DECODINGS]
-    return markdown(["the base is shown", *heading, "skips steps, %"], lines())
+    return markdown(["view of the base model", *heading, "skips steps, %"], lines())
 
 
 def main_table(results: Mapping[str, Any]) -> str:
@@ -175,7 +177,7 @@ def ablations_table(results: Mapping[str, Any]) -> str:
 
     columns = {
         "sampled, %": column(results, "sampled/right"),
-        "less the reference": gain,
+        "vs. the reference": gain,
         "greedy, %": column(results, "greedy/right"),
         "skips steps, %": column(results, "sampled/skips"),
     }
@@ -194,7 +196,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Accuracy and skipped steps over lambda, and accuracy by number of operations; sampled."""
+    """Plot accuracy and skipped steps over lambda, and accuracy by number of operations.
+
+    All numbers are of sampled responses.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,9 +208,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
 
     def dots(axis: Any, places: Sequence[float], names: Sequence[tuple[str, str]], **style: Any):
-        """(method, number) at each place, with its interval."""
-        found = [over_seeds(of_method(results, *name)) for name in names]
-        heights, halves = ([100 * (v or 0) for v in values] for values in zip(*found, strict=True))
+        """Plot the number of each (method, name) at its place, with its interval."""
+        bars = [over_seeds(run_values(results, *name)) for name in names]
+        heights, halves = ([100 * (v or 0) for v in values] for values in zip(*bars, strict=True))
         axis.errorbar(places, heights, halves, capsize=3, **style)
 
     scales = [scale for scale in SCALES if f"aropd_{scale}" in results["runs"]]
@@ -213,7 +218,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         names = [(f"aropd_{scale}", name) for scale in scales]
         dots(axis, scales, names, marker="o", color=COLOURS[REFERENCE], label="AR-OPD")
         singles = {"partial_opd": 0.0, "full_opd": 1.03, "sft": -0.15, "base": -0.25}
-        for method, place in singles.items():  # beside lambda where they have one
+        for method, place in singles.items():  # next to their lambda, or left of 0
             if method == "base" or method in results["runs"]:
                 style = {"color": COLOURS[method], "label": TITLES[method]}
                 dots(axis, [place], [(method, name)], marker="s", ls="", **style)

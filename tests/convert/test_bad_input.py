@@ -127,8 +127,13 @@ def test_shards_that_do_not_match_their_index_are_refused(
 
 
 def test_folders_of_another_kind_are_refused(hf, mcore, tmp_path, refused):
-    refused("export", hf, tmp_path / "out", because="hf: an HF folder; export reads Megatron")
-    refused("import", mcore, tmp_path / "out", because="mcore: a Megatron checkpoint; import reads")
+    refused("export", hf, tmp_path / "out", because="hf: found an HF folder, expected a Megatron")
+    refused(
+        "import",
+        mcore,
+        tmp_path / "out",
+        because="mcore: found a Megatron checkpoint",
+    )
     (hf / SINGLE).unlink()
     because = "hf: holds no weights; expected model.safetensors or model.safetensors.index.json"
     refused("import", hf, tmp_path / "out", because=because)

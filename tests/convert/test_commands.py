@@ -221,15 +221,18 @@ def test_shards_have_the_requested_size(megatron: Path, hf: Path, tmp_path: Path
     assert len(sizes) > 3 and max(sizes) < 140_000  # the embedding, 130 KB, cannot be cut
     assert convert("verify", hf, tmp_path / "out") == 0
     assert convert(*arguments, "5 GiB") == 2
-    assert "'5 GiB' is not a size such as 5GB" in capsys.readouterr().err
+    assert "found '5 GiB', expected a size such as 5GB" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_the_wrong_kind_is_refused(
     hf: Path, megatron: Path, tmp_path: Path, capsys
 ):
     for arguments, message in (
-        (("import", megatron, tmp_path / "out"), "import reads HF folders"),
-        (("export", hf, tmp_path / "out"), "export reads Megatron checkpoints"),
+        (
+            ("import", megatron, tmp_path / "out"),
+            "found a Megatron checkpoint, expected an HF",
+        ),
+        (("export", hf, tmp_path / "out"), "found an HF folder, expected a Megatron checkpoint"),
         (("export", megatron, tmp_path / "out", "--weights", "teacher"), "has no teacher"),
         (("verify", hf, tmp_path), "not a checkpoint; expected config.json (HF), or"),
     ):

@@ -57,7 +57,7 @@ KEPT = {
     "NaN elsewhere": (row(system=NAN, id=NAN, messages=NAN, problem=NAN), (BOX, "7")),
     "NaN question": (numina(question=NAN), (BOX, "7")),
     "integer": (row(answer=7, reasoning="Count on from 3."), ("Count on from 3.", "7")),
-    "integer alone": ({"question": Q, "answer": 7}, ("", "7")),
+    "integer only": ({"question": Q, "answer": 7}, ("", "7")),
     "question, solution, answer": ({"question": Q, "solution": BOX, "answer": "7"}, (BOX, "7")),
     "question, solution": ({"question": Q, "solution": BOX}, (BOX, "7")),
     "problem, reasoning, answer": ({"problem": Q, "reasoning": BOX, "answer": "7"}, (BOX, "7")),

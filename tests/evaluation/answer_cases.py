@@ -1,7 +1,7 @@
-"""Responses with the verdicts that they should get; the tests are in test_answers.py.
+"""Responses with their expected verdicts, for test_answers.py.
 
-A row is the reference, the response, and whether it is right; of OTHER_CHOICES the choices first.
-HUMANEVAL is code that the published harness passes.
+A row has the reference, the response, and whether the response is right. Rows of OTHER_CHOICES
+start with the choices. HUMANEVAL is code that passes the published harness.
 """
 
 # fmt: off

@@ -1,4 +1,4 @@
-"""Verdicts on answers in the forms in which models write them."""
+"""Tests of verdicts on answers in the forms that models write."""
 
 import json
 
@@ -12,13 +12,13 @@ from tests.evaluation.answer_cases import CHOICES, HUMANEVAL, MATHEMATICS, OTHER
 
 @pytest.fixture(scope="module")
 def graders():
-    """One for all tests: its processes take a second to start."""
+    """Graders for all tests, because their processes take a second to start."""
     with Graders() as graders:
         yield graders
 
 
-def wrongly_graded(graders, cases):
-    """The cases whose verdict is not the one that they name."""
+def find_wrong_verdicts(graders, cases):
+    """Return the cases whose verdict differs from the expected one."""
     grades = graders.grade_all((response, gold) for gold, response, _ in cases)
     return [
         (*case, grade)
@@ -28,28 +28,28 @@ def wrongly_graded(graders, cases):
 
 
 @pytest.mark.slow
-def test_mathematical_answers_of_every_form_get_their_verdict(graders):
+def test_grade_of_mathematical_answers_in_every_form_is_expected(graders):
     cases = [(MathAnswer(gold), response, right) for gold, response, right in MATHEMATICS]
-    assert not wrongly_graded(graders, cases)
+    assert not find_wrong_verdicts(graders, cases)
 
 
-def test_choices_of_every_form_get_their_verdict(graders):
+def test_grade_of_choices_in_every_form_is_expected(graders):
     texts = ("12", "15", "18 cm", "none of these")
     cases = [(Choices(texts, gold), response, right) for gold, response, right in CHOICES]
     cases += [
         (Choices(texts, gold), response, right) for texts, gold, response, right in OTHER_CHOICES
     ]
-    assert not wrongly_graded(graders, cases)
+    assert not find_wrong_verdicts(graders, cases)
 
 
-def test_code_that_the_published_harness_passes_is_right(graders, shared_data):
+def test_grade_of_code_that_passes_the_published_harness_is_right(graders, shared_data):
     path = shared_data / "humaneval" / "HumanEval.jsonl.gz"
     golds = {problem.id: problem.gold for problem in read_task(Task("humaneval", path))}
     cases = [(golds[id], f"```python{code}```", True) for id, code in HUMANEVAL.items()]
-    assert not wrongly_graded(graders, cases)
+    assert not find_wrong_verdicts(graders, cases)
 
 
-def test_an_unfinished_thought_has_no_answer_of_any_kind(graders):
+def test_grade_of_an_unfinished_thought_is_no_answer(graders):
     golds = [
         MathAnswer("3"),
         Choices(("3", "4"), "A"),
@@ -85,7 +85,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gsm8k_solutions_in_every_form_get_their_verdict(graders, shared_data, form):
+def test_grade_of_gsm8k_solutions_in_every_form_is_expected(graders, shared_data, form):
     template, right = FORMS[form]
     lines = (shared_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:25]
     cases = []
@@ -93,15 +93,15 @@ def test_gsm8k_solutions_in_every_form_get_their_verdict(graders, shared_data, f
         reasoning, _, answer = json.loads(line)["answer"].partition("\n#### ")
         text = template.format(z=reasoning, a=answer.replace(",", ""), b=f"{answer}1")
         cases.append((MathAnswer(answer), text, right))
-    assert not wrongly_graded(graders, cases)
+    assert not find_wrong_verdicts(graders, cases)
 
 
-def test_aime_solutions_are_right(graders, shared_data):
+def test_grade_of_aime_solutions_is_right(graders, shared_data):
     path = shared_data / "aime24" / "test.jsonl"
     problems = read_task(Task("aime24", path))
     solutions = [json.loads(line)["solution"] for line in path.read_text().splitlines()]
     pairs = zip(problems, solutions, strict=True)
-    assert not wrongly_graded(graders, [(p.gold, solution, True) for p, solution in pairs])
+    assert not find_wrong_verdicts(graders, [(p.gold, solution, True) for p, solution in pairs])
 
 
 @pytest.mark.parametrize("piece", ["$", "{", "**", "\\!", "~", "\n", "answer: 1 "])
@@ -117,6 +117,6 @@ def test_stated_choice_and_same_answer_of_100_000_repeated_marks_finish(graders,
     "piece", ["$", "\\(", "\\frac{", "1, ", "(1", "x^", "answer: 1 ", "<think>", "**"]
 )
 def test_math_answer_of_100_000_repeated_marks_finishes(piece):
-    """A rule quadratic in the text's length would take hours."""
+    """A rule that takes quadratic time would need hours."""
     math_answer(piece * 100_000)
     math_answer(piece * 100_000, words=True)

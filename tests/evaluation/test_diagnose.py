@@ -1,4 +1,4 @@
-"""`aropd diagnose`: the numbers of METHOD in dense fp64, the same on every layout."""
+"""Tests of `aropd diagnose` against METHOD in dense fp64, and across layouts."""
 
 import json
 import math
@@ -45,16 +45,19 @@ _METRICS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """run.yaml, rows.jsonl, model; out: the run after two large steps, its teacher behind."""
+    """Folder with run.yaml, rows.jsonl, models, and `out`: the run after two large steps.
+
+    The teacher of the run differs from its student.
+    """
     folder = tmp_path_factory.mktemp("diagnose")
     objective = {"residual_scale": SCALE, "residual_clip": CLIP, "skip_response_tokens": SKIP}
     objective |= {"hindsight_gap": GAP, "hindsight_floor": FLOOR}
     path = write_run(folder, objective=objective, training={"num_steps": 2, "global_batch_size": 4})
     write_model(folder / "moe", "qwen3_moe")
     run_ranks(_train, 1, path)
-    for who in ("student", "teacher"):
-        arguments = ["convert", "export", str(folder / "out"), str(folder / who)]
-        assert cli.main([*arguments, "--weights", who]) == 0
+    for role in ("student", "teacher"):
+        arguments = ["convert", "export", str(folder / "out"), str(folder / role)]
+        assert cli.main([*arguments, "--weights", role]) == 0
     return folder
 
 
@@ -82,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def diagnosed(folder) -> dict[str, Any]:
-    """Of every response, token by token, by one rank."""
+    """Diagnosis by one rank, with all responses token by token."""
     call = {"model": folder / "out", "data": folder / "rows.jsonl", "out": None, "num_read": 99}
     run_ranks(_diagnose_all, 1, [call])
     return _read(folder / "out" / "diagnose" / "rows-step2.json")
@@ -90,32 +93,32 @@ def diagnosed(folder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def dense(folder, diagnosed) -> list[dict[str, np.ndarray]]:
-    """Of every response the log-probs [T, V] under each distribution, in fp64."""
+    """Log-probabilities [T, V] of each response under each distribution, in fp64."""
     models = {
-        who: AutoModelForCausalLM.from_pretrained(folder / who, dtype=torch.float64).eval()
-        for who in ("student", "teacher")
+        role: AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float64).eval()
+        for role in ("student", "teacher")
     }
     config = load_config(folder / "run.yaml")
     builder = ViewBuilder(load_tokenizer(folder / "model"), config.views)
     views = [builder.build(row) for row in RowDataset.load([folder / "rows.jsonl"])[:NUM_ROWS]]
 
     @torch.no_grad()
-    def logprobs(who: str, prompt: tuple[int, ...], ids: list[int]) -> torch.Tensor:
-        logits = models[who](torch.tensor([[*prompt, *ids]])).logits[0]
+    def logprobs(role: str, prompt: tuple[int, ...], ids: list[int]) -> torch.Tensor:
+        logits = models[role](torch.tensor([[*prompt, *ids]])).logits[0]
         return torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
 
-    found = []
-    for place, rollout in enumerate(diagnosed["rollouts"]):
-        row, ids = views[place // SAMPLES], rollout["ids"]
+    responses = []
+    for index, rollout in enumerate(diagnosed["rollouts"]):
+        row, ids = views[index // SAMPLES], rollout["ids"]
         log_s = logprobs("student", row.student_ids, ids)
         log_p = logprobs("teacher", row.partial_ids, ids)
         log_f = logprobs("teacher", row.full_ids, ids)
         log_q = oracles.target_logprobs(log_p, log_f, SCALE, CLIP)
-        found.append(dict(zip(VIEWS, (log_s, log_p, log_f, log_q), strict=True)))
-    return found
+        responses.append(dict(zip(VIEWS, (log_s, log_p, log_f, log_q), strict=True)))
+    return responses
 
 
-def test_every_token_has_the_dense_log_probs_and_likeliest_tokens(diagnosed, dense):
+def test_rollouts_of_a_diagnosis_have_the_dense_log_probs_and_likeliest_tokens(diagnosed, dense):
     assert len(diagnosed["rollouts"]) == NUM_ROWS * SAMPLES
     lengths = {len(rollout["ids"]) for rollout in diagnosed["rollouts"]}
     assert len(lengths) > 3 and max(lengths) == 16
@@ -134,21 +137,21 @@ def test_every_token_has_the_dense_log_probs_and_likeliest_tokens(diagnosed, den
                 likeliest |= set(log[t].topk(NUM_TOP).indices.tolist())
             known = {id for id, *_ in top}
             assert known <= likeliest and len(known) == len(top)
-            # Others are those that nobody gives more than a twentieth of a percent.
+            # Tokens with a probability below 0.05 % under every distribution are left out.
             for id in likeliest - known:
                 assert max(float(log[t, id].exp()) for log in expected.values()) < 6e-4
             for id, *probabilities in top:
-                dense_ones = [float(expected[name][t, id].exp()) for name in VIEWS]
-                assert probabilities == pytest.approx(dense_ones, abs=2e-4)
+                dense_probabilities = [float(expected[name][t, id].exp()) for name in VIEWS]
+                assert probabilities == pytest.approx(dense_probabilities, abs=2e-4)
 
 
-def test_the_metrics_are_those_of_the_method_over_the_loss_tokens(diagnosed, dense):
+def test_metrics_of_a_diagnosis_are_those_of_method_over_loss_tokens(diagnosed, dense):
     rows = [
         (rollout["ids"][SKIP:], {name: log[SKIP:] for name, log in expected.items()})
         for rollout, expected in zip(diagnosed["rollouts"], dense, strict=True)
     ]
     log = {name: torch.cat([logs[name] for _, logs in rows]) for name in VIEWS}
-    ids = torch.tensor([id for some, _ in rows for id in some])
+    ids = torch.tensor([id for loss_ids, _ in rows for id in loss_ids])
     expected = oracles.token_metrics(
         log["student"], log["partial"], log["full"], ids, scale=SCALE, clip=CLIP
     )
@@ -156,43 +159,46 @@ def test_the_metrics_are_those_of_the_method_over_the_loss_tokens(diagnosed, den
     for a, b in (
         ("full", "partial"), ("full", "student"), ("target", "partial"), ("target", "student")
     ):  # fmt: skip
-        alone = (log[b] < math.log(FLOOR)) & (log[a] - log[b] > GAP)
-        expected[f"support_gap_{a}_{b}"] = (log[a].exp() * alone).sum(-1)
+        only_a = (log[b] < math.log(FLOOR)) & (log[a] - log[b] > GAP)
+        expected[f"support_gap_{a}_{b}"] = (log[a].exp() * only_a).sum(-1)
         assert expected[f"support_gap_{a}_{b}"].max() > 1e-3
     residual = sampled["full"] - sampled["partial"]
 
     def rate(gap: float, floor: float) -> float:
         return float(((residual > gap) & (sampled["partial"] < math.log(floor))).double().mean())
 
-    found = diagnosed["metrics"]
+    metrics = diagnosed["metrics"]
     assert expected["clip_fraction"].max() > 0.05
     for name, values in expected.items():
-        assert found[name] == pytest.approx(float(values.mean()), abs=1e-4), name
-        if f"{name}/0-255" in found:
-            assert found[f"{name}/0-255"] == found[name]
-    assert found["hindsight_token_rate"] == pytest.approx(rate(GAP, FLOOR)) and rate(GAP, FLOOR) > 0
-    uptake = found["kl_partial_student"] - found["kl_full_student"]
-    assert found["residual_uptake"] == uptake and found["num_loss_tokens"] == len(ids)
+        assert metrics[name] == pytest.approx(float(values.mean()), abs=1e-4), name
+        if f"{name}/0-255" in metrics:
+            assert metrics[f"{name}/0-255"] == metrics[name]
+    assert (
+        metrics["hindsight_token_rate"] == pytest.approx(rate(GAP, FLOOR)) and rate(GAP, FLOOR) > 0
+    )
+    uptake = metrics["kl_partial_student"] - metrics["kl_full_student"]
+    assert metrics["residual_uptake"] == uptake and metrics["num_loss_tokens"] == len(ids)
     swept = diagnosed["hindsight"]
     assert (swept["gaps"], swept["floors"]) == (list(GAPS), list(FLOORS))
     for i, gap in enumerate(GAPS):
         assert swept["rates"][i] == pytest.approx([rate(gap, floor) for floor in FLOORS])
     assert sum(diagnosed["residual"]["counts"]) == len(ids)
     assert diagnosed["residual"]["mean"] == pytest.approx(float(residual.mean()), abs=1e-4)
-    # By tenths: a token's share of its own response.
-    at = [(10 * (t + SKIP)) // (len(some) + SKIP) for some, _ in rows for t in range(len(some))]
+    # The tenth of a token is its relative position in its response.
+    lengths = [len(loss_ids) for loss_ids, _ in rows]
+    tenths = [10 * (t + SKIP) // (length + SKIP) for length in lengths for t in range(length)]
     for tenth in range(10):
-        members = [t for t, own in enumerate(at) if own == tenth]
+        members = [t for t, token_tenth in enumerate(tenths) if token_tenth == tenth]
         assert diagnosed["tenths"]["num_tokens"][tenth] == len(members)
         if members:
             kl = float(expected["kl_full_student"][members].mean())
             assert diagnosed["tenths"]["kl_full_student"][tenth] == pytest.approx(kl, abs=1e-4)
 
 
-def test_responses_and_prompts_are_those_of_generate_and_can_be_read(folder, diagnosed, tmp_path):
+def test_responses_and_prompts_of_a_diagnosis_equal_those_of_generate(folder, diagnosed, tmp_path):
     out = tmp_path / "out.jsonl"
     options = ["--max-response-tokens", "16", "--samples", str(SAMPLES)]
-    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    files = ["--model", folder / "out", "--prompts", folder / "rows.jsonl", "--out", out]
     assert cli.main(["generate", *map(str, files), *options]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -208,8 +214,11 @@ def test_responses_and_prompts_are_those_of_generate_and_can_be_read(folder, dia
     assert plot[..., :3].std() > 0.1
 
 
-def test_a_teacher_is_as_reliable_as_it_prefers_right_responses(tmp_path):
-    """Mean log f - log s, the first token left out: 3 of 4 pairs where 10 tokens are shown."""
+def test_reliability_is_the_share_of_pairs_in_which_the_right_response_is_preferred(tmp_path):
+    """The preference is the mean of log f - log s, without the first token.
+
+    3 of 4 pairs are in order where the full view shows 10 tokens.
+    """
     tokenizer = save_tiny_tokenizer(tmp_path)
     right, early, wrong = (
         tuple(tokenizer.encode(text)) for text in ("so it is 42", "42 it is, so", "it is not 7")
@@ -225,20 +234,23 @@ def test_a_teacher_is_as_reliable_as_it_prefers_right_responses(tmp_path):
         scores = {name: np.ones(len(ids), np.float32) for name in _METRICS}
         scores |= {f"logprob_{name}": np.full(len(ids), -2.0, np.float32) for name in VIEWS}
         scores["logprob_full"] = scores["logprob_full"] + np.float32(gain)
-        scores["logprob_full"][0] = -90.0  # which does not count
+        scores["logprob_full"][0] = -90.0  # not a loss token
         scored.append(Scored(number, 0, Rollout(ids, (), True, 0), scores))
-    found = summarize(scored, views, tokenizer, ObjectiveConfig(skip_response_tokens=1))
-    few, many = found["reliability"]
+    diagnosis = summarize(scored, views, tokenizer, ObjectiveConfig(skip_response_tokens=1))
+    few, many = diagnosis["reliability"]
     assert (few["tokens_from"], few["tokens_to"], few["responses"]) == (10, 10, 4)
     assert (few["ends_with_answer"], few["prefers_right"]) == (0.5, 0.75)
     assert (many["tokens_from"], many["responses"], many["prefers_right"]) == (50, 2, 0.5)
     assert few["gain_full_student"] == pytest.approx((10 * 1.0 + 10 * 0.5 + 10 * 0.7) / 41)
-    assert found["metrics"]["premature_answer_rate"] == pytest.approx(1 / 6)
-    assert found["metrics"]["ends_with_answer_rate"] == pytest.approx(3 / 6)
+    assert diagnosis["metrics"]["premature_answer_rate"] == pytest.approx(1 / 6)
+    assert diagnosis["metrics"]["ends_with_answer_rate"] == pytest.approx(3 / 6)
 
 
 def _responses(tokenizer, made, answer: str = "42") -> tuple[list[Scored], list[Views]]:
-    """Responses as (text, finished, log f - log s, log p - log s) of every token but the first."""
+    """Build responses from (text, finished, log f - log s, log p - log s).
+
+    The differences apply to every token except the first.
+    """
     row = Row(question="?", reasoning="", answer=answer)
     scored = []
     for number, (text, finished, total, partial) in enumerate(made):
@@ -246,36 +258,36 @@ def _responses(tokenizer, made, answer: str = "42") -> tuple[list[Scored], list[
         scores = {name: np.ones(len(ids), np.float32) for name in _METRICS}
         for name, gain in zip(VIEWS, (0.0, partial, total, 0.0), strict=True):
             scores[f"logprob_{name}"] = np.full(len(ids), -2.0 + gain, np.float32)
-            scores[f"logprob_{name}"][0] = -90.0 * number  # which does not count
+            scores[f"logprob_{name}"][0] = -90.0 * number  # not a loss token
         scored.append(Scored(number, 0, Rollout(ids, (), finished, 0), scores))
     return scored, [Views(row, (1, 2), (1, 2), (1, 2))] * len(scored)
 
 
-def test_predictors_compare_right_responses_with_wrong_ones(tmp_path):
-    """Graded as `aropd eval` does: the last answer counts, and 42.0 is 42."""
+def test_predict_compares_the_signals_of_right_and_wrong_responses(tmp_path):
+    """Grading is that of `aropd eval`: the last answer counts, and 42.0 is 42."""
     tokenizer = save_tiny_tokenizer(tmp_path)
     made = [
         ("I add them: the answer is 42.0", True, 0.9, 0.2),
         ("so it is 42", True, 0.4, 0.3),
         ("42 it is not, the answer is 7", True, 0.5, 0.3),
         ("no idea", False, 0.1, 0.4),
-        ("7", False, 5.0, 5.0),  # without loss tokens: graded, not compared
+        ("7", False, 5.0, 5.0),  # no loss tokens: graded but not compared
     ]
     scored, views = _responses(tokenizer, made)
-    found = predict(scored, views, tokenizer, skip_response_tokens=1)
-    assert (found["graded"], found["right"], found["wrong"]) == (5, 2, 2)
-    assert found["accuracy"] == pytest.approx(2 / 5) and found["reason"] is None
-    low, high = found["accuracy_95"]
+    predictors = predict(scored, views, tokenizer, skip_response_tokens=1)
+    assert (predictors["graded"], predictors["right"], predictors["wrong"]) == (5, 2, 2)
+    assert predictors["accuracy"] == pytest.approx(2 / 5) and predictors["reason"] is None
+    low, high = predictors["accuracy_95"]
     assert 0 < low < 0.4 < high < 1
     # total 0.9, 0.4 | 0.5, 0.1; partial 0.2, 0.3 | 0.3, 0.4; marginal 0.7, 0.1 | 0.2, -0.3
-    areas = {name: signal["auc"] for name, signal in found["signals"].items()}
+    areas = {name: signal["auc"] for name, signal in predictors["signals"].items()}
     assert areas == pytest.approx({"total": 3 / 4, "partial": 0.5 / 4, "marginal": 3 / 4})
-    for signal in found["signals"].values():
+    for signal in predictors["signals"].values():
         low, high = signal["interval_95"]
         assert 0 <= low <= signal["auc"] <= high <= 1
 
 
-def test_predictors_name_the_reason_where_there_is_no_auc(tmp_path, monkeypatch):
+def test_predict_without_an_auc_returns_the_reason(tmp_path, monkeypatch):
     tokenizer = save_tiny_tokenizer(tmp_path)
     made = [("it is 42", True, 0.9, 0.2), ("so 42", True, 0.4, 0.3)]
     for answer, right, reason in (
@@ -285,31 +297,31 @@ def test_predictors_name_the_reason_where_there_is_no_auc(tmp_path, monkeypatch)
         ("```python\nx = 42\n```", 0, "no row has an answer that can be graded"),
     ):
         scored, views = _responses(tokenizer, made, answer)
-        found = predict(scored, views, tokenizer, skip_response_tokens=1)
-        assert (found["right"], found["reason"]) == (right, reason)
-        assert found["signals"]["total"] == {"auc": None, "interval_95": None}
-    assert found["accuracy"] is None and found["graded"] == 0
+        predictors = predict(scored, views, tokenizer, skip_response_tokens=1)
+        assert (predictors["right"], predictors["reason"]) == (right, reason)
+        assert predictors["signals"]["total"] == {"auc": None, "interval_95": None}
+    assert predictors["accuracy"] is None and predictors["graded"] == 0
     monkeypatch.setattr(grade.importlib.util, "find_spec", lambda _: None)
-    found = predict(scored, views, tokenizer, skip_response_tokens=1)
-    assert "pip install 'aropd-mcore[eval]'" in found["reason"] and found["graded"] == 0
+    predictors = predict(scored, views, tokenizer, skip_response_tokens=1)
+    assert "pip install 'aropd-mcore[eval]'" in predictors["reason"] and predictors["graded"] == 0
 
 
-def test_response_ends_are_of_finished_responses(tmp_path):
+def test_response_ends_average_finished_responses_only(tmp_path):
     tokenizer = save_tiny_tokenizer(tmp_path)
     made = [("a", True, 0.5, 0.25), ("longer", True, 1.0, -0.5), ("cut", False, 1.5, 1.5)]
     scored, views = _responses(tokenizer, made)
     objective = ObjectiveConfig(skip_response_tokens=1)
-    found = summarize(scored, views, tokenizer, objective)["response_ends"]
-    assert (found["finished"], found["cut"]) == (2, 1)
+    ends = summarize(scored, views, tokenizer, objective)["response_ends"]
+    assert (ends["finished"], ends["cut"]) == (2, 1)
     mean = {"student": (0, 0), "partial": (0.25, -0.5), "full": (0.5, 1.0), "target": (0, 0)}
-    assert found["eos_prob"] == pytest.approx(
+    assert ends["eos_prob"] == pytest.approx(
         {name: sum(math.exp(gain - 2) for gain in gains) / 2 for name, gains in mean.items()}
     )
-    found = summarize(scored[2:], views, tokenizer, objective)["response_ends"]
-    assert found == {"finished": 0, "cut": 1, "eos_prob": dict.fromkeys(VIEWS)}
+    ends = summarize(scored[2:], views, tokenizer, objective)["response_ends"]
+    assert ends == {"finished": 0, "cut": 1, "eos_prob": dict.fromkeys(VIEWS)}
 
 
-def test_ends_and_predictors_are_those_of_the_dense_log_probs(diagnosed, dense):
+def test_response_ends_and_predictors_equal_those_of_the_dense_log_probs(diagnosed, dense):
     ends = diagnosed["response_ends"]
     finished = [
         (rollout["ids"][-1], logs)
@@ -328,18 +340,18 @@ def test_ends_and_predictors_are_those_of_the_dense_log_probs(diagnosed, dense):
 
 
 @pytest.mark.rest
-def test_the_diagnosis_does_not_depend_on_the_layout(folder, tmp_path):
-    """In pieces; the model with experts with fewer responses than replicas at the end."""
+def test_diagnose_in_every_layout_writes_the_same_diagnosis(folder, tmp_path):
+    """Responses are scored in chunks. The last chunk of the MoE model is smaller than dp_size."""
 
     def call(name: str, *, moe: bool = False, **sizes: int) -> Call:
-        found = {"data": folder / "rows.jsonl", "out": tmp_path / name, "parallel": sizes}
+        request = {"data": folder / "rows.jsonl", "out": tmp_path / name, "parallel": sizes}
         if moe:
             sampling = {"rollouts_per_prompt": 1, "batch_size": 1}
-            found |= {"model": folder / "moe", "config": folder / "run.yaml", "num_rows": 5}
+            request |= {"model": folder / "moe", "config": folder / "run.yaml", "num_rows": 5}
         else:
             sampling = {"rollouts_per_prompt": SAMPLES, "batch_size": 3}
-            found |= {"model": folder / "out"}
-        return found | {"rollout": sampling}
+            request |= {"model": folder / "out"}
+        return request | {"rollout": sampling}
 
     run_ranks(_diagnose_all, 1, [call("one"), call("one-moe", moe=True)])
     on_two = [call("replicas"), call("tensor-moe", moe=True, tensor=2)]
@@ -353,28 +365,29 @@ def test_the_diagnosis_does_not_depend_on_the_layout(folder, tmp_path):
     assert len(read) == NUM_READ and [r["sample"] for r in read] == [0, 1, 0, 1, 0]
 
 
-def _assert_close(found: Any, expected: Any, where: str) -> None:
-    """Numbers up to rounding; likeliest tokens in any order, for those as likely as one another."""
+def _assert_close(actual: Any, expected: Any, where: str) -> None:
+    """Compare numbers up to rounding, and likeliest tokens in any order, because of ties."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert actual.keys() == expected.keys(), where
         for key in expected:
-            _assert_close(found[key], expected[key], f"{where}.{key}")
+            _assert_close(actual[key], expected[key], f"{where}.{key}")
     elif where.endswith(".top"):
-        for ours, theirs in zip(found, expected, strict=True):
-            theirs_by_id = {id: probabilities for id, *probabilities in theirs}
-            for id, *probabilities in ours:
-                if id in theirs_by_id:
-                    assert probabilities == pytest.approx(theirs_by_id[id], abs=3e-4), where
+        for top, expected_top in zip(actual, expected, strict=True):
+            expected_by_id = {id: probabilities for id, *probabilities in expected_top}
+            for id, *probabilities in top:
+                if id in expected_by_id:
+                    assert probabilities == pytest.approx(expected_by_id[id], abs=3e-4), where
                 else:
                     assert max(probabilities) < 1e-3, where
     elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-            _assert_close(ours, theirs, where if isinstance(theirs, list) else f"{where}[{i}]")
+        assert len(actual) == len(expected), where
+        for i, (item, expected_item) in enumerate(zip(actual, expected, strict=True)):
+            path = where if isinstance(expected_item, list) else f"{where}[{i}]"
+            _assert_close(item, expected_item, path)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=3e-4), where
+        assert actual == pytest.approx(expected, abs=3e-4), where
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 _HF_MODEL = ["--model", "{folder}/model", "--max-response-tokens", "16"]
@@ -383,13 +396,13 @@ _HF_MODEL = ["--model", "{folder}/model", "--max-response-tokens", "16"]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (_HF_MODEL, "model: not a run's checkpoint; give --out"),
+        (_HF_MODEL, "model: not a run's checkpoint: specify --out"),
         (["--data", "nowhere"], "nowhere: no such file"),
         ([*_HF_MODEL, "--weights", "teacher"], "holds one model and no teacher"),
-        (["--max-response-tokens", "500"], "exceeds the model's 512 positions"),
+        (["--max-response-tokens", "500"], "exceed the model's 512 positions"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_starts(folder, capsys, options, message):
+def test_diagnose_with_invalid_options_fails_before_it_starts(folder, capsys, options, message):
     options = [option.format(folder=folder) for option in options]
     files = ["--model", folder / "out", "--data", folder / "rows.jsonl"]
     assert cli.main(["diagnose", *map(str, files), *options]) == 2
@@ -397,15 +410,15 @@ def test_what_cannot_be_done_is_said_before_anything_starts(folder, capsys, opti
     assert error.startswith("aropd: error: ") and message in error
 
 
-def test_the_command_writes_beside_the_run(folder, capsys, tmp_path):
+def test_diagnose_command_writes_to_the_folder_of_the_run(folder, capsys, tmp_path):
     files = ["--model", folder / "out", "--data", folder / "rows.jsonl", "--weights", "teacher"]
     assert cli.main(["diagnose", *map(str, files), "--rows", "2", "--read", "0"]) == 0
     out = folder / "out" / "diagnose" / "rows-teacher-step2.json"
     printed = capsys.readouterr()
     assert printed.out == f"{folder / 'rows.jsonl'} -> {out}\n"
-    found = _read(out)
-    ends = found["response_ends"]
+    diagnosis = _read(out)
+    ends = diagnosis["response_ends"]
     text = f"response ends: {ends['finished']} finished, {ends['cut']} cut at the limit\n"
     assert text in printed.err and "predictors of a right answer" in printed.err
-    assert found["rollouts"] == [] and found["model"]["teacher"] == "the model itself"
-    assert found["data"]["rows"] == 2
+    assert diagnosis["rollouts"] == [] and diagnosis["model"]["teacher"] == "the model itself"
+    assert diagnosis["data"]["rows"] == 2

@@ -1,4 +1,4 @@
-"""`aropd eval`, end to end: engines, layouts, interruptions, what it writes."""
+"""End-to-end tests of `aropd eval`: engines, layouts, interruptions, output files."""
 
 import json
 from pathlib import Path
@@ -23,18 +23,18 @@ CHOICES = [{"question": "Which?", "choices": ["x", "y"], "answer": i % 2} for i 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model; run.yaml and out, its run after a step; two tasks."""
+    """Folder with a model, run.yaml, `out` (the run after one step) and two tasks."""
     folder = tmp_path_factory.mktemp("eval")
     path = write_run(folder, training={"num_steps": 1, "global_batch_size": 4})
     write_model(folder / "model", initializer_range=0.1)
-    run_ranks(train_here, 1, path)
+    run_ranks(train_run, 1, path)
     for name, records in (("math", MATH), ("choices", CHOICES)):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(lines)
     return folder
 
 
-def train_here(path: Path) -> None:
+def train_run(path: Path) -> None:
     from aropd_mcore.config_file import load_config
     from aropd_mcore.trainer import build
     from aropd_mcore.trainer.loop import train
@@ -43,7 +43,7 @@ def train_here(path: Path) -> None:
     train(config, build.start_runtime(config))
 
 
-def evaluate_here(calls: list[dict[str, Any]]) -> None:
+def run_evaluations(calls: list[dict[str, Any]]) -> None:
     for call in calls:
         tasks = [parse_task(f"{name}={path}") for name, path in call.pop("tasks").items()]
         sampling = {"max_response_tokens": 12, "temperature": 0.0} | call.pop("rollout", {})
@@ -56,19 +56,19 @@ def evaluate_here(calls: list[dict[str, Any]]) -> None:
             grade(evaluation)
 
 
-def call_of(folder: Path, out: Path, **call: Any) -> dict[str, Any]:
+def build_call(folder: Path, out: Path, **call: Any) -> dict[str, Any]:
     tasks = {name: folder / f"{name}.jsonl" for name in ("math", "choices")}
     return {"model": folder / "out", "tasks": tasks, "out": out} | call
 
 
-def lines_of(out: Path) -> list[dict[str, Any]]:
+def read_samples(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
 
 
-def test_a_line_says_what_was_asked_answered_and_decided(folder, tmp_path):
-    call = call_of(folder, tmp_path / "out", who="teacher", config=folder / "run.yaml")
-    run_ranks(evaluate_here, 1, [call])
-    lines = lines_of(tmp_path / "out")
+def test_samples_file_has_prompt_answer_and_verdict_per_response(folder, tmp_path):
+    call = build_call(folder, tmp_path / "out", role="teacher", config=folder / "run.yaml")
+    run_ranks(run_evaluations, 1, [call])
+    lines = read_samples(tmp_path / "out")
     assert [(line["task"], line["id"]) for line in lines] == [
         *(("math", record["id"]) for record in MATH),
         *(("choices", str(number)) for number in (1, 2, 3, 4)),
@@ -92,11 +92,13 @@ def test_a_line_says_what_was_asked_answered_and_decided(folder, tmp_path):
 
 
 @pytest.mark.rest
-def test_engines_layouts_and_repetitions_give_the_same_file(folder, tmp_path, monkeypatch):
-    """From the run's own student: by its forward on one rank and in two layouts, by servers that
-    speak vLLM's protocol and sample from the weights that they are told to load."""
+def test_eval_writes_the_same_files_for_every_engine_and_layout(folder, tmp_path, monkeypatch):
+    """Sample from the run's student with the native engine in three layouts, and with fake vLLM.
+
+    The fake servers sample from the weights that they are requested to load.
+    """
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    shutdown_pool()  # whose processes do not have the key
+    shutdown_pool()  # its processes lack the key
     fake = FakeVllm(key=KEY)
     fake.greedy = True
     config = yaml.safe_load((folder / "run.yaml").read_text())
@@ -110,33 +112,33 @@ def test_engines_layouts_and_repetitions_give_the_same_file(folder, tmp_path, mo
         "replicas": {},
     }
     calls = {
-        name: call_of(folder, tmp_path / name, config=tmp_path / "vllm.yaml", **call)
+        name: build_call(folder, tmp_path / name, config=tmp_path / "vllm.yaml", **call)
         for name, call in settings.items()
     }
-    run_ranks(evaluate_here, 1, [calls["native"], calls["vllm"]])
-    run_ranks(evaluate_here, 2, [calls["tensor"], calls["replicas"]])
+    run_ranks(run_evaluations, 1, [calls["native"], calls["vllm"]])
+    run_ranks(run_evaluations, 2, [calls["tensor"], calls["replicas"]])
     assert fake.responses == len(MATH) + len(CHOICES) and fake.loaded
     for name in ("vllm", "tensor", "replicas"):
         for file in ("samples.jsonl", "summary.json"):
             expected = (tmp_path / "native" / file).read_bytes()
             assert (tmp_path / name / file).read_bytes() == expected
-    assert len({line["text"] for line in lines_of(tmp_path / "native")}) > 1
+    assert len({line["text"] for line in read_samples(tmp_path / "native")}) > 1
 
 
-def command(folder: Path, out: Path, *options: str) -> list[str]:
+def build_command(folder: Path, out: Path, *options: str) -> list[str]:
     tasks = [f"--task={name}={folder / name}.jsonl" for name in ("math", "choices")]
     model = ["--model", str(folder / "model"), "--max-response-tokens", "12"]
     return ["eval", *model, *tasks, "--out", str(out), *options]
 
 
-def test_the_command_grades_again_and_goes_on(folder, tmp_path, capsys, monkeypatch):
+def test_eval_command_after_an_interruption_resumes_grading(folder, tmp_path, capsys, monkeypatch):
     sampled = ["--samples", "3", "--temperature", "1"]
     call = {"model": folder / "model"}
     call |= {"rollout": {"temperature": 1.0, "rollouts_per_prompt": 3}}
     out = tmp_path / "out"
-    run_ranks(evaluate_here, 1, [call_of(folder, out, **call)])
+    run_ranks(run_evaluations, 1, [build_call(folder, out, **call)])
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    # As an interruption has left it: two lines, and half of the third.
+    # Simulate an interruption after two lines and half of the third one.
     kept = b"".join(whole["samples.jsonl"].splitlines(keepends=True)[:3])[:-9]
     (out / "samples.jsonl").unlink()
     (out / "summary.json").unlink()
@@ -145,7 +147,7 @@ def test_the_command_grades_again_and_goes_on(folder, tmp_path, capsys, monkeypa
     (partial / "lines.jsonl").write_bytes(kept)
     (partial / "job.json").write_bytes(whole["evaluation.json"])
     monkeypatch.setattr("aropd_mcore.cli.evaluate.run_as_ranks", None)  # nothing is sampled again
-    assert cli.main(command(folder, out, *sampled)) == 0
+    assert cli.main(build_command(folder, out, *sampled)) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     printed = capsys.readouterr()
     assert "grading 31 responses" in printed.err
@@ -157,27 +159,29 @@ def test_the_command_grades_again_and_goes_on(folder, tmp_path, capsys, monkeypa
     assert sum(math["verdicts"].values()) == sum(math["rules"].values()) == 21
     assert 0 < math["truncation_rate"] < 1
 
-    # Another evaluation does not mix with it.
-    assert cli.main(command(folder, out, *sampled, "--seed", "5")) == 2
-    assert "holds another evaluation: seed was 1234, and is 5 now" in capsys.readouterr().err
-    other = [*command(folder, out, *sampled), f"--task=more={folder / 'math.jsonl'}"]
+    # Another evaluation cannot use the same folder.
+    assert cli.main(build_command(folder, out, *sampled, "--seed", "5")) == 2
+    assert "holds another evaluation: seed was 1234 and is now 5" in capsys.readouterr().err
+    other = [*build_command(folder, out, *sampled), f"--task=more={folder / 'math.jsonl'}"]
     assert cli.main(other) == 2
     assert "holds an evaluation of other problems" in capsys.readouterr().err
 
 
-def test_shown_asserts_are_recorded_and_not_mixed(folder, tmp_path, capsys, monkeypatch):
-    # No assert of this test can be shown, so the prompts alone do not tell the two apart.
+def test_eval_with_other_code_asserts_in_the_same_folder_is_refused(
+    folder, tmp_path, capsys, monkeypatch
+):
+    # This problem has no assert to show, so the prompts are the same with and without asserts.
     (tmp_path / "code.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     out = tmp_path / "out"
     call = {"model": folder / "model", "tasks": {"code": tmp_path / "code.jsonl"}, "out": out}
-    run_ranks(evaluate_here, 1, [call | {"allow_code_execution": True, "code_asserts": 3}])
+    run_ranks(run_evaluations, 1, [call | {"allow_code_execution": True, "code_asserts": 3}])
     assert json.loads((out / "summary.json").read_text())["code_asserts"] == 3
     monkeypatch.setattr("aropd_mcore.cli.evaluate.run_as_ranks", None)
     task = [f"--task=code={tmp_path / 'code.jsonl'}", "--allow-code-execution"]
     again = ["eval", "--model", str(folder / "model"), *task, "--max-response-tokens", "12"]
     assert cli.main([*again, "--out", str(out), "--code-asserts", "3"]) == 0
     assert cli.main([*again, "--out", str(out)]) == 2
-    assert "code_asserts was 3, and is None now" in capsys.readouterr().err
+    assert "code_asserts was 3 and is now None" in capsys.readouterr().err
 
 
 HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f): assert f(1)"}
@@ -188,19 +192,19 @@ HUMANEVAL = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):
     [
         (["--task", "x"], "task 'x': expected name=FILE or name:format=FILE"),
         (["--task", "x=nowhere"], "nowhere: no such file"),
-        (["--task", "math={folder}/math.jsonl"], "math, choices, math: expected a name each"),
+        (["--task", "math={folder}/math.jsonl"], "math, choices, math: expected different names"),
         (["--task", "rows={folder}/run.yaml"], "run.yaml:1: the line is not JSON"),
-        (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the code"),
-        (["--samples", "2"], "--samples 2: greedy samples are all the same; give --temperature"),
+        (["--task", "code={tmp}/code.jsonl"], "'code' is graded by running the model's code"),
+        (["--samples", "2"], "--samples 2: greedy samples are all the same; expected 1"),
         (["--weights", "teacher"], "holds one model and no teacher"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_starts(
+def test_eval_with_invalid_options_fails_before_it_writes(
     folder, tmp_path, capsys, options, message
 ):
     (tmp_path / "code.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     options = [option.format(folder=folder, tmp=tmp_path) for option in options]
-    assert cli.main(command(folder, tmp_path / "out", *options)) == 2
+    assert cli.main(build_command(folder, tmp_path / "out", *options)) == 2
     error = capsys.readouterr().err
     assert error.startswith("aropd: error: ") and message in error
     assert not (tmp_path / "out").exists()

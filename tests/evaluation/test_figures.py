@@ -1,4 +1,4 @@
-"""Tables and plots are made of metrics.jsonl as runs write it."""
+"""Tests of tables and of plots of metrics.jsonl."""
 
 import json
 
@@ -18,7 +18,7 @@ def write_metrics(path, *, num_steps, **curves):
     return path
 
 
-def test_curves_show_every_run_and_leave_out_what_a_run_does_not_report(tmp_path):
+def test_plot_curves_of_two_runs_shows_both_and_skips_absent_metrics(tmp_path):
     runs = {
         "AR-OPD": write_metrics(
             tmp_path / "a.jsonl",
@@ -28,7 +28,7 @@ def test_curves_show_every_run_and_leave_out_what_a_run_does_not_report(tmp_path
         ),
         "SFT": write_metrics(tmp_path / "b.jsonl", num_steps=5, loss=lambda s: 2.0),
     }
-    panels = {"loss": "loss", "kl": "KL", "absent": "of neither"}
+    panels = {"loss": "loss", "kl": "KL", "absent": "in neither run"}
     plot_curves(runs, tmp_path / "both.png", panels=panels)
     plot_curves({"AR-OPD": runs["AR-OPD"]}, tmp_path / "one.png", panels=panels)
     both, one = (image.imread(tmp_path / name) for name in ("both.png", "one.png"))
@@ -39,7 +39,7 @@ def test_curves_show_every_run_and_leave_out_what_a_run_does_not_report(tmp_path
     ("text", "message"),
     [(None, "no such file"), ('{"step": 0}\n{"step"\n', r"metrics\.jsonl:2: not JSON")],
 )
-def test_unreadable_metrics_are_named(tmp_path, text, message):
+def test_read_metrics_of_an_unreadable_file_names_it(tmp_path, text, message):
     path = tmp_path / "metrics.jsonl"
     if text is not None:
         path.write_text(text)
@@ -47,7 +47,7 @@ def test_unreadable_metrics_are_named(tmp_path, text, message):
         read_metrics(path)
 
 
-def test_a_table_has_a_line_a_model(capsys):
+def test_results_table_has_one_row_per_model(capsys):
     rows = {"base": {"accuracy": 0.365, "length": 31.5}, "after": {"accuracy": 0.93, "length": 30}}
     table = results_table(
         "results", rows, [("accuracy", "right", ".1%"), ("length", "tokens", ".1f")]

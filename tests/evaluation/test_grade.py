@@ -1,4 +1,4 @@
-"""Graders on published answers, and on what models write."""
+"""Tests of graders on published answers and on responses of models."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ CODE = CodeTests(("f",), "assert f(2) == 4", header="K = 2\n", prompt="K = 2\nde
 
 @pytest.fixture(scope="module")
 def graders():
-    """One for all tests: its processes take a second to start."""
+    """Graders for all tests, because their processes take a second to start."""
     with Graders() as graders:
         yield graders
 
@@ -32,7 +32,7 @@ def graders():
         ("I do not know", (None, "none")),
     ],
 )
-def test_the_first_rule_that_finds_an_answer_decides(text, expected):
+def test_math_answer_uses_the_first_rule_that_applies(text, expected):
     assert math_answer(text) == expected
 
 
@@ -51,12 +51,12 @@ def test_the_first_rule_that_finds_an_answer_decides(text, expected):
         ("A ball is I", (None, "none")),
     ],
 )
-def test_a_choice_is_found_by_its_letter(text, expected):
+def test_choice_letter_uses_the_first_rule_that_applies(text, expected):
     assert choice_letter(text, FOUR) == expected
 
 
-def test_rules_take_time_in_proportion_to_the_text():
-    """A square of that length would be hours: the suite's time-out ends it."""
+def test_rules_take_linear_time_for_repeated_marks():
+    """Quadratic time would need hours and exceed the timeout of the test suite."""
     for piece in ("<answer>", "</answer>", "\\boxed{", "answer\n\n", "####", " 1,111", "```\n("):
         text = piece * 20_000
         math_answer(text), choice_letter(text, FOUR)
@@ -74,23 +74,23 @@ def test_rules_take_time_in_proportion_to_the_text():
         ("2\\sqrt{3}", ["\\sqrt{12}"], ["\\sqrt{6}"]),
     ],
 )
-def test_equal_answers_are_equal_in_every_form(graders, gold, right, wrong):
+def test_grade_of_equal_answers_in_every_form_is_right(graders, gold, right, wrong):
     texts = [f"<answer>{text}</answer>" for text in (*right, *wrong)]
-    found = graders.grade_all((text, MathAnswer(gold)) for text in texts)
-    assert [grade.verdict for grade in found] == ["right"] * len(right) + ["wrong"] * len(wrong)
+    grades = graders.grade_all((text, MathAnswer(gold)) for text in texts)
+    assert [grade.verdict for grade in grades] == ["right"] * len(right) + ["wrong"] * len(wrong)
 
 
 @pytest.mark.slow
-def test_an_answer_that_takes_for_ever_holds_nobody_up():
+def test_grade_of_an_answer_that_takes_forever_is_time_and_others_continue():
     gold = MathAnswer("18")
     hard = "<answer>9^{9^{9^{9}}}</answer>"
     with Graders(1, math_seconds=3.0) as graders:
-        found = graders.grade_all([(hard, gold), ("<answer>36/2</answer>", gold), ("", gold)])
-        assert [grade.verdict for grade in found] == ["time", "right", "no answer"]
+        grades = graders.grade_all([(hard, gold), ("<answer>36/2</answer>", gold), ("", gold)])
+        assert [grade.verdict for grade in grades] == ["time", "right", "no answer"]
 
 
 @pytest.mark.slow
-def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(graders, shared_data):
+def test_grade_of_gsm8k_solutions_is_right_and_of_perturbed_ones_wrong(graders, shared_data):
     path = shared_data / "gsm8k" / "test.jsonl"
     problems = read_task(Task("gsm8k", path))
     assert len(problems) == 1319
@@ -104,12 +104,12 @@ def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(gr
     }
     golds = [problem.gold for problem in problems]
     for rule, responses in texts.items():
-        found = graders.grade_all(zip(responses, golds, strict=True))
-        assert {(grade.rule, grade.verdict) for grade in found} == {(rule, "right")}
+        grades = graders.grade_all(zip(responses, golds, strict=True))
+        assert {(grade.rule, grade.verdict) for grade in grades} == {(rule, "right")}
     for other in (lambda n: n + 1, lambda n: 10 * n + 5, lambda n: -n - 1):
         responses = [f"<answer>{other(number)}</answer>" for number in numbers]
-        found = graders.grade_all(zip(responses, golds, strict=True))
-        assert {grade.verdict for grade in found} == {"wrong"}
+        grades = graders.grade_all(zip(responses, golds, strict=True))
+        assert {grade.verdict for grade in grades} == {"wrong"}
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,14 @@ def test_every_reference_solution_of_gsm8k_is_right_and_a_perturbed_one_wrong(gr
         ("    return x * K\n", "text"),
     ],
 )
-def test_code_is_found_where_models_write_it(graders, text, rule):
+def test_python_code_in_every_form_is_extracted(graders, text, rule):
     grade = graders.grade(text, CODE)
     assert (grade.verdict, grade.rule) == ("right", rule)
 
 
+@pytest.mark.rest
 @pytest.mark.slow
-def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(graders, shared_data):
+def test_grade_of_humaneval_solutions_is_right_and_of_altered_ones_wrong(graders, shared_data):
     path = shared_data / "humaneval" / "HumanEval.jsonl.gz"
     problems = read_task(Task("humaneval", path))
     assert len(problems) == 164
@@ -140,16 +141,16 @@ def test_humanevals_canonical_solutions_pass_and_altered_ones_fail(graders, shar
         f"def {r['entry_point']}(*args):\n    return other(_right(*args))\n{OTHER}```"
         for r in records
     ]
-    found = graders.grade_all(zip(right, golds, strict=True))
-    assert {grade.verdict for grade in found} == {"right"}
-    found = graders.grade_all(zip(altered[::EVERY], golds[::EVERY], strict=True))
-    assert {(grade.verdict, grade.failure) for grade in found} <= {
+    grades = graders.grade_all(zip(right, golds, strict=True))
+    assert {grade.verdict for grade in grades} == {"right"}
+    grades = graders.grade_all(zip(altered[::EVERY], golds[::EVERY], strict=True))
+    assert {(grade.verdict, grade.failure) for grade in grades} <= {
         ("wrong", "AssertionError"),
         ("wrong", "TypeError"),
     }
 
 
-def test_mbpps_tests_may_use_the_classes_of_a_response(graders, tmp_path):
+def test_mbpp_tests_can_use_classes_of_the_response(graders, tmp_path):
     node = "class Node:\n  def __init__(self, data): self.left = self.right = None\n"
     height = "def height(node): return node and 1 + max(height(node.left), height(node.right)) or 0"
     record = {
@@ -166,7 +167,7 @@ def test_mbpps_tests_may_use_the_classes_of_a_response(graders, tmp_path):
 
 
 EVERY = 4
-"""Of the altered ones: a sandbox takes a tenth of a second."""
+"""Test every fourth altered solution, because a sandbox takes a tenth of a second."""
 OTHER = """
 def other(value):
     if isinstance(value, bool) or value is None:

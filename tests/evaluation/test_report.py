@@ -1,4 +1,4 @@
-"""`aropd report`: the page in a real browser, and what goes into it."""
+"""Tests of `aropd report`: its data, and the page in a real browser."""
 
 import json
 import re
@@ -14,21 +14,21 @@ from tests.support.browser import chromium
 from tests.support.tiny_runs import tiny_config
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><!--"
-"""As a token, a question and an answer."""
+"""Text of a token, a question and an answer that tries to inject HTML."""
 BUCKETS = ("0-255", "256-511", "512-767", "768-1023", "1024-")
 PHASES = ("rollout", "teacher", "student", "optimizer", "sync")
 
 
 def write_folder(folder: Path, *, scale: float = 0.8, steps: int = 40) -> Path:
-    """A run's output_dir as training, `aropd eval` and `aropd diagnose` leave it."""
+    """Write a run's output_dir with the files of training, `aropd eval` and `aropd diagnose`."""
     folder.mkdir(parents=True)
     objective = {"residual_scale": scale, "residual_clip": None if scale == 1 else 5.0}
     config = tiny_config(folder / "model", folder / "rows", folder, objective=objective)
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    lines = [metrics_of(step) for step in range(steps)]
+    lines = [build_metrics(step) for step in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_json(folder / "eval" / "gsm8k" / "summary.json", {"tasks": {"gsm8k": a_task()}})
-    write_json(folder / "diagnose" / "test-step40.json", a_diagnosis())
+    write_json(folder / "eval" / "gsm8k" / "summary.json", {"tasks": {"gsm8k": build_task()}})
+    write_json(folder / "diagnose" / "test-step40.json", build_diagnosis())
     return folder
 
 
@@ -37,7 +37,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def metrics_of(step: int) -> dict[str, Any]:
+def build_metrics(step: int) -> dict[str, Any]:
     return {
         "step": step,
         "loss": None if step == 3 else 1 / (step + 1),  # a skipped step
@@ -49,14 +49,17 @@ def metrics_of(step: int) -> dict[str, Any]:
     }
 
 
-def a_task() -> dict[str, Any]:
-    of_bucket = {"samples": 10, "accuracy": 0.5, "interval_95": [0.24, 0.76]}
-    by_length = dict.fromkeys(BUCKETS[:3], of_bucket)
+def build_task() -> dict[str, Any]:
+    bucket = {"samples": 10, "accuracy": 0.5, "interval_95": [0.24, 0.76]}
+    by_length = dict.fromkeys(BUCKETS[:3], bucket)
     return {"accuracy": 0.61, "interval_95": [0.55, 0.67], "by_length": by_length}
 
 
-def a_diagnosis() -> dict[str, Any]:
-    """Three responses; every seventh token has a large residual, and the fifth is hostile."""
+def build_diagnosis() -> dict[str, Any]:
+    """Build a diagnosis of three responses.
+
+    Every seventh token has a large residual. The fifth token of the vocabulary is hostile.
+    """
     texts = ["the", " sum", "\n", " is", HOSTILE, " 42", ".", "  "]
     ids = [i % len(texts) for i in range(60)]
     residual = [(6.0, -6.0)[i % 2] if i % 7 == 0 else 0.2 for i in range(60)]
@@ -123,14 +126,14 @@ SELECTED = "document.querySelector('.token[aria-selected=true]')"
 SELECTED_INDEX = f"[...document.querySelectorAll('.token')].indexOf({SELECTED})"
 
 
-def test_it_opens_by_itself_and_shows_every_part(page, report):
+def test_report_requests_no_other_file_and_shows_every_section(page, report):
     page.requests.clear()
     page.open(report)
     assert page.requests == [report.as_uri()]
     headings = page.run("[...document.querySelectorAll('h2')].map(e => e.textContent)")
     assert headings == [
         "Methods", "Reader", "Curves", "Drift by position", "Accuracy by response length",
-        "Diagnosis", "Where a step's time goes",
+        "Diagnosis", "Step time",
     ]  # fmt: skip
     rows = page.run("[...document.querySelectorAll('#methods tbody tr')].map(e => e.innerText)")
     assert re.match(r"\s*anchored\s+AR-OPD\s+0\.8\s+5\s+ema\s+40\s+61\.0 % 55\.0–67\.0 %", rows[0])
@@ -139,7 +142,7 @@ def test_it_opens_by_itself_and_shows_every_part(page, report):
     assert drawn and page.console == []
 
 
-def test_it_shows_response_ends_and_predictors(page, report):
+def test_report_shows_response_ends_and_predictors(page, report):
     page.open(report)
 
     def card(heading: str) -> str:
@@ -150,14 +153,14 @@ def test_it_shows_response_ends_and_predictors(page, report):
 
     ends, predictors = card("Response ends"), card("Predictors of a right answer")
     assert re.search(r"student\s+66\.0\s+partial\s+55\.0\s+full\s+46\.0\s+target\s+–", ends)
-    assert "2 of them; 1 were cut" in ends
+    assert "Finished: 2. Cut at the limit: 1." in ends
     assert re.search(r"total: full over student\s+0\.779\s+0\.700–0\.850", predictors)
     assert re.search(r"partial over student\s+0\.766\s+–", predictors)
     assert re.search(r"marginal: full over partial\s+–\s+–", predictors)
     assert "Accuracy 34.0 %" in predictors and HOSTILE in predictors
 
 
-def test_what_a_model_wrote_is_text(page, report):
+def test_report_shows_hostile_text_of_a_model_as_text(page, report):
     page.open(report)
     assert page.run("typeof window.hacked") == "undefined"
     assert page.run("document.querySelectorAll('img, main script').length") == 0
@@ -165,11 +168,11 @@ def test_what_a_model_wrote_is_text(page, report):
     assert shown[4] == HOSTILE and shown[2] == "↵\n"
     for place in (".facts", "details pre"):
         assert HOSTILE in page.run(f"document.querySelector('{place}').textContent")
-    # Nor does the file itself hold an element that ends early.
+    # No text in the file ends the script element early.
     assert report.read_text().count("</script") == 2
 
 
-def test_the_reader_follows_the_mouse(page, report):
+def test_reader_follows_the_mouse(page, report):
     page.open(report)
     first = page.run("document.querySelector('.side').innerText")
     page.hover(".token:nth-child(6)")
@@ -194,7 +197,7 @@ def test_the_reader_follows_the_mouse(page, report):
     )
 
 
-def test_the_reader_follows_the_keyboard(page, report):
+def test_reader_follows_the_keyboard(page, report):
     page.open(report)
     page.run(f"{SELECTED}.focus()")
     at = page.run(SELECTED_INDEX)
@@ -216,7 +219,7 @@ def test_the_reader_follows_the_keyboard(page, report):
     assert page.run("document.querySelectorAll('.token[tabindex=\"0\"]').length") == 1
 
 
-def test_every_stop_of_the_tab_key_can_be_seen(page, report):
+def test_report_outlines_every_element_that_the_tab_key_reaches(page, report):
     page.open(report)
     seen = []
     for _ in range(40):
@@ -226,16 +229,16 @@ def test_every_stop_of_the_tab_key_can_be_seen(page, report):
             "return [e.outerHTML.slice(0, 60), s.outlineStyle, parseFloat(s.outlineWidth)]; })()"
         )
         if name.startswith("<body"):
-            break  # round
+            break  # the focus has left the last element
         assert outline != "none" and width >= 1, name
         seen.append(name)
     assert len(seen) > 25 and any("token" in name for name in seen)
 
 
-def test_a_chart_follows_choice_smoothing_and_keyboard(page, report):
+def test_chart_follows_metric_runs_and_keyboard(page, report):
     page.open(report)
     lines = "document.querySelectorAll('#curves .chart path').length"
-    assert page.run(lines) == 4  # of each run its values, and their mean
+    assert page.run(lines) == 4  # values and mean of each run
     chosen = "document.querySelector('#curves select')"
     page.run(f"{chosen}.value = 'an_unknown_metric', {chosen}.dispatchEvent(new Event('change'))")
     axis = "document.querySelector('#curves .chart text').textContent"
@@ -248,7 +251,7 @@ def test_a_chart_follows_choice_smoothing_and_keyboard(page, report):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_can_be_read_in_light_and_dark(page, report, dark):
+def test_report_text_has_enough_contrast_in_light_and_dark(page, report, dark):
     page.open(report, dark=dark)
 
     def colour(selector: str, what: str) -> list[float]:
@@ -271,13 +274,13 @@ def luminance(rgb: list[float]) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def contrast(one: list[float], other: list[float]) -> float:
-    """WCAG 2's ratio."""
-    low, high = sorted((luminance(one), luminance(other)))
+def contrast(first: list[float], second: list[float]) -> float:
+    """Return the contrast ratio of WCAG 2."""
+    low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_a_phone_does_not_scroll_sideways(page, report):
+def test_report_on_a_phone_does_not_scroll_sideways(page, report):
     page.open(report, width=360, height=740)
     assert page.run("document.documentElement.scrollWidth") == 360
     too_wide = page.run(
@@ -288,7 +291,7 @@ def test_a_phone_does_not_scroll_sideways(page, report):
     assert too_wide == []
 
 
-def test_a_run_without_a_part_is_shown_without_it(page, tmp_path):
+def test_report_of_a_run_with_only_curves_has_only_their_sections(page, tmp_path):
     run = tmp_path / "only curves"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
@@ -301,17 +304,17 @@ def test_a_run_without_a_part_is_shown_without_it(page, tmp_path):
     assert page.run("document.querySelector('h1').textContent") == "only curves"
 
 
-def data_of(page_path: Path) -> dict[str, Any]:
-    found = re.search(
+def read_data(page_path: Path) -> dict[str, Any]:
+    match = re.search(
         r'<script type="application/json" id="data">(.*?)</script>', page_path.read_text()
     )
-    assert found
-    return json.loads(found[1])
+    assert match
+    return json.loads(match[1])
 
 
-def test_long_curves_are_thinned_and_names_told_apart(tmp_path):
+def test_report_averages_long_curves_and_shows_paths_for_equal_names(tmp_path):
     runs = [write_folder(tmp_path / name / "run", steps=2500) for name in ("a", "b")]
-    data = data_of(write_report(runs, tmp_path / "report.html"))
+    data = read_data(write_report(runs, tmp_path / "report.html"))
     assert [run["name"] for run in data["runs"]] == ["a/run", "b/run"]
     run = data["runs"][0]
     assert run["num_steps"] == 2500 and len(run["steps"]) == 834 and run["steps"][-1] == 2499
@@ -322,15 +325,21 @@ def test_long_curves_are_thinned_and_names_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda run: None, "nothing to show; expected metrics.jsonl, diagnose"),
+        (
+            lambda run: None,
+            "nothing to show: expected a run's output_dir with metrics.jsonl, diagnose",
+        ),
         (
             lambda run: write_json(run / "diagnose" / "x.json", {"schema": "aropd-diagnosis/0"}),
-            "x.json: schema: found 'aropd-diagnosis/0', expected 'aropd-diagnosis/2'",
+            "x.json: schema 'aropd-diagnosis/0', expected 'aropd-diagnosis/2'",
         ),
-        (lambda run: write_json(run / "eval" / "summary.json", {}), "summary.json: expected the"),
+        (
+            lambda run: write_json(run / "eval" / "summary.json", {}),
+            "summary.json: no `tasks`: expected",
+        ),
     ],
 )
-def test_what_cannot_be_shown_is_named(tmp_path, capsys, prepare, message):
+def test_report_of_an_invalid_folder_names_the_file(tmp_path, capsys, prepare, message):
     run = tmp_path / "run"
     run.mkdir()
     prepare(run)
@@ -339,7 +348,7 @@ def test_what_cannot_be_shown_is_named(tmp_path, capsys, prepare, message):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_run_is_named_once(tmp_path):
+def test_report_of_a_run_given_twice_is_refused(tmp_path):
     run = write_folder(tmp_path / "run")
-    with pytest.raises(ValueError, match="expected each of them once"):
+    with pytest.raises(ValueError, match="expected each run only once"):
         write_report([run, run], tmp_path / "report.html")

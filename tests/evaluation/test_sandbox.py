@@ -1,4 +1,4 @@
-"""The sandbox for code: what it decides, and samples that mean harm."""
+"""Tests of the sandbox for code: verdicts, and malicious samples."""
 
 import ast
 import socket
@@ -24,7 +24,7 @@ WRONG = {
     "wrong": ("def double(x): return x + 3", "AssertionError"),
     "raises": ("def double(x): return x / 0", "ZeroDivisionError"),
     "absent": ("def triple(x): return x * 3", "AttributeError"),
-    "no Python": ("def double(x) return x * 2", "SyntaxError"),
+    "invalid Python": ("def double(x) return x * 2", "SyntaxError"),
 }
 
 
@@ -41,20 +41,20 @@ def isolated() -> None:
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_a_verdict_is_that_of_the_tests(isolate):
+def test_run_tests_returns_the_verdict_of_the_tests(isolate):
     assert run(RIGHT, isolate=isolate).failure == ""
     for code, failure in WRONG.values():
         assert run(code, isolate=isolate).failure == failure
 
 
-def test_values_go_back_and_forth_as_they_are():
+def test_values_sent_both_ways_are_unchanged():
     values = "1.5, -0.0, 10**5000, 2 + 3j, b'a\\xff', 'ü\\ud800', None, True, (), {1}, frozenset()"
     nested = "{(1, 'a'): [{2: {3.0}}], 'b': float('inf')}"
     tests = f"for value in [{values}, {nested}]:\n    same = double(value)\n"
     tests += "    assert type(same) is type(value) and repr(same) == repr(value)\n"
     tests += "assert double(float('nan')) != double(0)\n"
     assert run("def double(x): return x", tests).failure == ""
-    # Other objects stay where they are: handed back, read, written, gone through.
+    # Other objects stay in the sample's process. Tests can pass, read, write and iterate them.
     code = "class Pair:\n  def __init__(self, a): self.a = a\n"
     code += "def total(pairs): return sum(pair.a for pair in pairs)\n"
     code += "def upto(n): yield from range(n)\n"
@@ -62,14 +62,14 @@ def test_values_go_back_and_forth_as_they_are():
     tests += "assert list(upto(3)) == [0, 1, 2] and upto(3)"
     program = Program(code, ["Pair", "total", "upto"], tests)
     assert run_tests(program, LIMITS).failure == ""
-    # What is more than data comes as the data that it is more than.
+    # A value of a subclass arrives as a value of its base class.
     code = "import collections, types\nclass No:\n  def __bool__(self): return False\n"
     code += "class Flat(list): pass\nPoint = collections.namedtuple('Point', 'x y')\n"
     code += "def odd(n): return [No(), Flat([1]), Point(1, 2), collections.Counter('aab')][n]\n"
     tests = "assert not odd(0) and odd(1) == [1] and odd(2) == (1, 2) and type(odd(2)) is tuple\n"
     tests += "assert odd(3) == {'a': 2, 'b': 1} and type(odd(3)) is dict and type(odd(1)) is list"
     assert run_tests(Program(code, ["odd"], tests), LIMITS).failure == ""
-    # A helper of the task's own is the checker's, whatever the sample calls by its name.
+    # A helper of the task runs in the checker, even if the sample defines the same name.
     code = "def double(x): return 0\ndef helper(x): return 0"
     program = Program(code, ["double"], "assert double(1) == helper(1)", setup="helper = abs")
     assert run_tests(program, LIMITS).failure == "AssertionError"
@@ -99,7 +99,7 @@ uuid.UUID(int=5); pathlib.Path('a'); pathlib.PurePosixPath('a'); 1j; 3; 3.0; 0.5
 """
 
 
-def test_results_compare_with_every_expected_value_as_in_one_process():
+def test_results_compare_with_expected_values_as_in_one_process():
     """The published harnesses run the sample and its tests in one process."""
     values = [value.strip() for line in VALUES.split("\n") for value in line.split(";") if value]
     compare = f"""{IMPORTS}
@@ -114,7 +114,7 @@ def compared(result, value):
     exec(compare, here)
     results = eval(f"[{', '.join(values)}]", here)
     table = [[here["compared"](a, b) for b in here["expected"]] for a in results]
-    # Not carried over: a mapping proxy, which stays an object of the sample.
+    # Skip the mapping proxy: it is not sent as data and stays an object of the sample.
     proxy = values.index("types.MappingProxyType({1: 2})")
     rows = [i for i in range(len(values)) if i != proxy]
     code = f"{IMPORTS}\ndef double(i): return [{', '.join(values)}][i]"
@@ -126,7 +126,7 @@ def compared(result, value):
     assert not pairs
 
 
-def test_a_test_may_hand_library_values_to_the_sample():
+def test_library_values_passed_to_the_sample_keep_their_types():
     tests = f"{IMPORTS}\nfor value in [np.float64(0.5), np.array([1, 2]), fractions.Fraction(1, 2),"
     tests += " datetime.date(2024, 2, 29), collections.deque([1], 1), range(3)]:\n"
     tests += "    same = double(value)\n    assert type(same) is type(value)\n"
@@ -135,16 +135,16 @@ def test_a_test_may_hand_library_values_to_the_sample():
 
 
 FORGERIES = {
-    "ends well": "import sys\nsys.exit(0)",
-    "ends at once": "import os\nos._exit(0)",
-    "ends when called": "import os\ndef double(x): os._exit(0)",
+    "exits with 0": "import sys\nsys.exit(0)",
+    "exits at once": "import os\nos._exit(0)",
+    "exits when called": "import os\ndef double(x): os._exit(0)",
     "equal to everything": """
 class Equal(int):
     def __eq__(self, other): return True
     __hash__ = int.__hash__
     __ne__ = lambda self, other: False
 def double(x): return Equal()""",
-    "equal, and no number": """
+    "equal to everything, not a number": """
 class Equal:
     def __eq__(self, other): return True
 def double(x): return Equal()""",
@@ -185,20 +185,20 @@ def double(x): return None""",
     "patches the interpreter": """
 import builtins, json, sys
 main = sys.modules['__main__']
-for name in ('check', '_answer', 'encode'):
+for name in ('check', '_run', 'encode'):
     setattr(main, name, lambda *a, **k: '')
 json.dumps = lambda *a, **k: '{"failure": "", "not_isolated": ""}'
 builtins.AssertionError = Exception
 def double(x): return None""",
-    "says the verdict itself": """
+    "writes a verdict to every descriptor": """
 import os
 for fd in range(64):
     for text in (b'{"failure": "", "not_isolated": ""}', bytes(3) + b'\\x04true' * 9):
         try: os.write(fd, text)
         except OSError: pass
 def double(x): return None""",
-    "ends the tests by an exception": "def double(x): raise SystemExit(0)",
-    "looks for the tests": """
+    "raises SystemExit": "def double(x): raise SystemExit(0)",
+    "searches for the tests": """
 import gc, os, sys
 def double(x):
     frame, found = sys._getframe(), ''
@@ -208,7 +208,7 @@ def double(x):
     found += repr([o for o in gc.get_objects() if isinstance(o, (str, bytes, dict))])
     found += repr(sys.argv)
     return x * 2 if 'assert double(' + '2)' in found else None""",
-    "kills whom it can": """
+    "kills other processes": """
 import os, signal
 for pid in (-1, os.getppid()):
     try: os.kill(pid, signal.SIGTERM)
@@ -218,7 +218,7 @@ def double(x): return None""",
 
 
 @pytest.mark.parametrize("code", FORGERIES.values(), ids=FORGERIES)
-def test_a_verdict_cannot_be_forged(code):
+def test_run_tests_of_a_forgery_fails(code):
     assert run(code).failure
 
 
@@ -230,8 +230,8 @@ HOGS = {
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
         "time",
     ),
-    "prints for ever": ("while True: print('x' * 10**6)", "time"),
-    "answers for ever": ("import os\nwhile True:\n  for fd in range(64):\n"
+    "prints forever": ("while True: print('x' * 10**6)", "time"),
+    "sends messages forever": ("import os\nwhile True:\n  for fd in range(64):\n"
                          "    try: os.write(fd, bytes([0, 0, 0, 1, 48]) * 999)\n"
                          "    except OSError: pass", None),
     "fills the memory": ("hog = []\nwhile True: hog.append(bytearray(10**7))", "MemoryError"),
@@ -245,29 +245,33 @@ HOGS = {
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_a_hog_is_stopped_and_its_processes_are_gone(isolate):
-    """All at a time, each in a sandbox of its own: one does not take from the others."""
-    found: dict[str, str] = {}
+def test_run_tests_of_a_hog_stops_it_and_leaves_no_process(isolate):
+    """All hogs run at the same time, each in its own sandbox, and do not affect each other."""
+    failures: dict[str, str] = {}
 
     def work(name: str, code: str) -> None:
-        found[name] = run(code, isolate=isolate).failure
+        failures[name] = run(code, isolate=isolate).failure
 
     threads = [threading.Thread(target=work, args=(n, code)) for n, (code, _) in HOGS.items()]
     for thread in threads:
         thread.start()
-    assert run(RIGHT, isolate=isolate).failure in ("", "time")  # beside them, on a busy machine
+    assert run(RIGHT, isolate=isolate).failure in (
+        "",
+        "time",
+    )  # while the hogs keep the machine busy
     for thread in threads:
         thread.join()
     for name, (_, failure) in HOGS.items():
-        assert found[name] and (failure is None or found[name] in (failure, "time")), name
-    until = time.monotonic() + 10  # the kernel ends them one by one
-    while sandboxed() and time.monotonic() < until:
+        assert failures[name], name
+        assert failure is None or failures[name] in (failure, "time"), name
+    until = time.monotonic() + 10  # the kernel needs time to end the processes
+    while running_sandboxes() and time.monotonic() < until:
         time.sleep(0.05)
-    assert not sandboxed()
+    assert not running_sandboxes()
 
 
-def sandboxed() -> list[str]:
-    """Command lines of sandboxes that this process started and that are still there."""
+def running_sandboxes() -> list[str]:
+    """Return the command lines of sandboxes of these tests that are still running."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -281,7 +285,9 @@ def sandboxed() -> list[str]:
     return lines
 
 
-def test_a_sample_reads_no_environment_and_writes_nowhere(isolated, tmp_path, monkeypatch):
+def test_isolated_sample_has_no_environment_and_no_files_of_the_user(
+    isolated, tmp_path, monkeypatch
+):
     monkeypatch.setenv("A_SECRET", "hunter2")
     tmp_path.chmod(0o777)
     note = tmp_path / "note"
@@ -307,7 +313,7 @@ def double(x): return repr(seen) + open('own').read()"""
     assert note.read_text() == "hunter2" and [note] == list(tmp_path.iterdir())
 
 
-def test_a_sample_has_no_network(isolated):
+def test_isolated_sample_has_no_network(isolated):
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = f"""
 import socket
@@ -320,7 +326,7 @@ def double(x):
             server.accept()
 
 
-def test_a_folder_is_thrown_away(tmp_path, monkeypatch):
+def test_run_tests_removes_the_folders_of_its_sandbox(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tmp_path.chmod(0o755)
     code = f"import os\nos.makedirs('a/b')\nopen('a/c', 'w').close()\nos.chmod('a', 0)\n{RIGHT}"

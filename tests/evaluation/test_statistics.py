@@ -1,4 +1,4 @@
-"""Estimates and intervals, against their definitions."""
+"""Tests of estimates and intervals against their definitions."""
 
 import math
 from itertools import combinations
@@ -20,7 +20,7 @@ from aropd_mcore.evaluation.statistics import (
 
 @pytest.mark.parametrize("num_right", range(7))
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(num_right, k):
+def test_pass_at_k_is_the_share_of_draws_with_a_right_sample(num_right, k):
     problem = [i < num_right for i in range(6)]
     draws = list(combinations(problem, k))
     assert pass_at(k, [problem, [True] * 6]) == pytest.approx(
@@ -29,7 +29,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(num_right, k):
 
 
 @pytest.mark.parametrize(("num_right", "num"), [(0, 10), (3, 10), (10, 10), (700, 1319)])
-def test_wilsons_bounds_are_where_the_score_test_just_rejects(num_right, num):
+def test_wilson_bounds_are_the_limits_of_the_score_test(num_right, num):
     for bound in wilson(num_right, num):
         p = num_right / num
         if 1e-9 < bound < 1 - 1e-9:
@@ -39,8 +39,8 @@ def test_wilsons_bounds_are_where_the_score_test_just_rejects(num_right, num):
             assert bound == pytest.approx(p, abs=1e-12)
 
 
-def test_samples_of_a_problem_are_not_independent():
-    """Eight samples that agree say no more than one: the bootstrap knows it, Wilson would not."""
+def test_interval_of_eight_equal_samples_is_as_wide_as_that_of_one():
+    """Equal samples of a problem add no information. Wilson's interval would become narrower."""
     random = Random(0)
     one = [[random.random() < 0.4] for _ in range(200)]
     eight = [problem * 8 for problem in one]
@@ -53,19 +53,19 @@ def test_samples_of_a_problem_are_not_independent():
 
 
 @pytest.mark.slow
-def test_intervals_cover_what_they_estimate():
-    """Of 200 experiments with problems of different difficulty; 95 % of 200, less three sigma."""
+def test_bootstrap_of_problems_of_unequal_difficulty_covers_the_true_accuracy():
+    """Expect 95 % of 200 experiments, minus three standard deviations."""
     random = Random(1)
     hits = 0
     for experiment in range(200):
-        chances = [random.random() ** 2 for _ in range(60)]  # of mean 1/3
+        chances = [random.random() ** 2 for _ in range(60)]  # the mean is 1/3
         samples = [[random.random() < chance for _ in range(4)] for chance in chances]
         low, high = bootstrap(samples, seed=experiment)
         hits += low <= 1 / 3 <= high
     assert hits >= 180
 
 
-def test_auc_counts_the_pairs_that_are_in_order_and_ties_half():
+def test_auc_counts_ordered_pairs_and_half_of_the_ties():
     values = np.array([3.0, 1.0, 2.0, 2.0, 0.0])
     right = np.array([True, True, True, False, False])
     # 3 > 2, 3 > 0, 1 < 2, 1 > 0, 2 = 2, 2 > 0
@@ -77,7 +77,7 @@ def test_auc_counts_the_pairs_that_are_in_order_and_ties_half():
     assert auc(values, right, np.array([1, 1, 1, 0, 0])) is None
 
 
-def test_an_auc_of_samples_that_agree_is_no_better_known_than_of_one():
+def test_auc_interval_of_eight_equal_samples_equals_that_of_one():
     random = np.random.default_rng(0)
     right = random.random(120) < 0.4
     values = random.normal(size=120) + right
@@ -85,7 +85,7 @@ def test_an_auc_of_samples_that_agree_is_no_better_known_than_of_one():
     bounds = auc_interval(values, right, problems)
     assert bounds is not None
     area = auc(values, right)
-    # Hanley and McNeil's standard error, by the variance of the mean rank of each side.
+    # Hanley and McNeil's standard error, from the variance of the mean rank of each side.
     above = np.array([[(v > w) + (v == w) / 2 for w in values[~right]] for v in values[right]])
     error = math.sqrt(above.mean(1).var(ddof=1) / right.sum() + above.mean(0).var(ddof=1) / 72)
     assert area and bounds[0] < area < bounds[1]

@@ -1,4 +1,4 @@
-"""Published formats -> problems."""
+"""Tests of reading problems from files in published formats."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ MBPP = {
 }
 
 
-def problems_of(folder: Path, *records: Any, task: str = "t") -> list[Problem]:
+def read_problems(folder: Path, *records: Any, task: str = "t") -> list[Problem]:
     path = folder / "task.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return read_task(parse_task(f"{task}={path}"))
@@ -65,37 +65,37 @@ def problems_of(folder: Path, *records: Any, task: str = "t") -> list[Problem]:
         ),
     ],
 )
-def test_a_format_is_found_by_its_keys(tmp_path, record, gold):
-    [problem] = problems_of(tmp_path, {"id": 7, **record})
+def test_read_task_detects_the_format_by_the_keys(tmp_path, record, gold):
+    [problem] = read_problems(tmp_path, {"id": 7, **record})
     assert (problem.task, problem.id, problem.gold) == ("t", "7", gold)
     assert problem.question.startswith("q")
     if isinstance(gold, Choices):
         assert f"\nB. {gold.texts[1]}\n" in problem.question
 
 
-def test_gpqas_right_choice_has_a_place_of_the_questions_own(tmp_path):
+def test_gpqa_choices_are_shuffled_the_same_way_every_time(tmp_path):
     wrong = {f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}
     records = [{"Question": f"q{i}", "Correct Answer": "right\n", **wrong} for i in range(40)]
-    found = [problem.gold for problem in problems_of(tmp_path, *records)]
-    assert {gold.letter for gold in found} == set("ABCD")
-    assert all(gold.texts["ABCD".index(gold.letter)] == "right" for gold in found)
-    assert found == [problem.gold for problem in problems_of(tmp_path, *records)]
+    golds = [problem.gold for problem in read_problems(tmp_path, *records)]
+    assert {gold.letter for gold in golds} == set("ABCD")
+    assert all(gold.texts["ABCD".index(gold.letter)] == "right" for gold in golds)
+    assert golds == [problem.gold for problem in read_problems(tmp_path, *records)]
 
 
-def test_code_is_asked_for_with_what_its_tests_need(tmp_path):
+def test_read_task_of_code_has_tests_header_and_names(tmp_path):
     path = tmp_path / "HumanEval.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(HUMANEVAL).encode()))
     [problem] = read_task(Task("t", path))
     header = HUMANEVAL["prompt"].partition("def f")[0]
     tests = HUMANEVAL["test"] + "\n\ncheck(f)\n"
     assert problem.gold == CodeTests(("f",), tests, header, header, HUMANEVAL["prompt"])
-    [problem] = problems_of(tmp_path, MBPP)
+    [problem] = read_problems(tmp_path, MBPP)
     assert isinstance(problem.gold, CodeTests)
     assert problem.gold.names == ("chain", "Pair") and problem.gold.setup == "import re"
     assert problem.gold.tests == "\n".join(MBPP["test_list"])
     assert MBPP["test_list"][0] in problem.question
     plus = {**MBPP, "test_imports": ["import math"], "test": "assert chain([]) == 0"}
-    [problem] = problems_of(tmp_path, plus)
+    [problem] = read_problems(tmp_path, plus)
     assert problem.gold.tests == "import math\n\nassert chain([]) == 0"  # type: ignore[union-attr]
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match=r"jsonl\.gz: not a readable gzip file"):
@@ -114,7 +114,7 @@ def check(candidate):
         'it\\'s']) - 2) < 1e-6
     assert candidate(6) == 3
 """
-CHECK_OF_PLUS = """
+CHECK_PLUS = """
 def assertion(out, exp, atol):
     assert out == exp
 
@@ -125,7 +125,7 @@ def check(candidate):
 """
 
 
-def test_code_prompts_show_up_to_n_asserts(tmp_path):
+def test_code_prompts_with_code_asserts_n_show_up_to_n_asserts(tmp_path):
     def question(record, num_asserts=None):
         path = tmp_path / "task.jsonl"
         path.write_text(json.dumps(record) + "\n")
@@ -145,7 +145,7 @@ def test_code_prompts_show_up_to_n_asserts(tmp_path):
     ]
     assert shown(checked) == [] and shown(checked, 2) == asserts[:2]
     assert shown(checked, 5) == asserts
-    plus = HUMANEVAL | {"test": CHECK_OF_PLUS}
+    plus = HUMANEVAL | {"test": CHECK_PLUS}
     assert question(plus, 5) == question(plus)
     assert shown(MBPP) == shown(MBPP, 5) == MBPP["test_list"]
     assert shown(MBPP, 1) == MBPP["test_list"][:1]
@@ -156,18 +156,21 @@ def test_code_prompts_show_up_to_n_asserts(tmp_path):
     [
         (
             {"query": "q", "reply": "a"},
-            "task.jsonl:2: no known format; expected gsm8k, medmcqa, gpqa, choices, humaneval, "
+            "task.jsonl:2: unknown format, expected gsm8k, medmcqa, gpqa, choices, humaneval, "
             "mbpp, math (`--task name:format=FILE`); found keys query, reply",
         ),
         ({"question": "q", "answer": "18"}, "format gsm8k: no line '#### answer' at the end"),
-        ({"question": "q", "choices": ABC, "answer": 3}, "not a letter up to C, nor a number from"),
+        (
+            {"question": "q", "choices": ABC, "answer": 3},
+            "neither a letter from A to C nor an index",
+        ),
         ({"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 4}, "0 to 3"),
         ({**HUMANEVAL, "entry_point": "g"}, "'prompt' does not define 'entry_point'"),
-        ({**MBPP, "code": "def other(): pass"}, "the tests use nothing that 'code' defines"),
+        ({**MBPP, "code": "def other(): pass"}, "the tests use no name that 'code' defines"),
         ({"problem": "q", "solution": "18"}, "no 'answer', and no \\boxed{} in 'solution'"),
     ],
 )
-def test_what_is_no_problem_is_named(tmp_path, record, message):
+def test_read_task_with_an_invalid_record_names_its_line(tmp_path, record, message):
     path = tmp_path / "task.jsonl"
     path.write_text("\n" + json.dumps(record) + "\n")
     format = "gsm8k" if "gsm8k:" in message else None
@@ -177,6 +180,6 @@ def test_what_is_no_problem_is_named(tmp_path, record, message):
 
 
 @pytest.mark.parametrize("text", ["gsm8k", "=file", "name:gsm9k=file", "name="])
-def test_what_is_no_task_is_named(text):
+def test_parse_task_with_invalid_text_names_it(text):
     with pytest.raises(ValueError, match=r"^task '.*expected"):
         parse_task(text)

@@ -1,4 +1,4 @@
-"""examples/arithmetic: the scripts of `make demo` around the training, on an untrained model."""
+"""examples/arithmetic: the scripts of `make demo` except training, with an untrained model."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.rest
 EXAMPLE = Path("examples/arithmetic")
 
 
-def test_data_model_and_evaluation(tmp_path: Path):
+def test_scripts_write_data_model_and_evaluation(tmp_path: Path):
     script("make_data.py", tmp_path / "data")
     script("make_model.py", tmp_path / "model")
     heldout = (tmp_path / "data" / "heldout.jsonl").read_text().splitlines(keepends=True)
@@ -22,10 +22,10 @@ def test_data_model_and_evaluation(tmp_path: Path):
     rows.write_text("".join(heldout[:8]))
     out = tmp_path / "evaluation.json"
     script("evaluate.py", EXAMPLE / "aropd.yaml", rows, tmp_path / "model", "--out", out)
-    [found] = json.loads(out.read_text()).values()
-    assert found["accuracy"] == 0, "of a random model"
-    assert 0 < found["response_length"] <= 48
-    assert 0 <= found["hindsight_token_rate"] <= 1
+    [result] = json.loads(out.read_text()).values()
+    assert result["accuracy"] == 0, "expected 0 for a random model"
+    assert 0 < result["response_length"] <= 48
+    assert 0 <= result["hindsight_token_rate"] <= 1
 
 
 def script(name: str, *arguments: object) -> None:

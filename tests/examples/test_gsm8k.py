@@ -1,4 +1,4 @@
-"""examples/gsm8k: its README's commands on real rows with the real Qwen2 tokenizer, to the end."""
+"""examples/gsm8k: all commands of the README, with real rows and the real Qwen2 tokenizer."""
 
 import json
 import math
@@ -29,9 +29,9 @@ from tests.support.ranks import run_ranks
 
 EXAMPLE = REPO / "examples" / "gsm8k"
 NUM_ROWS = 400
-"""Of GSM8K's 7,473, in training: reading all of them on every rank is the longest part of a run."""
+"""Number of training rows. Reading all 7,473 rows on every rank would dominate the time."""
 
-# METHOD section 7; of the position buckets the one that short responses reach.
+# The metrics of METHOD section 7, with the one position bucket that short responses reach.
 METRICS = {
     *("loss", "kl_target_student", "kl_full_student", "kl_partial_student", "kl_full_partial"),
     *("residual_uptake", "residual_capture_ratio", "clip_fraction", "topk_overlap"),
@@ -95,7 +95,7 @@ REFERENCE = {
 
 
 def readme_commands(**variables: str) -> list[list[str]]:
-    """Every command of the README, with the shell variables it sets replaced."""
+    """Return all commands of the README, with the values of its shell variables."""
     blocks = re.findall(r"```sh\n(.*?)```", (EXAMPLE / "README.md").read_text(), flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     return [
@@ -105,8 +105,8 @@ def readme_commands(**variables: str) -> list[list[str]]:
     ]
 
 
-def run_here(command: list[str]) -> str:
-    """A README command in this process: what it prints."""
+def run_in_process(command: list[str]) -> str:
+    """Run a README command in this process. Returns its stdout."""
     program, *arguments = command
     output = StringIO()
     with redirect_stdout(output):
@@ -119,8 +119,8 @@ def run_here(command: list[str]) -> str:
     return output.getvalue()
 
 
-def run_apart(command: list[str]) -> str:
-    """An `aropd` command as a process of its own, without GPUs: what it prints."""
+def run_subprocess(command: list[str]) -> str:
+    """Run an `aropd` command in a subprocess without GPUs. Returns its stdout."""
     environment = os.environ | {
         "PYTHONPATH": str(REPO),
         "OMP_NUM_THREADS": "1",
@@ -138,8 +138,8 @@ def run_apart(command: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Story:
-    """What the README's first block leaves behind, and what its commands print."""
+class ReadmeRun:
+    """Folder and outputs of the commands in the README's first block."""
 
     folder: Path
     prepared: str
@@ -149,7 +149,7 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
+def readme_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
     commands = readme_commands(
         GSM8K=str(shared_data / "gsm8k"), QWEN=str(shared_data / "qwen2_tokenizer")
     )
@@ -158,60 +158,60 @@ def story(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
     (folder / "examples").symlink_to(REPO / "examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        prepared = run_here(prepare)
-        run_here(make_model)
-        shown = run_here(show_views)
-        planned = run_here(plan)
+        prepared = run_in_process(prepare)
+        run_in_process(make_model)
+        shown = run_in_process(show_views)
+        planned = run_in_process(plan)
         with open("runs/gsm8k/train.jsonl") as rows, open("runs/gsm8k/first.jsonl", "w") as first:
             first.writelines(next(rows) for _ in range(NUM_ROWS))
-        trained = run_apart([*train, "data.train=[runs/gsm8k/first.jsonl]"])
-        run_apart(export)
-        yield Story(folder / "runs" / "gsm8k", prepared, shown, planned, trained)
-    shutil.rmtree(folder)  # a checkpoint, three models
+        trained = run_subprocess([*train, "data.train=[runs/gsm8k/first.jsonl]"])
+        run_subprocess(export)
+        yield ReadmeRun(folder / "runs" / "gsm8k", prepared, shown, planned, trained)
+    shutil.rmtree(folder)  # one checkpoint and three models
 
 
 @pytest.mark.rest
-def test_the_rows_and_the_model(story):
-    assert "kept 7473 rows (7473 gsm8k)\ndropped 0" in story.prepared
-    assert (story.folder / "train.jsonl").read_text().count("\n") == 7473
-    assert re.findall(r"─ (\w+) view: ", story.shown) == ["student", "partial", "full"]
-    assert "How many clips did Natalia sell" in story.shown
-    assert "TP 2 x PP 2 x DP 1; 9,872,448 parameters" in story.planned
-    config = json.loads((story.folder / "model" / "config.json").read_text())
+def test_prepare_and_make_model(readme_run):
+    assert "kept 7473 rows (7473 gsm8k)\ndropped 0" in readme_run.prepared
+    assert (readme_run.folder / "train.jsonl").read_text().count("\n") == 7473
+    assert re.findall(r"─ (\w+) view: ", readme_run.shown) == ["student", "partial", "full"]
+    assert "How many clips did Natalia sell" in readme_run.shown
+    assert "TP 2 x PP 2 x DP 1; 9,872,448 parameters" in readme_run.planned
+    config = json.loads((readme_run.folder / "model" / "config.json").read_text())
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (151936, True)
 
 
 @pytest.mark.rest
-def test_three_steps(story):
-    assert "TP 2 x PP 2 x DP 1" in story.trained
-    counts = re.search(r"(\d+) rows \((\d+) left out", story.trained)
+def test_train_three_steps(readme_run):
+    assert "TP 2 x PP 2 x DP 1" in readme_run.trained
+    counts = re.search(r"(\d+) rows \((\d+) left out", readme_run.trained)
     assert counts and int(counts[1]) + int(counts[2]) == NUM_ROWS
     for step in (1, 2, 3):
-        assert f"step {step}/3  loss" in story.trained
-    run = story.folder / "tiny"
+        assert f"step {step}/3  loss" in readme_run.trained
+    run = readme_run.folder / "tiny"
     assert [path.name for path in (run / "checkpoints").glob("iter_*")] == ["iter_0000003"]
-    steps = metrics_of(run)
+    steps = read_metrics(run)
     assert [metrics["step"] for metrics in steps] == [0, 1, 2]
     for metrics in steps:
         assert metrics.keys() >= METRICS
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["step_skipped"] == 0 and metrics["grad_norm"] > 0
         assert metrics["loss"] > 0 and metrics["kl_full_partial"] > 0
-        # 4 responses of 24 tokens, the first three of each left out.
+        # 4 responses of 24 tokens. The first three of each have no loss.
         assert (metrics["num_response_tokens"], metrics["num_loss_tokens"]) == (96, 84)
         assert metrics["response_length_mean"] == 24 and metrics["truncation_rate"] == 1
         assert 0 < metrics["entropy_student"] < math.log(151936)
 
 
 @pytest.mark.rest
-def test_the_export_is_a_trained_model(story):
-    start = load_file(story.folder / "model" / "model.safetensors")
-    end = load_file(story.folder / "tiny-hf" / "model.safetensors")
+def test_export_loads_in_transformers_and_differs_from_the_start(readme_run):
+    start = load_file(readme_run.folder / "model" / "model.safetensors")
+    end = load_file(readme_run.folder / "tiny-hf" / "model.safetensors")
     assert end.keys() == start.keys() and "lm_head.weight" not in end
     for name, tensor in end.items():
-        assert not torch.equal(tensor, start[name]), f"{name} is as it was"
+        assert not torch.equal(tensor, start[name]), f"{name} is unchanged"
 
-    folder = story.folder / "tiny-hf"
+    folder = readme_run.folder / "tiny-hf"
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -224,11 +224,11 @@ def test_the_export_is_a_trained_model(story):
 
 
 @pytest.mark.rest
-def test_one_process_learns_the_same(story):
-    """Without pipeline stages there is one tied embedding: its two copies must have stayed one."""
-    folder = story.folder
+def test_train_one_process_equals_four(readme_run):
+    """One process has one tied embedding. The two copies of the pipeline stages must stay equal."""
+    folder = readme_run.folder
     overrides = {
-        "output_dir": folder / "alone",
+        "output_dir": folder / "single",
         "model.path": folder / "model",
         "data.train": [str(folder / "first.jsonl")],
         "parallel.tensor": 1,
@@ -236,19 +236,21 @@ def test_one_process_learns_the_same(story):
     }
     run_ranks(train_and_export, 1, [f"{key}={value}" for key, value in overrides.items()])
 
-    for one, other in zip(metrics_of(folder / "alone"), metrics_of(folder / "tiny"), strict=True):
+    for one, other in zip(
+        read_metrics(folder / "single"), read_metrics(folder / "tiny"), strict=True
+    ):
         for name in ("loss", "grad_norm", "kl_full_student", "entropy_full", "topk_overlap"):
             assert other[name] == pytest.approx(one[name], rel=1e-4), name
-    start, alone, sharded = (
-        load_file(folder / name / "model.safetensors") for name in ("model", "alone-hf", "tiny-hf")
+    start, single, sharded = (
+        load_file(folder / name / "model.safetensors") for name in ("model", "single-hf", "tiny-hf")
     )
     for name in start:
-        # In norm, since Adam magnifies the rounding of a gradient that is nearly zero.
-        moved = (alone[name] - start[name]).norm()
-        assert (sharded[name] - alone[name]).norm() < 1e-2 * moved, name
+        # Compared by norm: Adam magnifies the rounding of gradients that are nearly zero.
+        change = (single[name] - start[name]).norm()
+        assert (sharded[name] - single[name]).norm() < 1e-2 * change, name
 
 
-def metrics_of(run: Path) -> list[dict[str, float]]:
+def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -265,17 +267,16 @@ def train_and_export(overrides: list[str]) -> None:
     torch.distributed.barrier()
 
 
-def test_qwen25_7b_on_eight_gpus(tmp_path, monkeypatch, capsys):
+def test_qwen25_7b_dry_run_on_eight_gpus(tmp_path, monkeypatch, capsys):
     plan, train = readme_commands(GSM8K="", QWEN="")[6:]
     (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B))
     monkeypatch.chdir(REPO)
     output = StringIO()
-    with redirect_stdout(output):  # prints the plan, and refuses a folder without weights
+    with redirect_stdout(output):  # prints the plan, then fails: the folder has no weights
         assert cli.main([*plan[1:], f"model.path={tmp_path}"]) == 2
     assert "holds no weights" in capsys.readouterr().err
     planned = output.getvalue()
     assert "# 8 processes: TP 4 x PP 1 x DP 2; 7,615,616,512 parameters" in planned
     assert "32 prompts, 32 responses, 8 microbatches of 2" in planned
     config = load_config(Path(train[-1]))
-    found = {key: attrgetter(key)(config) for key in REFERENCE}
-    assert found == REFERENCE
+    assert {key: attrgetter(key)(config) for key in REFERENCE} == REFERENCE

@@ -1,4 +1,4 @@
-"""examples/paper: its configs, the preparation of its data, and the jobs that it submits."""
+"""examples/paper: configs, preparation of the data, and submitted jobs."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ from tests.conftest import REPO
 from tests.support.tiny_runs import write_model
 
 NUM_ROWS = 260
-"""One step has 256."""
+"""Number of rows of a test: one step of 256 responses, and a few more."""
 MODEL = "examples/clusters/Qwen2.5-7B-Instruct"
 
 
@@ -31,7 +31,7 @@ def paper(monkeypatch) -> ModuleType:
     return importlib.import_module("experiment")
 
 
-def test_the_committed_configs_are_those_of_the_table(paper):
+def test_committed_configs_equal_the_table(paper):
     committed = {path: path.read_text() for path in paper.CONFIGS.rglob("*.*")}
     pairs = [(name, method) for name in paper.DOMAINS for method in paper.METHODS]
     assert committed == {
@@ -40,24 +40,24 @@ def test_the_committed_configs_are_those_of_the_table(paper):
     assert len(committed) == 18
     for name in paper.DOMAINS:
         views = {load_config(paper.config_path(name, m)).views for m in paper.METHODS}
-        assert len(views) == 1, "all methods of a domain, and its base model, have the same views"
+        assert len(views) == 1, "expected the same views for all methods of a domain"
 
 
 def problem(number: int) -> dict[str, object]:
-    """A record of NuminaMath-CoT."""
+    """Return a record of NuminaMath-CoT."""
     question, solution = f"What is {number} + 1?", f"Add. So $\\boxed{{{number + 1}}}$."
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
     return {"source": "cn_k12", "problem": question, "solution": solution, "messages": turns}
 
 
 def task(number: int) -> dict[str, object]:
-    """A record of Magicoder-Evol-Instruct-110K."""
+    """Return a record of Magicoder-Evol-Instruct-110K."""
     response = f"Return it.\n\n```python\ndef f():\n    return {number}\n```\n\nThat is all."
     return {"instruction": f"Write f, which returns {number}.", "response": response}
 
 
 def question(number: int) -> dict[str, object]:
-    """A record of MedMCQA as the Hub has it."""
+    """Return a record of MedMCQA as on the Hub."""
     letters = ("a", "b", "c", "d")
     return {
         "id": f"id-{number}",
@@ -86,7 +86,7 @@ def write_hub_files(name: str, folder: Path) -> list[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["math", "code", "medical"])
-def test_every_run_of_a_domain_starts_on_rows_from_the_hubs_files(
+def test_dry_run_of_every_method_accepts_rows_from_hub_files(
     paper, tmp_path, monkeypatch, capsys, name
 ):
     configs = {m: paper.config_path(name, m).absolute() for m in paper.METHODS}
@@ -106,7 +106,7 @@ def test_every_run_of_a_domain_starts_on_rows_from_the_hubs_files(
         assert "TP 4 + SP x PP 1 x DP 4" in printed and "left out" not in printed
 
 
-def test_mmlu_medical_has_the_medical_subjects(paper, tmp_path, capsys):
+def test_mmlu_medical_has_only_the_medical_subjects(paper, tmp_path, capsys):
     subjects = ["virology", *paper.MMLU_MEDICAL, "anatomy", "astronomy"]
     records = [
         {"question": f"About {subject}?", "subject": subject, "choices": list("wxyz"), "answer": 2}
@@ -125,7 +125,7 @@ def test_mmlu_medical_has_the_medical_subjects(paper, tmp_path, capsys):
     assert (tmp_path / "mmlu_medical.jsonl").read_bytes() == written
 
 
-def test_the_jobs_of_all_runs_and_models_are_printed(paper, capsys):
+def test_dry_run_prints_one_job_per_run_and_model(paper, capsys):
     for_sbatch = ["--dry-run", "--model", MODEL, "--", "--partition=gpu"]
     before = sorted(REPO.glob("runs/paper/*"))
     assert paper.main(["train", *for_sbatch]) == 0
@@ -156,7 +156,7 @@ def test_the_jobs_of_all_runs_and_models_are_printed(paper, capsys):
     assert sorted(REPO.glob("runs/paper/*")) == before
 
 
-def test_nothing_is_evaluated_without_slurm(paper, monkeypatch, tmp_path):
+def test_evaluate_without_sbatch_is_refused(paper, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     for name in ("math500.jsonl", "amc23.jsonl"):
         (tmp_path / name).touch()
@@ -164,7 +164,7 @@ def test_nothing_is_evaluated_without_slurm(paper, monkeypatch, tmp_path):
         paper.main(["evaluate", "--domains", "math", "--benchmarks", str(tmp_path)])
 
 
-def test_0_rows_are_refused(paper, capsys):
+def test_prepare_0_rows_is_refused(paper, capsys):
     with pytest.raises(SystemExit):
         paper.main(["prepare", "math", "x.jsonl", "--rows", "0"])
     assert "expected at least 1, found 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""examples/smollm2: its problems, and with AROPD_SMOLLM2 set (make test-smollm2) the real model."""
+"""examples/smollm2: the problems, and with AROPD_SMOLLM2 (make test-smollm2) the real model."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(*words: object) -> str:
     return done.stdout
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -37,13 +37,13 @@ def data(tmp_path_factory) -> Path:
     return out
 
 
-def test_after_a_failed_run_of_the_study_no_run_begins():
+def test_over_cores_after_a_failure_starts_no_further_run():
     program = """
 import sys, time
 import study
 
 def make(item, core):
-    print("begun", flush=True)
+    print("started", flush=True)
     time.sleep(0.2)
     sys.exit("failed")
 
@@ -54,11 +54,11 @@ study.over_cores(make, range(20), 1)
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr == "failed\n"
-    # The next one may begin before the failure is seen.
-    assert done.stdout.count("begun") <= 2
+    # The second run may start before the failure of the first is handled.
+    assert done.stdout.count("started") <= 2
 
 
-def test_missing_files_are_refused_in_one_line(tmp_path):
+def test_scripts_with_a_missing_file_print_one_line(tmp_path):
     for words, path in (
         (["tables.py", "collect", "--runs", "none"], "none/views/untouched/greedy.json"),
         (["tables.py", "main", "--results", "none.json"], "none.json"),
@@ -76,8 +76,8 @@ def test_missing_files_are_refused_in_one_line(tmp_path):
         assert done.stderr.count("\n") == 1
 
 
-def test_problems_of_all_files_differ_and_answers_follow_from_the_questions(data):
-    rows = [row for path in sorted(data.rglob("*.jsonl")) for row in rows_of(path)]
+def test_problems_are_unique_and_their_answers_right(data):
+    rows = [row for path in sorted(data.rglob("*.jsonl")) for row in read_rows(path)]
     assert len(rows) == 400 + 100 + 2 * (400 + 200)
     assert len({row["question"] for row in rows}) == len(rows)
     solve = {"shop": solve_shop, "carry": solve_carry}
@@ -94,7 +94,7 @@ def test_problems_of_all_files_differ_and_answers_follow_from_the_questions(data
 
 
 def solve_shop(question: str) -> str:
-    """The amount after all sentences, read from their words."""
+    """Return the amount after all sentences."""
     first, *sentences = question.split(". ")
     amount = int(re.findall(r"\d+", first)[0])
     for sentence in sentences[:-1]:
@@ -108,7 +108,7 @@ def solve_shop(question: str) -> str:
 
 
 def solve_carry(question: str) -> str:
-    """Where the thing is after all sentences, read from their words."""
+    """Return the place of the thing after all sentences."""
     sentences = question.split(". ")
     at, holder = {}, sentences[0].split()[0]
     for sentence in sentences[:-1]:
@@ -122,7 +122,7 @@ def solve_carry(question: str) -> str:
     return at[holder] if holder else left
 
 
-def test_the_same_arguments_give_the_same_files(data, tmp_path):
+def test_problems_with_the_same_arguments_gives_the_same_files(data, tmp_path):
     run(EXAMPLE / "problems.py", tmp_path / "again", "--seeds", 1)
     for path in data.rglob("*.jsonl"):
         assert (tmp_path / "again" / path.relative_to(data)).read_bytes() == path.read_bytes()
@@ -132,8 +132,10 @@ VOCAB = 20
 
 
 @pytest.mark.parametrize("loss", ["top_20", "sampled_token"])
-def test_other_losses_are_the_product_s_where_they_must_be(loss, monkeypatch):
-    """Over 20 tokens the top 20 are all of them; sampled tokens are right on the average."""
+def test_other_losses_have_the_expected_gradients(loss, monkeypatch):
+    """With a vocabulary of 20 tokens, `top_20` equals the full sum. The gradients of
+    `sampled_token`, weighted by each token's probability, add up to that of KL(student || target).
+    """
     monkeypatch.syspath_prepend(str(EXAMPLE))
     from other_losses import LOSSES, loss_with
 
@@ -154,46 +156,46 @@ def test_other_losses_are_the_product_s_where_they_must_be(loss, monkeypatch):
 
     ours, ids_T = loss_with(LOSSES[loss]), torch.zeros(6, dtype=torch.long)
     if loss == "top_20":
-        found = gradients(ours, weights_T, ids_T)
+        actual = gradients(ours, weights_T, ids_T)
         expected = gradients(fused_linear_anchored_residual_kl, weights_T, ids_T)
     else:
         s_TV = (hidden_TH @ student_VH[:VOCAB].T).softmax(-1)
         each = [gradients(ours, weights_T * s_TV[:, y], ids_T + y) for y in range(VOCAB)]
-        found = [sum(parts) for parts in zip(*each, strict=True)]
+        actual = [sum(parts) for parts in zip(*each, strict=True)]
         divergence = {"divergence": "kl_student_target"}
         expected = gradients(fused_linear_anchored_residual_kl, weights_T, ids_T, **divergence)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def model() -> Path:
     if "AROPD_SMOLLM2" not in os.environ:
-        pytest.skip("AROPD_SMOLLM2 names no folder of SmolLM2-135M-Instruct: make test-smollm2")
+        pytest.skip("needs AROPD_SMOLLM2, a folder of SmolLM2-135M-Instruct: make test-smollm2")
     return Path(os.environ["AROPD_SMOLLM2"])
 
 
-def test_conversion_of_the_real_model_is_bit_for_bit(model, tmp_path):
+def test_real_model_round_trip_is_bit_for_bit(model, tmp_path):
     run("-m", "aropd_mcore.cli", "convert", "import", model, tmp_path / "megatron")
     run("-m", "aropd_mcore.cli", "convert", "export", tmp_path / "megatron", tmp_path / "hf")
     run("-m", "aropd_mcore.cli", "convert", "verify", model, tmp_path / "hf", "--logits")
 
 
-def test_greedy_tokens_of_the_real_model_equal_those_of_transformers(model, data, tmp_path):
+def test_real_model_greedy_tokens_equal_transformers(model, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompts, limit = tmp_path / "prompts.jsonl", 64
-    rows = rows_of(data / "validation.jsonl")[:8]
+    rows = read_rows(data / "validation.jsonl")[:8]
     prompts.write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
     run(
-        *("-m", "aropd_mcore.cli", "generate", "--checkpoint", model, "--prompts", prompts),
-        *("--output", tmp_path / "out.jsonl", "--temperature", 0, "--dtype", "fp32"),
+        *("-m", "aropd_mcore.cli", "generate", "--model", model, "--prompts", prompts),
+        *("--out", tmp_path / "out.jsonl", "--temperature", 0, "--dtype", "fp32"),
         *("--max-response-tokens", limit, "--config", EXAMPLE / "aropd.yaml"),
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     hf = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     system = load_config(EXAMPLE / "aropd.yaml").views.system_prompt
-    for row, line in zip(rows, rows_of(tmp_path / "out.jsonl"), strict=True):
+    for row, line in zip(rows, read_rows(tmp_path / "out.jsonl"), strict=True):
         chat = [
             {"role": "system", "content": system},
             {"role": "user", "content": row["question"]},

@@ -1,4 +1,4 @@
-"""examples/study: a smaller study by the same driver, and its tables."""
+"""examples/study: a tiny study by the driver, and its tables."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ TINY = {
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """main() of a script of the study, in this process: what it prints."""
+    """Function that runs main() of a script of the study in this process and returns stdout."""
     monkeypatch.syspath_prepend(STUDY)
     monkeypatch.chdir(REPO)
 
@@ -47,7 +47,7 @@ def overrides(**more: object) -> list[str]:
 
 
 def study(out: Path, *settings: str, fails: bool = False) -> str:
-    """What the driver prints, in a process of its own."""
+    """Run the driver in a subprocess. Returns its stdout, or its stderr if it should fail."""
     words = [
         *("--out", out, "--seeds", 3, "--methods", *TWO, "--sizes", 12, 24, 192),
         *("--pretraining-steps", 1, "--set", *settings),
@@ -66,51 +66,50 @@ def study(out: Path, *settings: str, fails: bool = False) -> str:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study")
-    assert "2 of 2 runs are to be made" in study(out, *overrides())
+    assert "2 of 2 runs to do" in study(out, *overrides())
     return out
 
 
-def runs_of(out: Path) -> dict[str, Path]:
+def run_folders(out: Path) -> dict[str, Path]:
     return {method: out / method / "seed-3" for method in TWO}
 
 
-def test_the_same_command_makes_no_run_again(out):
-    def times() -> list[int]:
+def test_study_rerun_repeats_no_run(out):
+    def modification_times() -> list[int]:
         return [path.stat().st_mtime_ns for path in sorted(out.rglob("*")) if path.is_file()]
 
-    before = times()
-    assert "0 of 2 runs are to be made" in study(out, *overrides())
-    assert times() == before
-    said = study(out, *overrides(**{"optimizer.lr": 1e-3}), fails=True)
-    assert "holds a run of other settings" in said
+    before = modification_times()
+    assert "0 of 2 runs to do" in study(out, *overrides())
+    assert modification_times() == before
+    error = study(out, *overrides(**{"optimizer.lr": 1e-3}), fails=True)
+    assert "result of a run with other settings" in error
 
 
-def test_runs_are_those_of_the_command(out, tmp_path):
-    """A worker's second run is what `aropd train` makes by itself."""
+def test_worker_second_run_equals_aropd_train(out, tmp_path):
     method = TWO[1]
     words = [
         *("train", STUDY / "study.yaml", *overrides(), "objective.residual_scale=0.8"),
         *(f"model.path={out / 'base'}", f"data.train=[{out / 'data' / 'train.jsonl'}]"),
-        *("training.seed=3", f"output_dir={tmp_path / 'alone'}"),
+        *("training.seed=3", f"output_dir={tmp_path / 'by-command'}"),
     ]
     command = [sys.executable, "-m", "aropd_mcore.cli", *map(str, words)]
     subprocess.run(command, cwd=REPO, env=ENVIRONMENT, check=True, capture_output=True)
 
-    def learned(folder: Path) -> list[tuple[float, ...]]:
+    def read_values(folder: Path) -> list[tuple[float, ...]]:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         names = ("loss", "grad_norm", "kl_full_partial", "response_length_mean")
         return [tuple(line[name] for name in names) for line in lines]
 
-    assert learned(tmp_path / "alone") == learned(runs_of(out)[method])
+    assert read_values(tmp_path / "by-command") == read_values(run_folders(out)[method])
 
 
-def test_tables_follow_from_the_runs(call, out, tmp_path):
+def test_tables_equal_the_numbers_of_the_runs(call, out, tmp_path):
     results = tmp_path / "results.json"
     call("tables", "collect", "--runs", out, "--results", results)
-    found = json.loads(results.read_text())["runs"]
-    for method, folder in runs_of(out).items():
+    collected = json.loads(results.read_text())["runs"]
+    for method, folder in run_folders(out).items():
         steps = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
-        run = found[method]["3"]
+        run = collected[method]["3"]
         for decoding in ("greedy", "sampled"):
             summary = json.loads((folder / f"eval-{decoding}" / "summary.json").read_text())
             task = summary["tasks"]["heldout"]
@@ -119,28 +118,28 @@ def test_tables_follow_from_the_runs(call, out, tmp_path):
         hindsight = sum(step["hindsight_token_rate"] for step in steps) / len(steps)
         assert run["hindsight_token_rate"] == pytest.approx(hindsight)
 
-    # Numbers that a random model does not give: three seeds of each, worked out by hand.
-    made = json.loads(results.read_text())
+    # Three seeds per method with chosen accuracies. The expected cells are computed by hand.
+    edited = json.loads(results.read_text())
     for method, rights in (("aropd_0.8", (0.5, 0.6, 0.7)), ("partial_opd", (0.5, 0.4, 0.6))):
         runs = enumerate(rights)
-        made["runs"][method] = {
-            str(seed): found[method]["3"] | {"sampled/right": right} for seed, right in runs
+        edited["runs"][method] = {
+            str(seed): collected[method]["3"] | {"sampled/right": right} for seed, right in runs
         }
-    results.write_text(json.dumps(made))
+    results.write_text(json.dumps(edited))
     tables = {
         name: call("tables", name, "--results", results)
         for name in ("teacher", "main", "differences", "ablations")
     }
     # t = 4.303 for two degrees of freedom, s = 0.1, n = 3.
     assert "| AR-OPD, λ = 0.8 | 60.0 ± 24.8 |" in tables["main"]
-    # 0, 0.2 and 0.1, seed by seed.
+    # The differences are 0, 0.2 and 0.1.
     assert "| Partial OPD | +10.0 ± 24.8 |" in tables["differences"]
     assert tables["teacher"].count("\n| ") == 4 and "SFT" not in tables["main"]
     call("tables", "figure", "--results", results)
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
-def test_the_readme_has_the_tables_of_the_results(call):
+def test_readme_has_the_tables_of_results_json(call):
     readme = (STUDY / "README.md").read_text()
     names = re.findall(r"tables\.py (teacher|main|differences|ablations)", readme)
     assert len(names) == 4
@@ -148,9 +147,9 @@ def test_the_readme_has_the_tables_of_the_results(call):
         assert call("tables", name).strip() in readme, name
 
 
-def test_a_response_that_leaves_out_a_step_is_counted(monkeypatch, out, tmp_path):
+def test_measure_samples_response_without_a_step_is_counted(monkeypatch, out, tmp_path):
     monkeypatch.syspath_prepend(STUDY)
-    counted = importlib.import_module("study").counted
+    measure_samples = importlib.import_module("study").measure_samples
     rows = list(map(json.loads, (out / "data" / "heldout.jsonl").read_text().splitlines()))
     [whole, short] = ("a+1b+2c+3;3", "a+1c+3;3")
     lines = [
@@ -163,4 +162,4 @@ def test_a_response_that_leaves_out_a_step_is_counted(monkeypatch, out, tmp_path
     folder.mkdir()
     (folder / "heldout.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (tmp_path / "base").symlink_to(out / "base")
-    assert [found["skips"] for found in counted(tmp_path, tmp_path)["x"]] == [False, True]
+    assert [line["skips"] for line in measure_samples(tmp_path, tmp_path)["x"]] == [False, True]

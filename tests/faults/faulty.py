@@ -1,7 +1,14 @@
 """`python -m tests.faults.faulty FAULTS train ...`: `aropd` with faults in a rank's data loader.
 
-FAULTS is JSON: `rank` has them; from `step` on it shall `raise`, `hang`, or be `slow` by so many
-seconds a row: {"rank": 1, "slow": [0, 0.3], "raise": 2}.
+FAULTS is a JSON object:
+
+    rank              the rank with the faults
+    prompts_per_step  rows per step
+    slow              seconds to wait before each row
+    raise             step from which loading a row raises an error
+    hang              step from which loading a row never returns
+
+All keys but the first two are optional: {"rank": 1, "prompts_per_step": 8, "slow": 0.5, "hang": 2}.
 """
 
 import json
@@ -20,15 +27,15 @@ def install(faults: dict[str, Any]) -> None:
         return
     row_at = RowDataset.row_at
 
-    def faulty_row_at(self: RowDataset, position: int, **how: Any) -> Row:
+    def faulty_row_at(self: RowDataset, position: int, **options: Any) -> Row:
         step = position // faults["prompts_per_step"]
         if step >= faults.get("raise", step + 1):
-            raise RuntimeError(f"a planted error at row {position}")
+            raise RuntimeError(f"an injected error at row {position}")
         if step >= faults.get("hang", step + 1):
             time.sleep(10_000)
         if "slow" in faults:
             time.sleep(faults["slow"])
-        return row_at(self, position, **how)
+        return row_at(self, position, **options)
 
     RowDataset.row_at = faulty_row_at  # type: ignore[method-assign]
 

@@ -1,7 +1,7 @@
-"""Saves that fail, and checkpoints that are damaged: what a run says, keeps and goes on from.
+"""Failed saves and damaged checkpoints: messages, remaining checkpoints, and resumed runs.
 
-On real gloo ranks and real disks: a small tmpfs that fills up, one that is read-only. Every rank
-has to end alike, or the others would wait for it in a collective.
+The tests use real gloo ranks and real file systems: a small tmpfs that fills up, and a read-only
+one. All ranks must fail together. Otherwise some would wait in a collective.
 """
 
 import io
@@ -34,9 +34,9 @@ def path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(path) -> Path:
-    """A run of four steps, each of which has a checkpoint."""
-    out = path.parent / "whole"
+def complete_run(path) -> Path:
+    """The output_dir of a run of four steps, with a checkpoint after each."""
+    out = path.parent / "complete"
     run_ranks(train_on_ranks, 2, path, [f"output_dir={out}"])
     assert saved_steps(out) == [1, 2, 3, 4]
     return out
@@ -44,7 +44,7 @@ def whole(path) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[..., Path]]:
-    """Mounts a tmpfs of so many bytes; they are unmounted at the end."""
+    """Function that mounts a tmpfs of num_bytes bytes. All are unmounted at the end."""
     mounted: list[Path] = []
 
     def mount(num_bytes: int) -> Path:
@@ -53,7 +53,7 @@ def small_disk(tmp_path) -> Iterator[Callable[..., Path]]:
         command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"a small disk needs the right to mount one: {done.stderr.strip()}")
+            pytest.skip(f"needs the permission to mount a tmpfs: {done.stderr.strip()}")
         mounted.append(folder)
         return folder
 
@@ -62,31 +62,31 @@ def small_disk(tmp_path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-# --- saves that fail ---
+# --- failed saves ---
 
 
-def test_a_save_that_fails_leaves_the_last_checkpoint(path, whole, small_disk, tmp_path):
-    size = sum(file.stat().st_size for file in newest(whole / "checkpoints").iterdir())
-    index = (newest(whole / "checkpoints") / ".metadata").stat().st_size
-    # For none of the files; for a part of the tensors; for all of them, and not for their index.
-    room = [0, size // 2, size - index]
+def test_save_that_fails_keeps_the_last_checkpoint(path, complete_run, small_disk, tmp_path):
+    size = sum(file.stat().st_size for file in newest(complete_run / "checkpoints").iterdir())
+    index = (newest(complete_run / "checkpoints") / ".metadata").stat().st_size
+    # Space for no file, for a part of the tensors, and for all tensors but not for their index.
+    free_bytes = [0, size // 2, size - index]
     disk = small_disk(4 * size)
-    messages = run_ranks(fail_to_save, 2, path, disk, tmp_path / "gone", room)
-    assert messages[0] == messages[1], "every rank ends alike"
-    full, others = messages[0][: len(room)], messages[0][len(room) :]
+    messages = run_ranks(fail_to_save, 2, path, disk, tmp_path / "gone", free_bytes)
+    assert messages[0] == messages[1], "expected the same messages on all ranks"
+    full, others = messages[0][: len(free_bytes)], messages[0][len(free_bytes) :]
     for message in full:
-        # What torch says of a full disk is not always that, so it is said how much there is.
+        # torch's message does not always name the full disk. So the free space is stated.
         assert "MiB are free there" in message
         assert str(disk) in message
-    during, after, killed, denied = others
-    assert "No such file" in during
-    assert "is missing; was it deleted, or its disk unmounted?" in after
+    deleted_during_save, deleted_before_save, killed, denied = others
+    assert "No such file" in deleted_during_save
+    assert "is missing; was it deleted, or its disk unmounted?" in deleted_before_save
     assert "rank 1: the writing process died" in killed
     assert "cannot be written to: Permission denied" in denied
 
 
-def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[str]:
-    """On a rank: what each save says that cannot be written."""
+def fail_to_save(path: Path, disk: Path, gone: Path, free_bytes: list[int]) -> list[str]:
+    """Run on a rank: make saves fail in several ways. Returns their error messages."""
     import os
 
     import torch.distributed as dist
@@ -113,7 +113,7 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
         dist.barrier()
 
     begin(disk, 1).commit()
-    for num_bytes in room:
+    for num_bytes in free_bytes:
         if rt.rank == 0:
             fill(disk, num_bytes)
         dist.barrier()
@@ -126,13 +126,13 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
     begin(disk, 2).commit()
     assert newest(disk) == disk / "iter_0000002"
 
-    def late(_: int) -> None:
-        """In the writing process: training is done with the next step by now."""
+    def delay(_: int) -> None:
+        """Delay the writing process until training has done its next step."""
         import time
 
         time.sleep(0.5)
 
-    with patch.object(writer.os, "nice", late):
+    with patch.object(writer.os, "nice", delay):
         directory.prepare(gone)
         saving = begin(gone, 1)
         dist.barrier()
@@ -160,7 +160,7 @@ def fail_to_save(path: Path, disk: Path, gone: Path, room: list[int]) -> list[st
 
 
 def fill(disk: Path, num_bytes: int) -> None:
-    """Leave so many bytes on a disk."""
+    """Write a file that leaves num_bytes free bytes on a disk."""
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
     free = shutil.disk_usage(disk).free
@@ -168,8 +168,8 @@ def fill(disk: Path, num_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_full_disk_stops_the_run_or_not_by_setting(path, whole, small_disk, asynchronous):
-    size = sum(file.stat().st_size for file in newest(whole / "checkpoints").iterdir())
+def test_on_failure_full_disk_stops_or_continues(path, complete_run, small_disk, asynchronous):
+    size = sum(file.stat().st_size for file in newest(complete_run / "checkpoints").iterdir())
     common = ["checkpoint.keep_last=1", f"checkpoint.asynchronous={asynchronous}"]
     for on_failure, num_steps in (("stop", 3 if asynchronous == "true" else 2), ("continue", 4)):
         out = small_disk(2 * size - MIB) / "out"
@@ -181,11 +181,11 @@ def test_a_full_disk_stops_the_run_or_not_by_setting(path, whole, small_disk, as
         # A save in the background fails while the next step trains.
         assert len(read_lines(out)) in (num_steps, num_steps + 1)
         assert saved_steps(out) == [1]
-        assert ("could not save, and goes on:" in printed) == (on_failure == "continue")
+        assert ("could not save, training continues:" in printed) == (on_failure == "continue")
 
 
 def train_until_stopped(path: Path, overrides: list[str]) -> tuple[str, str]:
-    """What the run prints, and why it stops."""
+    """Return stdout of a run that stops, and the reason."""
     from aropd_mcore.trainer.loop import TrainingStopped
 
     with redirect_stdout(io.StringIO()) as printed, pytest.raises(TrainingStopped) as stopped:
@@ -193,21 +193,21 @@ def train_until_stopped(path: Path, overrides: list[str]) -> tuple[str, str]:
     return printed.getvalue(), str(stopped.value)
 
 
-def test_a_folder_that_is_read_only_is_said_at_once(path, small_disk):
+def test_train_read_only_output_dir_is_refused_at_start(path, small_disk):
     disk = small_disk(MIB)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    messages = run_ranks(train_in_vain, 2, path, [f"output_dir={disk / 'out'}"])
+    messages = run_ranks(train_with_error, 2, path, [f"output_dir={disk / 'out'}"])
     folder = disk / "out" / "checkpoints"
     assert messages == [f"{folder}: cannot be written to: Read-only file system"] * 2
 
 
-def train_in_vain(path: Path, overrides: list[str]) -> str:
+def train_with_error(path: Path, overrides: list[str]) -> str:
     with pytest.raises(ValueError) as failed:
         train_on_ranks(path, overrides)
     return str(failed.value)
 
 
-# --- checkpoints that are damaged ---
+# --- damaged checkpoints ---
 
 
 def flip(path: Path) -> None:
@@ -233,22 +233,23 @@ DAMAGE = {
 }
 
 
-def damaged(whole: Path, folder: Path, *steps: int, what: str) -> Path:
-    """A copy of a run's last two checkpoints, with damage to a file of some of them."""
+def copy_damaged(run: Path, folder: Path, *steps: int, damage: str) -> Path:
+    """Copy a run's last two checkpoints, and damage one file in those of `steps`."""
     for step in (3, 4):
-        shutil.copytree(whole / f"checkpoints/iter_{step:07d}", folder / f"iter_{step:07d}")
-    name, damage, _ = DAMAGE[what]
+        shutil.copytree(run / f"checkpoints/iter_{step:07d}", folder / f"iter_{step:07d}")
+    name, apply, _ = DAMAGE[damage]
     for step in steps:
-        damage(folder / f"iter_{step:07d}" / name)
+        apply(folder / f"iter_{step:07d}" / name)
     return folder
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
+def test_find_damaged_checkpoint_is_set_aside_and_the_previous_used(path, complete_run, tmp_path):
     folders = [
-        damaged(whole, tmp_path / str(number), 4, what=what) for number, what in enumerate(DAMAGE)
+        copy_damaged(complete_run, tmp_path / str(number), 4, damage=damage)
+        for number, damage in enumerate(DAMAGE)
     ]
     for folder, (name, _, problem) in zip(folders, DAMAGE.values(), strict=True):
-        # The exporter changes nothing: it takes another only where there is no whole manifest.
+        # The exporter moves nothing. It skips a checkpoint only if the manifest is not valid.
         if name == "manifest.json":
             assert find_iteration(folder) == folder / "iter_0000003"
         elif "bytes" in problem or "No such" in problem:
@@ -256,15 +257,15 @@ def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
                 find_iteration(folder)
 
     nothing = tmp_path / "nothing"
-    (nothing / ".iter_0000001.1234.partial").mkdir(parents=True)  # the first save was never done
-    lost = damaged(whole, tmp_path / "lost", 3, 4, what="tensors cut")
+    (nothing / ".iter_0000001.1234.partial").mkdir(parents=True)  # the first save did not finish
+    lost = copy_damaged(complete_run, tmp_path / "lost", 3, 4, damage="tensors cut")
     aside = tmp_path / "aside"
     shutil.copytree(lost / "iter_0000004", aside / "iter_0000004.corrupt")
-    found = run_ranks(find_all, 2, [*folders, nothing, lost, aside])
-    assert found[0] == found[1]
-    for folder, (name, _, problem), result in zip(folders, DAMAGE.values(), found[0], strict=False):
-        taken, notes = result
-        assert taken == folder / "iter_0000003"
+    results, others = run_ranks(find_all, 2, [*folders, nothing, lost, aside])
+    assert results == others
+    for folder, (name, _, problem), result in zip(folders, DAMAGE.values(), results, strict=False):
+        checkpoint, notes = result
+        assert checkpoint == folder / "iter_0000003"
         assert len(notes) == 1 and notes[0].startswith(f"{folder / 'iter_0000004' / name}: ")
         assert problem in notes[0] and notes[0].endswith("; renamed to iter_0000004.corrupt")
         assert sorted(p.name for p in folder.glob("iter_*")) == [
@@ -272,12 +273,12 @@ def test_the_checkpoint_before_a_damaged_one_is_used(path, whole, tmp_path):
             "iter_0000004.corrupt",
         ]
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3"
-    *_, of_nothing, of_lost, of_aside = found[0]
-    assert of_nothing == (None, [])
-    assert of_lost.startswith(f"{lost}: none of the 2 checkpoints is intact")
-    assert of_lost.count("__0_0.distcp: has ") == 2
-    assert len(iterations(lost)) == 2, "what cannot be replaced is left where it is"
-    assert of_aside.startswith(f"{aside}: none of the 1 checkpoints is intact")
+    *_, nothing_result, lost_result, aside_result = results
+    assert nothing_result == (None, [])
+    assert lost_result.startswith(f"{lost}: none of the 2 checkpoints is intact")
+    assert lost_result.count("__0_0.distcp: has ") == 2
+    assert len(iterations(lost)) == 2, "expected no change where no checkpoint is complete"
+    assert aside_result.startswith(f"{aside}: none of the 1 checkpoints is intact")
 
 
 def find_all(folders: list[Path]) -> list:
@@ -292,15 +293,15 @@ def find_all(folders: list[Path]) -> list:
     return results
 
 
-def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(path, whole, tmp_path):
+def test_resume_before_a_damaged_checkpoint_gives_the_same_weights(path, complete_run, tmp_path):
     out = tmp_path / "out"
-    damaged(whole, out / "checkpoints", 4, what="tensors flipped")
-    shutil.copy(whole / "metrics.jsonl", out)
+    copy_damaged(complete_run, out / "checkpoints", 4, damage="tensors flipped")
+    shutil.copy(complete_run / "metrics.jsonl", out)
     printed = run_ranks(train_and_show, 2, path, [f"output_dir={out}"])[0]
     assert "resuming at step 3" in printed and "renamed to iter_0000004.corrupt" in printed
-    assert repeatable(read_lines(out)) == repeatable(read_lines(whole))
+    assert repeatable(read_lines(out)) == repeatable(read_lines(complete_run))
     last = "checkpoints/iter_0000004"
-    files, expected = (read_manifest(run / last)["files"] for run in (out, whole))
+    files, expected = (read_manifest(run / last)["files"] for run in (out, complete_run))
     tensors = [name for name in files if name.endswith(".distcp")]
     assert tensors and all(files[name] == expected[name] for name in tensors)
 

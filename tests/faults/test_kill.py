@@ -1,6 +1,6 @@
-"""A run that is killed at any moment, again and again, ends as the run that was never killed.
+"""A run that is killed repeatedly at random moments ends with the results of an uninterrupted run.
 
-`make test-faults` kills 20 times; AROPD_KILLS and AROPD_KILL_SEED choose otherwise.
+`make test-faults` kills it 20 times. AROPD_KILLS and AROPD_KILL_SEED set other values.
 """
 
 import os
@@ -39,7 +39,7 @@ def path(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(3600)
-def test_killed_anywhere_ends_as_if_never_killed(path):
+def test_killed_run_equals_the_uninterrupted_run(path):
     num_kills = int(os.environ.get("AROPD_KILLS", "3"))
     seed = int(os.environ.get("AROPD_KILL_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
     draw = random.Random(seed)
@@ -49,42 +49,46 @@ def test_killed_anywhere_ends_as_if_never_killed(path):
     for number in range(num_kills):
         job = Job(path, NUM_RANKS)
         try:
-            said = kill_somewhere(job, out, draw)
+            moment = kill_at_random_moment(job, out, draw)
         finally:
             job.end()
-        print(f"  {number + 1}: {said}; {len(read_lines(out))} steps reported, saved {saved(out)}")
+        print(f"  {number + 1}: {moment}; {len(read_lines(out))} steps logged, saved {saved(out)}")
     finished = Job(path, NUM_RANKS)
     assert finished.process.wait(300) == 0, finished.log.read_text()
 
-    unbroken = path.parent / "unbroken"
-    run_ranks(train_on_ranks, NUM_RANKS, path, [f"output_dir={unbroken}"])
+    reference = path.parent / "reference"
+    run_ranks(train_on_ranks, NUM_RANKS, path, [f"output_dir={reference}"])
     lines = read_lines(out)
     assert [line["step"] for line in lines] == list(range(NUM_STEPS))
-    assert repeatable(lines) == repeatable(read_lines(unbroken))
-    found, expected = run_ranks(read_checkpoints, 1, [out, unbroken])[0]
-    assert found.keys() == expected.keys()
+    assert repeatable(lines) == repeatable(read_lines(reference))
+    actual, expected = run_ranks(read_checkpoints, 1, [out, reference])[0]
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        same = torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value
+        same = torch.equal(actual[name], value) if torch.is_tensor(value) else actual[name] == value
         assert same, name
 
 
-def kill_somewhere(job: Job, out: Path, draw: random.Random) -> str:
-    """Wait for a moment in a start, a step or (half of the times) a save, and kill one rank or
-    all; what was done, in words."""
+def kill_at_random_moment(job: Job, out: Path, draw: random.Random) -> str:
+    """Wait for a random moment in a start, a step or a save, and kill one rank or all.
+
+    Returns:
+        A description of the moment and the killed ranks.
+    """
     num_lines = len(read_lines(out))
-    # Near its end the run must not get away.
-    is_late = num_lines > NUM_STEPS - 4 * SAVE_EVERY
-    where = "start" if is_late else draw.choices(["save", "step", "start"], [5, 4, 1])[0]
+    # The run must not finish before it is killed.
+    is_near_end = num_lines > NUM_STEPS - 4 * SAVE_EVERY
+    where = "start" if is_near_end else draw.choices(["save", "step", "start"], [5, 4, 1])[0]
     if where == "save":
-        # Before the second begins the first is whole: half of these lives leave a checkpoint.
-        seen = being_written(out)
-        enough = len(seen) + draw.randint(1, 2)
+        # When the second save starts, the first is complete. So half of these attempts leave a
+        # checkpoint.
+        seen = partial_checkpoints(out)
+        expected = len(seen) + draw.randint(1, 2)
 
-        def has_begun() -> bool:
-            seen.update(being_written(out))
-            return len(seen) >= enough
+        def has_started() -> bool:
+            seen.update(partial_checkpoints(out))
+            return len(seen) >= expected
 
-        job.wait_until(has_begun)
+        job.wait_until(has_started)
         delay = draw.uniform(0, 0.4)
     elif where == "step":
         num_more = draw.randint(1, 3 * SAVE_EVERY)
@@ -98,7 +102,7 @@ def kill_somewhere(job: Job, out: Path, draw: random.Random) -> str:
     return f"{where} + {delay:.3f} s, {'all' if victim is None else f'rank {victim}'}"
 
 
-def being_written(out: Path) -> set[str]:
+def partial_checkpoints(out: Path) -> set[str]:
     return {p.name for p in out.glob("checkpoints/.iter_*.partial") if any(p.iterdir())}
 
 

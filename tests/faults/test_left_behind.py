@@ -1,5 +1,5 @@
-"""SIGKILL of a process at any moment leaves none of the processes that it has started, and two runs
-never write to one output_dir."""
+"""SIGKILL of a process at any moment ends all processes that it has started, and two runs never
+write to the same output_dir."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.support.training import command, environment, read_lines
 pytestmark = pytest.mark.rest
 
 SECONDS = 10.0
-"""That a process may outlive its launcher."""
+"""Number of seconds within which a process must end after its launcher."""
 ENDLESS = ["training.num_steps=100000", "checkpoint.save_every_steps=1"]
 
 
@@ -32,22 +32,26 @@ def path(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("left"), checkpoint={"keep_last": 1})
 
 
-# --- ranks and what they start ---
+# --- ranks and their child processes ---
 
 
 def has_started(job: Job) -> bool:
     return job.pid_of(0) is not None
 
 
-def imports(job: Job, rank: int = 0) -> bool:
+def has_imported_torch(job: Job, rank: int = 0) -> bool:
     pid = job.pid_of(rank)
     return pid is not None and "libtorch_cpu" in read_text(Path(f"/proc/{pid}/maps"))
 
 
-def waits_in_rendezvous(job: Job) -> bool:
-    """Rank 0 is connected to the job's store, where rank 1, which is stopped, never comes."""
+def is_in_rendezvous(job: Job) -> bool:
+    """Return whether rank 0 is connected to the job's store, and waits for rank 1. Stops rank 1."""
     pid, other = job.pid_of(0), job.pid_of(1)
-    if pid is None or other is None or not (imports(job, 0) and imports(job, 1)):
+    if (
+        pid is None
+        or other is None
+        or not (has_imported_torch(job, 0) and has_imported_torch(job, 1))
+    ):
         return False
     os.kill(other, signal.SIGSTOP)
     port = dict(line.partition("=")[::2] for line in job.processes()[pid])["MASTER_PORT"]
@@ -55,24 +59,26 @@ def waits_in_rendezvous(job: Job) -> bool:
     return any(c.raddr and c.raddr.port == int(port) for c in connections)
 
 
-def loads(job: Job) -> bool:
-    """Rank 0 has the lock of output_dir, which it takes right before it reads data and models."""
-    locks = [json.loads(read_text(lock) or "{}") for lock in job.log.parent.glob("loads-*/.lock")]
+def is_loading(job: Job) -> bool:
+    """Return whether rank 0 has the lock of output_dir, which it takes before it loads models."""
+    locks = [
+        json.loads(read_text(lock) or "{}") for lock in job.log.parent.glob("is_loading-*/.lock")
+    ]
     return any(lock.get("pid") == job.pid_of(0) for lock in locks)
 
 
-def saves(job: Job) -> bool:
-    """A checkpoint's writing process is under way, and is stopped, so that it cannot just end.
+def is_saving(job: Job) -> bool:
+    """Return whether a checkpoint's writer process is running. Stops it, so it cannot finish.
 
-    A process that is stopped before it has asked for the parent-death signal would live on. The
-    writer asks before it lowers its priority.
+    The writer must be stopped after it has requested the parent-death signal, which it does before
+    it lowers its priority.
     """
     ranks = {job.pid_of(0), job.pid_of(1)}
     for pid in job.processes():
         is_fork = parent_of(pid) in ranks and command_of(pid) == command_of(parent_of(pid))
         if not (is_fork and "cli train" in command_of(pid)):
             continue
-        with suppress(ProcessLookupError):  # it has ended
+        with suppress(ProcessLookupError):  # the process has ended
             if os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0):
                 os.kill(pid, signal.SIGSTOP)
                 return True
@@ -81,11 +87,11 @@ def saves(job: Job) -> bool:
 
 MOMENTS: list[tuple[Callable[[Job], bool], bool]] = [
     (has_started, False),
-    (imports, False),
-    (waits_in_rendezvous, False),
-    (loads, False),
+    (has_imported_torch, False),
+    (is_in_rendezvous, False),
+    (is_loading, False),
     (has_started, True),
-    (waits_in_rendezvous, True),
+    (is_in_rendezvous, True),
 ]
 
 
@@ -106,12 +112,13 @@ def test_sigkill_of_the_launcher_during_a_save_ends_the_writers_and_the_run_resu
     out = path.parent / "saves"
     job = Job(path, 2, f"output_dir={out}", *ENDLESS)
     try:
-        job.wait_until(lambda: newest(out / "checkpoints") is not None and saves(job))
+        job.wait_until(lambda: newest(out / "checkpoints") is not None and is_saving(job))
         started = [command_of(pid) for pid in job.processes()]
         assert any("multiprocessing.spawn" in command for command in started), started
         os.kill(job.process.pid, signal.SIGKILL)
         num_steps = len(read_lines(out)) + 2
-        again = Job(path, 2, f"output_dir={out}", f"training.num_steps={num_steps}")  # at once
+        # The next job starts without waiting for the end of the first.
+        again = Job(path, 2, f"output_dir={out}", f"training.num_steps={num_steps}")
         try:
             job.check_nothing_is_left()
             assert again.process.wait(120) == 0, again.log.read_text()
@@ -123,7 +130,7 @@ def test_sigkill_of_the_launcher_during_a_save_ends_the_writers_and_the_run_resu
     assert [line["step"] for line in read_lines(out)] == list(range(num_steps))
     last = newest(out / "checkpoints")
     assert last is not None and int(last.name[5:]) == num_steps and problems(last) == []
-    assert not list(out.glob("checkpoints/.iter*")), "the killed writer's folder"
+    assert not list(out.glob("checkpoints/.iter*")), "expected no folder of the killed writer"
 
 
 # --- servers and graders ---
@@ -136,7 +143,7 @@ script = "trap '' TERM; sleep 600 & sleep 600"
 ServerProcess(["sh", "-c", script], os.environ, Path(sys.argv[1]))
 time.sleep(600)
 """
-"""A run with a server that ignores SIGTERM and has a process of its own."""
+"""Program that starts a server. The server ignores SIGTERM and has a child process."""
 
 GRADER = """
 import threading, time
@@ -155,29 +162,33 @@ time.sleep(600)
 """
 
 
-def family(
-    program: subprocess.Popen, number: int, of: Callable[[str], bool] = lambda command: True
+def wait_for_descendants(
+    program: subprocess.Popen, number: int, matches: Callable[[str], bool] = lambda command: True
 ) -> list[psutil.Process]:
-    """The processes below a program, once there are so many `of` a command; the oldest first."""
-    until, found = time.monotonic() + 60, []
-    while sum(of(command_of(process.pid)) for process in found) != number:
-        assert time.monotonic() < until and program.poll() is None, found
+    """Wait until a program has `number` descendants with a matching command.
+
+    Returns:
+        All descendants, ordered by process id.
+    """
+    until, descendants = time.monotonic() + 60, []
+    while sum(matches(command_of(process.pid)) for process in descendants) != number:
+        assert time.monotonic() < until and program.poll() is None, descendants
         time.sleep(0.05)
-        found = psutil.Process(program.pid).children(recursive=True)
-    return sorted(found, key=lambda process: process.pid)
+        descendants = psutil.Process(program.pid).children(recursive=True)
+    return sorted(descendants, key=lambda process: process.pid)
 
 
-def left(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run after the seconds that they may."""
+def survivors(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Return the processes that still run after SECONDS."""
     until = time.monotonic() + SECONDS
-    while alive := [process for process in processes if runs(process)]:
+    while alive := [process for process in processes if is_running(process)]:
         if time.monotonic() > until:
             break
         time.sleep(0.05)
     return alive
 
 
-def runs(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -185,23 +196,26 @@ def runs(process: psutil.Process) -> bool:
 
 
 def end(program: subprocess.Popen, processes: list[psutil.Process]) -> None:
-    for process in [*filter(runs, processes), program]:
+    for process in [*filter(is_running, processes), program]:
         process.kill()
     program.wait()
 
 
-def test_sigkill_of_any_one_process_ends_a_server_with_all_that_it_has_started(tmp_path):
+def test_sigkill_of_any_process_of_a_server_ends_all_its_processes(tmp_path):
     victims = ("the run", "the first watchdog", "the second watchdog", "the server")
     programs = [
         subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path / f"log-{number}")], cwd=REPO)
         for number in range(len(victims))
     ]
-    families = [family(program, 2, lambda command: command == "sleep 600") for program in programs]
+    families = [
+        wait_for_descendants(program, 2, lambda command: command == "sleep 600")
+        for program in programs
+    ]
     try:
         for number, program in enumerate(programs):
             [program, *families[number]][number].kill()
-        found = {victim: left(f) for victim, f in zip(victims, families, strict=True)}
-        assert not any(found.values()), found
+        alive = {victim: survivors(f) for victim, f in zip(victims, families, strict=True)}
+        assert not any(alive.values()), alive
     finally:
         for program, processes in zip(programs, families, strict=True):
             end(program, processes)
@@ -210,23 +224,23 @@ def test_sigkill_of_any_one_process_ends_a_server_with_all_that_it_has_started(t
 def test_sigkill_of_the_grader_ends_its_math_and_sandbox_processes(tmp_path):
     program = subprocess.Popen([sys.executable, "-c", GRADER], cwd=REPO, stdout=subprocess.PIPE)
     assert program.stdout is not None
-    # Within namespaces, each process of a sandbox has one that waits for it.
+    # With namespaces, each process of a sandbox has another process that waits for it.
     num_waiting = 2 if program.stdout.readline() == b"isolated\n" else 0
-    children = family(program, 1 + 2 * 2 + num_waiting)
+    children = wait_for_descendants(program, 1 + 2 * 2 + num_waiting)
     try:
         [math] = [child for child in children if "math_child" in " ".join(child.cmdline())]
-        math.suspend()  # as in a C call: it does not read that its pipe has ended
+        math.suspend()  # as in a C call, where it does not notice that its pipe is closed
         program.kill()
-        assert left(children) == []
+        assert survivors(children) == []
     finally:
         end(program, children)
         program.stdout.close()
 
 
-# --- two runs ---
+# --- two runs with one output_dir ---
 
 
-def test_a_second_run_on_one_output_dir_is_refused_and_the_first_is_unharmed(path):
+def test_second_run_on_an_output_dir_is_refused_and_the_first_completes(path):
     out, num_steps = path.parent / "shared", 6
     overrides = [f"output_dir={out}", f"training.num_steps={num_steps}"]
     first = Job(path, 2, *overrides, "checkpoint.save_every_steps=2")
@@ -234,7 +248,7 @@ def test_a_second_run_on_one_output_dir_is_refused_and_the_first_is_unharmed(pat
         first.wait_until(lambda: len(read_lines(out)) >= 1)
         ranks = [first.pid_of(0), first.pid_of(1)]
         for rank in ranks:
-            os.kill(rank, signal.SIGSTOP)  # so that it does not end first
+            os.kill(rank, signal.SIGSTOP)  # the first run must not end before the second starts
         files = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
         holder = json.loads((out / ".lock").read_text())
         assert holder["pid"] == ranks[0]

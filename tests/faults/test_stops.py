@@ -1,4 +1,4 @@
-"""Runs that are stopped, hang or fail: all ranks end together, and nothing is lost."""
+"""Runs that are stopped, hang or fail: all ranks end together, and no step is lost."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.rest
 NUM_STEPS = 6
 NUM_RANKS = 4
 PATIENCE = 150.0
-"""Seconds for a job to end, on a machine that does other things too; a hang would take for ever."""
+"""Seconds until a job must have ended, also on a busy machine. A hang would exceed any limit."""
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +42,26 @@ def path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unbroken(path) -> Path:
-    out = path.parent / "unbroken"
+def uninterrupted(path) -> Path:
+    out = path.parent / "uninterrupted"
     run_ranks(train_on_ranks, NUM_RANKS, path, [f"output_dir={out}"])
     return out
 
 
-def assert_as_unbroken(out: Path, unbroken: Path) -> None:
-    """Bit by bit: every step's metrics, and all that the last checkpoint holds."""
-    assert repeatable(read_lines(out)) == repeatable(read_lines(unbroken))
-    assert read_lines(out)[-1]["num_loss_spikes"] > 0, "the guards remember something"
-    found, expected = run_ranks(read_checkpoints, 1, [out, unbroken])[0]
-    assert found.keys() == expected.keys()
+def assert_equal_runs(out: Path, uninterrupted: Path) -> None:
+    """Compare the metrics of all steps, and the contents of the last checkpoints, bit for bit."""
+    assert repeatable(read_lines(out)) == repeatable(read_lines(uninterrupted))
+    assert read_lines(out)[-1]["num_loss_spikes"] > 0, "expected guards with a state"
+    actual, expected = run_ranks(read_checkpoints, 1, [out, uninterrupted])[0]
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        same = torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value
+        same = torch.equal(actual[name], value) if torch.is_tensor(value) else actual[name] == value
         assert same, name
-    of_runs = run_ranks(progress_of, 1, [out, unbroken])[0]
-    assert of_runs[0] == of_runs[1]
+    actual, expected = run_ranks(read_progress, 1, [out, uninterrupted])[0]
+    assert actual == expected
 
 
-def progress_of(outs: list[Path]) -> list[dict[str, Any]]:
+def read_progress(outs: list[Path]) -> list[dict[str, Any]]:
     from aropd_mcore.mcore.checkpoint.state import read_common
 
     return [read_common(newest(out / "checkpoints") or out)["progress"] for out in outs]
@@ -70,9 +70,9 @@ def progress_of(outs: list[Path]) -> list[dict[str, Any]]:
 # --- signals ---
 
 
-def test_a_signal_to_one_rank_at_any_moment_loses_nothing(path, unbroken):
-    """Again and again, by a rank and a heartbeat that are drawn: in the middle of a response, of a
-    microbatch, of an update, of a save."""
+def test_sigterm_to_one_rank_at_any_moment_loses_no_step(path, uninterrupted):
+    """Rank and heartbeat are random: the signal arrives in a response, a microbatch, an update or a
+    save."""
     seed = int(os.environ.get("AROPD_STOP_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
     draw = random.Random(seed)
     out = path.parent / "stopped"
@@ -80,14 +80,14 @@ def test_a_signal_to_one_rank_at_any_moment_loses_nothing(path, unbroken):
     for _ in range(4):
         rank, beat = draw.randrange(NUM_RANKS), draw.randrange(1, 90)
         ends = run_ranks(train_until_signal, NUM_RANKS, path, out, rank, beat)
-        assert len(set(ends)) == 1, "every rank ends alike"
+        assert len(set(ends)) == 1, "expected the same end on all ranks"
         print(f"  SIGTERM to rank {rank} at its heartbeat {beat}: {ends[0]}")
     run_ranks(train_on_ranks, NUM_RANKS, path, [f"output_dir={out}"])
-    assert_as_unbroken(out, unbroken)
+    assert_equal_runs(out, uninterrupted)
 
 
 def train_until_signal(path: Path, out: Path, rank: int, at_beat: int) -> str:
-    """What stopped the run, if it did not reach its end."""
+    """Train, with a signal to `rank` at a heartbeat. Returns the reason of the end."""
     from aropd_mcore import heartbeat
     from aropd_mcore.config_file import load_config
     from aropd_mcore.trainer import loop
@@ -113,11 +113,11 @@ def train_until_signal(path: Path, out: Path, rank: int, at_beat: int) -> str:
         return str(stopped)
     finally:
         heartbeat.time = time
-    return "it came to its end"
+    return "complete"
 
 
-def test_sigusr1_to_the_command_saves_and_the_command_goes_on(path, unbroken, capsys):
-    """The launching process alone gets it, in the middle of a step, and passes it on."""
+def test_sigusr1_to_the_launcher_saves_and_the_same_command_resumes(path, uninterrupted, capsys):
+    """Only the launcher receives the signal, within a step. It forwards the signal to the ranks."""
     out = path.parent / "signalled"
     command = [sys.executable, "-m", "aropd_mcore.cli", "train", str(path), f"output_dir={out}"]
     command += ["--nproc-per-node", str(NUM_RANKS)]
@@ -131,22 +131,23 @@ def test_sigusr1_to_the_command_saves_and_the_command_goes_on(path, unbroken, ca
     assert job.returncode == 75, printed
     with capsys.disabled():
         print(
-            f"\n  SIGUSR1 to a whole checkpoint: {saved - sent:.2f} s, to the job's end: "
+            f"\n  from SIGUSR1 to a complete checkpoint: {saved - sent:.2f} s, to the job's end: "
             f"{time.monotonic() - sent:.2f} s; {NUM_RANKS} ranks, "
             f"steps of {mean_seconds(read_lines(out)):.2f} s"
         )
     assert "aropd: stopped: SIGUSR1 before step" in printed
-    assert "goes on from there" in printed and "Traceback" not in printed
+    assert "rerun the command to resume" in printed and "Traceback" not in printed
 
     done = start(command, {})
     printed, _ = done.communicate(timeout=PATIENCE)
     assert done.returncode == 0, printed
-    assert_as_unbroken(out, unbroken)
+    assert_equal_runs(out, uninterrupted)
 
 
 def test_a_signal_prints_no_stack():
-    """As Megatron's inference engines have it do once they are imported, by faulthandler and before
-    the run's own handler is asked (inference/data_parallel_inference_coordinator.py)."""
+    """Megatron's inference engines register faulthandler for signals when they are imported
+    (inference/data_parallel_inference_coordinator.py). It would print a stack before the run's own
+    handler is called."""
     code = """
 import signal
 from aropd_mcore.trainer.stop import Stops
@@ -167,18 +168,18 @@ def mean_seconds(lines: list[dict[str, Any]]) -> float:
     return sum(seconds) / len(lines)
 
 
-# --- time ---
+# --- time limit ---
 
 
-def test_the_end_of_the_time_saves_as_well(path):
+def test_time_limit_saves_and_stops(path):
     out = path.parent / "timed"
-    for said in run_ranks(train_for_seconds, 2, path, out, 6.0):
-        assert said.startswith("StoppedEarly: the time limit before step"), said
+    for reason in run_ranks(train_for_seconds, 2, path, out, 6.0):
+        assert reason.startswith("StoppedEarly: the time limit before step"), reason
     last = newest(out / "checkpoints")
     assert last is not None and int(last.name[5:]) == len(read_lines(out)) > 0
-    [said, _] = run_ranks(train_for_seconds, 2, path, out, 0.0)
-    assert said.startswith("TrainingStopped: the time limit leaves no room for one step"), said
-    assert str(last) in said
+    [reason, _] = run_ranks(train_for_seconds, 2, path, out, 0.0)
+    assert reason.startswith("TrainingStopped: the time limit leaves no room for one step"), reason
+    assert str(last) in reason
 
 
 def train_for_seconds(path: Path, out: Path, seconds: float) -> str:
@@ -193,14 +194,13 @@ def train_for_seconds(path: Path, out: Path, seconds: float) -> str:
         train(config, start_runtime(config), stops)
     except (TrainingStopped, StoppedEarly) as stopped:
         return f"{type(stopped).__name__}: {stopped}"
-    return "it came to its end"
+    return "complete"
 
 
-# --- a rank that raises, is slow, hangs ---
+# --- a rank that raises, is slow or hangs ---
 
 
-def test_a_rank_that_raises_in_the_data_loader_ends_all_with_its_traceback_first(path):
-    """Under torchrun."""
+def test_torchrun_rank_that_raises_ends_all_ranks_with_its_traceback_first(path):
     faults = {"rank": 2, "raise": 1, "prompts_per_step": 8}
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}", "-m"]
     command = [sys.executable, "-m", *torchrun, "tests.faults.faulty", json.dumps(faults)]
@@ -209,22 +209,22 @@ def test_a_rank_that_raises_in_the_data_loader_ends_all_with_its_traceback_first
     assert job.returncode == 1, printed
     first = printed.index("[rank ")
     assert printed[first:].startswith("[rank 2] step 1, phase rollout\nTraceback"), printed
-    assert "RuntimeError: a planted error at row" in printed
+    assert "RuntimeError: an injected error at row" in printed
     assert printed.count("in train_step") == 1, printed
     for rank in (0, 1, 3):
         [line] = [line for line in printed.splitlines() if line.startswith(f"[rank {rank}] ")]
-        assert "ended, because rank 2 failed: RuntimeError: a planted error" in line
+        assert "ended because rank 2 failed: RuntimeError: an injected error" in line
 
 
-def test_a_slow_rank_is_waited_for_and_a_hung_one_is_not(path):
-    """Ranks by themselves, as srun starts them."""
+def test_watchdog_slow_rank_continues_and_hung_rank_ends_the_job(path):
+    """The ranks are separate processes without a launcher, as with srun."""
     out = path.parent / "hung"
     faults = {"rank": 1, "slow": 0.5, "hang": 2, "prompts_per_step": 8}
     overrides = [f"output_dir={out}", "limits.watchdog_minutes=0.15"]
     ranks = start_each(2, faults, path, overrides)
     printed = "\n".join(rank.communicate(timeout=PATIENCE)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [4, 4], printed
-    assert [line["step"] for line in read_lines(out)] == [0, 1], "slow, but no reason to end"
+    assert [line["step"] for line in read_lines(out)] == [0, 1], "expected the slow steps to finish"
     stacks = [(out / "stacks" / f"rank-{rank}.txt").read_text() for rank in range(2)]
     assert "[rank 1] step 2, phase rollout: no progress for" in stacks[1]
     assert "faulty_row_at" in stacks[1] and "train_step" in stacks[1]
@@ -233,14 +233,14 @@ def test_a_slow_rank_is_waited_for_and_a_hung_one_is_not(path):
         assert stack in printed
 
 
-def test_a_collective_that_times_out_names_phase_and_step(path):
+def test_collective_that_times_out_prints_phase_and_step(path):
     faults = {"rank": 1, "hang": 1, "prompts_per_step": 8}
     limits = ["limits.collective_timeout_minutes=0.1", "limits.watchdog_minutes=null"]
     ranks = start_each(2, faults, path, [f"output_dir={path.parent / 'late'}", *limits])
     printed = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], printed
     assert "[rank 0] step 1, phase rollout\nTraceback" in printed[0]
-    assert "[rank 1] step 1, phase rollout: ended, because rank 0 failed" in printed[1]
+    assert "[rank 1] step 1, phase rollout: ended because rank 0 failed" in printed[1]
 
 
 def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -268,9 +268,9 @@ def start_each(
     ]
 
 
-def wait_until(is_time, job: subprocess.Popen, *, may_end: bool = False) -> None:
+def wait_until(condition, job: subprocess.Popen, *, may_end: bool = False) -> None:
     until = time.monotonic() + PATIENCE
-    while not is_time():
+    while not condition():
         if (job.poll() is not None and not may_end) or time.monotonic() > until:
             job.kill()
             pytest.fail(f"the job ended, or hung:\n{job.communicate()[0]}")

@@ -183,26 +183,26 @@ def test_exported_student_and_teacher_equal_the_trained_models(path, tmp_path):
     """A run on TP 2 x PP 2: same weights as the live models, same log-probs in transformers."""
     rollouts = run_ranks(train_and_save, 4, path, tmp_path)[0]
     exported_logprobs = {}
-    for who, (rollout,) in rollouts.items():
-        arguments = ["convert", "export", str(tmp_path), str(tmp_path / who), "--weights", who]
+    for role, (rollout,) in rollouts.items():
+        arguments = ["convert", "export", str(tmp_path), str(tmp_path / role), "--weights", role]
         assert cli.main(arguments) == 0
-        live = verify(open_source(tmp_path / f"live-{who}"), open_source(tmp_path / who))
+        live = verify(open_source(tmp_path / f"live-{role}"), open_source(tmp_path / role))
         assert live.same and len(live.tensors) > 40
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / who)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / role)
         assert model.dtype == torch.float32
         tokens = torch.tensor([[*PROMPT, *rollout.response_ids]])
         with torch.no_grad():
             logprobs = model(tokens).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
         logprobs = logprobs.gather(-1, tokens[0, len(PROMPT) :, None]).squeeze(-1).tolist()
         assert logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
-        exported_logprobs[who] = logprobs
+        exported_logprobs[role] = logprobs
     student, teacher = exported_logprobs["student"], exported_logprobs["teacher"]
     assert student != pytest.approx(teacher, abs=1e-3), "student and teacher are the same model"
     summary = inspect(tmp_path)
     assert (summary.step, summary.has_teacher, summary.has_optimizer) == (3, True, True)
     sizes = {name: size for name, size in summary.layout.items() if size > 1}
     assert sizes == {"tensor": 2, "pipeline": 2}
-    assert not verify(open_source(tmp_path), open_source(tmp_path, who="teacher")).same
+    assert not verify(open_source(tmp_path), open_source(tmp_path, role="teacher")).same
 
 
 def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
@@ -219,10 +219,10 @@ def train_and_save(path: Path, folder: Path) -> dict[str, list[Rollout]]:
         config.write_text(config.read_text().replace('"dtype"', '"torch_dtype"'))
     sampling = SamplingConfig(max_response_tokens=12)
     rollouts = {}
-    for who, live in (("student", run.student.model), ("teacher", get_teacher(run).model)):
+    for role, live in (("student", run.student.model), ("teacher", get_teacher(run).model)):
         engine = NativeEngine(live, run.runtime, eos_token_ids=[], batch_size=1)
-        rollouts[who] = sample(engine, [PROMPT], [5], sampling)
-        export_model(live, model, folder / f"live-{who}", run.runtime)
+        rollouts[role] = sample(engine, [PROMPT], [5], sampling)
+        export_model(live, model, folder / f"live-{role}", run.runtime)
     return rollouts
 
 

@@ -58,9 +58,9 @@ def test_load_weights_in_every_layout_equals_the_export(family, tie, overrides, 
     path = write_run(tmp_path, training={"num_steps": 2, "global_batch_size": 4})
     write_model(tmp_path / "model", family, tie=tie)
     run_ranks(train_on_rank, 2, path, overrides)
-    for who in WHO:
-        arguments = ["convert", "export", str(tmp_path / "out"), str(tmp_path / who)]
-        assert cli.main([*arguments, "--weights", who]) == 0
+    for role in WHO:
+        arguments = ["convert", "export", str(tmp_path / "out"), str(tmp_path / role)]
+        assert cli.main([*arguments, "--weights", role]) == 0
     for world_size in layouts:
         run_ranks(compare, world_size, tmp_path, layouts[world_size])
 
@@ -69,17 +69,17 @@ def compare(folder: Path, layouts: list[dict[str, int]]) -> None:
     for layout in layouts:
         rt = runtime.start(**layout)
         loaded: dict[str, StageModel] = {}
-        for who in WHO:
+        for role in WHO:
             models: list[Any] = []
             for _ in range(2):
                 models.append(build_model(folder / "out" / "hf", rt, dtype=torch.bfloat16))
                 for p in models[-1].parameters():
                     p.data.fill_(torch.nan)
-            load_weights(models[0], open_source(folder / "out", who=who), rt)
-            load_hf_weights(models[1], folder / who, rt)
+            load_weights(models[0], open_source(folder / "out", role=role), rt)
+            load_hf_weights(models[1], folder / role, rt)
             assert_equal(*models)
-            loaded[who] = models[0]
-        students, teachers = (list(loaded[who].parameters()) for who in WHO)
+            loaded[role] = models[0]
+        students, teachers = (list(loaded[role].parameters()) for role in WHO)
         differ = [not torch.equal(s, t) for s, t in zip(students, teachers, strict=True)]
         assert sum(differ) > len(differ) // 2, "student and teacher have the same weights"
         runtime.stop()

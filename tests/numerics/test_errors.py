@@ -1,4 +1,4 @@
-"""Every error states what was found and what is expected."""
+"""Errors of invalid arguments state what was found and what is expected."""
 
 import pytest
 import torch
@@ -102,16 +102,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("call, changes, message", CASES)
-def test_errors(call, changes, message):
+def test_invalid_argument_is_refused(call, changes, message):
     call()
     with pytest.raises(ValueError, match=message):
         call(**changes)
 
 
-def test_a_view_that_is_no_target_cannot_be_the_only_one():
-    alone = {"with_metrics": False, "residual_scale": 1.0}
-    fused(**alone, residual_clip=None, partial_hidden_TH=None)
-    fused(**alone | {"residual_scale": 0.0}, full_hidden_TH=None)
+def test_single_view_that_is_not_the_target_is_refused():
+    one_view = {"with_metrics": False, "residual_scale": 1.0}
+    fused(**one_view, residual_clip=None, partial_hidden_TH=None)
+    fused(**one_view | {"residual_scale": 0.0}, full_hidden_TH=None)
     for changes in (
         {"residual_clip": None, "full_hidden_TH": None},
         {"residual_clip": 9.0, "partial_hidden_TH": None},
@@ -119,9 +119,9 @@ def test_a_view_that_is_no_target_cannot_be_the_only_one():
         {"residual_clip": None, "partial_hidden_TH": None, "sampled_ids_T": IDS},
     ):
         with pytest.raises(ValueError, match="hidden_TH is None: expected"):
-            fused(**alone | changes)
+            fused(**one_view | changes)
 
 
-def test_dense_target_wants_one_shape():
+def test_dense_target_of_different_shapes_is_refused():
     with pytest.raises(ValueError, match=r"\(3, 10\) and full_logprobs \(10,\)"):
         anchored_residual_logprobs(LOGITS, LOGITS[0], **TARGET)

@@ -36,19 +36,19 @@ def check_token_parallel() -> None:
             first, end = ((0, num_first), (num_first, 16))[cp_rank]
             half = (end - first) // 2
             own = slice(first + tp_rank * half, first + (tp_rank + 1) * half)
-            ours = whole.shard(tp_rank, 2).tokens(slice(first, end), hidden=own)
+            shard = whole.shard(tp_rank, 2).tokens(slice(first, end), hidden=own)
             with counted_collectives() as calls:
                 loss, metrics = run(
-                    ours, settings, tp_group, sequence_parallel=True, chunk_tokens=4
+                    shard, settings, tp_group, sequence_parallel=True, chunk_tokens=4
                 )
             loss.backward()
             total = loss.detach()
-            grad_weight = ours.student_weight.grad
+            grad_weight = shard.student_weight.grad
             for sum_ in (total, grad_weight):
                 dist.all_reduce(sum_, group=cp_group)
             assert_close(total, expected.loss, **CLOSE)
             assert_close(metrics["loss_T"], expected.loss_T[first:end], **CLOSE)
-            assert_close(ours.student_hidden.grad, expected.grad_hidden[own], **CLOSE)
+            assert_close(shard.student_hidden.grad, expected.grad_hidden[own], **CLOSE)
             assert_close(grad_weight, expected.grad_weight.chunk(2)[tp_rank], **CLOSE)
             num_chunks = (end - first + 3) // 4
             names = [name for name, _ in calls]
@@ -58,12 +58,12 @@ def check_token_parallel() -> None:
             assert names.count("reduce_scatter") == num_chunks == len(names) - num_gathers
 
 
-def test_sequence_and_context_parallel():
+def test_loss_with_sequence_and_context_parallelism_equals_the_whole():
     run_ranks(check_token_parallel, 4)
 
 
 @pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
-def test_main_grad(run):
+def test_main_grad_accumulates_the_weights_gradient(run):
     """The weight's gradient is added to the buffer, and the weight's hooks still fire."""
     settings = Settings() if run is run_fused else None
     expected = oracle_answer(make_problem(), settings)
@@ -95,13 +95,13 @@ def tensor_sizes(run) -> list[int]:
     """Return the number of elements of every tensor that an operation of `run()` returns."""
     sizes = []
 
-    class Watch(TorchDispatchMode):
+    class RecordSizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             sizes.extend(leaf.numel() for leaf in tree_leaves(out) if torch.is_tensor(leaf))
             return out
 
-    with Watch():
+    with RecordSizes():
         run()
     return sizes
 
@@ -119,16 +119,16 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
 
 
 @pytest.mark.parametrize("live, products", [(False, 2), (True, 1)])
-def test_a_live_teachers_head_is_projected_once(live, products):
+def test_shared_head_of_a_live_teacher_needs_one_product(live, products):
     """One weight needs one product for all three views, and only the student gives gradients."""
     problem = make_problem().shard(0, 1)
-    apart = replace(problem, teacher_weight=problem.student_weight.detach().clone())
+    separate = replace(problem, teacher_weight=problem.student_weight.detach().clone())
     shared = replace(problem, teacher_weight=problem.student_weight.detach())
-    problem = shared if live else apart
+    problem = shared if live else separate
     with mock.patch.object(torch, "mm", wraps=torch.mm) as mm:
         run_fused(problem, Settings(), chunk_tokens=100)[0].backward()
     assert mm.call_count == products
-    expected = oracle_answer(apart.shard(0, 1), Settings())
+    expected = oracle_answer(separate.shard(0, 1), Settings())
     assert_close(problem.student_weight.grad, expected.grad_weight, **CLOSE)
 
 
@@ -136,7 +136,7 @@ def add_product_flops(_sum, left, right, **_) -> int:
     return mm_flop(left, right)
 
 
-def test_one_view_is_one_product_and_one_softmax_less():
+def test_one_view_saves_one_product_and_one_softmax():
     """One view needs four products instead of five. Five softmaxes remain: student, target and
     log u, and two in the gradient."""
     problem = make_problem().shard(0, 1)
@@ -154,13 +154,13 @@ def test_one_view_is_one_product_and_one_softmax_less():
         assert softmaxes.call_count == num_softmaxes
 
 
-def test_auto_chunk(monkeypatch):
+def test_auto_chunk_tokens_fits_the_budget_in_even_chunks(monkeypatch):
     weight = torch.empty(1000, 8)
     monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 3 * 1000 * 4 * 200)  # 200 tokens' logits
     many = 192 * 384
     assert chunks.auto_chunk_tokens(3, weight, many) == 192
     assert chunks.auto_chunk_tokens(3, weight.bfloat16(), many) == 384
-    assert chunks.auto_chunk_tokens(3, weight, 193) == 128, "not 192 and 1"
+    assert chunks.auto_chunk_tokens(3, weight, 193) == 128, "two even chunks, not 192 and 1"
     monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 1)
     assert chunks.auto_chunk_tokens(3, weight, many) == 64
     assert chunks.auto_chunk_tokens(3, weight, 0) == 64

@@ -1,4 +1,4 @@
-"""Truncated importance sampling, against numbers computed by hand."""
+"""Truncated importance sampling, compared with numbers computed by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ SAMPLES = [0, 0, 0, 2]
 EXPECTED = {"token": [1, 2, 0.5, 0.5], "sequence": [3.5 / 3, 3.5 / 3, 3.5 / 3, 0.5]}
 
 
-def weights_of_share(level: str) -> list[list[float]]:
+def compute_weights(level: str) -> list[list[float]]:
     """Return weights and metrics of this rank's tokens, which are interleaved over the ranks."""
     share = slice(dist.get_rank(), None, dist.get_world_size())
     weights_T, metrics = importance_weights(
@@ -34,8 +34,8 @@ def weights_of_share(level: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("level", EXPECTED)
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_ratios_are_capped_and_then_averaged(level, num_ranks):
-    parts = run_ranks(weights_of_share, num_ranks, level)
+def test_importance_ratios_are_capped_and_then_averaged(level, num_ranks):
+    parts = run_ranks(compute_weights, num_ranks, level)
     names = ["weights", "engine_gap", "importance_capped", "importance_ratio", "kl_engine_student"]
     by_name = {name: [0.0] * 4 for name in names}
     for rank, columns in enumerate(parts):

@@ -1,4 +1,4 @@
-"""The Triton kernels: each one against its torch pass, and the whole loss against dense fp64.
+"""The Triton kernels: each one equals its torch pass, and the whole loss equals dense fp64.
 
 Without a GPU they run in Triton's interpreter. test_properties.py and test_precision.py check both
 implementations at the limits of floating point.
@@ -75,20 +75,20 @@ def compare(views: ViewLogits, settings: Settings, with_metrics: bool = True) ->
     expected = numbers_and_gradient(TorchPasses(views.student), views, settings, with_metrics)
     actual = numbers_and_gradient(kernels, views, settings, with_metrics)
     again = numbers_and_gradient(kernels, views, settings, with_metrics)
-    for ours, twice, torchs in zip(actual, again, expected, strict=True):
-        assert torch.equal(ours.nan_to_num(7), twice.nan_to_num(7))
-        assert_close(ours, torchs, **CLOSE)
+    for result, repeated, torch_result in zip(actual, again, expected, strict=True):
+        assert torch.equal(result.nan_to_num(7), repeated.nan_to_num(7))
+        assert_close(result, torch_result, **CLOSE)
 
 
 @pytest.mark.usefixtures("by_kernels")
 class TestInterpreted:
     @pytest.mark.parametrize("settings", EVERY_SETTING, ids=str)
-    def test_every_pass(self, settings):
+    def test_every_pass_equals_torch(self, settings):
         compare(random_views(3, 45), settings)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
-    def test_several_blocks(self, divergence, dtype):
+    def test_pass_over_several_blocks_equals_torch(self, divergence, dtype):
         """Blocks of 1024 columns, and a remainder."""
         for with_metrics in (True, False):
             views = random_views(2, 2 * 1024 + 37, dtype)
@@ -96,7 +96,7 @@ class TestInterpreted:
         compare(random_views(2, 1024, dtype), Settings(divergence=divergence))
 
     @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
-    def test_tokens_that_views_rule_out(self, divergence):
+    def test_pass_over_tokens_with_minus_infinity_equals_torch(self, divergence):
         """-inf in one, two or all views; in the first block, the last one, or a whole row."""
         views = random_views(6, 1024 + 100)
         views.student[0, [3, 1100]] = -torch.inf
@@ -110,12 +110,12 @@ class TestInterpreted:
         for scale, clip in ((0.8, 5.0), (1.0, None), (1.4, None)):
             compare(views, Settings(scale, clip, divergence))
 
-    def test_one_view_for_both(self):
+    def test_pass_over_equal_teacher_views_equals_torch(self):
         student, partial, _ = random_views(3, 1024 + 45)
         for settings in ONE_VIEW:
             compare(ViewLogits(student, partial, partial), settings, with_metrics=False)
 
-    def test_other_strides(self):
+    def test_pass_over_other_strides_equals_torch(self):
         for views in (
             ViewLogits(*torch.randn(3, 5, 128)[..., :100]),
             ViewLogits(*torch.randn(3, 5, 200)[..., ::2]),
@@ -124,14 +124,14 @@ class TestInterpreted:
             compare(views, Settings())
 
     @pytest.mark.parametrize("shape", [(0, 45), (3, 0), (0, 0)])
-    def test_no_tokens_or_no_columns(self, shape):
+    def test_pass_without_tokens_or_columns_equals_torch(self, shape):
         for divergence in ("kl_target_student", "jsd"):
             compare(random_views(*shape), Settings(divergence=divergence), with_metrics=False)
 
     @pytest.mark.parametrize("run", [run_logits_form, run_fused])
     @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
-    def test_the_whole_loss(self, run, divergence):
-        """`test_every_pass` covers all cases of the target."""
+    def test_loss_equals_the_oracle(self, run, divergence):
+        """`test_every_pass_equals_torch` covers all cases of the target."""
         check(run, make_problem(), Settings(divergence=divergence))
         check(run, make_problem(vocab_size=9), Settings(divergence=divergence))
         check(run, make_problem(num_tokens=0), Settings(divergence=divergence))
@@ -159,14 +159,14 @@ def test_kernels_compile_for_an_h100_without_spilling():
 class TestOnGPU:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("num_columns", [45, 50_257, 128_256])
-    def test_every_pass(self, num_columns, dtype):
+    def test_every_pass_equals_torch(self, num_columns, dtype):
         views = random_views(64, num_columns, dtype, "cuda")
         for divergence in ("kl_target_student", "kl_student_target", "jsd"):
             for with_metrics in (True, False):
                 compare(views, Settings(divergence=divergence), with_metrics)
 
     @pytest.mark.parametrize("run", [run_logits_form, run_fused])
-    def test_the_whole_loss(self, run):
+    def test_loss_equals_the_oracle(self, run):
         """In fp32, where torch's matrix products are in fp32 by default."""
         for settings in EVERY_SETTING:
             check(run, make_problem().on("cuda"), settings)

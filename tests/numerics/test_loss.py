@@ -1,4 +1,4 @@
-"""Loss, metrics and gradients of both forms against dense fp64, on 1, 2 and 4 shards."""
+"""Loss, metrics and gradients of both forms equal dense fp64, on 1, 2 and 4 shards."""
 
 from dataclasses import asdict, replace
 
@@ -78,7 +78,7 @@ def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs
     for name, values in (reported | {"loss_T": expected.loss_T}).items():
         assert metrics[name].dtype == torch.float32 and not metrics[name].requires_grad
         assert_close(metrics[name], values, **close)
-    # The gradient sums over the vocabulary. An fp32 matrix product over Qwen2's 151,936 terms alone
+    # The gradient sums over the vocabulary. A single fp32 matrix product over Qwen2's 151,936 terms
     # had an error of 6e-5 (MKL on a processor with AVX-512).
     terms = {**close, "atol": 1e-4} if problem.vocab_size > 10_000 else close
     assert_close(grad_hidden, expected.grad_hidden, **terms)
@@ -89,7 +89,7 @@ def check(run, problem: Problem, settings: Settings | None, group=None, **kwargs
 def check_everything(large_vocabulary: bool) -> list[float]:
     """Check all losses on every rank of the world, or in a single process without a group."""
     group = dist.group.WORLD if dist.is_initialized() else None
-    problem = make_problem()  # of 4 shards, the third is partly and the last only padding
+    problem = make_problem()  # of 4 shards, the third is partly padding and the last entirely
     masked = replace(problem, token_weights=torch.zeros_like(problem.token_weights))
     cases = [(run_logits_form, problem, settings, {}) for settings in EVERY_SETTING]
     cases += [(run_fused, problem, settings, {"chunk_tokens": 8}) for settings in EVERY_SETTING]
@@ -143,21 +143,21 @@ def check_four_ranks() -> list[float]:
     return check_everything(large_vocabulary=False)
 
 
-def test_whole_vocabulary():
+def test_losses_of_the_whole_vocabulary_equal_the_oracle():
     check_everything(large_vocabulary=True)
 
 
-def test_two_shards():
+def test_losses_of_two_shards_equal_the_oracle():
     first, second = run_ranks(check_everything, 2, True)
     assert first == second
 
 
-def test_four_shards():
+def test_losses_of_four_shards_equal_the_oracle():
     first, *others = run_ranks(check_four_ranks, 4)
     assert all(losses == first for losses in others)
 
 
-def test_without_metrics_the_loss_is_the_same():
+def test_loss_without_metrics_is_the_same():
     problem = make_problem().shard(0, 1)
     for run in (run_fused, run_logits_form):
         expected, every = run(problem, Settings())
@@ -182,7 +182,7 @@ def test_only_leaves_that_require_grad_get_gradients():
 
 
 @pytest.mark.parametrize("run", [run_fused, run_logits_form, run_cross_entropy])
-def test_same_bits_twice(run):
+def test_gradients_of_two_runs_are_equal_bitwise(run):
     first, second = (make_problem().shard(0, 1) for _ in range(2))
     for problem in (first, second):
         run(problem, Settings())[0].backward()
@@ -191,7 +191,7 @@ def test_same_bits_twice(run):
 
 
 @pytest.mark.parametrize("run", [run_fused, run_logits_form])
-def test_a_second_derivative_is_refused(run):
+def test_second_derivative_is_refused(run):
     loss, _ = run(problem := make_problem().shard(0, 1), Settings())
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(loss, problem.student_hidden, create_graph=True)

@@ -39,7 +39,7 @@ def draw_problem(dtype: torch.dtype, device: str, seed: int) -> Problem:
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_errs_no_more_than_eager_in_the_same_dtype(divergence, dtype, device):
+def test_gradient_error_is_at_most_that_of_eager_in_the_same_dtype(divergence, dtype, device):
     """The gradient's error to fp64 is at most that of the dense formula by autograd in one dtype.
 
     With respect to logits this holds for each of three draws. Through the output layer it holds
@@ -93,7 +93,7 @@ def test_errs_no_more_than_eager_in_the_same_dtype(divergence, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_half_logits_get_the_fp32_gradient_rounded_once(divergence, dtype):
+def test_gradient_of_half_logits_is_the_fp32_gradient_rounded_once(divergence, dtype):
     problem = make_problem(vocab_size=64)
     logits = [x.detach().to(dtype) for x in problem.shard(0, 1).logits()]
 
@@ -113,7 +113,7 @@ def test_half_logits_get_the_fp32_gradient_rounded_once(divergence, dtype):
 
 @pytest.mark.parametrize("run", [run_fused, run_logits_form, run_cross_entropy])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradcheck(run, divergence):
+def test_loss_in_fp64_passes_gradcheck(run, divergence):
     problem = make_problem(num_tokens=5, hidden_size=3, vocab_size=11, padded_vocab_size=12)
     problem = problem.to(torch.float64).shard(0, 1)
     weights = problem.token_weights.double()
@@ -129,7 +129,7 @@ def test_gradcheck(run, divergence):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-def test_fp64_is_exact():
+def test_loss_in_fp64_equals_the_oracle():
     problem = make_problem(num_tokens=32, vocab_size=500, padded_vocab_size=512)
     problem = problem.to(torch.float64)
     problem = replace(problem, token_weights=problem.token_weights.double())
@@ -147,7 +147,7 @@ def test_fp64_is_exact():
 
 
 @pytest.mark.usefixtures("either_passes")
-def test_fp16_keeps_the_gradient_of_small_weights():
+def test_gradient_in_fp16_with_small_weights_does_not_underflow():
     """A large batch has weights of 1e-6. Their products with s - q are too small for fp16."""
     problem = make_problem(num_tokens=32, vocab_size=500, padded_vocab_size=512)
     problem = replace(problem, token_weights=1e-6 * problem.token_weights).to(torch.float16)
@@ -169,20 +169,20 @@ def with_other_strides(problem: Problem) -> Problem:
 
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
-def test_hidden_states_need_not_be_contiguous(run):
-    expected, ours = make_problem().shard(0, 1), with_other_strides(make_problem())
-    ours.student_hidden.requires_grad_()
-    ours.student_weight.requires_grad_()
-    assert not ours.student_hidden.is_contiguous()
-    for problem in (expected, ours):
+def test_loss_of_hidden_states_with_other_strides_is_the_same(run):
+    expected, strided = make_problem().shard(0, 1), with_other_strides(make_problem())
+    strided.student_hidden.requires_grad_()
+    strided.student_weight.requires_grad_()
+    assert not strided.student_hidden.is_contiguous()
+    for problem in (expected, strided):
         run(problem, Settings(), chunk_tokens=5)[0].backward()
-    assert_close(ours.student_hidden.grad, expected.student_hidden.grad)
-    assert_close(ours.student_weight.grad, expected.student_weight.grad)
+    assert_close(strided.student_hidden.grad, expected.student_hidden.grad)
+    assert_close(strided.student_weight.grad, expected.student_weight.grad)
 
 
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_logits_need_not_be_contiguous(divergence):
+def test_loss_of_logits_with_other_strides_is_the_same(divergence):
     wide = torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(3))
     kwargs = {"vocab_size": 30, **asdict(Settings(divergence=divergence))}
     every_second = wide[..., ::2].detach()  # 32 columns, 2 of them padding
@@ -200,7 +200,7 @@ def test_logits_need_not_be_contiguous(divergence):
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("rows", ["equal", "one-hot"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_equal_and_one_hot_rows(rows, divergence):
+def test_loss_of_equal_and_one_hot_rows_equals_the_oracle(rows, divergence):
     if rows == "equal":
         views = torch.full((3, 4, 50), 7.25)
     else:

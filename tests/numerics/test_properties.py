@@ -52,7 +52,7 @@ def log_softmax64(logits: Tensor) -> Tensor:
 
 @few_examples
 @given(three_rows(), scales, clips)
-def test_identities(rows, scale, clip):
+def test_loss_of_special_settings_equals_simpler_losses(rows, scale, clip):
     student, partial, full = rows
     log_s, log_p, log_f = (log_softmax64(row) for row in rows)
     close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
@@ -88,7 +88,7 @@ def test_loss_is_not_negative_and_ignores_shifts(rows, scale, clip, divergence):
 
 @few_examples
 @given(three_rows(), scales, clips)
-def test_dense_target_is_the_oracles(rows, scale, clip):
+def test_dense_target_equals_the_oracle(rows, scale, clip):
     _, log_p, log_f = (log_softmax64(row) for row in rows)
     target = anchored_residual_logprobs(log_p, log_f, residual_scale=scale, residual_clip=clip)
     assert target.dtype == torch.float64
@@ -102,7 +102,7 @@ def test_dense_target_is_the_oracles(rows, scale, clip):
 
 @few_examples
 @given(three_rows(), scales, clips, st.lists(st.integers(0, 40), max_size=4))
-def test_shards_of_any_sizes_add_up(rows, scale, clip, cuts):
+def test_statistics_of_any_shards_add_up(rows, scale, clip, cuts):
     """The ranks' numbers add up for shards of any sizes, including empty ones."""
     objective = LossSettings(scale, clip, "kl_student_target", 0.5)
     num_columns = rows[0].size(1)
@@ -115,21 +115,21 @@ def test_shards_of_any_sizes_add_up(rows, scale, clip, cuts):
         ]
         runs = [TorchPasses(shard.student) for shard in shards]
         pairs = list(zip(runs, shards, strict=True))
-        of_views = torch.stack([run.view_statistics(shard, MOMENTS) for run, shard in pairs])
-        softmax, log_means = add_up_views(of_views, MOMENTS)
+        view_numbers = torch.stack([run.view_statistics(shard, MOMENTS) for run, shard in pairs])
+        softmax, log_means = add_up_views(view_numbers, MOMENTS)
         least_top_2T = torch.stack([rows[0].median(-1).values, rows[2].median(-1).values])
         kwargs = {"with_metrics": True, "least_top_2T": least_top_2T}
-        of_target = torch.stack(
+        target_numbers = torch.stack(
             [run.target_statistics(shard, softmax, objective, **kwargs) for run, shard in pairs]
         )
-        softmax, sums = add_up_target(softmax, of_target)
+        softmax, sums = add_up_target(softmax, target_numbers)
         results.append((*softmax, log_means, *sums))
     assert_close(*results, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("clip", [5.0, None])
 @pytest.mark.parametrize("scale", [0, 0.8, 1, 1.4])
-def test_tokens_that_views_rule_out(scale, clip):
+def test_target_of_tokens_with_minus_infinity_keeps_the_allowed_ones(scale, clip):
     third = torch.tensor(1 / 3).log()
     log_p = torch.tensor([-INF, -INF, third, third, third])
     log_f = torch.tensor([-INF, third, -INF, third, third])
@@ -151,7 +151,7 @@ def test_tokens_that_views_rule_out(scale, clip):
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("scale, clip", [(0.8, 5.0), (1.4, None)])
-def test_a_token_that_all_views_rule_out_is_absent(divergence, scale, clip):
+def test_token_with_minus_infinity_in_all_views_is_ignored(divergence, scale, clip):
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(3, 4, 20, generator=generator)
     with_hole = rows.clone()
@@ -171,7 +171,7 @@ def test_a_token_that_all_views_rule_out_is_absent(divergence, scale, clip):
 
 
 @pytest.mark.usefixtures("either_passes")
-def test_a_tie_for_the_last_place_is_in_the_top():
+def test_topk_overlap_with_ties_for_the_last_place_counts_them():
     flat = torch.zeros(1, 40)
     _, metrics = kl(flat, flat, flat)
     assert metrics["topk_overlap"].item() == 1
@@ -182,7 +182,7 @@ def test_a_tie_for_the_last_place_is_in_the_top():
 
 
 @pytest.mark.usefixtures("either_passes")
-def test_infinite_where_the_support_differs():
+def test_loss_of_different_supports_is_infinite_except_for_jsd():
     student = torch.tensor([[0.0, 0.0, -INF]])
     teacher = torch.tensor([[-INF, 0.0, 0.0]])
     for divergence in ("kl_target_student", "kl_student_target"):
@@ -200,7 +200,7 @@ def test_infinite_where_the_support_differs():
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("clip", [5.0, 200.0, None])
-def test_extreme_logits(divergence, clip):
+def test_loss_of_extreme_logits_equals_the_oracle(divergence, clip):
     generator = torch.Generator().manual_seed(2)
     rows = (2e4 * torch.rand(3, 6, 30, generator=generator) - 1e4).round()
     rows[:, 0, 1:] = -1e4  # one column has all the mass, in every view
@@ -226,7 +226,7 @@ def test_extreme_logits(divergence, clip):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize("bad", [torch.nan, INF])
-def test_nan_in_nan_out(divergence, row, bad):
+def test_nan_or_infinity_in_a_row_gives_nan_in_this_row_only(divergence, row, bad):
     rows = torch.randn(3, 2, 20)
     rows[row, 1, 5] = bad
     student = rows[0].clone().requires_grad_()

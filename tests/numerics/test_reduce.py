@@ -1,4 +1,4 @@
-"""Token weights: the plain sum over tokens and ranks is METHOD's loss."""
+"""Token weights: the weighted sum over tokens and ranks equals METHOD's loss."""
 
 from typing import get_args
 
@@ -18,7 +18,7 @@ WEIGHTS = [1.0, 4.0, 0.5, 2.0]
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0] * 4])
 @pytest.mark.parametrize("reduction", get_args(Reduction))
-def test_the_sum_is_the_loss(reduction, weights):
+def test_weighted_sum_equals_the_reduced_loss(reduction, weights):
     losses = [torch.rand(count, dtype=torch.float64) for count in COUNTS]
     token_weights = sample_token_weights(
         torch.tensor(COUNTS), torch.tensor(weights), reduction=reduction
@@ -28,7 +28,7 @@ def test_the_sum_is_the_loss(reduction, weights):
     assert_close(total, oracles.reduced_loss(losses, weights, reduction), rtol=1e-6, atol=0)
 
 
-def weights_of_rank(splits: list[list[int]]) -> list[list[float]]:
+def compute_weights(splits: list[list[int]]) -> list[list[float]]:
     """Return this rank's token weights for each reduction."""
     own = splits[dist.get_rank()]
     counts, weights = torch.tensor(COUNTS)[own], torch.tensor(WEIGHTS)[own]
@@ -40,19 +40,19 @@ def weights_of_rank(splits: list[list[int]]) -> list[list[float]]:
     ]
 
 
-def test_global_over_data_parallel_ranks():
+def test_token_weights_of_data_parallel_ranks_equal_the_global_ones():
     whole = [
         sample_token_weights(torch.tensor(COUNTS), torch.tensor(WEIGHTS), reduction=name).tolist()
         for name in get_args(Reduction)
     ]
     for splits in ([[0, 1], [2, 3]], [[0, 1, 2, 3], []]):
-        by_rank = run_ranks(weights_of_rank, 2, splits)
+        by_rank = run_ranks(compute_weights, 2, splits)
         assert [[*first, *second] for first, second in zip(*by_rank, strict=True)] == whole
 
 
 @pytest.mark.parametrize("reduction", get_args(Reduction))
 @pytest.mark.parametrize("counts, weights", [([0, 0], [1, 1]), ([3, 2], [0, 0]), ([], [])])
-def test_nothing_to_count_weighs_nothing(counts, weights, reduction):
+def test_token_weights_without_anything_to_count_are_zero(counts, weights, reduction):
     counts, weights = torch.tensor(counts, dtype=torch.int64), torch.tensor(weights).float()
     token_weights = sample_token_weights(counts, weights, reduction=reduction)
     assert torch.equal(token_weights, torch.zeros(len(counts)))

@@ -1,4 +1,4 @@
-"""FLOPs and bubbles against numbers computed by hand."""
+"""FLOPs and bubbles, compared with numbers computed by hand."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from aropd_mcore.plan.setup import Setup
 from tests.plan.test_parameters import MODELS
 
 
-def test_flops_of_a_dense_model():
+def test_forward_flops_of_a_dense_model():
     """Four layers; q 64, k and v 32 each; MLP 96.
 
     Weights per token and layer: 64 (64 + 2 32) + 64 64 + 3 64 96 = 30,720. Ten tokens see
@@ -21,13 +21,13 @@ def test_flops_of_a_dense_model():
     assert attention == 4 * 55 * 4 * 64
 
 
-def test_flops_of_experts_are_those_of_the_chosen():
+def test_forward_flops_of_experts_count_the_selected_ones_only():
     """q 8 x 24 = 192, kv 96; router 4; two experts of 40 columns."""
     products, _ = forward_flops(read_architecture(MODELS["qwen3_moe"]), 1)
     assert products == 4 * 2 * (64 * (192 + 2 * 96) + 192 * 64 + 64 * 4 + 2 * 3 * 64 * 40)
 
 
-def test_flops_of_the_loss():
+def test_loss_flops_of_each_objective():
     setup = Setup(read_architecture(MODELS["qwen2"]), micro_batch_size=2, response_tokens=10)
     assert loss_flops(setup) == 5 * 2 * 20 * 64 * 509
     assert loss_flops(replace(setup, num_views=1)) == 4 * 2 * 20 * 64 * 509
@@ -38,11 +38,11 @@ def test_flops_of_the_loss():
 @pytest.mark.parametrize(
     "sizes, fraction", [((1, 1, 8), 0), ((4, 1, 8), 3 / 11), ((4, 2, 8), 3 / 19), ((2, 1, 1), 0.5)]
 )
-def test_bubble(sizes: tuple[int, int, int], fraction: float):
+def test_bubble_fraction_of_each_schedule(sizes: tuple[int, int, int], fraction: float):
     assert bubble_fraction(*sizes) == pytest.approx(fraction)
 
 
-def test_bubbles_of_student_and_teacher():
+def test_step_time_has_bubbles_of_student_and_teacher():
     """With two views the teacher scores twice as many microbatches, so its bubble is smaller."""
     setup = Setup(read_architecture(MODELS["qwen2"]), pipeline=4, num_microbatches=8)
     time = step_time(setup)

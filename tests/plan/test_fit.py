@@ -29,7 +29,9 @@ GPUS = {
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_clusters_fit_and_start(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_cluster_examples_fit_and_pass_the_dry_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys
+):
     """The examples fit into 80 GB, with 5 GB for fragmentation, and `train` accepts the layout."""
     monkeypatch.chdir(REPO)
     path = str(CLUSTERS / name)
@@ -52,8 +54,8 @@ def test_clusters_fit_and_start(name: str, monkeypatch: pytest.MonkeyPatch, caps
         ),
     ],
 )
-def test_remedies_make_it_fit(override: str, expected: set[str], monkeypatch, capsys):
-    """Each remedy makes the job fit if it is passed to the command as printed."""
+def test_each_remedy_makes_the_job_fit(override: str, expected: set[str], monkeypatch, capsys):
+    """Each remedy is passed to the command as printed."""
     monkeypatch.chdir(REPO)
     path = str(CLUSTERS / "qwen2.5-7b-8xh100.yaml")
     room = ["--memory", "70"]
@@ -149,19 +151,19 @@ def test_expert_parallelism_is_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     values += [f"training.{name}={getattr(best, name)}" for name in TRAINING]
     plan(load_config(path, values), 256)
     # The suggested overrides are exactly the settings that differ from this configuration.
-    nothing_helps = ["parallel.expert=1", "parallel.pipeline=1"]
-    assert main(["plan", str(path), "--gpus", "256", *nothing_helps]) == 0
+    no_remedy = ["parallel.expert=1", "parallel.pipeline=1"]
+    assert main(["plan", str(path), "--gpus", "256", *no_remedy]) == 0
     suggestion = capsys.readouterr().out.splitlines()[-1]
     expected = {v for v in values if v not in ("parallel.tensor=4", "parallel.sequence=true")}
     unchanged = {"parallel.virtual_pipeline=1", "training.recompute=none"}
     overrides = suggestion.split("(")[0].split()
     assert set(overrides) == expected - unchanged
-    assert main(["plan", str(path), "--gpus", "256", *nothing_helps, *overrides]) == 0
+    assert main(["plan", str(path), "--gpus", "256", *no_remedy, *overrides]) == 0
     assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_sweep_leaves_out_columns_of_ones(monkeypatch, capsys):
+def test_sweep_omits_columns_of_ones(monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     for name, machines, columns in (
         ("qwen3-235b-a22b-256xh100.yaml", ["--gpus", "256"], "TP PP VPP CP EP DP SP"),
@@ -183,14 +185,14 @@ def test_sweep_leaves_out_columns_of_ones(monkeypatch, capsys):
         (["model.path=nowhere"], "nowhere/config.json: cannot be read"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], message: str, monkeypatch, capsys):
+def test_plan_of_bad_input_prints_one_line(arguments: list[str], message: str, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     assert main(["plan", str(CLUSTERS / "qwen2.5-7b-8xh100.yaml"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("aropd: error: ")
 
 
-def test_packing_is_planned_by_its_budget(monkeypatch: pytest.MonkeyPatch):
+def test_plan_with_packing_uses_the_token_budget(monkeypatch: pytest.MonkeyPatch):
     """A microbatch of 4,500 tokens has room for two sequences of 2,048."""
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen2.5-7b-8xh100.yaml"

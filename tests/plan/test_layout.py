@@ -19,7 +19,7 @@ def config(folder: Path, family: str, **sections: dict[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
-def test_layout(tmp_path: Path):
+def test_plan_returns_the_layout(tmp_path: Path):
     run = config(tmp_path, "mistral", views={"max_prompt_tokens": 32}, parallel={"pipeline": 2})
     layout = plan(run, 4)
     assert layout == Layout(
@@ -27,27 +27,27 @@ def test_layout(tmp_path: Path):
     )
 
 
-def test_sequences_fit_the_positions(tmp_path: Path):
+def test_plan_of_sequences_beyond_the_positions_is_refused(tmp_path: Path):
     """Dense models have 512 positions, and Mistral a sliding window of 48."""
-    at_most = {"views": {"max_prompt_tokens": 500}, "rollout": {"max_response_tokens": 12}}
-    plan(config(tmp_path, "llama", **at_most), 1)
+    lengths = {"views": {"max_prompt_tokens": 500}, "rollout": {"max_response_tokens": 12}}
+    plan(config(tmp_path, "llama", **lengths), 1)
     for family, positions in (("llama", 512), ("mistral", 48)):
-        at_most["rollout"] = {"max_response_tokens": 13}
+        lengths["rollout"] = {"max_response_tokens": 13}
         message = (
             r"max_prompt_tokens 500 \+ rollout\.max_response_tokens 13 = 513 tokens: expected at "
             rf"most {positions},"
         )
         with pytest.raises(ConfigError, match=message):
-            plan(config(tmp_path, family, **at_most), 1)
+            plan(config(tmp_path, family, **lengths), 1)
 
 
-def test_experts_on_tensor_ranks_need_sequence_parallelism(tmp_path: Path):
+def test_plan_of_experts_with_tensor_but_not_sequence_parallelism_is_refused(tmp_path: Path):
     plan(config(tmp_path, "mixtral", parallel={"tensor": 2, "sequence": True}), 2)
     with pytest.raises(ConfigError, match=r"parallel.tensor 2 without .*\(MixtralForCausalLM\)"):
         plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)
 
 
-def test_router_losses_need_routers(tmp_path: Path):
+def test_plan_of_router_losses_without_routers_is_refused(tmp_path: Path):
     losses = {"objective": {"router_z_loss_coeff": 0.001}}
     plan(config(tmp_path, "mixtral", **losses), 1)
     with pytest.raises(ConfigError, match=r"router_z_loss_coeff 0.001: .*\(Qwen2ForCausalLM\)"):
@@ -93,7 +93,7 @@ def test_plan_refuses_sizes_that_do_not_divide(tmp_path: Path, sections, message
         plan(config(tmp_path, "qwen3_moe", **sections), world_size)
 
 
-def test_packed_microbatches_are_counted_later(tmp_path: Path):
+def test_plan_with_packing_leaves_the_number_of_microbatches_open(tmp_path: Path):
     packing = {"packing": True, "max_tokens_per_microbatch": 200, "micro_batch_size": 8}
     layout = plan(config(tmp_path, "llama", training=packing), 2)
     assert layout.microbatches_per_step is None

@@ -1,4 +1,4 @@
-"""The memory model, against real steps and against numbers computed by hand."""
+"""The memory model, compared with real steps and with numbers computed by hand."""
 
 import sys
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tests.conftest import REPO
 SEVEN_B = read_architecture(REPO / "examples" / "clusters" / "Qwen2.5-7B-Instruct")
 
 
-def test_state_of_a_rank():
+def test_state_of_a_rank_has_the_bytes_per_parameter():
     """Bytes per parameter in bf16: weights 2, gradients 4, optimizer 12 / ranks, teacher 6."""
     setup = Setup(SEVEN_B, tensor=4, data=2, num_microbatches=8)
     memory = stage_memory(setup, 0)
@@ -30,7 +30,7 @@ def test_state_of_a_rank():
     assert state == {part: size * memory.parameters.total for part, size in per_parameter.items()}
 
 
-def test_activations_of_a_layer_of_seven_billion():
+def test_activations_of_a_7b_model():
     """Transformer Engine, bf16, TP 1. Numbers per token and layer: norms 4 x 3,584; q, k, v 4,608;
     rotated 4,096; attention output 3,584; MLP 3 x 18,944; and 2 + 28 statistics in fp32. The model
     has 28 layers, and the output is added once."""
@@ -77,21 +77,20 @@ def test_kv_cache_and_hidden_states():
     assert on_host["teacher hidden states"] == 2 * 1024 * 3584 * 2
 
 
-def test_teacher_on_the_host():
-    """Only the head stays on the device. While the teacher scores, its weights are there, but not
-    the fp32 average."""
+def test_teacher_on_the_host_keeps_only_its_head_on_the_device():
+    """While the teacher scores, its weights are on the device, but not the fp32 average."""
     setup = Setup(SEVEN_B, tensor=4, pipeline=2, num_microbatches=8)
     head = 152_064 * 3584 // 4 * 2
-    for stage, left in ((0, 0), (1, head)):
+    for stage, resident in ((0, 0), (1, head)):
         here = stage_memory(setup, stage)
         host = stage_memory(replace(setup, teacher_weights="host"), stage)
         weights = here.parameters.total * 2
-        assert host.state["teacher weights"] == left
-        assert host.phases["teacher"]["teacher weights"] == weights - left
-        assert here.at("student") - host.at("student") == 3 * weights - left
+        assert host.state["teacher weights"] == resident
+        assert host.phases["teacher"]["teacher weights"] == weights - resident
+        assert here.at("student") - host.at("student") == 3 * weights - resident
 
 
-def test_fp8():
+def test_fp8_adds_copies_of_weights_and_shrinks_activations():
     """28 layers of 233,057,792 parameters: the student keeps two FP8 copies, the teacher one. A
     token's norms and the product of gate and up take one byte per number, and the attention output
     one byte more."""
@@ -106,7 +105,7 @@ def test_fp8():
     assert replace(fp8, prompt_tokens=1025).sequence_tokens == 2064
 
 
-def test_experts_share_their_optimizer_with_the_ranks_that_hold_the_same():
+def test_optimizer_of_experts_is_divided_over_the_ranks_with_the_same_experts():
     """With 64 expert ranks among a stage's 128, two ranks hold the same experts."""
     moe = read_architecture(REPO / "examples" / "clusters" / "Qwen3-235B-A22B")
     setup = Setup(moe, tensor=4, sequence=True, pipeline=2, expert=64, data=32)
@@ -117,8 +116,8 @@ def test_experts_share_their_optimizer_with_the_ranks_that_hold_the_same():
 
 
 @pytest.mark.rest
-def test_planned_is_what_real_steps_need(monkeypatch: pytest.MonkeyPatch):
-    """Planned memory is within 10 % on two layouts; `make bench-memory` measures all of them."""
+def test_planned_memory_is_within_10_percent_of_real_steps(monkeypatch: pytest.MonkeyPatch):
+    """Two layouts are measured. `make bench-memory` measures all of them."""
     monkeypatch.syspath_prepend(str(REPO / "tools" / "benchmarks"))
     sys.modules.pop("memory", None)
     import memory  # pyright: ignore[reportMissingImports]

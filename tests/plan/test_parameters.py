@@ -1,4 +1,4 @@
-"""Parameters of a rank, against the whole model and against built models."""
+"""Parameters of a rank, compared with the whole model and with built models."""
 
 from itertools import product
 
@@ -51,13 +51,13 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_have_their_published_size(name: str):
+def test_parameters_of_published_models_equal_their_published_number(name: str):
     folder = REPO / "examples" / "clusters" / name
     assert read_architecture(folder).num_parameters == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_ranks_add_up_to_the_model(name: str):
+def test_parameters_of_all_ranks_add_up_to_the_model(name: str):
     """Parameters that all tensor ranks repeat are counted once: norms, router and experts."""
     architecture = read_architecture(MODELS[name])
     sizes, routing = architecture.sizes, architecture.routing
@@ -92,7 +92,7 @@ LAYOUTS = [
 
 
 @pytest.mark.rest
-def test_built_models_have_as_many():
+def test_planned_parameters_equal_those_of_built_models():
     counted_by_layout = zip(*run_ranks(_count, 4), strict=True)
     for (name, layout), counts in zip(LAYOUTS, counted_by_layout, strict=True):
         size = layout.get("tensor", 1) * layout.get("pipeline", 1)

@@ -1,4 +1,4 @@
-"""`aropd generate`: from every kind of checkpoint, on every layout, and over interruptions."""
+"""`aropd generate`: every kind of checkpoint, every layout, and interruptions."""
 
 import json
 import os
@@ -34,20 +34,20 @@ from tests.support.tiny_runs import EOS_IDS, write_model, write_run
 SAMPLING = {"max_response_tokens": 16, "rollouts_per_prompt": 2}
 KEY = "a key"
 FEW = SAMPLING | {"batch_size": 1}
-"""Eight responses, of four prompts, between one writing and the next on each replica."""
+"""Eight responses to four prompts between two writes of a replica."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """run.yaml, rows.jsonl, model; out: the run after two steps; student, teacher: its exports."""
+    """run.yaml, rows.jsonl, model; out: a run of two steps; student, teacher: its exports."""
     folder = tmp_path_factory.mktemp("generate")
     path = write_run(folder, training={"num_steps": 2, "global_batch_size": 4})
     write_model(folder / "model", initializer_range=0.1)
     write_model(folder / "moe", "qwen3_moe")
     run_ranks(train_here, 2, path)
-    for who in ("student", "teacher"):
-        arguments = ["convert", "export", str(folder / "out"), str(folder / who)]
-        assert cli.main([*arguments, "--weights", who]) == 0
+    for role in ("student", "teacher"):
+        arguments = ["convert", "export", str(folder / "out"), str(folder / role)]
+        assert cli.main([*arguments, "--weights", role]) == 0
     return folder
 
 
@@ -60,7 +60,7 @@ Call = dict[str, Any]
 
 
 def generate_all(calls: list[Call]) -> list[str]:
-    """On every rank: what each call's error says, or nothing."""
+    """Return the error of each call, or an empty text, on every rank."""
     errors = []
     for call in calls:
         job = build_generation_spec(**{"rollout": SAMPLING, "parallel": {}} | call)
@@ -85,7 +85,7 @@ def on_one_rank(folder: Path, out: Path, **call: Any) -> list[dict[str, Any]]:
     return lines_of(out)
 
 
-def test_greedy_responses_to_an_hf_folder_are_those_of_transformers(folder, tmp_path):
+def test_greedy_responses_of_an_hf_folder_equal_transformers(folder, tmp_path):
     rows = [{"id": 3, "question": "2 + 2?", "level": [1, {"x": None}]}, {"question": "ü中?"}]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -119,30 +119,30 @@ def test_greedy_responses_to_an_hf_folder_are_those_of_transformers(folder, tmp_
         }
 
 
-def test_student_and_teacher_of_a_run_are_its_exports(folder, tmp_path):
-    found = {}
-    for who in ("student", "teacher"):
-        here = on_one_rank(folder, tmp_path / who, who=who)  # the views are those of config.yaml
+def test_student_and_teacher_of_a_run_respond_as_their_exports(folder, tmp_path):
+    responses = {}
+    for role in ("student", "teacher"):
+        here = on_one_rank(folder, tmp_path / role, role=role)  # the views are those of config.yaml
         export = on_one_rank(
             folder,
-            tmp_path / f"{who}-export",
-            checkpoint=folder / who,
+            tmp_path / f"{role}-export",
+            checkpoint=folder / role,
             config=folder / "run.yaml",
         )
         assert {line.pop("weight_version") for line in here} == {2}
         assert here == export and len(here) == 2 * 24
-        found[who] = here
-    ids = {who: [line["response_ids"] for line in found[who]] for who in found}
+        responses[role] = here
+    ids = {role: [line["response_ids"] for line in responses[role]] for role in responses}
     assert ids["student"] != ids["teacher"]
     # Samples of a prompt differ, and some end before the limit.
     assert ids["student"][::2] != ids["student"][1::2]
-    assert {line["finish_reason"] for line in found["student"]} == {"stop", "length"}
+    assert {line["finish_reason"] for line in responses["student"]} == {"stop", "length"}
 
 
 @pytest.mark.rest
-def test_the_file_does_not_depend_on_the_layout(folder, tmp_path):
+def test_generate_on_every_layout_writes_the_same_file(folder, tmp_path):
     def calls(name: str, **sizes: int) -> list[Call]:
-        """In pieces, with the run's student; and a model with experts."""
+        """A call in pieces with the run's student, and one with a model with experts."""
         files = {"prompts": folder / "rows.jsonl", "config": folder / "run.yaml"}
         dense = {k: v for k, v in sizes.items() if "expert" not in k}
         return [
@@ -163,41 +163,44 @@ def test_the_file_does_not_depend_on_the_layout(folder, tmp_path):
     assert run_ranks(generate_all, 2, on_two) == [[""] * len(on_two)] * 2
     for name in layouts:
         assert (tmp_path / name).read_bytes() == (tmp_path / "one").read_bytes()
-        found, expected = (lines_of(tmp_path / f"{n}-moe") for n in (name, "one"))
-        for line, other in zip(found, expected, strict=True):
+        lines, expected = (lines_of(tmp_path / f"{n}-moe") for n in (name, "one"))
+        for line, other in zip(lines, expected, strict=True):
             logprobs = line.pop("logprobs"), other.pop("logprobs")
             assert len(logprobs[0]) == len(line["response_ids"])
             assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
             assert line == other
 
 
-def test_what_is_wrong_with_the_prompts_is_said_once_and_first(folder, tmp_path):
+def test_bad_prompt_is_an_error_on_every_rank_before_sampling(folder, tmp_path):
     rows = [{"question": "fits"}] * 40 + [{"question": "Z" * 500}]
     prompts = tmp_path / "long.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out.jsonl"
     call = {"checkpoint": folder / "model", "prompts": prompts, "output": out}
     first, second = run_ranks(generate_all, 2, [call])
-    assert first[0].startswith(f"{prompts}:41: the student view's prompt is over") and not second[0]
+    assert (
+        first[0].startswith(f"{prompts}:41: the student view's prompt is over") and second == first
+    )
     assert not out.exists() and not out.with_name("out.jsonl.partial").exists()
-    # The run's views cut it, and its line says so.
+    # The run's views cut it, and its line reports that.
     lines = on_one_rank(
         folder, out, checkpoint=folder / "model", prompts=prompts, config=folder / "run.yaml"
     )
     assert [line.get("num_cut_tokens", 0) > 0 for line in lines] == [False] * 80 + [True] * 2
 
 
+@pytest.mark.rest
 def test_vllm_servers_sample_with_the_checkpoints_weights(folder, tmp_path, monkeypatch):
-    """They score a probe as the model does, or nothing is sampled."""
+    """Only servers whose probe agrees with the model sample."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    shutdown_pool()  # whose processes do not have the key
+    shutdown_pool()  # its processes do not have the key
     fake = FakeVllm(key=KEY)
     config = yaml.safe_load((folder / "run.yaml").read_text())
     vllm = {"urls": [fake.url], "start_timeout": 1.0, "retries": 0, "weights_dir": str(tmp_path)}
     config["rollout"]["vllm"] = vllm
     (tmp_path / "vllm.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out.jsonl"
-    call = {"checkpoint": folder / "out", "who": "teacher", "prompts": folder / "rows.jsonl"}
+    call = {"checkpoint": folder / "out", "role": "teacher", "prompts": folder / "rows.jsonl"}
     call |= {"output": out, "config": tmp_path / "vllm.yaml", "rollout": FEW | {"engine": "vllm"}}
     assert run_ranks(generate_all, 2, [call]) == [[""], [""]]  # two replicas, in pieces
 
@@ -213,7 +216,7 @@ def test_vllm_servers_sample_with_the_checkpoints_weights(folder, tmp_path, monk
     assert [path.name for path in fake.loaded] == ["step-0000002"]
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "vllm.yaml"}
 
-    # Nobody samples: said on every rank, and the next call may find a server.
+    # Without a server, every rank raises, and the next call can resume.
     fake.die()
     call["output"] = tmp_path / "next.jsonl"
     errors = run_ranks(generate_all, 2, [call])
@@ -222,7 +225,7 @@ def test_vllm_servers_sample_with_the_checkpoints_weights(folder, tmp_path, monk
 
 
 def command(folder: Path, out: Path, *options: str) -> list[str]:
-    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    files = ["--model", folder / "out", "--prompts", folder / "rows.jsonl", "--out", out]
     return ["generate", *map(str, files), "--max-response-tokens", "16", "--samples", "2", *options]
 
 
@@ -238,7 +241,7 @@ def process(arguments: list[str]) -> subprocess.Popen:
 
 
 @pytest.mark.rest
-def test_a_killed_call_goes_on_where_it_stopped(folder, tmp_path):
+def test_killed_call_resumes_after_its_last_whole_group(folder, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     on_one_rank(folder, whole, rollout=FEW)
     partial = tmp_path / "out.jsonl.partial" / "lines.jsonl"
@@ -249,7 +252,7 @@ def test_a_killed_call_goes_on_where_it_stopped(folder, tmp_path):
         killed.send_signal(signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL and not out.exists()
 
-    # As a write that was cut off: one sample of a prompt, and half of a line.
+    # As an interrupted write leaves it: one sample of a prompt, and half a line.
     kept = partial.read_bytes()
     next_line = whole.read_bytes()[len(kept) :].splitlines(keepends=True)
     assert kept and len(next_line) > 1 and kept.count(b"\n") % 2 == 0
@@ -258,22 +261,22 @@ def test_a_killed_call_goes_on_where_it_stopped(folder, tmp_path):
     call = {"checkpoint": folder / "out", "prompts": folder / "rows.jsonl", "output": out}
     [[error]] = run_ranks(generate_all, 1, [{**call, "rollout": {**FEW, "temperature": 0.5}}])
     assert error.endswith(
-        "out.jsonl.partial: holds lines of another job: temperature was 1.0, and is 0.5 now; "
-        "remove the folder, or name another file"
+        "out.jsonl.partial: holds lines of another job: temperature was 1.0 and is now 0.5; "
+        "remove the folder or name another file"
     )
     with process(arguments) as again:
         printed, progress = again.communicate(timeout=300)
     assert again.returncode == 0, progress
     num_done = kept.count(b"\n") // 2
-    assert f"going on at prompt {num_done + 1}: " in progress
+    assert f"resuming at prompt {num_done + 1}: " in progress
     assert "prompts 24/24" in progress and printed == f"{folder / 'rows.jsonl'} -> {out}\n"
     assert out.read_bytes() == whole.read_bytes()
     assert not partial.parent.exists()
 
 
-def test_a_file_has_one_writer(tmp_path):
+def test_second_writer_of_a_file_is_refused(tmp_path):
     with LinesFile(tmp_path / "out.jsonl", {"seed": 1}) as first:
-        with pytest.raises(ValueError, match=r"out\.jsonl: another process is writing it"):
+        with pytest.raises(ValueError, match=r"out\.jsonl: another process is writing this file"):
             LinesFile(tmp_path / "out.jsonl", {"seed": 1})
         first.write([{"half of a pair": "\ud800"}])
         first.finish()
@@ -282,7 +285,7 @@ def test_a_file_has_one_writer(tmp_path):
 
 
 @pytest.mark.rest
-def test_the_command_starts_the_ranks_of_a_layout(folder, tmp_path):
+def test_generate_command_starts_the_ranks_of_a_layout(folder, tmp_path):
     out = tmp_path / "out.jsonl"
     with process(command(folder, out, "--tensor", "2")) as job:
         _, progress = job.communicate(timeout=300)
@@ -294,21 +297,19 @@ def test_the_command_starts_the_ranks_of_a_layout(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts", "nowhere"], "nowhere: no such file; expected prompts"),
-        (["--checkpoint", "nowhere"], "nowhere: not a checkpoint"),
-        (["--checkpoint", "{folder}/model", "--weights", "teacher"], "holds one model and no"),
-        (["--output", "{folder}/run.yaml"], "run.yaml: exists already; remove it, or name another"),
+        (["--prompts", "nowhere"], "nowhere: no such file; expected JSONL or"),
+        (["--model", "nowhere"], "nowhere: not a checkpoint"),
+        (["--model", "{folder}/model", "--weights", "teacher"], "holds one model and no"),
+        (["--out", "{folder}/run.yaml"], "run.yaml: exists already; remove it or choose"),
         (["--temperature", "-1"], "aropd generate: temperature: Input should be greater than or"),
         (["--max-response-tokens", "512"], "512 leaves no room for a prompt: the model has 512"),
         (["--kv-cache-tokens", "9"], "leaves no room for a prompt: the model has 512 positions, k"),
         (["--tensor", "3"], "tensor-parallel size 3 does not divide"),
         (["--expert", "2"], "expert-parallel size 2 does not divide a dense model"),
-        (["--tensor", "2", "--nproc-per-node", "3"], "3 processes cannot share the model in that"),
+        (["--tensor", "2", "--nproc-per-node", "3"], "3 processes: expected a multiple of 2"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_starts(
-    folder, tmp_path, capsys, options, message
-):
+def test_bad_option_is_refused_before_anything_starts(folder, tmp_path, capsys, options, message):
     options = [option.format(folder=folder) for option in options]
     assert cli.main(command(folder, tmp_path / "out.jsonl", *options)) == 2
     error = capsys.readouterr().err

@@ -41,7 +41,7 @@ class Job:
     eos: tuple[int, ...] = EOS
 
 
-# The first two are the reference; the others must give rows of the second again.
+# The first two are the reference; the others must repeat rows of the second.
 JOBS = (
     Job(GREEDY),
     Job(RANDOM),
@@ -60,7 +60,7 @@ def load(folder: Path, tensor: int, pipeline: int) -> tuple[HiddenStateGPT, mcor
 
 
 def generate_all(folder: Path, layouts: list[tuple[int, int]], jobs: tuple[Job, ...]) -> list:
-    """On every rank: the rollouts of each job, for each layout."""
+    """Return the rollouts of each job on each layout, on every rank."""
     results = []
     for tensor, pipeline in layouts:
         model, runtime = load(folder, tensor, pipeline)
@@ -103,7 +103,7 @@ def reference(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def uncached_logits(model: PreTrainedModel, prompt: list[int], response: tuple[int, ...]) -> Tensor:
-    """[T, V]: what each response token was sampled from, by one forward over everything."""
+    """Return the logits of each response token, [T, V], from one forward of the whole sequence."""
     tokens = torch.tensor([[*prompt, *response]])
     return model(tokens).logits[0, len(prompt) - 1 : -1].float()
 
@@ -116,7 +116,7 @@ def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers(folders, on_one_rank, family):
+def test_greedy_sampling_equals_transformers(folders, on_one_rank, family):
     model = reference(folders[family])
     for prompt, rollout in zip(PROMPTS, on_one_rank[family][0], strict=True):
         expected = model.generate(
@@ -143,17 +143,17 @@ def test_samples_equal_those_drawn_from_uncached_logits(folders, on_one_rank, fa
         torch.testing.assert_close(logprobs, logits.log_softmax(-1)[range(len(tokens)), tokens])
 
 
-def test_samples_do_not_depend_on_their_batch(on_one_rank):
+def test_samples_in_other_batches_are_the_same(on_one_rank):
     expected = on_one_rank["qwen2"][1]
     for job, rollouts in zip(JOBS[2:], on_one_rank["qwen2"][2:], strict=True):
         assert_same(rollouts, [expected[row] for row in job.rows])
 
 
-def test_a_response_ends_with_the_first_eos_or_at_the_limit(folders, on_one_rank):
+def test_response_ends_at_the_first_eos_or_the_limit(folders, on_one_rank):
     free = on_one_rank["qwen2"][1]
-    # Tokens that sampling comes upon early in some rows and not in others.
+    # Tokens that some rows sample early and others do not.
     eos = (free[0].response_ids[3], free[2].response_ids[0], free[4].response_ids[9])
-    # In two places, from which rows leave at different times, and others enter beside old ones.
+    # With two places, rows leave at different times, and new rows join old ones.
     jobs = (Job(RANDOM, eos=eos), Job(RANDOM, eos=eos, batch_size=2))
     stopped, one_by_one = run_ranks(generate_all, 1, folders["qwen2"], [(1, 1)], jobs)[0]
     assert_same(one_by_one, stopped)
@@ -167,7 +167,7 @@ def test_a_response_ends_with_the_first_eos_or_at_the_limit(folders, on_one_rank
     assert {rollout.finished for rollout in stopped} == {True, False}
 
 
-def test_every_layout_samples_the_same(folders, on_one_rank):
+def test_samples_on_every_layout_are_the_same(folders, on_one_rank):
     expected = on_one_rank["qwen2"][:2]
     for world_size, layouts in ((2, [(2, 1), (1, 2)]), (4, [(2, 2)])):
         on_ranks = run_ranks(generate_all, world_size, folders["qwen2"], layouts, JOBS[:2])
@@ -190,7 +190,7 @@ def test_replicas_do_not_wait_for_each_other(folders, on_one_rank):
 
 
 def model_is_left_as_it_was(folder: Path) -> None:
-    """Train, sample, train: as without the sampling; and what is sampled follows the weights."""
+    """Sampling does not change training, and samples follow the weights."""
     model, runtime = load(folder, 1, 1)
     engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=3)
     tokens = torch.tensor([PROMPTS[2]])
@@ -210,7 +210,7 @@ def model_is_left_as_it_was(folder: Path) -> None:
     assert sample(engine, PROMPTS, SEEDS, RANDOM) == before
     assert not model.training
 
-    # Training meets the rotary tables that sampling left in Megatron's cache.
+    # Training uses the rotary tables that sampling left in Megatron's cache.
     sample(engine, [PROMPTS[2][:-1]], SEEDS[:1], SamplingConfig(max_response_tokens=1))
     assert not model[0].rotary_pos_emb(len(PROMPTS[2])).is_inference()
     first = gradient()
@@ -251,18 +251,18 @@ def refusals(folder: Path) -> list[str]:
     return messages
 
 
-def test_sampling_leaves_the_model_as_it_was_and_follows_its_weights(folders):
+def test_sampling_keeps_the_model_and_follows_its_weights(folders):
     run_ranks(model_is_left_as_it_was, 1, folders["qwen2"])
 
 
-def test_prompts_that_cannot_be_continued_are_refused(folders):
+def test_bad_prompts_are_refused(folders):
     assert run_ranks(refusals, 1, folders["qwen2"])[0] == [
-        "prompt 1 is empty; it needs at least one token",
-        "prompt 0 has 511 tokens, and with max_response_tokens 2 exceeds the model's 512 "
-        "positions; shorten one of the two",
-        "prompt 1 has token ids from 6 to 509, but the model's vocabulary has 509; is the "
-        "tokenizer the model's?",
-        "2 prompts but 3 seeds; give one a prompt",
+        "prompt 1 is empty; expected at least one token",
+        "prompt 0 has 511 tokens: with max_response_tokens 2 it exceeds the model's 512 positions; "
+        "shorten the prompt or lower max_response_tokens",
+        "prompt 1 has token ids from 6 to 509, but the model's vocabulary has 509; check "
+        "that the tokenizer belongs to the model",
+        "found 2 prompts and 3 seeds; expected one seed per prompt",
     ]
 
 
@@ -270,10 +270,10 @@ def rows_in_cache(folder: Path) -> list[int]:
     from aropd_mcore.rollout import native
 
     model, runtime = load(folder, 1, 1)
-    usual, found = native.decoding, []
+    usual, rows = native.decoding, []
 
     def noted(*args, num_rows: int, **kwargs):
-        found.append(num_rows)
+        rows.append(num_rows)
         return usual(*args, num_rows=num_rows, **kwargs)
 
     native.decoding = noted
@@ -287,9 +287,9 @@ def rows_in_cache(folder: Path) -> list[int]:
         )
         sample(engine, PROMPTS, SEEDS, RANDOM)
     native.decoding = usual
-    return found
+    return rows
 
 
-def test_the_cache_has_rows_for_what_there_is(folders):
-    """Five prompts; at most batch_size; and as many as fit, of 19 tokens and a response of 24."""
+def test_kv_cache_has_as_many_rows_as_needed_and_fit(folders):
+    """Five prompts: all fit, batch_size limits them, and the number of cached tokens does."""
     assert run_ranks(rows_in_cache, 1, folders["qwen2"])[0] == [5, 3, 2]

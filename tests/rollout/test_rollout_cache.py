@@ -1,4 +1,4 @@
-"""A run that is started again trains on the responses that it had sampled before it ended."""
+"""A resumed run trains on the responses that it sampled before the interruption."""
 
 import shutil
 from contextlib import suppress
@@ -30,7 +30,7 @@ def path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(path) -> list[dict]:
-    """The metrics of four steps in one go."""
+    """Metrics of four uninterrupted steps."""
     out = path.parent / "unbroken"
     run_ranks(train_on_ranks, 2, path, [f"output_dir={out}", "checkpoint.save_rollouts=false"])
     return read_lines(out)
@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 
 def train_and_count(path: Path, overrides: list[str], end_in: int | None) -> list[int]:
-    """`train`, until the training of step `end_in` begins; the steps that were sampled."""
+    """Train until the training of step `end_in` begins; return the steps that were sampled."""
     from aropd_mcore.rollout.native import NativeEngine
     from aropd_mcore.trainer import step as step_module
 
@@ -73,7 +73,7 @@ def files(out: Path) -> list[str]:
     return sorted(p.name for p in (out / "rollouts").iterdir())
 
 
-def test_what_was_sampled_is_not_sampled_again(path, expected):
+def test_cached_responses_are_not_sampled_again(path, expected):
     out = path.parent / "again"
     here = [f"output_dir={out}"]
     assert run_ranks(train_and_count, 2, path, here, 1) == [[0, 1]] * 2
@@ -81,10 +81,10 @@ def test_what_was_sampled_is_not_sampled_again(path, expected):
     assert files(out) == [
         f"step_{step:07d}.rank_{rank:04d}.json" for step in (0, 1) for rank in (0, 1)
     ]
-    # Steps 0 and 1 are trained on what is kept; step 3 is sampled, and its training ends.
+    # Steps 0 and 1 train on the cached responses. Step 3 is sampled before the interruption.
     assert run_ranks(train_and_count, 2, path, here, 3) == [[2, 3]] * 2
     assert saved_steps(out) == [2]
-    # The checkpoint of two steps has no use for theirs; another layout takes the others'.
+    # The checkpoint has released steps 0 and 1. Another layout reads the responses of 2 and 3.
     layout = ["parallel.tensor=2", "parallel.sequence=true"]
     other = path.parent / "other-layout"
     shutil.copytree(out, other)
@@ -95,14 +95,14 @@ def test_what_was_sampled_is_not_sampled_again(path, expected):
     assert files(out) == [] and saved_steps(out) == [2, 4]
 
 
-def test_what_is_damaged_or_of_other_rules_is_sampled_again(path, expected):
+def test_damaged_or_foreign_responses_are_sampled_again(path, expected):
     out = path.parent / "damaged"
     here = [f"output_dir={out}"]
     run_ranks(train_and_count, 2, path, here, 1)
     one, other = out / "rollouts" / files(out)[1], out / "rollouts" / files(out)[2]
     one.write_text(one.read_text().replace("1", "2", 50))
     other.unlink()
-    # One rank's are enough to sample for all of them: the ranks sample together.
+    # If one rank's responses are missing, all ranks sample again.
     assert run_ranks(train_and_count, 2, path, here, 1) == [[0, 1]] * 2
     colder = [*here, "rollout.temperature=0.5"]
     assert run_ranks(train_and_count, 2, path, colder, 1) == [[0, 1]] * 2

@@ -46,14 +46,14 @@ def expected_probs(temperature: float, top_k: int, top_p: float) -> list[float]:
         (2.0, 5, 0.7),
     ],
 )
-def test_frequencies_are_the_probabilities_asked_for(temperature, top_k, top_p):
+def test_sample_frequencies_equal_the_probabilities(temperature, top_k, top_p):
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     tokens, logprobs = draw(sampling)
     frequencies = torch.bincount(tokens, minlength=LOGITS_V.numel()) / NUM_DRAWS
     expected = torch.tensor(expected_probs(temperature, top_k, top_p))
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=2 / NUM_DRAWS)
     assert not frequencies[expected == 0].any()
-    # Whatever the settings, the log-prob is the model's own.
+    # With all settings, the log-prob is that of the unmodified distribution.
     torch.testing.assert_close(logprobs, LOGITS_V.log_softmax(-1)[tokens])
 
 
@@ -74,7 +74,7 @@ def test_ends_of_the_unit_interval_give_the_ends_of_the_support():
             LOGITS_V.expand(2, -1), uniforms, SamplingConfig(temperature=temperature)
         )
         assert tokens.tolist() == support
-    # Leading zeros: u = 0 is not an excuse to take the first column.
+    # u = 0 must not choose a first column of probability 0.
     assert sample(LOGITS_V[None, 3:], uniforms[:1], SamplingConfig())[0].item() == 1
 
 
@@ -98,8 +98,8 @@ def test_logits_that_are_not_finite_show_in_the_logprob():
         assert logprobs.isnan().tolist() == [True, False]
 
 
-def test_streams_depend_on_their_seed_alone():
-    seeds = [3, 2**62 + 3, 3 + 2**32]  # 3 modulo 2^32, all of them
+def test_streams_depend_only_on_their_seed():
+    seeds = [3, 2**62 + 3, 3 + 2**32]  # all are 3 modulo 2^32
     short, long = uniform_numbers(seeds, 5), uniform_numbers(seeds[::-1], 50)
     assert torch.equal(short, long.flip(0)[:, :5])
     assert len(set(short[:, 0].tolist())) == 3

@@ -1,4 +1,4 @@
-"""Rollout sources over an engine that notes what it is asked: order, weight versions, replay."""
+"""Rollout sources on an engine that records its calls: order, weight versions, replay."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ def test_prefetched_of_depth_2_submits_two_steps_ahead_and_none_behind_the_end()
     ]
 
 
-def test_prefetched_that_starts_in_the_middle_samples_its_first_step_from_the_weights_of_now():
+def test_prefetched_after_a_resume_samples_its_first_step_from_the_current_weights():
     engine = FakeEngine(weight_version=3)
     taken = train(Prefetched(sampled(engine), depth=1, num_steps=NUM_STEPS), range(3, NUM_STEPS))
     assert versions(taken) == [3, 3]

@@ -1,6 +1,6 @@
-"""The vLLM engine on every rank of a job: weights out, rollouts in, errors on all ranks alike.
+"""The vLLM engine on every rank of a job: weights, rollouts, and the same errors on all ranks.
 
-The servers are fakes in the test's process, which sample by a formula and score by transformers.
+The servers are fakes in the test's process. They sample by a formula and score with transformers.
 """
 
 import os
@@ -45,7 +45,7 @@ def config_of(folder: Path, fakes: list[FakeVllm], **sections: dict[str, Any]) -
 
 
 def prompts_of(dp_rank: int) -> list[list[int]]:
-    """Other prompts on each data-parallel rank, and another number of them."""
+    """Prompts that differ in number and content between data-parallel ranks."""
     return [[10 + dp_rank, 30 + i, 31] for i in range(5 + dp_rank)]
 
 
@@ -54,7 +54,7 @@ def seeds_of(dp_rank: int) -> list[int]:
 
 
 def expected(config: Config, dp_rank: int, version: int) -> list[Rollout]:
-    """What a fake samples."""
+    """Rollouts of a fake server."""
     ends = eos_token_ids(config.model.path, load_tokenizer(config.model.path))
     rollouts = []
     for prompt, seed in zip(prompts_of(dp_rank), seeds_of(dp_rank), strict=True):
@@ -65,14 +65,16 @@ def expected(config: Config, dp_rank: int, version: int) -> list[Rollout]:
 
 
 LAYOUTS = (
-    ("qwen2", {"tensor": 2}),  # and two replicas
+    ("qwen2", {"tensor": 2}),  # with two replicas
     ("qwen2", {"pipeline": 2, "virtual_pipeline": 2, "context": 2}),
     ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 4}),
 )
 
 
 @pytest.mark.parametrize(("family", "parallel"), LAYOUTS)
-def test_each_replica_gets_its_rollouts_of_the_weights_it_has(tmp_path, fakes, family, parallel):
+def test_each_replica_gets_rollouts_of_its_prompts_from_the_current_weights(
+    tmp_path, fakes, family, parallel
+):
     path = config_of(tmp_path, fakes, parallel=parallel)
     write_model(tmp_path / "model", family)
     run_ranks(check_rollouts, 4, path)
@@ -81,7 +83,9 @@ def test_each_replica_gets_its_rollouts_of_the_weights_it_has(tmp_path, fakes, f
         assert fake.responses > 0
     root = tmp_path / "out" / "vllm-weights"
     assert root.stat().st_mode & 0o777 == 0o700
-    assert [path.name for path in root.iterdir()] == ["step-0000001"], "older ones are gone"
+    assert [path.name for path in root.iterdir()] == ["step-0000001"], (
+        "older weights must be removed"
+    )
 
 
 def check_rollouts(path: Path) -> None:
@@ -100,8 +104,8 @@ def check_rollouts(path: Path) -> None:
             for chunk in engine.model:  # type: ignore[attr-defined]
                 for parameter in chunk.parameters():
                     parameter.mul_(1 - 0.1 * version)
-        # The fakes score the probe with the weights that they were handed: TP, PP, CP and EP are
-        # put together as they should, or this fails.
+        # The fakes score the probe with the weights that they got. This fails unless the shards of
+        # TP, PP, CP and EP were combined correctly.
         engine.update_weights(version)
         rollouts = sample(engine, prompts_of(rank), seeds_of(rank), SAMPLING)
         assert rollouts == expected(config, rank, version)
@@ -109,7 +113,7 @@ def check_rollouts(path: Path) -> None:
     os.environ.pop("VLLM_API_KEY")
 
 
-def test_what_goes_wrong_goes_wrong_on_every_rank(tmp_path, fakes):
+def test_errors_are_raised_on_every_rank(tmp_path, fakes):
     path = config_of(tmp_path, fakes, parallel={"tensor": 2})
     run_ranks(check_errors, 4, path)
 
@@ -124,18 +128,20 @@ def check_errors(path: Path) -> None:
     assert engine is not None
     engine.update_weights(0)
 
-    # One replica's prompt has a token that the model has not.
+    # The prompt of one replica has a token that the model lacks.
     prompts = [[10, 9999 if runtime.dp_rank else 11]]
     with pytest.raises(ValueError, match="token ids from 10 to 9999"):
         sample(engine, prompts, [1], SAMPLING)
 
-    # The disk refuses the weights of one step: it is said when rollouts are asked for.
+    # The disk refuses the weights of one step: `result` reports it.
     if runtime.rank == 0:
         folder = config.output_dir / "vllm-weights" / ".step-0000001.partial"
         folder.write_text("in the way")
     dist.barrier()
     engine.update_weights(1)
-    with pytest.raises(RolloutFailed, match="the weights of step 1 could not be handed on: "):
+    with pytest.raises(
+        RolloutFailed, match="the weights of step 1 could not be handed to the servers: "
+    ):
         sample(engine, [[10, 11]], [1], SAMPLING)
     pending = engine.submit(PromptBatch([[10, 11]], [1], SAMPLING))
     if runtime.rank == 0:
@@ -143,12 +149,12 @@ def check_errors(path: Path) -> None:
     dist.barrier()
     engine.update_weights(2)
     [rollout] = pending.result()
-    assert rollout.weight_version == 2, "its own weights never came"
+    assert rollout.weight_version == 2, "the weights of step 1 were never sent"
     assert len(sample(engine, [[10, 11]], [1], SAMPLING)) == 1
     os.environ.pop("VLLM_API_KEY")
 
 
-def test_nccl_is_for_gpus(tmp_path, fakes):
+def test_nccl_sync_without_a_gpu_is_refused(tmp_path, fakes):
     path = config_of(tmp_path, fakes)
     run_ranks(check_refusal, 1, path)
 
@@ -161,7 +167,7 @@ def check_refusal(path: Path) -> None:
         build_run(config, start_runtime(config))
 
 
-def test_the_gather_holds_few_tensors_at_a_time(tmp_path):
+def test_gather_hf_holds_at_most_two_tensors(tmp_path):
     write_model(tmp_path)
     run_ranks(check_gather, 4, tmp_path)
 
@@ -185,7 +191,7 @@ def check_gather(folder: Path) -> None:
             assert torch.equal(tensor, original.read(name))
             names.append(name)
             alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
-            assert len(alive) <= 2  # this one, and the one before
+            assert len(alive) <= 2  # this tensor and the one before
 
     gather_hf(model, runtime, consume)
     assert runtime.rank or names == list(model.architecture.hf_shapes)
@@ -199,9 +205,10 @@ def check_gather(folder: Path) -> None:
     gather_hf(model, runtime, consume)  # the ranks are in step
 
 
-def test_one_step_ahead(tmp_path, fakes):
-    """Responses are asked for while the step before trains. The fakes' do not depend on weights, so
-    training goes as it does when they are waited for; but their weights are a step older."""
+@pytest.mark.rest
+def test_async_steps_train_on_rollouts_of_older_weights(tmp_path, fakes):
+    """The fakes' responses do not depend on weights, so training equals that of async_steps 0.
+    Only the weights are older."""
     training = {"num_steps": 4, "global_batch_size": 4, "micro_batch_size": 2}
     path = config_of(tmp_path, fakes, parallel={"tensor": 2}, training=training)
     waited_for, *ahead = run_ranks(by_async_steps, 2, path)[0]
@@ -220,7 +227,7 @@ def by_async_steps(path: Path) -> list[list[dict[str, Any]]]:
     from aropd_mcore.trainer.metrics import step_metrics
     from aropd_mcore.trainer.step import train_step
 
-    found = []
+    metrics_of_runs = []
     for async_steps in (0, 1, 2):
         config = load_config(path, [f"rollout.async_steps={async_steps}"])
         run = build_run(config, start_runtime(config))
@@ -241,14 +248,14 @@ def by_async_steps(path: Path) -> list[list[dict[str, Any]]]:
             timed = ("seconds/", "tokens_per_second", "rollout_tokens_per_second")
             steps.append({k: v for k, v in metrics.items() if not k.startswith(timed)})
         assert in_flight == [min(async_steps, 3 - step) for step in range(4)]
-        found.append(steps)
+        metrics_of_runs.append(steps)
         runtime.stop()
     os.environ.pop("VLLM_API_KEY")
-    return found
+    return metrics_of_runs
 
 
 @pytest.mark.rest
-def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
+def test_training_without_a_server_saves_and_stops(tmp_path, fakes):
     path = config_of(
         tmp_path,
         fakes,
@@ -256,14 +263,14 @@ def test_training_stops_with_a_checkpoint_when_nobody_is_left(tmp_path, fakes):
         checkpoint={"save_every_steps": 100},
         training={"num_steps": 5, "global_batch_size": 4, "micro_batch_size": 2},
     )
-    # Two steps of 4 responses; each server then dies at what would be the third step's.
+    # After two steps of 4 responses, each server dies at its first response of the third.
     for fake in fakes:
         fake.faults = [""] * 4 + ["die"]
     run_ranks(check_stop, 2, path)
 
     for fake in fakes:
         fake.start()
-    run_ranks(check_goes_on, 2, path)
+    run_ranks(check_resume, 2, path)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 5 and all("rollout_tokens_per_second" in line for line in lines)
     assert fakes[0].loaded[-1].name == "step-0000005"
@@ -283,7 +290,7 @@ def check_stop(path: Path) -> None:
     assert all(url in str(stopped.value) for url in (*config.rollout.vllm.urls, str(last)))
 
 
-def check_goes_on(path: Path) -> None:
+def check_resume(path: Path) -> None:
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import train
 
@@ -292,8 +299,8 @@ def check_goes_on(path: Path) -> None:
     os.environ.pop("VLLM_API_KEY")
 
 
-def test_a_stop_does_not_wait_for_responses(tmp_path, fakes):
-    """Told to the first rank alone, while every server is slow."""
+def test_stop_does_not_wait_for_responses(tmp_path, fakes):
+    """The stop reaches only rank 0, while every server is slow."""
     for fake in fakes:
         fake.faults = ["slow"] * 8
     training = {"num_steps": 1, "global_batch_size": 4, "micro_batch_size": 2}
@@ -315,6 +322,6 @@ def check_stop_in_time(path: Path) -> None:
         stops.signal = signal.SIGTERM
     with pytest.raises(StopWanted):
         train_step(run, 0)
-    assert sample(run.engine, [(1, 2)], [3], config.rollout) == [], "nothing was waited for"
+    assert sample(run.engine, [(1, 2)], [3], config.rollout) == [], "no response was waited for"
     run.engine.close()
     os.environ.pop("VLLM_API_KEY")

@@ -1,4 +1,4 @@
-"""The key that a started server asks for, at every endpoint."""
+"""The key that a server requires at every endpoint."""
 
 import asyncio
 from typing import Any
@@ -18,7 +18,7 @@ from aropd_mcore.rollout.vllm_side.aropd_guard import Guard
     ],
 )
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_only_the_key_passes(monkeypatch, kind, headers, passes):
+def test_guard_accepts_only_the_key(monkeypatch, kind, headers, passes):
     monkeypatch.setenv("VLLM_API_KEY", "the-key")
     reached, sent = [], []
 
@@ -35,7 +35,7 @@ def test_only_the_key_passes(monkeypatch, kind, headers, passes):
     assert passes or refusal.items() <= sent[0].items()
 
 
-def test_the_server_starts_and_ends_without_a_key(monkeypatch):
+def test_guard_ignores_lifespan_events(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "the-key")
     reached = []
 

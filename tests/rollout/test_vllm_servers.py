@@ -1,4 +1,4 @@
-"""Servers that fail in every way that they can, spoken to over HTTP: a fake for each."""
+"""The group of vLLM servers under every failure, with fake servers over HTTP."""
 
 import signal
 import subprocess
@@ -33,14 +33,14 @@ def short_waits(monkeypatch):
 
 @pytest.fixture
 def fakes() -> Iterator[Callable[..., FakeVllm]]:
-    made = []
+    servers = []
 
-    def make(**settings) -> FakeVllm:
-        made.append(FakeVllm(**settings))
-        return made[-1]
+    def start(**settings) -> FakeVllm:
+        servers.append(FakeVllm(**settings))
+        return servers[-1]
 
-    yield make
-    for fake in made:
+    yield start
+    for fake in servers:
         fake.hold.set()
         fake.die()
 
@@ -60,7 +60,7 @@ def servers_of(
 
 
 def weights(root: Path, version: int, *, checksums: bool = False) -> Weights:
-    """A folder of "weights" under which every token has the log-prob -1 / (version + 1)."""
+    """A folder of "weights" that give every token the log-prob -1 / (version + 1)."""
     value = -1 / (version + 1)
     folder = root / f"step-{version}"
     folder.mkdir(exist_ok=True)
@@ -72,13 +72,13 @@ def weights(root: Path, version: int, *, checksums: bool = False) -> Weights:
 def generate(servers: Servers) -> list[Rollout]:
     counts = []
     rollouts = servers.generate(PROMPTS, SEEDS, SAMPLING, lambda *count: counts.append(count))
-    # Each response was counted once, when it came.
+    # Each response was counted once, on arrival.
     assert counts == [(n, len(PROMPTS)) for n in range(1, len(PROMPTS) + 1)]
     return rollouts
 
 
 def expected(version: int) -> list[Rollout]:
-    """What a fake samples, in the order of the prompts."""
+    """Rollouts of a fake server, in the order of the prompts."""
     limit = SAMPLING.max_response_tokens
     responses = [response_to(p, s, limit) for p, s in zip(PROMPTS, SEEDS, strict=True)]
     return [
@@ -87,7 +87,7 @@ def expected(version: int) -> list[Rollout]:
     ]
 
 
-def test_the_servers_that_are_free_get_the_work(fakes, tmp_path):
+def test_generate_with_a_busy_server_uses_the_free_one(fakes, tmp_path):
     busy, free = fakes(), fakes()
     servers = servers_of([busy, free], request_timeout=30)
     servers.sync(weights(tmp_path, 0))
@@ -96,7 +96,7 @@ def test_the_servers_that_are_free_get_the_work(fakes, tmp_path):
 
     def on_response(num_done: int, num_all: int) -> None:
         counts.append(num_done)
-        if num_done == num_all - 4:  # all but those that the busy one holds
+        if num_done == num_all - 4:  # all but those on the busy server
             busy.hold.set()
 
     assert servers.generate(PROMPTS, SEEDS, SAMPLING, on_response) == expected(0)
@@ -122,20 +122,20 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_costs_another_try_and_nothing_else(fakes, tmp_path, fault):
-    """One server alone: the others of its batch are kept, and it is asked again."""
+def test_generate_after_a_faulty_response_retries_only_that_response(fakes, tmp_path, fault):
+    """With one server, whose other responses of the batch are kept."""
     fake = fakes()
     servers = servers_of([fake])
     servers.sync(weights(tmp_path, 3))
     fake.faults = ["", "", fault]
     assert generate(servers) == expected(3)
-    # Who forgets what it was given is given it again before it serves.
+    # A server that has lost its weights gets them again before it serves.
     assert len(fake.loaded) == (2 if fault == "restart" else 1)
     servers.sync(weights(tmp_path, 4))
     assert generate(servers) == expected(4)
 
 
-def test_the_dead_are_left_out_and_taken_back_with_new_weights(fakes, tmp_path):
+def test_dead_server_is_excluded_and_rejoins_with_new_weights(fakes, tmp_path):
     mortal, other = fakes(), fakes()
     servers = servers_of([mortal, other])
     servers.sync(weights(tmp_path, 0))
@@ -143,7 +143,7 @@ def test_the_dead_are_left_out_and_taken_back_with_new_weights(fakes, tmp_path):
     assert generate(servers) == expected(0)
     assert other.responses >= len(PROMPTS) - 6
 
-    servers.sync(weights(tmp_path, 1))  # does not wait for it
+    servers.sync(weights(tmp_path, 1))  # does not wait for the dead server
     assert generate(servers) == expected(1)
     assert [folder.name for folder in mortal.loaded] == ["step-0"]
 
@@ -153,14 +153,14 @@ def test_the_dead_are_left_out_and_taken_back_with_new_weights(fakes, tmp_path):
     served_before = mortal.responses
 
     def on_response(num_done: int, num_all: int) -> None:
-        other.hold.set()  # not before the one that came back has answered
+        other.hold.set()  # after the first answer of the restarted server
 
     assert servers.generate(PROMPTS, SEEDS, SAMPLING, on_response) == expected(2)
     assert mortal.loaded[-1].name == "step-2"
     assert mortal.responses > served_before
 
 
-def test_a_server_that_only_does_harm_is_left_out(fakes, tmp_path):
+def test_server_that_always_fails_is_excluded(fakes, tmp_path):
     bad, good = fakes(), fakes()
     servers = servers_of([bad, good])
     servers.sync(weights(tmp_path, 0))
@@ -169,7 +169,7 @@ def test_a_server_that_only_does_harm_is_left_out(fakes, tmp_path):
     assert bad.responses == 0
 
 
-def test_when_none_is_left_each_is_named_with_its_last_error(fakes, tmp_path):
+def test_generate_without_any_server_names_each_with_its_last_error(fakes, tmp_path):
     first, second = fakes(), fakes()
     servers = servers_of([first, second], start_timeout=0.2)
     servers.sync(weights(tmp_path, 0))
@@ -182,7 +182,7 @@ def test_when_none_is_left_each_is_named_with_its_last_error(fakes, tmp_path):
     assert "EngineCore died" in message
 
 
-def test_a_response_that_fails_everywhere_ends_the_run(fakes, tmp_path):
+def test_response_that_fails_on_every_server_raises(fakes, tmp_path):
     fake = fakes()
     servers = servers_of([fake], batch_size=1)
     servers.sync(weights(tmp_path, 0))
@@ -191,22 +191,22 @@ def test_a_response_that_fails_everywhere_ends_the_run(fakes, tmp_path):
         servers.generate(PROMPTS[:1], SEEDS[:1], SAMPLING, lambda *_: None)
 
 
-@pytest.mark.parametrize("lie", ["it kept the old weights", "log-probs after sampling settings"])
-def test_weights_that_are_not_the_trainers_end_the_run_with_both_numbers(fakes, tmp_path, lie):
+@pytest.mark.parametrize("lie", ["keeps the old weights", "log-probs after sampling settings"])
+def test_sync_with_other_logprobs_raises_with_both_means(fakes, tmp_path, lie):
     honest, liar = fakes(), fakes()
     servers = servers_of([honest, liar])
     servers.sync(weights(tmp_path, 0))
     assert generate(servers) == expected(0)
-    keeps = lie == "it kept the old weights"
+    keeps = lie == "keeps the old weights"
     liar.loads, liar.processed = not keeps, not keeps
     why = rf"{liar.url} does not sample from .* step 1"
     with pytest.raises(RolloutFailed, match=why) as failed:
         servers.sync(weights(tmp_path, 1))
     theirs = "-1.000000" if keeps else "-0.333333"
-    assert f"-0.500000 in training and {theirs} there" in str(failed.value)
+    assert f"-0.500000 in training and {theirs} on the server" in str(failed.value)
 
 
-def test_a_tensor_that_is_not_the_trainers_ends_the_run_with_both_digests(fakes, tmp_path):
+def test_sync_with_another_tensor_raises_with_both_digests(fakes, tmp_path):
     honest, other = fakes(), fakes()
     other.num_workers = 2
     servers = servers_of([honest, other])
@@ -221,37 +221,39 @@ def test_a_tensor_that_is_not_the_trainers_ends_the_run_with_both_digests(fakes,
     damaged = torch.tensor([-0.5])
     damaged.view(torch.uint8)[-1] ^= 1
     assert str(failed.value) == (
-        f"worker 0 of {other.url} was given another value than training has: its sha256 is "
-        f"{wanted.digests['value']} in training and {digest(damaged)} there"
+        f"worker 0 of {other.url} loaded another value than training has: sha256 "
+        f"{digest(damaged)}; expected {wanted.digests['value']}"
     )
-    assert other.label == "0-run", "it does not go on under the new label"
+    assert other.label == "0-run", "the server must not resume under the new label"
 
     other.damaged, other.lost = "", "value"
-    servers.sync(weights(tmp_path, 2, checksums=True))  # without it, which is not ready
-    with pytest.raises(RolloutFailed, match=rf"{other.url} was given 0 of 1 tensors; .* is value"):
+    servers.sync(weights(tmp_path, 2, checksums=True))  # skips the server that is not ready
+    with pytest.raises(
+        RolloutFailed, match=rf"{other.url} loaded 0 of 1 tensors; expected also value"
+    ):
         generate(servers)
 
     # Sent instead of loaded.
     other.lost, other.damaged = "", "value"
     servers.prepare()
     digests = {"value": digest(torch.tensor([UNLOADED]))}
-    with pytest.raises(RolloutFailed, match=rf"of {other.url} was given another value"):
+    with pytest.raises(RolloutFailed, match=rf"of {other.url} loaded another value"):
         servers.receive("an id", ["value"], "float32", [(1,)], "3-run", digests)
 
 
-def test_workers_share_out_tensors_and_need_all_of_them_together():
+def test_check_digests_needs_every_tensor_on_some_worker():
     server = Server("server 0", None)
     check_digests(
         server, {"a": "1", "b": "2", "c": "3"}, [{"a": "1", "b": "2"}, {"a": "1", "c": "3"}]
     )
-    with pytest.raises(RolloutFailed, match=r"was given 2 of 3 tensors; the first .* is b"):
+    with pytest.raises(RolloutFailed, match=r"loaded 2 of 3 tensors; expected also b"):
         check_digests(server, {"a": "1", "b": "2", "c": "3"}, [{"a": "1"}, {"c": "3"}])
-    with pytest.raises(RolloutFailed, match=r"worker 1 .* another d .* of no tensor in training"):
+    with pytest.raises(RolloutFailed, match=r"worker 1 .* another d .* expected no such tensor"):
         check_digests(server, {"a": "1"}, [{"a": "1"}, {"d": "4"}])
 
 
-def test_digests_are_taken_of_what_the_model_is_given():
-    """Of a worker as vLLM makes one: the extension is a base class of it."""
+def test_digests_are_of_the_tensors_passed_to_load_weights():
+    """On a worker with the extension as a base class, as in vLLM."""
 
     class Model(torch.nn.Module):
         given: dict[str, torch.Tensor]
@@ -269,12 +271,12 @@ def test_digests_are_taken_of_what_the_model_is_given():
     worker, tensors = Worker(), {"a": torch.ones(3, 2).bfloat16(), "b": torch.tensor(2.0)}
     for _ in range(2):
         worker.aropd_note_digests()
-        worker.aropd_note_digests()  # a load before has failed
+        worker.aropd_note_digests()  # as after a failed load
         assert worker.model.load_weights(iter(tensors.items())) == {"a", "b"}
         assert worker.model.given == tensors
         assert worker.aropd_noted_digests() == {name: digest(t) for name, t in tensors.items()}
     worker.model.load_weights(iter({"c": torch.ones(1)}.items()))
-    assert worker.aropd_digests.keys() == tensors.keys(), "no more are noted"
+    assert worker.aropd_digests.keys() == tensors.keys(), "recording must have stopped"
     others = (
         torch.ones(2, 3).bfloat16(),
         torch.ones(3, 2).half(),
@@ -286,20 +288,20 @@ def test_digests_are_taken_of_what_the_model_is_given():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"version": "0.31.4"}, "it runs vLLM 0.31.4; supported are 0.32 and later, before 0.33"),
-        ({"version": "1.0"}, "it runs vLLM 1.0; supported"),
+        ({"version": "0.31.4"}, "it runs vLLM 0.31.4; expected at least 0.32 and below 0.33"),
+        ({"version": "1.0"}, "it runs vLLM 1.0; expected"),
         ({"key": "another"}, "/health: answered 401"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_not_tried_for_long(fakes, tmp_path, settings, message):
+def test_server_that_refuses_is_not_retried(fakes, tmp_path, settings, message):
     servers = servers_of([fakes(**settings)], key="mine", retries=1000)
     servers.sync(weights(tmp_path, 0))
     with pytest.raises(RolloutFailed, match=message):
         generate(servers)
 
 
-def test_who_takes_part_in_a_transfer(fakes):
-    """The HTTP side; NCCL itself is for GPUs. A server that starts anew waits for the next one."""
+def test_transfer_includes_every_server_that_is_up(fakes):
+    """The HTTP part; NCCL needs GPUs. A restarted server waits for the next transfer."""
     first, second = fakes(), fakes()
     second.num_workers = 2
     servers = servers_of([first, second])
@@ -316,7 +318,7 @@ def test_who_takes_part_in_a_transfer(fakes):
     assert generate(servers) == expected(0)
     first.die()
     first.start()
-    served = first.responses + 4  # it is asked before it is found out; that is refused
+    served = first.responses + 4  # requests before its loss of weights is noticed are refused
     assert generate(servers) == expected(0)
     assert first.responses <= served
 
@@ -331,7 +333,7 @@ def test_who_takes_part_in_a_transfer(fakes):
     assert first.loaded == second.loaded == []
 
 
-# --- servers that the run starts: this fake as a program, in place of an interpreter with vLLM ---
+# --- servers that the run starts: the fake as a program instead of vLLM's interpreter ---
 
 
 def owned_config(tmp_path: Path, *arguments: str):
@@ -364,7 +366,7 @@ def owned_servers(config) -> Servers:
     )
 
 
-def test_a_server_of_ours_that_dies_is_started_again_with_its_weights(tmp_path):
+def test_own_server_that_dies_is_restarted_with_its_weights(tmp_path):
     config = owned_config(tmp_path, "--exit-once", str(tmp_path / "has-died"))
     servers = owned_servers(config)
     try:
@@ -380,7 +382,7 @@ def test_a_server_of_ours_that_dies_is_started_again_with_its_weights(tmp_path):
     assert process is not None and not process.is_running
 
 
-def test_a_server_of_ours_that_does_not_start_says_why(tmp_path):
+def test_own_server_that_does_not_start_reports_its_log(tmp_path):
     servers = owned_servers(owned_config(tmp_path, "--refuse"))
     servers.sync(weights(tmp_path, 0))
     with pytest.raises(RolloutFailed, match=r"code 1; the end of .*vllm-0\.log:") as failed:
@@ -388,8 +390,7 @@ def test_a_server_of_ours_that_does_not_start_says_why(tmp_path):
     assert "unrecognized arguments: --refuse" in str(failed.value)
 
 
-def test_servers_die_with_the_run_however_it_dies(tmp_path):
-    """kill -9 of a process that has started a server; the server's own child goes too."""
+def test_server_ends_with_its_children_when_the_run_is_killed(tmp_path):
     watched = tmp_path / "watched"
     one = f"echo $$ >>{watched}; exec sleep 600"
     command = f"sh -c '{one}' & {one}"
@@ -415,6 +416,9 @@ def test_servers_die_with_the_run_however_it_dies(tmp_path):
 def is_alive(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the second: it ended while it was read
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # the second if the process ends during the read
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"  # dead, but not waited for
+    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie

@@ -1,4 +1,4 @@
-"""The unchanged scripts of slurm/ on a real Slurm: the arithmetic example on four ranks.
+"""The job scripts of slurm/ on a real Slurm, with the arithmetic example on four ranks.
 
 The nodes have no GPU, so each job is submitted with --gpus-per-node=0 and RANKS_PER_NODE.
 """
@@ -82,8 +82,8 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
     if "AROPD_SLURM" not in os.environ:
-        pytest.skip("minutes on a real Slurm: `make test-slurm`")
-    assert not missing_programs(), f"no {missing_programs()}: Debian's slurm-wlm and munge"
+        pytest.skip("takes minutes on a real Slurm: run `make test-slurm`")
+    assert not missing_programs(), f"missing {missing_programs()}: install slurm-wlm and munge"
     folder = tmp_path_factory.mktemp("with a space ")
     data, model = folder / "runs/arithmetic/data", folder / "runs/arithmetic/random"
     for script, *words in (
@@ -112,11 +112,11 @@ def base(site: Site) -> Path:
     return site.folder / "runs/arithmetic/base"
 
 
-def test_base_model_by_torchrun_and_convert(base: Path):
+def test_train_by_torchrun_and_convert_write_the_base_model(base: Path):
     assert (base / "model.safetensors").is_file()
 
 
-def test_usr1_saves_and_requeues_and_the_run_finishes(site: Site, base: Path):
+def test_train_usr1_saves_requeues_and_completes(site: Site, base: Path):
     num_steps, output_dir = 16, RUN.with_name("signalled")
     words = [f"output_dir={output_dir}", f"training.num_steps={num_steps}", *SMALL]
     job = launch(site, *words, "--", "--gpus-per-node=0", "--output=job-%j.out")
@@ -134,7 +134,7 @@ def test_usr1_saves_and_requeues_and_the_run_finishes(site: Site, base: Path):
     assert site.steps(output_dir) == list(range(num_steps))
 
 
-def test_a_time_limit_shorter_than_the_run_chains_to_the_end(site: Site, base: Path):
+def test_train_time_limit_shorter_than_the_run_requeues_until_complete(site: Site, base: Path):
     """Slurm signals between 90 and 120 s after the start of an attempt. The run has steps for
     130 s, by their time in the previous test."""
     lines = (site.folder / RUN.with_name("signalled") / "metrics.jsonl").read_text().splitlines()
@@ -155,7 +155,7 @@ def test_a_time_limit_shorter_than_the_run_chains_to_the_end(site: Site, base: P
     assert site.steps(output_dir) == list(range(num_steps))
 
 
-def test_a_crash_is_retried_up_to_max_restarts(site: Site, base: Path):
+def test_train_crash_is_retried_up_to_max_restarts(site: Site, base: Path):
     job = site.submit("train", EXAMPLE / "aropd.yaml", *SMALL, MAX_RESTARTS="1")
     for attempt in (0, 1):
         log = site.attempt(job, attempt) / "rank-1.log"
@@ -168,7 +168,7 @@ def test_a_crash_is_retried_up_to_max_restarts(site: Site, base: Path):
     assert "given up" in site.log(job)
 
 
-def test_invalid_input_is_not_retried(site: Site, base: Path):
+def test_train_invalid_input_is_not_retried(site: Site, base: Path):
     bad = site.submit("train", EXAMPLE / "aropd.yaml", "training.num_stepz=3")
     missing = site.submit("train", "no such.yaml")
     for job in (bad, missing):
@@ -180,7 +180,7 @@ def test_invalid_input_is_not_retried(site: Site, base: Path):
     assert not site.attempt(missing).exists(), "expected an end before srun"
 
 
-def test_a_cancelled_job_is_not_requeued(site: Site, base: Path):
+def test_train_cancelled_job_is_not_requeued(site: Site, base: Path):
     job = site.submit("train", EXAMPLE / "aropd.yaml", *SMALL)
     site.slurm.wait_for("a rank", lambda: bool(rank(job, 0)), seconds=60)
     site.slurm("scancel", job)
@@ -188,15 +188,15 @@ def test_a_cancelled_job_is_not_requeued(site: Site, base: Path):
     assert site.slurm.restarts(job) == 0
 
 
-def test_generate(site: Site, base: Path):
-    words = ["--checkpoint", base, "--prompts", "runs/arithmetic/data/heldout.jsonl"]
-    words += ["--output", "out.jsonl", "--max-response-tokens", 8, "--tensor", 2]
+def test_generate_writes_one_response_per_prompt(site: Site, base: Path):
+    words = ["--model", base, "--prompts", "runs/arithmetic/data/heldout.jsonl"]
+    words += ["--out", "out.jsonl", "--max-response-tokens", 8, "--tensor", 2]
     site.finish(site.submit("generate", *words))
     num_prompts = len((site.folder / words[3]).read_text().splitlines())
     assert len((site.folder / "out.jsonl").read_text().splitlines()) == num_prompts
 
 
-def test_servers_and_training_on_separate_nodes(site: Site, base: Path):
+def test_serve_and_train_restarts_after_a_server_dies(site: Site, base: Path):
     """The last node serves. Its server dies during the first attempt."""
     interpreter = site.folder / "python with vllm"
     interpreter.write_text(

@@ -16,7 +16,7 @@ METHODS = ["dense", "vocabulary chunks", "ours", "ours, metrics", "ours, metrics
 
 
 def test_every_method_is_measured_and_agrees_with_the_dense_formula(tmp_path):
-    """One rank and two. A method with a wrong loss or gradient stops the benchmark."""
+    """Runs on one rank and on two. A method with a wrong loss or gradient stops the benchmark."""
     command = [sys.executable, str(REPO / "tools" / "benchmarks" / "loss.py")]
     command += ["--out", str(tmp_path), "--device", "cpu", "--repeats", "2", "--tp", "2"]
     command += ["--tokens", "40", "--hidden", "16", "--vocab", "600", "--divergence", "jsd"]
@@ -29,10 +29,10 @@ def test_every_method_is_measured_and_agrees_with_the_dense_formula(tmp_path):
     figures = json.loads((tmp_path / "loss.json").read_text())
     assert figures["machine"]["torch"] == torch.__version__
     assert figures["bars"] == []  # bars apply to one size only
-    alone, sharded = figures["points"]
-    assert (alone["tp"], sharded["tp"]) == (1, 2)
+    single, sharded = figures["points"]
+    assert (single["tp"], sharded["tp"]) == (1, 2)
     for form in ("hidden", "logits"):
-        rows = {row["method"]: row for row in alone["rows"] if row["form"] == form}
+        rows = {row["method"]: row for row in single["rows"] if row["form"] == form}
         assert list(rows) == METHODS
         for row in rows.values():
             assert len(row["seconds"]) == 2 and row["median"] > 0 and row["peak_bytes"] > 0

@@ -12,7 +12,7 @@ from tests.conftest import REPO
 pytestmark = pytest.mark.rest
 
 
-def test_both_ways_of_saving_are_measured(tmp_path):
+def test_synchronous_and_asynchronous_saves_are_measured(tmp_path):
     command = [sys.executable, str(REPO / "tools" / "benchmarks" / "save.py")]
     sizes = ["--layers", "1", "--steps", "2", "--repeats", "1", "--ranks", "1"]
     path = tmp_path / "figures.json"

@@ -1,6 +1,6 @@
-"""FP8 without a GPU: what is refused, and what it asks of everything around the products.
+"""FP8 without a GPU: refused settings, Megatron's settings and padding.
 
-The products themselves are tested on a GPU, in tests/gpu.
+tests/gpu tests the FP8 products.
 """
 
 from dataclasses import replace
@@ -28,17 +28,17 @@ def path(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("fp8"), objective={"residual_clip": 0.5})
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_fp8_is_refused_without_a_gpu(path, capfd):
-    """When a run starts; a dry run on a login node is about another machine."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
+def test_fp8_without_a_gpu_is_refused_by_a_run_but_not_by_a_dry_run(path, capfd):
+    """A dry run may be made on a login node, for a job on other machines."""
     fp8 = ["precision.fp8=hybrid", "model.dtype=bf16", "views.max_prompt_tokens=96"]
     assert main(["train", str(path), *fp8, "--nproc-per-node", "1"]) == 2
-    said = capfd.readouterr().err
-    assert "precision.fp8 hybrid needs a GPU, and torch finds none on this machine" in said
+    error = capfd.readouterr().err
+    assert "precision.fp8 hybrid needs a GPU, and torch finds none on this machine" in error
     assert main(["train", str(path), *fp8, "--nproc-per-node", "1", "--dry-run"]) == 0
 
 
-def test_transformer_engine_is_asked_for(monkeypatch):
+def test_fp8_without_transformer_engine_is_refused(monkeypatch):
     from aropd_mcore.mcore import fp8
 
     monkeypatch.setattr(fp8, "HAVE_TE", False)
@@ -48,8 +48,8 @@ def test_transformer_engine_is_asked_for(monkeypatch):
     fp8.check_fp8(PrecisionConfig())
 
 
-def test_megatron_settings():
-    """First and last layers in bf16; a teacher of its own format."""
+def test_model_config_has_the_fp8_settings_of_student_and_teacher():
+    """The last layers are in bf16, and the teacher has another format."""
     from aropd_mcore.convert.architecture import read_architecture
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.model import model_config
@@ -75,8 +75,8 @@ def test_megatron_settings():
 
 @pytest.mark.parametrize(("overrides", "num_ranks"), LAYOUTS, ids=["one", "SP", "CP", "PP"])
 def test_padding_for_fp8_changes_nothing(path, overrides, num_ranks):
-    """A rank's tokens in every product are a multiple of 16, while decoding too; the rollouts, the
-    loss and the gradient are as without."""
+    """With padding, every product has a multiple of 16 tokens per rank, in decoding too. Rollouts,
+    loss and gradient norm are those without padding."""
     for plain, padded in run_ranks(steps_with_and_without_padding, num_ranks, path, overrides):
         assert plain["responses"] == padded["responses"]
         assert all(size % 16 == 0 for size in padded["sizes"])
@@ -92,7 +92,7 @@ def steps_with_and_without_padding(path: Path, overrides: list[str]) -> list[dic
     from aropd_mcore.trainer.step import train_step
 
     config = load_config(path, overrides)
-    found = []
+    results = []
     for multiple in (1, 16):
         run = build_run(config, replace(start_runtime(config), token_multiple=multiple))
         sizes: set[int] = set()
@@ -103,7 +103,7 @@ def steps_with_and_without_padding(path: Path, overrides: list[str]) -> list[dic
         for layer in run.student.model.layers:
             layer.register_forward_pre_hook(note_size, with_kwargs=True)
         result = train_step(run, 0)
-        found.append(
+        results.append(
             {
                 "sizes": sizes,
                 "responses": [rollout.response_ids for rollout in result.rollouts],
@@ -112,16 +112,16 @@ def steps_with_and_without_padding(path: Path, overrides: list[str]) -> list[dic
             }
         )
         runtime.stop()
-    return found
+    return results
 
 
-def test_decoding_casts_the_weights_anew(path):
-    """Transformer Engine keeps its fp8 copies of the weights until it is told; an update is none of
-    its business. Its layers have the flag that Megatron sets for it; here a layer is given one."""
-    run_ranks(flags_while_decoding, 1, path)
+def test_decoding_in_fp8_casts_the_weights_again(path):
+    """Transformer Engine reuses its FP8 copies of the weights, even after an update, until Megatron
+    sets is_first_microbatch. Here plain layers get this attribute."""
+    run_ranks(check_flags_while_decoding, 1, path)
 
 
-def flags_while_decoding(path: Path) -> None:
+def check_flags_while_decoding(path: Path) -> None:
     from aropd_mcore.config_file import load_config
     from aropd_mcore.mcore.decode import decoding
     from aropd_mcore.trainer.build import build_run, start_runtime

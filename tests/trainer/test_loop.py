@@ -1,4 +1,4 @@
-"""The loop around the steps: what it does when a step cannot be used, and what it writes."""
+"""The training loop: skipped updates, guards, stops, and the lines that it writes."""
 
 import json
 import math
@@ -29,12 +29,12 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- a step that is not finite ---
+# --- a non-finite step ---
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(path, poison):
-    """The loss is NaN on both ranks; the gradient is infinite on one of them alone."""
+def test_non_finite_step_changes_no_state(path, poison):
+    """The loss is NaN on both ranks. The gradient is infinite on one rank only."""
     run_ranks(check_skipped_step, 2, path, poison)
 
 
@@ -47,31 +47,31 @@ def check_skipped_step(path: Path, poison: str) -> None:
     rt = runtime.start()
     run = build_run(load_config(path), rt)
     assert train_step(run, 0).update.applied
-    before = everything(run)
+    before = copy_state(run)
     with poisoned_teacher(run) if poison == "loss" else infinite_gradient(run):
         result = train_step(run, 1)
     assert not result.update.applied
     assert math.isfinite(float(result.sums["loss"].sum())) == (poison == "gradient")
     assert not math.isfinite(result.update.grad_norm)
-    for name, value in everything(run).items():
+    for name, value in copy_state(run).items():
         same = torch.equal(value, before[name]) if torch.is_tensor(value) else value == before[name]
         assert same, name
     assert run.source.weight_version == 1
     following = train_step(run, 2)
     assert following.update.applied
-    assert following.update.lr == result.update.lr, "the schedule counts applied updates"
+    assert following.update.lr == result.update.lr, "the schedule counts applied updates only"
     assert not all(
         torch.equal(value, before[name])
-        for name, value in everything(run).items()
+        for name, value in copy_state(run).items()
         if torch.is_tensor(value)
     )
 
 
-def everything(run) -> dict[str, Any]:
-    """Copies of the student, the teacher and the optimizer's state on this rank."""
+def copy_state(run) -> dict[str, Any]:
+    """Copy student, teacher and optimizer state of this rank."""
     state: dict[str, Any] = {
-        f"{who}.{name}": p.detach().clone()
-        for who, model in (("student", run.student.model), ("teacher", run.teacher.model))
+        f"{model_name}.{name}": p.detach().clone()
+        for model_name, model in (("student", run.student.model), ("teacher", run.teacher.model))
         for name, p in model.named_parameters()
     }
     for part in run.student.optimizer.inner.chained_optimizers:
@@ -86,7 +86,7 @@ def everything(run) -> dict[str, Any]:
 
 @contextmanager
 def poisoned_teacher(run) -> Iterator[None]:
-    """One NaN in the teacher's head, which reaches every token's target."""
+    """Put one NaN into the teacher's head. It reaches the target of every token."""
     row = run.teacher.head_weight[7]
     value = row[0].clone()
     row[0] = math.nan
@@ -96,7 +96,7 @@ def poisoned_teacher(run) -> Iterator[None]:
 
 @contextmanager
 def infinite_gradient(run) -> Iterator[None]:
-    """What an overflow in one rank's backward leaves behind: the loss is finite, a gradient not."""
+    """Make one gradient infinite on rank 1, as an overflow in its backward would."""
     parameter = run.student.model[-1].decoder.final_layernorm.weight
     scale = math.inf if run.runtime.rank == 1 else 1.0
     hook = parameter.register_hook(lambda grad: grad * scale)
@@ -104,12 +104,12 @@ def infinite_gradient(run) -> Iterator[None]:
     hook.remove()
 
 
-# --- the run around such steps ---
+# --- a run with such steps ---
 
 
 @pytest.mark.rest
-def test_skipped_steps_are_counted_and_the_run_goes_on(path):
-    out = path.parent / "goes-on"
+def test_run_with_skipped_steps_reports_them_and_continues(path):
+    out = path.parent / "continues"
     run_ranks(train_poisoned, 2, path, out, [1, 2, 4])
     lines = read_lines(out)
     assert [line["step_skipped"] for line in lines] == [0, 1, 1, 0, 1, 0]
@@ -117,33 +117,36 @@ def test_skipped_steps_are_counted_and_the_run_goes_on(path):
     assert lines[1]["loss"] is None and math.isfinite(lines[3]["loss"])
 
 
-def test_too_many_in_a_row_stop_the_run(path):
+@pytest.mark.rest
+def test_too_many_skipped_steps_in_a_row_stop_the_run(path):
     out = path.parent / "stops"
     message = run_ranks(train_poisoned, 2, path, out, [1, 2, 3])[0]
     assert message is not None
     assert message.startswith(
-        "step 3: 3 steps in a row were left out, the last for no finite loss and gradient "
+        "step 3: 3 updates in a row were skipped, the last because of: non-finite loss or gradient "
         "(loss nan, gradient norm"
     )
-    assert "the limit is training.max_skipped_steps" in message
+    assert "The limit is training.max_skipped_steps" in message
     assert f"The last checkpoint is {out / 'checkpoints' / 'iter_0000004'}." in message
     assert [line["step_skipped"] for line in read_lines(out)] == [0, 1, 1, 1]
 
 
 @pytest.mark.rest
-def test_the_count_survives_a_resume(path):
+def test_count_of_skipped_steps_survives_a_resume(path):
     out = path.parent / "resumed"
     saves = ["checkpoint.save_every_steps=4", "checkpoint.asynchronous=false"]
     run_ranks(train_poisoned, 2, path, out, [2, 3], saves, 4)
     message = run_ranks(train_poisoned, 2, path, out, [4])[0]
-    assert message is not None and message.startswith("step 4: 3 steps in a row")
+    assert message is not None and message.startswith("step 4: 3 updates in a row")
     assert str(out / "checkpoints" / "iter_0000005") in message
     rates = [line["lr"] for line in read_lines(out)]
-    assert rates[0] > rates[1] > rates[2] == rates[3] == rates[4], "it waits for an update"
+    assert rates[0] > rates[1] > rates[2] == rates[3] == rates[4], (
+        "the schedule waits for an update"
+    )
 
 
-def test_a_guard_skips_or_stops_before_the_update(path):
-    """The first step that it warns of is the one that it leaves out, or saves and stops at."""
+def test_guard_skips_the_update_or_stops_the_run(path):
+    """The first step that `warn` reports is the one that `skip` skips and `stop` stops at."""
     guards = ["guards.window=2", "guards.loss_spike_zscore=1.0"]
     lines = {}
     for action in ("warn", "skip"):
@@ -158,21 +161,21 @@ def test_a_guard_skips_or_stops_before_the_update(path):
 
     out = path.parent / "guarded"
     message = run_ranks(train_poisoned, 2, path, out, [], [*guards, "guards.loss_spike=stop"])[0]
-    assert message is not None and message.startswith(f"step {first}: a spike: loss")
+    assert message is not None and message.startswith(f"step {first}: loss spike: loss")
     assert f"The last checkpoint is {out / 'checkpoints' / f'iter_{first + 1:07d}'}." in message
     assert read_lines(out)[-1]["step_skipped"] == 1
 
 
 @pytest.mark.rest
 @pytest.mark.parametrize("objective", ["aropd", "sft"])
-def test_responses_without_loss_tokens_stop_the_run(path, objective):
-    """Loss 0 in every step would look like a perfect run."""
+def test_run_without_loss_tokens_stops(path, objective):
+    """Otherwise loss 0 in every step would look like a perfect run."""
     out = path.parent / f"no-loss-{objective}"
     settings = [f"objective.name={objective}", "objective.skip_response_tokens=16"]
     message = run_ranks(train_poisoned, 2, path, out, [], settings)[0]
     assert message is not None and message.startswith(
-        "step 2: 3 steps in a row were left out, the last for there is no loss: each response ends "
-        "within objective.skip_response_tokens"
+        "step 2: 3 updates in a row were skipped, the last because of: no loss tokens: each "
+        "response ends within objective.skip_response_tokens"
     )
     lines = read_lines(out)
     assert [line["step_skipped"] for line in lines] == [1, 1, 1]
@@ -181,8 +184,8 @@ def test_responses_without_loss_tokens_stop_the_run(path, objective):
 
 
 @pytest.mark.rest
-def test_steps_of_rows_without_weight_and_of_some_short_responses(path, tmp_path):
-    """The first step's rows have weight 0. Later on some responses are too short."""
+def test_step_of_rows_without_weight_is_skipped_and_short_responses_are_not(path, tmp_path):
+    """The rows of the first step have weight 0. In later steps some responses are too short."""
     rows = [json.loads(line) for line in (path.parent / "rows.jsonl").read_text().splitlines()]
     for row in rows[:8]:
         row["sample_weight"] = 0.0
@@ -196,8 +199,8 @@ def test_steps_of_rows_without_weight_and_of_some_short_responses(path, tmp_path
     assert [line["step_skipped"] for line in lines] == [1, 0, 0]
     assert [line["num_steps_without_loss_tokens"] for line in lines] == [1, 1, 1]
     assert any(0 < line["no_loss_tokens_rate"] < 1 for line in lines[1:])
-    assert "WARNING: step 0: there is no loss" in printed
-    assert "its update is left out" in printed
+    assert "WARNING: step 0: no loss tokens: " in printed
+    assert "its update is skipped" in printed
 
 
 def train_printing(path: Path, out: Path, overrides: list[str]) -> str:
@@ -206,28 +209,28 @@ def train_printing(path: Path, out: Path, overrides: list[str]) -> str:
     return printed.getvalue()
 
 
-def test_ends_without_a_checkpoint_name_the_way_on(path):
-    assert run_ranks(ends_without_checkpoint, 1, path)[0] == [
+def test_stop_without_a_checkpoint_states_what_to_do(path):
+    assert run_ranks(messages_without_checkpoint, 1, path)[0] == [
         "the time limit leaves no room for one step and a save: raise limits.stop_before or "
         "Slurm's --time. No checkpoint has been saved.",
         "SIGTERM before step 0. No checkpoint has been saved; rerun the command to start.",
     ]
 
 
-def ends_without_checkpoint(path: Path) -> list[str]:
+def messages_without_checkpoint(path: Path) -> list[str]:
     import signal
     from types import SimpleNamespace
     from typing import cast
 
-    from aropd_mcore.trainer.loop import _ended
+    from aropd_mcore.trainer.loop import _stop_error
     from aropd_mcore.trainer.stop import _TIME, StopWanted
 
-    nothing = cast(Any, SimpleNamespace(newest=None))
-    return [str(_ended(StopWanted(code), 0, 0, nothing)) for code in (_TIME, signal.SIGTERM)]
+    saver = cast(Any, SimpleNamespace(newest=None))
+    return [str(_stop_error(StopWanted(code), 0, 0, saver)) for code in (_TIME, signal.SIGTERM)]
 
 
 class Interrupted(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 def train_poisoned(
@@ -237,7 +240,7 @@ def train_poisoned(
     overrides: list[str] | None = None,
     interrupted_at: int | None = None,
 ) -> str | None:
-    """`train` with a poisoned teacher in the given steps; what stopped it, if something did."""
+    """Train with a poisoned teacher in the given steps. Returns the text of TrainingStopped."""
     from unittest.mock import patch
 
     from aropd_mcore.config_file import load_config
@@ -247,13 +250,13 @@ def train_poisoned(
     config = load_config(path, [f"output_dir={out}", *(overrides or [])])
     train_step = loop.train_step
 
-    def step_or_poisoned_step(run, step, **how):
+    def step_or_poisoned_step(run, step, **options):
         if step == interrupted_at:
             raise Interrupted
         if step not in poisoned:
-            return train_step(run, step, **how)
+            return train_step(run, step, **options)
         with poisoned_teacher(run):
-            return train_step(run, step, **how)
+            return train_step(run, step, **options)
 
     with patch.object(loop, "train_step", step_or_poisoned_step):
         try:
@@ -265,8 +268,8 @@ def train_poisoned(
     return None
 
 
-def test_command_line_says_why_and_exits_with_3(path, tmp_path):
-    """sft on weights of which one is NaN: no step of it can be used."""
+def test_train_command_with_too_many_skipped_steps_exits_with_3(path, tmp_path):
+    """sft with one NaN in the weights: every update is skipped."""
     model = tmp_path / "model"
     model.mkdir()
     for file in (path.parent / "model").iterdir():
@@ -277,7 +280,7 @@ def test_command_line_says_why_and_exits_with_3(path, tmp_path):
     overrides = ["objective.name=sft", f"model.path={model}", f"output_dir={tmp_path / 'out'}"]
     code, printed = run_ranks(train_by_command, 1, path, overrides)[0]
     assert code == 3
-    assert printed.startswith("aropd: stopped: step 2: 3 steps in a row")
+    assert printed.startswith("aropd: stopped: step 2: 3 updates in a row")
     assert "Traceback" not in printed and printed.count("\n") == 1
 
 

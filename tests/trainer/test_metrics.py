@@ -1,4 +1,4 @@
-"""What a step reports of its rollouts; its token metrics are compared in test_step.py."""
+"""Metrics of rollouts and time, hooks, and the log. test_step.py compares the token metrics."""
 
 import json
 from dataclasses import replace
@@ -24,24 +24,24 @@ from aropd_mcore.types import Rollout, Row, Views
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_model, write_run
 
-RESPONSES = [  # of two ranks: text, whether it ended by itself, the gold answer
+RESPONSES = [  # per rank: text, whether the response is finished, gold answer
     [("42 at once, then more words", True, "42"), ("a 421 is no 42", True, "42")],
     [("the answer comes last: 7", False, "7"), ("7.5 .................", True, "7.5")],
 ]
 
 
-class Letters:
-    """A tokenizer of characters."""
+class CharacterTokenizer:
+    """Tokenizer with one token per character."""
 
     def decode(self, ids: tuple[int, ...]) -> str:
         return "".join(map(chr, ids))
 
 
-def test_lengths_truncation_and_early_answers_over_all_ranks():
+def test_rollout_metrics_cover_the_responses_of_all_ranks():
     lengths = torch.tensor([len(text) for rank in RESPONSES for text, *_ in rank]).double()
     quantiles = torch.quantile(lengths, torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
-    for found in run_ranks(metrics_of_rank, 2):
-        assert found == pytest.approx(
+    for metrics in run_ranks(rank_metrics, 2):
+        assert metrics == pytest.approx(
             {
                 "response_length_mean": float(lengths.mean()),
                 "response_length_p10": quantiles[0],
@@ -50,13 +50,13 @@ def test_lengths_truncation_and_early_answers_over_all_ranks():
                 "num_response_tokens": int(lengths.sum()),
                 "num_cut_tokens": 4 * 3,
                 "truncation_rate": 0.25,
-                # 42 and 7.5 come early; 421 is another number, and 7 comes at the end.
+                # 42 and 7.5 come early. 421 is another number, and 7 comes at the end.
                 "premature_answer_rate": 0.5,
             }
         )
 
 
-def metrics_of_rank() -> dict[str, float]:
+def rank_metrics() -> dict[str, float]:
     from aropd_mcore.mcore import runtime
 
     rt = runtime.start()
@@ -67,22 +67,24 @@ def metrics_of_rank() -> dict[str, float]:
             Rollout(tuple(map(ord, text)), (), finished, 0) for text, finished, _ in responses
         ],
     )
-    return rollout_metrics(result, Letters(), rt)  # type: ignore[arg-type]
+    return rollout_metrics(result, CharacterTokenizer(), rt)  # type: ignore[arg-type]
 
 
-def test_a_log_that_cannot_be_cut_back_is_left_alone_and_named(tmp_path):
+def test_metrics_log_with_an_invalid_line_is_refused_and_unchanged(tmp_path):
     config = load_config(write_run(tmp_path))
     config.output_dir.mkdir()
     log = config.output_dir / "metrics.jsonl"
     log.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a step's metrics"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl:2: found .*, expected the metrics of a step"
+    ):
         MetricsLog(config, first_step=1)
     assert log.read_text().count("\n") == 3
 
 
 @pytest.mark.slow
-def test_a_wandb_run_has_an_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
-    """Two fresh runs in one relative folder, as on two machines; then the second one again."""
+def test_wandb_id_differs_between_runs_and_survives_a_restart(tmp_path, monkeypatch):
+    """Two new runs in the same relative folder, as on two machines, and a restart of the second."""
     path = write_run(tmp_path)
     ids = []
     for folder in ("one", "two", "two"):
@@ -101,15 +103,15 @@ def test_a_wandb_run_has_an_id_of_its_own_and_keeps_it(tmp_path, monkeypatch):
 
 
 def test_seconds_of_a_step_add_up_to_its_whole_time():
-    found = time_metrics(
+    metrics = time_metrics(
         {"rollout": 3.0, "student": 1.0}, elapsed=4.5, saving=0.5, num_response_tokens=100
     )
-    assert sum(v for k, v in found.items() if k.startswith("seconds/")) == 5.0
-    assert found["seconds/other"] == 0.5 and found["tokens_per_second"] == 20.0
+    assert sum(v for k, v in metrics.items() if k.startswith("seconds/")) == 5.0
+    assert metrics["seconds/other"] == 0.5 and metrics["tokens_per_second"] == 20.0
 
 
 def test_hooks_run_between_update_and_checkpoint_and_add_metrics(tmp_path):
-    """Two hooks in a real run: the second one sees what the first one has added."""
+    """Two hooks in a real run. The second one sees the metric that the first one added."""
     run_ranks(train_with_hooks, 1, write_run(tmp_path, training={"num_steps": 2}))
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["twice"] for line in lines] == [2, 4]
@@ -151,7 +153,7 @@ def test_utilization_counts_layers_of_every_view_and_the_head_once(tmp_path):
         objective=SimpleNamespace(views=("partial", "full")),
     )
     runtime = SimpleNamespace(world_size=2, gather_over_data=lambda local: local)
-    found = utilization(
+    mfu = utilization(
         SimpleNamespace(student=student, runtime=runtime),  # type: ignore[arg-type]
         result,  # type: ignore[arg-type]
         {"num_loss_tokens": 3},
@@ -159,7 +161,7 @@ def test_utilization_counts_layers_of_every_view_and_the_head_once(tmp_path):
     )
     layers = [sum(forward_flops(architecture, tokens)) for tokens in (7, 9, 12)]
     head = 5 * 2 * 3 * architecture.sizes["hidden"] * architecture.sizes["vocab"]
-    assert found == pytest.approx((3 * layers[0] + layers[1] + layers[2] + head) / (4 * 2 * 1e6))
+    assert mfu == pytest.approx((3 * layers[0] + layers[1] + layers[2] + head) / (4 * 2 * 1e6))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_utilization_counts_layers_of_every_view_and_the_head_once(tmp_path):
         ("NVIDIA A1000", None),
     ],
 )
-def test_peak_of_a_device_is_looked_up_by_its_name(name, flops):
+def test_peak_flops_are_looked_up_by_device_name(name, flops):
     assert peak_bf16_flops(name) == flops
 
 
@@ -185,7 +187,7 @@ def test_peak_of_a_device_is_looked_up_by_its_name(name, flops):
         ("Some other GPU", {"device_memory_peak_gb": 5.0}),
     ],
 )
-def test_device_use_of_a_step_is_its_own_peak_and_no_mfu_on_unknown_devices(
+def test_device_use_reports_the_peak_of_the_step_and_mfu_on_known_devices_only(
     monkeypatch, name, expected
 ):
     resets = []
@@ -193,8 +195,8 @@ def test_device_use_of_a_step_is_its_own_peak_and_no_mfu_on_unknown_devices(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(3e9))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
     monkeypatch.setattr(hooks, "utilization", lambda run, result, metrics, peak: peak / 3956e12)
-    # Another rank of the job holds 2 GB more.
-    runtime = SimpleNamespace(device="cuda:0", max_over_job=lambda held: held + int(2e9))
+    # Another rank of the job uses 2 GB more.
+    runtime = SimpleNamespace(device="cuda:0", max_over_job=lambda peak: peak + int(2e9))
     hook, run = DeviceUse(runtime), SimpleNamespace(runtime=runtime)  # type: ignore[arg-type]
     assert hook.after_step(run, 0, None, {}) == expected  # type: ignore[arg-type]
     assert resets == ["cuda:0"]
@@ -204,17 +206,15 @@ def test_device_use_of_a_step_is_its_own_peak_and_no_mfu_on_unknown_devices(
     ("name", "derived"),
     [("aropd", {"residual_uptake", "residual_capture_ratio"}), ("sft", set())],
 )
-def test_objective_in_a_real_step_reports_all_that_it_declares_and_nothing_else(
-    tmp_path, name, derived
-):
+def test_objective_reports_exactly_its_declared_metrics(tmp_path, name, derived):
     path = write_run(tmp_path, training={"num_steps": 1}, objective={"name": name})
-    [(declared, sums, reported)] = run_ranks(names_of_a_step, 1, path)
+    [(declared, sums, reported)] = run_ranks(metric_names, 1, path)
     assert sums == declared <= METRICS.keys()
     plain = {metric for metric in reported if "/" not in metric}
     assert plain == declared - {"num_tokens"} | {"num_loss_tokens"} | derived
 
 
-def names_of_a_step(path) -> tuple[set[str], set[str], set[str]]:
+def metric_names(path) -> tuple[set[str], set[str], set[str]]:
     from aropd_mcore.trainer.build import build_run, start_runtime
     from aropd_mcore.trainer.step import train_step
 
@@ -225,8 +225,8 @@ def names_of_a_step(path) -> tuple[set[str], set[str], set[str]]:
     return set(run.student.objective.metrics), set(sums), set(token_metrics(sums))
 
 
-def test_every_declared_metric_is_reported_by_an_objective_a_router_or_a_diagnosis():
+def test_every_declared_metric_is_reported_by_some_part():
     rollout = RolloutConfig(engine="vllm", importance="token")
     reported = {*reported_metrics(ObjectiveConfig(), rollout), *RouterLosses.NAMES, *SUPPORT_GAPS}
     reported |= {name for name, metric in METRICS.items() if metric.over == "derived"}
-    assert METRICS.keys() - reported == {"cross_entropy"}  # of CrossEntropy
+    assert METRICS.keys() - reported == {"cross_entropy"}  # by CrossEntropy

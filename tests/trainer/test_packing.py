@@ -1,7 +1,8 @@
-"""Packed against padded microbatches: the same hidden states, losses and gradients.
+"""Packed and padded microbatches give the same hidden states, losses and gradients.
 
-Responses of 1 token up to the limit, one long among many short. With a sample a microbatch both
-forms compute with the same shapes, and are the same bit by bit; else they differ by rounding.
+The responses have 1 token up to the limit: one is long and many are short. With one sample per
+microbatch, packed and padded forms have the same shapes and are equal bit for bit. Otherwise they
+differ by rounding.
 """
 
 from pathlib import Path
@@ -14,26 +15,27 @@ from tests.support.tiny_runs import write_run
 
 LIMIT = 64
 LENGTHS = [1, LIMIT, 2, 1, 3, 1, 1, 7]
-BUDGET = 256 + LIMIT + 12  # of tokens: no sequence can be longer
+BUDGET = 256 + LIMIT + 12  # tokens; no sequence can be longer
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict]:
+def results(tmp_path_factory) -> list[dict]:
     path = write_run(
         tmp_path_factory.mktemp("packing"),
         rollout={"max_response_tokens": LIMIT},
-        # So long that two samples never fit into the tightest budget.
+        # The template is so long that two samples never fit into the tightest budget.
         views={
             "max_prompt_tokens": 256,
             "teacher_template": "{question}\n" + 10 * "read this first " + "\n{trace}",
         },
         objective={"skip_response_tokens": 0, "residual_clip": 0.5},
     )
-    return run_ranks(padded_and_packed, 1, path)[0]
+    return run_ranks(compute_padded_and_packed, 1, path)[0]
 
 
-def padded_and_packed(path: Path) -> list[dict]:
-    """Padded one by one and by four; packed with the tightest budget, and all into one."""
+def compute_padded_and_packed(path: Path) -> list[dict]:
+    """Compute with padding, 1 and 4 samples per microbatch; packed, with the tightest and a large
+    budget."""
     from aropd_mcore.config_file import load_config
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import build_run, start_runtime
@@ -58,7 +60,7 @@ def forward_and_backward(run) -> dict:
     from aropd_mcore.types import Rollout
 
     views, _ = run.source.prompts(0)
-    # Each response has a token of its own, by which it is known in whatever microbatch it comes.
+    # Each response consists of its own token, which identifies it in any microbatch.
     responses = [tuple([40 + i] * length) for i, length in enumerate(LENGTHS)]
     rollouts = [Rollout(ids, (), True, 0) for ids in responses]
     batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
@@ -88,16 +90,16 @@ def forward_and_backward(run) -> dict:
     }
 
 
-def test_packing_is_bitwise_padding_where_the_shapes_are_the_same(found):
-    alone, _, packed, _ = found
-    assert alone["sizes"] == packed["sizes"] == [1] * len(LENGTHS)
-    for token, states in alone["hidden"].items():
+def test_packing_with_one_sample_per_microbatch_equals_padding_bitwise(results):
+    single, _, packed, _ = results
+    assert single["sizes"] == packed["sizes"] == [1] * len(LENGTHS)
+    for token, states in single["hidden"].items():
         assert torch.equal(packed["hidden"][token], states)
 
 
-@pytest.mark.parametrize("which", [1, 2, 3])
-def test_packing_is_padding_up_to_rounding(found, which):
-    expected, other = found[0], found[which]
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_packing_equals_padding_up_to_rounding(results, index):
+    expected, other = results[0], results[index]
     assert other["hidden"].keys() == expected["hidden"].keys()
     assert len(expected["hidden"]) == sum(LENGTHS)
     for token, states in expected["hidden"].items():
@@ -109,8 +111,8 @@ def test_packing_is_padding_up_to_rounding(found, which):
         torch.testing.assert_close(other["grads"][name], grad, rtol=0, atol=2e-5 * scale)
 
 
-def test_padding_fraction(found):
-    alone, by_four, packed, in_one = found
-    assert alone["padding"] == packed["padding"] == in_one["padding"] == 0
+def test_padding_fraction_is_zero_except_with_several_padded_samples(results):
+    single, by_four, packed, in_one = results
+    assert single["padding"] == packed["padding"] == in_one["padding"] == 0
     assert by_four["padding"] > 0.1
     assert in_one["sizes"] == [len(LENGTHS)]

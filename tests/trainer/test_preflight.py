@@ -1,4 +1,4 @@
-"""What a dry run and `launch` find before anything is started, and that the run finds the same."""
+"""Checks of a dry run and of `launch` before a run starts. The run makes the same checks."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(original, tmp_path, monkeypatch) -> Path:
-    """The YAML of a copy of the run, with relative paths, which a test may damage; its folder is
-    the working directory."""
+    """YAML file of a copy of the run, with relative paths, in the working directory. A test may
+    damage the copy."""
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "run.yaml"
     path.write_text(path.read_text().replace(f"{original}/", ""))
@@ -44,15 +44,15 @@ def run(original, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch) -> Path:
-    """A file that exists once sbatch was called."""
-    folder, called = tmp_path / "bin", tmp_path / "called"
+    """File that exists after a call of sbatch."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
     folder.mkdir()
-    (folder / "sbatch").write_text(f"#!/bin/sh\ntouch '{called}'\n")
+    (folder / "sbatch").write_text(f"#!/bin/sh\ntouch '{calls}'\n")
     (folder / "sbatch").chmod(0o700)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     for name in ("CONTAINER_IMAGE", "CONTAINER_MOUNTS", "VENV", "RANKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
-    return called
+    return calls
 
 
 def rewrite(path: str, old: str, new: str) -> None:
@@ -135,7 +135,7 @@ CANNOT_START: list[tuple[str, Callable[[], object], list[str], str]] = [
         "an epoch of no step",
         NOTHING,
         ["training={num_epochs: 1, global_batch_size: 32}"],
-        f"1 epochs of {NUM_ROWS} rows are less than one step of 32 prompts",
+        f"training.num_epochs 1 of {NUM_ROWS} rows: fewer than one step of 32 prompts",
     ),
     (
         "output_dir is a file",
@@ -175,7 +175,7 @@ CANNOT_START: list[tuple[str, Callable[[], object], list[str], str]] = [
     [case[1:] for case in CANNOT_START],
     ids=[case[0] for case in CANNOT_START],
 )
-def test_a_run_that_could_not_start_is_refused_before_the_queue(
+def test_dry_run_and_launch_of_an_invalid_run_exit_with_2(
     run, sbatch, capsys, damage, overrides, message
 ):
     damage()
@@ -190,7 +190,7 @@ def test_a_run_that_could_not_start_is_refused_before_the_queue(
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_a_package_that_a_log_needs_is_looked_for(run, sbatch, monkeypatch, capsys, package):
+def test_missing_package_of_a_logger_is_refused(run, sbatch, monkeypatch, capsys, package):
     """A folder of the package's name, such as W&B's own logs, is not the package."""
     value = {"wandb": "offline", "tensorboard": "true"}[package]
     command = [str(run), f"logging.{package}={value}"]
@@ -200,12 +200,12 @@ def test_a_package_that_a_log_needs_is_looked_for(run, sbatch, monkeypatch, caps
     for words in (["train", *command, "--dry-run"], ["launch", *command, "--gpus-per-node=1"]):
         assert cli.main(words) == 2
         assert f"pip install 'aropd-mcore[{package}]'" in capsys.readouterr().err
-    # The job has an environment of its own then.
+    # In a container the job has its own environment.
     monkeypatch.setenv("CONTAINER_IMAGE", "image")
     assert cli.main(["launch", *command, "--gpus-per-node=1"]) == 0 and sbatch.exists()
 
 
-def test_launch_knows_when_the_job_sees_other_folders(run, sbatch, monkeypatch, capsys):
+def test_launch_with_renaming_mounts_skips_the_checks(run, sbatch, monkeypatch, capsys):
     Path("rows.jsonl").unlink()
     monkeypatch.setenv("CONTAINER_IMAGE", "image")
     monkeypatch.setenv("CONTAINER_MOUNTS", "/data:/data:ro,/scratch/me:/work")
@@ -220,7 +220,7 @@ def test_launch_knows_when_the_job_sees_other_folders(run, sbatch, monkeypatch, 
     assert "call `aropd launch` in the other folder" in capsys.readouterr().err
 
 
-def test_a_dry_run_reports_what_it_found(run, capsys):
+def test_dry_run_reports_rows_prompts_and_start(run, capsys):
     rows = read_rows()
     rows[2] = {"question": "no trace"}
     rows[4]["reasoning"] = rows[6]["reasoning"] = "word"
@@ -236,12 +236,12 @@ def test_a_dry_run_reports_what_it_found(run, capsys):
     for line in (
         "# 23 rows (1 left out, first: rows.jsonl:3: key 'reasoning' is missing",
         ", 2 steps of 4 responses",
-        "# longest prompt: 128 tokens of views.max_prompt_tokens 128; responses have up to 16",
+        "# longest prompt: 128 of 128 tokens (views.max_prompt_tokens); responses: up to 16 tokens",
         "# the question of 1 of 23 rows is cut to fit views.max_prompt_tokens; first: rows.jsonl:6",
         "# the partial view of 2 of 23 rows equals the full view, so their residual is zero; "
         "first: rows.jsonl:5",
         "the chat template ignores add_generation_prompt",
-        "# the run will start at step 0: there is no checkpoint yet",
+        "# the run will start at step 0: there is no checkpoint",
     ):
         assert line in printed, line
     assert not Path("out").exists()
@@ -251,7 +251,7 @@ def test_a_dry_run_reports_what_it_found(run, capsys):
     assert "# the trace of 18 of 23 rows is cut to rollout.max_response_tokens" in printed
 
 
-def test_no_megatron_is_imported(run):
+def test_preflight_does_not_import_megatron(run):
     program = (
         "import sys\nfrom pathlib import Path\nfrom aropd_mcore.config_file import load_config\n"
         "from aropd_mcore.trainer.preflight import preflight\n"
@@ -271,14 +271,14 @@ def test_no_megatron_is_imported(run):
 
 @pytest.fixture(scope="module")
 def trained(original) -> str:
-    """What the run printed while it was trained for two steps."""
+    """Output of the run, trained for two steps."""
     printed, error = run_ranks(train_here, 1, original / "run.yaml", [])[0]
     assert error is None
     return printed
 
 
 def train_here(path: Path, overrides: list[str]) -> tuple[str, str | None]:
-    """What a run prints, and the error that it ends with."""
+    """Train; return the output and the text of the error, if there was one."""
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import train
 
@@ -292,7 +292,7 @@ def train_here(path: Path, overrides: list[str]) -> tuple[str, str | None]:
 
 
 def other_template(folder: Path) -> Path:
-    """The model of a run, with another chat template."""
+    """Copy the model of a run, with another chat template."""
     model = folder / "other"
     shutil.copytree(folder / "model", model)
     template = (model / "chat_template.jinja").read_text()
@@ -301,7 +301,7 @@ def other_template(folder: Path) -> Path:
 
 
 def other_tokenizer(folder: Path) -> Path:
-    """The same, whose tokenizer has two ids exchanged."""
+    """Copy the model of a run, with two ids of its tokenizer exchanged."""
     model = folder / "other"
     shutil.copytree(folder / "model", model)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -311,23 +311,23 @@ def other_tokenizer(folder: Path) -> Path:
     return model
 
 
-def test_a_run_does_not_resume_with_another_chat_template(trained, original, tmp_path):
-    """The folder's files change in place, as a user's edit does."""
+def test_run_with_another_chat_template_does_not_resume(trained, original, tmp_path):
+    """The template changes in the same folder, as by a user's edit."""
     assert "longest prompt: " in trained
     folder = tmp_path / "copy"
     shutil.copytree(original, folder)
     shutil.rmtree(folder / "model")
     shutil.move(other_template(original), folder / "model")
-    longer = ["training.num_steps=4", f"output_dir={folder / 'out'}"]
-    longer.append(f"model.path={folder / 'model'}")
-    _, error = run_ranks(train_here, 1, original / "run.yaml", longer)[0]
-    assert error and "the checkpoint is of another run:\n  model.chat_template: " in error
-    assert "or go on nevertheless with 'checkpoint.allow_changes=[model.chat_template]'" in error
+    overrides = ["training.num_steps=4", f"output_dir={folder / 'out'}"]
+    overrides.append(f"model.path={folder / 'model'}")
+    _, error = run_ranks(train_here, 1, original / "run.yaml", overrides)[0]
+    assert error and "the checkpoint belongs to another run:\n  model.chat_template " in error
+    assert "or permit the changes with 'checkpoint.allow_changes=[model.chat_template]'" in error
 
-    allowed = [*longer, "checkpoint.allow_changes=[model.chat_template]"]
+    allowed = [*overrides, "checkpoint.allow_changes=[model.chat_template]"]
     printed, error = run_ranks(train_here, 1, original / "run.yaml", allowed)[0]
     assert error is None
-    assert "other rules from here on: " in printed and "model.chat_template: " in printed
+    assert "effective from this step: " in printed and "model.chat_template " in printed
     assert len((folder / "out" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -335,26 +335,26 @@ def test_a_run_does_not_resume_with_another_chat_template(trained, original, tmp
     ("other", "key"),
     [(other_template, "model.chat_template"), (other_tokenizer, "model.tokenizer")],
 )
-def test_a_dry_run_refuses_what_the_resumed_run_would(trained, original, tmp_path, other, key):
+def test_dry_run_refuses_the_changes_that_the_run_refuses(trained, original, tmp_path, other, key):
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     overrides = [f"model.path={other(tmp_path)}"]
-    with pytest.raises(ConfigError, match=f"another run:\n  {key}: "):
+    with pytest.raises(ConfigError, match=f"another run:\n  {key} "):
         preflight(load_config(original / "run.yaml", overrides))
     overrides.append(f"checkpoint.allow_changes=[{key}]")
     *_, note = preflight(load_config(original / "run.yaml", overrides))
-    assert f"other rules from here on: {key}: " in note
+    assert f"effective from this step: {key} " in note
 
 
-def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
+def test_dry_run_reports_where_the_run_resumes(trained, original, tmp_path):
     path, out = original / "run.yaml", tmp_path / "out"
     shutil.copytree(original / "out", out)
     overrides = [f"output_dir={out}", "training.num_steps=4", "views.partial_ratio=0.25"]
-    found = preflight(load_config(path, overrides))
-    assert f"the run will resume at step 2 from {out / 'checkpoints' / 'iter_0000002'}" in found
-    assert any("other rules from here on" in n and "views.partial_ratio" in n for n in found)
-    found = preflight(load_config(path, [f"output_dir={out}"]))
-    assert any("which is the end: no step is left" in note for note in found)
-    with pytest.raises(ConfigError, match=r"another run:\n  training\.seed: 1234 -> 5"):
+    notes = preflight(load_config(path, overrides))
+    assert f"the run will resume at step 2 from {out / 'checkpoints' / 'iter_0000002'}" in notes
+    assert any("effective from this step" in n and "views.partial_ratio" in n for n in notes)
+    notes = preflight(load_config(path, [f"output_dir={out}"]))
+    assert any("; no step is left" in note for note in notes)
+    with pytest.raises(ConfigError, match=r"another run:\n  training\.seed 1234 -> 5"):
         preflight(load_config(path, [*overrides, "training.seed=5"]))
 
     checkpoint = newest(out / "checkpoints")
@@ -362,17 +362,17 @@ def test_a_dry_run_says_where_the_run_resumes(trained, original, tmp_path):
     damaged = checkpoint.with_name("iter_0000003")
     shutil.copytree(checkpoint, damaged)
     (damaged / ".metadata").write_bytes(b"")
-    found = preflight(load_config(path, overrides))
-    assert any("has 0 bytes, expected" in n and "set this checkpoint aside" in n for n in found)
-    assert f"the run will resume at step 2 from {checkpoint}" in found
+    notes = preflight(load_config(path, overrides))
+    assert any("has 0 bytes, expected" in n and "set this checkpoint aside" in n for n in notes)
+    assert f"the run will resume at step 2 from {checkpoint}" in notes
     shutil.rmtree(checkpoint)
-    with pytest.raises(ValueError, match="none of the checkpoints is whole") as refused:
+    with pytest.raises(ValueError, match="none of the checkpoints is intact") as error:
         preflight(load_config(path, overrides))
-    assert ".metadata: has 0 bytes" in str(refused.value)
+    assert ".metadata: has 0 bytes" in str(error.value)
 
 
-def test_preflight_when_no_token_can_count_in_the_loss_notes_it(run):
+def test_preflight_when_no_token_counts_in_the_loss_notes_it(run):
     for skip, is_noted in ((15, False), (16, True)):
         config = load_config(run, [f"objective.skip_response_tokens={skip}"])
-        text = f"skip_response_tokens {skip} is not less than rollout.max_response_tokens 16"
+        text = f"skip_response_tokens is {skip}, expected less than rollout.max_response_tokens 16"
         assert any(text in sentence for sentence in preflight(config)) == is_noted

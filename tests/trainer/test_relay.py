@@ -1,10 +1,10 @@
-"""One run handed from layout to layout, by checkpoints, against one rank that runs in one go.
+"""One run that resumes in another layout after each step, compared with one uninterrupted rank.
 
-Every layout of 4 ranks loads what the layout before it wrote, takes one step and saves; the first
-one comes again at the end, so that each has been read by another. After every leg its loss,
-gradient norm and both models' weights are the single rank's, within the tolerances of test_step.py,
-which compares that rank with the oracle: nothing of the weights, the moving average, the optimizer
-or the schedule is lost on the way.
+Every layout of 4 ranks loads the checkpoint of the previous layout, takes one step and saves. The
+first layout comes again at the end, so that another layout reads each checkpoint. After every leg,
+the loss, the gradient norm and the weights of student and teacher equal those of the single rank,
+within the tolerances of test_step.py, which compares the single rank with the oracle. So resuming
+preserves weights, moving average, optimizer and schedule.
 """
 
 import gc
@@ -31,12 +31,12 @@ from tests.trainer.test_step import (
 pytestmark = pytest.mark.rest
 
 
-def far_apart(layouts: list[Layout]) -> list[Layout]:
-    """A ring: after each layout the one, of those left, that differs from it in the most sizes."""
-    ring, left = layouts[:1], layouts[1:]
-    while left:
-        ring.append(max(left, key=lambda layout: _num_differences(layout, ring[-1])))
-        left.remove(ring[-1])
+def order_far_apart(layouts: list[Layout]) -> list[Layout]:
+    """Order the layouts as a ring: the next one differs from the previous one in the most sizes."""
+    ring, remaining = layouts[:1], layouts[1:]
+    while remaining:
+        ring.append(max(remaining, key=lambda layout: _num_differences(layout, ring[-1])))
+        remaining.remove(ring[-1])
     return ring + ring[:1]
 
 
@@ -44,8 +44,8 @@ def _num_differences(one: Layout, other: Layout) -> int:
     return sum(a != b for a, b in zip(one, other, strict=True))
 
 
-DENSE = far_apart(every_layout(experts=False))
-EXPERTS = far_apart(every_layout(experts=True))
+DENSE = order_far_apart(every_layout(experts=False))
+EXPERTS = order_far_apart(every_layout(experts=True))
 EVERY_LEG = {
     "objective": AROPD,
     "optimizer": {"warmup_ratio": 0.25},
@@ -53,7 +53,7 @@ EVERY_LEG = {
 }
 CASES = [
     Case(
-        # Tied: on several stages Megatron keeps the embedding's state apart from the others'.
+        # Tied: with several stages, Megatron keeps the embedding's optimizer state separately.
         "dense",
         EVERY_LEG | {"training": PACKED},
         tie=True,
@@ -72,13 +72,13 @@ CASES = [
 
 
 def relay(root: Path, case: Case) -> list[RankSteps]:
-    """On every rank: what each leg has to show."""
+    """Run all legs on this rank; return the result of each."""
     from aropd_mcore.convert.manifest import newest, parse_step
     from aropd_mcore.mcore import runtime
     from aropd_mcore.mcore.checkpoint import directory, state
     from aropd_mcore.trainer.build import build_run, start_runtime
 
-    # Megatron collects garbage in every save and load, and would look through all that is imported.
+    # Megatron collects garbage in every save and load. Frozen objects are not searched.
     gc.freeze()
     folder = root / case.name
     legs = []
@@ -102,8 +102,8 @@ def relay(root: Path, case: Case) -> list[RankSteps]:
     return legs
 
 
-def in_one_go(root: Path, case: Case) -> list[RankSteps]:
-    """On a rank alone, without any checkpoint: what each step has to show."""
+def run_uninterrupted(root: Path, case: Case) -> list[RankSteps]:
+    """Run all steps on one rank, without checkpoints; return the result of each."""
     from aropd_mcore.trainer.build import build_run, start_runtime
 
     config = case.config(root, ONE, dp_size=1)
@@ -112,23 +112,23 @@ def in_one_go(root: Path, case: Case) -> list[RankSteps]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_relay_equals_one_rank(case, tmp_path):
+def test_run_resumed_in_every_layout_equals_one_rank(case, tmp_path):
     write_rows(tmp_path / "rows.jsonl")
     case.write_model(tmp_path)
-    expected = run_ranks(in_one_go, 1, tmp_path, case)[0]
+    expected = run_ranks(run_uninterrupted, 1, tmp_path, case)[0]
     ranks = run_ranks(relay, 4, tmp_path, case, timeout=600.0)
     for leg, layout in enumerate(case.layouts):
         replica = [rank[leg] for rank in ranks]
-        assert any(shown.student is not None for shown in replica)
-        for shown in replica:
+        assert any(result.student is not None for result in replica)
+        for result in replica:
             try:
-                check_leg(shown, expected[leg])
+                check_leg(result, expected[leg])
             except AssertionError as error:
                 raise AssertionError(f"leg {leg}, {layout}: {error}") from error
 
 
-def check_leg(shown: RankSteps, expected: RankSteps) -> None:
-    (found,), (metrics,) = shown.metrics, expected.metrics
+def check_leg(result: RankSteps, expected: RankSteps) -> None:
+    (actual,), (metrics,) = result.metrics, expected.metrics
     for name in ("loss", "grad_norm", "lr", "num_loss_tokens", "num_response_tokens"):
-        assert found[name] == pytest.approx(metrics[name], rel=REPORTED), name
-    check_weights(shown, expected)
+        assert actual[name] == pytest.approx(metrics[name], rel=REPORTED), name
+    check_weights(result, expected)

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on equals the run that was never killed, bit by bit."""
+"""A run that is killed and resumed equals an uninterrupted run, bit for bit in the same layout."""
 
 import math
 import os
@@ -30,35 +30,34 @@ from tests.support.training import (
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    """Two data-parallel ranks, so that each holds half of the optimizer's state."""
+    """A run for two data-parallel ranks, each with half of the optimizer's state."""
     return write_run(
         tmp_path_factory.mktemp("resume"),
-        # Not in the background: what is saved when a kill comes is to be known.
+        # Saves are synchronous, so it is known what is saved when a kill comes.
         checkpoint={"save_every_steps": 2, "asynchronous": False},
         optimizer={"warmup_ratio": 0.25, "weight_decay": 0.1},
     )
 
 
 @pytest.fixture(scope="module")
-def unbroken(path) -> Path:
-    """The output of four steps in one go."""
-    out = path.parent / "unbroken"
+def uninterrupted(path) -> Path:
+    """Output folder of four uninterrupted steps."""
+    out = path.parent / "uninterrupted"
     run_ranks(train_on_ranks, 2, path, [f"output_dir={out}"])
     return out
 
 
 @pytest.mark.rest
-def test_killed_twice_and_resumed_is_bitwise_the_unbroken_run(path, unbroken):
+def test_run_killed_twice_and_resumed_equals_the_uninterrupted_run_bitwise(path, uninterrupted):
     out = path.parent / "out"
-    # While step 4 of 4 is under way: two steps are saved, in the background, the third is only
-    # reported.
+    # The first kill comes during step 4 of 4: two steps are saved, the third is only reported.
     kill_when(lambda: len(read_lines(out)) >= 3 and saved_steps(out) == [2], path)
     assert len(read_lines(out)) >= 3
     # A kill can also leave half a line.
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
 
-    # While the checkpoint of step 4 is being written.
+    # The second kill comes while the checkpoint of step 4 is written.
     kill_when(lambda: any(partial_files(out, 4)), path)
     assert saved_steps(out) == [2]
     assert any(partial_files(out, 4))
@@ -73,24 +72,25 @@ def test_killed_twice_and_resumed_is_bitwise_the_unbroken_run(path, unbroken):
     ).stdout
     assert "resuming at step 2" in printed
     assert saved_steps(out) == [2, 4]
-    assert repeatable(read_lines(out)) == repeatable(read_lines(unbroken))
+    assert repeatable(read_lines(out)) == repeatable(read_lines(uninterrupted))
 
-    found, expected = run_ranks(read_checkpoints, 1, [out, unbroken])[0]
-    assert found.keys() == expected.keys()
-    for what in (
+    state, expected = run_ranks(read_checkpoints, 1, [out, uninterrupted])[0]
+    assert state.keys() == expected.keys()
+    for prefix in (
         "decoder.",
         "teacher.decoder.",
         "optimizer.state.exp_avg.",
         "optimizer.state.param.",
     ):
-        assert any(name.startswith(what) for name in found), what
+        assert any(name.startswith(prefix) for name in state), prefix
     for name, value in expected.items():
-        same = torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value
+        same = torch.equal(state[name], value) if torch.is_tensor(value) else state[name] == value
         assert same, name
 
 
-def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
-    out = halfway(unbroken, path.parent / "other-layout")
+@pytest.mark.rest
+def test_run_resumed_in_another_layout_has_the_same_losses(path, uninterrupted):
+    out = copy_step_2(uninterrupted, path.parent / "other-layout")
     run_ranks(
         train_on_ranks,
         4,
@@ -104,7 +104,7 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
             "checkpoint.keep_last=2",
         ],
     )
-    lines, expected = read_lines(out), read_lines(unbroken)
+    lines, expected = read_lines(out), read_lines(uninterrupted)
     assert repeatable(lines[:2]) == repeatable(expected[:2])
     assert_same_in_any_layout(lines, expected)
     assert saved_steps(out) == [3, 4], "keep_last 2 keeps the newest two"
@@ -113,43 +113,44 @@ def test_another_layout_goes_on_with_the_same_losses(path, unbroken):
 
 
 @pytest.mark.rest
-def test_experts_move_between_layouts(tmp_path):
-    """From tensor ranks, with one optimizer, to expert ranks, with two, which then cut each expert
-    as well, and to a rank alone."""
+def test_run_with_experts_resumed_in_other_layouts_has_the_same_losses(tmp_path):
+    """From tensor ranks, with one optimizer, to expert ranks, with two optimizers, then to expert
+    tensor ranks, and to a single rank."""
     path = write_run(tmp_path, checkpoint={"save_every_steps": 1, "keep_last": 4})
     model = f"model.path={write_model(tmp_path / 'experts', 'qwen3_moe')}"
     run_ranks(train_on_ranks, 2, path, [model, "parallel.tensor=2", "parallel.sequence=true"])
     expected = read_lines(tmp_path / "out")
     assert len(expected) == 4
 
-    shared_out = checkpoint_of(tmp_path / "out", 1, tmp_path / "shared-out")
+    expert_parallel = copy_checkpoint(tmp_path / "out", 1, tmp_path / "expert-parallel")
     layout = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.expert=2"]
-    run_ranks(train_on_ranks, 4, path, [model, f"output_dir={shared_out}", *layout])
-    cut = checkpoint_of(shared_out, 2, tmp_path / "cut")
+    run_ranks(train_on_ranks, 4, path, [model, f"output_dir={expert_parallel}", *layout])
+    expert_tensor = copy_checkpoint(expert_parallel, 2, tmp_path / "expert-tensor")
     layout = ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert_tensor=2"]
-    run_ranks(train_on_ranks, 4, path, [model, f"output_dir={cut}", *layout, "parallel.expert=2"])
-    alone = checkpoint_of(cut, 3, tmp_path / "alone")
-    run_ranks(train_on_ranks, 1, path, [model, f"output_dir={alone}"])
-    for out in (shared_out, cut, alone):
+    layout += ["parallel.expert=2"]
+    run_ranks(train_on_ranks, 4, path, [model, f"output_dir={expert_tensor}", *layout])
+    single = copy_checkpoint(expert_tensor, 3, tmp_path / "single")
+    run_ranks(train_on_ranks, 1, path, [model, f"output_dir={single}"])
+    for out in (expert_parallel, expert_tensor, single):
         assert_same_in_any_layout(read_lines(out), expected)
 
 
-def test_new_settings_hold_from_the_resumed_step_on(path, unbroken):
-    out = halfway(unbroken, path.parent / "other-schedule")
+def test_changed_schedule_takes_effect_from_the_resumed_step(path, uninterrupted):
+    out = copy_step_2(uninterrupted, path.parent / "other-schedule")
     changes = ["training.num_steps=5", "optimizer.lr=4e-4", "optimizer.min_lr=1e-4"]
     run_ranks(train_on_ranks, 2, path, [f"output_dir={out}", *changes])
-    # One step of warm-up in five, and then a cosine over four, of which one is behind us.
+    # One of five steps is warm-up. The cosine covers the other four, the first of which is done.
     expected = [1e-4 + 3e-4 * (1 + math.cos(math.pi * n / 4)) / 2 for n in (1, 2, 3)]
     assert [line["lr"] for line in read_lines(out)[2:]] == pytest.approx(expected)
 
 
-def halfway(unbroken: Path, out: Path) -> Path:
-    """`out`, with the unbroken run's checkpoint of step 2 and all its metrics."""
-    return checkpoint_of(unbroken, 2, out)
+def copy_step_2(uninterrupted: Path, out: Path) -> Path:
+    """Copy the uninterrupted run's checkpoint of step 2 and all its metrics into `out`."""
+    return copy_checkpoint(uninterrupted, 2, out)
 
 
-def checkpoint_of(run: Path, step: int, out: Path) -> Path:
-    """`out`, with the run's checkpoint of a step and all its metrics."""
+def copy_checkpoint(run: Path, step: int, out: Path) -> Path:
+    """Copy the run's checkpoint of a step and all its metrics into `out`."""
     checkpoint = f"checkpoints/iter_{step:07d}"
     shutil.copytree(run / checkpoint, out / checkpoint)
     shutil.copy(run / "metrics.jsonl", out)
@@ -157,7 +158,7 @@ def checkpoint_of(run: Path, step: int, out: Path) -> Path:
 
 
 @pytest.mark.rest
-def test_saves_by_the_clock_and_what_is_kept_for_good(path, unbroken):
+def test_save_every_minutes_saves_and_keep_every_keeps(path, uninterrupted):
     out = path.parent / "by-the-clock"
     settings = {
         "asynchronous": "true",
@@ -173,11 +174,11 @@ def test_saves_by_the_clock_and_what_is_kept_for_good(path, unbroken):
     assert all(line["seconds/checkpoint"] > 0 for line in lines[1:])
 
 
-def test_a_finished_run_has_nothing_left_to_do(path, unbroken):
-    before = (unbroken / "metrics.jsonl").read_bytes()
-    run_ranks(train_on_ranks, 2, path, [f"output_dir={unbroken}"])
-    assert (unbroken / "metrics.jsonl").read_bytes() == before
-    assert saved_steps(unbroken) == [2, 4]
+def test_complete_run_started_again_changes_nothing(path, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    run_ranks(train_on_ranks, 2, path, [f"output_dir={uninterrupted}"])
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    assert saved_steps(uninterrupted) == [2, 4]
 
 
 def kill_when(is_time: Callable[[], bool], path: Path) -> None:
@@ -206,12 +207,14 @@ def kill_when(is_time: Callable[[], bool], path: Path) -> None:
             time.sleep(0.002)
     finally:
         for rank in ranks:
-            os.killpg(rank.pid, signal.SIGKILL)  # and what dist_checkpointing has started
+            os.killpg(
+                rank.pid, signal.SIGKILL
+            )  # also the processes that dist_checkpointing started
         for rank in ranks:
             rank.wait()
         log.close()
 
 
 def partial_files(out: Path, step: int) -> list[Path]:
-    """Of a checkpoint that is not whole yet."""
+    """Return the files of a checkpoint that is not complete yet."""
     return list(out.glob(f"checkpoints/.iter_{step:07d}.*.partial/*"))

@@ -1,4 +1,4 @@
-"""What may differ from a checkpoint's run, and what it says."""
+"""Changes of settings between a checkpoint and a resumed run: kinds and messages."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +24,17 @@ def path(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("changes"))
 
 
-def described(path: Path, *overrides: str, **identity: str) -> dict:
+def describe(path: Path, *overrides: str, **identity: str) -> dict:
     config = load_config(path, list(overrides))
     identity = {"chat_template": "a", "tokenizer": "b", **identity}
     return describe_run(config, RowDataset.load(config.data.train), identity)
 
 
-def test_free_changes_are_the_same_run(path):
+def test_free_changes_keep_the_hash_and_are_noted(path):
     moved = path.parent / "elsewhere.jsonl"
     moved.write_bytes((path.parent / "rows.jsonl").read_bytes())
-    saved = described(path)
-    current = described(
+    saved = describe(path)
+    current = describe(
         path,
         "parallel.tensor=2",
         "checkpoint.keep_last=7",
@@ -44,73 +44,81 @@ def test_free_changes_are_the_same_run(path):
     )
     assert current["config_hash"] == saved["config_hash"]
     (line,) = check_changes(saved, current, [])
-    assert line.startswith("changed, and the same run: checkpoint.keep_last: 2 -> 7, parallel.")
-    assert check_changes(saved, described(path), []) == []
+    assert line.startswith(
+        "settings changed, same run up to rounding: checkpoint.keep_last 2 -> 7, parallel."
+    )
+    assert check_changes(saved, describe(path), []) == []
     saved["config"]["parallel"]["overlap_param_gather"] = False  # of an earlier version
-    assert check_changes(saved, described(path), []) == []
+    assert check_changes(saved, describe(path), []) == []
 
 
-def test_other_rules_are_said(path):
-    saved, current = described(path), described(path, "optimizer.lr=0.5", "teacher.ema_rate=0.2")
+def test_effective_changes_are_noted(path):
+    saved, current = describe(path), describe(path, "optimizer.lr=0.5", "teacher.ema_rate=0.2")
     assert check_changes(saved, current, []) == [
-        "changed, and other rules from here on: optimizer.lr: 0.001 -> 0.5, "
-        "teacher.ema_rate: 0.1 -> 0.2"
+        "settings changed, effective from this step: optimizer.lr 0.001 -> 0.5, "
+        "teacher.ema_rate 0.1 -> 0.2"
     ]
     assert current["config_hash"] != saved["config_hash"]
-    # The same rows, with other prompts.
-    current = described(path, "views.on_long_prompt=cut_chat")
+    # The rows are the same, the prompts differ.
+    current = describe(path, "views.on_long_prompt=cut_chat")
     (line,) = check_changes(saved, current, [])
-    assert line.startswith("changed, and other rules from here on: views.on_long_prompt: ")
-    assert current["config_hash"] != saved["config_hash"], "kept rollouts would be used"
+    assert line.startswith("settings changed, effective from this step: views.on_long_prompt ")
+    assert current["config_hash"] != saved["config_hash"], (
+        "otherwise saved rollouts would be reused"
+    )
 
 
-def test_another_run_is_refused_with_the_way_out(path):
+def test_refused_changes_name_the_setting_that_permits_them(path):
     rows = path.parent / "fewer.jsonl"
     rows.write_text("".join((path.parent / "rows.jsonl").read_text().splitlines(True)[1:]))
     wider = write_model(path.parent / "wider", intermediate_size=128)
-    saved = described(path)
-    current = described(
+    saved = describe(path)
+    current = describe(
         path, "training.seed=5", f"data.train=[{rows}]", f"model.path={wider}", "optimizer.lr=0.5"
     )
     with pytest.raises(ConfigError) as refused:
         check_changes(saved, current, ["model.path"])
     message = str(refused.value)
-    assert "\n  training.seed: 1234 -> 5 (the rows come in another order" in message
-    assert "\n  data.train: " in message and "model.path" not in message
+    assert "\n  training.seed 1234 -> 5 (the order of the rows changes" in message
+    assert "\n  data.train " in message and "model.path" not in message
     assert "'checkpoint.allow_changes=[training.seed,data.train]'" in message
     (line,) = check_changes(saved, current, ["training.seed", "data.train", "model.path"])
     for key in ("training.seed", "data.train", "model.path", "optimizer.lr"):
-        assert f"{key}: " in line
-    with pytest.raises(ConfigError, match=r"found 'optimizer.lr', which nothing refuses"):
+        assert f"{key} " in line
+    with pytest.raises(
+        ConfigError, match=r"found 'optimizer.lr', expected settings that may not change"
+    ):
         check_changes(saved, current, ["optimizer.lr"])
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tokenizer"])
-def test_another_template_or_tokenizer_is_another_run(path, name):
-    saved, current = described(path), described(path, **{name: "other"})
-    assert current["config_hash"] != saved["config_hash"], "kept rollouts would be used"
-    with pytest.raises(ConfigError, match=f"model.{name}: .*\\n.*allow_changes=.model.{name}."):
+def test_other_template_or_tokenizer_is_refused_unless_allowed(path, name):
+    saved, current = describe(path), describe(path, **{name: "other"})
+    assert current["config_hash"] != saved["config_hash"], (
+        "otherwise saved rollouts would be reused"
+    )
+    with pytest.raises(ConfigError, match=f"model.{name} .*\\n.*allow_changes=.model.{name}."):
         check_changes(saved, current, [])
     (line,) = check_changes(saved, current, [f"model.{name}"])
-    assert line.startswith(f"changed, and other rules from here on: model.{name}: ")
+    assert line.startswith(f"settings changed, effective from this step: model.{name} ")
 
 
-def test_a_checkpoint_that_is_older_than_a_record_resumes_with_a_note(path):
-    saved, current = described(path), described(path)
+def test_checkpoint_without_recorded_contents_resumes_with_a_note(path):
+    saved, current = describe(path), describe(path)
     for key in CONTENTS_ONLY:
         del saved["contents"][key]
     (note,) = check_changes(saved, current, [])
-    assert "older than the record of model.chat_template, model.tokenizer" in note
+    assert "does not record model.chat_template, model.tokenizer" in note
 
 
-def test_rows_without_earlier_turns_have_the_fingerprint_of_older_versions():
+def test_fingerprint_of_rows_without_history_equals_that_of_older_versions():
     row = Row("1 + 1?", "one and one", "2", origin="rows.jsonl:1")
     assert RowDataset([row]).fingerprint() == "d7027dc79484e6fb"
     longer = replace(row, history=(("user", "hello"), ("assistant", "hi")))
     assert RowDataset([longer]).fingerprint() != RowDataset([row]).fingerprint()
 
 
-def test_every_setting_of_the_lists_exists():
+def test_every_listed_setting_exists():
     for key in (*FREE, *REFUSED.keys() - set(CONTENTS_ONLY)):
         model = Config
         for name in key.split("."):

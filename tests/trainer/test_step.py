@@ -1,13 +1,14 @@
 """AR-OPD steps on every layout against the plain-PyTorch oracle of tests/support/step_oracle.py.
 
-One rank goes first: its rollouts are what the oracle learns from, and what the ranks of every other
-layout must sample again by themselves. `make test` runs layouts that cover every pair of sizes;
+A run on one rank comes first. The oracle trains on its rollouts, and the ranks of every other
+layout must sample the same rollouts. `make test` runs layouts that cover every pair of sizes.
 `make test-rest` runs all others.
 
-Tolerances. The oracle is fp64 and the run fp32, so that losses, metrics and gradient norms differ
-by fp32 rounding alone: REPORTED, relative. A weight's update is lr * m / (sqrt(v) + eps), of the
-order of lr; eps is raised from 1e-8 so that gradients which are themselves rounding do not decide
-its sign. UPDATE bounds the error of every weight as a share of the largest learning rate.
+Tolerances. The oracle is fp64 and the run fp32, so losses, metrics and gradient norms differ by
+fp32 rounding only. REPORTED is their relative tolerance. A weight's update is
+lr * m / (sqrt(v) + eps), of the order of lr. eps is raised from 1e-8. Otherwise gradients that
+consist of rounding errors would decide the sign of updates. UPDATE bounds the error of every weight
+as a share of the largest learning rate.
 """
 
 import gc
@@ -41,7 +42,7 @@ LR = 1e-3
 
 
 class Layout(NamedTuple):
-    """Sizes on 4 ranks; data parallelism takes the rest."""
+    """Parallel sizes on 4 ranks. The remaining ranks are data-parallel."""
 
     tensor: int
     pipeline: int
@@ -57,8 +58,8 @@ class Layout(NamedTuple):
 
 
 def every_layout(*, experts: bool) -> list[Layout]:
-    """Every factorization of 4 ranks that the model allows: with and without SP, 1F1B and
-    interleaved (it has four layers). Experts on tensor ranks are trained with SP alone."""
+    """List every layout of 4 ranks that the model of four layers allows: with and without SP, 1F1B
+    and interleaved. Experts on tensor ranks require SP."""
     layouts = []
     for tensor, pipeline, context in product((1, 2, 4), repeat=3):
         if 4 % (tensor * pipeline * context):
@@ -84,7 +85,7 @@ LAYOUTS = [Layout(*sizes) for sizes in ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2), 
 
 @dataclass(frozen=True)
 class Case:
-    """A run and how many of its steps to compare."""
+    """A run, and the number of its steps to compare."""
 
     name: str
     sections: dict[str, dict[str, Any]]
@@ -92,15 +93,15 @@ class Case:
     tie: bool = False
     num_steps: int = 1
     num_microbatches: int = 1
-    """A step, on each data-parallel rank."""
+    """Number of microbatches per step, on each data-parallel rank."""
     global_batch_size: int = 8
     eos_ids: tuple[int, ...] = tuple(EOS_IDS)
     layouts: list[Layout] = field(default_factory=lambda: LAYOUTS)
     groups: tuple[tuple[int, ...], ...] = ()
-    """The samples of each microbatch, the same in every layout; where routers have losses."""
+    """Samples of each microbatch, the same in every layout. Only for routers with losses."""
 
     def config(self, root: Path, layout: Layout, dp_size: int) -> Config:
-        """The run; root holds the models and the rows."""
+        """Build the configuration of the run. `root` contains the models and the rows."""
         defaults = {
             "parallel": layout._asdict(),
             "optimizer": {"lr": LR, "eps": 1e-4, "weight_decay": 0.1},
@@ -135,7 +136,7 @@ ROUTERS = {"router_aux_loss_coeff": 0.5, "router_z_loss_coeff": 0.05}
 AROPD = {"residual_clip": 0.5, "hindsight_gap": 0.5, "hindsight_floor": 0.2}
 CASES = [
     Case(
-        # Every part with a memory: Adam, the schedule from its warm-up on, the moving average.
+        # Every part with state: Adam, the schedule with its warm-up, the moving average.
         "ema",
         {"objective": AROPD, "optimizer": {"warmup_ratio": 0.25}},
         num_steps=3,
@@ -206,7 +207,7 @@ CASES = [
         ],
     ),
     Case(
-        # From the second step on: Megatron learns the order of the gradients in the first.
+        # Overlap starts in the second step. In the first, Megatron records the gradients' order.
         "overlap",
         {
             "objective": AROPD | {"metrics": False},
@@ -250,7 +251,7 @@ CASES = [
         layouts=every_layout(experts=True),
     ),
     Case(
-        # Pairs of samples of different lengths: with real padding.
+        # Pairs of samples of different lengths, so there is padding.
         "routers",
         {
             "objective": AROPD | ROUTERS,
@@ -271,8 +272,8 @@ CASES = [
         ],
     ),
     Case(
-        # One sample a microbatch, since two do not fit. Interleaved, a rank has three samples and a
-        # fourth microbatch of nothing but padding.
+        # One sample per microbatch, since two do not fit. With interleaving, a rank has three
+        # samples and a fourth microbatch with padding only.
         "packed-routers",
         {
             "objective": AROPD | ROUTERS | {"router_z_loss_coeff": 0.0},
@@ -291,7 +292,7 @@ CASES = [
         ],
     ),
     Case(
-        # All samples in one microbatch, with padding between them in some layouts.
+        # All samples are in one microbatch, with padding between them in some layouts.
         "packed-sft-routers",
         {
             "objective": {"name": "sft"} | ROUTERS,
@@ -308,7 +309,7 @@ CASES = [
         ],
     ),
     Case(
-        # By sequence, whose tokens context ranks share out, and by token.
+        # Importance weights per sequence, whose tokens are divided over context ranks.
         "importance",
         {
             "objective": AROPD,
@@ -333,7 +334,7 @@ CASES = [
         layouts=[Layout(2, 2), Layout(1, 1, context=2)],
     ),
     Case(
-        # Of the loss alone: what an engine sampled from is compared without the temperature.
+        # The temperature applies to the loss only. Importance ratios are computed without it.
         "tempered",
         {
             "objective": AROPD
@@ -404,7 +405,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def choose_first() -> list[tuple[str, Layout]]:
-    """Cases and layouts of `make test`: every two sizes, with and without experts and packing."""
+    """Choose the cases and layouts of `make test`: every pair of sizes, experts and packing."""
     runs = [(case, layout) for case in CASES for layout in case.layouts]
     rows = [
         layout._asdict()
@@ -427,14 +428,14 @@ def marks(*, is_first: bool) -> list[pytest.MarkDecorator]:
 
 @dataclass(frozen=True)
 class RankSteps:
-    """What one rank has to show of a case."""
+    """Results of a case on one rank."""
 
     dp_rank: int
     samples: list[list[Sample]]
-    """By step: of this data-parallel rank."""
+    """Samples of this data-parallel rank, per step."""
     metrics: list[dict[str, Any]]
     student: dict[str, Tensor] | None
-    """HF tensors after the last step; None but on the first rank of a model replica."""
+    """HF tensors after the last step. None except on the first rank of each model replica."""
     teacher: dict[str, Tensor] | None
 
 
@@ -442,7 +443,7 @@ Results = dict[tuple[str, Layout], RankSteps]
 
 
 def take_steps(root: Path, cases: list[Case], layouts: list[Layout] | None) -> Results:
-    """On every rank: each case on each of its layouts, or on the given ones."""
+    """Run each case on each of its layouts, or on the given layouts. Called on every rank."""
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import start_runtime
 
@@ -450,13 +451,13 @@ def take_steps(root: Path, cases: list[Case], layouts: list[Layout] | None) -> R
     for case in cases:
         for layout in layouts or case.layouts:
             config = case.config(root, layout, dist.get_world_size() // layout.replica_size)
-            results[case.name, layout] = steps_of(config, case, start_runtime(config))
+            results[case.name, layout] = run_steps(config, case, start_runtime(config))
             runtime.stop()
-            gc.collect()  # models in cycles, which hold the groups, and those their threads
+            gc.collect()  # models are in cycles and hold process groups with their threads
     return results
 
 
-def steps_of(config: Config, case: Case, rt) -> RankSteps:
+def run_steps(config: Config, case: Case, rt) -> RankSteps:
     from aropd_mcore.trainer.build import build_run
 
     run = build_run(config, rt)
@@ -465,9 +466,9 @@ def steps_of(config: Config, case: Case, rt) -> RankSteps:
     overlaps = run.student.optimizer.ddp_chunks[0].ddp_config.overlap_grad_reduce
     assert overlaps == config.parallel.overlap_grad_reduce
     if run.teacher:
-        run.teacher.score = with_the_views_that_are_read(run.teacher.score, case)
+        run.teacher.score = check_views(run.teacher.score, case)
     if config.rollout.importance_level:
-        run.source.take = with_another_engine(run.source.take)
+        run.source.take = change_logprobs(run.source.take)
     return take(run, range(case.num_steps))
 
 
@@ -504,27 +505,27 @@ def take(run: "Run", steps: range) -> RankSteps:
     )
 
 
-def with_another_engine(take):
-    """As if an engine had sampled whose log-probs are not the trainer's."""
+def change_logprobs(take):
+    """Wrap `take`: change the log-probs, as if another engine had sampled."""
 
-    def sampled(step, **how):
-        taken = take(step, **how)
+    def take_with_other_logprobs(step, **options):
+        taken = take(step, **options)
         rollouts = [
             replace(r, logprobs=tuple(p + 0.3 + math.sin(k) for k, p in enumerate(r.logprobs)))
             for r in taken.rollouts
         ]
         return replace(taken, rollouts=rollouts)
 
-    return sampled
+    return take_with_other_logprobs
 
 
-def with_the_views_that_are_read(score, case: Case):
-    """Neither rendered nor scored: a view that the target does not take and no metric wants."""
+def check_views(score, case: Case):
+    """Wrap `score`: check that only views of the target or the metrics are rendered and scored."""
     read = {"partial-opd": {"partial"}, "full-opd-one-view": {"full"}}.get(
         case.name, {"partial", "full"}
     )
 
-    def checked(microbatches):
+    def score_and_check(microbatches):
         outputs = score(microbatches)
         for microbatch, output in zip(microbatches, outputs, strict=True):
             for view in ("partial", "full"):
@@ -533,7 +534,7 @@ def with_the_views_that_are_read(score, case: Case):
                     assert (getattr(output, f"{view}_hidden_TH") is not None) == (view in read)
         return outputs
 
-    return checked
+    return score_and_check
 
 
 def hf_tensors(model, rt) -> dict[str, Tensor] | None:
@@ -556,13 +557,13 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def selected(request) -> list[tuple[str, Layout]]:
-    """Cases and layouts of the tests that this session runs; no others are trained."""
+    """Cases and layouts of the selected tests. No others are trained."""
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     return [(call["name"], call["layout"]) for call in calls if {"name", "layout"} <= call.keys()]
 
 
 class Lazy(dict):
-    """Values by name, computed when first used."""
+    """Values by name, computed on first use."""
 
     def __init__(self, compute: Callable[[str], Any]) -> None:
         super().__init__()
@@ -587,7 +588,7 @@ def oracle(root, on_one_rank) -> dict[str, list[OracleStep]]:
 
 
 def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[OracleStep]:
-    """After each step on its samples."""
+    """Run the oracle on the samples of each step; return its state after each step."""
     config = case.config(root, ONE, 1)
     objective, optimizer = config.objective, config.optimizer
     assert config.training.num_steps
@@ -619,12 +620,12 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
         sft_prompt_loss=objective.sft_prompt_loss,
     )
     plain = Oracle(case.model(root), method)
-    return [plain.step(of_a_step, case.groups) for of_a_step in samples]
+    return [plain.step(step_samples, case.groups) for step_samples in samples]
 
 
 @pytest.fixture(scope="module")
 def on_four_ranks(root, selected) -> Callable[[str], list[Results]]:
-    """The results of a case on its selected layouts, by rank; computed when first used."""
+    """Results of a case on its selected layouts, by rank. Computed on first use."""
 
     def run(name: str) -> list[Results]:
         layouts = [layout for case, layout in selected if case == name]
@@ -655,11 +656,11 @@ def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, l
     for rank in ranks:
         check(name, rank, oracle[name])
         share = len(on_one_rank[name].samples[0]) * layout.replica_size // 4
-        mine = slice(rank.dp_rank * share, (rank.dp_rank + 1) * share)
-        expected_samples = [step[mine] for step in on_one_rank[name].samples]
+        own_samples = slice(rank.dp_rank * share, (rank.dp_rank + 1) * share)
+        expected_samples = [step[own_samples] for step in on_one_rank[name].samples]
         assert without_logprobs(rank.samples) == without_logprobs(expected_samples)
     replicas = [rank for rank in ranks if rank.student is not None]
-    # A context rank has all weights; tensor ranks, or ranks that share experts, have them together.
+    # Each context rank has all weights. Tensor ranks, or ranks that share experts, split them.
     num_sharing = layout.expert * layout.expert_tensor
     num_holders = layout.pipeline * math.lcm(layout.tensor, num_sharing)
     assert len(replicas) == 4 // num_holders
@@ -669,7 +670,7 @@ def test_four_ranks_equal_the_oracle(on_four_ranks, on_one_rank, oracle, name, l
 
 
 def without_logprobs(steps: list[list[Sample]]) -> list[list[Sample]]:
-    """Which are equal up to rounding."""
+    """Remove the log-probs, which are equal only up to rounding."""
     return [[replace(sample, engine_logprobs=()) for sample in step] for step in steps]
 
 
@@ -683,7 +684,7 @@ def check(case: str, rank: RankSteps, expected: list[OracleStep]) -> None:
             metrics, rel=REPORTED, abs=1e-7
         )
         for name in found.keys() - metrics.keys():
-            assert name.startswith(("response_", "seconds/")) or name in OF_ANOTHER_TEST, name
+            assert name.startswith(("response_", "seconds/")) or name in TESTED_ELSEWHERE, name
     check_weights(rank, expected[-1])
 
 
@@ -698,16 +699,16 @@ def check_weights(rank: RankSteps, expected: OracleStep | RankSteps) -> None:
 
 
 METRICS = ("kl_", "entropy_", "residual_", "clip_fraction", "topk_overlap")
-OF_BOTH_VIEWS = ("hindsight_", "eos_prob_", "num_response_ends")
+TWO_VIEW_METRICS = ("hindsight_", "eos_prob_", "num_response_ends")
 NOT_REPORTED = {
     "overlap": METRICS,
     "importance-of-tokens": ("topk_overlap",),
-    "partial-opd": (*METRICS, *OF_BOTH_VIEWS),
-    "full-opd-one-view": (*METRICS, *OF_BOTH_VIEWS),
+    "partial-opd": (*METRICS, *TWO_VIEW_METRICS),
+    "full-opd-one-view": (*METRICS, *TWO_VIEW_METRICS),
     "full-opd": ("topk_overlap",),
     "packed-routers": ("router_z_loss",),
 }
-OF_ANOTHER_TEST = {
+TESTED_ELSEWHERE = {
     "step",
     "step_skipped",
     "grad_norm_zscore",
@@ -732,8 +733,8 @@ OF_ANOTHER_TEST = {
 
 
 @pytest.mark.rest
-def test_the_cases_are_worth_comparing(root, on_one_rank, oracle):
-    """Responses of many lengths, some too short to count; every metric moved; weights moved."""
+def test_cases_cover_varied_lengths_metrics_and_updates(root, on_one_rank, oracle):
+    """Responses have many lengths, some without loss tokens. Metrics and weights change."""
     lengths = {len(sample.response) for sample in on_one_rank["live"].samples[0]}
     assert len(lengths) > 3
     shortest = min(len(sample.response) for sample in on_one_rank["frozen"].samples[0])

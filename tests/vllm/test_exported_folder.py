@@ -1,4 +1,4 @@
-"""A model that went through a Megatron checkpoint, as vLLM serves it."""
+"""vLLM serves a model that was imported to Megatron and exported again."""
 
 import os
 import subprocess
@@ -26,11 +26,11 @@ TEXTS = [
 ]
 
 
-def test_vllm_continues_as_the_original_does_in_transformers(tmp_path: Path):
-    """HF folder -> Megatron checkpoint -> HF folder by the command line; then token for token."""
+def test_vllm_tokens_of_the_export_equal_transformers_tokens_of_the_original(tmp_path: Path):
     original, checkpoint, exported = (tmp_path / name for name in ("hf", "mcore", "exported"))
-    # Heads of 32 are the smallest that vLLM's attention on CPU takes. With this seed each token
-    # leads by a logit of 0.02, a hundred times fp32's error: no near ties that a CPU may decide.
+    # The smallest head size of vLLM's attention on CPU is 32. With this seed, each greedy token's
+    # logit is larger than all others by 0.02, a hundred times the error of fp32. So rounding does
+    # not change tokens.
     save_tiny_model(
         "qwen2", original, seed=3, vocab_size=VOCAB_SIZE, hidden_size=256, num_attention_heads=8
     )
@@ -41,7 +41,7 @@ def test_vllm_continues_as_the_original_does_in_transformers(tmp_path: Path):
     prompts, expected = greedy_in_transformers(original)
     with serve(exported, tmp_path / "server.log") as address:
         assert complete(address, prompts, NUM_NEW_TOKENS) == expected
-        # And the tokenizer came along: the same prompts, as texts.
+        # The exported tokenizer gives the same ids: the same prompts, as texts.
         assert complete(address, TEXTS, NUM_NEW_TOKENS) == expected
 
 
@@ -58,7 +58,7 @@ def aropd(*arguments: str | Path) -> None:
 
 
 def greedy_in_transformers(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """The token ids of TEXTS, and those that follow each."""
+    """Return the token ids of TEXTS, and the greedy tokens after each."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompts = AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"]
     following = []

@@ -1,4 +1,4 @@
-"""`aropd generate` with a real vLLM that it starts itself, from a run's checkpoint."""
+"""`aropd generate` with a real vLLM server that it starts, from a run's checkpoint."""
 
 import json
 import os
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.vllm
 
 
 @pytest.mark.timeout(900)
-def test_both_engines_give_the_teachers_greedy_responses(tmp_path):
+def test_generate_teacher_with_vllm_equals_native(tmp_path):
     path = write_run(tmp_path, training={"num_steps": 2, "global_batch_size": 4})
-    # Heads of 32 are the smallest that vLLM's attention on CPU takes.
+    # The smallest head size of vLLM's attention on CPU is 32.
     write_model(tmp_path / "model", hidden_size=256, num_attention_heads=8)
-    run_ranks(train_here, 2, path)
+    run_ranks(train_on_rank, 2, path)
     config = yaml.safe_load(path.read_text())
     config["rollout"]["vllm"] = {
         "python": os.environ["AROPD_VLLM_PYTHON"],
@@ -38,7 +38,7 @@ def test_both_engines_give_the_teachers_greedy_responses(tmp_path):
         assert line == other
 
 
-def train_here(path: Path) -> None:
+def train_on_rank(path: Path) -> None:
     from aropd_mcore.trainer.build import start_runtime
     from aropd_mcore.trainer.loop import train
 
@@ -48,7 +48,7 @@ def train_here(path: Path) -> None:
 
 def generate(folder: Path, engine: str) -> list[dict]:
     out = folder / f"{engine}.jsonl"
-    files = ["--checkpoint", folder / "out", "--prompts", folder / "rows.jsonl", "--output", out]
+    files = ["--model", folder / "out", "--prompts", folder / "rows.jsonl", "--out", out]
     options = ["--weights", "teacher", "--config", folder / "vllm.yaml", "--temperature", "0"]
     options += ["--max-response-tokens", "16", "--logprobs", "--engine", engine]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Weights from the trainer's GPU to a server's."""
+"""Transfer of weights from the trainer's GPU to a vLLM server's GPU by NCCL."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ from tests.support.tiny_runs import write_model, write_run
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_run_that_sends_its_weights(tmp_path: Path):
-    """Three steps; after each the server's log-probs are the trainer's, or the run stops."""
+def test_train_with_nccl_sync_completes(tmp_path: Path):
+    """The run stops if the server's log-probs differ from the trainer's after a step."""
     vllm = {"python": os.environ.get("AROPD_VLLM_PYTHON"), "devices": ["1"], "sync": "nccl"}
     path = write_run(
         tmp_path,
@@ -35,4 +35,4 @@ def test_a_run_that_sends_its_weights(tmp_path: Path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
-    assert not list((tmp_path / "out").glob("vllm-weights/*")), "no file was written"
+    assert not list((tmp_path / "out").glob("vllm-weights/*")), "expected no weight files"

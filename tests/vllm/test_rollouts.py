@@ -1,6 +1,6 @@
-"""A run with a real vLLM that it starts itself: weights, tokens, log-probs, and a kill.
+"""A run with a real vLLM server that it starts: weights, tokens, log-probs, and a killed server.
 
-One function on two tensor-parallel ranks, since a server takes a minute to start.
+All checks share one server, which takes a minute to start, and run on two tensor-parallel ranks.
 """
 
 import os
@@ -34,7 +34,7 @@ START_SECONDS = 300.0
 
 
 @pytest.mark.timeout(900)
-def test_a_run_with_vllm(tmp_path):
+def test_train_with_vllm_equals_native(tmp_path):
     vllm = {
         "python": os.environ["AROPD_VLLM_PYTHON"],
         "arguments": ["--enforce-eager"],
@@ -47,7 +47,7 @@ def test_a_run_with_vllm(tmp_path):
         training={"num_steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
         rollout={"temperature": 0, "max_response_tokens": 16, "batch_size": 3, "vllm": vllm},
     )
-    # Heads of 32 are the smallest that vLLM's attention on CPU takes.
+    # The smallest head size of vLLM's attention on CPU is 32.
     write_model(tmp_path / "model", hidden_size=256, num_attention_heads=8)
     run_ranks(check_run, 2, path, timeout=850)
 
@@ -71,7 +71,7 @@ def check_run(path: Path) -> None:
         losses = []
         for step in range(NUM_STEPS):
             check_same_as_native(config, run, step)
-            kill = killing_after_a_response(engine) if step == NUM_STEPS - 1 else ignore
+            kill = build_kill(engine) if step == NUM_STEPS - 1 else ignore
             result = train_step(run, step, on_progress=kill)
             losses.append(float(result.sums["loss"].sum()))
             assert all(r.weight_version == step for r in result.rollouts)
@@ -79,22 +79,20 @@ def check_run(path: Path) -> None:
         check_same_as_native(config, run, NUM_STEPS)
         if run.runtime.rank == 0:
             log = (config.output_dir / "vllm-0.log").read_text(errors="replace")
-            assert log.count("Started server process") == 2, "it was killed once"
-            check_key_is_asked_for(engine)
+            assert log.count("Started server process") == 2, "expected one restart"
+            check_key_is_required(engine)
 
-        # A bit of the export that changes on its way.
-        usual = vllm_api.Api.load_weights
+        # One bit of the exported file changes before the server loads it.
+        load_weights = vllm_api.Api.load_weights
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_api.Api, "load_weights", load_damaged(usual))
+            patch.setattr(vllm_api.Api, "load_weights", build_damaged_load(load_weights))
             engine.update_weights(NUM_STEPS)
-        with pytest.raises(
-            RolloutFailed, match=r"worker 0 of server 0 was given another \S+weight"
-        ):
+        with pytest.raises(RolloutFailed, match=r"worker 0 of server 0 loaded another \S+weight"):
             sample(engine, PROMPTS, SEEDS, GREEDY)
         engine.update_weights(NUM_STEPS)
         check_same_as_native(config, run, NUM_STEPS)
 
-        # A server that says it has loaded what it was given, and has not.
+        # The server reports success without having loaded the weights.
         rollout = engine._serving.rollout
         vllm = rollout.vllm.model_copy(update={"checksums": False})
         engine._serving = replace(
@@ -108,11 +106,11 @@ def check_run(path: Path) -> None:
         with pytest.raises(RolloutFailed, match="server 0 does not sample from the weights of"):
             train_step(run, NUM_STEPS + 1)
     finally:
-        processes = processes_of(engine)
+        processes = list_processes(engine)
         engine.close()
     deadline = time.monotonic() + 20
-    while left := [process for process in processes if is_alive(process)]:
-        assert time.monotonic() < deadline, left
+    while alive := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, alive
         time.sleep(0.1)
 
 
@@ -124,7 +122,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def check_same_as_native(config: Config, run: Any, version: int) -> None:
-    """Greedy tokens are the native engine's; sampled ones have the trainer's log-probs."""
+    """Compare greedy tokens with the native engine, and samples' log-probs with the trainer."""
     from aropd_mcore.data.tokenizer import eos_token_ids
     from aropd_mcore.mcore.logprobs import sequence_logprobs
     from aropd_mcore.rollout.native import NativeEngine
@@ -133,27 +131,27 @@ def check_same_as_native(config: Config, run: Any, version: int) -> None:
     ends = eos_token_ids(config.model.path, run.view_builder.tokenizer)
     native = NativeEngine(model, run.runtime, eos_token_ids=ends, batch_size=8)
     native.update_weights(version)
-    ours = sample(run.engine, PROMPTS, SEEDS, GREEDY)
-    theirs = sample(native, PROMPTS, SEEDS, GREEDY)
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.response_ids == their.response_ids and our.finished == their.finished
-        assert our.weight_version == their.weight_version == version
-        assert our.logprobs == pytest.approx(their.logprobs, abs=1e-3)
+    actual = sample(run.engine, PROMPTS, SEEDS, GREEDY)
+    expected = sample(native, PROMPTS, SEEDS, GREEDY)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.response_ids == b.response_ids and a.finished == b.finished
+        assert a.weight_version == b.weight_version == version
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
 
     sampled = sample(run.engine, PROMPTS, SEEDS, RANDOM)
     for prompt, rollout in zip(PROMPTS, sampled, strict=True):
         logprobs = sequence_logprobs(model, run.runtime, [*prompt, *rollout.response_ids])
-        ours = torch.tensor(rollout.logprobs)
-        torch.testing.assert_close(ours, logprobs[len(prompt) - 1 :], rtol=0, atol=1e-3)
-    # The same seeds, alone and in another order: the same responses.
+        actual_logprobs = torch.tensor(rollout.logprobs)
+        torch.testing.assert_close(actual_logprobs, logprobs[len(prompt) - 1 :], rtol=0, atol=1e-3)
+    # The same seeds in another order give the same responses.
     again = sample(run.engine, PROMPTS[::-1], SEEDS[::-1], RANDOM)[::-1]
     assert [r.response_ids for r in again] == [r.response_ids for r in sampled]
     other = sample(run.engine, PROMPTS, [seed + 1 for seed in SEEDS], RANDOM)
     assert [r.response_ids for r in other] != [r.response_ids for r in sampled]
 
 
-def killing_after_a_response(engine: Any) -> Progress:
-    """SIGKILL to the server, once, while it has others of a batch in flight, and more wait."""
+def build_kill(engine: Any) -> Progress:
+    """Build a callback that kills the server once, while requests are in flight and others wait."""
     killed = []
 
     def on_progress(num_done: int, num_all: int) -> None:
@@ -166,15 +164,15 @@ def killing_after_a_response(engine: Any) -> Progress:
     return on_progress
 
 
-def processes_of(engine: Any) -> list[psutil.Process]:
+def list_processes(engine: Any) -> list[psutil.Process]:
     if engine._servers is None:
         return []
     watchdog = psutil.Process(engine._servers.servers[0].process._process.pid)
     return [watchdog, *watchdog.children(recursive=True)]
 
 
-def load_damaged(usual: Any) -> Any:
-    """A method that changes the last bit of the exported file, and then loads it as usual."""
+def build_damaged_load(load_weights: Any) -> Any:
+    """Build a method that changes the last bit of the exported file before load_weights."""
 
     async def load(self: vllm_api.Api, folder: Path) -> None:
         with (folder / "model.safetensors").open("r+b") as file:
@@ -182,7 +180,7 @@ def load_damaged(usual: Any) -> Any:
             last = file.read(1)[0]
             file.seek(-1, os.SEEK_END)
             file.write(bytes([last ^ 1]))
-        await usual(self, folder)
+        await load_weights(self, folder)
 
     return load
 
@@ -191,8 +189,8 @@ async def load_nothing(self: vllm_api.Api, folder: Path) -> None:
     pass
 
 
-def check_key_is_asked_for(engine: Any) -> None:
-    """At every endpoint, those of the development mode among them."""
+def check_key_is_required(engine: Any) -> None:
+    """Check that every endpoint requires the key, also those of vLLM's development mode."""
     server = engine._servers.servers[0]
     with httpx.Client(trust_env=False, base_url=server.url) as http:
         call = {"method": "reload_weights"}

@@ -2,8 +2,8 @@
 
     python tools/benchmarks/convert.py --scratch /large/disk [--json FILE]
 
-Each measurement is a separate process and ends with `sync`. The three kinds take turns, so that
-all see the same load of the machine. Peak memory is the kernel's figure for the process.
+Each measurement is a separate process and ends with `sync`. The three kinds take turns: all run
+under the same load of the machine. Peak memory is the kernel's figure for the process.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--scratch", type=Path, required=True, help="folder on the disk to measure")
     parser.add_argument(
-        "--shape", choices=SHAPES, default="qwen3-4b", help="(default: %(default)s)"
+        "--shape", choices=SHAPES, default="qwen3-4b", help="model (default: %(default)s)"
     )
     parser.add_argument(
         "--repeats", type=int, default=3, help="measurements per kind (default: %(default)s)"
@@ -127,7 +127,7 @@ def write_random_model(folder: Path, config: dict) -> tuple[int, int]:
     shapes = read_architecture(folder).hf_shapes
     dtype = getattr(torch, config["torch_dtype"])
     infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
-    noise = torch.randn(2**24 + 1).to(dtype)  # an odd length, so that rows differ
+    noise = torch.randn(2**24 + 1).to(dtype)  # odd length: rows differ
     with SafetensorsWriter(folder, infos) as writer:
         for name, shape in shapes.items():
             count = torch.Size(shape).numel()

@@ -2,9 +2,9 @@
 
     python tools/benchmarks/loss.py --out DIR [--tokens 1024 4096] [--tp 2] [--divergence jsd]
 
-All methods take turns within each repetition. A copy and the matrix products alone run in the same
-turns, to measure the machine's speed. README.md describes the measurements. The results are in
-DIR/loss.json and DIR/loss.png.
+All methods take turns within each repetition. A copy, and the matrix products without the loss, run
+in the same turns to measure the machine's speed. docs/benchmarks.md describes the measurements. The
+results are in DIR/loss.json and DIR/loss.png.
 """
 
 import argparse
@@ -84,12 +84,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             metavar=letter,
             help=f"one or more sizes (default: {defaults})",
         )
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: cpu fp32, cuda bf16)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype (default: cpu fp32, cuda bf16)")
     parser.add_argument(
         "--divergence",
         choices=get_args(Divergence),
         default="kl_target_student",
-        help="(default: %(default)s)",
+        help="divergence of the loss (default: %(default)s)",
     )
     parser.add_argument(
         "--tp",
@@ -99,9 +99,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="further tensor-parallel sizes, on CPU processes that share the cores (default: none)",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument(
-        "--device", choices=list(DEFAULTS), help="(default: cuda if available, else cpu)"
+        "--repeats", type=int, default=7, help="number of repetitions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=list(DEFAULTS), help="device (default: cuda if available, else cpu)"
     )
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(point: Point, tps: list[int], repeats: int, threads: int) -> list[dict[str, Any]]:
-    """Measure every method at `point`, and this package's methods on each number of ranks."""
+    """Measure all methods at `point`, and this package's methods at each tensor-parallel size."""
     every: list[tuple[Form, str]] = []
     ours: list[tuple[Form, str]] = []
     for form in FORMS:

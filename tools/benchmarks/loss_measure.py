@@ -129,7 +129,7 @@ def measure_times(job: Job, tp_group) -> dict[str, Any]:
             runs.append((run, machine[name]))
             run()
     for repeat in range(job.repeats):
-        start = repeat * 3 % len(runs)  # so that the order of the methods varies
+        start = repeat * 3 % len(runs)  # varies the order of the methods
         for run, seconds in runs[start:] + runs[:start]:
             seconds.append(timed(run, tp_group, point.device))
     return {"rows": rows, "machine": machine}

@@ -108,7 +108,7 @@ def make_inputs(form: Form, point: Point, tp_group=None) -> Inputs:
     rank, size = (tp_group.rank(), tp_group.size()) if tp_group is not None else (0, 1)
     dtype = DTYPES[point.dtype]
     student_TH, partial_TH, full_TH = (x.to(dtype) for x in (student_TH, partial_TH, full_TH))
-    # Clones, so that the whole matrices are freed if this rank holds only a part of them.
+    # Cloned: the whole matrices are freed if this rank holds only a part of them.
     student_VH, teacher_VH = (
         x.chunk(size)[rank].to(dtype, copy=True) for x in (student_VH, teacher_VH)
     )
@@ -328,7 +328,7 @@ def matmul_flops(form: Form, method: Method, point: Point) -> int:
 def our_traffic(form: Form, method: Method, point: Point) -> int:
     """Count the bytes that a rank has to read and write, if no block of logits stays in a cache.
 
-    README.md describes the count.
+    docs/benchmarks.md describes the count.
     """
     logit, columns = DTYPES[point.dtype].itemsize, point.vocab // point.tp
     passes = 10 + 3 * (point.divergence == "jsd") + 2 * (method.name == EVERYTHING)

@@ -96,12 +96,12 @@ def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    alone = [point for point in points if point["tp"] == 1]
+    single = [point for point in points if point["tp"] == 1]
     figure, axes = pyplot.subplots(2, len(FORMS), figsize=(12, 7), squeeze=False)
-    several = len({point["tokens"] for point in alone}) > 1
+    several = len({point["tokens"] for point in single}) > 1
     for column, form in enumerate(FORMS):
         for quantity, axis in zip(("time", "memory"), axes[:, column], strict=True):
-            (_draw_sweep if several else _draw_bars)(axis, alone, form, quantity)
+            (_draw_sweep if several else _draw_bars)(axis, single, form, quantity)
             axis.set_title(f"{quantity}, {TITLES[form]}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

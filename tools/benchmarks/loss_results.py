@@ -41,17 +41,17 @@ def machine_rates(point: Point, seconds: dict[str, list[float]]) -> dict[str, An
     }
 
 
-def add_ratios(result: Result, alone: Result) -> None:
-    """Add ratios to the rows of `result`: to the dense formula and the floors of `alone`, tp 1."""
+def add_ratios(result: Result, single: Result) -> None:
+    """Add ratios to the rows of `result`: to the dense formula, and to the floors in `single`."""
     for row in result["rows"]:
         if row["missing"]:
             continue
         row["median"] = statistics.median(row["seconds"])
-        dense = find_row(alone, row["form"], DENSE)
+        dense = find_row(single, row["form"], DENSE)
         if not dense["missing"]:
             row["time_to_dense"] = row["median"] / dense["median"]
             row["memory_to_dense"] = row["peak_bytes"] / dense["peak_bytes"]
-        row["time_to_floor"] = row["median"] / alone["floors"][row["form"]]
+        row["time_to_floor"] = row["median"] / single["floors"][row["form"]]
 
 
 def find_row(result: Result, form: str, method: str) -> dict[str, Any]:

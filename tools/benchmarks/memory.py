@@ -101,9 +101,13 @@ if ON_GPU:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare measured and planned peak memory.")
     parser.add_argument(
-        "--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="(default: all)"
+        "--layout",
+        nargs="+",
+        choices=LAYOUTS,
+        default=list(LAYOUTS),
+        help="layouts to measure (default: all)",
     )
-    parser.add_argument("--phases", action="store_true", help="report each phase, too")
+    parser.add_argument("--phases", action="store_true", help="also report each phase")
     parser.add_argument("--json", type=Path, help="file for the figures (default: none)")
     args = parser.parse_args(argv)
     print(f"{'layout':28}{'stage':>6}{'phase':>10}{'measured':>11}{'planned':>10}{'ratio':>8}")
@@ -125,7 +129,7 @@ def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict
     """Measure and plan the bytes of a layout.
 
     Args:
-        phases: whether to return each phase, too.
+        phases: whether to also return each phase.
         responses: number of responses per step; fewer take less time.
     Returns:
         One row per pipeline stage, of the rank with the most memory.

@@ -2,10 +2,14 @@
 
     python tools/benchmarks/rollout.py [--tensor N --pipeline N] [--model HF_CONFIG] [--repeats 5]
 
-It is compared with a loop that reads the whole prefix for every token, between numbers of new
-tokens, and with finished rows replaced against separate batches. A random model decodes greedily,
-on a GPU in bf16. Start one process, or several ranks with torchrun. Methods take turns within each
-repetition, and times are medians.
+Three comparisons:
+
+- the engine with a loop that reads the whole prefix for every token;
+- different numbers of new tokens;
+- replacement of finished rows with separate batches.
+
+A random model decodes greedily, on a GPU in bf16. Start one process, or several ranks with
+torchrun. Methods take turns within each repetition. Times are medians.
 """
 
 import argparse
@@ -59,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", type=Path, help="HF config.json of the model (default: a small model)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="number of repetitions (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     hf = json.loads(args.model.read_text()) if args.model else MODEL
     runtime = mcore_runtime.start(tensor=args.tensor, pipeline=args.pipeline)

@@ -2,7 +2,7 @@
 
     python tools/benchmarks/save.py [--repeats N] [--steps N] [--layers N] [--folder FOLDER]
 
-README.md describes the measurement.
+docs/benchmarks.md describes the measurement.
 """
 
 import argparse
@@ -35,11 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="number of repetitions (default: %(default)s)"
+    )
     parser.add_argument(
         "--steps", type=int, default=8, help="steps from save to save (default: %(default)s)"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="number of ranks (default: %(default)s)"
+    )
     parser.add_argument(
         "--folder", type=Path, help="folder to write to (default: a temporary folder)"
     )

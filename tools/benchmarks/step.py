@@ -4,7 +4,7 @@
 
 A run's YAML gives the sizes: layout, batch, the model's config.json, prompts of
 views.max_prompt_tokens and responses of rollout.max_response_tokens. Weights are random. Without a
-YAML, a small model runs that fits two CPU cores. README.md describes the measurements.
+YAML, a small model runs that fits two CPU cores. docs/benchmarks.md describes the measurements.
 
     steps    seconds and peak memory by phase: AR-OPD, Full OPD of one view and SFT; and AR-OPD with
              2 and 4 times the response tokens or the microbatches
@@ -99,7 +99,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("run", nargs="*", help="YAML of a run, and overrides as in aropd train")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="parts to measure (default: all)",
     )
     parser.add_argument(
         "--nproc-per-node",
@@ -149,7 +153,7 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 def build_rows(config: Config) -> dict[str, Config]:
     """Return all measured runs by name. The others are compared with the first."""
-    rows = {name: changed(config, objective=of) for name, of in METHODS.items()}
+    rows = {name: changed(config, objective=objective) for name, objective in METHODS.items()}
     base = next(iter(rows.values()))
     for factor in FACTORS[1:]:
         response = {"max_response_tokens": factor * config.rollout.max_response_tokens}
@@ -227,7 +231,7 @@ def measure_forward(config: Config, hf: Mapping[str, Any]) -> dict[str, dict[str
     """Count FLOPs of one sample on one rank, executed and planned, by part and kind."""
     objective = {"name": "aropd", "skip_response_tokens": 0}
     one_sample = {"global_batch_size": 1, "micro_batch_size": 1, "recompute": "none"}
-    alone = changed(
+    single = changed(
         config,
         objective=objective,
         training=one_sample | {"packing": False, "max_tokens_per_microbatch": None},
@@ -235,7 +239,7 @@ def measure_forward(config: Config, hf: Mapping[str, Any]) -> dict[str, dict[str
         parallel={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "expert": 1}
         | {"sequence": False},
     )
-    (executed,) = _job(count_flops, 1, alone, hf)
+    (executed,) = _job(count_flops, 1, single, hf)
     architecture = read_architecture(hf)
     planned: dict[str, dict[str, int]] = {}
     for view, prompt in PROMPTS.items():
@@ -290,7 +294,7 @@ def _bubbles(
     ranks = _job(measure_bubble, pipeline, configs, hf, stage_seconds, args.repeats)
     for number, stages in zip(MICROBATCHES, zip(*ranks, strict=True), strict=True):
         rounds = zip(*(stage["idle"] for stage in stages), strict=True)
-        idle = [statistics.mean(of_stages) for of_stages in rounds]
+        idle = [statistics.mean(shares) for shares in rounds]
         yield {
             "pipeline": pipeline,
             "microbatches": number,

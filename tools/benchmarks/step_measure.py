@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from aropd_mcore.config import Config
 
 PROMPTS = {"student": 256, "partial": 384, "full": 512}
-"""Tokens of the prompts in the count of FLOPs."""
+"""Number of prompt tokens by view in the count of FLOPs."""
 RESPONSE = 256
-"""Tokens of the response in the count of FLOPs."""
+"""Number of response tokens in the count of FLOPs."""
 
 
 def measure_seconds(
@@ -202,7 +202,7 @@ def _by_kind(counter: FlopCounterMode) -> dict[str, int]:
 
 
 def _random_responses(run: Any, config: Config) -> Any:
-    """A step's StepRollouts, whose responses are random and not sampled."""
+    """Return a step's StepRollouts with random responses."""
     from aropd_mcore.rollout.sources import OracleTraces, StepPrompts
 
     prompts = StepPrompts(config, run.runtime, run.dataset, run.view_builder)

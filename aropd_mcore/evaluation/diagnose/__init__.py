@@ -1,1 +1,1 @@
-"""`aropd diagnose`: its request (spec), the scoring (score), and its JSON (summary)."""
+"""`aropd diagnose`: its validated request (spec), the scoring (score) and the JSON (summary)."""

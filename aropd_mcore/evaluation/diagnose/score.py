@@ -1,4 +1,4 @@
-"""`aropd diagnose`: rows -> responses -> scores under the three views -> a diagnosis."""
+"""`aropd diagnose`: sample responses to rows, score them under three views, write a diagnosis."""
 
 import json
 import shutil
@@ -30,21 +30,21 @@ from aropd_mcore.rollout.lines_file import partial_folder
 from aropd_mcore.types import Microbatch, Rollout, Sample
 
 NUM_TOP = 5
-"""Likeliest tokens of each distribution that the reader shows."""
+"""Number of likeliest tokens of each distribution that the reader shows."""
 _MICRO_BATCH_SIZE = 8
-"""Responses that are scored together."""
+"""Number of responses that are scored together."""
 
 
 def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
-    """Sample, score, and write job.output and the plots beside it.
+    """Sample and score responses, and write the diagnosis to spec.output with plots next to it.
 
-    Every response has the seed that `aropd generate` gives it, and the numbers are the same up to
-    rounding whatever the layout.
+    Every response has the same seed as in `aropd generate`. The numbers do not depend on the
+    layout, except for rounding.
 
     Raises:
         RolloutFailed: see RolloutEngine.
-        ValueError: no response has a token that the loss counts. It is raised on every rank.
-    Collectives: the engine's and the models'; gathers over the job. Every rank must call.
+        ValueError: no response has a loss token. It is raised on every rank.
+    Collectives: those of the engine and the models, and gathers over the job. Every rank must call.
     """
     spec = request.spec
     tokenizer = load_tokenizer(spec.source.hf_folder)
@@ -64,12 +64,12 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
     )
     scored: list[Scored] = []
     with sampling as engine:
-        for keys in _pieces(request, runtime):
-            scored += _score_piece(request, runtime, engine, student, teacher, keys)
+        for keys in _chunks(request, runtime):
+            scored += _score_chunk(request, runtime, engine, student, teacher, keys)
             console.print(f"responses {len(scored)}/{len(request.keys)}")
 
     def write() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)  # logs of servers
+        shutil.rmtree(scratch, ignore_errors=True)  # it has the logs of servers
         diagnosis = {
             "model": _model(request),
             "data": _data(request),
@@ -91,19 +91,19 @@ def _teacher(request: DiagnosisSpec, runtime: Runtime, student: StageModel) -> T
     if not request.has_own_teacher:
         return Teacher(TeacherConfig(kind="live"), runtime, student=student, model=None)
     spec = request.spec
-    source = open_source(spec.source.path, who="teacher", hf=spec.source.hf_folder)
+    source = open_source(spec.source.path, role="teacher", hf=spec.source.hf_folder)
     model = load_generation_model(spec, runtime, source)
     return Teacher(TeacherConfig(kind="frozen"), runtime, student=student, model=model)
 
 
-def _pieces(request: DiagnosisSpec, runtime: Runtime) -> Iterator[list[ResponseKey]]:
-    """Whose hidden states exist at the same time."""
-    keys, num_at_once = request.keys, 2 * request.spec.rollout.batch_size * runtime.dp_size
-    for first in range(0, len(keys), num_at_once):
-        yield keys[first : first + num_at_once]
+def _chunks(request: DiagnosisSpec, runtime: Runtime) -> Iterator[list[ResponseKey]]:
+    """Split the responses into chunks. Hidden states exist for one chunk at a time."""
+    keys, chunk_size = request.keys, 2 * request.spec.rollout.batch_size * runtime.dp_size
+    for first in range(0, len(keys), chunk_size):
+        yield keys[first : first + chunk_size]
 
 
-def _score_piece(
+def _score_chunk(
     request: DiagnosisSpec,
     runtime: Runtime,
     engine: RolloutEngine,
@@ -111,9 +111,10 @@ def _score_piece(
     teacher: Teacher,
     keys: Sequence[ResponseKey],
 ) -> list[Scored]:
-    """Responses with their scores, in the order of `keys`, on the first rank; elsewhere a part.
+    """Sample and score the responses of `keys`, which are dealt out to the model replicas in turn.
 
-    Model replicas take turns at the responses: the same ones whatever their number.
+    Returns:
+        The scored responses in the order of `keys` on rank 0. An empty list on other ranks.
     """
     spec = request.spec
     share = keys[runtime.dp_rank :: runtime.dp_size]
@@ -124,9 +125,10 @@ def _score_piece(
     )
     rollouts = engine.submit(batch).result()
     groups = consecutive(len(share), _MICRO_BATCH_SIZE)
-    # As many as the replica with most has: those that share experts go through them together.
-    most = -(-len(keys) // runtime.dp_size)
-    groups += [[]] * (-(-most // _MICRO_BATCH_SIZE) - len(groups))
+    # Pad to the number of groups of the largest share: replicas that share experts must run the
+    # same number of microbatches.
+    largest_share = -(-len(keys) // runtime.dp_size)
+    groups += [[]] * (-(-largest_share // _MICRO_BATCH_SIZE) - len(groups))
     microbatches = _microbatches(request, runtime, share, rollouts, groups)
     is_read = [row * spec.rollout.rollouts_per_prompt + s < request.num_read for row, s in share]
     num_top = min(NUM_TOP, student.vocab_size)
@@ -138,14 +140,14 @@ def _score_piece(
         request.objective,
         runtime,
     )
-    mine = []
+    local = []
     if runtime.is_last_stage and runtime.tp_rank == 0:
-        for group, scores_of_group in zip(groups, scores, strict=True):
-            mine += _scored(group, share, rollouts, is_read, scores_of_group)
+        for group, group_scores in zip(groups, scores, strict=True):
+            local += _split_scores(group, share, rollouts, is_read, group_scores)
     gathered: list[list[Scored]] = [[] for _ in range(runtime.world_size)]
-    dist.gather_object(mine, gathered if runtime.rank == 0 else None, dst=0)
-    found = {(one.row, one.sample): one for part in gathered for one in part}
-    return [found[key] for key in keys if key in found]
+    dist.gather_object(local, gathered if runtime.rank == 0 else None, dst=0)
+    by_key = {(one.row, one.sample): one for part in gathered for one in part}
+    return [by_key[key] for key in keys if key in by_key]
 
 
 def _microbatches(
@@ -169,30 +171,30 @@ def _microbatches(
     return [microbatch.to(runtime.device) for microbatch in microbatches]
 
 
-def _scored(
+def _split_scores(
     group: Sequence[int],
     share: Sequence[ResponseKey],
     rollouts: Sequence[Rollout],
     is_read: Sequence[bool],
     scores: Scores,
 ) -> Iterator[Scored]:
-    """Each response of a microbatch with its part of the scores."""
+    """Yield each response of a microbatch with its part of the scores."""
     lengths = [len(rollouts[index].response_ids) for index in group]
     parts = {name: tensor.cpu().split(lengths) for name, tensor in scores.items() if group}
     for number, index in enumerate(group):
-        own = {
+        response_scores = {
             name: tensors[number].numpy()
             for name, tensors in parts.items()
             if is_read[index] or not name.startswith("top_")
         }
-        yield Scored(*share[index], rollouts[index], own)
+        yield Scored(*share[index], rollouts[index], response_scores)
 
 
 def _model(request: DiagnosisSpec) -> dict[str, Any]:
     spec = request.spec
     return {
         "path": str(spec.source.path),
-        "weights": spec.who,
+        "weights": spec.role,
         "step": spec.weight_version,
         "teacher": "own" if request.has_own_teacher else "the model itself",
         "dtype": spec.dtype,
@@ -228,7 +230,7 @@ def _headline(request: DiagnosisSpec, runtime: Runtime) -> str:
     dtype = str(runtime.dtype(spec.dtype)).removeprefix("torch.")
     teacher = "its own teacher" if request.has_own_teacher else "itself as the teacher"
     return (
-        f"{spec.source.path} ({spec.who}) with {teacher}, in {dtype} on {runtime.device.type}, "
+        f"{spec.source.path} ({spec.role}) with {teacher}, in {dtype} on {runtime.device.type}, "
         f"{describe(spec.parallel, runtime.dp_size)}\n"
         f"{len(request.views)} rows, {spec.rollout.rollouts_per_prompt} samples each, engine "
         f"{spec.rollout.engine}, seed {spec.seed}"

@@ -1,4 +1,4 @@
-"""What `aropd diagnose` is asked for, checked before a process of the job starts; no Megatron."""
+"""Validated request of `aropd diagnose`, built before the job's processes start. No Megatron."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,19 +20,20 @@ from aropd_mcore.rollout.generation_spec import (
 from aropd_mcore.types import Views
 
 ResponseKey = tuple[int, int]
-"""A row and the number of its sample."""
+"""Numbers of a row and of one of its samples."""
 
 
 @dataclass(frozen=True)
 class DiagnosisSpec:
-    """A model, rows with their views, and the file for what comes of them."""
+    """A model, rows with their views, and the output file."""
 
     spec: GenerationSpec
-    """Which makes the responses; its output is the JSON file."""
+    """Spec of the responses. Its `output` is the JSON file of the diagnosis."""
     views: tuple[Views, ...]
-    """Of each row."""
+    """Views of each row."""
     objective: ObjectiveConfig
     num_read: int
+    """Number of responses that the JSON contains token by token, for the reader."""
 
     @property
     def keys(self) -> list[ResponseKey]:
@@ -43,7 +44,9 @@ class DiagnosisSpec:
     def has_own_teacher(self) -> bool:
         source = self.spec.source
         return (
-            self.spec.who == "student" and isinstance(source, MegatronSource) and source.has_teacher
+            self.spec.role == "student"
+            and isinstance(source, MegatronSource)
+            and source.has_teacher
         )
 
 
@@ -58,38 +61,42 @@ def build_diagnosis_spec(
     rollout: Mapping[str, Any],
     **spec: Any,
 ) -> DiagnosisSpec:
-    """Open the checkpoint, by its headers alone, read the rows, and check what is asked of both.
+    """Open the checkpoint (headers only), read the rows, and check the arguments.
 
     Args:
         model: see open_source.
-        data: JSONL or Parquet of rows.
-        out: folder; None: `diagnose` in the folder of the run that the checkpoint is of.
-        config, rollout, spec: as in rollout.generation_spec.build_generation_spec. A
-            max_response_tokens of None is the run's.
+        data: JSONL or Parquet file of rows.
+        out: output folder. None: `diagnose` in the folder of the checkpoint's run.
+        num_rows: number of rows to read from `data`.
+        num_read: number of responses for the reader.
+        config, rollout, spec: see rollout.generation_spec.build_generation_spec. If
+            max_response_tokens is None, the run's value is used.
     Raises:
-        ValueError: what cannot be used, and why.
+        ValueError: an argument cannot be used. The message states the reason.
     """
     settings = load_config(config) if config else _config_of(model, spec.get("hf"))
     sampling = dict(rollout)
     if sampling.get("max_response_tokens") is None:
-        known = settings.rollout if settings else RolloutConfig()
-        sampling["max_response_tokens"] = known.max_response_tokens
-    made = build_generation_spec(model, data, Path(), config=config, rollout=sampling, **spec)
-    folder = out or _default_folder(made)
+        defaults = settings.rollout if settings else RolloutConfig()
+        sampling["max_response_tokens"] = defaults.max_response_tokens
+    generation = build_generation_spec(model, data, Path(), config=config, rollout=sampling, **spec)
+    folder = out or _default_folder(generation)
     objective = settings.objective if settings else ObjectiveConfig()
-    tokenizer = load_tokenizer(made.source.hf_folder)
-    vocab_size = made.source.architecture.vocab_size
-    builder = ViewBuilder(tokenizer, made.views, vocab_size=vocab_size)
+    tokenizer = load_tokenizer(generation.source.hf_folder)
+    vocab_size = generation.source.architecture.vocab_size
+    builder = ViewBuilder(tokenizer, generation.views, vocab_size=vocab_size)
     views = tuple(builder.build(row) for row in RowDataset.load([data])[:num_rows])
     longest = max(len(ids) for v in views for ids in (v.student_ids, v.partial_ids, v.full_ids))
-    if longest > made.max_prompt_tokens:
+    if longest > generation.max_prompt_tokens:
         raise ConfigError(
-            f"{data}: a privileged view has {longest} tokens, and with max_response_tokens "
-            f"{made.rollout.max_response_tokens} exceeds the model's "
-            f"{made.source.architecture.max_position_embeddings} positions; lower "
+            f"{data}: a view of {longest} tokens and a response of max_response_tokens "
+            f"{generation.rollout.max_response_tokens} exceed the model's "
+            f"{generation.source.architecture.max_position_embeddings} positions: lower "
             "--max-response-tokens, or views.max_prompt_tokens in --config"
         )
-    return DiagnosisSpec(replace(made, output=folder / _name(made)), views, objective, num_read)
+    return DiagnosisSpec(
+        replace(generation, output=folder / _name(generation)), views, objective, num_read
+    )
 
 
 def _config_of(model: Path, hf: Path | None) -> Config | None:
@@ -99,13 +106,13 @@ def _config_of(model: Path, hf: Path | None) -> Config | None:
 def _default_folder(spec: GenerationSpec) -> Path:
     run = run_folder(spec.source)
     if run is None:
-        raise ConfigError(f"{spec.source.path}: not a run's checkpoint; give --out")
+        raise ConfigError(f"{spec.source.path}: not a run's checkpoint: specify --out")
     return run / "diagnose"
 
 
 def _name(spec: GenerationSpec) -> str:
     parts = [spec.prompts.name.partition(".")[0]]
-    if spec.who == "teacher":
+    if spec.role == "teacher":
         parts.append("teacher")
     if spec.weight_version is not None:
         parts.append(f"step{spec.weight_version}")

@@ -1,29 +1,30 @@
-"""Scored responses -> a diagnosis, as JSON holds it. SCHEMA counts its changes.
+"""Diagnosis of scored responses, in the form of its JSON file.
 
-    schema        "aropd-diagnosis/2"
+    schema        "aropd-diagnosis/2". It changes with the format
     model         path, weights (student or teacher), step, teacher, dtype
-    data          path, rows, samples (of a row)
+    data          path, rows, samples (per row)
     settings      lambda, clip, thresholds, views and sampling, by their names in a run's config
-    metrics       METHOD section 7 by its names, over the loss tokens, with `NAME/BUCKET`; the
-                  support gaps (numerics/token_diagnostics.py); and of the responses: lengths,
+    metrics       metrics of METHOD section 7 over the loss tokens, also by position (NAME/BUCKET).
+                  Support gaps (numerics/token_diagnostics.py). Metrics of the responses: lengths,
                   truncation_rate, premature_answer_rate, ends_with_answer_rate
     residual      log f - log p of the sampled loss tokens: mean, quantiles, and a histogram whose
-                  first and last bin have no end
-    hindsight     gaps, floors, and the rate at [gap][floor]: the thresholds swept
-    tenths        metrics by the tenth of its response that a token is in, and num_tokens
-    reliability   by tokens of the oracle trace that the full view shows: see `_reliability`
-    response_ends numbers of responses that ended by themselves (finished) or were cut at the limit
-                  (cut), and eos_prob: the mean probability of the EOS at the end of the finished
-                  ones under each distribution (student, partial, full, target)
-    predictors    AUC of the teacher's signals for a right response: see predictors.py
-    vocabulary    token id -> text, of those in `rollouts`
-    rollouts      the reader's: row, sample, question, answer, prompt, text, finished, premature,
-                  ends_with_answer, num_skipped (tokens that the loss leaves out), and a list a
-                  token: ids, residual, hindsight (true or false), each distribution's log-prob
-                  (student, partial, full, target), top: [[id, probability under student, partial,
-                  full, target], ...], the likeliest of any of them, likeliest first
+                  first and last bins are unbounded
+    hindsight     hindsight token rate by thresholds: gaps, floors, and rates[gap][floor]
+    tenths        metrics by the tenth of the response that contains the token, and num_tokens
+    reliability   by the number of tokens that the full view shows: see `_reliability`
+    response_ends number of responses that ended by themselves (finished) or at the limit (cut).
+                  eos_prob: mean probability of the EOS token at the end of the finished responses,
+                  under each distribution (student, partial, full, target)
+    predictors    AUC of the teacher's signals as predictors of a right response (predictors.py)
+    vocabulary    token id -> text, for the tokens in `rollouts`
+    rollouts      responses for the reader. Each has row, sample, question, answer, prompt, text,
+                  finished, premature, ends_with_answer, num_skipped (first tokens that are not in
+                  the loss), and these lists with one item per token: ids, residual, hindsight (true
+                  or false), the log-probability under student, partial, full and target, and top:
+                  [[id, probability under student, partial, full, target], ...], the likeliest
+                  tokens of any distribution, likeliest first
 
-Log-probs in nats. A number that does not exist is null.
+Log-probabilities are in nats. A number that does not exist is null.
 """
 
 import math
@@ -51,27 +52,28 @@ if TYPE_CHECKING:
 
 SCHEMA = "aropd-diagnosis/2"
 GAPS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
-"""Tau, nats, that the hindsight rate is swept over."""
+"""Values of tau in nats for the hindsight token rate by thresholds."""
 FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Epsilon."""
+"""Values of epsilon for the hindsight token rate by thresholds."""
 _EDGES = tuple(x / 2 for x in range(-10, 11))
-"""Of the residual's histogram, nats."""
+"""Bin edges of the residual's histogram in nats."""
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _NUM_BUCKETS = 4
-"""Of lengths of the privileged context."""
+"""Number of buckets of privileged context lengths."""
 _MIN_PROBABILITY = 5e-4
-"""Tokens that no distribution gives as much are not among the reader's."""
+"""The reader shows a candidate token if any distribution gives it this probability."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A response, and each of its tokens' scores."""
+    """A response and the scores of its tokens."""
 
     row: int
     sample: int
     rollout: Rollout
     scores: Mapping[str, np.ndarray]
-    """Scores of `numerics.token_diagnostics`; with the likeliest tokens where they are read."""
+    """Scores of `numerics.token_diagnostics`. Responses for the reader have the likeliest tokens,
+    too."""
 
 
 def summarize(
@@ -80,17 +82,17 @@ def summarize(
     tokenizer: "PreTrainedTokenizerBase",
     objective: ObjectiveConfig,
 ) -> dict[str, Any]:
-    """The diagnosis, without `predictors` and what was asked for: model, data and settings.
+    """Compute the diagnosis, except for `model`, `data`, `settings` and `predictors`.
 
     Raises:
-        ValueError: no response reaches a token that the loss counts.
+        ValueError: no response has a loss token.
     """
     skip = objective.skip_response_tokens
     lengths = [len(one.rollout.response_ids) for one in scored]
     offset_T = torch.cat([torch.arange(skip, max(length, skip)) for length in lengths])
     if not len(offset_T):
         raise ValueError(
-            f"no response has more than objective.skip_response_tokens {skip} tokens; the longest "
+            f"no response has more than objective.skip_response_tokens {skip} tokens: the longest "
             f"has {max(lengths)}"
         )
     tokens = {
@@ -101,13 +103,13 @@ def summarize(
     tokens["hindsight_token_rate"] = _hindsight(tokens, objective)
     logprobs = {name: tokens.pop(f"logprob_{name}") for name in DISTRIBUTIONS}
     residual_T = logprobs["full"] - logprobs["partial"]
-    right = [_ends_right(one, views, tokenizer) for one in scored]
+    right = [_ends_with_gold(one, views, tokenizer) for one in scored]
     metrics = token_metrics(sum_by_position(tokens, offset_T))
     return {
         "schema": SCHEMA,
-        "metrics": metrics | _of_responses(scored, views, tokenizer, right),
+        "metrics": metrics | _response_metrics(scored, views, tokenizer, right),
         "residual": _residual(residual_T),
-        "hindsight": _swept(logprobs),
+        "hindsight": _sweep_thresholds(logprobs),
         "tenths": _tenths(tokens, offset_T, lengths, skip),
         "reliability": list(_reliability(scored, views, right, skip)),
         "response_ends": _response_ends(scored),
@@ -121,11 +123,13 @@ def _hindsight(scores: Mapping[str, Any], objective: ObjectiveConfig) -> Tensor:
     return hindsight_tokens(full_T, partial_T, gap=gap, floor=floor)
 
 
-def _ends_right(one: Scored, views: Sequence[Views], tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _ends_with_gold(
+    one: Scored, views: Sequence[Views], tokenizer: "PreTrainedTokenizerBase"
+) -> bool:
     return ends_with_answer(tokenizer, one.rollout.response_ids, views[one.row].row.answer)
 
 
-def _of_responses(
+def _response_metrics(
     scored: Sequence[Scored],
     views: Sequence[Views],
     tokenizer: "PreTrainedTokenizerBase",
@@ -161,7 +165,7 @@ def _residual(residual_T: Tensor) -> dict[str, Any]:
     }
 
 
-def _swept(logprobs: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sweep_thresholds(logprobs: Mapping[str, Tensor]) -> dict[str, Any]:
     def rate(gap: float, floor: float) -> float:
         found_T = hindsight_tokens(logprobs["full"], logprobs["partial"], gap=gap, floor=floor)
         return float(found_T.double().mean())
@@ -187,21 +191,27 @@ def _tenths(
 def _reliability(
     scored: Sequence[Scored], views: Sequence[Views], right: Sequence[bool], skip: int
 ) -> Iterator[dict[str, Any]]:
-    """How far the full view's teacher can be trusted, by how much it is shown.
+    """Measure the reliability of the full view's teacher by the length of its privileged context.
 
-    Of each quarter of the responses, by tokens that the full view's prompt has beyond the
-    student's: their number; the share that ends with the answer; means over loss tokens of
-    KL(f || p), f's entropy and what f holds for likelier than the student does
-    (log f - log s); and `prefers_right`: how often, of a response that ends with the answer and
-    one that does not, the teacher's preference (the mean of log f - log s) is higher for the first;
-    0.5 is chance, null where there is no such pair.
+    The responses are split into quarters by the number of tokens that the full view's prompt has
+    beyond the student's. Each quarter has:
+
+        tokens_from, tokens_to  range of this number
+        responses               number of responses
+        ends_with_answer        share of responses that end with the answer
+        prefers_right           probability that a response that ends with the answer has a higher
+                                mean of log f - log s than one that does not. 0.5 is chance. None if
+                                there is no such pair
+        kl_full_partial         mean of KL(f || p) over loss tokens
+        entropy_full            mean entropy of f over loss tokens
+        gain_full_student       mean of log f - log s over loss tokens
     """
     shown = [len(views[one.row].full_ids) - len(views[one.row].student_ids) for one in scored]
     cuts = np.quantile(shown, np.arange(1, _NUM_BUCKETS) / _NUM_BUCKETS)
-    bucket_of = np.searchsorted(cuts, shown).tolist()
+    buckets = np.searchsorted(cuts, shown).tolist()
     gains = [(one.scores["logprob_full"] - one.scores["logprob_student"])[skip:] for one in scored]
-    for bucket in sorted(set(bucket_of)):
-        members = [i for i in range(len(scored)) if bucket_of[i] == bucket]
+    for bucket in sorted(set(buckets)):
+        members = [i for i in range(len(scored)) if buckets[i] == bucket]
         means = [(float(gains[i].mean()), right[i]) for i in members if len(gains[i])]
         pairs = [
             (good > bad) + (good == bad) / 2
@@ -212,7 +222,7 @@ def _reliability(
         ]
         lengths = [shown[i] for i in members]
 
-        def mean_of(name: str, members: Sequence[int] = members) -> float | None:
+        def token_mean(name: str, members: Sequence[int] = members) -> float | None:
             return _mean(np.concatenate([scored[i].scores[name][skip:] for i in members]))
 
         yield {
@@ -221,14 +231,17 @@ def _reliability(
             "responses": len(members),
             "ends_with_answer": sum(right[i] for i in members) / len(members),
             "prefers_right": sum(pairs) / len(pairs) if pairs else None,
-            "kl_full_partial": mean_of("kl_full_partial"),
-            "entropy_full": mean_of("entropy_full"),
+            "kl_full_partial": token_mean("kl_full_partial"),
+            "entropy_full": token_mean("entropy_full"),
             "gain_full_student": _mean(np.concatenate([gains[i] for i in members])),
         }
 
 
 def _response_ends(scored: Sequence[Scored]) -> dict[str, Any]:
-    """P(EOS) where responses ended by themselves: there the sampled token is the EOS."""
+    """Count finished and cut responses, and compute P(EOS) at the end of the finished ones.
+
+    The last token of a finished response is the EOS.
+    """
     finished = [one.scores for one in scored if one.rollout.finished]
     return {
         "finished": len(finished),
@@ -286,7 +299,7 @@ def _reader(
 
 
 def _top(ids: np.ndarray, logprobs: np.ndarray) -> Iterator[list[Any]]:
-    """Each token once, and its probabilities."""
+    """Yield each candidate token once, with its probabilities, likeliest first."""
     likeliest = np.argsort(-logprobs.max(1), kind="stable")
     seen: set[int] = set()
     for place in likeliest:
@@ -301,10 +314,10 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 
 def token_text(tokenizer: "PreTrainedTokenizerBase", id: int) -> str:
-    """What a token writes; where that is no whole character, as the vocabulary spells it."""
+    """Return a token's text, or its vocabulary entry if it has no complete character."""
     text = str(tokenizer.decode([id]))
     piece = tokenizer.convert_ids_to_tokens(id)
     if "\ufffd" in text or not text:
         return str(piece)
-    # SentencePiece's decoding drops the space before a first word.
+    # SentencePiece drops the space before the first word.
     return f" {text}" if str(piece).startswith("\u2581") and not text.startswith(" ") else text

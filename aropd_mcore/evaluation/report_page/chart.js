@@ -1,14 +1,14 @@
-// Elements, numbers, and charts. Text reaches the page as text nodes alone.
+// Elements, number formats and charts. All text is inserted as text nodes, never as HTML.
 
 function element(namespace, tag, attributes, children) {
-  const made = namespace ? document.createElementNS(namespace, tag) : document.createElement(tag);
+  const node = namespace ? document.createElementNS(namespace, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false)
-      made.setAttribute(name, value === true ? "" : value);
+      node.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
-  return made;
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return node;
 }
 const h = (tag, attributes, ...children) => element(null, tag, attributes, children);
 const fill = (host, ...children) =>
@@ -20,7 +20,7 @@ const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const seriesColor = (index) => `var(--s${index % 8})`;
 const seriesDash = (index) => DASHES[Math.floor(index / 2) % DASHES.length];
 
-/** A number in a unit: nats, share, tokens, seconds, or none. */
+/** Formats a number in a unit: nats, share, tokens, seconds, or none. */
 function format(value, unit) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const minus = (text) => text.replace("-", "−");
@@ -65,14 +65,14 @@ function ticks(low, high, count, unit) {
   const step = [1, 2, 2.5, 5, 10]
     .map((factor) => factor * power)
     .find((size) => size >= raw * 0.999);
-  const found = [];
+  const positions = [];
   for (
     let at = Math.ceil((scale * low) / step - 1e-9) * step;
     at <= scale * high + step * 1e-6;
     at += step
   )
-    found.push(at / scale);
-  return found;
+    positions.push(at / scale);
+  return positions;
 }
 function tickText(value, all, unit) {
   const scale = unit === "share" ? 100 : 1,
@@ -118,10 +118,10 @@ const legend = (series) =>
   );
 
 /**
- * Lines over numbers or categories, with a cross hair that follows the pointer and the arrow keys.
+ * Line chart over numbers or categories. Its crosshair follows the pointer and the arrow keys.
  *
  * spec: title, series [{name, color, dash, points [{x, y, low, high}], faint [{x, y}]}], xLabel,
- * yLabel, unit, categories (names of x = 0, 1, ...), dots, dodge (series side by side), height,
+ * yLabel, unit, categories (names of x = 0, 1, ...), dots, dodge (shift series apart), height,
  * fromZero, range.
  */
 function lineChart(host, spec) {
@@ -135,7 +135,7 @@ function lineChart(host, spec) {
       .filter((p) => p.y !== null && p.y !== undefined);
     host.replaceChildren();
     if (!all.length)
-      return void host.append(h("p", { class: "note" }, "None of the runs shown reports this."));
+      return void host.append(h("p", { class: "note" }, "No selected run reports this metric."));
     const ys = all.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]);
     let low = Math.min(...ys),
       high = Math.max(...ys);
@@ -174,7 +174,7 @@ function lineChart(host, spec) {
       height,
       role: "img",
       tabindex: 0,
-      "aria-label": `${spec.title}. Arrow keys read the values.`,
+      "aria-label": `${spec.title}. Use the arrow keys to read the values.`,
     });
     root.append(svg("text", { x: 0, y: 12 }, spec.yLabel));
     yTicks.forEach((at, i) =>
@@ -353,7 +353,11 @@ function lineChart(host, spec) {
   };
 }
 
-/** Shares of a whole by bin, on a logarithmic scale: what is rare matters. bins: [{from, to, share, name}]. */
+/**
+ * Histogram of shares on a logarithmic scale, because rare values matter.
+ *
+ * spec: title, xLabel, yLabel, bins [{from, to, share, name, color}].
+ */
 function histogram(host, spec) {
   host.classList.add("chart");
   const draw = () => {
@@ -419,7 +423,7 @@ function histogram(host, spec) {
   new ResizeObserver(() => requestAnimationFrame(draw)).observe(host);
 }
 
-/** A small line without axes. */
+/** Small line chart without axes. */
 function sparkline(series) {
   const all = series.flatMap((one) => one.points).filter((p) => p.y !== null);
   const root = svg("svg", {

@@ -1,4 +1,4 @@
-// Titles and units of metrics (METHOD section 7). Those of token metrics come with the data.
+// Titles and units of metrics (METHOD section 7). The data contains those of the token metrics.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const LABELS = {
@@ -17,10 +17,10 @@ const LABELS = {
   rollout_tokens_per_second: ["sampled tokens per second", "tokens"],
   device_memory_peak_gb: ["peak device memory, GB", ""],
   mfu: ["model FLOP/s utilization", "share"],
-  rollout_staleness: ["rollouts' staleness, steps", ""],
+  rollout_staleness: ["rollout staleness, steps", ""],
 };
 
-/** [title, unit] of any metric, also NAME/BUCKET, seconds/PHASE and those that are not known. */
+/** Returns [title, unit] of any metric, including NAME/BUCKET, seconds/PHASE and unknown names. */
 function label(name) {
   if (LABELS[name]) return LABELS[name];
   const [head, tail] = name.split("/");

@@ -1,4 +1,4 @@
-// From the data to the page.
+// Builds the page from the data.
 
 const runs = data.runs.map((run, index) => ({
   ...run,
@@ -23,12 +23,12 @@ const sections = [
 ].filter(Boolean);
 document
   .getElementById("content")
-  .append(...sections, h("footer", {}, `aropd ${data.version}, ${data.made}`));
+  .append(...sections, h("footer", {}, `aropd ${data.version}, ${data.created}`));
 document
   .getElementById("contents")
   .append(
-    ...sections.map((made) =>
-      h("a", { href: `#${made.id}` }, made.querySelector("h2").textContent),
+    ...sections.map((node) =>
+      h("a", { href: `#${node.id}` }, node.querySelector("h2").textContent),
     ),
   );
 
@@ -40,7 +40,7 @@ if (runs.length > 1) {
         checked: true,
         onchange: () => {
           run.shown = box.checked;
-          sections.forEach((made) => made.refresh?.());
+          sections.forEach((node) => node.refresh?.());
         },
       });
       return h("label", { class: "run" }, box, key(run.color, run.dash), run.name);

@@ -1,4 +1,4 @@
-// A response token by token: coloured by what the views say, with everyone's likeliest tokens.
+// A response token by token, coloured by its scores, with the likeliest tokens of each distribution.
 
 const DISTRIBUTIONS = ["student", "partial", "full", "target"];
 const COLOURINGS = [
@@ -6,19 +6,19 @@ const COLOURINGS = [
     "residual",
     "Residual",
     "log f − log p",
-    "What the full view adds to the partial one. Warm: hindsight speaks for the token; cool: it speaks against it.",
+    "Difference of the full and the partial view. Warm: hindsight makes the token likelier. Cool: hindsight makes it less likely.",
   ],
   [
     "through",
     "Through the anchor",
     "log q − log p",
-    "What the bounded residual makes of the anchor: the part of hindsight that the target lets through.",
+    "Change of the anchor by the bounded residual. This is the part of hindsight that the target keeps.",
   ],
   [
     "pull",
     "Pull on the student",
     "log q − log s",
-    "Where the target asks the student for more of the token (warm), or for less (cool).",
+    "Warm: training raises the token's probability under the student. Cool: training lowers it.",
   ],
 ];
 const FULL_COLOUR = 5; // nats
@@ -29,13 +29,13 @@ const tokenValue = (rollout, mode, at) =>
     : mode === "through"
       ? rollout.target[at] - rollout.partial[at]
       : rollout.target[at] - rollout.student[at];
-/** [tint, strength in %]: the sign in the tint, small values still to be seen. */
+/** Returns [tint, strength in %]. The tint shows the sign. Small values remain visible. */
 function tint(value) {
   const strength = 85 * Math.min(1, Math.abs(value) / FULL_COLOUR) ** 0.55;
   return [value < 0 ? "var(--cool)" : "var(--warm)", strength < 6 ? 0 : strength];
 }
 const signed = (value) => (value > 0 ? "+" : "") + format(value, "nats");
-/** A token as it can be read: what it does not print, in signs. */
+/** Returns a token's text with visible signs for white space. */
 const visible = (text) =>
   text
     .replaceAll("\n", "↵")
@@ -113,9 +113,9 @@ function readerSection(all) {
         { class: `badge ${one.ends_with_answer ? "good" : "bad"}` },
         one.ends_with_answer ? "ends with the answer" : "does not end with the answer",
       ),
-      one.premature ? h("span", { class: "badge bad" }, "states it early") : null,
+      one.premature ? h("span", { class: "badge bad" }, "states the answer early") : null,
       one.finished ? null : h("span", { class: "badge bad" }, "cut off"),
-      h("span", { class: "badge" }, `${one.ids.length} tokens, ${count} of hindsight`),
+      h("span", { class: "badge" }, `${one.ids.length} tokens, ${count} hindsight`),
     );
     prompt.replaceChildren(
       h("summary", {}, "The student's prompt"),
@@ -133,7 +133,7 @@ function readerSection(all) {
     ]
       .join(" ")
       .trim();
-    const made = h("span", {
+    const node = h("span", {
       class: classes,
       role: "option",
       tabindex: -1,
@@ -144,10 +144,10 @@ function readerSection(all) {
       onfocus: () => look(i),
     });
     const written = text(id);
-    made.append(
+    node.append(
       ...(written.includes("\n") ? [h("span", { class: "mark" }, "↵"), written] : [written]),
     );
-    return made;
+    return node;
   }
   function recolour(id) {
     mode = id;
@@ -156,10 +156,10 @@ function readerSection(all) {
     );
     const one = rollout(),
       [, name, formula, meaning] = COLOURINGS.find(([known]) => known === mode);
-    [...tokens.children].forEach((made, i) => {
+    [...tokens.children].forEach((node, i) => {
       const [colour, strength] = tint(tokenValue(one, mode, i));
-      made.style.setProperty("--tint", colour);
-      made.style.setProperty("--strength", `${strength.toFixed(1)}%`);
+      node.style.setProperty("--tint", colour);
+      node.style.setProperty("--strength", `${strength.toFixed(1)}%`);
     });
     const stops = [-5, -4, -3, -2, -1, -0.5, -0.15, 0, 0.15, 0.5, 1, 2, 3, 4, 5].map((value) => {
       const [colour, strength] = tint(value);
@@ -196,7 +196,7 @@ function readerSection(all) {
       height: tall,
       width: "100%",
       role: "img",
-      "aria-label": "The same over the whole response",
+      "aria-label": "Values over the whole response",
     });
     root.append(
       svg("line", {
@@ -233,9 +233,9 @@ function readerSection(all) {
     mark();
   }
   function mark() {
-    strip.querySelectorAll(".place").forEach((made, i) => made.classList.toggle("here", i === at));
+    strip.querySelectorAll(".place").forEach((node, i) => node.classList.toggle("here", i === at));
   }
-  /** Show a token; it stays until another one is looked at. */
+  /** Shows a token's details until another token is shown. */
   function look(i) {
     if (i !== at || !side.childElementCount) {
       at = i;
@@ -247,10 +247,10 @@ function readerSection(all) {
     tokens.children[pinned]?.setAttribute("aria-selected", "false");
     pinned = Math.max(0, Math.min(rollout().ids.length - 1, i));
     at = pinned;
-    const made = tokens.children[pinned];
-    made.setAttribute("tabindex", "0");
-    made.setAttribute("aria-selected", "true");
-    if (focus) made.focus();
+    const node = tokens.children[pinned];
+    node.setAttribute("tabindex", "0");
+    node.setAttribute("aria-selected", "true");
+    if (focus) node.focus();
     describe();
   }
   function describe() {
@@ -291,7 +291,7 @@ function readerSection(all) {
         "dl",
         { class: "sums" },
         sum("residual", "log f − log p", one.residual[at]),
-        sum("let through", "log q − log p", one.target[at] - one.partial[at]),
+        sum("kept", "log q − log p", one.target[at] - one.partial[at]),
         sum("pull", "log q − log s", one.target[at] - one.student[at]),
       ),
       h(
@@ -333,13 +333,13 @@ function readerSection(all) {
       );
     }
   }
-  /** The token nearest to this one, a line further up or down. */
+  /** Returns the index of the nearest token in the line above (-1) or below (1). */
   function vertical(by) {
     const here = tokens.children[pinned].getClientRects()[0];
     let best = pinned,
       least = Infinity;
-    [...tokens.children].forEach((made, i) => {
-      const box = made.getClientRects()[0],
+    [...tokens.children].forEach((node, i) => {
+      const box = node.getClientRects()[0],
         lines = ((box.top - here.top) * by) / here.height;
       if (lines < 0.5) return;
       const distance = 1000 * Math.round(lines * 4) + Math.abs(box.left - here.left);
@@ -347,7 +347,7 @@ function readerSection(all) {
     });
     return best;
   }
-  /** The next token from here on, in a direction, whose value is large. */
+  /** Returns the index of the next token in a direction beyond ±1 nat. */
   function salient(by) {
     const one = rollout();
     for (let i = pinned + by; i >= 0 && i < one.ids.length; i += by)
@@ -383,14 +383,14 @@ function readerSection(all) {
         ),
       ),
     );
-    // The one where most happens says most.
+    // Open the response with the largest residual.
     const moved = source.one.rollouts.map((one) => Math.max(...one.residual.map(Math.abs)));
     open(moved.indexOf(Math.max(...moved)));
   }
-  const made = section(
+  const node = section(
     "reader",
     "Reader",
-    "The student's own responses, each token as the two privileged views see it: where hindsight leaks in, and where the anchor holds it back.",
+    "The student's own responses, with the scores of each token under the two privileged views. They show where hindsight leaks in, and where the anchor holds it back.",
     h(
       "div",
       { class: "controls" },
@@ -431,12 +431,12 @@ function readerSection(all) {
           h("kbd", {}, "n"),
           " ",
           h("kbd", {}, "p"),
-          " next and previous token beyond ±1 nat. Wavy: a hindsight token. Faint: left out of the loss.",
+          " next and previous token beyond ±1 nat. Wavy: a hindsight token. Faint: not in the loss.",
         ),
       ),
       side,
     ),
   );
   openSource(0);
-  return made;
+  return node;
 }

@@ -1,4 +1,4 @@
-// Everything but the reader: what runs are, their curves, time, drift, accuracy and diagnoses.
+// All sections except the reader: methods, curves, step time, drift, accuracy and diagnoses.
 
 const section = (id, title, lead, ...content) =>
   h(
@@ -9,19 +9,19 @@ const section = (id, title, lead, ...content) =>
     ...content,
   );
 const select = (options, chosen, change) => {
-  const made = h(
+  const node = h(
     "select",
-    { onchange: () => change(made.value) },
+    { onchange: () => change(node.value) },
     options.map(([value, text]) => h("option", { value, selected: value === chosen }, text)),
   );
-  return made;
+  return node;
 };
 const control = (text, input) => h("label", {}, text, input);
 const mean = (values) => {
   const known = values.filter((value) => value !== null && value !== undefined);
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
 };
-/** Of a run's metric over its last tenth. */
+/** Mean of a run's metric over the last tenth of its steps. */
 const late = (run, name) =>
   run.metrics[name]
     ? mean(run.metrics[name].slice(-Math.max(1, Math.ceil(run.steps.length / 10))))
@@ -66,18 +66,18 @@ function methodsSection(runs) {
     run.method.teacher ?? "–",
     run.num_steps ? format(run.num_steps, "tokens") : "–",
     ...tasks.map((task) => {
-      const found = run.evaluations
+      const result = run.evaluations
         .map((one) => one.tasks[task])
         .filter(Boolean)
         .at(-1);
-      return found
+      return result
         ? [
-            format(found.accuracy, "share"),
+            format(result.accuracy, "share"),
             " ",
             h(
               "span",
               { class: "pm" },
-              `${format(found.interval_95[0], "share").replace(" %", "")}–${format(found.interval_95[1], "share")}`,
+              `${format(result.interval_95[0], "share").replace(" %", "")}–${format(result.interval_95[1], "share")}`,
             ),
           ]
         : "–";
@@ -95,7 +95,7 @@ function methodsSection(runs) {
   );
 }
 
-/** Each value's mean with those before it, weighted: 0 is none, towards 1 is more. */
+/** Exponentially weighted mean of each value and its predecessors. Weight 0 does not smooth. */
 function smoothed(points, weight) {
   let sum = 0,
     total = 0;
@@ -192,7 +192,7 @@ function curvesSection(all, shown) {
       cards.children[i].setAttribute("aria-pressed", String(one === name)),
     );
   }
-  const made = section(
+  const node = section(
     "curves",
     "Curves",
     null,
@@ -206,11 +206,11 @@ function curvesSection(all, shown) {
   );
   const chart = lineChart(host, spec());
   drawCards();
-  made.refresh = () => {
+  node.refresh = () => {
     chart.update(spec());
     drawCards();
   };
-  return made;
+  return node;
 }
 
 function timeSection(shown, all) {
@@ -248,7 +248,7 @@ function timeSection(shown, all) {
             "div",
             { class: "head" },
             h("span", {}, run.name),
-            h("span", {}, `${format(sum, "seconds")} s a step`),
+            h("span", {}, `${format(sum, "seconds")} s per step`),
           ),
           h(
             "div",
@@ -274,21 +274,24 @@ function timeSection(shown, all) {
     ]);
     host.append(
       table(
-        ["seconds a step", ...phases.map((phase) => [key(color(phase), "", "block"), ` ${phase}`])],
+        [
+          "seconds per step",
+          ...phases.map((phase) => [key(color(phase), "", "block"), ` ${phase}`]),
+        ],
         rows,
         { label: "Step time by phase" },
       ),
     );
   };
   draw();
-  const made = section(
+  const node = section(
     "time",
-    "Where a step's time goes",
-    "Means over all steps; a checkpoint's time over the steps that wait for one.",
+    "Step time",
+    "Means over all steps. The time of checkpoints is a mean over the steps that wait for one.",
     h("div", { class: "card" }, host),
   );
-  made.refresh = draw;
-  return made;
+  node.refresh = draw;
+  return node;
 }
 
 const BUCKETS = ["0-255", "256-511", "512-767", "768-1023", "1024-"];
@@ -338,7 +341,7 @@ function driftSection(all, shown) {
       {
         ...common,
         xLabel: "position in the response, % of its length",
-        xName: "tenth from",
+        xName: "tenth from %",
         categories: [...Array(10).keys()].map((i) => `${10 * i}`),
         series: shown()
           .filter((run) => run.diagnoses.length)
@@ -351,10 +354,10 @@ function driftSection(all, shown) {
       },
     ];
   };
-  const made = section(
+  const node = section(
     "drift",
     "Drift by position",
-    "A student that imitates hindsight drifts late in long responses: what the views and the student disagree on, by position.",
+    "Disagreement of the views and the student by position. A student that imitates hindsight drifts late in long responses.",
     h(
       "div",
       { class: "controls" },
@@ -365,7 +368,7 @@ function driftSection(all, shown) {
           name,
           (value) => {
             name = value;
-            made.refresh();
+            node.refresh();
           },
         ),
       ),
@@ -373,14 +376,9 @@ function driftSection(all, shown) {
     h(
       "div",
       { class: "columns" },
-      h(
-        "div",
-        { class: "card" },
-        h("h3", {}, "In training, over the last tenth of the steps"),
-        byBucket,
-      ),
+      h("div", { class: "card" }, h("h3", {}, "Training, last tenth of the steps"), byBucket),
       diagnosed
-        ? h("div", { class: "card" }, h("h3", {}, "Of diagnosed responses, by tenth"), byTenth)
+        ? h("div", { class: "card" }, h("h3", {}, "Diagnosed responses, by tenth"), byTenth)
         : null,
     ),
   );
@@ -388,8 +386,8 @@ function driftSection(all, shown) {
     lineChart(byBucket, specs()[0]),
     diagnosed ? lineChart(byTenth, specs()[1]) : null,
   ];
-  made.refresh = () => specs().forEach((spec, i) => charts[i]?.update(spec));
-  return made;
+  node.refresh = () => specs().forEach((spec, i) => charts[i]?.update(spec));
+  return node;
 }
 
 function accuracySection(all, shown) {
@@ -418,21 +416,21 @@ function accuracySection(all, shown) {
           color: run.color,
           dash: run.dash,
           points: BUCKETS.map((bucket, x) => [x, one.tasks[task].by_length[bucket]])
-            .filter(([, found]) => found)
-            .map(([x, found]) => ({
+            .filter(([, result]) => result)
+            .map(([x, result]) => ({
               x,
-              y: found.accuracy,
-              low: found.interval_95[0],
-              high: found.interval_95[1],
-              note: `(${format(found.interval_95[0], "share")} to ${format(found.interval_95[1], "share")}, ${found.samples} responses)`,
+              y: result.accuracy,
+              low: result.interval_95[0],
+              high: result.interval_95[1],
+              note: `(${format(result.interval_95[0], "share")} to ${format(result.interval_95[1], "share")}, ${result.samples} responses)`,
             })),
         })),
     ),
   });
-  const made = section(
+  const node = section(
     "accuracy",
     "Accuracy by response length",
-    "Bars are 95 % intervals.",
+    "Bars are 95 % confidence intervals.",
     h(
       "div",
       { class: "columns" },
@@ -440,8 +438,8 @@ function accuracySection(all, shown) {
     ),
   );
   const charts = tasks.map((task, i) => lineChart(hosts[i], spec(task)));
-  made.refresh = () => charts.forEach((chart, i) => chart.update(spec(tasks[i])));
-  return made;
+  node.refresh = () => charts.forEach((chart, i) => chart.update(spec(tasks[i])));
+  return node;
 }
 
 const SIGNALS = {
@@ -451,11 +449,11 @@ const SIGNALS = {
 };
 
 function diagnosisSection(all) {
-  const found = all.flatMap((run) => run.diagnoses.map((one) => [run, one]));
-  if (!found.length) return null;
+  const diagnoses = all.flatMap((run) => run.diagnoses.map((one) => [run, one]));
+  if (!diagnoses.length) return null;
   const host = h("div", { class: "columns" });
   const show = (index) => {
-    const one = found[index][1],
+    const one = diagnoses[index][1],
       {
         residual,
         hindsight,
@@ -483,13 +481,13 @@ function diagnosisSection(all) {
         h(
           "p",
           { class: "note" },
-          `Mean ${withUnit(residual.mean, "nats")}, over ${format(total, "tokens")} tokens; the outer bars hold all beyond.`,
+          `Mean ${withUnit(residual.mean, "nats")}, over ${format(total, "tokens")} tokens. The outer bars include all values beyond.`,
         ),
       ),
       h(
         "div",
         { class: "card" },
-        h("h3", {}, "Hindsight token rate, thresholds swept"),
+        h("h3", {}, "Hindsight token rate by thresholds"),
         table(
           ["τ \\ ε", ...hindsight.floors.map((floor) => String(floor))],
           hindsight.gaps.map((gap, i) => [
@@ -514,7 +512,7 @@ function diagnosisSection(all) {
         h(
           "p",
           { class: "note" },
-          "In % of tokens: log f − log p above τ nats (down) where p is below ε (across). Outlined: the run's own thresholds.",
+          "Share of tokens, in %, with log f − log p above τ nats (rows) and p below ε (columns). The run's own thresholds are outlined.",
         ),
       ),
       h(
@@ -529,7 +527,7 @@ function diagnosisSection(all) {
         h(
           "p",
           { class: "note" },
-          "Full over partial: the full view's mass on tokens that only it supports, by the run's thresholds. That is the teacher's hindsight; target over partial is what the anchor lets through.",
+          "Probability mass on tokens that only the first distribution supports, by the run's thresholds. Full over partial is the teacher's hindsight. Target over partial is the part of it that the target keeps.",
         ),
       ),
       h(
@@ -547,7 +545,7 @@ function diagnosisSection(all) {
         h(
           "p",
           { class: "note" },
-          `Mean probability of the EOS where responses ended by themselves: ${format(ends.finished, "tokens")} of them; ${format(ends.cut, "tokens")} were cut at the limit. A target far below the student teaches it not to end there; the student's own value is high by selection.`,
+          `Mean probability of the EOS token at the end of finished responses. Finished: ${format(ends.finished, "tokens")}. Cut at the limit: ${format(ends.cut, "tokens")}. A target far below the student teaches the student not to end there. The student's own value is high because it sampled these ends.`,
         ),
       ),
       h(
@@ -566,16 +564,16 @@ function diagnosisSection(all) {
         h(
           "p",
           { class: "note" },
-          `${predictors.reason ? `No AUC: ${predictors.reason}.` : `${predictors.right} right and ${predictors.wrong} wrong responses; 0.5 is chance.`} Accuracy ${format(predictors.accuracy, "share")}.`,
+          `${predictors.reason ? `No AUC: ${predictors.reason}.` : `${predictors.right} right and ${predictors.wrong} wrong responses. 0.5 is chance.`} Accuracy ${format(predictors.accuracy, "share")}.`,
         ),
       ),
       h(
         "div",
         { class: "card" },
-        h("h3", {}, "Can the teacher be trusted?"),
+        h("h3", {}, "Reliability of the teacher"),
         table(
           [
-            "trace shown, tokens",
+            "tokens of trace",
             "responses",
             "end with answer, %",
             "prefers right",
@@ -595,7 +593,7 @@ function diagnosisSection(all) {
         h(
           "p",
           { class: "note" },
-          "Prefers right: how often the full view, against the student, favours a response that ends with the gold answer over one that does not; 50 % is chance.",
+          "Prefers right: probability that a response that ends with the gold answer has a higher mean of log f − log s than one that does not. 50 % is chance.",
         ),
       ),
     );
@@ -626,14 +624,14 @@ function diagnosisSection(all) {
   return section(
     "diagnosis",
     "Diagnosis",
-    "What the teacher's two views say of the student's own responses.",
+    "Scores of the student's own responses under the teacher's two views.",
     h(
       "div",
       { class: "controls" },
       control(
         "Diagnosis",
         select(
-          found.map(([run, one], i) => [String(i), `${run.name}: ${one.name}`]),
+          diagnoses.map(([run, one], i) => [String(i), `${run.name}: ${one.name}`]),
           "0",
           (value) => show(Number(value)),
         ),

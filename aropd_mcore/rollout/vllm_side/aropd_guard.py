@@ -1,7 +1,7 @@
-"""ASGI middleware for a vLLM server: every request needs the key, not only those under /v1.
+"""ASGI middleware of a vLLM server: every request needs the key, not only those under /v1.
 
-vLLM's own check leaves the development endpoints open, among them the one that calls any method of
-its workers. Runs in vLLM's interpreter: the standard library alone.
+vLLM's own check leaves the development endpoints open, including the one that calls any method of
+its workers. The module runs in vLLM's interpreter and needs only the standard library.
 """
 
 import os
@@ -13,7 +13,7 @@ _FORBIDDEN = b'{"error":"unauthorized"}'
 
 
 class Guard:
-    """Answers 401 unless the request carries `Authorization: Bearer $VLLM_API_KEY`."""
+    """Middleware that answers 401 unless a request has `Authorization: Bearer $VLLM_API_KEY`."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]):
         self.app = app

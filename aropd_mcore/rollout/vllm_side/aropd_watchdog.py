@@ -3,15 +3,15 @@
 Two watchdogs, so that SIGKILL of any one process leaves nothing behind:
 
     first     the process that PARENT has started; watches PARENT and the second watchdog
-    second    its child, in a session of its own, starts the command there; watches the command and
-              the first watchdog
+    second    child of the first, in a session of its own, in which it starts the command; watches
+              the command and the first watchdog
 
-When a watched process is gone, both end, and so do all processes of that session: the command and
-what it has started. vLLM's engine processes do not end by themselves when their server is killed.
-A parent-death signal (aropd_mcore/lifetime.py) would reach the command only. It would also come
-too early: PARENT starts servers from threads that end before it does.
+When a watched process ends, both watchdogs end, and so do all processes of that session: the
+command and its descendants. vLLM's engine processes do not end by themselves when their server is
+killed. A parent-death signal (aropd_mcore/lifetime.py) would reach only the command. It would also
+come too early, because PARENT starts servers from threads that end before PARENT does.
 
-The standard library alone.
+Needs only the standard library.
 """
 
 import os
@@ -23,8 +23,8 @@ from contextlib import suppress
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 5.0
-"""Time for the command to end by itself, with the polls well within the ten seconds that a process
-may outlive PARENT."""
+"""Time for the command to end by itself. Together with the polls it is well below the ten seconds
+for which a process may outlive PARENT."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def run(command: list[str], first: int) -> int:
-    """The second watchdog: the command's exit code, or 0 if it was ended."""
+    """Be the second watchdog; return the command's exit code, or 0 if it was ended."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     try:
         while child.poll() is None and os.getppid() == first:
@@ -59,7 +59,7 @@ def run(command: list[str], first: int) -> int:
 
 
 def guard(second: int, parent: int) -> int:
-    """The first watchdog: the second one's exit code."""
+    """Be the first watchdog; return the exit code of the second one."""
     code = None
     try:
         while code is None and os.getppid() == parent:
@@ -76,7 +76,7 @@ def guard(second: int, parent: int) -> int:
 
 
 def _wait(process: int, seconds: float) -> int | None:
-    """Exit code of a child, None while it runs."""
+    """Return the exit code of a child, or None if it still runs."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         ended, status = os.waitpid(process, os.WNOHANG)
@@ -87,7 +87,7 @@ def _wait(process: int, seconds: float) -> int | None:
 
 
 def kill_session(leader: int) -> None:
-    """Kill every process group of a session; its leader may be gone."""
+    """Kill every process group of a session, even if its leader has ended."""
     for name in os.listdir("/proc"):
         with suppress(ValueError, ProcessLookupError):
             if os.getsid(int(name)) == leader:
@@ -95,7 +95,7 @@ def kill_session(leader: int) -> None:
 
 
 def _ignore_signals() -> None:
-    """A second signal must not leave the rest behind."""
+    """Ignore further signals, which would interrupt the cleanup."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
