@@ -293,7 +293,10 @@ class Oracle:
 
 
 def _at_ends(samples: Sequence[Sample], metrics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Compute the mean P(EOS) at the last token of responses that ended with EOS (METHOD 7)."""
+    """Compute the mean P(EOS) at the last token of responses that ended with EOS.
+
+    Source: METHOD section 7.
+    """
     ends = [m for sample, m in zip(samples, metrics, strict=True) if sample.finished]
     ends = [m for m in ends if len(m["logprob_student"])]
     report = {"num_response_ends": len(ends)}
