@@ -138,7 +138,7 @@ def _valid_letter(letter: str, letters: str) -> str | None:
 
 def _search_phrases(text: str, choices: Choices, letters: str) -> str | None:
     """Return the letter of the last phrase that names a choice."""
-    found: list[tuple[int, str]] = []
+    candidates: list[tuple[int, str]] = []
     for pattern in _PHRASES:
         for match in deque(pattern.finditer(text), maxlen=_MAX_PHRASES):
             letter = _valid_letter(match["letter"], letters)
@@ -149,14 +149,13 @@ def _search_phrases(text: str, choices: Choices, letters: str) -> str | None:
                 match.end("letter") : match.end("letter") + 1
             ] in set(")].:*`$}")
             if match["letter"].isupper() or is_marked or _END_OF_CLAUSE.match(rest):
-                found.append((match.start("letter"), letter))
+                candidates.append((match.start("letter"), letter))
     for match in deque(_ANSWER_IS.finditer(text), maxlen=_MAX_PHRASES):
         sentence = re.split(r"[.!?](?=\s|$|\*)", match[1], maxsplit=1)[0]
         if len(normal_answer(sentence)) > 1 and (letter := _match_text(sentence, choices)):
-            found.append(
-                (match.start(1) + 1, letter)
-            )  # +1: the text "A only" wins over the letter A
-    return max(found)[1] if found else None
+            # +1: the text "A only" takes precedence over its letter.
+            candidates.append((match.start(1) + 1, letter))
+    return max(candidates)[1] if candidates else None
 
 
 def _search_lines(text: str, letters: str) -> str | None:

@@ -48,14 +48,14 @@ def math_answer(response: str, *, words: bool = False) -> Extracted:
         # Some models write a box inside the tags.
         return Extracted((boxed_answer(tagged[1]) or tagged[1]).strip(), "answer")
     for rule, find in (("boxed", boxed_answer), ("hashes", hashes_answer)):
-        if found := find(text):
-            return Extracted(found, rule)
-    if found := stated_value(text, wants_words=words):
-        return Extracted(found, "phrase")
-    if words and (found := words_at_the_end(text)):
-        return Extracted(found, "words")
-    found = last_value(text)
-    return Extracted(found, "number") if found else _NOTHING
+        if answer := find(text):
+            return Extracted(answer, rule)
+    if answer := stated_value(text, wants_words=words):
+        return Extracted(answer, "phrase")
+    if words and (answer := words_at_the_end(text)):
+        return Extracted(answer, "words")
+    answer = last_value(text)
+    return Extracted(answer, "number") if answer else _NOTHING
 
 
 def choice_letter(response: str, choices: Choices) -> Extracted:

@@ -183,18 +183,20 @@ class Graders:
         """Grade one response. Thread-safe."""
         match gold:
             case MathAnswer():
-                found = math_answer(text, words=_wants_words(normal_answer(gold.text)))
-                return self._compare(found, gold) if found.text else _grade(found, False)
+                extracted = math_answer(text, words=_wants_words(normal_answer(gold.text)))
+                return (
+                    self._compare(extracted, gold) if extracted.text else _grade(extracted, False)
+                )
             case Choices():
-                found = choice_letter(text, gold)
-                return _grade(found, found.text == gold.letter)
+                extracted = choice_letter(text, gold)
+                return _grade(extracted, extracted.text == gold.letter)
             case CodeTests():
-                found = python_code(text, gold)
-                return self._test(found, gold) if found.text else _grade(found, False)
+                extracted = python_code(text, gold)
+                return self._test(extracted, gold) if extracted.text else _grade(extracted, False)
 
-    def _compare(self, found: Extracted, gold: MathAnswer) -> Grade:
-        same = self._same(gold.text, found.text or "")
-        return _grade(found, bool(same), out_of_time=same is None)
+    def _compare(self, extracted: Extracted, gold: MathAnswer) -> Grade:
+        same = self._same(gold.text, extracted.text or "")
+        return _grade(extracted, bool(same), out_of_time=same is None)
 
     def _same(self, gold: str, answer: str) -> bool | None:
         """Return whether two answers are the same. None: the time limit was exceeded.
@@ -235,17 +237,19 @@ class Graders:
         verdicts = [self._same(*pair) for pair in zip(terms, others, strict=True)]
         return None if None in verdicts else all(verdicts)
 
-    def _test(self, found: Extracted, gold: CodeTests) -> Grade:
-        program = Program(found.text or "", gold.names, gold.tests, gold.setup)
+    def _test(self, extracted: Extracted, gold: CodeTests) -> Grade:
+        program = Program(extracted.text or "", gold.names, gold.tests, gold.setup)
         failure = run_tests(program, self._limits).failure
-        return _grade(found, not failure, out_of_time=failure == "time", failure=failure or None)
+        return _grade(
+            extracted, not failure, out_of_time=failure == "time", failure=failure or None
+        )
 
 
 def _grade(
-    found: Extracted, is_right: bool, *, out_of_time: bool = False, failure: str | None = None
+    extracted: Extracted, is_right: bool, *, out_of_time: bool = False, failure: str | None = None
 ) -> Grade:
     verdict: Verdict = "right" if is_right else "time" if out_of_time else "wrong"
-    return Grade(*found, verdict if found.text else "no answer", failure)
+    return Grade(*extracted, verdict if extracted.text else "no answer", failure)
 
 
 def check_graders(golds: Iterable[Gold]) -> str:

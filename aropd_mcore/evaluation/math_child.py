@@ -46,11 +46,11 @@ def main() -> None:
     configs = [latex, ExprExtractionConfig()]
 
     def same(gold: str, answer: str) -> bool:
-        truth, found = (
+        gold_value, answer_value = (
             parse(f"\\boxed{{{text}}}", extraction_config=configs, parsing_timeout=0)
             for text in (gold, answer)
         )
-        return verify(truth, found, timeout_seconds=0)
+        return verify(gold_value, answer_value, timeout_seconds=0)
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("true", flush=True)

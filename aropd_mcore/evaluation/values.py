@@ -100,18 +100,18 @@ def values_in(text: str) -> list[Value]:
 
 
 def _formulas(text: str) -> list[Value]:
-    found: list[Value] = []
+    formulas: list[Value] = []
     opened: re.Match[str] | None = None
     for mark in _MATH_MARK.finditer(text):
         if opened and mark[0] == _CLOSES[opened[0]]:
             content = text[opened.end() : mark.start()]
             if opened[0] != "$" or _is_formula(content):
-                found.append(Value(opened.start(), mark.end(), content.strip(), True))
+                formulas.append(Value(opened.start(), mark.end(), content.strip(), True))
                 opened = None
                 continue
         if (mark[0] in _CLOSES and not (opened and opened[0] != "$")) or mark[0] in ("\\[", "\\("):
             opened = mark
-    return found
+    return formulas
 
 
 def _is_formula(content: str) -> bool:
@@ -156,9 +156,9 @@ def stated_value(text: str, *, wants_words: bool) -> str | None:
             if not _HEADING.fullmatch(line):
                 continue
         start = _FILLER.match(text, phrase.end()).end()  # type: ignore[union-attr]
-        found = _find_in_sentence(text[start : start + _MAX_SENTENCE], wants_words)
-        if found:
-            return found
+        answer = _find_in_sentence(text[start : start + _MAX_SENTENCE], wants_words)
+        if answer:
+            return answer
     return None
 
 

@@ -290,7 +290,7 @@ def _reader(
                 "num_skipped": objective.skip_response_tokens,
                 "ids": ids,
                 "residual": _rounded(scores["logprob_full"] - scores["logprob_partial"]),
-                "hindsight": [bool(found) for found in _hindsight(scores, objective)],
+                "hindsight": [bool(value) for value in _hindsight(scores, objective)],
                 **{name: _rounded(scores[f"logprob_{name}"]) for name in DISTRIBUTIONS},
                 "top": tops,
             }
