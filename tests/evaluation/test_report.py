@@ -141,8 +141,8 @@ def test_report_requests_no_other_file_and_shows_every_section(page, report):
     assert page.requests == [report.as_uri()]
     headings = page.run("[...document.querySelectorAll('h2')].map(e => e.textContent)")
     assert headings == [
-        "Methods", "Reader", "Validation", "Curves", "Drift by position", "Accuracy by response length",
-        "Diagnosis", "Step time",
+        "Methods", "Reader", "Validation", "Curves", "Drift by position",
+        "Accuracy by response length", "Diagnosis", "Step time",
     ]  # fmt: skip
     rows = page.run("[...document.querySelectorAll('#methods tbody tr')].map(e => e.innerText)")
     assert re.match(r"\s*anchored\s+AR-OPD\s+0\.8\s+5\s+ema\s+40\s+61\.0 % 55\.0–67\.0 %", rows[0])

@@ -1,6 +1,7 @@
 """Validation while a run trains: it changes nothing, survives interruptions, and keeps the best."""
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluation.validation_set import read_validation_set
 from aropd_mcore.trainer.jsonl import JsonlFile, read_until
 from aropd_mcore.trainer.validation import RESULTS, Validator
+from tests.support.fake_vllm import FakeVllm
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_rows, write_run
 from tests.support.training import (
@@ -28,6 +30,7 @@ from tests.support.training import (
     train_on_ranks,
 )
 
+KEY = "a key"
 LAYOUT = ["parallel.tensor=2", "parallel.pipeline=2"]
 
 
@@ -92,6 +95,28 @@ def _equal(value: Any, other: Any) -> bool:
     import torch
 
     return torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def train_with_vllm(path: Path, overrides: list[str]) -> None:
+    os.environ["VLLM_API_KEY"] = KEY
+    train_on_ranks(path, overrides)
+    os.environ.pop("VLLM_API_KEY")
+
+
+def test_validation_on_vllm_servers_changes_no_step(tmp_path, validated):
+    """Fake servers, while the responses of the next step are sampled (async_steps)."""
+    fake = FakeVllm(key=KEY)
+    rollout = {"engine": "vllm", "vllm": {"urls": [fake.url]}, "async_steps": 1}
+    path = write_run(tmp_path, rollout=rollout | {"max_response_tokens": 10})
+    try:
+        run_ranks(train_with_vllm, 2, path, [f"output_dir={tmp_path / 'plain'}"])
+        overrides = [f"output_dir={tmp_path / 'validated'}", *validated]
+        run_ranks(train_with_vllm, 2, path, overrides)
+    finally:
+        fake.die()
+    lines = without_validation(repeatable(read_lines(tmp_path / "validated")))
+    assert lines == repeatable(read_lines(tmp_path / "plain"))
+    assert [line["num_updates"] for line in results(tmp_path / "validated")] == [0, 2, 4]
 
 
 class Killed(BaseException):
