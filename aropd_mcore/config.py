@@ -209,6 +209,12 @@ class ViewsConfig(Section):
     rounded down, and a word is a run without white space. `reference`: the rule of the authors'
     release. There the number is rounded up, a word is a run of letters, digits, underscores and
     backslashes, and a reasoning of one or two words is shown whole."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """Arguments of the model's chat template, such as enable_thinking or reasoning_effort. The
+    template must read each of them. They apply to all three views."""
+    teacher_chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """Arguments for the partial and the full view, in addition to chat_template_kwargs and with
+    precedence over them."""
     max_prompt_tokens: Positive = 1024
     """Largest number of tokens in each view's prompt."""
     on_long_prompt: Literal["cut", "cut_chat", "drop"] = "cut"

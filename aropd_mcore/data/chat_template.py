@@ -2,12 +2,13 @@
 
 import re
 import traceback
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from aropd_mcore.config import ConfigError
 
@@ -30,7 +31,10 @@ _TODAY = datetime(2024, 7, 26)
 prompts must not change when a run is resumed on another day."""
 _LONGEST_ERROR = 300
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}>")
-_USER = {"role": "user", "content": "a question"}
+_GIVEN = {"messages", "add_generation_prompt", "date_string", "tools", "documents"}
+_GIVEN |= {"strftime_now", "raise_exception", "namespace", "range"}
+"""Variables that transformers or jinja give to every template, and that no setting replaces."""
+USER_TURN = {"role": "user", "content": "a question"}
 
 
 class ChatTemplateError(ConfigError):
@@ -83,7 +87,7 @@ def check_repeatable(tokenizer: "PreTrainedTokenizerBase") -> None:
     if all(name.ctx == "load" for name in lorem):  # Otherwise `lipsum` is a template variable.
         random += [(name.lineno, "the function 'lipsum'") for name in lorem]
     problems = [f"line {line}: found {source}" for line, source in sorted(random)]
-    if not problems and _ADDRESS.search(render_chat(tokenizer, [_USER])):
+    if not problems and _ADDRESS.search(render_chat(tokenizer, [USER_TURN])):
         problems = ["found an object printed with its address, such as a filter's generator"]
     if problems:
         raise ChatTemplateError(
@@ -99,10 +103,50 @@ def _draws(filter: nodes.Filter) -> bool:
     )
 
 
+def check_arguments(
+    tokenizer: "PreTrainedTokenizerBase", setting: str, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse arguments that the chat template does not read.
+
+    Args:
+        setting: name of the setting, for the message.
+    Raises:
+        ChatTemplateError: an argument is not a variable of the template.
+    """
+    template = chat_template(tokenizer)
+    tree = _compiled(template).environment.parse(template)
+    special = set(tokenizer.special_tokens_map)
+    known = sorted(meta.find_undeclared_variables(tree) - _GIVEN - special)
+    for name in arguments:
+        if name not in known:
+            raise ChatTemplateError(
+                f"{setting}.{name}: {template_file(tokenizer)} does not read it; expected "
+                f"{'one of ' + ', '.join(known) if known else 'no arguments'}"
+            )
+
+
+def generation_prompt(
+    tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any] | None = None
+) -> str:
+    """Return the text that add_generation_prompt appends to a chat: the header of a response."""
+    with_prompt, without = (
+        render_chat(tokenizer, [USER_TURN], arguments, add_generation_prompt=flag)
+        for flag in (True, False)
+    )
+    return with_prompt.removeprefix(without)
+
+
 def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_generation_prompt: bool = True
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Messages,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    add_generation_prompt: bool = True,
 ) -> str:
     """Render messages as text by `chat_template`, with the date fixed at 26 July 2024.
+
+    Args:
+        arguments: further variables of the template; see check_arguments.
 
     The text includes the BOS that the template writes, so encode it with add_special_tokens=False.
 
@@ -123,34 +167,13 @@ def render_chat(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             date_string=_TODAY.strftime("%d %b %Y"),
+            **(arguments or {}),
         )
         assert isinstance(text, str)
         text.encode()  # Refuses half a surrogate pair, which tokenizers cannot take.
     except Exception as error:  # A template is a program and can raise any error.
         raise _error(tokenizer, error) from error
     return text
-
-
-def generation_prompt_notes(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    """Return a warning if prompts end before the header of the assistant's turn.
-
-    The template has this defect if add_generation_prompt changes nothing, and a chat with a
-    response has more than white space between the prompt and the response.
-    """
-    response = "a response"
-    turns = [_USER, {"role": "assistant", "content": response}]
-    prompt, without = (
-        render_chat(tokenizer, [_USER], add_generation_prompt=flag) for flag in (True, False)
-    )
-    before, _, _ = render_chat(tokenizer, turns, add_generation_prompt=False).rpartition(response)
-    missing = before.removeprefix(prompt)
-    if prompt != without or not before.startswith(prompt) or not missing.strip():
-        return ()
-    return (
-        f"{template_file(tokenizer)}: the chat template ignores add_generation_prompt: prompts end "
-        f"before {missing!r}, so they do not show the student that its turn begins; add that text "
-        "under {% if add_generation_prompt %}",
-    )
 
 
 def _compiled(template: str) -> jinja2.Template:

@@ -13,8 +13,9 @@ _QUESTION_STYLE, _PRIVILEGED_STYLE, _FRAME_STYLE = "not dim bold cyan", "not dim
 def render_views(builder: ViewBuilder, row: Row) -> RenderableType:
     """Render the row's three views as the model reads them, that is, their decoded token ids.
 
-    The question and the privileged part have separate colours and token counts. The last line
-    describes the oracle response. Print the result with `rich.console.Console().print(...)`.
+    The question and the privileged part have separate colours and token counts. Below are the
+    oracle response and the notes about the chat template. Print the result with
+    `rich.console.Console().print(...)`.
 
     Raises:
         PromptTooLong: see `ViewBuilder.build`.
@@ -30,7 +31,8 @@ def render_views(builder: ViewBuilder, row: Row) -> RenderableType:
     )
     num_tokens = len(builder.oracle_response_ids(row))
     end = builder.tokenizer.decode([builder.end_id])
-    return Group(legend, *panels, Text(f"oracle response: {num_tokens} tokens, with {end!r}"))
+    response = Text(f"oracle response: {num_tokens} tokens, with {end!r}")
+    return Group(legend, *panels, response, *(Text(f"note: {note}") for note in builder.notes))
 
 
 def _panel(builder: ViewBuilder, row: Row, view: View) -> Panel:

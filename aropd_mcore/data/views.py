@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from aropd_mcore.config import ViewsConfig
 from aropd_mcore.data.chat_template import (
@@ -15,13 +15,14 @@ from aropd_mcore.data.chat_template import (
     Messages,
     MessagesRefused,
     chat_template,
+    check_arguments,
     check_repeatable,
-    generation_prompt_notes,
     render_chat,
     template_file,
 )
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.special_tokens import SpecialTokens, unused_character
+from aropd_mcore.data.template_notes import template_notes
 from aropd_mcore.data.templates import (
     check_fields,
     fill,
@@ -107,12 +108,28 @@ class ViewBuilder:
             config.teacher_template,
             config.trace_template,
         )
+        student = config.chat_template_kwargs
+        teacher = student | config.teacher_chat_template_kwargs
+        check_arguments(tokenizer, "views.chat_template_kwargs", student)
+        check_arguments(
+            tokenizer,
+            "views.teacher_chat_template_kwargs",
+            config.teacher_chat_template_kwargs,
+        )
+        self._arguments: dict[View, dict[str, Any]] = {
+            "student": student,
+            "partial": teacher,
+            "full": teacher,
+        }
         self._shows = lru_cache(maxsize=64)(self._shows_turns)
-        self._takes_system_turn = self._shows(("system",))
-        self._frame(Row("", reasoning="", answer=""), "", unused_character(self._templates))
+        self._frame(
+            Row("", reasoning="", answer=""), "", unused_character(self._templates), "student"
+        )
         if vocab_size is not None:
             check_vocabulary(tokenizer, vocab_size, self._written_ids())
-        self.notes = generation_prompt_notes(tokenizer)
+        self.notes = template_notes(
+            tokenizer, config, has_system_turn=self._shows(("system",), "student")
+        )
         """Warnings about the templates, to print once at the start."""
 
     def build(self, row: Row) -> Views:
@@ -141,7 +158,7 @@ class ViewBuilder:
         mark = self._mark(row)
         question, trace = row.question.strip(), self._trace(row, view, mark)
         try:
-            head, tail = self._frame(row, trace, mark)
+            head, tail = self._frame(row, trace, mark, view)
         except ChatTemplateError as error:
             problem = "the chat template cannot render this row"
             raise DataError(row.origin, problem, str(error)) from error
@@ -188,7 +205,8 @@ class ViewBuilder:
         text = json.dumps(messages, ensure_ascii=False, default=str)
         mark = unused_character([text, *self._templates])
         protected = self._special_tokens.protect_all(messages, mark)
-        return tuple(self._special_tokens.encode(render_chat(self.tokenizer, protected), mark))
+        text = render_chat(self.tokenizer, protected, self._arguments["student"])
+        return tuple(self._special_tokens.encode(text, mark))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Encode user text. Names of special tokens in it are text."""
@@ -243,7 +261,7 @@ class ViewBuilder:
         template = self.config.trace_template
         return write_trace(template, protect(reasoning, mark), protect(answer, mark))
 
-    def _frame(self, row: Row, trace: str, mark: str) -> tuple[str, str]:
+    def _frame(self, row: Row, trace: str, mark: str, view: View) -> tuple[str, str]:
         """Return the prompt's text before and after the question, protected like the trace."""
         history = [self._special_tokens.protect_all(turn, mark) for turn in row.history]
         system = self._special_tokens.protect(self._system(row), mark)
@@ -253,30 +271,30 @@ class ViewBuilder:
         else:
             user = fill(self.config.student_template, question=slot)
         messages = [{"role": role, "content": text} for role, text in (*history, ("user", user))]
-        if system and self._takes_system_turn:
+        if system and self._shows(("system",), view):
             messages.insert(0, {"role": "system", "content": system})
         elif system:
             first = next(message for message in messages if message["role"] == "user")
             first["content"] = f"{system}\n\n{first['content']}"
-        pieces = render_chat(self.tokenizer, messages).split(slot)
+        pieces = render_chat(self.tokenizer, messages, self._arguments[view]).split(slot)
         if len(pieces) != 2:
             raise ChatTemplateError(
                 f"{template_file(self.tokenizer)}: the chat template shows the user turn "
                 f"{len(pieces) - 1} times, expected once"
             )
-        if history and not self._shows(tuple(role for role, _ in history)):
+        if history and not self._shows(tuple(role for role, _ in history), view):
             raise ChatTemplateError(
                 f"{template_file(self.tokenizer)}: the chat template omits earlier turns"
             )
         return pieces[0], pieces[1]
 
-    def _shows_turns(self, roles: tuple[str, ...]) -> bool:
+    def _shows_turns(self, roles: tuple[str, ...], view: View) -> bool:
         """Return whether the chat template shows turns of these roles before a user turn."""
         slots = [f"{_SLOT}-{number}-" for number in range(len(roles))]
         turns = [*zip(roles, slots, strict=True), ("user", "a question")]
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            text = render_chat(self.tokenizer, messages)
+            text = render_chat(self.tokenizer, messages, self._arguments[view])
         except MessagesRefused:
             return False
         return all(slot in text for slot in slots)

@@ -1,0 +1,127 @@
+"""Arguments of chat templates (views.chat_template_kwargs), such as enable_thinking."""
+
+import pytest
+from rich.console import Console
+from tokenizers import processors
+
+from aropd_mcore.config import ConfigError, ViewsConfig
+from aropd_mcore.data.preview import render_views
+from aropd_mcore.data.tokenizer import load_tokenizer
+from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.types import Row
+from tests.support.tiny_tokenizer import save_tiny_tokenizer
+
+# As Qwen3's: without thinking, the prompt has an empty thought. `tone` is in the system turn.
+TEMPLATE = (
+    "{% set marker = '<|im_start|>' %}"
+    "{% if tone is defined %}{{ marker }}system\nBe {{ tone }}.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{{ marker }}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ marker }}assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+ROW = Row("1 + 1?", reasoning="One and one is two.", answer="2")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    save_tiny_tokenizer(tmp_path, chat_template=TEMPLATE)
+    return load_tokenizer(tmp_path)
+
+
+def test_arguments_apply_to_all_views_and_the_teachers_take_precedence(tokenizer):
+    config = ViewsConfig(
+        system_prompt="Add.",
+        chat_template_kwargs={"enable_thinking": False, "tone": "brief"},
+        teacher_chat_template_kwargs={"tone": "kind"},
+    )
+    builder = ViewBuilder(tokenizer, config)
+    views = builder.build(ROW)
+    for ids, tone in ((views.student_ids, "brief"), (views.full_ids, "kind")):
+        text = tokenizer.decode(ids)
+        assert text.startswith(f"<|im_start|>system\nBe {tone}.<|im_end|>\n")
+        assert text.endswith("assistant\n<think>\n\n</think>\n\n")
+    expected = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Add."}, {"role": "user", "content": ROW.question}],
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=False,
+        tone="brief",
+    )
+    assert tokenizer.decode(views.student_ids) == expected
+    assert builder.notes == ()
+    assert builder.template_hash != ViewBuilder(tokenizer, ViewsConfig()).template_hash
+
+
+def test_prompts_that_end_differently_have_a_note(tokenizer):
+    config = ViewsConfig(teacher_chat_template_kwargs={"enable_thinking": False})
+    [note] = ViewBuilder(tokenizer, config).notes
+    assert "the student's prompts end with '<|im_start|>assistant\\n' and the teacher's" in note
+
+
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + TEMPLATE
+)
+QWEN = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n"
+    "{% endif %}" + TEMPLATE
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system_prompt", "note"),
+    [
+        (GEMMA, "Add.", "has no system turn, so views.system_prompt is the beginning of the user"),
+        (GEMMA, None, None),
+        (
+            QWEN,
+            None,
+            "begins prompts with '<|im_start|>system\\nYou are Qwen.'; set views.system_p",
+        ),
+        (QWEN, "Add.", None),
+        (TEMPLATE, None, None),
+    ],
+)
+def test_system_prompt_that_a_template_moves_or_adds_has_a_note(
+    tmp_path, template, system_prompt, note
+):
+    save_tiny_tokenizer(tmp_path, chat_template=template)
+    builder = ViewBuilder(load_tokenizer(tmp_path), ViewsConfig(system_prompt=system_prompt))
+    text = builder.tokenizer.decode(builder.build(ROW).student_ids)
+    assert text.count("Add.") == (system_prompt is not None)
+    assert (note in builder.notes[0]) if note else (builder.notes == ())
+    console = Console(record=True, width=300)
+    console.print(render_views(builder, ROW))
+    assert ("note: " in console.export_text()) == (note is not None)
+
+
+@pytest.mark.parametrize("has_bos", [False, True])
+def test_template_without_the_tokenizers_bos_has_a_note(tmp_path, has_bos):
+    tokenizer = save_tiny_tokenizer(tmp_path, chat_template="{{ bos_token }}" * has_bos + TEMPLATE)
+    tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})
+    id = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", id)]
+    )
+    tokenizer.save_pretrained(str(tmp_path))
+    builder = ViewBuilder(load_tokenizer(tmp_path), ViewsConfig())
+    ids = builder.build(ROW).student_ids
+    assert ids.count(id) == has_bos, "at most one BOS"
+    assert len(builder.notes) == (not has_bos)
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "marker", "messages", "m"])
+@pytest.mark.parametrize("setting", ["chat_template_kwargs", "teacher_chat_template_kwargs"])
+def test_argument_that_the_template_does_not_read_is_refused(tokenizer, setting, name):
+    config = ViewsConfig(**{setting: {name: True}})
+    message = rf"views\.{setting}\.{name}: .* does not read it; expected one of enable_thinking, to"
+    with pytest.raises(ConfigError, match=message):
+        ViewBuilder(tokenizer, config)
+
+
+def test_argument_of_a_template_without_arguments_is_refused(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="does not read it; expected no arguments"):
+        config = ViewsConfig(chat_template_kwargs={"enable_thinking": True})
+        ViewBuilder(load_tokenizer(tmp_path), config)
