@@ -92,14 +92,14 @@ class PrecisionConfig(Section):
     recipe `delayed`."""
 
     @property
-    def of_teacher(self) -> "PrecisionConfig":
+    def for_teacher(self) -> "PrecisionConfig":
         """The teacher's settings, in the form of a student's: fp8 is the teacher's format."""
         fp8 = self.fp8 if self.teacher_fp8 == "as_student" else self.teacher_fp8
         return self.model_copy(update={"fp8": fp8, "teacher_fp8": "as_student"})
 
     @property
     def has_fp8(self) -> bool:
-        return self.fp8 is not None or self.of_teacher.fp8 is not None
+        return self.fp8 is not None or self.for_teacher.fp8 is not None
 
     @property
     def size_multiple(self) -> int:
@@ -748,7 +748,7 @@ class Config(Section):
                 "precision: fp8 products with model.dtype fp32: expected model.dtype bf16; change "
                 "it, or set precision.fp8 and precision.teacher_fp8 to null"
             )
-        if self.teacher.kind == "live" and precision.of_teacher.fp8 != precision.fp8:
+        if self.teacher.kind == "live" and precision.for_teacher.fp8 != precision.fp8:
             raise ValueError(
                 f"precision.teacher_fp8 {precision.teacher_fp8}: expected as_student, since a live "
                 "teacher is the student itself; set it to as_student or choose another teacher.kind"

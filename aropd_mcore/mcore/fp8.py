@@ -31,7 +31,7 @@ def check_fp8(precision: PrecisionConfig) -> None:
     """
     if not precision.has_fp8:
         return
-    setting = f"precision.fp8 {precision.fp8 or precision.of_teacher.fp8}"
+    setting = f"precision.fp8 {precision.fp8 or precision.for_teacher.fp8}"
     if not torch.cuda.is_available():
         raise ConfigError(f"{setting} needs a GPU, and torch finds none on this machine")
     if not HAVE_TE:

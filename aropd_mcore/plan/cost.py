@@ -55,6 +55,8 @@ class StepTime:
     """Share of the teacher's time in which a stage waits for another."""
     student_bubble: float
     """Share of the student's time in which a stage waits for another."""
+    validation: float = 0.0
+    """Seconds of one validation, which are not part of the total."""
 
     @property
     def total(self) -> float:
@@ -135,13 +137,18 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
     return StepTime(
-        rollout=_rollout_seconds(setup, rates) if setup.samples else 0.0,
+        rollout=_sampling_seconds(setup, rates, setup.num_responses, setup.response_tokens)
+        if setup.samples
+        else 0.0,
         teacher=num_scored * teacher_forward / (1 - teacher_bubble),
         student=num_microbatches * (forward + backward + loss) / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),
         communication=_communication_seconds(setup, rates),
         teacher_bubble=teacher_bubble,
         student_bubble=student_bubble,
+        validation=_sampling_seconds(
+            setup, rates, setup.validation_responses, setup.validation_tokens
+        ),
     )
 
 
@@ -154,16 +161,20 @@ def _stage_forward(setup: Setup, rates: Rates, fp8: bool) -> tuple[float, float]
     return products * share / (flops * rates.matmul_efficiency) + attention_time, attention_time
 
 
-def _rollout_seconds(setup: Setup, rates: Rates) -> float:
-    """Return the seconds of the native engine's rollouts.
+def _sampling_seconds(
+    setup: Setup, rates: Rates, num_responses: int, response_tokens: int
+) -> float:
+    """Return the seconds in which the native engine samples responses on a data-parallel rank.
 
     Batches follow one another. A batch's prompts take one forward, and then every row decodes one
     token at a time. Stages work one after another, so a token passes all layers of the model. A
     token takes the longer of two times: reading the touched weights and the KV cache, or launching
     the kernels.
     """
-    architecture, rows = setup.architecture, setup.decoded_together
-    batches = -(-setup.num_responses // (setup.context * rows))
+    if not num_responses:
+        return 0.0
+    architecture, rows = setup.architecture, setup.rows_of(num_responses, response_tokens)
+    batches = -(-num_responses // (setup.context * rows))
     products, attention = forward_flops(architecture, setup.prompt_tokens)
     prompts = rows * (
         products / (rates.bf16_flops * rates.matmul_efficiency)
@@ -171,12 +182,12 @@ def _rollout_seconds(setup: Setup, rates: Rates) -> float:
     )
     sizes = architecture.sizes
     read = sum(_touched_parameters(setup, stage, rows) for stage in range(setup.pipeline))
-    cached = rows * (setup.prompt_tokens + setup.response_tokens / 2)
+    cached = rows * (setup.prompt_tokens + response_tokens / 2)
     keys_values = 2 * cached * sizes["kv"] / setup.tensor * architecture.num_layers
     bandwidth = rates.memory_bytes * rates.memory_efficiency
     reading = (read + keys_values) * setup.dtype_bytes / bandwidth
     token_time = max(reading, architecture.num_layers * rates.launch_seconds)
-    return batches * (prompts / setup.tensor + setup.response_tokens * token_time)
+    return batches * (prompts / setup.tensor + response_tokens * token_time)
 
 
 def _touched_parameters(setup: Setup, stage: int, rows: int) -> float:

@@ -110,7 +110,9 @@ def _time_table(estimate: Estimate) -> Table:
         bubble = getattr(time, f"{name}_bubble", None)
         shown = "" if bubble is None else f"{bubble:.1%}"
         table.add_row(name, f"{getattr(time, name):.2f}", shown)
-    table.add_row("step", f"{time.total:.2f}", "")
+    table.add_row("step", f"{time.total:.2f}", "", end_section=True)
+    if time.validation:
+        table.add_row("one validation", f"{time.validation:.2f}", "")
     return table
 
 

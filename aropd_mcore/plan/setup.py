@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Literal
 
 from aropd_mcore.config import Config, MemorySpace, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
+from aropd_mcore.data.records import read_records
 from aropd_mcore.plan.layout import Layout, plan
 
 Device = Literal["gpu", "cpu"]
@@ -50,6 +53,10 @@ class Setup:
     """Whether the loss counts prompt tokens, too."""
     samples: bool = True
     """Whether the model itself samples. False: servers do, which are not planned."""
+    validation_responses: int = 0
+    """Responses per validation on each data-parallel rank, if the model itself samples them."""
+    validation_tokens: int = 0
+    """Largest number of tokens of each of these responses."""
     rollout_batch_size: int = 32
     kv_cache_tokens: int | None = None
     chunk_tokens: int | Literal["auto"] = "auto"
@@ -121,10 +128,14 @@ class Setup:
 
     @property
     def decoded_together(self) -> int:
-        """Rows of the KV cache that are in use. Context ranks split the prompts."""
-        rows = min(self.rollout_batch_size, -(-self.num_responses // self.context))
+        """Rows of the KV cache that are in use during a step's rollouts."""
+        return self.rows_of(self.num_responses, self.response_tokens)
+
+    def rows_of(self, num_responses: int, response_tokens: int) -> int:
+        """Return the rows of the KV cache for responses of a length. Context ranks split them."""
+        rows = min(self.rollout_batch_size, -(-num_responses // self.context))
         if self.kv_cache_tokens is not None:
-            rows = min(rows, self.kv_cache_tokens // (self.prompt_tokens + self.response_tokens))
+            rows = min(rows, self.kv_cache_tokens // (self.prompt_tokens + response_tokens))
         return rows
 
 
@@ -170,12 +181,15 @@ def build_setup(
         teacher_weights=config.teacher.weights,
         dtype_bytes=4 if is_fp32 else 2,
         fp8=precision.fp8 is not None,
-        teacher_fp8=num_views > 0 and precision.of_teacher.fp8 is not None,
+        teacher_fp8=num_views > 0 and precision.for_teacher.fp8 is not None,
         size_multiple=precision.size_multiple,
         prompt_tokens=config.views.max_prompt_tokens,
         response_tokens=config.rollout.max_response_tokens,
         prompt_loss=config.objective.has_prompt_loss,
         samples=num_views > 0 and config.rollout.model_samples,
+        validation_responses=-(-_count_validation_responses(config) // layout.data),
+        validation_tokens=config.validation.max_response_tokens
+        or config.rollout.max_response_tokens,
         rollout_batch_size=config.rollout.batch_size,
         kv_cache_tokens=config.rollout.kv_cache_tokens,
         chunk_tokens=config.objective.chunk_tokens,
@@ -183,6 +197,26 @@ def build_setup(
         device=device,
         gpus_per_node=gpus_per_node,
     )
+
+
+def _count_validation_responses(config: Config) -> int:
+    """Count the responses of one validation that the native engine samples.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    settings = config.validation
+    is_native = config.rollout.engine == "native" or config.objective.name == "sft"
+    files = [Path(text.partition("=")[2]) for text in settings.tasks] if is_native else []
+    num_views = len(settings.teacher_views) + is_native
+    num_problems = sum(_count_records(path, settings.limit) for path in files)
+    num_rows = sum(_count_records(path, None) for path in settings.rows)
+    num_problems += num_views * min(num_rows, settings.limit or num_rows)
+    return num_problems * settings.samples
+
+
+def _count_records(path: Path, limit: int | None) -> int:
+    return sum(1 for _ in islice(read_records(path), limit))
 
 
 def _num_packed(config: Config, layout: Layout) -> int:

@@ -71,7 +71,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
     if config.objective.name == "aropd":
         teacher_model = None
         if config.teacher.kind != "live":
-            teacher_model = load_model(config, runtime, config.precision.of_teacher, inputs.source)
+            teacher_model = load_model(config, runtime, config.precision.for_teacher, inputs.source)
         teacher = Teacher(config.teacher, runtime, student=model, model=teacher_model)
         longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
         engine = build_engine(

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_flops, step_time
-from aropd_mcore.plan.setup import Setup
+from aropd_mcore.plan.setup import Setup, build_setup
 from tests.plan.test_parameters import MODELS
+from tests.support.tiny_runs import write_run
 
 
 def test_forward_flops_of_a_dense_model():
@@ -54,3 +56,33 @@ def test_step_time_has_bubbles_of_student_and_teacher():
     assert one_view.teacher / time.teacher == pytest.approx(11 / 19)
     sft = step_time(replace(setup, teacher=None, num_views=0))
     assert sft.teacher == sft.teacher_bubble == 0
+
+
+def test_validation_time_counts_the_responses_of_every_task_and_view(tmp_path):
+    path = write_run(tmp_path)
+    for name, num_lines in (("sums.jsonl", 5), ("heldout.jsonl", 3)):
+        (tmp_path / name).write_text('{"question": "1?", "answer": "1"}\n' * num_lines)
+    validation = [
+        f"validation.tasks=[sums={tmp_path / 'sums.jsonl'}]",
+        f"validation.rows=[{tmp_path / 'heldout.jsonl'}]",
+        "validation.teacher_views=[full]",
+        "validation.limit=4",
+        "validation.samples=2",
+        "validation.temperature=1",
+    ]
+    setups = {
+        name: build_setup(load_config(path, [*validation, *overrides]), 2)
+        for name, overrides in {
+            "native": [],
+            "vllm": ["rollout.engine=vllm"],
+            "long": ["validation.max_response_tokens=32"],
+        }.items()
+    }
+    # Two data-parallel ranks share 2 samples of 4 problems, 3 rows, and 3 rows of the teacher.
+    assert setups["native"].validation_responses == 10
+    assert setups["vllm"].validation_responses == 3, "servers sample the student's"
+    native, vllm, long = (step_time(setup) for setup in setups.values())
+    assert native.validation > vllm.validation > 0
+    assert long.validation == pytest.approx(2 * native.validation, rel=0.2)
+    assert native.total == long.total, "a validation is not part of a step"
+    assert step_time(build_setup(load_config(path), 2)).validation == 0

@@ -63,7 +63,7 @@ def test_model_config_has_the_fp8_settings_of_student_and_teacher():
     try:
         student, teacher = (
             model_config(architecture, here, dtype=torch.bfloat16, precision=p)
-            for p in (precision, precision.of_teacher)
+            for p in (precision, precision.for_teacher)
         )
     finally:
         runtime.stop(leave_job=True)

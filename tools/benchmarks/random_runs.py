@@ -124,7 +124,7 @@ def build_run(
     if config.objective.name == "aropd":
         own = None
         if config.teacher.kind != "live":
-            own = random_model(config.precision.of_teacher)
+            own = random_model(config.precision.for_teacher)
         teacher = Teacher(config.teacher, runtime, student=model, model=own)
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
