@@ -244,6 +244,7 @@ HOGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolate", [True, False])
 def test_run_tests_of_a_hog_stops_it_and_leaves_no_process(isolate):
     """All hogs run at the same time, each in its own sandbox, and do not affect each other."""
