@@ -280,6 +280,7 @@ def load_anything(folder: Path, text: str, overrides: list[str]) -> None:
         assert all(len(line) < 1000 and line.isprintable() for line in message.split("\n"))
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.lists(PIECES, max_size=12).map("".join), st.lists(PIECES, max_size=6).map("".join))
 @example('a: "\\UFFFFFFFF"', "training.num_steps=" + "0x" + "f" * 6000)

@@ -135,6 +135,7 @@ def test_generate_after_a_faulty_response_retries_only_that_response(fakes, tmp_
     assert generate(servers) == expected(4)
 
 
+@pytest.mark.slow
 def test_dead_server_is_excluded_and_rejoins_with_new_weights(fakes, tmp_path):
     mortal, other = fakes(), fakes()
     servers = servers_of([mortal, other])
