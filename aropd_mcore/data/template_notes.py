@@ -100,7 +100,9 @@ def _default_system_prompt(
     between = render_chat(tokenizer, turns, arguments).partition(system)[2].partition(user)[0]
     # Both texts end with the header of the user's turn.
     header = os.path.commonprefix([before[::-1], between[::-1]])  # noqa: RUF071
-    default = before[: len(before) - len(header)].removeprefix(tokenizer.bos_token or "").strip()
+    default = (
+        before[: len(before) - len(header)].removeprefix(str(tokenizer.bos_token or "")).strip()
+    )
     if not default:
         return None
     return (
@@ -111,8 +113,8 @@ def _default_system_prompt(
 
 def _missing_bos(tokenizer: "PreTrainedTokenizerBase", arguments: Arguments) -> str | None:
     """Describe a template without the BOS that the tokenizer writes before other texts."""
-    bos = tokenizer.bos_token
-    if bos is None or list(tokenizer("a")["input_ids"])[:1] != [tokenizer.bos_token_id]:
+    bos = str(tokenizer.bos_token or "")
+    if not bos or list(tokenizer("a")["input_ids"])[:1] != [tokenizer.bos_token_id]:
         return None
     if render_chat(tokenizer, [USER_TURN], arguments).startswith(bos):
         return None

@@ -1,7 +1,7 @@
 """Schedule of a run's checkpoints: when to save, how to react to a failed save, how to resume."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Saver:
         """
         self.notify: Callable[[str], None] = lambda text: None
         """Called with a message for the user, on every rank."""
-        self.before_saving: Callable[[], None] = lambda: None
+        self.before_saving: Sequence[Callable[[], None]] = ()
         """Called at the start of a save, on rank 0 only. An OSError counts as a failed save."""
         self.seconds: float | None = None
         """Duration of the longest save in this process, in seconds, from its start until its
@@ -155,7 +155,8 @@ class Saver:
 
     def _prepare(self) -> None:
         try:
-            self.before_saving()
+            for call in self.before_saving:
+                call()
         except OSError as error:
             raise SaveFailed(f"{error.filename}: {error.strerror}") from error
 

@@ -105,7 +105,7 @@ def _train(run: Run) -> None:
 
     with Reporter(run, first_step) as reporter, closing(Validator(run, first_step)) as validator:
         saver.notify = reporter.notify
-        saver.before_saving = lambda: (reporter.sync(), validator.sync())
+        saver.before_saving = reporter.sync, validator.sync
         for note in (*run.notes, *notes):
             reporter.notify(note)
         run.source.weights_changed(weight_version)

@@ -198,7 +198,8 @@ class Validator:
         problems, tokenizer = self._run.problems, self._run.view_builder.tokenizer
         texts = [
             (
-                problem.thought + tokenizer.decode(list(r.response_ids), skip_special_tokens=True),
+                problem.thought
+                + str(tokenizer.decode(list(r.response_ids), skip_special_tokens=True)),
                 problem.gold,
             )
             for problem, responses in zip(problems, rollouts, strict=True)
