@@ -86,6 +86,7 @@ class TestInterpreted:
     def test_every_pass_equals_torch(self, settings):
         compare(random_views(3, 45), settings)
 
+    @pytest.mark.rest
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("divergence", ["kl_target_student", "kl_student_target", "jsd"])
     def test_pass_over_several_blocks_equals_torch(self, divergence, dtype):

@@ -180,6 +180,7 @@ def test_loss_of_hidden_states_with_other_strides_is_the_same(run):
     assert_close(strided.student_weight.grad, expected.student_weight.grad)
 
 
+@pytest.mark.rest
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_of_logits_with_other_strides_is_the_same(divergence):

@@ -103,6 +103,7 @@ def train_with_vllm(path: Path, overrides: list[str]) -> None:
     os.environ.pop("VLLM_API_KEY")
 
 
+@pytest.mark.rest
 def test_validation_on_vllm_servers_changes_no_step(tmp_path, validated):
     """Fake servers, while the responses of the next step are sampled (async_steps)."""
     fake = FakeVllm(key=KEY)
@@ -136,6 +137,7 @@ def train_until_grading(path: Path, overrides: list[str], num_updates: int) -> N
         train_on_ranks(path, overrides)
 
 
+@pytest.mark.rest
 def test_run_killed_in_a_validation_resumes_with_it(path, validated):
     whole, out = path.parent / "whole", path.parent / "killed"
     run_ranks(train_on_ranks, 2, path, [f"output_dir={whole}", *validated])
