@@ -224,6 +224,7 @@ STRINGS = st.sampled_from(AMBIGUOUS) | st.text(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(STRINGS, STRINGS, STRINGS, STRINGS)
 def test_dumped_strings_come_back_equal(tmp_path, path, prompt, name, argument):

@@ -379,6 +379,7 @@ def gsm8k(shared_data, tmp_path_factory):
     return RowDataset.load([output]), load_tokenizer(shared_data / "qwen2_tokenizer")
 
 
+@pytest.mark.slow
 def test_views_of_gsm8k_with_qwen2_equal_prompts_written_by_hand(gsm8k):
     rows, tokenizer = gsm8k
     config = ViewsConfig()

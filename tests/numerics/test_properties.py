@@ -148,6 +148,7 @@ def test_target_of_tokens_with_minus_infinity_keeps_the_allowed_ones(scale, clip
     assert_close(target, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("scale, clip", [(0.8, 5.0), (1.4, None)])
@@ -197,6 +198,7 @@ def test_loss_of_different_supports_is_infinite_except_for_jsd():
     assert_close(loss_T.detach(), torch.tensor([2.0]).log() / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("either_passes")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("clip", [5.0, 200.0, None])
