@@ -29,6 +29,13 @@ class ConfigError(ValueError):
     """Error in a run's configuration; the message names the key, the value and the remedy."""
 
 
+def split_task(text: str) -> tuple[str, str | None, str]:
+    """Split NAME=FILE or NAME:FORMAT=FILE into name, format (None without a colon) and file."""
+    name, _, path = text.partition("=")
+    name, colon, format = name.partition(":")
+    return name, format if colon else None, path
+
+
 class Section(BaseModel):
     """Base class of a configuration's sections; an instance is immutable."""
 
@@ -776,7 +783,7 @@ class Config(Section):
     @property
     def validation_tasks(self) -> list[str]:
         """Names of the tasks of `validation` that the student answers."""
-        names = [text.partition("=")[0].partition(":")[0] for text in self.validation.tasks]
+        names = [split_task(text)[0] for text in self.validation.tasks]
         return names + ["rows"] * bool(self.validation.rows)
 
     @property

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Arguments = dict[str, Any]
+_SYSTEM_IN_USER_TURN = (
+    "the chat template has no system turn, so views.system_prompt is the beginning of the user turn"
+)
 
 
 def template_notes(
@@ -31,7 +34,7 @@ def template_notes(
     teacher = student | config.teacher_chat_template_kwargs
     system = None
     if config.system_prompt:
-        system = None if has_system_turn else _system_in_user_turn()
+        system = None if has_system_turn else _SYSTEM_IN_USER_TURN
     elif has_system_turn:
         system = _default_system_prompt(tokenizer, student)
     notes = (
@@ -51,16 +54,15 @@ def _missing_generation_prompt(
     This is so if add_generation_prompt changes nothing, and a chat with a response has more than
     white space between the prompt and the response.
     """
+    if generation_prompt(tokenizer, arguments):
+        return None
     response = "a response"
     turns = [USER_TURN, {"role": "assistant", "content": response}]
-    prompt, without = (
-        render_chat(tokenizer, [USER_TURN], arguments, add_generation_prompt=flag)
-        for flag in (True, False)
-    )
+    prompt = render_chat(tokenizer, [USER_TURN], arguments)
     chat = render_chat(tokenizer, turns, arguments, add_generation_prompt=False)
     before, _, _ = chat.rpartition(response)
     missing = before.removeprefix(prompt)
-    if prompt != without or not before.startswith(prompt) or not missing.strip():
+    if not before.startswith(prompt) or not missing.strip():
         return None
     return (
         f"the chat template ignores add_generation_prompt: prompts end before {missing!r}, so they "
@@ -80,13 +82,6 @@ def _other_end(
         f"the student's prompts end with {ends[0]!r} and the teacher's with {ends[1]!r}: the "
         "teacher scores the response as if it began elsewhere, for example inside of a thought; "
         "remove the difference from views.teacher_chat_template_kwargs"
-    )
-
-
-def _system_in_user_turn() -> str:
-    return (
-        "the chat template has no system turn, so views.system_prompt is the beginning of the user "
-        "turn"
     )
 
 

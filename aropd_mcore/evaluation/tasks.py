@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aropd_mcore.config import split_task
 from aropd_mcore.data.answer_marks import Unusable, answer_text, split_boxed, split_hashes
 from aropd_mcore.data.multiple_choice import LETTERS, choice_question, medmcqa_choices
 from aropd_mcore.data.records import DataError, is_absent, read_records
@@ -90,14 +91,13 @@ def parse_task(text: str) -> Task:
     Raises:
         ValueError: the text has another form, or the format is unknown.
     """
-    name, equals, path = text.partition("=")
-    name, colon, format = name.partition(":")
-    if not (name and equals and path):
+    name, format, path = split_task(text)
+    if not (name and path):
         raise ValueError(f"task {text!r}: expected name=FILE or name:format=FILE")
-    if colon and format not in _FORMATS:
+    if format is not None and format not in _FORMATS:
         expected = ", ".join(_FORMATS)
         raise ValueError(f"task {text!r}: unknown format {format!r}, expected {expected}")
-    return Task(name, Path(path), format or None)
+    return Task(name, Path(path), format)
 
 
 def read_task(task: Task, *, code_asserts: int | None = None) -> list[Problem]:

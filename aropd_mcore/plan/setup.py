@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from aropd_mcore.config import Config, MemorySpace, Recompute
+from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
 from aropd_mcore.plan.layout import Layout, plan
@@ -206,8 +206,8 @@ def _count_validation_responses(config: Config) -> int:
         DataError: a file cannot be read.
     """
     settings = config.validation
-    is_native = config.rollout.engine == "native" or config.objective.name == "sft"
-    files = [Path(text.partition("=")[2]) for text in settings.tasks] if is_native else []
+    is_native = config.rollout.model_samples or config.objective.name == "sft"
+    files = [Path(split_task(text)[2]) for text in settings.tasks] if is_native else []
     num_views = len(settings.teacher_views) + is_native
     num_problems = sum(_count_records(path, settings.limit) for path in files)
     num_rows = sum(_count_records(path, None) for path in settings.rows)

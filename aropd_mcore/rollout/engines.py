@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from aropd_mcore.config import RolloutConfig
 from aropd_mcore.convert.import_export import export_hf
 from aropd_mcore.convert.source import MegatronSource, Source
 from aropd_mcore.mcore.model import StageModel, build_model
@@ -47,13 +48,8 @@ def build_engine(
     rollout = serving.rollout
     match rollout.engine:
         case "native":
-            return NativeEngine(
-                model,
-                runtime,
-                eos_token_ids=eos_token_ids,
-                batch_size=rollout.batch_size,
-                kv_cache_tokens=rollout.kv_cache_tokens,
-                should_stop=should_stop,
+            return build_native(
+                rollout, model, runtime, eos_token_ids=eos_token_ids, should_stop=should_stop
             )
         case "vllm":
             return VllmEngine(
@@ -64,6 +60,25 @@ def build_engine(
                 probe_ids=probe_ids,
                 should_stop=should_stop,
             )
+
+
+def build_native(
+    rollout: RolloutConfig,
+    model: StageModel,
+    runtime: Runtime,
+    *,
+    eos_token_ids: Sequence[int],
+    should_stop: Callable[[], bool] = never,
+) -> NativeEngine:
+    """Build the native engine with the batch and cache sizes of the settings; see NativeEngine."""
+    return NativeEngine(
+        model,
+        runtime,
+        eos_token_ids=eos_token_ids,
+        batch_size=rollout.batch_size,
+        kv_cache_tokens=rollout.kv_cache_tokens,
+        should_stop=should_stop,
+    )
 
 
 def load_generation_model(

@@ -16,8 +16,7 @@ from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.weights import load_weights
 from aropd_mcore.plan.layout import plan
-from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine
-from aropd_mcore.rollout.native import NativeEngine
+from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine, build_native
 from aropd_mcore.rollout.sources import StepPrompts, build_source
 from aropd_mcore.rollout.vllm_process import Serving
 from aropd_mcore.trainer.guards import Guards
@@ -98,11 +97,10 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         check_stop=partial(stops.check, runtime),
     )
     native = partial(
-        NativeEngine,
+        build_native,
+        config.rollout,
         runtime=runtime,
         eos_token_ids=ends,
-        batch_size=config.rollout.batch_size,
-        kv_cache_tokens=config.rollout.kv_cache_tokens,
         should_stop=stops.is_wanted,
     )
     return Run(
@@ -122,8 +120,8 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         about=inputs.about,
         notes=inputs.notes,
         problems=inputs.problems,
-        validation_engine=engine or native(model),
-        teacher_engine=native(teacher.model) if teacher else None,
+        validation_engine=engine or native(model=model),
+        teacher_engine=native(model=teacher.model) if teacher else None,
         hooks=[DeviceUse(runtime)] if runtime.device.type == "cuda" else [],
     )
 

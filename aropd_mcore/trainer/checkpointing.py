@@ -87,10 +87,7 @@ class Saver:
             if self._pending is not None and self._pending.is_written():
                 self._attempt(self._commit)
             if self._is_due(num_done):
-                self._attempt(self._commit)  # of the previous save, if it is still running
-                self._attempt(lambda: self._begin(num_done, progress))
-                if not self._settings.asynchronous:
-                    self._attempt(self._commit)
+                self._start(num_done, progress)
 
     def keep_as_best(self, num_done: int, progress: Counters) -> None:
         """Make the checkpoint of this step the best one, and save it if that was not started.
@@ -103,10 +100,7 @@ class Saver:
             if self._num_saved == num_done:
                 self._mark_best()
             elif self._pending is None or self._pending.step != num_done:
-                self._attempt(self._commit)
-                self._attempt(lambda: self._begin(num_done, progress))
-                if not self._settings.asynchronous:
-                    self._attempt(self._commit)
+                self._start(num_done, progress)
 
     def save_now(self, num_done: int, progress: Counters) -> None:
         """Wait until a checkpoint of this step exists. Save it if no save of this step was started.
@@ -138,6 +132,13 @@ class Saver:
         decision = torch.tensor(int(is_late), device=self._run.runtime.device)
         dist.broadcast(decision, src=0)
         return bool(decision)
+
+    def _start(self, num_done: int, progress: Counters) -> None:
+        """Start a save under checkpoint.on_failure, and complete it if it is synchronous."""
+        self._attempt(self._commit)  # of the previous save, if it is still running
+        self._attempt(lambda: self._begin(num_done, progress))
+        if not self._settings.asynchronous:
+            self._attempt(self._commit)
 
     def _begin(self, num_done: int, progress: Counters) -> None:
         self._last_time = time.monotonic()
