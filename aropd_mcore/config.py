@@ -16,6 +16,7 @@ from aropd_mcore.durations import parse_seconds
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
+LossSpan = Literal["both", "thinking", "answer"]
 Reduction = Literal["sequence_mean", "sequence_mean_all", "token_mean"]
 Recompute = Literal["none", "selective", "full"]
 MemorySpace = Literal["device", "host"]
@@ -379,7 +380,12 @@ class ObjectiveConfig(Section):
     the responses that have loss tokens. `sequence_mean_all`: the same, but responses without loss
     tokens enter the second mean as 0. `token_mean`: mean over all loss tokens."""
     skip_response_tokens: Annotated[int, Field(ge=0)] = 3
-    """Number of tokens at the start of each response that the loss leaves out."""
+    """Number of tokens at the start of loss_span that the loss leaves out in each response."""
+    loss_span: LossSpan = "both"
+    """Part of each response that the loss reads. `thinking`: the first thought, such as
+    `<think> ... </think>` or `<reasoning> ... </reasoning>`, with its closing tag. Skipped tokens
+    count from the end of its opening tag. `answer`: all tokens after the first thought. A response
+    without a thought is one answer. `both`: the whole response."""
     temper_logits: bool = False
     """Division of the logits of student, partial view and full view by rollout.temperature before
     the loss of `aropd`, as in the authors' release. The metrics from the same pass then describe
@@ -411,6 +417,15 @@ class ObjectiveConfig(Section):
     hindsight_floor: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Threshold epsilon of the metric hindsight_token_rate: the probability in the partial view
     below which a token can count (see hindsight_gap)."""
+
+    @model_validator(mode="after")
+    def _check_loss_span(self) -> "ObjectiveConfig":
+        if self.has_prompt_loss and self.loss_span != "both":
+            raise ValueError(
+                f"sft_prompt_loss true and loss_span {self.loss_span}: expected loss_span both, "
+                "since the prompt is in neither span; change one of them"
+            )
+        return self
 
     @property
     def has_prompt_loss(self) -> bool:

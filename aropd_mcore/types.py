@@ -71,6 +71,10 @@ class Sample:
     """Log-probs of the response tokens under the sampling weights. Empty if they are not used."""
     finished: bool = False
     """Whether the response ended by EOS, which is then its last token."""
+    loss_range: range | None = None
+    """Positions of the loss tokens in the response. None: all."""
+    num_thinking_tokens: int = 0
+    """Length of the thinking span (data.spans), with which the response begins."""
 
 
 class ViewBatch(NamedTuple):
@@ -120,6 +124,8 @@ class Microbatch:
     token_weights_T: Tensor
     """fp32 [T]: loss weights, normalized over the global batch. The loss is the weighted sum of
     per-token losses over all microbatches and data-parallel ranks."""
+    is_thinking_T: Tensor
+    """bool [T]: True for the tokens of the thinking span."""
     is_end_T: Tensor
     """bool [T]: True at the EOS of a response that ended by EOS."""
     engine_logprobs_T: Tensor | None = None

@@ -13,20 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from aropd_mcore.config import PrivilegedView
 from aropd_mcore.data.packing import Groups
-from aropd_mcore.types import Microbatch, Rollout, Sample, ViewBatch
-
-
-def num_loss_tokens(rollouts: Sequence[Rollout], skip_response_tokens: int) -> Tensor:
-    """Count the loss tokens of each response, as int64 [N]."""
-    lengths_N = torch.tensor([len(rollout.response_ids) for rollout in rollouts], dtype=torch.int64)
-    return (lengths_N - skip_response_tokens).clamp(min=0)
+from aropd_mcore.types import Microbatch, Sample, ViewBatch
 
 
 def collate(
     samples: Sequence[Sample],
     groups: Groups,
     *,
-    skip_response_tokens: int,
     pad_token_id: int,
     length_multiple: int = 1,
     segment_multiple: int | None = None,
@@ -43,7 +36,7 @@ def collate(
     Packed: the samples are concatenated into one row, with sample b starting at position start_b.
     The token is then predicted by row start_b + P - 1 + j.
 
-    Prompt lengths differ between the views. The T loss tokens (j >= skip_response_tokens) have the
+    Prompt lengths differ between the views. The T loss tokens (j in Sample.loss_range) have the
     same order in all views: by sample, then by j.
 
     Args:
@@ -56,7 +49,7 @@ def collate(
         with_logprobs: keep the log-probs under the sampling weights.
 
     Returns:
-        Microbatches of CPU tensors. T is 0 if no response exceeds skip_response_tokens.
+        Microbatches of CPU tensors. T is 0 if no sample has loss tokens.
     """
     filler = Sample((pad_token_id,), (pad_token_id,), (pad_token_id,), (), 0.0)
 
@@ -64,7 +57,11 @@ def collate(
         responses = [sample.response_ids for sample in members]
         lengths_B = torch.tensor([len(response) for response in responses])
         offsets_R = torch.arange(int(lengths_B.max()))
-        counted_BR = (offsets_R >= skip_response_tokens) & (offsets_R < lengths_B[:, None])
+        ranges = [
+            range(len(s.response_ids)) if s.loss_range is None else s.loss_range for s in members
+        ]
+        starts_B, ends_B = torch.tensor([(r.start, r.stop) for r in ranges]).unbind(1)
+        counted_BR = (offsets_R >= starts_B[:, None]) & (offsets_R < ends_B[:, None])
         sample_T, offset_T = counted_BR.nonzero(as_tuple=True)
 
         def view_batch(prompts: Sequence[tuple[int, ...]]) -> ViewBatch:
@@ -86,6 +83,7 @@ def collate(
         if with_logprobs:
             rows = [torch.tensor(sample.logprobs) for sample in members]
             logprobs_T = pad_sequence(rows, batch_first=True)[sample_T, offset_T]
+        num_thinking_B = torch.tensor([sample.num_thinking_tokens for sample in members])
         finished_B = torch.tensor([sample.finished for sample in members])
         return Microbatch(
             student=student,
@@ -95,6 +93,7 @@ def collate(
             sample_T=sample_T,
             offset_T=offset_T,
             token_weights_T=torch.tensor([s.token_weight for s in members])[sample_T],
+            is_thinking_T=offset_T < num_thinking_B[sample_T],
             is_end_T=finished_B[sample_T] & (offset_T == lengths_B[sample_T] - 1),
             engine_logprobs_T=logprobs_T,
         )

@@ -75,6 +75,7 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
         sample_T=microbatch.sample_T[is_local_T],
         offset_T=microbatch.offset_T[is_local_T],
         token_weights_T=microbatch.token_weights_T[is_local_T],
+        is_thinking_T=microbatch.is_thinking_T[is_local_T],
         is_end_T=microbatch.is_end_T[is_local_T],
         engine_logprobs_T=None if logprobs_T is None else logprobs_T[is_local_T],
     )

@@ -34,10 +34,7 @@ def split_thoughts(response: str) -> Response:
     visible: list[str] = []
     position, open_name = 0, None
     for tag in _TAG.finditer(response):
-        is_end = (
-            any(tag[name] for name in ("end", "slash", "stroke", "final")) or tag["mark"] == "end"
-        )
-        name = (tag["name"] or str(tag.lastgroup)).lower()
+        is_end, name = _is_end(tag), _name(tag)
         if not is_end and open_name is None:
             visible.append(response[position : tag.start()])
             position, open_name = tag.end(), name
@@ -52,6 +49,24 @@ def split_thoughts(response: str) -> Response:
     return Response(thought, "".join(visible), open_name is None)
 
 
+def find_thought(response: str) -> tuple[int, int | None] | None:
+    """Find the first thought of a response.
+
+    Returns:
+        The position after its opening tag and the position after its closing tag. The first is 0 if
+        there is only a closing tag. The second is None if the thought has no end. None if there is
+        no thought.
+    """
+    tags = _TAG.finditer(response)
+    first = next(tags, None)
+    if first is None:
+        return None
+    if _is_end(first):
+        return 0, first.end()
+    ends = (tag.end() for tag in tags if _is_end(tag) and _name(tag) == _name(first))
+    return first.end(), next(ends, None)
+
+
 def opened_thought(prompt: str) -> str:
     """Return the opening tag of a thought at the end of a prompt, or an empty string.
 
@@ -60,3 +75,11 @@ def opened_thought(prompt: str) -> str:
     last = prompt.rstrip()[-40:]
     tags = [tag[0] for tag in _TAG.finditer(last) if tag.end() == len(last)]
     return tags[0] if tags and not split_thoughts(tags[0]).is_finished else ""
+
+
+def _is_end(tag: re.Match[str]) -> bool:
+    return any(tag[name] for name in ("end", "slash", "stroke", "final")) or tag["mark"] == "end"
+
+
+def _name(tag: re.Match[str]) -> str:
+    return (tag["name"] or str(tag.lastgroup)).lower()

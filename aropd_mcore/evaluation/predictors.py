@@ -39,8 +39,6 @@ def predict(
     scored: Sequence[Scored],
     views: Sequence[Views],
     tokenizer: "PreTrainedTokenizerBase",
-    *,
-    skip_response_tokens: int,
 ) -> dict[str, Any]:
     """Grade the responses and compare the signals of right and wrong ones.
 
@@ -50,8 +48,8 @@ def predict(
     try:
         check_graders([MathAnswer("")])
     except ValueError as error:
-        return compare(scored, [None] * len(scored), skip_response_tokens, reason=str(error))
-    return compare(scored, grade(scored, views, tokenizer), skip_response_tokens)
+        return compare(scored, [None] * len(scored), reason=str(error))
+    return compare(scored, grade(scored, views, tokenizer))
 
 
 def grade(
@@ -85,7 +83,6 @@ def grade(
 def compare(
     scored: Sequence[Scored],
     right: Sequence[bool | None],
-    skip_response_tokens: int,
     *,
     reason: str | None = None,
 ) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def compare(
         if is_right is None:
             continue
         by_row.setdefault(one.row, []).append(is_right)
-        if len(one.rollout.response_ids) > skip_response_tokens:
+        if one.loss_tokens:
             compared.append((one, is_right))
     rights = np.array([is_right for _, is_right in compared], dtype=bool)
     num_right = int(rights.sum())
@@ -127,7 +124,7 @@ def compare(
     if reason is None:
         rows = [one.row for one, _ in compared]
         for name in SIGNALS:
-            values = np.array([_signal(one, name, skip_response_tokens) for one, _ in compared])
+            values = np.array([one.mean_gap(*SIGNALS[name]) for one, _ in compared])
             bounds = auc_interval(values, rights, rows)
             signals[name] = {"auc": auc(values, rights), "interval_95": bounds and list(bounds)}
     samples = list(by_row.values())
@@ -140,8 +137,3 @@ def compare(
         "signals": signals,
         "reason": reason,
     }
-
-
-def _signal(one: Scored, name: str, skip: int) -> float:
-    a, b = (one.scores[f"logprob_{which}"][skip:].astype(np.float64) for which in SIGNALS[name])
-    return float((a - b).mean())

@@ -31,7 +31,6 @@ def sequence_logprobs(model: StageModel, runtime: Runtime, ids: Sequence[int]) -
     (microbatch,) = collate(
         [sample],
         [[0]],
-        skip_response_tokens=0,
         pad_token_id=ids[0],
         length_multiple=runtime.length_multiple,
         views=(),

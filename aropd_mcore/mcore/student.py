@@ -14,12 +14,12 @@ from aropd_mcore.mcore.router import RouterLosses
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.numerics.position_metrics import METRICS, POSITION_BUCKETS, token_sums
+from aropd_mcore.numerics.position_metrics import METRICS, SUMS_SHAPE, single_sum, token_sums
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenSums = dict[str, Tensor]
-"""name -> fp64 [position buckets]: sums of the objective's metrics and of the routers' losses, in
-the format of `numerics.position_metrics.token_sums`."""
+"""name -> fp64 SUMS_SHAPE: sums of the objective's metrics and of the routers' losses, in the
+format of `numerics.position_metrics.token_sums`."""
 
 
 class Student:
@@ -88,7 +88,13 @@ class Student:
             if output is not None:
                 output = output.to(hidden_TH.device)  # may be on the host
             loss, values = self.objective(hidden_TH, self.model.head_weight(), microbatch, output)
-            return loss, token_sums(self.objective.metrics, loss, values, microbatch.offset_T)
+            return loss, token_sums(
+                self.objective.metrics,
+                loss,
+                values,
+                microbatch.offset_T,
+                microbatch.is_thinking_T,
+            )
 
         self.model.train()
         self.optimizer.zero_grad()
@@ -105,8 +111,7 @@ class Student:
         sums = self._reduce(reports)
         if self._router_losses:
             for name, value in self._router_losses.finish_step().items():
-                sums[name] = torch.zeros_like(sums["loss"])
-                sums[name][0] = value
+                sums[name] = single_sum(value, sums["loss"].device)
         return sums
 
     def _release_graph(self) -> None:
@@ -125,8 +130,7 @@ class Student:
         maxima_names = [n for n in self.objective.metrics if METRICS[n].over == "max"]
         sum_names = [n for n in self.objective.metrics if n not in maxima_names]
         names = sum_names + maxima_names
-        shape = (len(names), len(POSITION_BUCKETS))
-        total = torch.zeros(shape, dtype=torch.float64, device=runtime.device)
+        total = torch.zeros((len(names), *SUMS_SHAPE), dtype=torch.float64, device=runtime.device)
         sums, maxima = total[: len(sum_names)], total[len(sum_names) :]
         for report in reports:
             sums += torch.stack([report[name] for name in sum_names])

@@ -6,6 +6,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,10 @@ BUCKET_NAMES = tuple(
     f"{first}-{last}" for first, last in zip(POSITION_BUCKETS, _LAST_POSITIONS, strict=True)
 )
 """Name of each bucket in what a run or an evaluation reports."""
+
+SPANS = ("thinking", "answer")
+"""Spans of a response (data.spans), in the order of sums."""
+SUMS_SHAPE = (len(SPANS), len(POSITION_BUCKETS))
 
 Unit = Literal["nats", "share", "tokens", ""]
 Over = Literal["tokens", "ends", "count", "sum", "max", "derived"]
@@ -35,7 +40,7 @@ class Metric:
     unit: Unit
     over: Over = "tokens"
     by_position: bool = False
-    """Whether it is reported by position bucket too, as NAME/BUCKET."""
+    """Whether it is reported by position bucket too, as NAME/BUCKET, and by span, as NAME/SPAN."""
 
 
 METRICS: dict[str, Metric] = {
@@ -118,28 +123,37 @@ def response_ends(metrics: Mapping[str, Tensor], is_end_T: Tensor) -> dict[str, 
     return values
 
 
-def sum_by_position(values: Mapping[str, Tensor], offset_T: Tensor) -> dict[str, Tensor]:
-    """Sum token values over the tokens of each position bucket.
+def sum_by_position(
+    values: Mapping[str, Tensor], offset_T: Tensor, is_thinking_T: Tensor
+) -> dict[str, Tensor]:
+    """Sum token values over the tokens of each span and position bucket.
 
     Args:
         values: name -> [T].
         offset_T: position of each token in its response, int64 [T], counted from 0.
+        is_thinking_T: whether each token is in the thinking span, bool [T].
     Returns:
-        name -> fp64 [len(POSITION_BUCKETS)], and `num_tokens` beside them.
+        name -> fp64 SUMS_SHAPE, and `num_tokens` beside them.
     """
     starts = torch.tensor(POSITION_BUCKETS, device=offset_T.device)
     bucket_T = torch.bucketize(offset_T, starts, right=True) - 1
+    cell_T = (~is_thinking_T).long() * len(POSITION_BUCKETS) + bucket_T
 
-    def in_buckets(values_T: Tensor) -> Tensor:
-        sums = torch.zeros(len(POSITION_BUCKETS), dtype=torch.float64, device=offset_T.device)
-        return sums.index_add_(0, bucket_T, values_T.double())
+    def in_cells(values_T: Tensor) -> Tensor:
+        sums = torch.zeros(SUMS_SHAPE, dtype=torch.float64, device=offset_T.device)
+        sums.view(-1).index_add_(0, cell_T, values_T.double())
+        return sums
 
-    sums = {name: in_buckets(values_T) for name, values_T in values.items()}
-    return sums | {"num_tokens": in_buckets(torch.ones_like(offset_T))}
+    sums = {name: in_cells(values_T) for name, values_T in values.items()}
+    return sums | {"num_tokens": in_cells(torch.ones_like(offset_T))}
 
 
 def token_sums(
-    names: Iterable[str], loss: Tensor, values: Mapping[str, Tensor], offset_T: Tensor
+    names: Iterable[str],
+    loss: Tensor,
+    values: Mapping[str, Tensor],
+    offset_T: Tensor,
+    is_thinking_T: Tensor,
 ) -> dict[str, Tensor]:
     """Bring a microbatch's loss and token values into the form in which ranks add them up.
 
@@ -147,29 +161,35 @@ def token_sums(
         names: of METRICS; the result has these.
         loss: the weighted sum over the microbatch.
         values: name -> [T], those of `names` and possibly more. `NAME_max` is taken from `NAME`.
-        offset_T: see `sum_by_position`.
+        offset_T, is_thinking_T: see `sum_by_position`.
     Returns:
-        name -> fp64 [len(POSITION_BUCKETS)]. The loss and maxima stand in the first bucket.
+        name -> fp64 SUMS_SHAPE. The loss and maxima are in the first element.
     """
     summed = {n: values[n] for n in names if n in values and METRICS[n].over != "max"}
-    sums = sum_by_position(summed, offset_T)
+    sums = sum_by_position(summed, offset_T, is_thinking_T)
     numbers = {"loss": loss.detach()}
     for name in names:
         if METRICS[name].over == "max":
             values_T = values[name.removesuffix("_max")]
             numbers[name] = values_T.max() if values_T.numel() else torch.zeros(())
     for name, number in numbers.items():
-        sums[name] = torch.zeros_like(sums["num_tokens"])
-        sums[name][0] = number
+        sums[name] = single_sum(number, sums["num_tokens"].device)
     return {name: sums[name] for name in names}
+
+
+def single_sum(number: Tensor | float, device: torch.device) -> Tensor:
+    """Return a number that belongs to no position in the format of sums, fp64 SUMS_SHAPE."""
+    sums = torch.zeros(SUMS_SHAPE, dtype=torch.float64, device=device)
+    sums[0, 0] = number
+    return sums
 
 
 def token_metrics(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Turn sums over all ranks into the numbers that a run reports.
 
     Without a response that ended by itself the means over `ends` are left out. `residual_uptake` is
-    KL(p || s) - KL(f || s), and `residual_capture_ratio` its share of KL(f || p). A bucket without
-    tokens is left out.
+    KL(p || s) - KL(f || s), and `residual_capture_ratio` its share of KL(f || p). Buckets and spans
+    without tokens are left out, and both spans if no token is in a thinking span.
 
     Args:
         sums: of `sum_by_position` or `token_sums`; names as in METRICS.
@@ -197,11 +217,14 @@ def token_metrics(sums: Mapping[str, Tensor]) -> dict[str, Any]:
             metrics["residual_capture_ratio"] = (
                 metrics["residual_uptake"] / metrics["kl_full_partial"]
             )
-    for name in BY_POSITION:
+    parts = [(BUCKET_NAMES, 0)] + [(SPANS, 1)] * bool(num_tokens[0].any())
+    for (part_names, other), name in product(parts, BY_POSITION):
         if name in sums:
             metrics |= {
-                f"{name}/{bucket}": float(values / count)
-                for bucket, values, count in zip(BUCKET_NAMES, sums[name], num_tokens, strict=True)
+                f"{name}/{part}": float(values / count)
+                for part, values, count in zip(
+                    part_names, sums[name].sum(other), num_tokens.sum(other), strict=True
+                )
                 if count > 0
             }
     return metrics

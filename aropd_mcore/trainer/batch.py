@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from aropd_mcore.config import Config, PrivilegedView
-from aropd_mcore.data.collate import collate, num_loss_tokens
+from aropd_mcore.data.collate import collate
 from aropd_mcore.data.context_parallel import share_of_rank
 from aropd_mcore.data.packing import consecutive, packed
+from aropd_mcore.data.spans import NO_THINKING, Thinking, loss_range
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.numerics import sample_token_weights
 from aropd_mcore.types import Microbatch, Rollout, Sample, Views
@@ -35,6 +36,7 @@ def form_batch(
     runtime: Runtime,
     views: Sequence[Views],
     rollouts: Sequence[Rollout],
+    thinking: Sequence[Thinking],
     pad_token_id: int,
 ) -> Batch:
     """Build this rank's share of the global batch, with globally normalized weights.
@@ -43,7 +45,7 @@ def form_batch(
     redistributed over the data-parallel ranks by their number of tokens.
 
     Args:
-        views, rollouts: those of this data-parallel rank, in the same order.
+        views, rollouts, thinking: those of this data-parallel rank, in the same order.
     Collectives: one all-reduce over the data-parallel ranks and one over the job. With packing,
         also one all-gather over the data-parallel ranks.
     """
@@ -51,8 +53,12 @@ def form_batch(
     num_skipped = objective.skip_response_tokens
     if objective.has_prompt_loss:
         views, rollouts = _with_prompt_as_response(views, rollouts)
-        num_skipped = 0
-    num_tokens_N = num_loss_tokens(rollouts, num_skipped)
+        num_skipped, thinking = 0, [NO_THINKING] * len(rollouts)  # the prompt is in neither span
+    loss_ranges = [
+        loss_range(len(r.response_ids), span, objective.loss_span, num_skipped)
+        for r, span in zip(rollouts, thinking, strict=True)
+    ]
+    num_tokens_N = torch.tensor([len(tokens) for tokens in loss_ranges])
     weights = sample_token_weights(
         num_tokens_N,
         torch.tensor([v.row.sample_weight for v in views]),
@@ -68,8 +74,12 @@ def form_batch(
             weight,
             r.logprobs,
             r.finished,
+            tokens,
+            span.end,
         )
-        for v, r, weight in zip(views, rollouts, weights.tolist(), strict=True)
+        for v, r, weight, tokens, span in zip(
+            views, rollouts, weights.tolist(), loss_ranges, thinking, strict=True
+        )
     ]
     if training.packing:
         assert training.max_tokens_per_microbatch is not None
@@ -86,7 +96,6 @@ def form_batch(
     microbatches = collate(
         samples,
         groups,
-        skip_response_tokens=num_skipped,
         pad_token_id=pad_token_id,
         length_multiple=runtime.length_multiple,
         segment_multiple=runtime.segment_multiple if training.packing else None,

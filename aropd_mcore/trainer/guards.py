@@ -84,8 +84,8 @@ class Guards:
             self._counts["steps_without_loss_tokens"] += 1
             actions.add("skip")
             findings.append(
-                "no loss tokens: each response ends within objective.skip_response_tokens, or its "
-                "row's sample_weight is 0"
+                "no loss tokens: each response ends within objective.skip_response_tokens, has no "
+                "objective.loss_span, or its row's sample_weight is 0"
             )
         else:
             metrics = self._compare_with_window(loss, grad_norm, length)

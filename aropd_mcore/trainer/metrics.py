@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aropd_mcore.config import Config
 from aropd_mcore.data.answer_match import is_premature
@@ -24,6 +25,8 @@ _QUANTILES = (0.1, 0.5, 0.9)
 def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Metrics:
     """Compute lengths, truncation, early answers and cut prompts of the global batch.
 
+    Lengths and truncation are also reported by span (data.spans) if a response has a thought.
+
     `premature_answer_rate`: share of rollouts whose first half states the gold answer as a separate
     word.
     `num_cut_tokens`: number of tokens cut from prompts that exceed views.max_prompt_tokens.
@@ -34,26 +37,40 @@ def rollout_metrics(result: StepResult, tokenizer: Any, runtime: Runtime) -> Met
         [
             [
                 len(rollout.response_ids),
+                thinking.end,
                 rollout.finished,
                 is_premature(tokenizer, rollout.response_ids, views.row.answer),
                 views.num_cut_tokens,
             ]
-            for views, rollout in zip(result.views, result.rollouts, strict=True)
+            for views, rollout, thinking in zip(
+                result.views, result.rollouts, result.thinking, strict=True
+            )
         ],
         dtype=torch.float64,
     )
-    length, finished, premature, num_cut = runtime.gather_over_data(local).unbind(1)
-    quantiles = torch.quantile(length, torch.tensor(_QUANTILES, dtype=length.dtype)).tolist()
-    return {
-        "response_length_mean": float(length.mean()),
-        **{
-            f"response_length_p{int(100 * q)}": v
-            for q, v in zip(_QUANTILES, quantiles, strict=True)
-        },
+    length, thinking, finished, premature, num_cut = runtime.gather_over_data(local).unbind(1)
+    metrics = {
+        **_length_metrics("response", length),
         "truncation_rate": 1.0 - float(finished.mean()),
         "premature_answer_rate": float(premature.mean()),
         "num_response_tokens": int(length.sum()),
         "num_cut_tokens": int(num_cut.sum()),
+    }
+    if thinking.any():
+        is_cut = finished == 0
+        in_thinking = is_cut & (thinking == length)
+        metrics |= _length_metrics("thinking", thinking)
+        metrics |= _length_metrics("answer", length - thinking)
+        metrics["truncation_rate/thinking"] = float(in_thinking.double().mean())
+        metrics["truncation_rate/answer"] = float((is_cut & ~in_thinking).double().mean())
+    return metrics
+
+
+def _length_metrics(part: str, length: Tensor) -> Metrics:
+    quantiles = torch.quantile(length, torch.tensor(_QUANTILES, dtype=length.dtype)).tolist()
+    return {f"{part}_length_mean": float(length.mean())} | {
+        f"{part}_length_p{int(100 * q)}": value
+        for q, value in zip(_QUANTILES, quantiles, strict=True)
     }
 
 

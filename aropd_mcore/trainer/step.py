@@ -11,6 +11,7 @@ import torch
 
 from aropd_mcore.config import Config
 from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.spans import Thinking, thinking_spans
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluation.validation_set import ValidationProblem
 from aropd_mcore.mcore.optim import UpdateResult
@@ -89,6 +90,8 @@ class StepResult:
     """Number of padding tokens among num_tokens."""
     num_without_loss: int
     """Number of this data-parallel rank's responses without loss tokens."""
+    thinking: Sequence[Thinking]
+    """Thinking span of each response of this data-parallel rank."""
     sums: TokenSums
     verdict: Verdict
     update: UpdateResult
@@ -115,7 +118,8 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
 
     # Weights of the loss tokens in the global loss. Each response forms one sequence per view.
     with phase("batch"):
-        batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
+        thinking = thinking_spans(run.view_builder.tokenizer, views, rollouts)
+        batch = form_batch(run.config, run.runtime, views, rollouts, thinking, run.pad_token_id)
 
     # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
     with phase("teacher"):
@@ -144,6 +148,7 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
         batch.num_tokens,
         batch.num_padding_tokens,
         batch.num_without_loss,
+        thinking,
         sums,
         verdict,
         update,

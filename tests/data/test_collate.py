@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aropd_mcore.data.collate import collate, num_loss_tokens
+from aropd_mcore.data.collate import collate
 from aropd_mcore.data.packing import consecutive
 from aropd_mcore.types import Rollout, Sample
 
@@ -20,9 +20,9 @@ samples = st.lists(
 @given(samples, st.integers(0, 4), st.integers(1, 4))
 def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_size):
     rollouts = [Rollout(response, (), True, 0) for *_, response in samples]
-    views = [Sample(*texts, n + 1.0) for n, texts in enumerate(samples)]
+    views = [with_skipped_tokens(texts, n + 1.0, skip) for n, texts in enumerate(samples)]
     groups = consecutive(len(samples), micro_batch_size)
-    microbatches = collate(views, groups, skip_response_tokens=skip, pad_token_id=PAD)
+    microbatches = collate(views, groups, pad_token_id=PAD)
 
     seen = []
     for number, microbatch in enumerate(microbatches):
@@ -63,14 +63,16 @@ def test_every_loss_token_is_predicted_in_every_view(samples, skip, micro_batch_
         for j, id in enumerate(rollout.response_ids)
         if j >= skip
     ]
-    assert num_loss_tokens(rollouts, skip).tolist() == [
-        max(0, len(rollout.response_ids) - skip) for rollout in rollouts
-    ]
+
+
+def with_skipped_tokens(texts, weight: float, skip: int) -> Sample:
+    length = len(texts[-1])
+    return Sample(*texts, weight, loss_range=range(min(skip, length), length))
 
 
 def test_collate_without_teacher_views_and_loss_tokens():
-    samples = [Sample((1, 2), (3,), (4,), (5, 6), 1.0)]
-    (microbatch,) = collate(samples, [[0]], skip_response_tokens=3, pad_token_id=PAD, views=())
+    samples = [Sample((1, 2), (3,), (4,), (5, 6), 1.0, loss_range=range(2, 2))]
+    (microbatch,) = collate(samples, [[0]], pad_token_id=PAD, views=())
     assert microbatch.partial is None and microbatch.full is None
     assert microbatch.student.tokens_BS.tolist() == [[1, 2, 5, 6]]
     for tensor in (microbatch.student.hidden_index_T, microbatch.response_ids_T):
@@ -80,7 +82,7 @@ def test_collate_without_teacher_views_and_loss_tokens():
 
 def test_collate_of_one_view_equals_that_view_of_both():
     samples = [Sample((1, 2), (3,), (4, 4), (5, 6), 1.0)]
-    kwargs = {"skip_response_tokens": 0, "pad_token_id": PAD}
+    kwargs = {"pad_token_id": PAD}
     (both,) = collate(samples, [[0]], **kwargs)
     for view, other in (("partial", "full"), ("full", "partial")):
         (single,) = collate(samples, [[0]], **kwargs, views=(view,))
@@ -91,13 +93,12 @@ def test_collate_of_one_view_equals_that_view_of_both():
 
 @given(samples, st.integers(0, 4), st.integers(1, 3), st.integers(1, 3))
 def test_packed_and_padded_microbatches_count_the_same_tokens(samples, skip, segment, sequence):
-    members = [Sample(*texts, n + 1.0) for n, texts in enumerate(samples)]
+    members = [with_skipped_tokens(texts, n + 1.0, skip) for n, texts in enumerate(samples)]
     groups = [list(range(len(samples)))[::-1], []]
     both = [
         collate(
             members,
             groups,
-            skip_response_tokens=skip,
             pad_token_id=PAD,
             length_multiple=segment * sequence,
             segment_multiple=multiple,

@@ -29,7 +29,6 @@ def test_every_loss_token_finds_its_hidden_states_in_all_views(size, packing):
     (whole,) = collate(
         views,
         [[0, 1, 2]],
-        skip_response_tokens=0,
         pad_token_id=0,
         length_multiple=2 * size,
         segment_multiple=2 * size if packing else None,

@@ -235,7 +235,7 @@ def test_reliability_is_the_share_of_pairs_in_which_the_right_response_is_prefer
         scores |= {f"logprob_{name}": np.full(len(ids), -2.0, np.float32) for name in VIEWS}
         scores["logprob_full"] = scores["logprob_full"] + np.float32(gain)
         scores["logprob_full"][0] = -90.0  # not a loss token
-        scored.append(Scored(number, 0, Rollout(ids, (), True, 0), scores))
+        scored.append(Scored(number, 0, Rollout(ids, (), True, 0), scores, range(1, len(ids))))
     diagnosis = summarize(scored, views, tokenizer, ObjectiveConfig(skip_response_tokens=1))
     few, many = diagnosis["reliability"]
     assert (few["tokens_from"], few["tokens_to"], few["responses"]) == (10, 10, 4)
@@ -259,7 +259,8 @@ def _responses(tokenizer, made, answer: str = "42") -> tuple[list[Scored], list[
         for name, gain in zip(VIEWS, (0.0, partial, total, 0.0), strict=True):
             scores[f"logprob_{name}"] = np.full(len(ids), -2.0 + gain, np.float32)
             scores[f"logprob_{name}"][0] = -90.0 * number  # not a loss token
-        scored.append(Scored(number, 0, Rollout(ids, (), finished, 0), scores))
+        rollout = Rollout(ids, (), finished, 0)
+        scored.append(Scored(number, 0, rollout, scores, range(1, len(ids))))
     return scored, [Views(row, (1, 2), (1, 2), (1, 2))] * len(scored)
 
 
@@ -274,7 +275,7 @@ def test_predict_compares_the_signals_of_right_and_wrong_responses(tmp_path):
         ("7", False, 5.0, 5.0),  # no loss tokens: graded but not compared
     ]
     scored, views = _responses(tokenizer, made)
-    predictors = predict(scored, views, tokenizer, skip_response_tokens=1)
+    predictors = predict(scored, views, tokenizer)
     assert (predictors["graded"], predictors["right"], predictors["wrong"]) == (5, 2, 2)
     assert predictors["accuracy"] == pytest.approx(2 / 5) and predictors["reason"] is None
     low, high = predictors["accuracy_95"]
@@ -297,12 +298,12 @@ def test_predict_without_an_auc_returns_the_reason(tmp_path, monkeypatch):
         ("```python\nx = 42\n```", 0, "no row has an answer that can be graded"),
     ):
         scored, views = _responses(tokenizer, made, answer)
-        predictors = predict(scored, views, tokenizer, skip_response_tokens=1)
+        predictors = predict(scored, views, tokenizer)
         assert (predictors["right"], predictors["reason"]) == (right, reason)
         assert predictors["signals"]["total"] == {"auc": None, "interval_95": None}
     assert predictors["accuracy"] is None and predictors["graded"] == 0
     monkeypatch.setattr(grade.importlib.util, "find_spec", lambda _: None)
-    predictors = predict(scored, views, tokenizer, skip_response_tokens=1)
+    predictors = predict(scored, views, tokenizer)
     assert "pip install 'aropd-mcore[eval]'" in predictors["reason"] and predictors["graded"] == 0
 
 

@@ -75,7 +75,7 @@ def build_diagnosis() -> dict[str, Any]:
     rollout = {
         "row": "1", "sample": 0, "question": HOSTILE, "answer": HOSTILE, "prompt": HOSTILE,
         "text": "", "finished": False, "premature": True, "ends_with_answer": True,
-        "num_skipped": 3, "ids": ids, "residual": residual,
+        "loss_tokens": [3, len(ids)], "num_thinking_tokens": 0, "ids": ids, "residual": residual,
         "hindsight": [value > 5 for value in residual],
         "student": [-1.0] * 60, "partial": [-2.0] * 60, "full": [-1.5] * 60,
         "target": [-2.0 + value / 3 for value in residual],
@@ -340,7 +340,7 @@ def test_report_averages_long_curves_and_shows_paths_for_equal_names(tmp_path):
         ),
         (
             lambda run: write_json(run / "diagnose" / "x.json", {"schema": "aropd-diagnosis/0"}),
-            "x.json: schema 'aropd-diagnosis/0', expected 'aropd-diagnosis/2'",
+            "x.json: schema 'aropd-diagnosis/0', expected 'aropd-diagnosis/3'",
         ),
         (
             lambda run: write_json(run / "eval" / "summary.json", {}),

@@ -46,6 +46,8 @@ class Sample:
     """Log-probs of the response by the sampling engine."""
     finished: bool = False
     """Whether the response ended with EOS."""
+    num_thinking: int = 0
+    """Number of tokens of the thinking span, with which the response begins."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,16 @@ class Method:
     temperature: float = 1.0
     """Divisor of the logits of all three views before the loss."""
     sft_prompt_loss: bool = False
+    span: str = "both"
+    """Part of the responses in the loss: `both`, `thinking` or `answer`."""
+
+    def loss_tokens(self, sample: Sample) -> slice:
+        start, end = 0, len(sample.response)
+        if self.span == "thinking":
+            end = sample.num_thinking
+        if self.span == "answer":
+            start = sample.num_thinking
+        return slice(min(start + self.skip, end), end)
 
 
 @dataclass(frozen=True)
@@ -132,13 +144,14 @@ class Oracle:
         """
         method = self.method
         self._router_inputs.clear()
-        losses, metrics, offsets = [], [], []
+        losses, metrics, offsets, are_thinking = [], [], [], []
         for sample in samples:
             loss_T, metrics_T = self._sft(sample) if method.sft else self._aropd(sample)
             losses.append(loss_T)
             metrics.append(metrics_T)
-            first = 0 if method.sft_prompt_loss else method.skip
+            first = 0 if method.sft_prompt_loss else method.loss_tokens(sample).start
             offsets.append(torch.arange(first, first + len(loss_T)))
+            are_thinking.append(offsets[-1] < sample.num_thinking)
         loss = oracles.reduced_loss(losses, [s.weight for s in samples], method.reduction)
         minimized, routers = loss, {}
         if method.router_aux or method.router_z:
@@ -171,17 +184,18 @@ class Oracle:
         report = {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": lr}
         joined = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
         report |= routers
-        report |= _at_ends(samples, metrics)
-        report |= self._means(joined, torch.cat(offsets))
+        report |= _at_ends(method, samples, metrics)
+        report |= self._means(joined, torch.cat(offsets), torch.cat(are_thinking))
         return OracleStep(report, _weights(self.student), _weights(self.teacher))
 
     def _aropd(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         method = self.method
-        student = self._logits(self.student, sample.student, sample.response)
+        student = self._logits(self.student, sample.student, sample)
         with torch.no_grad():
-            partial = self._logits(self.teacher, sample.partial, sample.response)
-            full = self._logits(self.teacher, sample.full, sample.response)
-        sampled = torch.tensor(sample.response[method.skip :], dtype=torch.int64)
+            partial = self._logits(self.teacher, sample.partial, sample)
+            full = self._logits(self.teacher, sample.full, sample)
+        tokens = method.loss_tokens(sample)
+        sampled = torch.tensor(sample.response[tokens], dtype=torch.int64)
         # Log-probs of the sampled distribution do not depend on the temperature of the loss.
         log_s = -oracles.cross_entropy(student.detach(), sampled)
         student, partial, full = (x / method.temperature for x in (student, partial, full))
@@ -206,7 +220,7 @@ class Oracle:
         hindsight = (log_f - log_p > method.gap) & (log_p.exp() < method.floor)
         metrics["hindsight_token_rate"] = hindsight.double()
         if method.importance is not None:
-            log_engine = torch.tensor(sample.engine_logprobs[method.skip :], dtype=torch.float64)
+            log_engine = torch.tensor(sample.engine_logprobs[tokens], dtype=torch.float64)
             ratio = (log_s - log_engine).exp()
             weights = ratio.clamp(max=method.cap)
             losses = losses * (weights if method.importance == "token" else weights.mean())
@@ -221,18 +235,19 @@ class Oracle:
             sequence = torch.tensor([[*sample.student, *sample.response]])
             logits, targets = self.student(sequence).logits[0, :-1], sequence[0, 1:]
         else:
-            logits = self._logits(self.student, sample.student, sample.response)
-            targets = torch.tensor(sample.response[self.method.skip :], dtype=torch.int64)
+            logits = self._logits(self.student, sample.student, sample)
+            tokens = self.method.loss_tokens(sample)
+            targets = torch.tensor(sample.response[tokens], dtype=torch.int64)
         losses = oracles.cross_entropy(logits, targets)
         logprobs = torch.log_softmax(logits.detach(), -1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         logprob = {"logprob_student": -losses.detach()}
         return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy} | logprob
 
-    def _logits(self, model, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+    def _logits(self, model, prompt: tuple[int, ...], sample: Sample) -> Tensor:
         """Compute the logits that predict the response tokens in the loss, fp64 [T, V]."""
-        tokens = torch.tensor([[*prompt, *response]])
-        return model(tokens).logits[0, len(prompt) - 1 : -1][self.method.skip :]
+        tokens = torch.tensor([[*prompt, *sample.response]])
+        return model(tokens).logits[0, len(prompt) - 1 : -1][self.method.loss_tokens(sample)]
 
     def _router_losses(
         self, num_samples: int, groups: Sequence[Sequence[int]]
@@ -270,7 +285,9 @@ class Oracle:
         done = (self.num_done - num_warmup) / (method.num_steps - num_warmup)
         return method.min_lr + (method.lr - method.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
-    def _means(self, metrics: dict[str, Tensor], offsets: Tensor) -> dict[str, float]:
+    def _means(
+        self, metrics: dict[str, Tensor], offsets: Tensor, is_thinking: Tensor
+    ) -> dict[str, float]:
         """Compute the means over the global batch's loss tokens of METHOD section 7."""
         report = {
             name: float(values.mean())
@@ -284,20 +301,30 @@ class Oracle:
             return report
         report["residual_uptake"] = report["kl_partial_student"] - report["kl_full_student"]
         report["residual_capture_ratio"] = report["residual_uptake"] / report["kl_full_partial"]
-        for bucket, (start, end) in BUCKETS.items():
-            inside = (offsets >= start) & (offsets < end)
+        parts = {
+            bucket: (offsets >= start) & (offsets < end) for bucket, (start, end) in BUCKETS.items()
+        }
+        if is_thinking.any():
+            parts |= {"thinking": is_thinking, "answer": ~is_thinking}
+        for part, inside in parts.items():
             if inside.any():
                 for name in BY_POSITION:
-                    report[f"{name}/{bucket}"] = float(metrics[name][inside].mean())
+                    report[f"{name}/{part}"] = float(metrics[name][inside].mean())
         return report
 
 
-def _at_ends(samples: Sequence[Sample], metrics: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+def _at_ends(
+    method: Method, samples: Sequence[Sample], metrics: Sequence[dict[str, Tensor]]
+) -> dict[str, float]:
     """Compute the mean P(EOS) at the last token of responses that ended with EOS.
 
     Source: METHOD section 7.
     """
-    ends = [m for sample, m in zip(samples, metrics, strict=True) if sample.finished]
+    ends = [
+        m
+        for sample, m in zip(samples, metrics, strict=True)
+        if sample.finished and method.loss_tokens(sample).stop == len(sample.response)
+    ]
     ends = [m for m in ends if len(m["logprob_student"])]
     report = {"num_response_ends": len(ends)}
     for name in metrics[0]:

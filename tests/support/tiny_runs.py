@@ -7,22 +7,41 @@ from typing import Any
 import yaml
 
 from tests.support.tiny_models import save_tiny_model
-from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
+from tests.support.tiny_tokenizer import (
+    CHAT_TEMPLATE,
+    TAGS,
+    THINKING_TEMPLATE,
+    VOCAB_SIZE,
+    save_tiny_tokenizer,
+)
 
 EOS_IDS = list(range(5, VOCAB_SIZE, 16))
 """EOS tokens. There are many, so that a random model's responses end at different lengths."""
 NUM_ROWS = 24
 
 
-def write_model(folder: Path, family: str = "qwen2", *, tie: bool = False, **settings: Any) -> Path:
-    """Save a random model with the byte tokenizer into `folder`."""
+def write_model(
+    folder: Path,
+    family: str = "qwen2",
+    *,
+    tie: bool = False,
+    thinks: bool = False,
+    **settings: Any,
+) -> Path:
+    """Save a random model with the byte tokenizer into `folder`.
+
+    Args:
+        thinks: the chat template opens a thought, and some tokens close it.
+    """
     ids = {
         "eos_token_id": EOS_IDS,
         # transformers initializes the embedding of a padding token as zeros and does not train it.
         "pad_token_id": None,
     }
-    save_tiny_model(family, folder, tie=tie, vocab_size=VOCAB_SIZE, **{**ids, **settings})
-    save_tiny_tokenizer(folder)
+    vocab_size = VOCAB_SIZE + len(TAGS) * thinks
+    save_tiny_model(family, folder, tie=tie, vocab_size=vocab_size, **{**ids, **settings})
+    template = THINKING_TEMPLATE if thinks else CHAT_TEMPLATE
+    save_tiny_tokenizer(folder, chat_template=template, thinks=thinks)
     return folder
 
 

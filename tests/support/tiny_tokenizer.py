@@ -13,10 +13,14 @@ CHAT_TEMPLATE = (
 )
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 259
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
+TAGS = ("<think>", *(f"</{word}>" for word in ("think", "Think", "tHink", "thInk", "THINK")))
+"""Tokens of a tokenizer that thinks. There are many closing tags, so that a random model closes its
+thoughts at different lengths."""
 
 
 def save_tiny_tokenizer(
-    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, thinks: bool = False
 ) -> PreTrainedTokenizerFast:
     """Save a byte-level tokenizer with a ChatML template and EOS `<|im_end|>` into `folder`.
 
@@ -24,6 +28,7 @@ def save_tiny_tokenizer(
 
     Args:
         chat_template: None for a tokenizer without chat template.
+        thinks: add TAGS, which are no special tokens, as in Qwen3.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: id for id, character in enumerate(alphabet)}
@@ -33,6 +38,8 @@ def save_tiny_tokenizer(
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (PAD, START, END)]
     )
+    if thinks:
+        backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,

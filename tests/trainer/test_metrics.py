@@ -10,6 +10,7 @@ import torch
 from aropd_mcore.config import ObjectiveConfig, RolloutConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.data.spans import Thinking
 from aropd_mcore.mcore.objectives import reported_metrics
 from aropd_mcore.mcore.router import RouterLosses
 from aropd_mcore.numerics.position_metrics import METRICS, token_metrics
@@ -28,6 +29,8 @@ RESPONSES = [  # per rank: text, whether the response is finished, gold answer
     [("42 at once, then more words", True, "42"), ("a 421 is no 42", True, "42")],
     [("the answer comes last: 7", False, "7"), ("7.5 .................", True, "7.5")],
 ]
+THINKING = [5, 3, 24, 0]
+"""Lengths of the responses' thinking spans. The cut response ends in its thought."""
 
 
 class CharacterTokenizer:
@@ -39,14 +42,21 @@ class CharacterTokenizer:
 
 def test_rollout_metrics_cover_the_responses_of_all_ranks():
     lengths = torch.tensor([len(text) for rank in RESPONSES for text, *_ in rank]).double()
-    quantiles = torch.quantile(lengths, torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+    thinking = torch.tensor(THINKING).double()
+    parts = {"response": lengths, "thinking": thinking, "answer": lengths - thinking}
+    quantiles = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+    expected_lengths = {
+        f"{part}_length_{name}": float(torch.quantile(values, quantile))
+        for part, values in parts.items()
+        for name, quantile in quantiles.items()
+    }
     for metrics in run_ranks(rank_metrics, 2):
         assert metrics == pytest.approx(
             {
-                "response_length_mean": float(lengths.mean()),
-                "response_length_p10": quantiles[0],
-                "response_length_p50": quantiles[1],
-                "response_length_p90": quantiles[2],
+                **expected_lengths,
+                **{f"{part}_length_mean": float(v.mean()) for part, v in parts.items()},
+                "truncation_rate/thinking": 0.25,
+                "truncation_rate/answer": 0.0,
                 "num_response_tokens": int(lengths.sum()),
                 "num_cut_tokens": 4 * 3,
                 "truncation_rate": 0.25,
@@ -66,6 +76,7 @@ def rank_metrics() -> dict[str, float]:
         rollouts=[
             Rollout(tuple(map(ord, text)), (), finished, 0) for text, finished, _ in responses
         ],
+        thinking=[Thinking(0, length) for length in THINKING[2 * rt.dp_rank :][:2]],
     )
     return rollout_metrics(result, CharacterTokenizer(), rt)  # type: ignore[arg-type]
 

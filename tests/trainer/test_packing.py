@@ -55,6 +55,7 @@ def compute_padded_and_packed(path: Path) -> list[dict]:
 
 
 def forward_and_backward(run) -> dict:
+    from aropd_mcore.data.spans import NO_THINKING
     from aropd_mcore.mcore.schedule import run_schedule
     from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.types import Rollout
@@ -63,7 +64,9 @@ def forward_and_backward(run) -> dict:
     # Each response consists of its own token, which identifies it in any microbatch.
     responses = [tuple([40 + i] * length) for i, length in enumerate(LENGTHS)]
     rollouts = [Rollout(ids, (), True, 0) for ids in responses]
-    batch = form_batch(run.config, run.runtime, views, rollouts, run.pad_token_id)
+    batch = form_batch(
+        run.config, run.runtime, views, rollouts, [NO_THINKING] * len(views), run.pad_token_id
+    )
     outputs = run.teacher.score(batch.microbatches)
     students = run_schedule(
         list(run.student.model),

@@ -60,13 +60,16 @@ def compute_gradients(path: Path) -> dict[str, Gradients]:
 
 
 def run_gradients(run) -> Gradients:
+    from aropd_mcore.data.spans import NO_THINKING
     from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.types import Rollout
 
     views, _ = run.source.prompts(0)
     rollouts = [Rollout(ids, (), ended, 0) for ids, ended in RESPONSES]
     # The pad token is EOS, so a padded position in the loss would count as an end.
-    batch = form_batch(run.config, run.runtime, views, rollouts, pad_token_id=EOS)
+    batch = form_batch(
+        run.config, run.runtime, views, rollouts, [NO_THINKING] * len(views), pad_token_id=EOS
+    )
     gradients: list[Tensor] = []
 
     def keep_gradient(_module, _args, output_SBH: Tensor) -> None:

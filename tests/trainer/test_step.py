@@ -32,6 +32,7 @@ from tests.support.pairwise import covering_rows
 from tests.support.ranks import run_ranks
 from tests.support.step_oracle import Method, Oracle, OracleStep, Sample
 from tests.support.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
+from tests.support.tiny_tokenizer import TAGS, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from aropd_mcore.trainer.step import Run
@@ -91,6 +92,7 @@ class Case:
     sections: dict[str, dict[str, Any]]
     family: str = "qwen2"
     tie: bool = False
+    thinks: bool = False
     num_steps: int = 1
     num_microbatches: int = 1
     """Number of microbatches per step, on each data-parallel rank."""
@@ -118,7 +120,8 @@ class Case:
         return Config.model_validate(tree)
 
     def model(self, root: Path) -> Path:
-        return root / f"{self.family}-{'tied' if self.tie else 'untied'}-{len(self.eos_ids)}-eos"
+        kind = ("-tied" if self.tie else "-untied") + "-thinks" * self.thinks
+        return root / f"{self.family}{kind}-{len(self.eos_ids)}-eos"
 
     def write_model(self, root: Path) -> None:
         if not self.model(root).exists():
@@ -126,6 +129,7 @@ class Case:
                 self.model(root),
                 self.family,
                 tie=self.tie,
+                thinks=self.thinks,
                 eos_token_id=list(self.eos_ids),
                 initializer_range=0.15,
             )
@@ -384,6 +388,45 @@ CASES = [
         ],
     ),
     Case(
+        "thinking-span",
+        {"objective": AROPD | {"loss_span": "thinking", "skip_response_tokens": 1}},
+        thinks=True,
+        num_microbatches=2,
+        layouts=[Layout(2, 2), Layout(1, 1, context=2)],
+    ),
+    Case(
+        "answer-span",
+        {
+            "objective": AROPD
+            | {"loss_span": "answer", "skip_response_tokens": 1, "reduction": "token_mean"},
+            "training": PACKED,
+            "rollout": {"importance": "sequence", "importance_cap": 1.3},
+        },
+        family="qwen3",
+        thinks=True,
+        layouts=[Layout(1, 2, context=2), Layout(2, 1, sequence=True)],
+    ),
+    Case(
+        # Both spans, whose metrics are reported separately.
+        "thoughts",
+        {"objective": AROPD},
+        thinks=True,
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[Layout(1, 2, context=2)],
+    ),
+    Case(
+        # The prompt opens no thought. The trace has the tags `<think>` and `</think>`.
+        "sft-answer-span",
+        {
+            "objective": {"name": "sft", "loss_span": "answer", "skip_response_tokens": 1},
+            "views": {"trace_template": "<think>{reasoning}</think>{answer}"},
+            "rollout": {"max_response_tokens": 64},
+        },
+        num_microbatches=2,
+        layouts=[Layout(2, 1, context=2)],
+    ),
+    Case(
         "full-opd",
         {
             "objective": AROPD
@@ -491,6 +534,7 @@ def take(run: "Run", steps: range) -> RankSteps:
                     views.row.sample_weight,
                     rollout.logprobs,
                     rollout.finished,
+                    num_thinking_tokens(rollout.response_ids, run),
                 )
                 for views, rollout in zip(result.views, result.rollouts, strict=True)
             ]
@@ -503,6 +547,20 @@ def take(run: "Run", steps: range) -> RankSteps:
         hf_tensors(run.student.model, rt),
         hf_tensors(run.teacher.model, rt) if run.teacher else None,
     )
+
+
+def num_thinking_tokens(ids: tuple[int, ...], run: "Run") -> int:
+    """Return the number of tokens of the thinking span: all up to the first closing tag.
+
+    A closing tag is one token of the models that think. Of the others, only traces have a tag.
+    """
+    if run.view_builder.tokenizer.get_added_vocab().keys() >= set(TAGS):
+        return next((k + 1 for k, id in enumerate(ids) if id > VOCAB_SIZE), len(ids))
+    opening, closing = (run.view_builder.text_ids(tag) for tag in ("<think>", "</think>"))
+    if ids[: len(opening)] != opening:
+        return 0
+    ends = range(len(closing), len(ids) + 1)
+    return next((end for end in ends if ids[end - len(closing) : end] == closing), len(ids))
 
 
 def change_logprobs(take):
@@ -601,6 +659,7 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
         jsd_weight=objective.jsd_weight,
         reduction=objective.reduction,
         skip=objective.skip_response_tokens,
+        span=objective.loss_span,
         gap=objective.hindsight_gap,
         floor=objective.hindsight_floor,
         teacher=config.teacher.kind,
@@ -684,7 +743,8 @@ def check(case: str, rank: RankSteps, expected: list[OracleStep]) -> None:
             metrics, rel=REPORTED, abs=1e-7
         )
         for name in found.keys() - metrics.keys():
-            assert name.startswith(("response_", "seconds/")) or name in TESTED_ELSEWHERE, name
+            prefixes = ("response_", "thinking_", "answer_", "truncation_rate/", "seconds/")
+            assert name.startswith(prefixes) or name in TESTED_ELSEWHERE, name
     check_weights(rank, expected[-1])
 
 
@@ -748,6 +808,12 @@ def test_cases_cover_varied_lengths_metrics_and_updates(root, on_one_rank, oracl
         assert 0.01 < first[name] < 0.99, name
     assert "hindsight_token_rate/256-511" in oracle["long"][0].metrics
     assert oracle["full-opd"][0].metrics["clip_fraction"] == 0
+    assert {f"kl_full_partial/{span}" for span in ("thinking", "answer")} <= oracle["thoughts"][
+        0
+    ].metrics.keys()
+    for name in ("thinking-span", "answer-span"):
+        (samples,) = on_one_rank[name].samples
+        assert len({len(s.response) - s.num_thinking for s in samples}) > 2
     start = load_file(BY_NAME["ema"].model(root) / "model.safetensors")
     for name, weight in oracle["ema"][-1].student.items():
         assert float((weight - start[name]).abs().max()) > 20 * UPDATE * LR, name

@@ -85,13 +85,12 @@ def measure_bytes(folder: str, methods: Mapping[str, Config], hf: Mapping[str, A
 def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
     """Count the executed FLOPs of Teacher.score and of the student, for one sample."""
     from aropd_mcore.mcore.schedule import run_schedule
-    from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.trainer.build import start_runtime
 
     runtime = start_runtime(config)
     run = build_run(config, runtime, hf, PROMPTS)
     taken = _random_responses(run, config)
-    microbatches = form_batch(config, runtime, taken.views, taken.rollouts, 0).microbatches
+    microbatches = _microbatches(config, runtime, taken)
     assert run.teacher is not None and len(microbatches) == 1
     with _counter() as teacher:
         outputs = run.teacher.score(microbatches)
@@ -109,6 +108,14 @@ def count_flops(folder: str, config: Config, hf: Mapping[str, Any]) -> None:
     _write(folder, {name: _by_kind(counter) for name, counter in counts.items()})
 
 
+def _microbatches(config: Config, runtime: Any, taken: Any) -> list[Any]:
+    from aropd_mcore.data.spans import NO_THINKING
+    from aropd_mcore.trainer.batch import form_batch
+
+    thinking = [NO_THINKING] * len(taken.rollouts)
+    return form_batch(config, runtime, taken.views, taken.rollouts, thinking, 0).microbatches
+
+
 def measure_bubble(
     folder: str,
     configs: Sequence[Config],
@@ -122,7 +129,6 @@ def measure_bubble(
         configs: configurations that differ in their batch.
         stage_seconds: shortest duration of a stage's forward, which sleeps for the rest.
     """
-    from aropd_mcore.trainer.batch import form_batch
     from aropd_mcore.trainer.build import start_runtime
 
     runtime = start_runtime(configs[0])
@@ -146,7 +152,7 @@ def measure_bubble(
     results = []
     for config in configs:
         taken = _random_responses(run, config)
-        microbatches = form_batch(config, runtime, taken.views, taken.rollouts, 0).microbatches
+        microbatches = _microbatches(config, runtime, taken)
         idle = []
         for _ in range(1 + repeats):
             busy.clear()

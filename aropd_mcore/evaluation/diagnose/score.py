@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch.distributed as dist
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from aropd_mcore.convert.source import open_source
 from aropd_mcore.data.collate import collate
 from aropd_mcore.data.packing import Groups, consecutive
 from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.data.spans import find_thinking, loss_range
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.evaluation.diagnose.spec import DiagnosisSpec, ResponseKey
 from aropd_mcore.evaluation.diagnose.summary import Scored, summarize
@@ -28,6 +30,9 @@ from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
 from aropd_mcore.rollout.engines import PROBE_TOKENS, generation_engine, load_generation_model
 from aropd_mcore.rollout.lines_file import partial_folder
 from aropd_mcore.types import Microbatch, Rollout, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NUM_TOP = 5
 """Number of likeliest tokens of each distribution that the reader shows."""
@@ -65,7 +70,7 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
     scored: list[Scored] = []
     with sampling as engine:
         for keys in _chunks(request, runtime):
-            scored += _score_chunk(request, runtime, engine, student, teacher, keys)
+            scored += _score_chunk(request, runtime, engine, student, teacher, tokenizer, keys)
             console.print(f"responses {len(scored)}/{len(request.keys)}")
 
     def write() -> None:
@@ -76,10 +81,7 @@ def diagnose(request: DiagnosisSpec, runtime: Runtime) -> None:
             "settings": _settings(request),
         }
         diagnosis |= summarize(scored, request.views, tokenizer, request.objective)
-        skip = request.objective.skip_response_tokens
-        diagnosis["predictors"] = predict(
-            scored, request.views, tokenizer, skip_response_tokens=skip
-        )
+        diagnosis["predictors"] = predict(scored, request.views, tokenizer)
         write_atomically(spec.output, [json.dumps(diagnosis), "\n"])
         console.print(describe_diagnosis(diagnosis), markup=False)
         plot_diagnosis(diagnosis, spec.output.with_suffix(".png"))
@@ -109,6 +111,7 @@ def _score_chunk(
     engine: RolloutEngine,
     student: StageModel,
     teacher: Teacher,
+    tokenizer: "PreTrainedTokenizerBase",
     keys: Sequence[ResponseKey],
 ) -> list[Scored]:
     """Sample and score the responses of `keys`, which are dealt out to the model replicas in turn.
@@ -143,7 +146,9 @@ def _score_chunk(
     local = []
     if runtime.is_last_stage and runtime.tp_rank == 0:
         for group, group_scores in zip(groups, scores, strict=True):
-            local += _split_scores(group, share, rollouts, is_read, group_scores)
+            parts = _split_scores(group, rollouts, is_read, group_scores)
+            for index, part in zip(group, parts, strict=True):
+                local.append(_scored(request, tokenizer, share[index], rollouts[index], part))
     gathered: list[list[Scored]] = [[] for _ in range(runtime.world_size)]
     dist.gather_object(local, gathered if runtime.rank == 0 else None, dst=0)
     by_key = {(one.row, one.sample): one for part in gathered for one in part}
@@ -164,7 +169,6 @@ def _microbatches(
     microbatches = collate(
         samples,
         groups,
-        skip_response_tokens=0,
         pad_token_id=request.views[0].student_ids[0],  # attention never reads padding
         length_multiple=runtime.length_multiple,
     )
@@ -173,21 +177,32 @@ def _microbatches(
 
 def _split_scores(
     group: Sequence[int],
-    share: Sequence[ResponseKey],
     rollouts: Sequence[Rollout],
     is_read: Sequence[bool],
     scores: Scores,
-) -> Iterator[Scored]:
-    """Yield each response of a microbatch with its part of the scores."""
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yield each response's part of a microbatch's scores."""
     lengths = [len(rollouts[index].response_ids) for index in group]
     parts = {name: tensor.cpu().split(lengths) for name, tensor in scores.items() if group}
     for number, index in enumerate(group):
-        response_scores = {
+        yield {
             name: tensors[number].numpy()
             for name, tensors in parts.items()
             if is_read[index] or not name.startswith("top_")
         }
-        yield Scored(*share[index], rollouts[index], response_scores)
+
+
+def _scored(
+    request: DiagnosisSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    key: ResponseKey,
+    rollout: Rollout,
+    scores: Mapping[str, np.ndarray],
+) -> Scored:
+    objective, ids = request.objective, rollout.response_ids
+    thinking = find_thinking(tokenizer, request.views[key[0]].student_ids, ids)
+    tokens = loss_range(len(ids), thinking, objective.loss_span, objective.skip_response_tokens)
+    return Scored(*key, rollout, scores, tokens, thinking.end)
 
 
 def _model(request: DiagnosisSpec) -> dict[str, Any]:
@@ -214,6 +229,7 @@ def _settings(request: DiagnosisSpec) -> dict[str, Any]:
         "hindsight_gap": objective.hindsight_gap,
         "hindsight_floor": objective.hindsight_floor,
         "skip_response_tokens": objective.skip_response_tokens,
+        "loss_span": objective.loss_span,
         "partial_view": views.partial_view,
         "partial_ratio": views.partial_ratio,
         "engine": rollout.engine,

@@ -1,11 +1,12 @@
 """Diagnosis of scored responses, in the form of its JSON file.
 
-    schema        "aropd-diagnosis/2". It changes with the format
+    schema        "aropd-diagnosis/3". It changes with the format
     model         path, weights (student or teacher), step, teacher, dtype
     data          path, rows, samples (per row)
     settings      lambda, clip, thresholds, views and sampling, by their names in a run's config
-    metrics       metrics of METHOD section 7 over the loss tokens, also by position (NAME/BUCKET).
-                  Support gaps (numerics/token_diagnostics.py). Metrics of the responses: lengths,
+    metrics       metrics of METHOD section 7 over the loss tokens, also by position (NAME/BUCKET)
+                  and by span (NAME/thinking, NAME/answer). Support gaps
+                  (numerics/token_diagnostics.py). Metrics of the responses: lengths,
                   truncation_rate, premature_answer_rate, ends_with_answer_rate
     residual      log f - log p of the sampled loss tokens: mean, quantiles, and a histogram whose
                   first and last bins are unbounded
@@ -18,11 +19,11 @@
     predictors    AUC of the teacher's signals as predictors of a right response (predictors.py)
     vocabulary    token id -> text, for the tokens in `rollouts`
     rollouts      responses for the reader. Each has row, sample, question, answer, prompt, text,
-                  finished, premature, ends_with_answer, num_skipped (first tokens that are not in
-                  the loss), and these lists with one item per token: ids, residual, hindsight (true
-                  or false), the log-probability under student, partial, full and target, and top:
-                  [[id, probability under student, partial, full, target], ...], the likeliest
-                  tokens of any distribution, likeliest first
+                  finished, premature, ends_with_answer, loss_tokens ([first, end), positions of the
+                  tokens in the loss), num_thinking_tokens, and these lists with one item per token:
+                  ids, residual, hindsight (true or false), the log-probability under student,
+                  partial, full and target, and top: [[id, probability under student, partial, full,
+                  target], ...], the likeliest tokens of any distribution, likeliest first
 
 Log-probabilities are in nats. A number that does not exist is null.
 """
@@ -50,7 +51,7 @@ from aropd_mcore.types import Rollout, Views
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCHEMA = "aropd-diagnosis/2"
+SCHEMA = "aropd-diagnosis/3"
 GAPS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 """Values of tau in nats for the hindsight token rate by thresholds."""
 FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -74,6 +75,19 @@ class Scored:
     scores: Mapping[str, np.ndarray]
     """Scores of `numerics.token_diagnostics`. Responses for the reader have the likeliest tokens,
     too."""
+    loss_tokens: range
+    """Positions of the loss tokens in the response."""
+    num_thinking_tokens: int = 0
+    """Length of the response's thinking span (data.spans)."""
+
+    def loss_scores(self, name: str) -> np.ndarray:
+        """Return a score of the loss tokens."""
+        return self.scores[name][self.loss_tokens.start : self.loss_tokens.stop]
+
+    def mean_gap(self, a: str, b: str) -> float:
+        """Return the mean of log a - log b over the loss tokens, computed in fp64."""
+        a_T, b_T = (self.loss_scores(f"logprob_{name}").astype(np.float64) for name in (a, b))
+        return float((a_T - b_T).mean())
 
 
 def summarize(
@@ -87,16 +101,19 @@ def summarize(
     Raises:
         ValueError: no response has a loss token.
     """
-    skip = objective.skip_response_tokens
-    lengths = [len(one.rollout.response_ids) for one in scored]
-    offset_T = torch.cat([torch.arange(skip, max(length, skip)) for length in lengths])
+    offset_T = torch.cat([torch.tensor(one.loss_tokens, dtype=torch.int64) for one in scored])
     if not len(offset_T):
+        longest = max(len(one.rollout.response_ids) for one in scored)
         raise ValueError(
-            f"no response has more than objective.skip_response_tokens {skip} tokens: the longest "
-            f"has {max(lengths)}"
+            "no response has loss tokens after objective.skip_response_tokens "
+            f"{objective.skip_response_tokens} of objective.loss_span {objective.loss_span}: the "
+            f"longest response has {longest} tokens"
         )
+    is_thinking_T = torch.tensor(
+        [offset < one.num_thinking_tokens for one in scored for offset in one.loss_tokens]
+    )
     tokens = {
-        name: torch.cat([torch.from_numpy(one.scores[name][skip:]) for one in scored]).double()
+        name: torch.cat([torch.from_numpy(one.loss_scores(name)) for one in scored]).double()
         for name in scored[0].scores
         if not name.startswith("top_")
     }
@@ -104,14 +121,14 @@ def summarize(
     logprobs = {name: tokens.pop(f"logprob_{name}") for name in DISTRIBUTIONS}
     residual_T = logprobs["full"] - logprobs["partial"]
     right = [_ends_with_gold(one, views, tokenizer) for one in scored]
-    metrics = token_metrics(sum_by_position(tokens, offset_T))
+    metrics = token_metrics(sum_by_position(tokens, offset_T, is_thinking_T))
     return {
         "schema": SCHEMA,
         "metrics": metrics | _response_metrics(scored, views, tokenizer, right),
         "residual": _residual(residual_T),
         "hindsight": _sweep_thresholds(logprobs),
-        "tenths": _tenths(tokens, offset_T, lengths, skip),
-        "reliability": list(_reliability(scored, views, right, skip)),
+        "tenths": _tenths(tokens, offset_T, scored),
+        "reliability": list(_reliability(scored, views, right)),
         "response_ends": _response_ends(scored),
         **_reader(scored, views, tokenizer, objective),
     }
@@ -175,10 +192,11 @@ def _sweep_thresholds(logprobs: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _tenths(
-    tokens: Mapping[str, Tensor], offset_T: Tensor, lengths: Sequence[int], skip: int
+    tokens: Mapping[str, Tensor], offset_T: Tensor, scored: Sequence[Scored]
 ) -> dict[str, list[Any]]:
-    counted = torch.tensor([max(length - skip, 0) for length in lengths])
-    length_T = torch.tensor(list(lengths)).repeat_interleave(counted)
+    lengths = torch.tensor([len(one.rollout.response_ids) for one in scored])
+    counts = torch.tensor([len(one.loss_tokens) for one in scored])
+    length_T = lengths.repeat_interleave(counts)
     tenth_T = offset_T * 10 // length_T
     counts = torch.bincount(tenth_T, minlength=10)
     names = [*BY_POSITION, *(name for name in tokens if name.startswith("support_gap"))]
@@ -189,7 +207,7 @@ def _tenths(
 
 
 def _reliability(
-    scored: Sequence[Scored], views: Sequence[Views], right: Sequence[bool], skip: int
+    scored: Sequence[Scored], views: Sequence[Views], right: Sequence[bool]
 ) -> Iterator[dict[str, Any]]:
     """Measure the reliability of the full view's teacher by the length of its privileged context.
 
@@ -209,7 +227,7 @@ def _reliability(
     shown = [len(views[one.row].full_ids) - len(views[one.row].student_ids) for one in scored]
     cuts = np.quantile(shown, np.arange(1, _NUM_BUCKETS) / _NUM_BUCKETS)
     buckets = np.searchsorted(cuts, shown).tolist()
-    gains = [(one.scores["logprob_full"] - one.scores["logprob_student"])[skip:] for one in scored]
+    gains = [one.loss_scores("logprob_full") - one.loss_scores("logprob_student") for one in scored]
     for bucket in sorted(set(buckets)):
         members = [i for i in range(len(scored)) if buckets[i] == bucket]
         means = [(float(gains[i].mean()), right[i]) for i in members if len(gains[i])]
@@ -223,7 +241,7 @@ def _reliability(
         lengths = [shown[i] for i in members]
 
         def token_mean(name: str, members: Sequence[int] = members) -> float | None:
-            return _mean(np.concatenate([scored[i].scores[name][skip:] for i in members]))
+            return _mean(np.concatenate([scored[i].loss_scores(name) for i in members]))
 
         yield {
             "tokens_from": min(lengths),
@@ -287,7 +305,8 @@ def _reader(
                 "finished": one.rollout.finished,
                 "premature": is_premature(tokenizer, ids, row.answer),
                 "ends_with_answer": ends_with_answer(tokenizer, ids, row.answer),
-                "num_skipped": objective.skip_response_tokens,
+                "loss_tokens": [one.loss_tokens.start, one.loss_tokens.stop],
+                "num_thinking_tokens": one.num_thinking_tokens,
                 "ids": ids,
                 "residual": _rounded(scores["logprob_full"] - scores["logprob_partial"]),
                 "hindsight": [bool(value) for value in _hindsight(scores, objective)],

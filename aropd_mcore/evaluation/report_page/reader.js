@@ -42,6 +42,11 @@ const visible = (text) =>
     .replaceAll("\t", "⇥")
     .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)) || "∅";
 
+function inLoss(one, i) {
+  const [first, end] = one.loss_tokens;
+  return i >= first && i < end;
+}
+
 function readerSection(all) {
   const sources = all.flatMap((run) =>
     run.diagnoses.filter((one) => one.rollouts.length).map((one) => ({ run, one })),
@@ -128,7 +133,7 @@ function readerSection(all) {
   function token(one, id, i) {
     const classes = [
       "token",
-      i < one.num_skipped ? "left-out" : "",
+      inLoss(one, i) ? "" : "left-out",
       one.hindsight[i] ? "hindsight" : "",
     ]
       .join(" ")
@@ -284,7 +289,7 @@ function readerSection(all) {
         h(
           "span",
           {},
-          `token ${at + 1} of ${one.ids.length}${at < one.num_skipped ? ", not in the loss" : ""}${one.hindsight[at] ? ", hindsight" : ""}`,
+          `token ${at + 1} of ${one.ids.length}${at < one.num_thinking_tokens ? ", thinking" : ""}${inLoss(one, at) ? "" : ", not in the loss"}${one.hindsight[at] ? ", hindsight" : ""}`,
         ),
       ),
       h(
