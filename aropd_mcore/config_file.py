@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from aropd_mcore.config import Config, ConfigError, Section
+from aropd_mcore.config import Config, ConfigError, Section, ViewsConfig
 from aropd_mcore.removed_settings import drop_removed
 from aropd_mcore.yaml_core import dump_yaml, parse_yaml
 
@@ -111,6 +111,17 @@ def validated(section: type[T], values: dict, where: str) -> T:
         return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, where)) from error
+
+
+def with_template_arguments(views: ViewsConfig, arguments: Mapping[str, Any]) -> ViewsConfig:
+    """Return `views` with further chat_template_kwargs, which replace those of the same name.
+
+    Raises:
+        ConfigError: the value of an argument is neither a string, a number nor a boolean.
+    """
+    values = views.model_dump()
+    values["chat_template_kwargs"] |= arguments
+    return validated(ViewsConfig, values, "--chat-template-kwargs")
 
 
 def _set(tree: dict, dotted: str, value: Any, where: str) -> None:

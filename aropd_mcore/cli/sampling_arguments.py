@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from aropd_mcore.config import ModelConfig, RolloutConfig
+from aropd_mcore.config import ConfigError, ModelConfig, RolloutConfig
+from aropd_mcore.yaml_core import parse_yaml
 
 _SAMPLING = ("max_response_tokens", "temperature", "top_p", "top_k")
 _ENGINE = ("engine", "batch_size", "kv_cache_tokens")
@@ -27,6 +28,29 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         help="an HF folder, a Megatron checkpoint, one iteration of a Megatron checkpoint, or a "
         "run's output_dir",
     )
+
+
+def add_template_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --chat-template-kwargs, a YAML or JSON mapping."""
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_template_arguments,
+        metavar="MAPPING",
+        help="arguments of the chat template, such as '{enable_thinking: false}', in addition to "
+        "those of views.chat_template_kwargs (default: none)",
+    )
+
+
+def _template_arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = parse_yaml(text, text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(arguments, dict):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected a mapping such as {{enable_thinking: false}}"
+        )
+    return arguments
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -55,6 +79,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
         help="config of a run, for its views (default: those of the checkpoint's run) and for the "
         "vLLM servers in its rollout.vllm (default: one server, started on this machine)",
     )
+    add_template_argument(parser)
     rollout = RolloutConfig.model_fields
     parser.add_argument(
         "--samples",
@@ -113,6 +138,7 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
         "parallel": {name: getattr(args, name) for name in _PARALLEL},
         "dtype": args.dtype,
         "seed": args.seed,
+        "chat_template_kwargs": args.chat_template_kwargs,
     }
 
 

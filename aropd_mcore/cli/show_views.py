@@ -4,10 +4,12 @@ import argparse
 from pathlib import Path
 
 from aropd_mcore.cli.config_arguments import add_preset_argument
+from aropd_mcore.cli.sampling_arguments import add_template_argument
 
 _DESCRIPTION = """\
 Print the three prompts that a run builds from one row: the student view, the partial view and the
-full view.
+full view. Below them is the oracle response, with its thinking and its answer. The place where a
+response begins is marked.
 """
 _EXAMPLES = """\
 examples:
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use the tokenizer of this HF folder and the default views",
     )
     add_preset_argument(parser)
+    add_template_argument(parser)
     parser.set_defaults(run=_run)
 
 
@@ -45,7 +48,7 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from aropd_mcore.config import ViewsConfig
-    from aropd_mcore.config_file import load_config
+    from aropd_mcore.config_file import load_config, with_template_arguments
     from aropd_mcore.data.dataset import RowDataset
     from aropd_mcore.data.preview import render_views
     from aropd_mcore.data.tokenizer import load_tokenizer
@@ -56,7 +59,9 @@ def _run(args: argparse.Namespace) -> None:
             "--preset with --model: expected --config, since a preset changes the views of a run"
         )
     config = load_config(args.config, preset=args.preset) if args.config else None
-    views = config.views if config else ViewsConfig()
+    views = with_template_arguments(
+        config.views if config else ViewsConfig(), args.chat_template_kwargs or {}
+    )
     rows = RowDataset.load([args.data])
     if not 0 <= args.row < len(rows):
         raise ValueError(

@@ -10,6 +10,7 @@ from aropd_mcore.data.chat_template import (
     render_chat,
     template_file,
 )
+from aropd_mcore.data.thoughts import find_thought, opened_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ def template_notes(
         _missing_generation_prompt(tokenizer, student),
         _other_end(tokenizer, student, teacher) if student != teacher else None,
         system,
+        _other_thought(tokenizer, config),
         _missing_bos(tokenizer, student),
     )
     return tuple(f"{template_file(tokenizer)}: {note}" for note in notes if note)
@@ -83,6 +85,23 @@ def _other_end(
         "teacher scores the response as if it began elsewhere, for example inside of a thought; "
         "remove the difference from views.teacher_chat_template_kwargs"
     )
+
+
+def _other_thought(tokenizer: "PreTrainedTokenizerBase", config: ViewsConfig) -> str | None:
+    """Describe prompts that open a thought while the views ask for another kind of thought."""
+    opening = opened_thought(generation_prompt(tokenizer, config.chat_template_kwargs))
+    if not opening:
+        return None
+    for name in ("system_prompt", "trace_template"):
+        text = getattr(config, name) or ""
+        thought = find_thought(text)
+        if thought is not None and not text[: thought[0]].endswith(opening):
+            tag = text[: thought[0]].rpartition("<")[2]
+            return (
+                f"prompts end with {opening!r}, and views.{name} asks for <{tag}: responses would "
+                f"have two kinds of thoughts; write views.{name} without <{tag}, or with {opening}"
+            )
+    return None
 
 
 def _default_system_prompt(

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from aropd_mcore.config import ViewsConfig
 from aropd_mcore.data.chat_template import (
+    USER_TURN,
     ChatTemplateError,
     Messages,
     MessagesRefused,
     chat_template,
     check_arguments,
     check_repeatable,
+    generation_prompt,
     render_chat,
     template_file,
 )
@@ -30,6 +32,7 @@ from aropd_mcore.data.templates import (
     reference_partial_trace,
     write_trace,
 )
+from aropd_mcore.data.thoughts import opened_thought, split_thoughts
 from aropd_mcore.data.tokenizer import response_end_id
 from aropd_mcore.data.vocabulary import check_vocabulary, short_hash, tokenizer_hash
 from aropd_mcore.types import Row, Views
@@ -215,10 +218,38 @@ class ViewBuilder:
         return tuple(self._special_tokens.encode(protected, mark))
 
     def oracle_response_ids(self, row: Row) -> tuple[int, ...]:
-        """Encode the whole trace as a response, followed by the token that ends it."""
+        """Encode the whole trace as a response, followed by the token that ends it.
+
+        If prompts end with the opening tag of a thought and the trace begins with it, the response
+        begins after the tag.
+        """
         mark = self._mark(row)
         text = self._write_trace(row.reasoning, row.answer, mark)
+        for written in (self.opening, self.opening.rstrip()):
+            if written and text.startswith(written):
+                text = text.removeprefix(written)
+                break
         return (*self._special_tokens.encode(text, mark), self.end_id)
+
+    @cached_property
+    def opening(self) -> str:
+        """Opening tag of a thought at the end of the student's prompts, with the white space after
+        it. Empty if prompts open no thought."""
+        end = generation_prompt(self.tokenizer, self._arguments["student"])
+        tag = opened_thought(end)
+        return end[end.rindex(tag) :] if tag else ""
+
+    def loses_thoughts(self, row: Row) -> bool:
+        """Return whether the chat template removes the thoughts of the row's earlier turns."""
+        texts = (text for role, text in row.history if role == "assistant")
+        return any(split_thoughts(text).thought for text in texts) and self._removes_thoughts
+
+    @cached_property
+    def _removes_thoughts(self) -> bool:
+        thought, answer = f"{_SLOT}-thought", f"{_SLOT}-answer"
+        turn = {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{answer}"}
+        text = render_chat(self.tokenizer, [USER_TURN, turn, USER_TURN], self._arguments["student"])
+        return thought not in text
 
     @cached_property
     def template_hash(self) -> str:

@@ -14,7 +14,7 @@ from aropd_mcore.config import (
     SamplingConfig,
     ViewsConfig,
 )
-from aropd_mcore.config_file import load_config, validated
+from aropd_mcore.config_file import load_config, validated, with_template_arguments
 from aropd_mcore.convert.architecture import check_layout
 from aropd_mcore.convert.source import MegatronSource, Role, Source, open_source
 
@@ -82,6 +82,7 @@ def build_generation_spec(
     dtype: str = "auto",
     seed: int = 1234,
     with_logprobs: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> GenerationSpec:
     """Read the checkpoint's headers and check the settings.
 
@@ -94,6 +95,7 @@ def build_generation_spec(
             because the run may be training with them.
         rollout: values of RolloutConfig.
         parallel: values of ParallelConfig.
+        chat_template_kwargs: arguments of the chat template, in addition to those of the views.
     Raises:
         ValueError: a setting, the checkpoint or the layout cannot be used.
     """
@@ -120,12 +122,13 @@ def build_generation_spec(
             + (f", kv_cache_tokens is {c}" if (c := settings.kv_cache_tokens) else "")
         )
     run = given or config_of_run(source)
+    views = run.views if run else ViewsConfig(max_prompt_tokens=room, on_long_prompt="drop")
     return GenerationSpec(
         source=source,
         role=role,
         prompts=prompts,
         output=output,
-        views=run.views if run else ViewsConfig(max_prompt_tokens=room, on_long_prompt="drop"),
+        views=with_template_arguments(views, chat_template_kwargs or {}),
         rollout=settings,
         parallel=layout,
         dtype=dtype,

@@ -188,6 +188,8 @@ class _RowNotes:
         """Origins of the rows whose partial view equals the full view."""
         self._truncated: list[str] = []
         """Origins of the rows whose trace, as the response of sft, is cut."""
+        self._without_thoughts: list[str] = []
+        """Origins of the rows whose earlier turns lose their thoughts."""
 
     def add(self, views: Views) -> None:
         self._num_rows += 1
@@ -197,6 +199,8 @@ class _RowNotes:
             self._cut.append(views.row.origin)
         if views.partial_ids == views.full_ids:
             self._equal.append(views.row.origin)
+        if self._builder.loses_thoughts(views.row):
+            self._without_thoughts.append(views.row.origin)
         if self._config.objective.name == "sft":
             response = self._builder.oracle_response_ids(views.row)
             if len(response) > self._config.rollout.max_response_tokens:
@@ -231,6 +235,11 @@ class _RowNotes:
             notes.append(
                 f"the trace of {self._of_all(self._truncated)} is cut to "
                 f"rollout.max_response_tokens, without its end; first: {self._truncated[0]}"
+            )
+        if self._without_thoughts:
+            notes.append(
+                "the chat template removes the thoughts of earlier assistant turns in "
+                f"{self._of_all(self._without_thoughts)}; first: {self._without_thoughts[0]}"
             )
         return notes
 

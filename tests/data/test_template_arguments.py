@@ -1,15 +1,18 @@
 """Arguments of chat templates (views.chat_template_kwargs), such as enable_thinking."""
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 from tokenizers import processors
 
 from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.preview import render_views
+from aropd_mcore.data.spans import find_thinking
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.types import Row
-from tests.support.tiny_tokenizer import save_tiny_tokenizer
+from tests.support.tiny_tokenizer import THINKING_TEMPLATE, save_tiny_tokenizer
 
 # As Qwen3's: without thinking, the prompt has an empty thought. `tone` is in the system turn.
 TEMPLATE = (
@@ -125,3 +128,59 @@ def test_argument_of_a_template_without_arguments_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="does not read it; expected no arguments"):
         config = ViewsConfig(chat_template_kwargs={"enable_thinking": True})
         ViewBuilder(load_tokenizer(tmp_path), config)
+
+
+# As Qwen3's: thoughts of earlier assistant turns are removed.
+WITHOUT_THOUGHTS = TEMPLATE.replace(
+    "{{ m.content }}", "{{ (m.content.split('</think>') | last).lstrip('\n') }}"
+)
+
+
+@pytest.mark.parametrize(("template", "is_removed"), [(TEMPLATE, False), (WITHOUT_THOUGHTS, True)])
+def test_removed_thought_of_an_earlier_turn_has_a_note(tmp_path, template, is_removed):
+    save_tiny_tokenizer(tmp_path, chat_template=template)
+    builder = ViewBuilder(load_tokenizer(tmp_path), ViewsConfig(system_prompt=None))
+    turns = (("user", "Hello"), ("assistant", "<think>\nA guest.\n</think>\n\nGood day"))
+    row = replace(ROW, history=turns)
+    text = builder.tokenizer.decode(builder.build(row).full_ids)
+    assert "Good day" in text and ("A guest." in text) != is_removed
+    assert builder.loses_thoughts(row) == is_removed
+    assert not builder.loses_thoughts(replace(ROW, history=(turns[0], ("assistant", "Hi"))))
+    console = Console(record=True, width=300)
+    console.print(render_views(builder, row))
+    assert ("removes the thoughts of earlier" in console.export_text()) == is_removed
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "trace_template", "setting"),
+    [
+        ("Add, in <reasoning> tags.", "{reasoning} {answer}", "views.system_prompt"),
+        (None, ViewsConfig().trace_template, "views.trace_template"),
+        ("Add, in <think> tags.", "<think>\n{reasoning}\n</think>\n\n{answer}", None),
+    ],
+)
+def test_prompt_that_opens_another_thought_than_the_views_has_a_note(
+    tmp_path, system_prompt, trace_template, setting
+):
+    save_tiny_tokenizer(tmp_path, chat_template=THINKING_TEMPLATE)
+    config = ViewsConfig(system_prompt=system_prompt, trace_template=trace_template)
+    notes = ViewBuilder(load_tokenizer(tmp_path), config).notes
+    assert notes == () if setting is None else f"{setting} asks for <reasoning>" in notes[0]
+
+
+@pytest.mark.parametrize("after_tag", ["\n", ""])
+def test_oracle_response_continues_the_thought_that_the_prompt_opens(tmp_path, after_tag):
+    template = THINKING_TEMPLATE.replace("<think>\n", "<think>" + after_tag)
+    save_tiny_tokenizer(tmp_path, chat_template=template)
+    trace = "<think>\n{reasoning}\n</think>\n\n{answer}"
+    builder = ViewBuilder(load_tokenizer(tmp_path), ViewsConfig(trace_template=trace))
+    prompt, response = builder.prompt(ROW, "student").ids, builder.oracle_response_ids(ROW)
+    text = builder.tokenizer.decode([*prompt, *response])
+    assert text.endswith("assistant\n<think>\nOne and one is two.\n</think>\n\n2<|im_end|>")
+    thinking = "One and one is two.\n</think>" if after_tag else "\nOne and one is two.\n</think>"
+    assert find_thinking(builder.tokenizer, prompt, response) == (0, len(thinking))
+    console = Console(record=True, width=300)
+    console.print(render_views(builder, ROW))
+    text = console.export_text()
+    assert text.count("◀ response") == 3
+    assert f"{len(response)} tokens, thinking {len(thinking)}, answer 4" in text
