@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,22 +39,38 @@ def write_llama(
         "rms_norm_eps": 1e-6,
         "vocab_size": vocab_size,
     }
-    folder.mkdir()
+    if sparse:
+        return write_sparse(folder, config, max_shard_bytes=max_shard_bytes)
+    writer, infos = _begin(folder, config, max_shard_bytes)
+    largest = max(info.num_bytes for info in infos.values()) // 2
+    bits = torch.randint(-(2**15), 2**15, (largest + 1000,), dtype=torch.int16)
+    with writer:
+        for number, (name, info) in enumerate(infos.items()):
+            own = bits[number % 1000 :][: info.num_bytes // 2]  # each tensor has another start
+            writer.write(name, own.view(torch.bfloat16).view(info.shape))
+    return sum(info.num_bytes for info in infos.values())
+
+
+def write_sparse(folder: Path, config: dict[str, Any], *, max_shard_bytes: int = 5 * 10**9) -> int:
+    """Write config.json and the headers of bf16 weights, whose values take no disk space.
+
+    Returns:
+        The size of the weights in bytes.
+    """
+    _, infos = _begin(folder, config, max_shard_bytes)
+    for path in folder.glob("*.safetensors"):
+        _lengthen(path)
+    return sum(info.num_bytes for info in infos.values())
+
+
+def _begin(
+    folder: Path, config: dict[str, Any], max_shard_bytes: int
+) -> tuple[SafetensorsWriter, dict[str, TensorInfo]]:
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     shapes = read_architecture(config).hf_shapes
     infos = {name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()}
-    writer = SafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes)
-    if sparse:
-        for path in folder.glob("*.safetensors"):
-            _lengthen(path)
-    else:
-        largest = max(info.num_bytes for info in infos.values()) // 2
-        bits = torch.randint(-(2**15), 2**15, (largest + 1000,), dtype=torch.int16)
-        with writer:
-            for number, (name, info) in enumerate(infos.items()):
-                own = bits[number % 1000 :][: info.num_bytes // 2]  # each tensor has another start
-                writer.write(name, own.view(torch.bfloat16).view(info.shape))
-    return sum(info.num_bytes for info in infos.values())
+    return SafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes), infos
 
 
 def _lengthen(path: Path) -> None:

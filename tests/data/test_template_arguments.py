@@ -3,15 +3,19 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 from rich.console import Console
 from tokenizers import processors
 
+from aropd_mcore.cli import main
 from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.preview import render_views
 from aropd_mcore.data.spans import find_thinking
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.rollout.generation_spec import build_generation_spec
 from aropd_mcore.types import Row
+from tests.support.tiny_runs import tiny_config, write_model, write_rows
 from tests.support.tiny_tokenizer import THINKING_TEMPLATE, save_tiny_tokenizer
 
 # As Qwen3's: without thinking, the prompt has an empty thought. `tone` is in the system turn.
@@ -184,3 +188,53 @@ def test_oracle_response_continues_the_thought_that_the_prompt_opens(tmp_path, a
     text = console.export_text()
     assert text.count("◀ response") == 3
     assert f"{len(response)} tokens, thinking {len(thinking)}, answer 4" in text
+
+
+@pytest.fixture
+def model(tmp_path):
+    write_model(tmp_path / "model")
+    save_tiny_tokenizer(tmp_path / "model", chat_template=TEMPLATE)
+    return tmp_path / "model"
+
+
+def test_show_views_option_replaces_arguments_of_the_run(model, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    config = tiny_config(model, rows, tmp_path / "out")
+    config["views"]["chat_template_kwargs"] = {"enable_thinking": True, "tone": "kind"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    words = ["show-views", str(rows), "--config", str(tmp_path / "run.yaml")]
+    assert main([*words, "--chat-template-kwargs", '{"enable_thinking": false}']) == 0
+    out = capsys.readouterr().out
+    assert out.count("</think>") == 3 and out.count("│ Be kind.") == 3
+    assert main([*words, "--chat-template-kwargs", "{enable_thinkin: false}"]) == 2
+    assert "chat_template_kwargs.enable_thinkin" in capsys.readouterr().err
+
+
+def test_generation_spec_adds_arguments_to_those_of_the_run(model, tmp_path):
+    views = {"chat_template_kwargs": {"enable_thinking": True, "tone": "kind"}}
+    config = tiny_config(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "out", views=views)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def build(arguments):
+        return build_generation_spec(
+            model,
+            tmp_path / "rows.jsonl",
+            tmp_path / "out.jsonl",
+            config=tmp_path / "run.yaml",
+            rollout={"max_response_tokens": 4},
+            parallel={},
+            chat_template_kwargs=arguments,
+        )
+
+    spec = build({"enable_thinking": False})
+    assert spec.views.chat_template_kwargs == {"enable_thinking": False, "tone": "kind"}
+    assert spec.identity()["views.chat_template_kwargs"] == spec.views.chat_template_kwargs
+    with pytest.raises(ConfigError, match=r"--chat-template-kwargs: chat_template_kwargs\.tone"):
+        build({"tone": ["kind"]})
+
+
+@pytest.mark.parametrize("text", ["enable_thinking=false", "[1]", "{a: 1"])
+def test_template_arguments_that_are_no_mapping_are_refused(text, tmp_path, capsys):
+    words = ["show-views", "rows.jsonl", "--model", str(tmp_path), "--chat-template-kwargs", text]
+    assert main(words) == 2
+    assert "argument --chat-template-kwargs" in capsys.readouterr().err
