@@ -71,6 +71,8 @@ class Sample:
     """Log-probs of the response tokens under the sampling weights. Empty if they are not used."""
     finished: bool = False
     """Whether the response ended by EOS, which is then its last token."""
+    index: int = 0
+    """Index in the global batch."""
 
 
 class ViewBatch(NamedTuple):
@@ -122,6 +124,8 @@ class Microbatch:
     per-token losses over all microbatches and data-parallel ranks."""
     is_end_T: Tensor
     """bool [T]: True at the EOS of a response that ended by EOS."""
+    batch_index_B: Tensor
+    """int64 [B]: index of each sample in the global batch."""
     engine_logprobs_T: Tensor | None = None
     """fp32 [T]: log-probs of the tokens under the sampling weights, for importance weights. None
     if they are not used."""

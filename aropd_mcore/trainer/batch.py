@@ -68,8 +68,9 @@ def form_batch(
             weight,
             r.logprobs,
             r.finished,
+            index=runtime.dp_rank * len(views) + i,
         )
-        for v, r, weight in zip(views, rollouts, weights.tolist(), strict=True)
+        for i, (v, r, weight) in enumerate(zip(views, rollouts, weights.tolist(), strict=True))
     ]
     if training.packing:
         assert training.max_tokens_per_microbatch is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from aropd_mcore.config import Config
 from aropd_mcore.data.dataset import RowDataset
@@ -90,6 +91,8 @@ class StepResult:
     num_without_loss: int
     """Number of this data-parallel rank's responses without loss tokens."""
     sums: TokenSums
+    sample_sums: Tensor
+    """Sums of the first samples of the global batch (Student.forward_backward)."""
     verdict: Verdict
     update: UpdateResult
     seconds: dict[str, float]
@@ -123,7 +126,7 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
 
     # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
     with phase("student"):
-        sums = run.student.forward_backward(batch.microbatches, outputs)
+        sums, sample_sums = run.student.forward_backward(batch.microbatches, outputs)
 
     # An update is skipped if it is not finite, has no loss tokens, or is rejected by a guard.
     with phase("optimizer"):
@@ -145,6 +148,7 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
         batch.num_padding_tokens,
         batch.num_without_loss,
         sums,
+        sample_sums,
         verdict,
         update,
         phase.seconds,
