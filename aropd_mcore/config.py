@@ -716,6 +716,12 @@ class LoggingConfig(Section):
     """Logging to Weights & Biases. `offline`: to local files only."""
     wandb_project: str = "aropd"
     """Name of the Weights & Biases project."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Number of responses per step, the first ones of the batch, that are written to
+    output_dir/samples.jsonl and to the loggers above, with their verdicts. Also the number of
+    problems of each validation task whose answers are written. 0: off."""
+    samples_every_steps: Positive = 1
+    """Number of steps between steps whose responses are written. Validations are always written."""
 
 
 class Config(Section):
@@ -782,6 +788,11 @@ class Config(Section):
         names = self.validation_tasks
         if len(set(names)) < len(names):
             raise ValueError(f"validation: tasks {', '.join(names)}: expected different names")
+        if self.logging.samples and "train" in names:
+            raise ValueError(
+                "validation.tasks train=FILE: expected another name, since `train` is the name of "
+                "the training steps' responses in samples.jsonl"
+            )
         best = self.checkpoint.keep_best
         if best is not None and best not in names:
             raise ValueError(
@@ -800,6 +811,11 @@ class Config(Section):
         """Names of the tasks of `validation` that the student answers."""
         names = [split_task(text)[0] for text in self.validation.tasks]
         return names + ["rows"] * bool(self.validation.rows)
+
+    @property
+    def num_logged_samples(self) -> int:
+        """Number of responses of a step that are written as samples, at most all of them."""
+        return min(self.logging.samples, self.training.global_batch_size)
 
     @property
     def prompts_per_step(self) -> int:

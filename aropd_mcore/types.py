@@ -75,6 +75,8 @@ class Sample:
     """Positions of the loss tokens in the response. None: all."""
     num_thinking_tokens: int = 0
     """Length of the thinking span (data.spans), with which the response begins."""
+    index: int = 0
+    """Index in the global batch."""
 
 
 class ViewBatch(NamedTuple):
@@ -128,6 +130,8 @@ class Microbatch:
     """bool [T]: True for the tokens of the thinking span."""
     is_end_T: Tensor
     """bool [T]: True at the EOS of a response that ended by EOS."""
+    batch_index_B: Tensor
+    """int64 [B]: index of each sample in the global batch."""
     engine_logprobs_T: Tensor | None = None
     """fp32 [T]: log-probs of the tokens under the sampling weights, for importance weights. None
     if they are not used."""

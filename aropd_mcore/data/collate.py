@@ -95,6 +95,7 @@ def collate(
             token_weights_T=torch.tensor([s.token_weight for s in members])[sample_T],
             is_thinking_T=offset_T < num_thinking_B[sample_T],
             is_end_T=finished_B[sample_T] & (offset_T == lengths_B[sample_T] - 1),
+            batch_index_B=torch.tensor([sample.index for sample in members]),
             engine_logprobs_T=logprobs_T,
         )
 

@@ -169,6 +169,10 @@ class Graders:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes that were started."""
         self._threads.shutdown(cancel_futures=True)
         while not self._children.empty():
             self._children.get().close()
@@ -250,6 +254,15 @@ def _grade(
 ) -> Grade:
     verdict: Verdict = "right" if is_right else "time" if out_of_time else "wrong"
     return Grade(*extracted, verdict if extracted.text else "no answer", failure)
+
+
+def row_gold(answer: str) -> MathAnswer | None:
+    """Return the reference of a row's answer. None: no answer, or a program, which can only be run.
+
+    Rows have programs as Markdown blocks of code.
+    """
+    answer = answer.strip()
+    return MathAnswer(answer) if answer and not answer.startswith("```") else None
 
 
 def check_graders(golds: Iterable[Gold]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from aropd_mcore.data.thoughts import opened_thought
 from aropd_mcore.evaluation.diagnose.summary import Scored
-from aropd_mcore.evaluation.grade import Graders, check_graders
+from aropd_mcore.evaluation.grade import Graders, check_graders, row_gold
 from aropd_mcore.evaluation.statistics import accuracy, auc, auc_interval, interval
 from aropd_mcore.evaluation.tasks import MathAnswer
 from aropd_mcore.types import Views
@@ -68,16 +68,11 @@ def grade(
         # A thought that the prompt opens belongs to the response.
         return opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    answers = [views[one.row].row.answer.strip() for one in scored]
-    can_grade = [bool(answer) and not answer.startswith("```") for answer in answers]
-    request = [
-        (text(one), MathAnswer(answer))
-        for one, answer, can in zip(scored, answers, can_grade, strict=True)
-        if can
-    ]
+    golds = [row_gold(views[one.row].row.answer) for one in scored]
+    request = [(text(one), gold) for one, gold in zip(scored, golds, strict=True) if gold]
     with Graders() as graders:
         grades = graders.grade_all(request)
-        return [next(grades).verdict == "right" if can else None for can in can_grade]
+        return [next(grades).verdict == "right" if gold else None for gold in golds]
 
 
 def compare(

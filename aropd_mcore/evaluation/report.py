@@ -3,6 +3,8 @@
 A folder may contain any of these files:
 
     metrics.jsonl             curves, step time, drift by position
+    validation.jsonl          accuracy while the run trains
+    samples.jsonl             answers to one question over the run (evaluation/sample_history.py)
     config.yaml               method
     eval/**/summary.json      accuracy, also by response length (from `aropd eval`)
     diagnose/*.json           reader, thresholds, reliability (from `aropd diagnose`)
@@ -24,10 +26,11 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.evaluation.diagnose.summary import SCHEMA
 from aropd_mcore.evaluation.figures import read_metrics
+from aropd_mcore.evaluation.sample_history import read_histories
 from aropd_mcore.numerics.position_metrics import METRICS
 
 _PAGE = Path(__file__).with_name("report_page")
-_SCRIPTS = ("labels.js", "chart.js", "sections.js", "reader.js", "page.js")
+_SCRIPTS = ("labels.js", "chart.js", "sections.js", "reader.js", "answers.js", "page.js")
 _MAX_POINTS = 1000
 """Number of points per curve. A longer curve is shown as means of neighbouring steps."""
 
@@ -79,13 +82,14 @@ def _display_names(runs: Sequence[Path]) -> list[str]:
 
 
 def _load_run(run: Path) -> dict[str, Any]:
-    validations = run / "validation.jsonl"
+    validations, samples = run / "validation.jsonl", run / "samples.jsonl"
     lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     data = {
         "num_steps": len(lines),
         **_columns(lines),
         "method": _method(run / "config.yaml"),
         "validations": read_metrics(validations) if validations.exists() else [],
+        "histories": read_histories(samples) if samples.exists() else [],
         "evaluations": list(_evaluations(run)),
         "diagnoses": list(_diagnoses(run)),
     }

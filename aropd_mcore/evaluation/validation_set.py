@@ -10,7 +10,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.thoughts import opened_thought
 from aropd_mcore.data.views import View, ViewBuilder
 from aropd_mcore.evaluation.grade import check_graders
-from aropd_mcore.evaluation.tasks import CodeTests, Gold, MathAnswer, parse_task, read_task
+from aropd_mcore.evaluation.tasks import Choices, CodeTests, Gold, MathAnswer, parse_task, read_task
 from aropd_mcore.types import Row
 
 STUDENT_ROWS = "rows"
@@ -24,10 +24,21 @@ class ValidationProblem:
     task: str
     view: View
     """View that the prompt shows. The student answers the student view, the teacher the others."""
+    id: str
+    """Identity of the question: the record's or the row's id, or else its place in the file."""
+    question: str
     prompt_ids: tuple[int, ...]
     thought: str
     """Beginning of a thought that the prompt ends with. The response continues the thought."""
     gold: Gold
+
+    @property
+    def answer(self) -> str:
+        """Text of the reference."""
+        match self.gold:
+            case MathAnswer(text=answer) | Choices(letter=answer):
+                return answer
+        raise AssertionError("tasks of code are refused")
 
 
 def read_validation_set(
@@ -68,7 +79,11 @@ def _problems(config: Config, builder: ViewBuilder) -> Iterator[ValidationProble
                     "execute the code of its responses; use `aropd eval` on a checkpoint"
                 )
             row = Row(
-                problem.question, reasoning="", answer="", origin=f"{task.path}, {problem.id}"
+                problem.question,
+                reasoning="",
+                answer="",
+                id=problem.id,
+                origin=f"{task.path}, {problem.id}",
             )
             yield _build(task.name, row, "student", problem.gold, builder)
     if settings.rows:
@@ -86,4 +101,4 @@ def _problems(config: Config, builder: ViewBuilder) -> Iterator[ValidationProble
 def _build(task: str, row: Row, view: View, gold: Gold, builder: ViewBuilder) -> ValidationProblem:
     ids = builder.prompt(row, view).ids
     thought = opened_thought(str(builder.tokenizer.decode(list(ids))))
-    return ValidationProblem(task, view, ids, thought, gold)
+    return ValidationProblem(task, view, row.id or row.origin, row.question, ids, thought, gold)

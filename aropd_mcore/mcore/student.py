@@ -15,6 +15,7 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.numerics.position_metrics import METRICS, SUMS_SHAPE, single_sum, token_sums
+from aropd_mcore.numerics.sample_sums import NUM_SUMS, sample_sums
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenSums = dict[str, Tensor]
@@ -27,6 +28,8 @@ class Student:
 
     Args:
         router_losses: None if their coefficients are 0.
+        num_logged: number of samples, the first ones of the global batch, with sums of their own.
+        residual_clip: bound of the residual in these sums (ObjectiveConfig.residual_clip).
     """
 
     def __init__(
@@ -36,12 +39,17 @@ class Student:
         objective: Objective,
         runtime: Runtime,
         router_losses: RouterLosses | None = None,
+        *,
+        num_logged: int = 0,
+        residual_clip: float | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
         self.objective = objective
         self.runtime = runtime
         self._router_losses = router_losses
+        self._num_logged = num_logged
+        self._residual_clip = residual_clip
 
     @classmethod
     def from_config(
@@ -60,13 +68,21 @@ class Student:
         router_losses = (
             RouterLosses(model, config.objective, runtime) if has_router_losses else None
         )
-        return cls(model, optimizer, objective, runtime, router_losses)
+        return cls(
+            model,
+            optimizer,
+            objective,
+            runtime,
+            router_losses,
+            num_logged=config.num_logged_samples,
+            residual_clip=config.objective.residual_clip,
+        )
 
     def forward_backward(
         self,
         microbatches: Sequence[Microbatch],
         teacher_outputs: Sequence[TeacherOutput | None] | None,
-    ) -> TokenSums:
+    ) -> tuple[TokenSums, Tensor]:
         """Accumulate the gradient of the global loss and of the routers' losses.
 
         Args:
@@ -75,26 +91,35 @@ class Student:
             teacher_outputs: result of `Teacher.score`, one item per microbatch. None without a
                 teacher.
         Returns:
-            Sums over the global batch's loss tokens, the same on every rank.
+            Sums over the global batch's loss tokens, and the sums of its first samples
+            (`numerics.sample_sums`, fp64 [num_logged, NUM_SUMS], on the CPU). The same on every
+            rank.
         Collectives: those of the schedule and of the losses, then an all-reduce of the sums (and
-            one of maxima, if a metric has them) over dp_cp_group on the last stage, and a broadcast
-            from the last stage.
+            one of maxima and one of the samples' sums, if there are any) over dp_cp_group on the
+            last stage, and a broadcast from the last stage.
         """
 
         def compute_loss(
             hidden_TH: Tensor, item: tuple[Microbatch, TeacherOutput | None]
-        ) -> tuple[Tensor, TokenSums]:
+        ) -> tuple[Tensor, tuple[TokenSums, Tensor]]:
             microbatch, output = item
             if output is not None:
                 output = output.to(hidden_TH.device)  # may be on the host
             loss, values = self.objective(hidden_TH, self.model.head_weight(), microbatch, output)
-            return loss, token_sums(
+            sums = token_sums(
                 self.objective.metrics,
                 loss,
                 values,
                 microbatch.offset_T,
                 microbatch.is_thinking_T,
             )
+            of_samples = sample_sums(
+                values,
+                microbatch.batch_index_B[microbatch.sample_T],
+                num_samples=self._num_logged,
+                residual_clip=self._residual_clip,
+            )
+            return loss, (sums, of_samples)
 
         self.model.train()
         self.optimizer.zero_grad()
@@ -108,11 +133,11 @@ class Student:
             forward_only=False,
         )
         self._release_graph()
-        sums = self._reduce(reports)
+        sums, of_samples = self._reduce(reports)
         if self._router_losses:
             for name, value in self._router_losses.finish_step().items():
                 sums[name] = single_sum(value, sums["loss"].device)
-        return sums
+        return sums, of_samples
 
     def _release_graph(self) -> None:
         """Drop the experts' references to the autograd graph.
@@ -125,14 +150,16 @@ class Student:
             if dispatcher is not None:
                 dispatcher.probs = None
 
-    def _reduce(self, reports: list[TokenSums]) -> TokenSums:
+    def _reduce(self, reports: list[tuple[TokenSums, Tensor]]) -> tuple[TokenSums, Tensor]:
         runtime = self.runtime
         maxima_names = [n for n in self.objective.metrics if METRICS[n].over == "max"]
         sum_names = [n for n in self.objective.metrics if n not in maxima_names]
         names = sum_names + maxima_names
         total = torch.zeros((len(names), *SUMS_SHAPE), dtype=torch.float64, device=runtime.device)
         sums, maxima = total[: len(sum_names)], total[len(sum_names) :]
-        for report in reports:
+        of_samples = total.new_zeros(self._num_logged, NUM_SUMS)
+        for report, part in reports:
+            of_samples += part
             sums += torch.stack([report[name] for name in sum_names])
             for k, name in enumerate(maxima_names):
                 maxima[k].clamp_(min=report[name])
@@ -140,5 +167,12 @@ class Student:
             dist.all_reduce(sums, group=runtime.dp_cp_group)
             if maxima_names:
                 dist.all_reduce(maxima, dist.ReduceOp.MAX, group=runtime.dp_cp_group)
-        dist.broadcast(total, src=runtime.last_stage_rank, group=runtime.pp_group)
-        return dict(zip(names, total.cpu(), strict=True))
+            if self._num_logged:
+                # Not together with `sums`: the order of a ring's additions, and so the last bit of
+                # the metrics, depends on the size of the buffer.
+                dist.all_reduce(of_samples, group=runtime.dp_cp_group)
+        both = torch.cat([total.flatten(), of_samples.flatten()])
+        dist.broadcast(both, src=runtime.last_stage_rank, group=runtime.pp_group)
+        of_tokens, of_samples = both.cpu().split([total.numel(), of_samples.numel()])
+        by_name = dict(zip(names, of_tokens.view_as(total), strict=True))
+        return by_name, of_samples.view(-1, NUM_SUMS)

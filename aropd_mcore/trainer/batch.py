@@ -76,9 +76,10 @@ def form_batch(
             r.finished,
             tokens,
             span.end,
+            index=runtime.dp_rank * len(views) + i,
         )
-        for v, r, weight, tokens, span in zip(
-            views, rollouts, weights.tolist(), loss_ranges, thinking, strict=True
+        for i, (v, r, weight, tokens, span) in enumerate(
+            zip(views, rollouts, weights.tolist(), loss_ranges, thinking, strict=True)
         )
     ]
     if training.packing:

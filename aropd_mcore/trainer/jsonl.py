@@ -3,10 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+VALIDATIONS = "validation.jsonl"
+"""Name of the file of validation results in a run's output_dir."""
 
 
 class JsonlFile:
@@ -52,6 +55,17 @@ class JsonlFile:
 def read_until(path: Path, key: str, end: int) -> list[dict[str, Any]]:
     """Read the lines whose value of `key` is below `end`, and remove the other lines.
 
+    Raises:
+        ValueError: see keep_lines.
+    """
+    return keep_lines(path, key, lambda record: record[key] < end)
+
+
+def keep_lines(
+    path: Path, key: str, is_kept: Callable[[Mapping[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Read the lines that `is_kept` chooses by their value of `key`, and remove the other lines.
+
     A last line without its end, which a kill can leave, is removed too.
 
     Raises:
@@ -65,13 +79,13 @@ def read_until(path: Path, key: str, end: int) -> list[dict[str, Any]]:
             break
         try:
             record = json.loads(line)
-            is_kept = record[key] < end
+            keep = is_kept(record)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number}: found {line.strip()[:60]!r}, expected an object with {key!r}; "
                 "remove the line to resume"
             ) from error
-        if is_kept:
+        if keep:
             kept.append(line)
             records.append(record)
     temporary = path.with_suffix(".partial")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from aropd_mcore.trainer.checkpointing import Counters, Saver
 from aropd_mcore.trainer.guards import Verdict
 from aropd_mcore.trainer.metrics import Metrics, MetricsLog, step_metrics
 from aropd_mcore.trainer.preflight import describe_rows
+from aropd_mcore.trainer.samples import SampleLog
 from aropd_mcore.trainer.step import Run, train_step
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, StopWanted
 from aropd_mcore.trainer.timing import time_metrics
@@ -47,8 +48,8 @@ class TrainingStopped(RuntimeError):
 def train(config: Config, runtime: Runtime, stops: Stops | None = None) -> None:
     """Train to the last step, starting from the newest checkpoint in config.output_dir, if any.
 
-    Writes to output_dir: config.yaml (resolved), metrics.jsonl, checkpoints/, hf/ (the model's
-    config and tokenizer, for exports) and .lock (locks.py).
+    Writes to output_dir: config.yaml (resolved), metrics.jsonl, samples.jsonl (logging.samples),
+    checkpoints/, hf/ (the model's config and tokenizer, for exports) and .lock (locks.py).
 
     Args:
         stops: signals and time limit that stop the run. None: no early stop.
@@ -103,9 +104,15 @@ def _train(run: Run) -> None:
             "weight_version": run.source.weight_version,
         }
 
-    with Reporter(run, first_step) as reporter, closing(Validator(run, first_step)) as validator:
+    with (
+        Reporter(run, first_step) as reporter,
+        closing(
+            SampleLog(run, first_step, send=reporter.send_samples, notify=reporter.notify)
+        ) as samples,
+        closing(Validator(run, first_step, samples)) as validator,
+    ):
         saver.notify = reporter.notify
-        saver.before_saving = reporter.sync, validator.sync
+        saver.before_saving = reporter.sync, samples.sync, validator.sync
         for note in (*run.notes, *notes):
             reporter.notify(note)
         run.source.weights_changed(weight_version)
@@ -133,7 +140,7 @@ def _train(run: Run) -> None:
             # Metrics are written before the checkpoint. After a kill in between, the resumed run
             # removes their line and repeats the step.
             metrics = step_metrics(step, result, run.view_builder.tokenizer, runtime)
-            for hook in run.hooks:
+            for hook in (*run.hooks, samples):
                 metrics |= hook.after_step(run, step, result, metrics)
             metrics |= validator.metrics(step)
             validation = validator.seconds_before(step)
@@ -282,6 +289,10 @@ class Reporter:
         self.notify(line)
         if self._is_rank0 and num_updates == self._run.num_steps:
             self._log.send(metrics, num_updates)
+
+    def send_samples(self, samples: Sequence[Mapping[str, Any]], step: int, table: str) -> None:
+        """Send samples to the loggers. On rank 0 only; see MetricsLog.send_samples."""
+        self._log.send_samples(samples, step, table)
 
     def show_rollouts(self, num_done: int, num_all: int) -> None:
         """Show how many responses of a step are complete (rollout.engine.Progress)."""

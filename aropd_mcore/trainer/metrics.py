@@ -4,7 +4,8 @@ Names and definitions are those of METHOD section 7. The name of a KL states its
 """
 
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,23 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(dict(metrics), step=step)
 
+    def send_samples(self, samples: Sequence[Mapping[str, Any]], step: int, table: str) -> None:
+        """Log samples (trainer.samples): a text per sample to TensorBoard, a table to W&B."""
+        if self._tensorboard:
+            slots: Counter[str] = Counter()
+            for sample in samples:
+                task = sample["task"]
+                self._tensorboard.add_text(
+                    f"samples/{task}/{slots[task]}", _sample_text(sample), step
+                )
+                slots[task] += 1
+        if self._wandb and samples:
+            import wandb  # pyright: ignore[reportMissingImports] # an extra
+
+            rows = [list(sample.values()) for sample in samples]
+            content = wandb.Table(columns=list(samples[0]), data=rows)
+            self._wandb.log({table: content}, step=step)
+
     def sync(self) -> None:
         """Wait until all lines are on the disk. A checkpoint of their steps may then be written.
 
@@ -155,6 +173,22 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _sample_text(sample: Mapping[str, Any]) -> str:
+    """Format a sample as Markdown, with question and response as blocks of code."""
+
+    def block(text: str) -> str:
+        return "\n".join("    " + line for line in text.splitlines())
+
+    end = "" if sample["finished"] else ", cut off"
+    facts = f"{sample['verdict'] or 'not graded'}, {sample['num_tokens']} tokens{end}"
+    if sample["mean_residual"] is not None:
+        facts += f", mean residual {sample['mean_residual']:.4f} nats"
+    return (
+        f"{facts}\n\nQuestion {sample['id']}:\n\n{block(sample['question'])}\n\n"
+        f"Response:\n\n{block(sample['response'])}\n\nReference:\n\n{block(sample['answer'])}"
+    )
 
 
 def _open_tensorboard(config: Config, first_step: int) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from aropd_mcore.config import Config
 from aropd_mcore.data.dataset import RowDataset
@@ -93,6 +94,8 @@ class StepResult:
     thinking: Sequence[Thinking]
     """Thinking span of each response of this data-parallel rank."""
     sums: TokenSums
+    sample_sums: Tensor
+    """Sums of the first samples of the global batch (Student.forward_backward)."""
     verdict: Verdict
     update: UpdateResult
     seconds: dict[str, float]
@@ -127,7 +130,7 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
 
     # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
     with phase("student"):
-        sums = run.student.forward_backward(batch.microbatches, outputs)
+        sums, sample_sums = run.student.forward_backward(batch.microbatches, outputs)
 
     # An update is skipped if it is not finite, has no loss tokens, or is rejected by a guard.
     with phase("optimizer"):
@@ -150,6 +153,7 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
         batch.num_without_loss,
         thinking,
         sums,
+        sample_sums,
         verdict,
         update,
         phase.seconds,

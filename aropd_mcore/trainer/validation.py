@@ -18,11 +18,10 @@ from aropd_mcore.evaluation.validation_set import STUDENT_ROWS, ValidationProble
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
-from aropd_mcore.trainer.jsonl import JsonlFile, read_until
+from aropd_mcore.trainer.jsonl import VALIDATIONS, JsonlFile, read_until
+from aropd_mcore.trainer.samples import SampleLog
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.types import Rollout
-
-RESULTS = "validation.jsonl"
 
 TaskResult = Mapping[str, Any]
 """Accuracy of a task, its 95 % interval, mean length and truncation rate of its responses, and the
@@ -43,16 +42,18 @@ class Validator:
     Every rank must call every method alike. All ranks have the same results.
     """
 
-    def __init__(self, run: Run, first_step: int):
+    def __init__(self, run: Run, first_step: int, samples: SampleLog):
         """
         Args:
             first_step: step at which the run starts or resumes. Later results are removed from
                 validation.jsonl.
+            samples: log of some of the answers.
         Collectives: one broadcast, if validation is on.
         """
         self._run = run
         self._settings = run.config.validation
-        self._path = run.config.output_dir / RESULTS
+        self._samples = samples
+        self._path = run.config.output_dir / VALIDATIONS
         self._file: JsonlFile | None = None
         """File of the results, on rank 0 only."""
         self._results: list[Result] = []
@@ -206,9 +207,11 @@ class Validator:
             for r in responses
         ]
         with Graders() as graders:
-            is_right = [grade.verdict == "right" for grade in graders.grade_all(texts)]
-        tasks = dict(_summarize(problems, rollouts, is_right, self._settings.samples))
+            grades = graders.grade_all(texts)
+            is_right = [[next(grades).verdict == "right" for _ in r] for r in rollouts]
+        tasks = dict(_summarize(problems, rollouts, is_right))
         assert self._file is not None
+        self._samples.write_validation(num_updates, problems, rollouts, is_right)
         self._file.write({"num_updates": num_updates, "tasks": tasks})
         return tasks
 
@@ -216,12 +219,11 @@ class Validator:
 def _summarize(
     problems: Sequence[ValidationProblem],
     rollouts: Sequence[Sequence[Rollout]],
-    is_right: Sequence[bool],
-    num_samples: int,
+    is_right: Sequence[Sequence[bool]],
 ) -> Iterator[tuple[str, TaskResult]]:
     for task, group in groupby(range(len(problems)), key=lambda i: problems[i].task):
         indices = list(group)
-        right = [is_right[num_samples * i : num_samples * (i + 1)] for i in indices]
+        right = [is_right[i] for i in indices]
         responses = [rollout for i in indices for rollout in rollouts[i]]
         low, high = interval(right)
         yield (

@@ -30,7 +30,7 @@ def evaluate(config_path: Path, rows: Path, model: Path) -> dict[str, float]:
     diagnosis = aropd.diagnose(model, rows, rows=len(responses), read=0, **sampling)
     num_right = sum(
         response.finish_reason == "stop"
-        and response.text.rpartition(";")[2] == response.fields["answer"]
+        and response.text.rpartition("\n")[2] == response.fields["answer"]
         for response in responses
     )
     return {

@@ -30,6 +30,8 @@ def write_folder(folder: Path, *, scale: float = 0.8, steps: int = 40) -> Path:
     (folder / "validation.jsonl").write_text(
         "".join(json.dumps(build_validation(number)) + "\n" for number in (0, 20, 40))
     )
+    lines = [line for number in (0, 20, 40) for line in build_samples(number)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(folder / "eval" / "gsm8k" / "summary.json", {"tasks": {"gsm8k": build_task()}})
     write_json(folder / "diagnose" / "test-step40.json", build_diagnosis())
     return folder
@@ -56,6 +58,22 @@ def build_validation(num_updates: int) -> dict[str, Any]:
     task = {"accuracy": 0.5 + num_updates / 400, "accuracy_low": 0.4, "accuracy_high": 0.7}
     task |= {"length_mean": 33.5, "truncation_rate": 0.02, "num_problems": 100}
     return {"num_updates": num_updates, "tasks": {"sums": task}}
+
+
+def build_samples(step: int) -> list[dict[str, Any]]:
+    """Build two training samples, one of a question that is met only once, and a validation's."""
+
+    def line(task: str, id: str, response: str, **other: Any) -> dict[str, Any]:
+        values = {"step": step, "task": task, "view": "student", "id": id, "verdict": "wrong"}
+        values |= {"question": f"{id} {HOSTILE}", "answer": "42", "response": response}
+        values |= {"num_tokens": 30, "finished": True, "mean_residual": None, "mean_loss": None}
+        return values | other
+
+    return [
+        line("sums", "v", f"{HOSTILE} {step >= 20}", verdict="right" if step >= 20 else "wrong"),
+        line("train", "t", f"long {'x' * 4000} {step}", mean_residual=-0.25, verdict=None),
+        line("train", f"once {step}", "7", finished=False),
+    ]
 
 
 def build_task() -> dict[str, Any]:
@@ -141,7 +159,7 @@ def test_report_requests_no_other_file_and_shows_every_section(page, report):
     assert page.requests == [report.as_uri()]
     headings = page.run("[...document.querySelectorAll('h2')].map(e => e.textContent)")
     assert headings == [
-        "Methods", "Reader", "Validation", "Curves", "Drift by position",
+        "Methods", "Reader", "Validation", "Answers over the run", "Curves", "Drift by position",
         "Accuracy by response length", "Diagnosis", "Step time",
     ]  # fmt: skip
     rows = page.run("[...document.querySelectorAll('#methods tbody tr')].map(e => e.innerText)")
@@ -179,6 +197,41 @@ def test_report_shows_hostile_text_of_a_model_as_text(page, report):
         assert HOSTILE in page.run(f"document.querySelector('{place}').textContent")
     # No text in the file ends the script element early.
     assert report.read_text().count("</script") == 2
+
+
+def test_report_shows_how_the_answers_to_a_question_changed(page, report):
+    page.open(report)
+    options = page.run("[...document.querySelectorAll('#answers option')].map(e => e.textContent)")
+    names = [f"anchored: sums: v {HOSTILE}", f"anchored: train: t {HOSTILE}"]
+    names += [f"<i>full: sums: v {HOSTILE}", f"<i>full: train: t {HOSTILE}"]
+    assert [text[:20] for text in options] == [name[:20] for name in names]
+
+    answers = "[...document.querySelectorAll('#answers li')].map(e => e.innerText)"
+    first, second, third = page.run(answers)
+    assert first.startswith("after 0 updates") and "wrong" in first and f"{HOSTILE} False" in first
+    assert "after 20 updates" in second and "right" in second and f"{HOSTILE} True" in second
+    assert "same response as above" in third and HOSTILE not in third
+    page.run("document.querySelector('#answers [aria-label=\"Next question\"]').click()")
+    first, *_ = page.run(answers)
+    assert "step 0" in first and "not graded" in first and "mean residual −0.2500 nats" in first
+    assert "[… 1007 characters left out …]" in first and first.strip().endswith("0")
+    assert page.run("typeof window.hacked") == "undefined"
+
+
+def test_report_limits_the_answers_of_long_runs(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [
+        {**build_samples(step)[0], "id": f"{n}", "question": f"{n}?"}
+        for step in range(101)
+        for n in range(20)
+    ]
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (data,) = read_data(write_report([run], tmp_path / "report.html"))["runs"]
+    assert [history["question"] for history in data["histories"]] == [f"{n}?" for n in range(16)]
+    steps = [answer["step"] for answer in data["histories"][0]["answers"]]
+    assert len(steps) == 25 and (steps[0], steps[-1]) == (0, 100) and len(set(steps)) == 25
 
 
 def test_reader_follows_the_mouse(page, report):

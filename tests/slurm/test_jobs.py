@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(900)
 EXAMPLE = REPO / "examples" / "arithmetic"
 RUN = Path("runs/arithmetic/aropd")
 SMALL = ["training.global_batch_size=32", "training.micro_batch_size=16"]
+SMALL += ["validation.rows=[]", "logging.samples=0"]
 CPUS = 4
 
 

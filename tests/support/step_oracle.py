@@ -98,6 +98,8 @@ class OracleStep:
     """The metrics of a step, and the weights after it by their HF names."""
 
     metrics: dict[str, float]
+    samples: list[tuple[float, float]]
+    """Means of loss and residual over the loss tokens of each sample, NaN without one."""
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
 
@@ -186,7 +188,8 @@ class Oracle:
         report |= routers
         report |= _at_ends(method, samples, metrics)
         report |= self._means(joined, torch.cat(offsets), torch.cat(are_thinking))
-        return OracleStep(report, _weights(self.student), _weights(self.teacher))
+        means = [self._sample_means(m) for m in metrics]
+        return OracleStep(report, means, _weights(self.student), _weights(self.teacher))
 
     def _aropd(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         method = self.method
@@ -219,6 +222,7 @@ class Oracle:
         log_f, log_p = metrics["logprob_full"], metrics["logprob_partial"]
         hindsight = (log_f - log_p > method.gap) & (log_p.exp() < method.floor)
         metrics["hindsight_token_rate"] = hindsight.double()
+        metrics["unweighted_loss"] = losses.detach()
         if method.importance is not None:
             log_engine = torch.tensor(sample.engine_logprobs[tokens], dtype=torch.float64)
             ratio = (log_s - log_engine).exp()
@@ -241,8 +245,17 @@ class Oracle:
         losses = oracles.cross_entropy(logits, targets)
         logprobs = torch.log_softmax(logits.detach(), -1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        logprob = {"logprob_student": -losses.detach()}
+        logprob = {"logprob_student": -losses.detach(), "unweighted_loss": losses.detach()}
         return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy} | logprob
+
+    def _sample_means(self, metrics: dict[str, Tensor]) -> tuple[float, float]:
+        """Compute a sample's mean loss and mean residual, as METHOD section 7 defines them."""
+        residual = torch.tensor([])
+        if not self.method.sft:
+            residual = metrics["logprob_full"] - metrics["logprob_partial"]
+            bound = math.inf if self.method.clip is None else self.method.clip
+            residual = residual.clamp(-bound, bound)
+        return float(metrics["unweighted_loss"].mean()), float(residual.mean())
 
     def _logits(self, model, prompt: tuple[int, ...], sample: Sample) -> Tensor:
         """Compute the logits that predict the response tokens in the loss, fp64 [T, V]."""
@@ -292,7 +305,7 @@ class Oracle:
         report = {
             name: float(values.mean())
             for name, values in metrics.items()
-            if not name.startswith("logprob_")
+            if not name.startswith(("logprob_", "unweighted_"))
         }
         report["num_loss_tokens"] = len(offsets)
         for name in metrics.keys() & {"engine_gap", "importance_ratio"}:

@@ -1,7 +1,7 @@
 """Metrics of rollouts and time, hooks, and the log. test_step.py compares the token metrics."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +20,7 @@ from aropd_mcore.plan.devices import peak_bf16_flops
 from aropd_mcore.trainer import hooks
 from aropd_mcore.trainer.hooks import DeviceUse, utilization
 from aropd_mcore.trainer.metrics import MetricsLog, rollout_metrics
+from aropd_mcore.trainer.samples import Line
 from aropd_mcore.trainer.timing import time_metrics
 from aropd_mcore.types import Rollout, Row, Views
 from tests.support.ranks import run_ranks
@@ -111,6 +112,39 @@ def test_wandb_id_differs_between_runs_and_survives_a_restart(tmp_path, monkeypa
     first, second, again = ids
     assert first != second == again
     assert (tmp_path / "two" / "out" / "wandb_id").read_text().strip() == second
+
+
+@pytest.mark.slow
+def test_samples_are_a_table_in_wandb_and_texts_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = Line(3, "rows", "student", "a", "7?\n<b>", "so 7", "7", "right", 4, True)
+    lines = [
+        asdict(line)
+        for line in (first, replace(first, id="b", verdict=None, finished=False, mean_residual=0.5))
+    ]
+    overrides = ["logging.wandb=offline", "logging.tensorboard=true"]
+    config = load_config(write_run(tmp_path), overrides)
+    config.output_dir.mkdir()
+    log = MetricsLog(config, first_step=0)
+    log.send_samples(lines, 3, "samples")
+    log.write({"step": 3, "loss": 1.0})
+    log.close()
+
+    (table,) = config.output_dir.glob("wandb/offline-run-*/files/media/table/samples_*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == list(lines[0])
+    assert content["data"] == [list(line.values()) for line in lines]
+
+    events = EventAccumulator(str(config.output_dir / "tensorboard"))
+    events.Reload()
+    tags = [f"samples/rows/{slot}/text_summary" for slot in (0, 1)]
+    assert events.Tags()["tensors"] == tags
+    written = [events.Tensors(tag)[0] for tag in tags]
+    assert [event.step for event in written] == [3, 3]
+    texts = [event.tensor_proto.string_val[0].decode() for event in written]
+    assert "right, 4 tokens" in texts[0] and "    <b>" in texts[0] and "    so 7" in texts[0]
+    assert "not graded, 4 tokens, cut off, mean residual 0.5000 nats" in texts[1]
 
 
 def test_seconds_of_a_step_add_up_to_its_whole_time():

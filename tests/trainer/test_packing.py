@@ -82,7 +82,7 @@ def forward_and_backward(run) -> dict:
         for t, token in enumerate(rows):
             views_of_token = (student[t], output.partial_hidden_TH[t], output.full_hidden_TH[t])
             hidden[token] = torch.stack(views_of_token)
-    sums = run.student.forward_backward(batch.microbatches, outputs)
+    sums, _ = run.student.forward_backward(batch.microbatches, outputs)
     run.student.optimizer.inner.prepare_grads()
     return {
         "hidden": hidden,

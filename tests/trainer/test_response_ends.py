@@ -78,7 +78,7 @@ def run_gradients(run) -> Gradients:
     (stage,) = run.student.model
     stage.decoder.final_layernorm.register_forward_hook(keep_gradient)
     outputs = run.teacher.score(batch.microbatches)
-    sums = run.student.forward_backward(batch.microbatches, outputs)
+    sums, _ = run.student.forward_backward(batch.microbatches, outputs)
     return Gradients(
         [
             {

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 REPORTED = 2e-5
 UPDATE = 5e-3
 LR = 1e-3
+NUM_LOGGED = 3
+"""Number of samples whose means are compared. On four data-parallel ranks they belong to two."""
 
 
 class Layout(NamedTuple):
@@ -107,6 +109,7 @@ class Case:
         defaults = {
             "parallel": layout._asdict(),
             "optimizer": {"lr": LR, "eps": 1e-4, "weight_decay": 0.1},
+            "logging": {"samples": NUM_LOGGED},
         }
         defaults["training"] = {
             "num_steps": max(4, self.num_steps),
@@ -477,6 +480,8 @@ class RankSteps:
     samples: list[list[Sample]]
     """Samples of this data-parallel rank, per step."""
     metrics: list[dict[str, Any]]
+    sample_means: list[list[list[float]]]
+    """Mean loss and mean residual of the first samples, per step."""
     student: dict[str, Tensor] | None
     """HF tensors after the last step. None except on the first rank of each model replica."""
     teacher: dict[str, Tensor] | None
@@ -516,11 +521,12 @@ def run_steps(config: Config, case: Case, rt) -> RankSteps:
 
 
 def take(run: "Run", steps: range) -> RankSteps:
+    from aropd_mcore.numerics.sample_sums import sample_means
     from aropd_mcore.trainer.metrics import step_metrics
     from aropd_mcore.trainer.step import train_step
 
     rt = run.runtime
-    samples, metrics = [], []
+    samples, metrics, means = [], [], []
     for step in steps:
         result = train_step(run, step)
         assert result.update.applied
@@ -540,10 +546,12 @@ def take(run: "Run", steps: range) -> RankSteps:
             ]
         )
         metrics.append(step_metrics(step, result, run.view_builder.tokenizer, rt))
+        means.append(sample_means(result.sample_sums).tolist())
     return RankSteps(
         rt.dp_rank,
         samples,
         metrics,
+        means,
         hf_tensors(run.student.model, rt),
         hf_tensors(run.teacher.model, rt) if run.teacher else None,
     )
@@ -745,6 +753,14 @@ def check(case: str, rank: RankSteps, expected: list[OracleStep]) -> None:
         for name in found.keys() - metrics.keys():
             prefixes = ("response_", "thinking_", "answer_", "truncation_rate/", "seconds/")
             assert name.startswith(prefixes) or name in TESTED_ELSEWHERE, name
+    for means, step in zip(rank.sample_means, expected, strict=True):
+        for (loss, residual), (sample_loss, sample_residual) in zip(
+            means, step.samples[:NUM_LOGGED], strict=True
+        ):
+            assert loss == pytest.approx(sample_loss, rel=REPORTED, abs=1e-7, nan_ok=True)
+            if case in ONE_VIEW:
+                sample_residual = math.nan
+            assert residual == pytest.approx(sample_residual, abs=1e-5, nan_ok=True)
     check_weights(rank, expected[-1])
 
 
@@ -759,6 +775,7 @@ def check_weights(rank: RankSteps, expected: OracleStep | RankSteps) -> None:
 
 
 METRICS = ("kl_", "entropy_", "residual_", "clip_fraction", "topk_overlap")
+ONE_VIEW = ("partial-opd", "full-opd-one-view")
 TWO_VIEW_METRICS = ("hindsight_", "eos_prob_", "num_response_ends")
 NOT_REPORTED = {
     "overlap": METRICS,

@@ -17,8 +17,8 @@ from aropd_mcore.convert.source import best_checkpoint
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluation.validation_set import read_validation_set
-from aropd_mcore.trainer.jsonl import JsonlFile, read_until
-from aropd_mcore.trainer.validation import RESULTS, Validator
+from aropd_mcore.trainer.jsonl import VALIDATIONS, JsonlFile, read_until
+from aropd_mcore.trainer.validation import Validator
 from tests.support.fake_vllm import FakeVllm
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_rows, write_run
@@ -64,7 +64,7 @@ def validated(path) -> list[str]:
 
 
 def results(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
+    return [json.loads(line) for line in (out / VALIDATIONS).read_text().splitlines()]
 
 
 def without_validation(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

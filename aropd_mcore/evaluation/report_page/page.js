@@ -16,6 +16,7 @@ const sections = [
   methodsSection(runs),
   readerSection(runs),
   validationSection(runs, shown),
+  answersSection(runs),
   curvesSection(runs, shown),
   driftSection(runs, shown),
   accuracySection(runs, shown),
