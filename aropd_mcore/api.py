@@ -189,7 +189,7 @@ def diagnose(
 
     Args:
         model: as `generate`.
-        data: rows, JSONL or Parquet.
+        data: rows: a file, saved data set or data set of the hub.
         out: folder to write. None: a temporary one.
         options: of `aropd diagnose`.
     Returns:

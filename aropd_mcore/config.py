@@ -1,13 +1,17 @@
 """Typed settings of a run, and their validation. A field without a default is required."""
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    TypeAdapter,
     ValidationInfo,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -24,6 +28,7 @@ Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Ratios = Annotated[list[Ratio], Field(min_length=1)]
 
 
 class ConfigError(ValueError):
@@ -35,6 +40,75 @@ def split_task(text: str) -> tuple[str, str | None, str]:
     name, _, path = text.partition("=")
     name, colon, format = name.partition(":")
     return name, format if colon else None, path
+
+
+HUB_SYNTAX = "hf://NAMESPACE/NAME[@REVISION][/SUBSET][/SPLIT]"
+_HUB_NAME = re.compile(r"hf:/+([^/@]+/[^/@]+)(?:@([^/]+))?(?:/([^/]+)(?=/))?(?:/([^/]+))?")
+
+
+class HubName(NamedTuple):
+    """Name of a data set of the Hugging Face hub, parsed by `hub_name`."""
+
+    repository: str
+    revision: str | None
+    """Branch, tag or commit. None: the default branch."""
+    subset: str | None
+    """Name of a configuration of the data set. None: its default."""
+    split: str
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        parts = filter(None, (self.repository + revision, self.subset, self.split))
+        return f"hf://{'/'.join(parts)}"
+
+
+def hub_name(path: Path) -> HubName | None:
+    """Parse a path of the form HUB_SYNTAX. The split is `train` unless the path states one.
+
+    Returns:
+        None if the path names a local file or folder: it does not begin with `hf:/`.
+    Raises:
+        ConfigError: the path begins with `hf:/` and has another form.
+    """
+    text = path.as_posix()  # Path turns hf:// into hf:/
+    if not text.startswith("hf:/"):
+        return None
+    parts = _HUB_NAME.fullmatch(text)
+    if parts is None:
+        raise ConfigError(f"{source_name(path)}: expected {HUB_SYNTAX}")
+    repository, revision, subset, split = parts.groups()
+    return HubName(repository, revision, subset, split or "train")
+
+
+def source_name(path: Path) -> str:
+    """Return the text that a path was parsed from, with `hf://` for a data set of the hub."""
+    return re.sub("^hf:/+", "hf://", str(path))
+
+
+def _check_source(value: Any, handler: Any) -> Path:
+    path = handler(value)
+    hub_name(path)
+    return path
+
+
+Source = Annotated[
+    Path, WrapValidator(_check_source), PlainSerializer(source_name, when_used="json")
+]
+"""File, saved data set or data set of the hub that has records."""
+
+
+def _by_type(kind: Any, its_type: Any, other_type: Any) -> WrapValidator:
+    """Validate values of `kind` as `its_type` and others as `other_type`.
+
+    A plain union reports the errors of all its types.
+    """
+
+    def check(value: Any, _: Any) -> Any:
+        return TypeAdapter(its_type if isinstance(value, kind) else other_type).validate_python(
+            value
+        )
+
+    return WrapValidator(check)
 
 
 class Section(BaseModel):
@@ -57,8 +131,9 @@ class Section(BaseModel):
             return {}
         if annotation is bool and not isinstance(value, bool):
             raise ValueError(f"expected true or false, found {value!r}")
-        if isinstance(value, bool) and _accepts_numbers(annotation):
-            raise ValueError(f"expected a number, found {str(value).lower()}")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool) and _accepts_numbers(annotation):
+                raise ValueError(f"expected a number, found {str(item).lower()}")
         return value
 
 
@@ -174,16 +249,45 @@ class ParallelConfig(Section):
         return self
 
 
+class WeightedSource(Section):
+    """Source of training rows with a weight."""
+
+    path: Source
+    weight: Annotated[float, Field(gt=0)]
+
+
+def _plain_source(source: Path | WeightedSource) -> Any:
+    return source_name(source) if isinstance(source, Path) else source.model_dump(mode="json")
+
+
+TrainingSource = Annotated[
+    Path | WeightedSource,
+    _by_type(dict | WeightedSource, WeightedSource, Source),
+    # Pydantic would serialize all members of the union as the first one.
+    PlainSerializer(_plain_source, when_used="json"),
+]
+
+
 class DataConfig(Section):
     """Training rows."""
 
-    train: list[Path] = Field(min_length=1)
-    """JSONL or Parquet files whose rows have `question`, `reasoning` and `answer`."""
+    train: list[TrainingSource] = Field(min_length=1)
+    """Sources of rows with `question`, `reasoning` and `answer`: JSONL files (also .gz and .zst),
+    Parquet files, folders of `Dataset.save_to_disk`, and data sets of the Hugging Face hub
+    (hf://NAMESPACE/NAME[@REVISION][/SUBSET][/SPLIT]). An entry may be {path: SOURCE, weight: W}.
+    Then each epoch draws W times the number of the source's rows from it, rounded. Without a
+    weight, each epoch has each row once."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Action on an invalid row. `error`: stop and report its file and line. `skip`: leave it out
     and count it."""
     shuffle: bool = True
-    """Order of the rows. true: a permutation drawn from (seed, epoch). false: by file and line."""
+    """Order of the rows. true: a permutation drawn from (seed, epoch). false: as in the
+    sources."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Sources of `train` without their weights."""
+        return [source if isinstance(source, Path) else source.path for source in self.train]
 
 
 class ViewsConfig(Section):
@@ -209,14 +313,19 @@ class ViewsConfig(Section):
     )
     """Part of the oracle trace that the partial view shows: the start of the reasoning with or
     without the answer, or the answer only."""
-    partial_ratio: Ratio = 0.5
-    """Share of the reasoning's characters that the partial view shows. The cut is moved forward to
-    the end of a word."""
-    partial_cut: Literal["word_end", "reference"] = "word_end"
-    """Rule for cutting the reasoning at partial_ratio. `word_end`: the number of characters is
-    rounded down, and a word is a run without white space. `reference`: the rule of the authors'
-    release. There the number is rounded up, a word is a run of letters, digits, underscores and
-    backslashes, and a reasoning of one or two words is shown whole."""
+    partial_ratio: Annotated[Ratio | Ratios, _by_type(list, Ratios, Ratio)] = 0.5
+    """Share of the reasoning that the partial view shows. A list: each rollout of a training step
+    draws one of its ratios at random, all with the same probability. Validation and `aropd
+    diagnose` then use the median, the lower one of an even number."""
+    partial_cut: Literal["word_end", "sentence_end", "line_end", "token_end", "reference"] = (
+        "word_end"
+    )
+    """Rule for cutting the reasoning at partial_ratio. `word_end`: at the end of a word, which is a
+    run without white space. `sentence_end`: at the end of a sentence or paragraph. `line_end`: at
+    the end of a line. `token_end`: at the end of a token. `reference`: the rule of the authors'
+    release. The first three count characters, rounded down, and move the cut forward. `token_end`
+    counts tokens, rounded down. `reference` rounds characters up. There a word is a run of letters,
+    digits, underscores and backslashes, and a reasoning of one or two words is shown whole."""
     chat_template_kwargs: dict[str, bool | int | float | str] = {}
     """Arguments of the model's chat template, such as enable_thinking or reasoning_effort. The
     template must read each of them. They apply to all three views."""
@@ -230,6 +339,17 @@ class ViewsConfig(Section):
     until the prompt fits. `cut_chat`: keep the last max_prompt_tokens tokens of each view's
     rendered chat, as the authors' release does. The system prompt is lost first. `drop`: drop the
     row. Shortened and dropped rows are counted."""
+
+    @property
+    def partial_ratios(self) -> tuple[float, ...]:
+        """Ratios that a training step may draw, in the order of partial_ratio."""
+        ratios = self.partial_ratio
+        return tuple(ratios) if isinstance(ratios, list) else (ratios,)
+
+    @property
+    def median_ratio(self) -> float:
+        """The ratio where none is drawn. The lower median of an even number."""
+        return sorted(self.partial_ratios)[(len(self.partial_ratios) - 1) // 2]
 
 
 class SamplingConfig(Section):
@@ -601,9 +721,9 @@ class ValidationConfig(Section):
     tasks: list[str] = []
     """Benchmarks that the student answers, as NAME=FILE or NAME:FORMAT=FILE, like the tasks of
     `aropd eval`. Tasks of code are refused."""
-    rows: list[Path] = []
-    """Files of held-out rows, in the format of data.train. The student answers them as the task
-    `rows`."""
+    rows: list[Source] = []
+    """Sources of held-out rows, as in data.train but without weights. The student answers them as
+    the task `rows`."""
     teacher_views: list[PrivilegedView] = []
     """Privileged views under which the teacher answers `rows`, as the tasks `rows_partial` and
     `rows_full`. The native engine samples them from the teacher's weights."""

@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -177,8 +177,16 @@ def _shortened(text: str) -> str:
 def _known_keys(sections: tuple) -> list[str]:
     model: Any = Config
     for name in sections:
-        model = model.model_fields[name].annotation
+        if isinstance(name, str):  # not the number of a list's entry
+            model = _section_in(model.model_fields[name].annotation)
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """Return the Section in an annotation such as list[Path | Section], or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def dump_config(config: Config) -> str:

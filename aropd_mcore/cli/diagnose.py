@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     add_model_argument(parser)
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="FILE", help="JSONL or Parquet file of rows"
+        "--data",
+        required=True,
+        type=Path,
+        metavar="SOURCE",
+        help="rows: a file, saved data set or data set of the hub (docs/data.md)",
     )
     parser.add_argument(
         "--out",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Sample responses of a student, a teacher or any other checkpoint, and write them as JSONL.
 
-Each record of the prompts (JSONL or Parquet) has one of these fields:
+Each record of the prompts has one of these fields:
   question      as in training data; rendered, with `system` if present, as the student view
   messages      chat turns, each with `role` and `content`
   prompt_ids    token ids
@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         required=True,
         type=Path,
-        metavar="FILE",
-        help="JSONL or Parquet file of prompts",
+        metavar="SOURCE",
+        help="records of prompts: a file, saved data set or data set of the hub (docs/data.md)",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="JSONL file to write"
@@ -76,10 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from aropd_mcore.config import hub_name
     from aropd_mcore.rollout.generation_spec import build_generation_spec
 
-    if not args.prompts.is_file():
-        raise ValueError(f"{args.prompts}: no such file; expected JSONL or Parquet of prompts")
+    if hub_name(args.prompts) is None and not args.prompts.exists():
+        raise ValueError(f"{args.prompts}: no such file or folder; expected records of prompts")
     if args.out.exists():
         raise ValueError(f"{args.out}: exists already; remove it or choose another --out")
     spec = build_generation_spec(

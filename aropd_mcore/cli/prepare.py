@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT", help="JSONL or Parquet files"
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="records: files, saved data sets and data sets of the hub (docs/data.md)",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="JSONL file to write"

@@ -21,7 +21,12 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.add_argument("data", type=Path, metavar="DATA", help="JSONL or Parquet file of rows")
+    parser.add_argument(
+        "data",
+        type=Path,
+        metavar="SOURCE",
+        help="rows: a file, saved data set or data set of the hub (docs/data.md)",
+    )
     parser.add_argument(
         "--row",
         type=int,

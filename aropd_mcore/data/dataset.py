@@ -1,4 +1,4 @@
-"""Reading rows from JSONL and Parquet, and the order of the rows in a run.
+"""Reading of rows, and the order of the rows in a run.
 
 The order is a pure function of (seed, epoch, position). A resumed run needs only the number of
 completed steps to find its position within an epoch.
@@ -7,14 +7,16 @@ completed steps to find its position within an epoch.
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from aropd_mcore.config import WeightedSource, source_name
 from aropd_mcore.data.answer_marks import Unusable, answer_text
 from aropd_mcore.data.chat import Prompt, read_turns, split_turns
 from aropd_mcore.data.records import DataError, is_absent, read_records, shown, shown_keys
@@ -147,27 +149,60 @@ def _identifier(record: dict[str, Any], origin: str) -> str:
     return _string(record, "id", origin)
 
 
-class RowDataset(Sequence[Row]):
-    """Rows in memory, in the order of files and lines. `row_at` returns them in a run's order."""
+@dataclass(frozen=True)
+class SourceRows:
+    """Rows of one source, which are consecutive in the data set."""
 
-    def __init__(self, rows: Sequence[Row], bad_rows: Sequence[DataError] = ()) -> None:
+    name: str
+    num_rows: int
+    weight: float = 1.0
+
+    @property
+    def num_drawn(self) -> int:
+        """Number of rows that each epoch draws from the source."""
+        return round(self.weight * self.num_rows)
+
+
+class RowDataset(Sequence[Row]):
+    """Rows in memory, in the order of sources and lines. `row_at` returns them in a run's order."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        bad_rows: Sequence[DataError] = (),
+        sources: Sequence[SourceRows] = (),
+    ) -> None:
+        """
+        Args:
+            sources: sources of the rows, in the order of the rows. Empty: one source of weight 1.
+        """
         self._rows = tuple(rows)
         self.bad_rows = tuple(bad_rows)
         """Errors of the rows that were skipped."""
+        self.sources = tuple(sources) or (SourceRows("", len(self._rows)),)
+        self.epoch_length = sum(source.num_drawn for source in self.sources)
+        """Number of rows that each epoch draws."""
 
     @classmethod
     def load(
-        cls, paths: Sequence[Path], *, on_bad_row: Literal["error", "skip"] = "error"
+        cls,
+        sources: Sequence[Path | WeightedSource],
+        *,
+        on_bad_row: Literal["error", "skip"] = "error",
     ) -> "RowDataset":
-        """Read the rows of JSONL and Parquet files.
+        """Read the rows of data.train or of other sources; see records.read_records.
 
         Raises:
-            DataError: a file is missing or unreadable, a row is broken and on_bad_row is "error",
+            DataError: a source is missing or unreadable, a row is broken and on_bad_row is "error",
                 or there is no usable row.
         """
         rows: list[Row] = []
         bad_rows: list[DataError] = []
-        for path in paths:
+        read: list[SourceRows] = []
+        for source in sources:
+            is_plain = isinstance(source, Path)
+            path, weight = (source, 1.0) if is_plain else (source.path, source.weight)
+            num_before = len(rows)
             for origin, record in read_records(path, ROW_KEYS):
                 try:
                     if isinstance(record, DataError):
@@ -177,24 +212,53 @@ class RowDataset(Sequence[Row]):
                     if on_bad_row == "error":
                         raise
                     bad_rows.append(error)
+            read.append(SourceRows(source_name(path), len(rows) - num_before, weight))
         if not rows:
-            where = ", ".join(map(str, paths))
+            where = ", ".join(source.name for source in read)
             found = f"{len(bad_rows)} broken rows, first {bad_rows[0]}" if bad_rows else "no rows"
             raise DataError(where, "expected at least one usable row", found)
-        return cls(rows, bad_rows)
+        return cls(rows, bad_rows, read)
+
+    def without(self, errors: Mapping[int, DataError]) -> "RowDataset":
+        """Return the data set without some rows.
+
+        Args:
+            errors: error of each of these rows by its index. They are added to bad_rows.
+        """
+        numbers = np.repeat(range(len(self.sources)), [s.num_rows for s in self.sources])
+        num_left_out = Counter(int(numbers[index]) for index in errors)
+        return RowDataset(
+            [row for index, row in enumerate(self._rows) if index not in errors],
+            [*self.bad_rows, *(errors[index] for index in sorted(errors))],
+            [
+                replace(source, num_rows=source.num_rows - num_left_out[number])
+                for number, source in enumerate(self.sources)
+            ],
+        )
 
     @property
     def num_bad_rows(self) -> int:
         return len(self.bad_rows)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weight of a source differs from 1."""
+        return any(source.weight != 1 for source in self.sources)
+
     def fingerprint(self) -> str:
-        """Return a hash of the rows' contents in their order, independent of file names."""
+        """Return a hash of the rows' contents in their order, independent of file names.
+
+        It includes the weights of the sources if one of them differs from 1.
+        """
         digest = hashlib.sha256()
         for row in self._rows:
             fields = {**asdict(row), "origin": ""}
             if not row.history:
                 del fields["history"]  # Runs that began before `history` existed can resume.
             digest.update(json.dumps(fields).encode() + b"\n")
+        if self.has_weights:
+            weights = [[source.num_rows, source.weight] for source in self.sources]
+            digest.update(json.dumps(weights).encode())
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -206,17 +270,54 @@ class RowDataset(Sequence[Row]):
     def row_at(self, position: int, *, seed: int, shuffle: bool = True) -> Row:
         """Return the row at `position` of the run, which counts prompts from 0 over all epochs.
 
-        Every epoch is a separate permutation, which depends only on (seed, epoch).
+        Every epoch has epoch_length positions and a separate order, which depends only on the
+        sources, the seed and the epoch.
         """
-        epoch, index = divmod(position, len(self))
-        return self[_permutation(len(self), seed, epoch)[index] if shuffle else index]
+        epoch, place = divmod(position, self.epoch_length)
+        return self[int(_epoch_order(self.sources, seed, epoch, shuffle)[place])]
 
 
 @lru_cache(maxsize=2)  # A step may include rows of two epochs.
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+def _epoch_order(
+    sources: tuple[SourceRows, ...], seed: int, epoch: int, shuffle: bool
+) -> np.ndarray:
+    """Return the indices of an epoch's rows in the order of the epoch."""
+    parts, start = [], 0
+    for number, source in enumerate(sources):
+        parts.append(start + _drawn(source, seed, epoch, number if shuffle else None))
+        start += source.num_rows
+    indices = np.concatenate(parts)
+    return indices[_permutation(len(indices), seed, epoch)] if shuffle else indices
+
+
+def _drawn(source: SourceRows, seed: int, epoch: int, number: int | None) -> np.ndarray:
+    """Return the rows that an epoch draws from a source, counted from 0 within the source.
+
+    A source is an endless sequence of passes over its rows, each a separate permutation. Each epoch
+    takes the next `num_drawn` entries. All rows are therefore drawn equally often, up to one.
+
+    Args:
+        number: number of the source, which makes its permutations differ from those of others.
+            None: the order of the rows.
+    """
+    entries = np.arange(epoch * source.num_drawn, (epoch + 1) * source.num_drawn)
+    if not len(entries):
+        return entries
+    passes, places = np.divmod(entries, source.num_rows)
+    # In whole passes, the order of the epoch makes this order unimportant.
+    if number is None or source.num_drawn % source.num_rows == 0:
+        return places
+    for one in range(passes[0], passes[-1] + 1):
+        is_in_pass = passes == one
+        order = _permutation(source.num_rows, seed, number, one)
+        places[is_in_pass] = order[places[is_in_pass]]
+    return places
+
+
+def _permutation(length: int, seed: int, *stream: int) -> np.ndarray:
     # Sort raw draws: numpy keeps the streams of its bit generators stable across releases, but not
     # the results of Generator.permutation.
-    sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,))
+    sequence = np.random.SeedSequence(seed % 2**64, spawn_key=stream)
     return np.argsort(np.random.PCG64(sequence).random_raw(length), kind="stable")
 
 

@@ -38,7 +38,7 @@ class PromptCounts(NamedTuple):
 
 
 class Prompts:
-    """The prompts of a JSONL or Parquet file, read on demand.
+    """The prompts of a source, read on demand.
 
         question      with an optional `system`: the student view, as in training
         messages      chat turns, each with `role` and `content`, rendered by the chat template

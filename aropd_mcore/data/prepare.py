@@ -101,11 +101,12 @@ def prepare(
     num_rows: int | None = None,
     seed: int = 1234,
 ) -> PrepareReport:
-    """Convert JSONL and Parquet files to one JSONL file of rows.
+    """Convert records to one JSONL file of rows.
 
     The output is complete or absent. It may be one of the inputs.
 
     Args:
+        inputs: files, saved data sets and data sets of the hub; see records.read_records.
         format: a name from the table in formats.py, or "auto" to detect each record's format.
         num_rows: number of usable rows to draw at random without replacement. They are written in
             the order of the inputs. None: write all usable rows.
@@ -114,12 +115,12 @@ def prepare(
     Raises:
         DataError: an input is missing or unreadable, or there are no usable rows or fewer than
             num_rows. Nothing is written then.
-        ValueError: the format is unknown, or the output's suffix is .parquet or .gz.
+        ValueError: the format is unknown, or the output's suffix is .parquet, .gz or .zst.
     """
     if format != "auto" and format not in CONVERTERS:
         raise ValueError(f"format {format!r}: expected one of auto, {', '.join(CONVERTERS)}")
     report = PrepareReport(output=Path(output))
-    if report.output.suffix in (".parquet", ".gz"):
+    if report.output.suffix in (".parquet", ".gz", ".zst"):
         raise ValueError(f"output {output}: found {report.output.suffix}, expected a JSONL file")
     usable = _usable_rows(inputs, format, report)
     chosen = usable if num_rows is None else _draw(usable, num_rows, seed)

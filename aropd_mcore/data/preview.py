@@ -15,7 +15,8 @@ _START = Text("◀ response", style="not dim bold reverse")
 
 
 def render_views(builder: ViewBuilder, row: Row) -> RenderableType:
-    """Render the row's three views as the model reads them, that is, their decoded token ids.
+    """Render the row's three views as the model reads them, that is, their decoded token ids. There
+    is one partial view per ratio of views.partial_ratio.
 
     The question and the privileged part have separate colours and token counts. Below are the
     oracle response, with a colour for each span, and notes about the chat template. Print the
@@ -24,7 +25,12 @@ def render_views(builder: ViewBuilder, row: Row) -> RenderableType:
     Raises:
         PromptTooLong: see `ViewBuilder.build`.
     """
-    panels = [_panel(builder, row, view) for view in VIEWS]
+    ratios = builder.config.partial_ratios
+    panels = [
+        _panel(builder, row, view, ratio, show_ratio=view == "partial" and len(ratios) > 1)
+        for view in VIEWS
+        for ratio in (ratios if view == "partial" else ratios[:1])
+    ]
     legend = Text.assemble(
         f"{row.origin}  ",
         ("question", _QUESTION_STYLE),
@@ -56,8 +62,8 @@ def _response_panel(builder: ViewBuilder, row: Row) -> Panel:
     return Panel(text, title=f"oracle response: {counts}", title_align="left")
 
 
-def _panel(builder: ViewBuilder, row: Row, view: View) -> Panel:
-    prompt = builder.prompt(row, view)
+def _panel(builder: ViewBuilder, row: Row, view: View, ratio: float, *, show_ratio: bool) -> Panel:
+    prompt = builder.prompt(row, view, ratio)
     text = Text(str(builder.tokenizer.decode(list(prompt.ids))), style=_FRAME_STYLE)
     counts = [f"{len(prompt.ids)} tokens"]
     for name, part, style in (
@@ -74,4 +80,5 @@ def _panel(builder: ViewBuilder, row: Row, view: View) -> Panel:
     if prompt.num_cut_tokens:
         counts.append(f"cut {prompt.num_cut_tokens}")
     text.append_text(_START)
-    return Panel(text, title=f"{view} view: {', '.join(counts)}", title_align="left")
+    name = f"{view} view, ratio {ratio:g}" if show_ratio else f"{view} view"
+    return Panel(text, title=f"{name}: {', '.join(counts)}", title_align="left")

@@ -89,6 +89,18 @@ class SpecialTokens:
         text = re.sub(pattern, rename, text)
         return [id_of.get(id, id) for id in clone.encode(text, add_special_tokens=False).ids]
 
+    def token_ends(self, text: str, mark: str) -> list[int]:
+        """Return the place in a user text at which each of its tokens ends.
+
+        Of the tokens of one character, each ends behind the character. Requires a tokenizer with a
+        backend.
+
+        Args:
+            mark: a character that the text does not contain.
+        """
+        clone, _, _ = self._clones(mark)  # There the names of special tokens are text.
+        return [end for _, end in clone.encode(text, add_special_tokens=False).offsets]
+
     @cached_property
     def _normalized_names(self) -> list[str]:
         """Normalized forms of the names that the tokenizer matches in normalized text."""

@@ -6,7 +6,7 @@ escape.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 
 from aropd_mcore.config import ConfigError
@@ -68,6 +68,72 @@ def reference_partial_trace(reasoning: str, ratio: float) -> str:
         while _REFERENCE_WORD.match(reasoning, cut):
             cut += 1
     return reasoning[:cut].rstrip()
+
+
+def sentence_partial_trace(reasoning: str, ratio: float) -> str:
+    """Return the first `ratio` of the characters, with the cut moved forward to the end of a
+    sentence.
+
+    A sentence ends with `.`, `!`, `?` or `…`, closing quotes or brackets included, before white
+    space. With `。`, `！` or `？` it ends before any character. It also ends at a blank line. The
+    dots of common abbreviations and of numbers that open a line, as in a list, end none. Ratio 0
+    gives the empty trace, ratio 1 the whole trace.
+    """
+    return _forward(reasoning, ratio, _sentence_ends(reasoning))
+
+
+def line_partial_trace(reasoning: str, ratio: float) -> str:
+    """Return the first `ratio` of the characters, with the cut moved forward to the end of a line.
+
+    Ratio 0 gives the empty trace, ratio 1 the whole trace.
+    """
+    return _forward(reasoning, ratio, (end.start() for end in _LINE_END.finditer(reasoning)))
+
+
+def token_partial_trace(reasoning: str, ratio: float, token_ends: Sequence[int]) -> str:
+    """Return the first `ratio` of the tokens. No character is cut.
+
+    Ratio 0 gives the empty trace, ratio 1 the whole trace.
+
+    Args:
+        token_ends: place in the reasoning at which each token ends (SpecialTokens.token_ends).
+    """
+    if ratio == 1:
+        return reasoning
+    num_tokens = int(ratio * len(token_ends))
+    return reasoning[: token_ends[num_tokens - 1]].rstrip() if num_tokens else ""
+
+
+def _forward(reasoning: str, ratio: float, ends: Iterable[int]) -> str:
+    """Return the first `ratio` of the characters, with the cut moved forward to the next end.
+
+    Args:
+        ends: ascending places at which the text may end, without white space before them.
+    """
+    shown = len(reasoning[: int(ratio * len(reasoning))].rstrip())
+    if not shown:
+        return ""
+    return reasoning[: next((end for end in ends if end >= shown), None)].rstrip()
+
+
+_LINE_END = re.compile(r"(?<!\s)\s*(?:\n|\Z)")
+_SENTENCE_END = re.compile(
+    r"(?P<mark>[.!?…]+)[\"'”’»)\]}*$]*(?!\S)|[。！？]+[」』”’）]*|(?<!\s)(?P<blank>\s*\n\s*\n)"
+)
+_NO_END = re.compile(
+    r"(?:\b(?:e\.g|i\.e|cf|vs|resp|approx|eqs?|figs?|dr|mrs?|prof)|^\s*\d+)\Z", re.I | re.M
+)
+"""Text before a dot that ends no sentence: an abbreviation, or the number of a list's entry."""
+_NO_END_LENGTH = 12
+"""Number of characters before a dot in which _NO_END is looked for."""
+
+
+def _sentence_ends(text: str) -> Iterator[int]:
+    for end in _SENTENCE_END.finditer(text):
+        start = end.start()
+        if end["mark"] == "." and _NO_END.search(text, max(0, start - _NO_END_LENGTH), start):
+            continue
+        yield start if end["blank"] else end.end()
 
 
 _REFERENCE_WORD = re.compile(r"[\w\\]")

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from aropd_mcore.config import ViewsConfig
+from aropd_mcore.config import ConfigError, ViewsConfig
 from aropd_mcore.data.chat_template import (
     USER_TURN,
     ChatTemplateError,
@@ -28,8 +28,11 @@ from aropd_mcore.data.template_notes import template_notes
 from aropd_mcore.data.templates import (
     check_fields,
     fill,
+    line_partial_trace,
     partial_trace,
     reference_partial_trace,
+    sentence_partial_trace,
+    token_partial_trace,
     write_trace,
 )
 from aropd_mcore.data.thoughts import opened_thought, split_thoughts
@@ -47,8 +50,14 @@ VIEWS: tuple[View, ...] = get_args(View)
 # escaping by a template does not change it.
 _SLOT = "aropd-slot"
 
-_CUTS = {"word_end": partial_trace, "reference": reference_partial_trace}
-"""Functions that cut a reasoning, by the value of views.partial_cut."""
+_CUTS = {
+    "word_end": partial_trace,
+    "sentence_end": sentence_partial_trace,
+    "line_end": line_partial_trace,
+    "reference": reference_partial_trace,
+}
+"""Functions that cut a reasoning, by the value of views.partial_cut. `token_end` needs the
+tokenizer."""
 
 
 class PromptTooLong(DataError):
@@ -86,7 +95,8 @@ class ViewBuilder:
     Raises:
         ConfigError: a template of `config` has an unknown, missing or repeated field. The chat
             template fails, is random, or does not show the user turn exactly once. A token id that
-            a prompt or response can contain is not below vocab_size.
+            a prompt or response can contain is not below vocab_size. views.partial_cut is
+            `token_end`, and the tokenizer does not report the places of its tokens.
     """
 
     def __init__(
@@ -105,6 +115,12 @@ class ViewBuilder:
         self.end_id = response_end_id(tokenizer)
         """Token that ends a response, which is also appended to oracle responses."""
         self._special_tokens = SpecialTokens(tokenizer)
+        if config.partial_cut == "token_end" and not tokenizer.is_fast:
+            raise ConfigError(
+                "views.partial_cut token_end: expected a tokenizer with a tokenizer.json, which "
+                f"reports the places of its tokens, found {type(tokenizer).__name__}; choose "
+                "another partial_cut"
+            )
         self._templates = (
             chat_template(tokenizer),
             config.student_template,
@@ -147,19 +163,37 @@ class ViewBuilder:
                 would be too long even without its question.
             DataError: the chat template cannot render the row, or omits its earlier turns.
         """
-        student, partial, full = (self.prompt(row, view) for view in VIEWS)
-        return Views(
-            row=row,
-            student_ids=student.ids,
-            partial_ids=partial.ids,
-            full_ids=full.ids,
-            num_cut_tokens=sum(view.num_cut_tokens for view in (student, partial, full)),
-        )
+        (views,) = self._build(row, [self.config.median_ratio])
+        return views
 
-    def prompt(self, row: Row, view: View) -> Prompt:
-        """Build one view of a row. Raises the same errors as `build`."""
+    def build_each(self, row: Row) -> list[Views]:
+        """As `build`, for each ratio of views.partial_ratio."""
+        return self._build(row, self.config.partial_ratios)
+
+    def _build(self, row: Row, ratios: Sequence[float]) -> list[Views]:
+        student = self.prompt(row, "student")
+        partials = [self.prompt(row, "partial", ratio) for ratio in ratios]
+        full = self.prompt(row, "full")
+        return [
+            Views(
+                row=row,
+                student_ids=student.ids,
+                partial_ids=partial.ids,
+                full_ids=full.ids,
+                num_cut_tokens=sum(view.num_cut_tokens for view in (student, partial, full)),
+            )
+            for partial in partials
+        ]
+
+    def prompt(self, row: Row, view: View, ratio: float | None = None) -> Prompt:
+        """Build one view of a row. Raises the same errors as `build`.
+
+        Args:
+            ratio: partial_ratio of the partial view. None: ViewsConfig.median_ratio.
+        """
+        ratio = self.config.median_ratio if ratio is None else ratio
         mark = self._mark(row)
-        question, trace = row.question.strip(), self._trace(row, view, mark)
+        question, trace = row.question.strip(), self._trace(row, view, ratio, mark)
         try:
             head, tail = self._frame(row, trace, mark, view)
         except ChatTemplateError as error:
@@ -275,17 +309,23 @@ class ViewBuilder:
     def _system(self, row: Row) -> str:
         return (self.config.system_prompt if row.system is None else row.system) or ""
 
-    def _trace(self, row: Row, view: View, mark: str) -> str:
+    def _trace(self, row: Row, view: View, ratio: float, mark: str) -> str:
         """Return the trace that a view shows, protected."""
         if view == "student":
             return ""
         reasoning, answer = row.reasoning.strip(), row.answer
         if view == "partial":
             mode = self.config.partial_view
-            ratio = 0.0 if mode == "answer_only" else self.config.partial_ratio
-            reasoning = _CUTS[self.config.partial_cut](reasoning, ratio)
+            reasoning = self._cut(reasoning, 0.0 if mode == "answer_only" else ratio, mark)
             answer = "" if mode == "prefix_without_answer" else answer
         return self._write_trace(reasoning, answer, mark)
+
+    def _cut(self, reasoning: str, ratio: float, mark: str) -> str:
+        """Return the part of a reasoning that the partial view shows."""
+        if self.config.partial_cut == "token_end":
+            ends = self._special_tokens.token_ends(reasoning, mark)
+            return token_partial_trace(reasoning, ratio, ends)
+        return _CUTS[self.config.partial_cut](reasoning, ratio)
 
     def _write_trace(self, reasoning: str, answer: str, mark: str) -> str:
         protect = self._special_tokens.protect

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.ranks import OneRank, Ranks, load_in_turn, map_shared
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.thoughts import opened_thought
 from aropd_mcore.data.views import View, ViewBuilder
@@ -24,9 +26,8 @@ class ValidationProblem:
     task: str
     view: View
     """View that the prompt shows. The student answers the student view, the teacher the others."""
-    id: str
-    """Identity of the question: the record's or the row's id, or else its place in the file."""
-    question: str
+    row: Row
+    """The row, or a row of the task's question without a trace."""
     prompt_ids: tuple[int, ...]
     thought: str
     """Beginning of a thought that the prompt ends with. The response continues the thought."""
@@ -42,18 +43,31 @@ class ValidationProblem:
 
 
 def read_validation_set(
-    config: Config, builder: ViewBuilder, max_positions: int
+    config: Config, builder: ViewBuilder, max_positions: int, ranks: Ranks | None = None
 ) -> list[ValidationProblem]:
     """Read the problems of config.validation, ordered by task.
 
     Args:
         max_positions: number of positions of the model.
+        ranks: processes that share the building of prompts. None: this process only.
     Raises:
         ConfigError: a task is not of the form name=FILE, is graded by running code, or needs
             math-verify, which is not installed.
-        DataError: a file or a problem is invalid, or a prompt is too long.
+        DataError: a file or a problem is invalid, or a prompt is too long. Raised on every rank.
+    Collectives: gathers of `ranks`.
     """
-    problems = list(_problems(config, builder))
+    ranks = ranks or OneRank()
+    files = [parse_task(text).path for text in config.validation.tasks]
+    unbuilt = load_in_turn(
+        ranks, lambda: list(_problems(config)), [*files, *config.validation.rows]
+    )
+    prompts = map_shared(
+        ranks, lambda problem: _prompt(problem, builder), unbuilt, "validation prompts"
+    )
+    problems = [
+        ValidationProblem(problem.task, problem.view, problem.row, *prompt, problem.gold)
+        for problem, prompt in zip(unbuilt, prompts, strict=True)
+    ]
     settings = config.validation
     limit = settings.max_response_tokens or config.rollout.max_response_tokens
     for problem in problems:
@@ -68,7 +82,16 @@ def read_validation_set(
     return problems
 
 
-def _problems(config: Config, builder: ViewBuilder) -> Iterator[ValidationProblem]:
+class _Unbuilt(NamedTuple):
+    """A problem without its prompt."""
+
+    task: str
+    view: View
+    row: Row
+    gold: Gold
+
+
+def _problems(config: Config) -> Iterator[_Unbuilt]:
     settings = config.validation
     for text in settings.tasks:
         task = parse_task(text)
@@ -85,7 +108,7 @@ def _problems(config: Config, builder: ViewBuilder) -> Iterator[ValidationProble
                 id=problem.id,
                 origin=f"{task.path}, {problem.id}",
             )
-            yield _build(task.name, row, "student", problem.gold, builder)
+            yield _Unbuilt(task.name, "student", row, problem.gold)
     if settings.rows:
         rows = RowDataset.load(settings.rows, on_bad_row=config.data.on_bad_row)[: settings.limit]
         views: Sequence[View] = ("student", *settings.teacher_views)
@@ -95,10 +118,10 @@ def _problems(config: Config, builder: ViewBuilder) -> Iterator[ValidationProble
                 if not row.answer.strip():
                     problem = "expected an answer, since validation compares it"
                     raise DataError(row.origin, problem, "an empty answer")
-                yield _build(name, row, view, MathAnswer(row.answer), builder)
+                yield _Unbuilt(name, view, row, MathAnswer(row.answer))
 
 
-def _build(task: str, row: Row, view: View, gold: Gold, builder: ViewBuilder) -> ValidationProblem:
-    ids = builder.prompt(row, view).ids
-    thought = opened_thought(str(builder.tokenizer.decode(list(ids))))
-    return ValidationProblem(task, view, row.id or row.origin, row.question, ids, thought, gold)
+def _prompt(problem: _Unbuilt, builder: ViewBuilder) -> tuple[tuple[int, ...], str]:
+    """Return a problem's prompt ids, and the beginning of a thought that they end with."""
+    ids = builder.prompt(problem.row, problem.view).ids
+    return ids, opened_thought(str(builder.tokenizer.decode(list(ids))))

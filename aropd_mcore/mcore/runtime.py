@@ -75,6 +75,11 @@ class Runtime:
         return dist.get_world_size()
 
     @property
+    def local_rank(self) -> int:
+        """Number of this process among those of its machine."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
     def tp_size(self) -> int:
         return self.tp_group.size()
 
@@ -185,6 +190,15 @@ class Runtime:
         parts: list[list[Any]] = [[] for _ in range(self.dp_size)]
         dist.all_gather_object(parts, local, group=self.dp_group)
         return [item for part in parts for item in part]
+
+    def gather(self, part: Any) -> list[Any]:
+        """Return the parts of all ranks of the job, in rank order (data.ranks.Ranks).
+
+        Collectives: one all-gather of pickled objects over the job, on the CPU.
+        """
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, part)
+        return parts
 
     def max_over_job(self, value: int) -> int:
         """Return the maximum of all ranks' values.

@@ -1,6 +1,5 @@
 """Specification of an `aropd generate` job, checked before its processes start; no Megatron."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from aropd_mcore.config import (
 from aropd_mcore.config_file import load_config, validated, with_template_arguments
 from aropd_mcore.convert.architecture import check_layout
 from aropd_mcore.convert.source import MegatronSource, Role, Source, open_source
+from aropd_mcore.data.records import content_hash
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,11 @@ class GenerationSpec:
         """Return all that the responses depend on, as JSON values. The layout is not part of it."""
         source, sampling = self.source, self.rollout.model_dump(mode="json")
         weights = source.iteration if isinstance(source, MegatronSource) else source.path
-        with self.prompts.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "checkpoint": str(weights.resolve()),
             "role": self.role,
             "hf": str(source.hf_folder.resolve()),
-            "sha256 of prompts": sha256,
+            "sha256 of prompts": content_hash(self.prompts),
             **{f"views.{name}": value for name, value in self.views},
             **{name: sampling[name] for name in SamplingConfig.model_fields},
             "engine": self.rollout.engine,

@@ -8,6 +8,7 @@
 `build_source` composes them.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -122,13 +123,23 @@ class StepPrompts:
         seed, shuffle = config.training.seed, config.data.shuffle
         views, seeds = [], []
         for position in positions:
-            row_views = self.view_builder.build(
+            each = self.view_builder.build_each(
                 self._dataset.row_at(position, seed=seed, shuffle=shuffle)
             )
             for sample in range(config.rollout.rollouts_per_prompt):
-                views.append(row_views)
+                views.append(each[_draw_ratio(len(each), seed, position, sample)])
                 seeds.append(rollout_seed(seed, position, sample))
         return views, seeds
+
+
+def _draw_ratio(num_ratios: int, seed: int, position: int, sample: int) -> int:
+    """Return the index of a rollout's ratio in views.partial_ratio.
+
+    A pure function, so that a resumed run draws the same ratios. Its stream is independent of
+    rollout_seed's.
+    """
+    key = f"{seed}/{position}/{sample}/partial_ratio".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % num_ratios
 
 
 class OracleTraces:

@@ -56,13 +56,14 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         stops: signals and time limit that stop the run. None: no early stop.
     Raises:
         ValueError: an input is invalid; see trainer.preflight.check_packages and open_inputs.
-    Collectives: those of the construction of model and optimizer. Every rank must call it.
+    Collectives: those of open_inputs and of the construction of model and optimizer. Every rank
+        must call it.
     """
     plan(config, runtime.world_size)
     stops = stops or Stops()
     if runtime.rank == 0:  # rank 0 logs and starts servers
         check_packages(config)
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, runtime)
     dataset, view_builder, ends = inputs.dataset, inputs.view_builder, inputs.eos_token_ids
 
     model = load_model(config, runtime, config.precision, inputs.source)

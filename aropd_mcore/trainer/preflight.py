@@ -8,8 +8,11 @@ login node finds the same errors as the job.
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from importlib.util import find_spec
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.manifest import iterations, parse_step, problems, read_manifest
 from aropd_mcore.convert.source import HFSource
 from aropd_mcore.data.dataset import RowDataset
+from aropd_mcore.data.ranks import OneRank, Ranks, load_in_turn, raise_first, share_of
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
@@ -49,29 +53,40 @@ class Inputs:
     """Notes for the user, one sentence each, such as the number of rows whose residual is zero."""
 
 
-def open_inputs(config: Config) -> Inputs:
+def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
     """Open and check the inputs of a run.
 
+    Every rank reads all rows, but builds the prompts of its share only.
+
+    Args:
+        ranks: processes that share the checks of the rows. None: this process only.
     Raises:
         ConfigError: a template or tokenizer is unusable, or num_epochs gives less than one step.
         CheckpointError: a weight is missing, or its shape differs from config.json.
-        DataError: a file or row is invalid, or no row is left.
+        DataError: a file or row is invalid, or no row is left. An invalid row raises the same error
+            on every rank.
+    Collectives: gathers of `ranks`. Every rank must call it.
     """
+    ranks = ranks or OneRank()
     path = config.model.path
     source = HFSource(path)
     tokenizer = load_tokenizer(path)
     builder = ViewBuilder(tokenizer, config.views, vocab_size=source.architecture.vocab_size)
     ends = eos_token_ids(path, tokenizer)
-    rows = RowDataset.load(config.data.train, on_bad_row=config.data.on_bad_row)
-    dataset, notes = _usable_rows(rows, builder, config)
+    rows = load_in_turn(
+        ranks,
+        lambda: RowDataset.load(config.data.train, on_bad_row=config.data.on_bad_row),
+        config.data.paths,
+    )
+    dataset, notes = _usable_rows(rows, builder, config, ranks)
     return Inputs(
         source,
         tokenizer,
         builder,
         ends,
         dataset,
-        read_validation_set(config, builder, source.architecture.max_position_embeddings),
-        num_steps=config.training.num_steps or _count_epoch_steps(config, len(dataset)),
+        read_validation_set(config, builder, source.architecture.max_position_embeddings, ranks),
+        num_steps=config.training.num_steps or _count_epoch_steps(config, dataset.epoch_length),
         about=describe_run(config, dataset, builder.identity),
         notes=(*builder.notes, *notes),
     )
@@ -96,6 +111,7 @@ def preflight(config: Config, *, same_environment: bool = True) -> list[str]:
     validation = [f"validation: {len(inputs.problems)} problems"] if inputs.problems else []
     return [
         f"{describe_rows(inputs.dataset)}, {steps}",
+        *_describe_sources(inputs.dataset),
         *validation,
         *inputs.notes,
         *_describe_start(config, inputs),
@@ -137,15 +153,28 @@ def _is_installed(package: str) -> bool:
 
 
 def describe_rows(dataset: RowDataset) -> str:
-    """Format the number of rows, and the number of left out rows with the first reason."""
-    if not dataset.num_bad_rows:
-        return f"{len(dataset)} rows"
-    left_out = f"{dataset.num_bad_rows} left out, first: {dataset.bad_rows[0]}"
-    return f"{len(dataset)} rows ({left_out})"
+    """Format the numbers of rows, of rows per epoch, and of left out rows with the first reason."""
+    parts = []
+    if dataset.has_weights:
+        parts.append(f"{dataset.epoch_length} per epoch")
+    if dataset.num_bad_rows:
+        parts.append(f"{dataset.num_bad_rows} left out, first: {dataset.bad_rows[0]}")
+    return f"{len(dataset)} rows" + (f" ({'; '.join(parts)})" if parts else "")
+
+
+def _describe_sources(dataset: RowDataset) -> list[str]:
+    """Describe each source of rows. Empty for one source without a weight."""
+    if len(dataset.sources) == 1 and not dataset.has_weights:
+        return []
+    return [
+        f"{source.name}: {source.num_rows} rows"
+        + (f", {source.num_drawn} per epoch (weight {source.weight:g})" * (source.weight != 1))
+        for source in dataset.sources
+    ]
 
 
 def _usable_rows(
-    dataset: RowDataset, builder: ViewBuilder, config: Config
+    dataset: RowDataset, builder: ViewBuilder, config: Config, ranks: Ranks
 ) -> tuple[RowDataset, list[str]]:
     """Return the rows whose prompts fit, and notes about them. No other row may stop the run later.
 
@@ -153,58 +182,102 @@ def _usable_rows(
     the bad_rows of the result.
 
     Raises:
-        DataError: a row does not fit and neither setting is active, or no row with a weight above 0
-            is left.
+        DataError: a row does not fit and neither setting is active, no row with a weight above 0 is
+            left, or a source's weight draws none of its rows. Raised on every rank.
+    Collectives: one gather of `ranks`, of the rows to leave out and of statistics.
     """
-    rows, bad_rows, notes = [], list(dataset.bad_rows), _RowNotes(config, builder)
     lenient = config.views.on_long_prompt == "drop" or config.data.on_bad_row == "skip"
-    for row in dataset:
+    counts = _RowCounts()
+    dropped: dict[int, DataError] = {}
+    error: tuple[int, DataError] | None = None
+    for index, row in share_of(ranks, dataset, "rows"):
         try:
-            notes.add(builder.build(row))
-            rows.append(row)
-        except PromptTooLong as error:
-            if not lenient:
-                raise
-            bad_rows.append(error)
-    where = str(Path(config.data.train[0]))
-    if not rows:
-        raise DataError(where, "no row's prompts fit", str(bad_rows[0]))
-    if not any(row.sample_weight > 0 for row in rows):
-        raise DataError(where, "expected a row with a sample_weight above 0", "0 in all rows")
-    return RowDataset(rows, bad_rows), notes.sentences()
+            counts.add(index, builder.build_each(row), builder, config)
+        except DataError as problem:
+            if not (lenient and isinstance(problem, PromptTooLong)):
+                error = (index, problem)
+                break
+            dropped[index] = problem
+    parts = ranks.gather((counts, dropped, error))
+    raise_first(error for _, _, error in parts if error)
+    origins = [row.origin for row in dataset]
+    notes = _RowNotes(config, reduce(add, (counts for counts, _, _ in parts)), origins)
+    dataset = dataset.without({i: e for _, dropped, _ in parts for i, e in dropped.items()})
+    _check_weights(dataset)
+    return dataset, notes.sentences()
+
+
+def _check_weights(dataset: RowDataset) -> None:
+    """Check that the usable rows and each source's share of an epoch are not empty."""
+    first = dataset.sources[0].name
+    if not len(dataset):
+        raise DataError(first, "no row's prompts fit", str(dataset.bad_rows[0]))
+    if not any(row.sample_weight > 0 for row in dataset):
+        raise DataError(first, "expected a row with a sample_weight above 0", "0 in all rows")
+    for source in dataset.sources:
+        if source.num_rows and not source.num_drawn:
+            problem = "data.train: expected a weight that draws at least one row per epoch"
+            found = f"weight {source.weight:g} of {source.num_rows} rows"
+            raise DataError(source.name, problem, found)
+
+
+@dataclass
+class _RowCounts:
+    """Statistics of the views of one rank's rows."""
+
+    num_rows: int = 0
+    longest: int = 0
+    cut: list[int] = field(default_factory=list)
+    """Indices of the rows with a cut prompt."""
+    equal: list[int] = field(default_factory=list)
+    """Indices of the rows whose partial view equals the full view, at every ratio."""
+    truncated: list[int] = field(default_factory=list)
+    """Indices of the rows whose trace, as the response of sft, is cut."""
+    without_thoughts: list[int] = field(default_factory=list)
+    """Indices of the rows whose earlier turns lose their thoughts."""
+
+    def add(self, index: int, views: Sequence[Views], builder: ViewBuilder, config: Config) -> None:
+        """Count a row.
+
+        Args:
+            views: its views at every ratio.
+        """
+        self.num_rows += 1
+        prompts = [ids for v in views for ids in (v.student_ids, v.partial_ids, v.full_ids)]
+        self.longest = max(self.longest, *map(len, prompts))
+        if any(v.num_cut_tokens for v in views):
+            self.cut.append(index)
+        if all(v.partial_ids == v.full_ids for v in views):
+            self.equal.append(index)
+        if builder.loses_thoughts(views[0].row):
+            self.without_thoughts.append(index)
+        if config.objective.name == "sft":
+            response = builder.oracle_response_ids(views[0].row)
+            if len(response) > config.rollout.max_response_tokens:
+                self.truncated.append(index)
+
+    def __add__(self, other: "_RowCounts") -> "_RowCounts":
+        return _RowCounts(
+            self.num_rows + other.num_rows,
+            max(self.longest, other.longest),
+            self.cut + other.cut,
+            self.equal + other.equal,
+            self.truncated + other.truncated,
+            self.without_thoughts + other.without_thoughts,
+        )
 
 
 class _RowNotes:
     """Statistics of the rows' views, as notes for the user."""
 
-    def __init__(self, config: Config, builder: ViewBuilder):
+    def __init__(self, config: Config, counts: _RowCounts, origins: Sequence[str]):
         self._config = config
-        self._builder = builder
-        self._num_rows = 0
-        self._longest = 0
-        self._cut: list[str] = []
-        """Origins of the rows with a cut prompt."""
-        self._equal: list[str] = []
-        """Origins of the rows whose partial view equals the full view."""
-        self._truncated: list[str] = []
-        """Origins of the rows whose trace, as the response of sft, is cut."""
-        self._without_thoughts: list[str] = []
-        """Origins of the rows whose earlier turns lose their thoughts."""
-
-    def add(self, views: Views) -> None:
-        self._num_rows += 1
-        prompts = (views.student_ids, views.partial_ids, views.full_ids)
-        self._longest = max(self._longest, *map(len, prompts))
-        if views.num_cut_tokens:
-            self._cut.append(views.row.origin)
-        if views.partial_ids == views.full_ids:
-            self._equal.append(views.row.origin)
-        if self._builder.loses_thoughts(views.row):
-            self._without_thoughts.append(views.row.origin)
-        if self._config.objective.name == "sft":
-            response = self._builder.oracle_response_ids(views.row)
-            if len(response) > self._config.rollout.max_response_tokens:
-                self._truncated.append(views.row.origin)
+        self._num_rows = counts.num_rows
+        self._longest = counts.longest
+        self._cut, self._equal, self._truncated, self._without_thoughts = (
+            [origins[index] for index in sorted(indices)]
+            for indices in (counts.cut, counts.equal, counts.truncated, counts.without_thoughts)
+        )
 
     def sentences(self) -> list[str]:
         config, notes = self._config, []

@@ -45,7 +45,7 @@ FREE = (
     "data.on_bad_row",
 )
 REFUSED = {
-    "data.train": "the files have other rows, so the position in the data is invalid",
+    "data.train": "the rows or their weights differ, so the position in the data is invalid",
     "data.shuffle": "the order of the rows changes: some would repeat or be skipped",
     "training.seed": "the order of the rows changes: some would repeat or be skipped",
     "training.global_batch_size": "steps take other rows: some would repeat or be skipped",

@@ -93,7 +93,7 @@ def sft_row(problem: Problem, views: ViewsConfig, rng: random.Random) -> dict[st
     row = worked_row(problem)
     reasoning = row["reasoning"]
     if kind == "partial":
-        reasoning = partial_trace(reasoning, views.partial_ratio)
+        reasoning = partial_trace(reasoning, views.median_ratio)
     trace = write_trace(views.trace_template, reasoning, row["answer"])
     return row | {"question": fill(views.teacher_template, question=row["question"], trace=trace)}
 

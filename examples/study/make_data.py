@@ -93,7 +93,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     heldout = [oracle_row(next(problems)) for _ in range(args.num_heldout)]
     write_rows(args.out / "heldout.jsonl", heldout)
-    for view, ratio in (("partial", views.partial_ratio), ("full", 1.0)):
+    for view, ratio in (("partial", views.median_ratio), ("full", 1.0)):
         shown = ({**row, "question": teachers_turn(row, views, ratio)} for row in heldout)
         write_rows(args.out / f"heldout-{view}.jsonl", shown)
     train = (oracle_row(next(problems)) for _ in range(args.num_train))

@@ -81,7 +81,7 @@ def test_a_path_that_is_not_a_regular_file_is_refused(tmp_path, name):
     unreadable.symlink_to("/proc/self/mem")  # This file can be opened, but not read from byte 0.
     too_long = tmp_path / ("x" * 300 + name)
     for path, expected in {
-        folder: "expected a regular file; found a directory",
+        folder: "wrote; found a directory without state.json",
         absent: "no such file",
         below: "the file cannot be read; found [Errno 20] Not a directory",
         unreadable: "",

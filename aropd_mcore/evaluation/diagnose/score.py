@@ -231,7 +231,7 @@ def _settings(request: DiagnosisSpec) -> dict[str, Any]:
         "skip_response_tokens": objective.skip_response_tokens,
         "loss_span": objective.loss_span,
         "partial_view": views.partial_view,
-        "partial_ratio": views.partial_ratio,
+        "partial_ratio": views.median_ratio,
         "engine": rollout.engine,
         "max_response_tokens": rollout.max_response_tokens,
         "temperature": rollout.temperature,

@@ -65,7 +65,7 @@ def build_diagnosis_spec(
 
     Args:
         model: see open_source.
-        data: JSONL or Parquet file of rows.
+        data: source of rows; see data.records.read_records.
         out: output folder. None: `diagnose` in the folder of the checkpoint's run.
         num_rows: number of rows to read from `data`.
         num_read: number of responses for the reader.
