@@ -20,6 +20,7 @@ from aropd_mcore.durations import parse_seconds
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
+View = Literal["student", PrivilegedView]
 LossSpan = Literal["both", "thinking", "answer"]
 Reduction = Literal["sequence_mean", "sequence_mean_all", "token_mean"]
 Recompute = Literal["none", "selective", "full"]
@@ -109,6 +110,11 @@ def _by_type(kind: Any, its_type: Any, other_type: Any) -> WrapValidator:
         )
 
     return WrapValidator(check)
+
+
+def teacher_task(task: str, view: View) -> str:
+    """Return the name of a validation task that the teacher answers under a view."""
+    return f"{task}_{'teacher' if view == 'student' else view}"
 
 
 class Section(BaseModel):
@@ -723,10 +729,11 @@ class ValidationConfig(Section):
     `aropd eval`. Tasks of code are refused."""
     rows: list[Source] = []
     """Sources of held-out rows, as in data.train but without weights. The student answers them as
-    the task `rows`."""
-    teacher_views: list[PrivilegedView] = []
-    """Privileged views under which the teacher answers `rows`, as the tasks `rows_partial` and
-    `rows_full`. The native engine samples them from the teacher's weights."""
+    the task `rows`. The loss and the KLs of its answers are reported, too."""
+    teacher_views: list[View] = []
+    """Views under which the teacher answers. `partial`, `full`: `rows`, as the tasks `rows_partial`
+    and `rows_full`. `student`: `rows` and every task NAME without privilege, as `rows_teacher` and
+    `NAME_teacher`. The native engine samples from the teacher's weights."""
     every_steps: Positive = 50
     """Number of steps between validations. The final weights are always validated."""
     at_start: bool = True
@@ -750,10 +757,11 @@ class ValidationConfig(Section):
 
     @model_validator(mode="after")
     def _check_validation(self) -> "ValidationConfig":
-        if self.teacher_views and not self.rows:
+        privileged = [view for view in self.teacher_views if view != "student"]
+        if privileged and not self.rows:
             raise ValueError(
-                "teacher_views without rows: expected rows, since only they have the traces that "
-                "the teacher's views show; set rows, or leave teacher_views empty"
+                f"teacher_views {', '.join(privileged)} without rows: expected rows, since only "
+                "they have the traces that these views show; set rows or remove the views"
             )
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(
@@ -906,8 +914,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_validation(self) -> "Config":
         names = self.validation_tasks
-        if len(set(names)) < len(names):
-            raise ValueError(f"validation: tasks {', '.join(names)}: expected different names")
+        views = self.validation.teacher_views
+        all_names = [*names, *(teacher_task(name, view) for name in names for view in views)]
+        if len(set(all_names)) < len(all_names):
+            raise ValueError(f"validation: tasks {', '.join(all_names)}: expected different names")
         if self.logging.samples and "train" in names:
             raise ValueError(
                 "validation.tasks train=FILE: expected another name, since `train` is the name of "

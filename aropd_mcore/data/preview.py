@@ -4,8 +4,9 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from aropd_mcore.config import View
 from aropd_mcore.data.spans import find_thinking
-from aropd_mcore.data.views import VIEWS, View, ViewBuilder
+from aropd_mcore.data.views import VIEWS, ViewBuilder
 from aropd_mcore.types import Row
 
 _QUESTION_STYLE, _PRIVILEGED_STYLE, _FRAME_STYLE = "not dim bold cyan", "not dim magenta", "dim"

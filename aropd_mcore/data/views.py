@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from aropd_mcore.config import ConfigError, ViewsConfig
+from aropd_mcore.config import ConfigError, View, ViewsConfig
 from aropd_mcore.data.chat_template import (
     USER_TURN,
     ChatTemplateError,
@@ -43,8 +43,7 @@ from aropd_mcore.types import Row, Views
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-View = Literal["student", "partial", "full"]
-VIEWS: tuple[View, ...] = get_args(View)
+VIEWS: tuple[View, ...] = ("student", "partial", "full")
 
 # Placeholder for a text while the chat template is rendered. It is plain ASCII, so that trimming or
 # escaping by a template does not change it.

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config import Config, ConfigError, View, teacher_task
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.ranks import OneRank, Ranks, load_in_turn, map_shared
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.thoughts import opened_thought
-from aropd_mcore.data.views import View, ViewBuilder
+from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluation.grade import check_graders
 from aropd_mcore.evaluation.tasks import Choices, CodeTests, Gold, MathAnswer, parse_task, read_task
 from aropd_mcore.types import Row
 
-STUDENT_ROWS = "rows"
-"""Task of the held-out rows under the student view. The teacher has rows_partial, rows_full."""
+ROWS = "rows"
+"""Task of the held-out rows, answered by the student."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class ValidationProblem:
     """A problem with its prompt."""
 
     task: str
+    by_teacher: bool
+    """Whether the teacher answers."""
     view: View
-    """View that the prompt shows. The student answers the student view, the teacher the others."""
+    """View that the prompt shows. The student answers the student view only."""
     row: Row
     """The row, or a row of the task's question without a trace."""
     prompt_ids: tuple[int, ...]
@@ -61,11 +63,13 @@ def read_validation_set(
     unbuilt = load_in_turn(
         ranks, lambda: list(_problems(config)), [*files, *config.validation.rows]
     )
+    for view in config.validation.teacher_views:
+        unbuilt += _of_teacher([p for p in unbuilt if not p.by_teacher], view)
     prompts = map_shared(
         ranks, lambda problem: _prompt(problem, builder), unbuilt, "validation prompts"
     )
     problems = [
-        ValidationProblem(problem.task, problem.view, problem.row, *prompt, problem.gold)
+        ValidationProblem(*problem[:-1], *prompt, problem.gold)
         for problem, prompt in zip(unbuilt, prompts, strict=True)
     ]
     settings = config.validation
@@ -86,6 +90,7 @@ class _Unbuilt(NamedTuple):
     """A problem without its prompt."""
 
     task: str
+    by_teacher: bool
     view: View
     row: Row
     gold: Gold
@@ -108,17 +113,22 @@ def _problems(config: Config) -> Iterator[_Unbuilt]:
                 id=problem.id,
                 origin=f"{task.path}, {problem.id}",
             )
-            yield _Unbuilt(task.name, "student", row, problem.gold)
+            yield _Unbuilt(task.name, False, "student", row, problem.gold)
     if settings.rows:
         rows = RowDataset.load(settings.rows, on_bad_row=config.data.on_bad_row)[: settings.limit]
-        views: Sequence[View] = ("student", *settings.teacher_views)
-        for view in views:
-            name = STUDENT_ROWS if view == "student" else f"{STUDENT_ROWS}_{view}"
-            for row in rows:
-                if not row.answer.strip():
-                    problem = "expected an answer, since validation compares it"
-                    raise DataError(row.origin, problem, "an empty answer")
-                yield _Unbuilt(name, view, row, MathAnswer(row.answer))
+        for row in rows:
+            if not row.answer.strip():
+                problem = "expected an answer, since validation compares it"
+                raise DataError(row.origin, problem, "an empty answer")
+            yield _Unbuilt(ROWS, False, "student", row, MathAnswer(row.answer))
+
+
+def _of_teacher(problems: Sequence[_Unbuilt], view: View) -> Iterator[_Unbuilt]:
+    """Yield the problems that the teacher answers under a view."""
+    for problem in problems:
+        if view == "student" or problem.task == ROWS:
+            name = teacher_task(problem.task, view)
+            yield problem._replace(task=name, by_teacher=True, view=view)
 
 
 def _prompt(problem: _Unbuilt, builder: ViewBuilder) -> tuple[tuple[int, ...], str]:

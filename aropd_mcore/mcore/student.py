@@ -98,38 +98,15 @@ class Student:
             one of maxima and one of the samples' sums, if there are any) over dp_cp_group on the
             last stage, and a broadcast from the last stage.
         """
-
-        def compute_loss(
-            hidden_TH: Tensor, item: tuple[Microbatch, TeacherOutput | None]
-        ) -> tuple[Tensor, tuple[TokenSums, Tensor]]:
-            microbatch, output = item
-            if output is not None:
-                output = output.to(hidden_TH.device)  # may be on the host
-            loss, values = self.objective(hidden_TH, self.model.head_weight(), microbatch, output)
-            sums = token_sums(
-                self.objective.metrics,
-                loss,
-                values,
-                microbatch.offset_T,
-                microbatch.is_thinking_T,
-            )
-            of_samples = sample_sums(
-                values,
-                microbatch.batch_index_B[microbatch.sample_T],
-                num_samples=self._num_logged,
-                residual_clip=self._residual_clip,
-            )
-            return loss, (sums, of_samples)
-
         self.model.train()
         self.optimizer.zero_grad()
         if self._router_losses:
             self._router_losses.start_step([m.student for m in microbatches])
         reports = run_schedule(
             self.optimizer.ddp_chunks,
-            list(zip(microbatches, teacher_outputs or [None] * len(microbatches), strict=True)),
+            _with_outputs(microbatches, teacher_outputs),
             view_of=lambda item: item[0].student,
-            on_last_stage=compute_loss,
+            on_last_stage=self._compute_loss,
             forward_only=False,
         )
         self._release_graph()
@@ -138,6 +115,54 @@ class Student:
             for name, value in self._router_losses.finish_step().items():
                 sums[name] = single_sum(value, sums["loss"].device)
         return sums, of_samples
+
+    def evaluate(
+        self,
+        microbatches: Sequence[Microbatch],
+        teacher_outputs: Sequence[TeacherOutput | None] | None,
+    ) -> TokenSums:
+        """Compute the sums of `forward_backward` without a gradient. The run's state is unchanged.
+
+        Args:
+            microbatches, teacher_outputs: as `forward_backward`.
+        Returns:
+            Sums over the loss tokens of all ranks, without the routers' losses. The same on every
+            rank.
+        Collectives: as `forward_backward`, except those of gradients and routers.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        results = run_schedule(
+            list(self.model),
+            _with_outputs(microbatches, teacher_outputs),
+            view_of=lambda item: item[0].student,
+            on_last_stage=lambda hidden_TH, item: self._compute_loss(hidden_TH, item)[1],
+            forward_only=True,
+        )
+        self.model.train(was_training)
+        return self._reduce(results)[0]
+
+    def _compute_loss(
+        self, hidden_TH: Tensor, item: tuple[Microbatch, TeacherOutput | None]
+    ) -> tuple[Tensor, tuple[TokenSums, Tensor]]:
+        microbatch, output = item
+        if output is not None:
+            output = output.to(hidden_TH.device)  # may be on the host
+        loss, values = self.objective(hidden_TH, self.model.head_weight(), microbatch, output)
+        sums = token_sums(
+            self.objective.metrics,
+            loss,
+            values,
+            microbatch.offset_T,
+            microbatch.is_thinking_T,
+        )
+        of_samples = sample_sums(
+            values,
+            microbatch.batch_index_B[microbatch.sample_T],
+            num_samples=self._num_logged,
+            residual_clip=self._residual_clip,
+        )
+        return loss, (sums, of_samples)
 
     def _release_graph(self) -> None:
         """Drop the experts' references to the autograd graph.
@@ -176,3 +201,9 @@ class Student:
         of_tokens, of_samples = both.cpu().split([total.numel(), of_samples.numel()])
         by_name = dict(zip(names, of_tokens.view_as(total), strict=True))
         return by_name, of_samples.view(-1, NUM_SUMS)
+
+
+def _with_outputs(
+    microbatches: Sequence[Microbatch], outputs: Sequence[TeacherOutput | None] | None
+) -> list[tuple[Microbatch, TeacherOutput | None]]:
+    return list(zip(microbatches, outputs or [None] * len(microbatches), strict=True))

@@ -206,12 +206,14 @@ def _count_validation_responses(config: Config) -> int:
         DataError: a file cannot be read.
     """
     settings = config.validation
-    is_native = config.rollout.model_samples or config.objective.name == "sft"
-    files = [Path(split_task(text)[2]) for text in settings.tasks] if is_native else []
-    num_views = len(settings.teacher_views) + is_native
-    num_problems = sum(_count_records(path, settings.limit) for path in files)
+    files = [Path(split_task(text)[2]) for text in settings.tasks]
+    in_tasks = sum(_count_records(path, settings.limit) for path in files)
     num_rows = sum(_count_records(path, None) for path in settings.rows)
-    num_problems += num_views * min(num_rows, settings.limit or num_rows)
+    num_rows = min(num_rows, settings.limit or num_rows)
+    is_native = config.rollout.model_samples or config.objective.name == "sft"
+    num_problems = (in_tasks + num_rows) * is_native
+    for view in settings.teacher_views:
+        num_problems += num_rows + in_tasks * (view == "student")
     return num_problems * settings.samples
 
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Literal
 
+from aropd_mcore.config import View
 from aropd_mcore.data.thoughts import opened_thought
-from aropd_mcore.data.views import View
 from aropd_mcore.evaluation.grade import Graders, Verdict, check_graders, row_gold
 from aropd_mcore.evaluation.tasks import MathAnswer
 from aropd_mcore.evaluation.validation_set import ValidationProblem
@@ -215,12 +215,12 @@ class SampleLog:
         if self._graders is None:
             return [None] * len(lines)
         try:
-            verdicts = [_VERDICTS[grade.verdict] for grade in self._graders.grade_all(request)]
+            grades = self._graders.grade_all(request)
+            verdicts = iter([_VERDICTS[grade.verdict] for grade in grades])
         except Exception as error:
             self._notify(f"WARNING: samples could not be graded: {type(error).__name__}: {error}")
             return [None] * len(lines)
-        rest = iter(verdicts)
-        return [next(rest) if gold else None for gold in golds]
+        return [next(verdicts) if gold else None for gold in golds]
 
     def _write(self, lines: Sequence[Line], step: int, table: str) -> None:
         assert self._file is not None

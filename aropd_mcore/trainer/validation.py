@@ -14,18 +14,19 @@ from typing import Any
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.evaluation.grade import Graders
 from aropd_mcore.evaluation.statistics import accuracy, interval
-from aropd_mcore.evaluation.validation_set import STUDENT_ROWS, ValidationProblem
+from aropd_mcore.evaluation.validation_set import ROWS, ValidationProblem
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.rollout.engine import PromptBatch, RolloutEngine, rollout_seed
+from aropd_mcore.trainer.held_out import held_out_metrics
 from aropd_mcore.trainer.jsonl import VALIDATIONS, JsonlFile, read_until
 from aropd_mcore.trainer.samples import SampleLog
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.types import Rollout
 
-TaskResult = Mapping[str, Any]
+TaskResult = dict[str, Any]
 """Accuracy of a task, its 95 % interval, mean length and truncation rate of its responses, and the
-number of problems."""
+number of problems. For held-out rows also the loss and the divergences."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Validator:
         beat("validation", num_updates)
         started = time.perf_counter()
         rollouts = self._sample()
-        tasks = run_on_rank0(lambda: self._grade(num_updates, rollouts), takes_long=True)
+        losses = self._losses_of_rows(rollouts)
+        tasks = run_on_rank0(lambda: self._grade(num_updates, rollouts, losses), takes_long=True)
         result = Result(num_updates, tasks)
         self._results.append(result)
         self._seconds[num_updates] = time.perf_counter() - started
@@ -120,8 +122,8 @@ class Validator:
 
     def warnings(self, result: Result) -> list[str]:
         """Return findings about the teacher's views in the first validation."""
-        student = result.tasks.get(STUDENT_ROWS)
-        full = result.tasks.get(f"{STUDENT_ROWS}_full")
+        student = result.tasks.get(ROWS)
+        full = result.tasks.get(f"{ROWS}_full")
         if result.num_updates or student is None or full is None:
             return []
         if full["accuracy"] > student["accuracy"]:
@@ -164,8 +166,8 @@ class Validator:
     def _sample(self) -> list[list[Rollout]]:
         """Return the responses to each problem, on every rank."""
         run, problems = self._run, self._run.problems
-        asked_of_student = [i for i, p in enumerate(problems) if p.view == "student"]
-        asked_of_teacher = [i for i, p in enumerate(problems) if p.view != "student"]
+        asked_of_student = [i for i, p in enumerate(problems) if not p.by_teacher]
+        asked_of_teacher = [i for i, p in enumerate(problems) if p.by_teacher]
         assert run.validation_engine is not None
         rollouts = self._answers(run.validation_engine, asked_of_student)
         if asked_of_teacher:
@@ -194,8 +196,25 @@ class Validator:
         answers = dict(run.runtime.concatenate_over_data(list(zip(share, rollouts, strict=True))))
         return {i: [answers[i, s] for s in range(settings.samples)] for i in indices}
 
-    def _grade(self, num_updates: int, rollouts: list[list[Rollout]]) -> dict[str, TaskResult]:
-        """Grade the responses and record the result. On rank 0."""
+    def _losses_of_rows(self, rollouts: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+        """Compute the loss and the divergences of the student's answers to held-out rows."""
+        indices = [i for i, problem in enumerate(self._run.problems) if problem.task == ROWS]
+        if not indices:
+            return {}
+        rows = [self._run.problems[i].row for i in indices]
+        return held_out_metrics(self._run, rows, [rollouts[i] for i in indices])
+
+    def _grade(
+        self,
+        num_updates: int,
+        rollouts: Sequence[Sequence[Rollout]],
+        losses: Mapping[str, float],
+    ) -> dict[str, TaskResult]:
+        """Grade the responses and record the result. On rank 0.
+
+        Args:
+            losses: result of held_out_metrics, for the task of the rows.
+        """
         problems, tokenizer = self._run.problems, self._run.view_builder.tokenizer
         texts = [
             (
@@ -210,6 +229,8 @@ class Validator:
             grades = graders.grade_all(texts)
             is_right = [[next(grades).verdict == "right" for _ in r] for r in rollouts]
         tasks = dict(_summarize(problems, rollouts, is_right))
+        if ROWS in tasks:
+            tasks[ROWS] |= losses
         assert self._file is not None
         self._samples.write_validation(num_updates, problems, rollouts, is_right)
         self._file.write({"num_updates": num_updates, "tasks": tasks})
@@ -245,6 +266,7 @@ def describe(result: Result) -> str:
         f"{task} {values['accuracy']:.1%} ({values['accuracy_low']:.1%} to "
         f"{values['accuracy_high']:.1%}), length {values['length_mean']:.0f}, "
         f"{values['truncation_rate']:.0%} cut"
+        + (f", loss {values['loss']:.4f}" if "loss" in values else "")
         for task, values in result.tasks.items()
     ]
     return f"validation after {result.num_updates} updates: {'; '.join(parts)}"

@@ -192,7 +192,7 @@ MISTRAL = (
     [None, LOOP + HEAD, MISTRAL, LOOP + QWEN3_HEAD, QWEN3_LOOP + HEAD, QWEN3_LOOP + QWEN3_HEAD],
 )
 def test_a_template_that_opens_the_assistants_turn_has_no_note(tmp_path, template):
-    assert build(tmp_path, template).notes == ()
+    assert not any("generation_prompt" in note for note in build(tmp_path, template).notes)
 
 
 def test_a_template_without_a_generation_prompt_has_a_note(tmp_path):

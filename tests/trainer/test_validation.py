@@ -17,6 +17,7 @@ from aropd_mcore.convert.source import best_checkpoint
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluation.validation_set import read_validation_set
+from aropd_mcore.trainer.held_out import REPORTED
 from aropd_mcore.trainer.jsonl import VALIDATIONS, JsonlFile, read_until
 from aropd_mcore.trainer.validation import Validator
 from tests.support.fake_vllm import FakeVllm
@@ -56,7 +57,7 @@ def validated(path) -> list[str]:
     return [
         f"validation.tasks=[sums:math={folder / 'sums.jsonl'}]",
         f"validation.rows=[{folder / 'heldout.jsonl'}]",
-        "validation.teacher_views=[partial,full]",
+        "validation.teacher_views=[student,partial,full]",
         "validation.limit=3",
         "validation.every_steps=2",
         "validation.max_response_tokens=12",
@@ -82,13 +83,60 @@ def test_run_with_validation_equals_the_run_without_it_bitwise(path, validated):
 
     lines, validations = read_lines(out), results(out)
     assert [line["num_updates"] for line in validations] == [0, 2, 4]
-    assert list(validations[0]["tasks"]) == ["sums", "rows", "rows_partial", "rows_full"]
+    by_teacher = ["sums_teacher", "rows_teacher", "rows_partial", "rows_full"]
+    assert list(validations[0]["tasks"]) == ["sums", "rows", *by_teacher]
     for line, validation in zip(lines[::2], validations, strict=False):
         for task, values in validation["tasks"].items():
             assert values["num_problems"] == 3 and 0 < values["length_mean"] <= 12
             assert line[f"validation/{task}/accuracy"] == values["accuracy"]
     assert not any(key.startswith("validation/") for key in lines[1])
     assert lines[0]["seconds/validation"] > lines[1]["seconds/validation"] == 0
+
+
+HELD_OUT = {
+    "tp2-pp2": (LAYOUT, 4),
+    "packed": (["training.packing=true", "training.max_tokens_per_microbatch=288"], 2),
+    "interleaved": (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 2),
+    "sft": (["objective.name=sft", "validation.teacher_views=[]"], 2),
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["tp2-pp2", *(pytest.param(c, marks=pytest.mark.rest) for c in [*HELD_OUT][1:])]
+)
+def test_losses_of_held_out_rows_equal_those_of_steps_on_these_rows(path, case):
+    """The 20 held-out rows are those of 5 steps of 4, and sampling has the same seeds.
+
+    A learning rate near 0 keeps the weights. In a run with steps of 8, the last microbatches of the
+    validation are not full.
+    """
+    overrides, world_size = HELD_OUT[case]
+    rows = path.parent / "twenty.jsonl"
+    lines = write_rows(path.parent / "all.jsonl").read_text().splitlines()[:20]
+    records = [json.loads(line) | {"sample_weight": 1.0} for line in lines]
+    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = [
+        f"data.train=[{rows}]",
+        "data.shuffle=false",
+        f"validation.rows=[{rows}]",
+        "validation.temperature=1",
+        "objective.reduction=token_mean",
+        "optimizer.lr=1e-30",
+        *overrides,
+    ]
+    validations = []
+    for batch_size, num_steps in ((4, 5), (8, 1)):
+        out = path.parent / f"held-out-{case}-{batch_size}"
+        sizes = [f"training.global_batch_size={batch_size}", f"training.num_steps={num_steps}"]
+        run_ranks(train_on_ranks, world_size, path, [f"output_dir={out}", *settings, *sizes])
+        validations.append(results(out)[0]["tasks"]["rows"])
+    steps = read_lines(path.parent / f"held-out-{case}-4")
+    num_tokens = [step["num_loss_tokens"] for step in steps]
+    for name in ["loss"] if case == "sft" else REPORTED:
+        total = sum(step[name] * num for step, num in zip(steps, num_tokens, strict=True))
+        for values in validations:
+            assert values[name] == pytest.approx(total / sum(num_tokens), rel=1e-5), name
+    assert validations[0]["accuracy"] == validations[1]["accuracy"]
 
 
 def _equal(value: Any, other: Any) -> bool:
@@ -128,10 +176,10 @@ def train_until_grading(path: Path, overrides: list[str], num_updates: int) -> N
     """Train until the responses of a validation are to be graded."""
     grade = Validator._grade
 
-    def fail(self: Validator, number: int, rollouts: Any) -> Any:
+    def fail(self: Validator, number: int, *results: Any) -> Any:
         if number == num_updates:
             raise Killed
-        return grade(self, number, rollouts)
+        return grade(self, number, *results)
 
     with patch.object(Validator, "_grade", fail), suppress(Killed, RuntimeError):
         train_on_ranks(path, overrides)
@@ -152,11 +200,11 @@ def train_with_accuracies(path: Path, overrides: list[str], accuracies: Sequence
     """Train with given accuracies of the task `sums` after 0, 1, 2, ... updates."""
     grade = Validator._grade
 
-    def scripted(self: Validator, number: int, rollouts: Any) -> Any:
+    def scripted(self: Validator, number: int, *results: Any) -> Any:
         write = self._file.write if self._file else None
         assert self._file is not None and write is not None
         with patch.object(self._file, "write"):
-            tasks = grade(self, number, rollouts)
+            tasks = grade(self, number, *results)
         tasks["sums"] = {**tasks["sums"], "accuracy": accuracies[number]}
         write({"num_updates": number, "tasks": tasks})
         return tasks
@@ -218,7 +266,7 @@ def test_jsonl_file_on_a_full_disk_keeps_its_lines(tmp_path):
         (["checkpoint.keep_best=gsm8k"], "keep_best gsm8k: expected a task of validation, found s"),
         (["validation.samples=2"], "greedy samples are all the same"),
         (["validation.max_response_tokens=500"], "exceed the model's 512 positions"),
-        (["validation.rows=[]"], "teacher_views without rows"),
+        (["validation.rows=[]"], "teacher_views partial, full without rows"),
         (["objective.name=sft"], "sft has no teacher"),
     ],
 )
