@@ -102,12 +102,10 @@ def _by_type(kind: Any, its_type: Any, other_type: Any) -> WrapValidator:
     A plain union reports the errors of all its types.
     """
 
-    def check(value: Any, _: Any) -> Any:
-        return TypeAdapter(its_type if isinstance(value, kind) else other_type).validate_python(
-            value
-        )
-
-    return WrapValidator(check)
+    ours, others = TypeAdapter(its_type), TypeAdapter(other_type)
+    return WrapValidator(
+        lambda value, _: (ours if isinstance(value, kind) else others).validate_python(value)
+    )
 
 
 class Section(BaseModel):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config import Config, ConfigError, source_name
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.ranks import OneRank, Ranks, load_in_turn, map_shared
 from aropd_mcore.data.records import DataError
@@ -88,7 +88,10 @@ def _problems(config: Config) -> Iterator[_Unbuilt]:
                     "execute the code of its responses; use `aropd eval` on a checkpoint"
                 )
             row = Row(
-                problem.question, reasoning="", answer="", origin=f"{task.path}, {problem.id}"
+                problem.question,
+                reasoning="",
+                answer="",
+                origin=f"{source_name(task.path)}, {problem.id}",
             )
             yield _Unbuilt(task.name, row, "student", problem.gold)
     if settings.rows:
