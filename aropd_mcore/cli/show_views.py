@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from aropd_mcore.config import ViewsConfig, source_name
+    from aropd_mcore.config import ViewsConfig
     from aropd_mcore.config_file import load_config
     from aropd_mcore.data.dataset import RowDataset
     from aropd_mcore.data.preview import render_views
@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
     rows = RowDataset.load([args.data])
     if not 0 <= args.row < len(rows):
         raise ValueError(
-            f"--row {args.row}: {source_name(args.data)} has rows 0 to {len(rows) - 1}; choose one "
+            f"--row {args.row}: {rows.sources[0].name} has rows 0 to {len(rows) - 1}; choose one "
             "of them"
         )
     builder = ViewBuilder(load_tokenizer(config.model.path if config else args.model), views)

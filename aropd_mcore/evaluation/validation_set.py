@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from aropd_mcore.config import Config, ConfigError, source_name
+from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.ranks import OneRank, Ranks, load_in_turn, map_shared
 from aropd_mcore.data.records import DataError
@@ -51,9 +51,13 @@ def read_validation_set(
     unbuilt = load_in_turn(
         ranks, lambda: list(_problems(config)), [*files, *config.validation.rows]
     )
-    problems = map_shared(
-        ranks, lambda problem: _build(*problem, builder), unbuilt, "validation prompts"
+    prompts = map_shared(
+        ranks, lambda problem: _prompt(problem, builder), unbuilt, "validation prompts"
     )
+    problems = [
+        ValidationProblem(problem.task, problem.view, *prompt, problem.gold)
+        for problem, prompt in zip(unbuilt, prompts, strict=True)
+    ]
     settings = config.validation
     limit = settings.max_response_tokens or config.rollout.max_response_tokens
     for problem in problems:
@@ -72,8 +76,8 @@ class _Unbuilt(NamedTuple):
     """A problem without its prompt."""
 
     task: str
-    row: Row
     view: View
+    row: Row
     gold: Gold
 
 
@@ -88,12 +92,9 @@ def _problems(config: Config) -> Iterator[_Unbuilt]:
                     "execute the code of its responses; use `aropd eval` on a checkpoint"
                 )
             row = Row(
-                problem.question,
-                reasoning="",
-                answer="",
-                origin=f"{source_name(task.path)}, {problem.id}",
+                problem.question, reasoning="", answer="", origin=f"{task.path}, {problem.id}"
             )
-            yield _Unbuilt(task.name, row, "student", problem.gold)
+            yield _Unbuilt(task.name, "student", row, problem.gold)
     if settings.rows:
         rows = RowDataset.load(settings.rows, on_bad_row=config.data.on_bad_row)[: settings.limit]
         views: Sequence[View] = ("student", *settings.teacher_views)
@@ -103,10 +104,10 @@ def _problems(config: Config) -> Iterator[_Unbuilt]:
                 if not row.answer.strip():
                     problem = "expected an answer, since validation compares it"
                     raise DataError(row.origin, problem, "an empty answer")
-                yield _Unbuilt(name, row, view, MathAnswer(row.answer))
+                yield _Unbuilt(name, view, row, MathAnswer(row.answer))
 
 
-def _build(task: str, row: Row, view: View, gold: Gold, builder: ViewBuilder) -> ValidationProblem:
-    ids = builder.prompt(row, view).ids
-    thought = opened_thought(str(builder.tokenizer.decode(list(ids))))
-    return ValidationProblem(task, view, ids, thought, gold)
+def _prompt(problem: _Unbuilt, builder: ViewBuilder) -> tuple[tuple[int, ...], str]:
+    """Return a problem's prompt ids, and the beginning of a thought that they end with."""
+    ids = builder.prompt(problem.row, problem.view).ids
+    return ids, opened_thought(str(builder.tokenizer.decode(list(ids))))
