@@ -104,12 +104,10 @@ def _by_type(kind: Any, its_type: Any, other_type: Any) -> WrapValidator:
     A plain union reports the errors of all its types.
     """
 
-    def check(value: Any, _: Any) -> Any:
-        return TypeAdapter(its_type if isinstance(value, kind) else other_type).validate_python(
-            value
-        )
-
-    return WrapValidator(check)
+    ours, others = TypeAdapter(its_type), TypeAdapter(other_type)
+    return WrapValidator(
+        lambda value, _: (ours if isinstance(value, kind) else others).validate_python(value)
+    )
 
 
 def teacher_task(task: str, view: View) -> str:
@@ -259,7 +257,9 @@ class WeightedSource(Section):
     """Source of training rows with a weight."""
 
     path: Source
+    """Source of the rows."""
     weight: Annotated[float, Field(gt=0)]
+    """Number of times that an epoch draws each row on average."""
 
 
 def _plain_source(source: Path | WeightedSource) -> Any:
@@ -322,7 +322,7 @@ class ViewsConfig(Section):
     partial_ratio: Annotated[Ratio | Ratios, _by_type(list, Ratios, Ratio)] = 0.5
     """Share of the reasoning that the partial view shows. A list: each rollout of a training step
     draws one of its ratios at random, all with the same probability. Validation and `aropd
-    diagnose` then use the median, the lower one of an even number."""
+    diagnose` then use the median, for an even number of ratios the lower one."""
     partial_cut: Literal["word_end", "sentence_end", "line_end", "token_end", "reference"] = (
         "word_end"
     )

@@ -97,7 +97,10 @@ def test_float_in_any_notation_is_a_float(tmp_path, text):
 
 
 def test_dumped_config_loads_as_the_same_config(path, tmp_path):
-    config = load_config(path, ["objective.residual_clip=null", "optimizer.lr=3e-7"])
+    sources = "[a.jsonl, hf://b/c/test, {path: d.zst, weight: 0.5}, {path: hf://b/c, weight: 2}]"
+    overrides = [f"data.train={sources}", "validation.rows=[hf://b/c]"]
+    overrides += ["views.partial_ratio=[0.25, 0.5]"]
+    config = load_config(path, ["objective.residual_clip=null", "optimizer.lr=3e-7", *overrides])
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(dump_config(config))
     assert load_config(dumped) == config
@@ -127,6 +130,32 @@ def test_dumped_config_loads_as_the_same_config(path, tmp_path):
             "views.partial_ratio=1.5",
             "views.partial_ratio",
             "Input should be less than or equal to 1, found 1.5",
+        ),
+        (
+            "views.partial_ratio=[0.5, 2]",
+            "views.partial_ratio.1",
+            "Input should be less than or equal to 1, found 2",
+        ),
+        (
+            "views.partial_ratio=[]",
+            "views.partial_ratio",
+            "List should have at least 1 item after validation, not 0, found []",
+        ),
+        ("views.partial_ratio=[true]", "views.partial_ratio", "expected a number, found true"),
+        (
+            "data.train=[{path: a.jsonl, weight: 0}]",
+            "data.train.0.weight",
+            "Input should be greater than 0, found 0",
+        ),
+        (
+            "data.train=[a.jsonl, {path: b.jsonl, weight: 1, wieght: 2}]",
+            "data.train.1.wieght",
+            "unknown key; did you mean 'weight'?",
+        ),
+        (
+            "data.train=[hf://gsm8k]",
+            "data.train.0",
+            "hf://gsm8k: expected hf://NAMESPACE/NAME[@REVISION][/SUBSET][/SPLIT]",
         ),
         (
             "training.global_batch_size=2.5",

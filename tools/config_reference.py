@@ -69,21 +69,28 @@ def _resolved(setting: Schema, schema: Schema) -> Schema:
     return schema["$defs"][setting["$ref"].rpartition("/")[2]]
 
 
-def _type(setting: Schema) -> str:
-    """Describe the values that a setting accepts."""
+def _type(setting: Schema, plural: str = "") -> str:
+    """Describe the values that a setting accepts.
+
+    Args:
+        plural: ending of the type's name.
+    """
     if choices := setting.get("anyOf"):
-        return ", ".join(map(_type, choices))
+        separator = " or " if plural else ", "
+        return separator.join(_type(choice, plural) for choice in choices)
+    if "$ref" in setting:
+        return f"mapping{plural}"
     if "enum" in setting:
-        return ", ".join(f"`{value}`" for value in setting["enum"])
+        return ", ".join(f"`{value}`" for value in setting["enum"]) + plural
     if "const" in setting:
         return f"`{setting['const']}`"
     if setting["type"] == "null":
         return "`null`"
     if setting["type"] == "array":
-        return f"list of {_type(setting['items'])}s"
+        return f"list of {_type(setting['items'], 's')}"
     name = "path" if setting.get("format") == "path" else setting["type"]
     bounds = [f"{word} {setting[key]:g}" for key, word in _BOUNDS.items() if key in setting]
-    return f"{name} {' and '.join(bounds)}".strip()
+    return f"{name}{plural} {' and '.join(bounds)}".strip()
 
 
 def _yaml(value: Any) -> str:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from aropd_mcore.mcore.runtime import Runtime
 
 _DESCRIPTION = """\
-Measure the accuracy of a student, a teacher or any other checkpoint on benchmarks in local files.
+Measure the accuracy of a student, a teacher or any other checkpoint on benchmarks.
 
-A task is NAME=FILE or NAME:FORMAT=FILE. FILE is the published JSONL (also .gz) or Parquet file.
+A task is NAME=FILE or NAME:FORMAT=FILE. FILE has the published records (docs/data.md, Sources).
 Choose any NAME. Without FORMAT the format is detected from the file's keys:
   gsm8k      GSM8K                              medmcqa    MedMCQA
   math       MATH-500, AMC, AIME, Minerva, rows gpqa       GPQA

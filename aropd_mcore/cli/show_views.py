@@ -70,7 +70,8 @@ def _run(args: argparse.Namespace) -> None:
     rows = RowDataset.load([args.data])
     if not 0 <= args.row < len(rows):
         raise ValueError(
-            f"--row {args.row}: {args.data} has rows 0 to {len(rows) - 1}; choose one of them"
+            f"--row {args.row}: {rows.sources[0].name} has rows 0 to {len(rows) - 1}; choose one "
+            "of them"
         )
     builder = ViewBuilder(load_tokenizer(config.model.path if config else args.model), views)
     Console().print(render_views(builder, rows[args.row]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aropd_mcore.config import source_name
 from aropd_mcore.data.chat_template import ChatTemplateError
 from aropd_mcore.data.dataset import parse_question, shown
 from aropd_mcore.data.records import DataError, is_absent, read_records
@@ -98,7 +99,7 @@ class Prompts:
             num_cut += num_cut_tokens > 0
             longest = max(longest, len(ids))
         if not num_prompts:
-            raise DataError(str(self.path), "expected at least one prompt", "none")
+            raise DataError(source_name(self.path), "expected at least one prompt", "none")
         return PromptCounts(num_prompts, num_cut, longest)
 
     def ids(self, line: PromptLine) -> tuple[tuple[int, ...], int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aropd_mcore.config import ViewsConfig
+from aropd_mcore.config import ViewsConfig, source_name
 from aropd_mcore.data.dataset import parse_row
 from aropd_mcore.data.formats import CONVERTERS, USED_KEYS, Exchange, convert
 from aropd_mcore.data.records import DataError, read_records, shown
@@ -171,7 +171,7 @@ def _lines(
         for note in row.notes:
             report.count(report.noted, note)
         yield row.line
-    where = ", ".join(map(str, inputs))
+    where = ", ".join(map(source_name, inputs))
     if not report.kept:
         raise DataError(where, "no record is usable, nothing is written", str(report))
     if report.kept.total() < min_rows:

@@ -10,7 +10,6 @@ A file is begun when the one before it is complete, and complete files are kept.
 resumes an interrupted evaluation. Delete samples.jsonl to grade again without sampling.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from rich.progress import track
 
 from aropd_mcore.config import ConfigError
 from aropd_mcore.data.prepare import write_atomically
+from aropd_mcore.data.records import content_hash
 from aropd_mcore.data.thoughts import opened_thought
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
@@ -56,10 +56,7 @@ class Evaluation:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that the samples depend on, as JSON values."""
-        sums = {
-            f"sha256 of {task.name}": hashlib.sha256(task.path.read_bytes()).hexdigest()
-            for task in self.tasks
-        }
+        sums = {f"sha256 of {task.name}": content_hash(task.path) for task in self.tasks}
         return self.spec.identity() | sums | {"code_asserts": self.code_asserts}
 
 

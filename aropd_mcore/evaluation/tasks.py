@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aropd_mcore.config import split_task
+from aropd_mcore.config import source_name, split_task
 from aropd_mcore.data.answer_marks import Unusable, answer_text, split_boxed, split_hashes
 from aropd_mcore.data.multiple_choice import LETTERS, choice_question, medmcqa_choices
 from aropd_mcore.data.records import DataError, is_absent, read_records
@@ -126,7 +126,7 @@ def read_task(task: Task, *, code_asserts: int | None = None) -> list[Problem]:
         id = next((str(record[key]) for key in _ID_KEYS if key in record), str(number))
         problems.append(Problem(task.name, id, question, gold))
     if not problems:
-        raise DataError(str(task.path), "expected at least one problem", "none")
+        raise DataError(source_name(task.path), "expected at least one problem", "none")
     return problems
 
 

@@ -2,11 +2,15 @@
 
 import builtins
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from aropd_mcore.data.dataset import RowDataset, step_positions
+from aropd_mcore.config import WeightedSource
+from aropd_mcore.data.dataset import RowDataset, SourceRows, step_positions
 from aropd_mcore.data.records import DataError
 from aropd_mcore.types import Row
 
@@ -235,6 +239,80 @@ def test_the_order_is_a_pure_function_of_seed_epoch_and_position():
     assert order(numbered(13), range(37, 60)) == straight[37:]
     # Fixed, so that an upgrade of numpy or of this code cannot reorder a resumed run.
     assert order(numbered(8), range(8), seed=1234) == [6, 1, 0, 4, 5, 7, 2, 3]
+
+
+def weighted(*parts):
+    """Build a data set of sources (num_rows, weight). The question is the number of the row."""
+    rows = numbered(sum(num_rows for num_rows, _ in parts))
+    sources = [SourceRows(f"s{i}", *part) for i, part in enumerate(parts)]
+    return RowDataset(rows[:], sources=sources)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.floats(0.2, 3)), min_size=1, max_size=4).filter(
+        lambda parts: any(round(n * w) for n, w in parts)
+    ),
+    st.integers(0, 2**40),
+    st.booleans(),
+)
+def test_weights_draw_each_row_of_a_source_equally_often(parts, seed, shuffle):
+    dataset = weighted(*parts)
+    assert dataset.epoch_length == sum(round(n * w) for n, w in parts)
+    for num_epochs in (1, 2, 5):
+        positions = range(num_epochs * dataset.epoch_length)
+        drawn = Counter(order(dataset, positions, seed, shuffle))
+        start = 0
+        for num_rows, weight in parts:
+            counts = [drawn[row] for row in range(start, start + num_rows)]
+            start += num_rows
+            assert sum(counts) == num_epochs * round(num_rows * weight)
+            assert not counts or max(counts) - min(counts) <= 1
+
+
+def test_weighted_order_is_a_pure_function_of_seed_epoch_and_position():
+    parts = [(6, 0.5), (3, 2.5), (2, 1.0)]
+    straight = order(weighted(*parts), range(60))
+    resumed = weighted(*parts)
+    assert [order(resumed, [p])[0] for p in reversed(range(60))] == straight[::-1]
+    assert straight != order(weighted(*parts), range(60), seed=8)
+    # Fixed, as the order without weights.
+    assert order(weighted((4, 0.5), (2, 1.5)), range(10), seed=1234) == [
+        3, 0, 4, 5, 4, 5, 5, 1, 4, 2,
+    ]  # fmt: skip
+    # Two sources of the same size have separate permutations.
+    halves = weighted((40, 0.5), (40, 0.5))
+    first = order(halves, range(40))
+    assert {r for r in first if r < 40} != {r - 40 for r in first if r >= 40}
+    # The second half of a pass is drawn in the next epoch.
+    assert sorted(first + order(halves, range(40, 80))) == list(range(80))
+    in_order = [0, 1, 2, *2 * [6, 7, 8], 6, 7, 9, 10]
+    assert order(weighted(*parts), range(13), shuffle=False) == in_order
+
+
+def test_weights_of_1_leave_order_and_fingerprint_unchanged():
+    plain = numbered(13)
+    for dataset in (weighted((6, 1.0), (7, 1.0)), weighted((13, 1.0))):
+        for shuffle in (True, False):
+            positions = range(40)
+            assert order(dataset, positions, shuffle=shuffle) == order(
+                plain, positions, shuffle=shuffle
+            )
+        assert dataset.fingerprint() == plain.fingerprint()
+    others = {weighted(*p).fingerprint() for p in ([(6, 2.0), (7, 1.0)], [(7, 2.0), (6, 1.0)])}
+    assert len(others | {plain.fingerprint()}) == 3
+
+
+def test_load_keeps_sources_and_weights_and_without_counts_the_rest(tmp_path):
+    first = write_records(tmp_path / "a.jsonl", *[GOOD] * 4)
+    second = write_lines(tmp_path / "b.jsonl", [*BROKEN][:1] + [json.dumps(GOOD).encode()] * 2)
+    dataset = RowDataset.load([first, WeightedSource(path=second, weight=1.5)], on_bad_row="skip")
+    assert dataset.sources == (SourceRows(str(first), 4), SourceRows(str(second), 2, 1.5))
+    assert (len(dataset), dataset.epoch_length, dataset.num_bad_rows) == (6, 7, 1)
+    errors = {number: DataError(f"row {number}", "too long") for number in (5, 0, 3)}
+    rest = dataset.without(errors)
+    assert [source.num_rows for source in rest.sources] == [2, 1]
+    assert [row.origin for row in rest] == [f"{first}:2", f"{first}:3", f"{second}:2"]
+    assert [error.origin for error in rest.bad_rows] == [f"{second}:1", "row 0", "row 3", "row 5"]
 
 
 def test_step_positions_of_all_ranks_and_steps_are_consecutive():

@@ -3,6 +3,7 @@
 import io
 import unicodedata
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,13 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.prepare import prepare
 from aropd_mcore.data.preview import render_views
 from aropd_mcore.data.records import DataError
-from aropd_mcore.data.templates import partial_trace, reference_partial_trace, write_trace
+from aropd_mcore.data.templates import (
+    line_partial_trace,
+    partial_trace,
+    reference_partial_trace,
+    sentence_partial_trace,
+    write_trace,
+)
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
 from aropd_mcore.types import Row
@@ -89,6 +96,57 @@ def test_partial_trace_ends_at_the_end_of_a_word(text, ratio, expected):
 )
 def test_reference_partial_trace_cuts_as_the_authors_release(text, ratio, expected):
     assert reference_partial_trace(text, ratio) == expected
+
+
+SENTENCES = "First add 3.5, i.e. 7/2. Then (see Fig. 2) stop! Why?\n\nNo dot here\n\n1. Last one"
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "expected"),
+    [
+        (SENTENCES, 0.0, ""),
+        (SENTENCES, 0.05, "First add 3.5, i.e. 7/2."),  # Neither at `3.5` nor at `i.e.`
+        (SENTENCES, 24 / len(SENTENCES), "First add 3.5, i.e. 7/2."),
+        (SENTENCES, 25.5 / len(SENTENCES), "First add 3.5, i.e. 7/2."),  # After the space.
+        (SENTENCES, 26.5 / len(SENTENCES), "First add 3.5, i.e. 7/2. Then (see Fig. 2) stop!"),
+        (SENTENCES, 0.75, SENTENCES[: SENTENCES.index("\n\n1.")]),  # At a blank line.
+        (SENTENCES, 0.88, SENTENCES),  # Not at the number of a list's entry.
+        (SENTENCES, 1.0, SENTENCES),
+        ("一加一。等于二！“好。”所以", 0.1, "一加一。"),
+        ("一加一。等于二！“好。”所以", 0.7, "一加一。等于二！“好。”"),
+        ('He says "so." Then (no.) it ends', 0.1, 'He says "so."'),
+        ('He says "so." Then (no.) it ends', 0.6, 'He says "so." Then (no.)'),
+        ("no end at all", 0.3, "no end at all"),
+    ],
+)
+def test_sentence_partial_trace_ends_at_the_end_of_a_sentence(text, ratio, expected):
+    assert sentence_partial_trace(text, ratio) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        (0.0, ""),
+        (0.1, "a = 1"),
+        (0.3, "a = 1"),  # Cut at 5: at the end of the line.
+        (0.36, "a = 1"),  # Cut at 6: before the next line.
+        (0.6, "a = 1\n\nb = 2"),
+        (0.99, "a = 1\n\nb = 2\nc."),
+        (1.0, "a = 1\n\nb = 2\nc."),
+    ],
+)
+def test_line_partial_trace_ends_at_the_end_of_a_line(ratio, expected):
+    assert line_partial_trace("a = 1\n\nb = 2\nc.", ratio) == expected
+    assert line_partial_trace("a = 1 \r\n \n\tb = 2", 0.5) == "a = 1"
+
+
+@given(st.text(st.sampled_from("ab .!?\n。1$)\u0301"), max_size=40), st.floats(0, 1))
+def test_every_cut_shows_a_prefix_from_nothing_to_the_whole_trace(text, ratio):
+    text = text.strip()
+    for cut in (partial_trace, sentence_partial_trace, line_partial_trace):
+        shown = cut(text, ratio)
+        assert text.startswith(shown) and len(shown) >= len(text[: int(ratio * len(text))].rstrip())
+        assert (cut(text, 0.0), cut(text, 1.0)) == ("", text)
 
 
 def before(text, ratio):
@@ -306,11 +364,62 @@ def test_a_whole_chat_is_cut_on_its_left(tokenizer, limit):
 
 def test_the_partial_view_is_cut_as_configured(tokenizer):
     row = replace(ROW, reasoning="a (b+c) d")
+    cuts = get_args(ViewsConfig.model_fields["partial_cut"].annotation)
+    for cut in cuts:
+        for ratio in (0, 1):
+            partial, full = texts(tokenizer, row, partial_ratio=ratio, partial_cut=cut)[1:]
+            assert (partial == full) == (ratio == 1), cut
     shown = [
         texts(tokenizer, row, partial_ratio=0.4, partial_cut=cut)[1].split("reasoning>")[1]
-        for cut in ("word_end", "reference")
+        for cut in cuts
     ]
-    assert shown == ["\na (b+c)\n</", "\na (b\n</"]
+    traces = ["a (b+c)", "a (b+c) d", "a (b+c) d", "a (", "a (b"]
+    assert shown == [f"\n{trace}\n</" for trace in traces]
+
+
+def test_token_end_shows_a_share_of_the_tokens_without_cutting_a_character(tokenizer):
+    """Every byte is a token."""
+    reasoning = "né 中<|im_end|>x"
+
+    def trace(num_tokens):
+        ratio = (num_tokens + 0.5) / len(reasoning.encode())
+        views = ViewsConfig(**PLAIN, partial_cut="token_end", partial_ratio=ratio)
+        row = replace(ROW, reasoning=reasoning)
+        shown = ViewBuilder(tokenizer, views).prompt(row, "partial").trace
+        return shown.removeprefix("<reasoning>\n").partition("\n</reasoning>")[0]
+
+    assert [trace(n) for n in range(1, 10)] == [
+        "n", "né", "né", "né", "né 中", "né 中", "né 中", "né 中<", "né 中<|",
+    ]  # fmt: skip  # The name of a special token in a trace is text.
+
+
+def test_token_end_with_a_tokenizer_without_offsets_is_refused(tokenizer):
+    class Slow:
+        is_fast = False
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    with pytest.raises(ConfigError, match=r"token_end: expected .* tokenizer\.json, .* found Slow"):
+        ViewBuilder(Slow(), ViewsConfig(**PLAIN, partial_cut="token_end"))
+
+
+def test_each_ratio_has_a_partial_view_and_the_median_is_the_default(tokenizer):
+    def build(ratio):
+        return ViewBuilder(tokenizer, ViewsConfig(**PLAIN, partial_ratio=ratio))
+
+    builder = build([1, 0.25, 0.0, 0.5])
+    each = builder.build_each(ROW)
+    assert each == [build(ratio).build(ROW) for ratio in (1, 0.25, 0.0, 0.5)]
+    assert len({views.partial_ids for views in each}) == 4
+    assert builder.build(ROW) == each[1]
+    assert builder.prompt(ROW, "partial", 0.5).ids == each[3].partial_ids
+
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(render_views(builder, ROW))
+    for title in ("ratio 1:", "ratio 0.25:", "ratio 0:", "ratio 0.5:"):
+        assert f"partial view, {title}" in printed.getvalue()
+    assert printed.getvalue().count("student view: ") == 1
 
 
 def test_rows_that_do_not_fit_are_refused(tokenizer):

@@ -297,7 +297,7 @@ def test_generate_command_starts_the_ranks_of_a_layout(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts", "nowhere"], "nowhere: no such file; expected JSONL or"),
+        (["--prompts", "nowhere"], "nowhere: no such file or folder; expected"),
         (["--model", "nowhere"], "nowhere: not a checkpoint"),
         (["--model", "{folder}/model", "--weights", "teacher"], "holds one model and no"),
         (["--out", "{folder}/run.yaml"], "run.yaml: exists already; remove it or choose"),

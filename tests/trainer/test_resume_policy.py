@@ -91,6 +91,21 @@ def test_refused_changes_name_the_setting_that_permits_them(path):
         check_changes(saved, current, ["optimizer.lr"])
 
 
+def test_other_weight_of_a_source_is_refused_and_weight_1_equals_none(path):
+    rows = path.parent / "rows.jsonl"
+    saved = describe(path)
+    assert (
+        check_changes(saved, describe(path, f"data.train=[{{path: {rows}, weight: 1}}]"), []) == []
+    )
+    weighted = describe(path, f"data.train=[{{path: {rows}, weight: 2}}]")
+    assert weighted["config_hash"] != saved["config_hash"]
+    with pytest.raises(ConfigError, match=r"data.train .*the rows or their weights differ"):
+        check_changes(saved, weighted, [])
+    current = describe(path, "views.partial_ratio=[0.25, 0.5]")
+    (line,) = check_changes(saved, current, [])
+    assert line.endswith("effective from this step: views.partial_ratio 0.5 -> [0.25, 0.5]")
+
+
 @pytest.mark.parametrize("name", ["chat_template", "tokenizer"])
 def test_other_template_or_tokenizer_is_refused_unless_allowed(path, name):
     saved, current = describe(path), describe(path, **{name: "other"})

@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 from rich.console import Console
 
-from aropd_mcore.config import TeacherConfig
+from aropd_mcore.config import TeacherConfig, source_name
 from aropd_mcore.convert.source import open_source
 from aropd_mcore.data.collate import collate
 from aropd_mcore.data.packing import Groups, consecutive
@@ -218,7 +218,11 @@ def _model(request: DiagnosisSpec) -> dict[str, Any]:
 
 def _data(request: DiagnosisSpec) -> dict[str, Any]:
     samples = request.spec.rollout.rollouts_per_prompt
-    return {"path": str(request.spec.prompts), "rows": len(request.views), "samples": samples}
+    return {
+        "path": source_name(request.spec.prompts),
+        "rows": len(request.views),
+        "samples": samples,
+    }
 
 
 def _settings(request: DiagnosisSpec) -> dict[str, Any]:
