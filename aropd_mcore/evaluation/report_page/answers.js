@@ -81,7 +81,12 @@ function answersSection(all) {
     h(
       "div",
       { class: "card" },
-      h("div", { class: "controls" }, control("Question", picker), h("div", { class: "segments" }, previous, next)),
+      h(
+        "div",
+        { class: "controls" },
+        control("Question", picker),
+        h("div", { class: "segments" }, previous, next),
+      ),
       question,
       facts,
       list,
