@@ -45,6 +45,7 @@ def main() -> None:
     evaluation = OUT / "evaluation.json"
     rows = OUT / "data/heldout.jsonl"
     script("evaluate.py", HERE / "aropd.yaml", rows, *models.values(), "--out", evaluation)
+    aropd("report", *(OUT / method for method in methods), "--out", OUT / "report.html")
 
     results = json.loads(evaluation.read_text())
     report({name: results[str(folder)] for name, folder in models.items()}, started)
@@ -72,7 +73,8 @@ def report(results: dict[str, dict[str, float]], started: float) -> None:
     )
     console = Console()
     console.print(table)
-    console.print(f"curves: {curves}   summary: {OUT / 'summary.json'}   {summary['seconds']} s")
+    console.print(f"report: {OUT / 'report.html'}   summary: {OUT / 'summary.json'}")
+    console.print(f"curves: {curves}   {summary['seconds']} s")
 
 
 def aropd(*arguments: object) -> None:

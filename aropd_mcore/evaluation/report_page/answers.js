@@ -11,7 +11,8 @@ function answersSection(all) {
     [severalRuns ? run.name : null, history.task, shortened(history.question, 60)]
       .filter(Boolean)
       .join(": ");
-  const facts = h("p", { class: "facts" }),
+  const question = h("p", { class: "question", tabindex: 0 }),
+    facts = h("p", { class: "facts" }),
     list = h("ol", { class: "answers" });
   const picker = select(
     sources.map((source, i) => [String(i), name(source)]),
@@ -58,11 +59,10 @@ function answersSection(all) {
     picker.value = String(index);
     previous.disabled = index === 0;
     next.disabled = index === sources.length - 1;
+    fill(question, history.question);
     fill(
       facts,
-      "Question ",
-      h("b", {}, history.question),
-      " answer ",
+      "Reference ",
       h("b", {}, history.answer || "–"),
       history.view === "student"
         ? null
@@ -81,7 +81,13 @@ function answersSection(all) {
     h(
       "div",
       { class: "card" },
-      h("div", { class: "controls" }, control("Question", picker), h("div", {}, previous, next)),
+      h(
+        "div",
+        { class: "controls" },
+        control("Question", picker),
+        h("div", { class: "segments" }, previous, next),
+      ),
+      question,
       facts,
       list,
     ),
