@@ -285,8 +285,10 @@ def test_validation_set_has_the_prompts_of_each_view(path, validated):
     config = load_config(path, validated)
     builder = ViewBuilder(load_tokenizer(config.model.path), config.views)
     problems = read_validation_set(config, builder, max_positions=512)
-    assert len(problems) == 4 * 3
     by_task = {p.task: p for p in problems}
+    assert len(problems) == 6 * 3
+    assert [p.task for p in by_task.values() if p.by_teacher] == [*by_task][2:]
+    assert by_task["sums_teacher"].prompt_ids == by_task["sums"].prompt_ids
     lengths = [len(by_task[task].prompt_ids) for task in ("rows", "rows_partial", "rows_full")]
     assert lengths == sorted(lengths) and lengths[0] < lengths[2]
     with pytest.raises(ConfigError, match="exceed the model's 40 positions"):
