@@ -115,7 +115,8 @@ def test_dumped_config_loads_as_the_same_config(path, tmp_path):
         (
             "logging.zzz=1",
             "logging.zzz",
-            "unknown key; known keys: tensorboard, wandb, wandb_project",
+            "unknown key; known keys: tensorboard, wandb, wandb_project, samples, "
+            "samples_every_steps",
         ),
         (
             "optimizer.lr=fast",
