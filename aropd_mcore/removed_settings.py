@@ -22,9 +22,12 @@ REMOVED_VALUES: dict[tuple[str, str], str] = {
 }
 """A removed value of a key that is still there -> what to use now."""
 
+RENAMED_VALUES: dict[tuple[str, str], str] = {("views.partial_cut", "word_end"): "words"}
+"""A key and a value's earlier name -> its name. Earlier versions' config.yaml have such values."""
+
 
 def drop_removed(tree: dict[str, Any], where: str) -> None:
-    """Delete the defaults of removed keys from a configuration as YAML holds it.
+    """Delete the defaults of removed keys from a configuration as YAML holds it, and rename values.
 
     Args:
         where: opens the message of an error.
@@ -40,11 +43,18 @@ def drop_removed(tree: dict[str, Any], where: str) -> None:
                 _refuse(where, dotted, "key", value, REMOVED_KEYS[dotted][1])
             elif isinstance(value, str) and (dotted, value) in REMOVED_VALUES:
                 _refuse(where, dotted, "value", value, REMOVED_VALUES[dotted, value])
+            else:
+                section[key] = renamed_value(dotted, value)
 
 
 def is_removed_default(key: str, value: Any) -> bool:
     """Whether `value` is the default of a removed key."""
     return key in REMOVED_KEYS and value == REMOVED_KEYS[key][0]
+
+
+def renamed_value(key: str, value: Any) -> Any:
+    """Return the current name of a key's value."""
+    return RENAMED_VALUES.get((key, value), value) if isinstance(value, str) else value
 
 
 def _refuse(where: str, key: str, what: str, value: Any, instead: str) -> None:

@@ -275,6 +275,13 @@ def test_load_config_with_the_default_of_a_removed_key_ignores_it(tmp_path, path
     assert load_config(write(tmp_path / "config.yaml", tree)) == load_config(path)
 
 
+def test_load_config_with_an_earlier_name_of_a_value_renames_it(tmp_path, path):
+    tree = load_config(path).model_dump(mode="json")
+    assert tree["views"]["partial_cut"] == "words"
+    tree["views"]["partial_cut"] = "word_end"
+    assert load_config(write(tmp_path / "config.yaml", tree)) == load_config(path)
+
+
 def test_invalid_file_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     for tree, message in (

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 _DESCRIPTION = """\
-Write one HTML page about one or more runs: training curves, drift, accuracy by response length,
-step time, and a viewer for responses. The page works offline.
+Write one HTML page about one or more runs: training curves, validation, answers over the run,
+drift, accuracy by response length, step time, and a viewer for responses. The page works offline.
 """
 _EXAMPLES = """\
 examples:

@@ -50,12 +50,12 @@ VIEWS: tuple[View, ...] = ("student", "partial", "full")
 _SLOT = "aropd-slot"
 
 _CUTS = {
-    "word_end": partial_trace,
-    "sentence_end": sentence_partial_trace,
-    "line_end": line_partial_trace,
+    "words": partial_trace,
+    "sentences": sentence_partial_trace,
+    "lines": line_partial_trace,
     "reference": reference_partial_trace,
 }
-"""Functions that cut a reasoning, by the value of views.partial_cut. `token_end` needs the
+"""Functions that cut a reasoning, by the value of views.partial_cut. `tokens` needs the
 tokenizer."""
 
 
@@ -95,7 +95,7 @@ class ViewBuilder:
         ConfigError: a template of `config` has an unknown, missing or repeated field. The chat
             template fails, is random, or does not show the user turn exactly once. A token id that
             a prompt or response can contain is not below vocab_size. views.partial_cut is
-            `token_end`, and the tokenizer does not report the places of its tokens.
+            `tokens`, and the tokenizer does not report the places of its tokens.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class ViewBuilder:
         self.end_id = response_end_id(tokenizer)
         """Token that ends a response, which is also appended to oracle responses."""
         self._special_tokens = SpecialTokens(tokenizer)
-        if config.partial_cut == "token_end" and not tokenizer.is_fast:
+        if config.partial_cut == "tokens" and not tokenizer.is_fast:
             raise ConfigError(
-                "views.partial_cut token_end: expected a tokenizer with a tokenizer.json, which "
+                "views.partial_cut tokens: expected a tokenizer with a tokenizer.json, which "
                 f"reports the places of its tokens, found {type(tokenizer).__name__}; choose "
                 "another partial_cut"
             )
@@ -321,7 +321,7 @@ class ViewBuilder:
 
     def _cut(self, reasoning: str, ratio: float, mark: str) -> str:
         """Return the part of a reasoning that the partial view shows."""
-        if self.config.partial_cut == "token_end":
+        if self.config.partial_cut == "tokens":
             ends = self._special_tokens.token_ends(reasoning, mark)
             return token_partial_trace(reasoning, ratio, ends)
         return _CUTS[self.config.partial_cut](reasoning, ratio)

@@ -17,7 +17,7 @@ from typing import Any
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.data.dataset import RowDataset
-from aropd_mcore.removed_settings import is_removed_default
+from aropd_mcore.removed_settings import is_removed_default, renamed_value
 
 FREE = (
     "output_dir",
@@ -163,7 +163,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[C
     return [
         Change(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if renamed_value(key, old.get(key)) != new.get(key)
         and key not in _BY_CONTENT
         and not is_removed_default(key, old.get(key))
     ]

@@ -28,7 +28,10 @@ TRAIN = "train"
 """Task of the responses of training steps."""
 _MATH_SECONDS = 5.0
 """Time limit for comparing two answers of a training step, which all ranks wait for."""
-_VERDICTS: dict[Verdict, Literal["right", "wrong"] | None] = {
+_NO_VERDICTS = "WARNING: samples of training steps get no verdicts from here on"
+SampleVerdict = Literal["right", "wrong"] | None
+"""None if the response cannot be graded."""
+_VERDICTS: dict[Verdict, SampleVerdict] = {
     "right": "right",
     "wrong": "wrong",
     "no answer": "wrong",
@@ -53,8 +56,7 @@ class Line:
     """Text without special tokens."""
     answer: str
     """Reference."""
-    verdict: Literal["right", "wrong"] | None
-    """None if the response cannot be graded."""
+    verdict: SampleVerdict
     num_tokens: int
     finished: bool
     """Whether the response ended by EOS."""
@@ -91,7 +93,7 @@ class SampleLog:
         self._file: JsonlFile | None = None
         """File of the samples, on rank 0 only."""
         self._graders: Graders | None = None
-        """Graders of the steps' responses, on rank 0 only. None without math-verify."""
+        """Graders of the steps' responses, on rank 0 only. None if they do not work."""
         if self._settings.samples:
             run_on_rank0(lambda: self._open(first_step))
 
@@ -184,7 +186,7 @@ class SampleLog:
             check_graders([MathAnswer("")])
             self._graders = Graders(math_seconds=_MATH_SECONDS)
         except ValueError as error:
-            self._notify(f"samples of training steps get no verdicts: {error}")
+            self._notify(f"{_NO_VERDICTS}: {error}")
 
     def _describe(self, step: int, views: Views, rollout: Rollout) -> tuple[str, Line]:
         """Return the thought that the prompt opened, and the line without grade and means."""
@@ -207,20 +209,26 @@ class SampleLog:
         tokenizer = self._run.view_builder.tokenizer
         return str(tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True))
 
-    def _grade(self, lines: Sequence[tuple[str, Line]]) -> list[Literal["right", "wrong"] | None]:
-        """Grade responses, given with the thoughts that their prompts opened. On rank 0."""
+    def _grade(self, lines: Sequence[tuple[str, Line]]) -> list[SampleVerdict]:
+        """Grade responses, given with the thoughts that their prompts opened. On rank 0.
+
+        After an error no more responses are graded.
+        """
         golds = [row_gold(line.answer) for _, line in lines]
         texts = [thought + line.response for thought, line in lines]
         request = [(text, gold) for text, gold in zip(texts, golds, strict=True) if gold]
         if self._graders is None:
             return [None] * len(lines)
         try:
-            grades = self._graders.grade_all(request)
-            verdicts = iter([_VERDICTS[grade.verdict] for grade in grades])
+            grades = list(self._graders.grade_all(request))
         except Exception as error:
-            self._notify(f"WARNING: samples could not be graded: {type(error).__name__}: {error}")
+            # Another attempt could make all ranks wait for a process that does not start again.
+            self._graders.close()
+            self._graders = None
+            self._notify(f"{_NO_VERDICTS}: {type(error).__name__}: {error}")
             return [None] * len(lines)
-        return [next(verdicts) if gold else None for gold in golds]
+        rest = iter(grades)
+        return [_VERDICTS[next(rest).verdict] if gold else None for gold in golds]
 
     def _write(self, lines: Sequence[Line], step: int, table: str) -> None:
         assert self._file is not None

@@ -383,7 +383,7 @@ def test_token_end_shows_a_share_of_the_tokens_without_cutting_a_character(token
 
     def trace(num_tokens):
         ratio = (num_tokens + 0.5) / len(reasoning.encode())
-        views = ViewsConfig(**PLAIN, partial_cut="token_end", partial_ratio=ratio)
+        views = ViewsConfig(**PLAIN, partial_cut="tokens", partial_ratio=ratio)
         row = replace(ROW, reasoning=reasoning)
         shown = ViewBuilder(tokenizer, views).prompt(row, "partial").trace
         return shown.removeprefix("<reasoning>\n").partition("\n</reasoning>")[0]
@@ -400,8 +400,8 @@ def test_token_end_with_a_tokenizer_without_offsets_is_refused(tokenizer):
         def __getattr__(self, name):
             return getattr(tokenizer, name)
 
-    with pytest.raises(ConfigError, match=r"token_end: expected .* tokenizer\.json, .* found Slow"):
-        ViewBuilder(Slow(), ViewsConfig(**PLAIN, partial_cut="token_end"))
+    with pytest.raises(ConfigError, match=r"tokens: expected .* tokenizer\.json, .* found Slow"):
+        ViewBuilder(Slow(), ViewsConfig(**PLAIN, partial_cut="tokens"))
 
 
 def test_each_ratio_has_a_partial_view_and_the_median_is_the_default(tokenizer):

@@ -30,6 +30,14 @@ def describe(path: Path, *overrides: str, **identity: str) -> dict:
     return describe_run(config, RowDataset.load(config.data.train), identity)
 
 
+def test_value_that_a_checkpoint_has_under_an_earlier_name_is_no_change(path):
+    saved, current = describe(path), describe(path)
+    saved["config"]["views"]["partial_cut"] = "word_end"
+    assert check_changes(saved, current, []) == []
+    saved["config"]["views"]["partial_cut"] = "lines"
+    assert "views.partial_cut" in check_changes(saved, current, [])[0]
+
+
 def test_free_changes_keep_the_hash_and_are_noted(path):
     moved = path.parent / "elsewhere.jsonl"
     moved.write_bytes((path.parent / "rows.jsonl").read_bytes())
