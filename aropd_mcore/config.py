@@ -324,12 +324,12 @@ class ViewsConfig(Section):
     draws one of its ratios at random, all with the same probability. Validation and `aropd
     diagnose` then use the median, for an even number of ratios the lower one."""
     partial_cut: Literal["words", "sentences", "lines", "tokens", "reference"] = "words"
-    """Rule for cutting the reasoning at partial_ratio. `words`: at the end of a word, which is a run
-    without white space. `sentences`: at the end of a sentence or paragraph. `lines`: at the end of
-    a line. `tokens`: at the end of a token. `reference`: the rule of the authors' release. The
-    first three count characters, rounded down, and move the cut forward. `tokens` counts tokens,
-    rounded down. `reference` rounds characters up. There a word is a run of letters, digits,
-    underscores and backslashes, and a reasoning of one or two words is shown whole."""
+    """Rule for cutting the reasoning at partial_ratio. `words`: at the end of a word, a run without
+    white space. `sentences`: at the end of a sentence or paragraph. `lines`: at the end of a line.
+    `tokens`: at the end of a token. `reference`: the rule of the authors' release. The first three
+    count characters, rounded down, and move the cut forward. `tokens` counts tokens, rounded down.
+    `reference` rounds characters up. There a word is a run of letters, digits, underscores and
+    backslashes, and a reasoning of one or two words is shown whole."""
     chat_template_kwargs: dict[str, bool | int | float | str] = {}
     """Arguments of the model's chat template, such as enable_thinking or reasoning_effort. The
     template must read each of them. They apply to all three views."""

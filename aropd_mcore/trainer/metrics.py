@@ -155,7 +155,7 @@ class MetricsLog:
         if self._wandb and samples:
             import wandb  # pyright: ignore[reportMissingImports] # an extra
 
-            rows = [list(sample.values()) for sample in samples]
+            rows: list[Any] = [list(sample.values()) for sample in samples]
             content = wandb.Table(columns=list(samples[0]), data=rows)
             self._wandb.log({table: content}, step=step)
 
