@@ -297,7 +297,8 @@ def diagnosis(model: Path, config: Path, problems: Path, out: Path, core: int) -
         "--data", problems, "--rows", NUM_DIAGNOSED, "--batch-size", 100, "--out", out / "diagnose",
         core=core, log=out / "diagnose.log",
     )  # fmt: skip
-    result = json.loads((out / "diagnose" / f"{problems.stem}.json").read_text())
+    (file,) = (out / "diagnose").glob("*.json")  # the name of a run's diagnosis has its step
+    result = json.loads(file.read_text())
     return {name: result[name] for name in ("metrics", "tenths", "response_ends", "predictors")}
 
 

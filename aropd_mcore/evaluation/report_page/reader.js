@@ -131,11 +131,7 @@ function readerSection(all) {
     choose(strongest, false);
   }
   function token(one, id, i) {
-    const classes = [
-      "token",
-      inLoss(one, i) ? "" : "left-out",
-      one.hindsight[i] ? "hindsight" : "",
-    ]
+    const classes = ["token", inLoss(one, i) ? "" : "left-out", one.hindsight[i] ? "hindsight" : ""]
       .join(" ")
       .trim();
     const node = h("span", {
