@@ -31,7 +31,7 @@ def held_out_metrics(
         rows: held-out rows, the same on every rank. Not empty.
         responses: the responses to each row, the same on every rank.
     Returns:
-        name -> value. Empty if no response has a loss token.
+        name -> value. Empty if no response has a loss token of positive weight.
     Collectives: those of form_batch, Teacher.score and Student.evaluate. Every rank must call it.
     """
     runtime, config, builder = run.runtime, run.config, run.view_builder
@@ -50,6 +50,8 @@ def held_out_metrics(
     views, rollouts = [builder.build(row) for row, _ in share], [r for _, r in share]
     thinking = thinking_spans(builder.tokenizer, views, rollouts)
     batch = form_batch(config, runtime, views, rollouts, thinking, run.pad_token_id)
+    if not batch.has_loss:
+        return {}
 
     # Hidden states of the teacher exist for the microbatches of about one training step at a time.
     size = per_step if config.training.packing else per_step // config.training.micro_batch_size
@@ -63,8 +65,6 @@ def held_out_metrics(
             combine = torch.maximum if METRICS[name].over == "max" else torch.add
             total[name] = combine(total[name], sums) if name in total else sums
     metrics = token_metrics(total)
-    if not metrics["num_loss_tokens"]:
-        return {}
     return {name: metrics[name] for name in REPORTED if name in metrics}
 
 

@@ -288,6 +288,15 @@ def test_jsonl_file_on_a_full_disk_keeps_its_lines(tmp_path):
     assert (tmp_path / "lines.jsonl").read_text() == '{"num_updates": 0}\n'
 
 
+def test_lines_on_a_full_disk_stay_when_a_run_resumes(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    (tmp_path / "lines.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        read_until(path, "step", 1)
+    assert [*tmp_path.iterdir()] == [path] and len(path.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
