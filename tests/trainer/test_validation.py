@@ -140,24 +140,33 @@ def test_losses_of_held_out_rows_equal_those_of_steps_on_these_rows(path, case):
 
 
 @pytest.mark.rest
-def test_losses_of_held_out_rows_depend_on_neither_batch_size_nor_response_limit(path):
+@pytest.mark.parametrize(
+    ("names", "objective"),
+    [
+        (REPORTED, ["objective.reduction=sequence_mean_all"]),
+        (["loss"], ["objective.name=sft", "objective.sft_prompt_loss=true"]),
+    ],
+)
+def test_losses_of_held_out_rows_depend_on_neither_batch_size_nor_response_limit(
+    path, names, objective
+):
     """A step of 16 has more responses than there are rows. Validation samples longer responses than
     steps, which fit into no microbatch."""
     rows = path.parent / "ten.jsonl"
     lines = write_rows(path.parent / "all.jsonl").read_text().splitlines()
     rows.write_text("\n".join(lines[14:]))
-    settings = [f"validation.rows=[{rows}]", "objective.reduction=sequence_mean_all"]
-    settings += ["training.num_steps=1", "views.max_prompt_tokens=88", "training.packing=true"]
+    settings = [f"validation.rows=[{rows}]", *objective, "training.num_steps=1"]
+    settings += ["views.max_prompt_tokens=88", "training.packing=true"]
     settings += ["training.max_tokens_per_microbatch=108"]
     found = []
     for size, limit in ((5, "null"), (16, "60")):
-        out = path.parent / f"held-out-{size}"
+        out = path.parent / f"held-out-{len(names)}-{size}"
         overrides = [f"output_dir={out}", f"training.global_batch_size={size}", *settings]
         overrides += [f"validation.max_response_tokens={limit}", "training.micro_batch_size=1"]
         run_ranks(train_on_ranks, 1, path, overrides)
         found.append(results(out)[0]["tasks"]["rows"])
     assert found[1]["length_mean"] > found[0]["length_mean"], "no response was cut"
-    for name in REPORTED:
+    for name in names:
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
 
 
