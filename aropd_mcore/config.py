@@ -258,8 +258,9 @@ class WeightedSource(Section):
 
     path: Source
     """Source of the rows."""
-    weight: Annotated[float, Field(gt=0)]
-    """Number of times that an epoch draws each row on average."""
+    weight: Annotated[float, Field(gt=0, le=1000)]
+    """Number of times that an epoch draws each row on average. The order of an epoch is in
+    memory."""
 
 
 def _plain_source(source: Path | WeightedSource) -> Any:

@@ -149,6 +149,11 @@ def test_dumped_config_loads_as_the_same_config(path, tmp_path):
             "Input should be greater than 0, found 0",
         ),
         (
+            "data.train=[{path: a.jsonl, weight: 1e9}]",
+            "data.train.0.weight",
+            "Input should be less than or equal to 1000, found 1000000000.0",
+        ),
+        (
             "data.train=[a.jsonl, {path: b.jsonl, weight: 1, wieght: 2}]",
             "data.train.1.wieght",
             "unknown key; did you mean 'weight'?",

@@ -10,7 +10,7 @@ from aropd_mcore.data.chat_template import (
     render_chat,
     template_file,
 )
-from aropd_mcore.data.thoughts import find_thought, opened_thought
+from aropd_mcore.data.thoughts import opened_thought, other_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,12 +94,11 @@ def _other_thought(tokenizer: "PreTrainedTokenizerBase", config: ViewsConfig) ->
         return None
     for name in ("system_prompt", "trace_template"):
         text = getattr(config, name) or ""
-        thought = find_thought(text)
-        if thought is not None and not text[: thought[0]].endswith(opening):
-            tag = text[: thought[0]].rpartition("<")[2]
+        tag = other_tag(text, opening)
+        if tag:
             return (
-                f"prompts end with {opening!r}, and views.{name} asks for <{tag}: responses would "
-                f"have two kinds of thoughts; write views.{name} without <{tag}, or with {opening}"
+                f"prompts end with {opening!r}, and views.{name} asks for {tag}: responses would "
+                f"have two kinds of thoughts; write views.{name} without {tag}, or with {opening}"
             )
     return None
 

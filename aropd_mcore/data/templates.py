@@ -118,7 +118,7 @@ def _forward(reasoning: str, ratio: float, ends: Iterable[int]) -> str:
 
 _LINE_END = re.compile(r"(?<!\s)\s*(?:\n|\Z)")
 _SENTENCE_END = re.compile(
-    r"(?P<mark>[.!?…]+)[\"'”’»)\]}*$]*(?!\S)|[。！？]+[」』”’）]*|(?<!\s)(?P<blank>\s*\n\s*\n)"
+    r"(?P<mark>(?<![.!?…])[.!?…]+)[\"'”’»)\]}*$\\]*(?!\S)|[。！？]+[」』”’）]*|(?<!\s)(?P<blank>\s*\n\s*\n)"
 )
 _NO_END = re.compile(
     r"(?:\b(?:e\.g|i\.e|cf|vs|resp|approx|eqs?|figs?|dr|mrs?|prof)|^\s*\d+)\Z", re.I | re.M

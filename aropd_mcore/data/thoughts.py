@@ -77,6 +77,14 @@ def opened_thought(prompt: str) -> str:
     return tags[0] if tags and not split_thoughts(tags[0]).is_finished else ""
 
 
+def other_tag(text: str, opening: str) -> str:
+    """Return the first tag of a text if it is of another kind than the tag `opening`, or an empty
+    string."""
+    first, known = _TAG.search(text), _TAG.fullmatch(opening)
+    assert known is not None
+    return first[0] if first and _name(first) != _name(known) else ""
+
+
 def _is_end(tag: re.Match[str]) -> bool:
     return any(tag[name] for name in ("end", "slash", "stroke", "final")) or tag["mark"] == "end"
 

@@ -132,6 +132,15 @@ def _of_teacher(problems: Sequence[_Unbuilt], view: View) -> Iterator[_Unbuilt]:
 
 
 def _prompt(problem: _Unbuilt, builder: ViewBuilder) -> tuple[tuple[int, ...], str]:
-    """Return a problem's prompt ids, and the beginning of a thought that they end with."""
-    ids = builder.prompt(problem.row, problem.view).ids
+    """Return a problem's prompt ids, and the beginning of a thought that they end with.
+
+    A held-out row's other views are built too, since its loss needs them (trainer.held_out).
+
+    Raises:
+        DataError: see ViewBuilder.build.
+    """
+    if problem.task == ROWS:
+        ids = builder.build(problem.row).student_ids
+    else:
+        ids = builder.prompt(problem.row, problem.view).ids
     return ids, opened_thought(str(builder.tokenizer.decode(list(ids))))

@@ -1,6 +1,7 @@
 """The loss and the divergences of held-out rows, computed like a step's but without an update."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,29 +24,34 @@ def held_out_metrics(
 ) -> dict[str, float]:
     """Compute REPORTED for the student's responses to rows.
 
-    With `sft`, the responses are the rows' own traces, as in training.
+    Responses are cut to rollout.max_response_tokens, as those of a step. With `sft`, they are the
+    rows' own traces, as in training.
 
     Args:
         rows: held-out rows, the same on every rank. Not empty.
         responses: the responses to each row, the same on every rank.
+    Returns:
+        name -> value. Empty if no response has a loss token of positive weight.
     Collectives: those of form_batch, Teacher.score and Student.evaluate. Every rank must call it.
     """
     runtime, config, builder = run.runtime, run.config, run.view_builder
-    pairs = [(row, r) for row, own in zip(rows, responses, strict=True) for r in own]
+    limit = config.rollout.max_response_tokens
+    pairs = [(row, _cut(r, limit)) for row, own in zip(rows, responses, strict=True) for r in own]
     if run.teacher is None:
-        limit = config.rollout.max_response_tokens
         traces = ((row, builder.oracle_response_ids(row)) for row in rows)
         pairs = [(row, Rollout(ids[:limit], (), len(ids) <= limit, 0)) for row, ids in traces]
     # Every rank has as many responses as in some number of training steps, so every layout can
-    # form microbatches of them. The missing ones are empty: they have no loss tokens.
+    # form microbatches of them. The missing ones are empty and of weight 0: no mean counts them.
     per_step = config.training.global_batch_size // runtime.dp_size
     num_steps = -(-len(pairs) // config.training.global_batch_size)
     missing = num_steps * config.training.global_batch_size - len(pairs)
-    pairs += [(rows[0], Rollout((), (), True, 0))] * missing
+    pairs += [(replace(rows[0], sample_weight=0.0), Rollout((), (), True, 0))] * missing
     share = pairs[runtime.dp_rank :: runtime.dp_size]
     views, rollouts = [builder.build(row) for row, _ in share], [r for _, r in share]
     thinking = thinking_spans(builder.tokenizer, views, rollouts)
     batch = form_batch(config, runtime, views, rollouts, thinking, run.pad_token_id)
+    if not batch.has_loss:
+        return {}
 
     # Hidden states of the teacher exist for the microbatches of about one training step at a time.
     size = per_step if config.training.packing else per_step // config.training.micro_batch_size
@@ -60,3 +66,11 @@ def held_out_metrics(
             total[name] = combine(total[name], sums) if name in total else sums
     metrics = token_metrics(total)
     return {name: metrics[name] for name in REPORTED if name in metrics}
+
+
+def _cut(rollout: Rollout, limit: int) -> Rollout:
+    """Return the first tokens of a response, as if it had been sampled with this limit."""
+    if len(rollout.response_ids) <= limit:
+        return rollout
+    ids, logprobs = rollout.response_ids[:limit], rollout.logprobs[:limit]
+    return replace(rollout, response_ids=ids, logprobs=logprobs, finished=False)

@@ -70,6 +70,7 @@ def keep_lines(
 
     Raises:
         ValueError: a line is invalid. The message names the file and the line.
+        OSError: the disk does not accept the remaining lines. The file is unchanged.
     """
     if not path.exists():
         return []
@@ -89,6 +90,10 @@ def keep_lines(
             kept.append(line)
             records.append(record)
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return records

@@ -156,20 +156,31 @@ def test_removed_thought_of_an_earlier_turn_has_a_note(tmp_path, template, is_re
 
 
 @pytest.mark.parametrize(
-    ("system_prompt", "trace_template", "setting"),
+    ("system_prompt", "trace_template", "expected"),
     [
-        ("Add, in <reasoning> tags.", "{reasoning} {answer}", "views.system_prompt"),
-        (None, ViewsConfig().trace_template, "views.trace_template"),
+        (
+            "Add, in <reasoning> tags.",
+            "{reasoning} {answer}",
+            "views.system_prompt asks for <reasoning>:",
+        ),
+        (None, ViewsConfig().trace_template, "views.trace_template asks for <reasoning>:"),
         ("Add, in <think> tags.", "<think>\n{reasoning}\n</think>\n\n{answer}", None),
+        # The prompt has the opening tag.
+        (None, "{reasoning}\n</think>\n\n{answer}", None),
+        (
+            None,
+            "a < b [THINK]{reasoning}[/THINK]{answer}",
+            "views.trace_template asks for [THINK]:",
+        ),
     ],
 )
 def test_prompt_that_opens_another_thought_than_the_views_has_a_note(
-    tmp_path, system_prompt, trace_template, setting
+    tmp_path, system_prompt, trace_template, expected
 ):
     save_tiny_tokenizer(tmp_path, chat_template=THINKING_TEMPLATE)
     config = ViewsConfig(system_prompt=system_prompt, trace_template=trace_template)
     notes = ViewBuilder(load_tokenizer(tmp_path), config).notes
-    assert notes == () if setting is None else f"{setting} asks for <reasoning>" in notes[0]
+    assert notes == () if expected is None else expected in notes[0]
 
 
 @pytest.mark.parametrize("after_tag", ["\n", ""])

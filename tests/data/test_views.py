@@ -116,7 +116,10 @@ SENTENCES = "First add 3.5, i.e. 7/2. Then (see Fig. 2) stop! Why?\n\nNo dot her
         ("一加一。等于二！“好。”所以", 0.7, "一加一。等于二！“好。”"),
         ('He says "so." Then (no.) it ends', 0.1, 'He says "so."'),
         ('He says "so." Then (no.) it ends', 0.6, 'He says "so." Then (no.)'),
+        (r"So \(x = 2.\) Then", 0.1, r"So \(x = 2.\)"),
         ("no end at all", 0.3, "no end at all"),
+        # In linear time: a search from each of the dots to the last one would take minutes.
+        (f"{'.' * 200_000}a b", 0.1, f"{'.' * 200_000}a b"),
     ],
 )
 def test_sentence_partial_trace_ends_at_the_end_of_a_sentence(text, ratio, expected):

@@ -139,6 +139,46 @@ def test_losses_of_held_out_rows_equal_those_of_steps_on_these_rows(path, case):
     assert validations[0]["accuracy"] == validations[1]["accuracy"]
 
 
+@pytest.mark.rest
+@pytest.mark.parametrize(
+    ("names", "objective"),
+    [
+        (REPORTED, ["objective.reduction=sequence_mean_all"]),
+        (["loss"], ["objective.name=sft", "objective.sft_prompt_loss=true"]),
+    ],
+)
+def test_losses_of_held_out_rows_depend_on_neither_batch_size_nor_response_limit(
+    path, names, objective
+):
+    """A step of 16 has more responses than there are rows. Validation samples longer responses than
+    steps, which fit into no microbatch."""
+    rows = path.parent / "ten.jsonl"
+    lines = write_rows(path.parent / "all.jsonl").read_text().splitlines()
+    rows.write_text("\n".join(lines[14:]))
+    settings = [f"validation.rows=[{rows}]", *objective, "training.num_steps=1"]
+    settings += ["views.max_prompt_tokens=88", "training.packing=true"]
+    settings += ["training.max_tokens_per_microbatch=108"]
+    found = []
+    for size, limit in ((5, "null"), (16, "60")):
+        out = path.parent / f"held-out-{len(names)}-{size}"
+        overrides = [f"output_dir={out}", f"training.global_batch_size={size}", *settings]
+        overrides += [f"validation.max_response_tokens={limit}", "training.micro_batch_size=1"]
+        run_ranks(train_on_ranks, 1, path, overrides)
+        found.append(results(out)[0]["tasks"]["rows"])
+    assert found[1]["length_mean"] > found[0]["length_mean"], "no response was cut"
+    for name in names:
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+
+
+@pytest.mark.rest
+def test_held_out_rows_without_loss_tokens_have_no_loss(path, validated):
+    out = path.parent / "no-loss"
+    overrides = [f"output_dir={out}", *validated, "training.num_steps=1"]
+    # No response of the random model has a thought.
+    run_ranks(train_on_ranks, 1, path, [*overrides, "objective.loss_span=thinking"])
+    assert not {*REPORTED} & results(out)[0]["tasks"]["rows"].keys()
+
+
 def _equal(value: Any, other: Any) -> bool:
     import torch
 
@@ -257,6 +297,15 @@ def test_jsonl_file_on_a_full_disk_keeps_its_lines(tmp_path):
     assert (tmp_path / "lines.jsonl").read_text() == '{"num_updates": 0}\n'
 
 
+def test_lines_on_a_full_disk_stay_when_a_run_resumes(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    (tmp_path / "lines.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        read_until(path, "step", 1)
+    assert [*tmp_path.iterdir()] == [path] and len(path.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -266,6 +315,11 @@ def test_jsonl_file_on_a_full_disk_keeps_its_lines(tmp_path):
         (["checkpoint.keep_best=gsm8k"], "keep_best gsm8k: expected a task of validation, found s"),
         (["validation.samples=2"], "greedy samples are all the same"),
         (["validation.max_response_tokens=500"], "exceed the model's 512 positions"),
+        # The student view fits, and the full view does not.
+        (
+            ["validation.rows=[{folder}/long.jsonl]", "validation.teacher_views=[]"],
+            "long.jsonl:1: the full view's prompt is over",
+        ),
         (["validation.rows=[]"], "teacher_views partial, full without rows"),
         (["objective.name=sft"], "sft has no teacher"),
     ],
@@ -275,6 +329,8 @@ def test_invalid_validation_is_refused_by_the_dry_run(
 ):
     code = {"task_id": "0", "prompt": "def f():\n", "entry_point": "f", "test": "check = print"}
     (tmp_path / "code.jsonl").write_text(json.dumps(code) + "\n")
+    long = {"question": "1 + 1?", "reasoning": "add 1 to 1. " * 10, "answer": "2"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
     words = [text.format(folder=tmp_path) for text in overrides]
     words = ["train", str(path), f"output_dir={tmp_path / 'out'}", *validated, *words, "--dry-run"]
     assert cli.main(words) == 2
