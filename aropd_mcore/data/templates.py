@@ -189,7 +189,8 @@ def write_trace(template: str, reasoning: str, answer: str) -> str:
 
 
 def _without_field(template: str, name: str) -> str:
-    in_tags = rf"<(\w+)>\s*\{{{name}\}}\s*</\1>\s*"
+    field = rf"\s*\{{{name}\}}\s*"
+    in_tags = rf"(?:<([\w:]+)>{field}</\1>|\[(\w+)\]{field}\[/\2\])\s*"
     on_its_line = rf"[^\n}}]*\{{{name}\}}[^\n{{]*\s*"
     rest, num_found = re.subn(in_tags, "", template)
     return (rest if num_found else re.sub(on_its_line, "", template)).strip()

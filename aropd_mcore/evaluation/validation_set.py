@@ -10,7 +10,7 @@ from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.ranks import OneRank, Ranks, load_in_turn, map_shared
 from aropd_mcore.data.records import DataError
 from aropd_mcore.data.thoughts import opened_thought
-from aropd_mcore.data.views import ViewBuilder
+from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
 from aropd_mcore.evaluation.grade import check_graders
 from aropd_mcore.evaluation.tasks import Choices, CodeTests, Gold, MathAnswer, parse_task, read_task
 from aropd_mcore.types import Row
@@ -46,12 +46,16 @@ class ValidationProblem:
 
 def read_validation_set(
     config: Config, builder: ViewBuilder, max_positions: int, ranks: Ranks | None = None
-) -> list[ValidationProblem]:
+) -> tuple[list[ValidationProblem], list[str]]:
     """Read the problems of config.validation, ordered by task.
+
+    With views.on_long_prompt "drop", held-out rows whose prompts are too long are left out.
 
     Args:
         max_positions: number of positions of the model.
         ranks: processes that share the building of prompts. None: this process only.
+    Returns:
+        The problems, and notes for the user about rows that are left out.
     Raises:
         ConfigError: a task is not of the form name=FILE, is graded by running code, or needs
             math-verify, which is not installed.
@@ -65,14 +69,18 @@ def read_validation_set(
     )
     for view in config.validation.teacher_views:
         unbuilt += _of_teacher([p for p in unbuilt if not p.by_teacher], view)
+    drops = config.views.on_long_prompt == "drop"
     prompts = map_shared(
-        ranks, lambda problem: _prompt(problem, builder), unbuilt, "validation prompts"
+        ranks, lambda problem: _prompt(problem, builder, drops), unbuilt, "validation prompts"
     )
     problems = [
         ValidationProblem(*problem[:-1], *prompt, problem.gold)
         for problem, prompt in zip(unbuilt, prompts, strict=True)
+        if prompt is not None
     ]
     settings = config.validation
+    if settings.rows and not any(problem.task == ROWS for problem in problems):
+        raise DataError(str(settings.rows[0]), "no held-out row's prompts fit")
     limit = settings.max_response_tokens or config.rollout.max_response_tokens
     for problem in problems:
         if len(problem.prompt_ids) + limit > max_positions:
@@ -83,7 +91,12 @@ def read_validation_set(
             )
     if problems:
         check_graders(problem.gold for problem in problems)
-    return problems
+    long = [p for p, prompt in zip(unbuilt, prompts, strict=True) if prompt is None]
+    origins = [problem.row.origin for problem in long if problem.task == ROWS]
+    if not origins:
+        return problems, []
+    note = f"{len(origins)} held-out rows are left out, since a prompt is over "
+    return problems, [f"{note}views.max_prompt_tokens; first: {origins[0]}"]
 
 
 class _Unbuilt(NamedTuple):
@@ -131,16 +144,30 @@ def _of_teacher(problems: Sequence[_Unbuilt], view: View) -> Iterator[_Unbuilt]:
             yield problem._replace(task=name, by_teacher=True, view=view)
 
 
-def _prompt(problem: _Unbuilt, builder: ViewBuilder) -> tuple[tuple[int, ...], str]:
+def _prompt(
+    problem: _Unbuilt, builder: ViewBuilder, drops: bool
+) -> tuple[tuple[int, ...], str] | None:
     """Return a problem's prompt ids, and the beginning of a thought that they end with.
 
-    A held-out row's other views are built too, since its loss needs them (trainer.held_out).
+    All views of a held-out row are built, since its loss needs them (trainer.held_out).
 
+    Args:
+        drops: return None for a held-out row with a prompt that is too long.
     Raises:
         DataError: see ViewBuilder.build.
     """
-    if problem.task == ROWS:
-        ids = builder.build(problem.row).student_ids
+    if problem.task in (ROWS, *(teacher_task(ROWS, view) for view in VIEWS)):
+        try:
+            views = builder.build(problem.row)
+        except PromptTooLong:
+            if not drops:
+                raise
+            return None
+        ids = {
+            "student": views.student_ids,
+            "partial": views.partial_ids,
+            "full": views.full_ids,
+        }[problem.view]
     else:
         ids = builder.prompt(problem.row, problem.view).ids
     return ids, opened_thought(str(builder.tokenizer.decode(list(ids))))

@@ -122,7 +122,7 @@ def _train(run: Run) -> None:
                 run.stops.longest_save = saver.seconds
                 if step < run.num_steps:
                     run.stops.check(runtime, before_step=True)
-                _validate(validator, step, reporter)
+                _validate(validator, step, run.num_steps, reporter)
                 if validator.is_best(step):
                     saver.keep_as_best(step, progress(step))
                 if step == run.num_steps or validator.is_exhausted():
@@ -171,13 +171,16 @@ def _train(run: Run) -> None:
             )
 
 
-def _validate(validator: Validator, num_updates: int, reporter: "Reporter") -> None:
+def _validate(validator: Validator, num_updates: int, num_steps: int, reporter: "Reporter") -> None:
     """Validate the weights after `num_updates` updates, if that is due."""
     if not validator.is_due(num_updates):
         return
     result = validator.validate(num_updates)
     reporter.report_validation(
-        num_updates, describe_validation(result), validator.metrics(num_updates)
+        num_updates,
+        describe_validation(result),
+        validator.metrics(num_updates),
+        is_last=num_updates == num_steps or validator.is_exhausted(),
     )
     for warning in validator.warnings(result):
         reporter.notify(f"WARNING: {warning}")
@@ -284,10 +287,12 @@ class Reporter:
         if self._progress.disable:
             self._console.print(f"step {metrics['step'] + 1}/{self._run.num_steps}  {line}")
 
-    def report_validation(self, num_updates: int, line: str, metrics: Metrics) -> None:
-        """Print a validation. The final one, which belongs to no step, is sent to the loggers."""
+    def report_validation(
+        self, num_updates: int, line: str, metrics: Metrics, *, is_last: bool
+    ) -> None:
+        """Print a validation. The last one, which belongs to no step, is sent to the loggers."""
         self.notify(line)
-        if self._is_rank0 and num_updates == self._run.num_steps:
+        if self._is_rank0 and is_last:
             self._log.send(metrics, num_updates)
 
     def send_samples(self, samples: Sequence[Mapping[str, Any]], step: int, table: str) -> None:

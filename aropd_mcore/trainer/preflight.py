@@ -79,16 +79,18 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         config.data.paths,
     )
     dataset, notes = _usable_rows(rows, builder, config, ranks)
+    max_positions = source.architecture.max_position_embeddings
+    problems, more_notes = read_validation_set(config, builder, max_positions, ranks)
     return Inputs(
         source,
         tokenizer,
         builder,
         ends,
         dataset,
-        read_validation_set(config, builder, source.architecture.max_position_embeddings, ranks),
+        problems,
         num_steps=config.training.num_steps or _count_epoch_steps(config, dataset.epoch_length),
         about=describe_run(config, dataset, builder.identity),
-        notes=(*builder.notes, *notes),
+        notes=(*builder.notes, *notes, *more_notes),
     )
 
 

@@ -14,6 +14,7 @@ from aropd_mcore import cli
 from aropd_mcore.config import ConfigError
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.source import best_checkpoint
+from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.evaluation.validation_set import read_validation_set
@@ -306,6 +307,22 @@ def test_lines_on_a_full_disk_stay_when_a_run_resumes(tmp_path):
     assert [*tmp_path.iterdir()] == [path] and len(path.read_text().splitlines()) == 2
 
 
+def test_held_out_rows_with_long_prompts_are_dropped_from_all_views(path, validated, tmp_path):
+    long = {"question": "1 + 1?", "reasoning": "add 1 to 1. " * 10, "answer": "2"}
+    rows = [long, long | {"reasoning": "add"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [*validated, f"validation.rows=[{tmp_path / 'rows.jsonl'}]"]
+    config = load_config(path, [*settings, "views.on_long_prompt=drop"])
+    builder = ViewBuilder(load_tokenizer(config.model.path), config.views)
+    problems, [note] = read_validation_set(config, builder, max_positions=512)
+    of_rows = [problem for problem in problems if problem.row.answer]
+    assert [p.task for p in of_rows] == ["rows", "rows_teacher", "rows_partial", "rows_full"]
+    assert note.startswith("1 held-out rows are left out") and note.endswith("rows.jsonl:1")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(long))
+    with pytest.raises(DataError, match=r"rows\.jsonl: no held-out row's prompts fit"):
+        read_validation_set(config, builder, max_positions=512)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -340,7 +357,8 @@ def test_invalid_validation_is_refused_by_the_dry_run(
 def test_validation_set_has_the_prompts_of_each_view(path, validated):
     config = load_config(path, validated)
     builder = ViewBuilder(load_tokenizer(config.model.path), config.views)
-    problems = read_validation_set(config, builder, max_positions=512)
+    problems, notes = read_validation_set(config, builder, max_positions=512)
+    assert notes == []
     by_task = {p.task: p for p in problems}
     assert len(problems) == 6 * 3
     assert [p.task for p in by_task.values() if p.by_teacher] == [*by_task][2:]
