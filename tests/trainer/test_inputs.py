@@ -132,7 +132,7 @@ def test_two_ranks_raise_the_error_of_the_first_bad_row(path, tmp_path):
         "validation.teacher_views=[full]",
     ]
     for result, _, _ in run_ranks(open_counted, 2, path, heldout):
-        assert result["error"].startswith(f"PromptTooLong: {tmp_path}/rows.jsonl:6: the full view")
+        assert result["error"].startswith(f"PromptTooLong: {tmp_path}/rows.jsonl:6: the partial")
 
 
 def load_as_local_rank(log: Path, fails: bool) -> str:
