@@ -55,18 +55,17 @@ def create_groups(
             distributed_timeout_minutes=30 if timeout is None else timeout / _MINUTE,  # pyright: ignore[reportArgumentType]
             create_gloo_process_groups=False,
         )
-    context_group = checked(parallel_state.get_context_parallel_group())
-    if backend == "gloo" or context == 1:
-        return context_group
-    return checked(
-        parallel_state.create_group(  # Megatron's list of its groups then includes this group
-            dist.get_process_group_ranks(context_group),
+    group = parallel_state.get_context_parallel_group()
+    if backend != "gloo" and context > 1:
+        group = parallel_state.create_group(  # Megatron's list of its groups then includes it
+            dist.get_process_group_ranks(group),
             timeout=timeout,
             backend="gloo",
             use_local_synchronization=True,
             group_desc="CONTEXT_PARALLEL_OBJECTS",
         )
-    )
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 @contextmanager
@@ -85,9 +84,3 @@ def _all_groups_with(backend: str) -> Iterator[None]:
         yield
     finally:
         parallel_state.create_group = usual
-
-
-def checked(group: object) -> dist.ProcessGroup:
-    """Return parallel_state's group. Other types, for ranks outside of a group, do not occur."""
-    assert isinstance(group, dist.ProcessGroup)
-    return group

@@ -35,7 +35,6 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from aropd_mcore.mcore.groups import (  # noqa: E402
     GROUP_BACKENDS,
     JOB_BACKENDS,
-    checked,
     create_groups,
 )
 from aropd_mcore.mcore.rendezvous import reporting_long_wait  # noqa: E402
@@ -301,14 +300,14 @@ def start(
     torch.manual_seed(seed)
     return Runtime(
         device=device,
-        tp_group=checked(parallel_state.get_tensor_model_parallel_group()),
-        pp_group=checked(parallel_state.get_pipeline_model_parallel_group()),
-        cp_group=checked(parallel_state.get_context_parallel_group()),
-        dp_group=checked(parallel_state.get_data_parallel_group()),
-        dp_cp_group=checked(parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        tp_cp_group=checked(parallel_state.get_tensor_and_context_parallel_group()),
-        ep_group=checked(parallel_state.get_expert_model_parallel_group()),
-        etp_group=checked(parallel_state.get_expert_tensor_parallel_group()),
+        tp_group=_checked(parallel_state.get_tensor_model_parallel_group()),
+        pp_group=_checked(parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=_checked(parallel_state.get_context_parallel_group()),
+        dp_group=_checked(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_checked(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        tp_cp_group=_checked(parallel_state.get_tensor_and_context_parallel_group()),
+        ep_group=_checked(parallel_state.get_expert_model_parallel_group()),
+        etp_group=_checked(parallel_state.get_expert_tensor_parallel_group()),
         cp_objects_group=cp_objects_group,
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
@@ -353,6 +352,12 @@ def _check_sizes(
             f"parallel.virtual_pipeline {virtual_pipeline} with parallel.pipeline 1: expected two "
             "stages or more, whose chunks are interleaved; set parallel.virtual_pipeline to 1"
         )
+
+
+def _checked(group: object) -> dist.ProcessGroup:
+    """Return parallel_state's group. Other types, for ranks outside of a group, do not occur."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def stop(*, leave_job: bool = False) -> None:
