@@ -46,10 +46,10 @@ class Runtime:
 
     - tp_group (tensor) and pp_group (pipeline stages): ranks over which the model is sharded.
     - cp_group (context): ranks with the same shard that split the positions of the same sequences.
+    - cp_objects_group: the ranks of cp_group, for pickled objects.
     - dp_group (data): ranks with the same shard and different sequences.
     - dp_cp_group: all ranks with the same shard.
     - tp_cp_group: ranks that hold the tokens of the same sequences.
-    - cp_objects_group: the ranks of cp_group, for pickled objects.
     - etp_group (expert tensor): consecutive ranks over which each expert's matrices are sharded.
     - ep_group (expert): ranks with the same part of the matrices, over which a layer's experts are
       distributed.
@@ -63,12 +63,12 @@ class Runtime:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
+    cp_objects_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     tp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
-    cp_objects_group: dist.ProcessGroup
     vp_size: int
     """Number of model chunks per pipeline stage. More than one if interleaved."""
     sequence_parallel: bool
@@ -303,12 +303,12 @@ def start(
         tp_group=_checked(parallel_state.get_tensor_model_parallel_group()),
         pp_group=_checked(parallel_state.get_pipeline_model_parallel_group()),
         cp_group=_checked(parallel_state.get_context_parallel_group()),
+        cp_objects_group=cp_objects_group,
         dp_group=_checked(parallel_state.get_data_parallel_group()),
         dp_cp_group=_checked(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         tp_cp_group=_checked(parallel_state.get_tensor_and_context_parallel_group()),
         ep_group=_checked(parallel_state.get_expert_model_parallel_group()),
         etp_group=_checked(parallel_state.get_expert_tensor_parallel_group()),
-        cp_objects_group=cp_objects_group,
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
         token_multiple=token_multiple,
