@@ -386,7 +386,8 @@ class VllmConfig(Section):
     """Python interpreter with vLLM installed, which may be in a separate environment. null: the
     interpreter of the run."""
     devices: list[str] = []
-    """CUDA_VISIBLE_DEVICES of each started server, such as "6,7". Empty: the run's own value."""
+    """CUDA_VISIBLE_DEVICES of each started server, such as "6,7". `aropd train` starts its
+    processes on the machine's other GPUs. Empty: the run's own value."""
     host: str = "127.0.0.1"
     """Address that started servers listen on. They require an API key at every address."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0

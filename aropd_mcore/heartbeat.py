@@ -4,7 +4,10 @@ The state is global, one per process, so code deep in the model can report progr
 extra argument. A beat is two assignments, cheap enough for every token and microbatch.
 """
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -31,6 +34,31 @@ def beat(phase: str | None = None, step: int | None = None) -> None:
     global _last
     last = _last
     _last = Beat(phase or last.phase, last.step if step is None else step, time.monotonic())
+
+
+@contextmanager
+def beating(interval: float) -> Iterator[None]:
+    """Context in which a thread reports progress.
+
+    It is for waits whose end depends on the progress of another process only, if that process has a
+    watchdog of its own.
+
+    Args:
+        interval: seconds between two reports.
+    """
+    is_over = threading.Event()
+
+    def run() -> None:
+        while not is_over.wait(interval):
+            beat()
+
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def last_beat() -> Beat:

@@ -21,13 +21,15 @@ _GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.05
 
 
-def start_ranks(count: int, arguments: Sequence[str]) -> int:
+def start_ranks(count: int, arguments: Sequence[str], *, gpus: Sequence[str] | None = None) -> int:
     """Run `aropd` with these arguments as the `count` ranks of a job, and wait for its end.
 
     SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks. If a rank fails, the other ranks end,
     and so do the processes that ranks have started. If this process is killed, the ranks are
     killed (lifetime.py).
 
+    Args:
+        gpus: GPUs that the ranks see, one per rank. None: those that this process sees.
     Returns:
         Exit code for this process: that of the rank that failed first, or 1 if a signal killed it.
     """
@@ -43,6 +45,8 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     # Several ranks share this machine's cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     ranks: list[subprocess.Popen[bytes]] = []

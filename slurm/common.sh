@@ -81,13 +81,9 @@ export_time() { # NAME FORMAT-OF-SQUEUE: export a time in seconds since 1970, un
     time=$(date --date="$time" +%s 2>/dev/null) && export "$1=$time"
 }
 
-set_environment() { # Set variables of NCCL, PyTorch and Megatron. Values that are set already remain.
-    # Megatron launches communication and the overlapping matrix product in a fixed order. The order
-    # holds only with one hardware queue. CUDA reads the variable at start-up: too late in Python.
-    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-    # Lengths of responses differ from step to step. Blocks of fixed size would fragment memory;
-    # expandable segments do not.
-    export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# Set variables of NCCL and PyTorch. Values that are set already remain. Each rank sets
+# CUDA_DEVICE_MAX_CONNECTIONS and the allocator's settings itself (aropd_mcore/environment.py).
+set_environment() {
     # srun leaves it unset. Each rank would then start one thread per core of the node.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$CPUS_PER_RANK}"
     # NCCL is silent by default. With WARN it names the node and network device that fail.
@@ -99,6 +95,8 @@ set_environment() { # Set variables of NCCL, PyTorch and Megatron. Values that a
     export TORCH_FR_DUMP_TEMP_FILE="$ATTEMPT_DIR/nccl-trace-"
     # Not set: NCCL_SOCKET_IFNAME and NCCL_IB_HCA. NCCL detects the network. If it chooses the wrong
     # one (NCCL_DEBUG=INFO prints it), set them for the site.
+    # Not set: GLOO_SOCKET_IFNAME. gloo binds to the address of the node's host name. If that is
+    # 127.0.1.1 or a slow network, set the variable for the site (docs/slurm.md).
     # Not set: TORCH_NCCL_ASYNC_ERROR_HANDLING. By default a failed collective ends its process.
 }
 

@@ -22,6 +22,7 @@ from aropd_mcore.cli import (
     train,
 )
 from aropd_mcore.cli.ranks import joined_job, leave_job
+from aropd_mcore.environment import prepare_process
 from aropd_mcore.local_launch import PASSED_ON, SAVED
 
 _DESCRIPTION = """\
@@ -115,6 +116,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         ValueError, OSError, FloatingPointError: an error that users can act on.
     """
+    prepare_process()
     args = parse(argv)
     return args.run(args) or 0
 

@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aropd_mcore.config import ParallelConfig
+from aropd_mcore.config import ConfigError, ParallelConfig, RolloutConfig
 from aropd_mcore.local_launch import start_ranks
 
 if TYPE_CHECKING:
@@ -24,15 +25,62 @@ def add_num_processes_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def num_local_processes(args: argparse.Namespace, parallel: ParallelConfig) -> int:
-    """Return --nproc-per-node or its default."""
-    if args.nproc_per_node:
-        return args.nproc_per_node
-    import torch
+@dataclass(frozen=True)
+class LocalRanks:
+    """Ranks of this machine."""
 
+    count: int
+    gpus: list[str] | None
+    """GPUs that the ranks see, as in CUDA_VISIBLE_DEVICES. None: those that this process sees."""
+
+    @property
+    def is_this_process(self) -> bool:
+        """Whether this process is a rank already, or can be the only one."""
+        return "RANK" in os.environ or (self.count == 1 and self.gpus is None)
+
+    def start(self, arguments: Sequence[str]) -> int:
+        """Start the ranks and wait for their end; see start_ranks."""
+        return start_ranks(self.count, arguments, gpus=self.gpus)
+
+
+def local_ranks(
+    args: argparse.Namespace, parallel: ParallelConfig, rollout: RolloutConfig
+) -> LocalRanks:
+    """Return the ranks of --nproc-per-node, or one per GPU that no vLLM server of the run uses.
+
+    Raises:
+        ConfigError: the servers leave too few GPUs, or this process is a rank on a server's GPU.
+    """
+    from aropd_mcore.plan.gpu_share import check_rank_gpus, training_gpus
     from aropd_mcore.plan.layout import replica_size
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else replica_size(parallel)
+    visible, number = visible_gpus(), args.nproc_per_node
+    if not visible:
+        return LocalRanks(number or replica_size(parallel), None)
+    if "RANK" in os.environ:
+        rank, index = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        if rank == index and index < len(visible):  # on the first machine, which has the servers
+            remedy = "start fewer ranks per machine, or set CUDA_VISIBLE_DEVICES to other GPUs"
+            check_rank_gpus(rollout, {rank: visible[index]}, remedy=remedy)
+        return LocalRanks(number or len(visible), None)
+    left = training_gpus(rollout, visible)
+    if left == visible:
+        return LocalRanks(number or len(visible), None)
+    if number and number > len(left):
+        raise ConfigError(
+            f"--nproc-per-node {number}: expected at most {len(left)}, the GPUs that "
+            f"rollout.vllm.devices leaves to training ({', '.join(left)})"
+        )
+    return LocalRanks(number or len(left), left[: number or len(left)])
+
+
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that this process sees, as in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return names[:count] if names[0] else [str(index) for index in range(count)]
 
 
 def run_as_ranks(args: argparse.Namespace, spec: "GenerationSpec", work: Callable[[], int]) -> int:
@@ -43,16 +91,16 @@ def run_as_ranks(args: argparse.Namespace, spec: "GenerationSpec", work: Callabl
     """
     from aropd_mcore.plan.layout import replica_size
 
-    num_local = num_local_processes(args, spec.parallel)
-    num_all = int(os.environ.get("WORLD_SIZE", num_local))
+    ranks = local_ranks(args, spec.parallel, spec.rollout)
+    num_all = int(os.environ.get("WORLD_SIZE", ranks.count))
     if num_all % replica_size(spec.parallel):
         raise ValueError(
             f"{num_all} processes: expected a multiple of {replica_size(spec.parallel)}, the size "
             "of one model replica in this layout"
         )
-    if "RANK" in os.environ or num_local == 1:
+    if ranks.is_this_process:
         return work()
-    return start_ranks(num_local, args.argv)
+    return ranks.start(args.argv)
 
 
 def sample_here(spec: "GenerationSpec", work: "Callable[[Runtime], None]") -> int:

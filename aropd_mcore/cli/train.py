@@ -16,10 +16,15 @@ from aropd_mcore.cli.config_arguments import (
     print_comments,
     print_preset,
 )
-from aropd_mcore.cli.ranks import add_num_processes_argument, num_local_processes
-from aropd_mcore.config import Config
+from aropd_mcore.cli.ranks import (
+    LocalRanks,
+    add_num_processes_argument,
+    local_ranks,
+    visible_gpus,
+)
+from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.config_file import dump_config
-from aropd_mcore.local_launch import PASSED_ON, SAVED, start_ranks
+from aropd_mcore.local_launch import PASSED_ON, SAVED
 from aropd_mcore.locks import RunLock
 from aropd_mcore.trainer.stop import StoppedEarly, Stops, job_deadline
 
@@ -58,25 +63,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from aropd_mcore.plan.layout import plan
     from aropd_mcore.trainer.preflight import preflight
 
     if args.stop_before is not None:
         args.overrides.append(f"limits.stop_before={json.dumps(args.stop_before)}")
     config = load(args)
-    num_local = num_local_processes(args, config.parallel)
-    layout = plan(config, int(os.environ.get("WORLD_SIZE", num_local)))
+    ranks = local_ranks(args, config.parallel, config.rollout)
+    layout = _plan(config, ranks)
     if args.dry_run:
         _print_plan(config, layout)
+        if ranks.gpus is not None:
+            print(f"# the ranks use GPUs {', '.join(ranks.gpus)}; vLLM servers use the others")
         print_preset(args, config)
         print_comments(preflight(config))
         return 0
-    if "RANK" in os.environ or num_local == 1:
+    if ranks.is_this_process:
         return _train_here(config)
     # Rank 0 takes the lock. A check here refuses the run before its ranks take GPU memory that the
     # run in output_dir may need.
     RunLock(config.output_dir).close()
-    return start_ranks(num_local, ["train", *config_words(args)])
+    return ranks.start(["train", *config_words(args)])
+
+
+def _plan(config: Config, ranks: LocalRanks) -> "Layout":
+    """Plan the job. If vLLM's GPUs leave too few, the error suggests another split of the GPUs."""
+    from aropd_mcore.plan.gpu_share import suggest_share
+    from aropd_mcore.plan.layout import plan
+
+    try:
+        return plan(config, int(os.environ.get("WORLD_SIZE", ranks.count)))
+    except ConfigError as error:
+        suggestion = suggest_share(config, visible_gpus()) if ranks.gpus is not None else None
+        if suggestion is None:
+            raise
+        raise ConfigError(
+            f"{error}. rollout.vllm.devices leaves {len(ranks.gpus or ())} GPUs to training. "
+            f"{suggestion}"
+        ) from error
 
 
 def _train_here(config: Config) -> int:

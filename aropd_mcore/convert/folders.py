@@ -11,6 +11,7 @@ import torch
 
 from aropd_mcore.convert.hf_io import ADAPTER_FILES, INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
 from aropd_mcore.convert.json_file import CheckpointError, read_json
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.locks import try_lock
 
 ORDER = "tensors.json"
@@ -168,6 +169,7 @@ def _sync_tree(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for path in (*files, "."):
             sync(Path(parent, path))
+            beat()  # a slow disk may need minutes for a file
 
 
 def sync(path: Path) -> None:

@@ -105,6 +105,7 @@ class Optimizer:
                 megatron_config,
                 list(self.ddp_chunks),
                 config_overrides=get_standard_config_overrides(megatron_config),
+                use_gloo_process_groups=False,  # mcore.groups creates none
             )
         assert isinstance(inner, ChainedOptimizer)
         self.inner = inner

@@ -4,16 +4,18 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from aropd_mcore.heartbeat import beat
+from aropd_mcore.heartbeat import beat, beating
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30.0
-"""Interval in seconds at which rank 0 informs the other ranks that long work is still running."""
+"""Interval in seconds at which rank 0 informs the other ranks that long work is still running, and
+at which waiting ranks send heartbeats."""
 
 
 def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
@@ -21,10 +23,13 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
 
     If the error were raised on rank 0 only, the other ranks would hang in the next collective.
 
+    While the other ranks wait, for `work` or for rank 0 to arrive here, they send their watchdogs
+    heartbeats. Only rank 0's own watchdog judges whether rank 0 makes progress.
+
     Args:
         work: a function without collectives. Its result is pickled.
         takes_long: whether `work` may outlast the timeout of a collective and has its own timeouts.
-            If so, it runs in a thread, and every rank sends the watchdog heartbeats meanwhile.
+            If so, it runs in a thread, and rank 0 sends heartbeats meanwhile.
     Raises:
         The error that `work` raises, on every rank. On the ranks other than 0 the error has the
         attribute is_from_rank0, and an error that cannot be pickled is replaced by a RuntimeError
@@ -39,7 +44,8 @@ def run_on_rank0(work: Callable[[], T], *, takes_long: bool = False) -> T:
         if future is not None:
             wait([future], HEARTBEAT_SECONDS)
             outcome[0] = _outcome(future) if future.done() else None
-        dist.broadcast_object_list(outcome, src=0)
+        with nullcontext() if dist.get_rank() == 0 else beating(HEARTBEAT_SECONDS):
+            dist.broadcast_object_list(outcome, src=0)
         if takes_long:
             beat()
     if future is not None:

@@ -3,12 +3,12 @@
 import logging
 import warnings
 
+from aropd_mcore.environment import prepare_process
 from aropd_mcore.mcore.patches import cpu_mode
 
 # Warnings that Megatron causes on every rank: packages that are not installed, renamed torch APIs.
 for message in (
     ".*Apex (are|is) not installed",
-    ".*CUDA_DEVICE_MAX_CONNECTIONS",
     "full scope is deprecated",
     ".torch.distributed.* is deprecated",
     ".load_state_dict. is deprecated",
@@ -18,6 +18,7 @@ for message in (
     warnings.filterwarnings("ignore", message=message)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)  # deprecations, on every rank
 
+prepare_process()
 cpu_mode.install()  # before the first import of megatron.core
 
 import math  # noqa: E402
@@ -31,7 +32,12 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
-_MINUTE = timedelta(minutes=1)
+from aropd_mcore.mcore.groups import (  # noqa: E402
+    GROUP_BACKENDS,
+    JOB_BACKENDS,
+    create_groups,
+)
+from aropd_mcore.mcore.rendezvous import reporting_long_wait  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Runtime:
 
     - tp_group (tensor) and pp_group (pipeline stages): ranks over which the model is sharded.
     - cp_group (context): ranks with the same shard that split the positions of the same sequences.
+    - cp_objects_group: the ranks of cp_group, for pickled objects.
     - dp_group (data): ranks with the same shard and different sequences.
     - dp_cp_group: all ranks with the same shard.
     - tp_cp_group: ranks that hold the tokens of the same sequences.
@@ -48,12 +55,15 @@ class Runtime:
       distributed.
 
     etp_group and ep_group cover the tensor ranks of a stage first, then its replicas.
+
+    On a GPU the groups use NCCL, and cp_objects_group gloo. The job's own group has both.
     """
 
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
+    cp_objects_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     tp_cp_group: dist.ProcessGroup
@@ -183,13 +193,17 @@ class Runtime:
     def concatenate_over_data(self, local: list[Any]) -> list[Any]:
         """Concatenate the lists of dp_group's ranks, in rank order. Lengths may differ.
 
-        Collectives: one all-gather of pickled objects over dp_group.
+        Args:
+            local: the same on all ranks of a model replica. Each of them sends a part of it.
+        Collectives: one all-gather of pickled objects over the job, on the CPU.
         """
         if self.dp_size == 1:
             return local
-        parts: list[list[Any]] = [[] for _ in range(self.dp_size)]
-        dist.all_gather_object(parts, local, group=self.dp_group)
-        return [item for part in parts for item in part]
+        num_parts = self.world_size // self.dp_size
+        index = (self.pp_rank * self.cp_size + self.cp_rank) * self.tp_size + self.tp_rank
+        start, end = (len(local) * i // num_parts for i in (index, index + 1))
+        parts = self.gather((self.dp_rank, index, local[start:end]))
+        return [item for *_, part in sorted(parts, key=lambda part: part[:2]) for item in part]
 
     def gather(self, part: Any) -> list[Any]:
         """Return the parts of all ranks of the job, in rank order (data.ranks.Ranks).
@@ -232,7 +246,8 @@ def start(
     """Join the job, create its process groups and seed all random generators.
 
     RANK, WORLD_SIZE and LOCAL_RANK describe the job, as torchrun sets them. Without RANK, the job
-    consists of this process only. Collectives use NCCL for GPU tensors and gloo for CPU tensors.
+    consists of this process only. On GPUs, Megatron's groups use NCCL, and the job's group also has
+    gloo, for objects and CPU tensors.
 
     Args:
         tensor, pipeline, context: number of ranks over which weights, layers and sequences are
@@ -247,50 +262,40 @@ def start(
     Raises:
         ValueError: the sizes do not divide the number of processes, virtual_pipeline needs more
             than one stage, or sequence_parallel needs more than one tensor rank.
-    Collectives: creates process groups. Every rank of the job must call it.
+    Collectives: creates process groups. Every rank of the job must call it. If that takes long, the
+        first rank of each machine prints gloo's address and what to check.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        # Tensor parallelism overlaps communication only if kernels are queued in order.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend,
-                store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
-                rank=0,
-                world_size=1,
-                timeout=timeout,
-            )
-    _check_sizes(
-        dist.get_world_size(),
-        tensor,
-        pipeline,
-        virtual_pipeline,
-        context,
-        expert,
-        expert_tensor,
-    )
-    if sequence_parallel and tensor == 1:
-        raise ValueError(
-            "parallel.sequence true with parallel.tensor 1: expected two tensor ranks or more, "
-            "over which tokens are split; set parallel.sequence to false"
+    with reporting_long_wait():
+        if not dist.is_initialized():
+            _join_job(JOB_BACKENDS[device.type], timeout)
+        _check_sizes(
+            dist.get_world_size(),
+            tensor,
+            pipeline,
+            virtual_pipeline,
+            context,
+            expert,
+            expert_tensor,
         )
-    parallel_state.initialize_model_parallel(
-        tensor,
-        pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
-        context_parallel_size=context,
-        expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=expert_tensor,
-        # Megatron makes a timedelta of this number, so fractions are allowed.
-        distributed_timeout_minutes=30 if timeout is None else timeout / _MINUTE,  # pyright: ignore[reportArgumentType]
-    )
+        if sequence_parallel and tensor == 1:
+            raise ValueError(
+                "parallel.sequence true with parallel.tensor 1: expected two tensor ranks or more, "
+                "over which tokens are split; set parallel.sequence to false"
+            )
+        cp_objects_group = create_groups(
+            backend=GROUP_BACKENDS[device.type],
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual_pipeline=virtual_pipeline,
+            context=context,
+            expert=expert,
+            expert_tensor=expert_tensor,
+            timeout=timeout,
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return Runtime(
@@ -298,6 +303,7 @@ def start(
         tp_group=_checked(parallel_state.get_tensor_model_parallel_group()),
         pp_group=_checked(parallel_state.get_pipeline_model_parallel_group()),
         cp_group=_checked(parallel_state.get_context_parallel_group()),
+        cp_objects_group=cp_objects_group,
         dp_group=_checked(parallel_state.get_data_parallel_group()),
         dp_cp_group=_checked(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         tp_cp_group=_checked(parallel_state.get_tensor_and_context_parallel_group()),
@@ -306,6 +312,20 @@ def start(
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
         token_multiple=token_multiple,
+    )
+
+
+def _join_job(backend: str, timeout: timedelta | None) -> None:
+    """Create the job's own group. Without RANK, it consists of this process only."""
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    dist.init_process_group(
+        backend,
+        store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+        rank=0,
+        world_size=1,
+        timeout=timeout,
     )
 
 

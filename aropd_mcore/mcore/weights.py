@@ -20,6 +20,7 @@ from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
 from aropd_mcore.convert.source import HFSource, Source
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import split
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
@@ -83,6 +84,7 @@ def iter_hf_tensors(
         values = dict(model.named_parameters())
     dtype, device = next(iter(values.values())).dtype, runtime.device
     for weight in architecture.weights():
+        beat()  # rank 0 may take long to write the last tensor
         if weight.name == HEAD.name and architecture.tied_embeddings:
             continue
         stage = _stage(weight, architecture, runtime)

@@ -71,8 +71,8 @@ def generate(spec: GenerationSpec, runtime: Runtime) -> None:
         ValueError, OSError: the prompts or the output cannot be used. It is raised on every rank,
             before anything is sampled.
         RolloutFailed: see RolloutEngine; the next call resumes after the written lines.
-    Collectives: the engine's; broadcasts over the job; an all-gather of the responses over
-        dp_group. Every rank must call.
+    Collectives: the engine's; broadcasts over the job; all-gathers of the responses over the job.
+        Every rank must call.
     """
     tokenizer = load_tokenizer(spec.source.hf_folder)
     vocab_size = spec.source.architecture.vocab_size

@@ -84,7 +84,7 @@ class NativeEngine:
         if group.size() == 1:
             return rollouts
         shares: list[list[Rollout]] = [[] for _ in range(group.size())]
-        dist.all_gather_object(shares, rollouts, group=group)
+        dist.all_gather_object(shares, rollouts, group=self.runtime.cp_objects_group)
         return [shares[i % group.size()][i // group.size()] for i in range(len(batch.prompts))]
 
     def _sample_share(
@@ -168,9 +168,9 @@ class _NativePending:
             ValueError: also if a prompt leaves no room for a response in kv_cache_tokens.
             FloatingPointError: the model's logits are not finite.
         Collectives: per token, the model's over tp_group and pp_group, a gather of logits and a
-            broadcast of tokens. One all-gather of the rollouts over cp_group, whose ranks divide
-            the prompts. None over dp_group, unless replicas share experts: then all of them must
-            call it together, and they decode until the last one is done.
+            broadcast of tokens. One all-gather of the rollouts over cp_objects_group, whose
+            ranks divide the prompts. None over dp_group, unless replicas share experts: then all of
+            them must call it together, and they decode until the last one is done.
         """
         assert self.engine.weight_version == self.weight_version, "weights changed before sampling"
         return self.engine._sample(self.batch, on_progress)

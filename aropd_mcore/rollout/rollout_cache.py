@@ -53,13 +53,13 @@ class RolloutCache:
             versions: versions of the weights that may have sampled the responses.
         Returns:
             None unless the responses of every rank are there and belong to this run.
-        Collectives: an all-reduce and a barrier over the job if `steps` has the step.
+        Collectives: an all-reduce and a barrier over the job, on the CPU, if `steps` has the step.
         """
         if step not in self.steps:
             return None
         self.steps.remove(step)
         rollouts = self._read(step, prompts, seeds, versions)
-        is_complete = torch.tensor(int(rollouts is not None), device=self._runtime.device)
+        is_complete = torch.tensor(int(rollouts is not None))
         dist.all_reduce(is_complete, dist.ReduceOp.MIN)
         if is_complete:
             return rollouts

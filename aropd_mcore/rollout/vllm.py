@@ -105,7 +105,7 @@ class VllmEngine:
     def submit(self, batch: PromptBatch) -> Pending:
         """As RolloutEngine.submit; the servers start to sample.
 
-        Collectives: an all-gather over dp_group; every rank of the job must call it.
+        Collectives: an all-gather of objects over the job. Every rank must call it.
         """
         batches = self.runtime.concatenate_over_data([batch])
         start = sum(len(other.prompts) for other in batches[: self.runtime.dp_rank])

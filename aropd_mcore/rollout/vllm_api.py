@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from aropd_mcore.config import SamplingConfig, VllmConfig
+from aropd_mcore.environment import TRAINING_VARIABLES
 
 SUPPORTED_VERSIONS = ((0, 32), (0, 33))
 """First supported version, and first version that has not been tested."""
@@ -74,8 +75,15 @@ def server_command(
 def server_environment(
     config: VllmConfig, key: str, *, devices: str | None = None
 ) -> dict[str, str]:
-    """Build a server's environment: that of this process without the variables of its job."""
-    own = {name: v for name, v in os.environ.items() if not _LAUNCHER.fullmatch(name)}
+    """Build a server's environment.
+
+    It is that of this process without the variables of its job and of training on a GPU.
+    """
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not _LAUNCHER.fullmatch(name) and name not in TRAINING_VARIABLES
+    }
     same_python = config.python is None or Path(config.python) == Path(sys.executable)
     path = [own.get("PYTHONPATH", "")] if same_python else []
     own |= {

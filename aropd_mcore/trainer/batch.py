@@ -45,9 +45,9 @@ def form_batch(
     redistributed over the data-parallel ranks by their number of tokens.
 
     Args:
-        views, rollouts, thinking: those of this data-parallel rank, in the same order.
-    Collectives: one all-reduce over the data-parallel ranks and one over the job. With packing,
-        also one all-gather over the data-parallel ranks.
+        views, rollouts, thinking: those of this data-parallel rank, in the same order. Their number
+            is the same on every rank.
+    Collectives: one all-gather of objects over the job, and with packing a second one.
     """
     objective, training = config.objective, config.training
     num_skipped = objective.skip_response_tokens
@@ -58,13 +58,18 @@ def form_batch(
         loss_range(len(r.response_ids), span, objective.loss_span, num_skipped)
         for r, span in zip(rollouts, thinking, strict=True)
     ]
-    num_tokens_N = torch.tensor([len(tokens) for tokens in loss_ranges])
-    weights = sample_token_weights(
-        num_tokens_N,
-        torch.tensor([v.row.sample_weight for v in views]),
-        reduction=objective.reduction,
-        dp_group=runtime.dp_group,
+    num_tokens = [len(tokens) for tokens in loss_ranges]
+    # Every rank computes the weights of the whole global batch, so they are equal on all ranks.
+    counted = runtime.concatenate_over_data(
+        [(n, v.row.sample_weight) for n, v in zip(num_tokens, views, strict=True)]
     )
+    all_weights = sample_token_weights(
+        torch.tensor([n for n, _ in counted]),
+        torch.tensor([weight for _, weight in counted]),
+        reduction=objective.reduction,
+    )
+    first = runtime.dp_rank * len(views)
+    weights = all_weights[first : first + len(views)]
     samples = [
         Sample(
             v.student_ids,
@@ -76,7 +81,7 @@ def form_batch(
             r.finished,
             tokens,
             span.end,
-            index=runtime.dp_rank * len(views) + i,
+            index=first + i,
         )
         for i, (v, r, weight, tokens, span) in enumerate(
             zip(views, rollouts, weights.tolist(), loss_ranges, thinking, strict=True)
@@ -105,15 +110,15 @@ def form_batch(
         with_logprobs=len(objective.views) > 0 and config.rollout.importance_level is not None,
     )
     all_views = [v for m in microbatches for v in (m.student, m.partial, m.full) if v is not None]
-    num_tokens = sum(view.tokens_BS.numel() for view in all_views)
+    num_positions = sum(view.tokens_BS.numel() for view in all_views)
     num_real = sum(sum(_lengths(samples[i], objective.views, 1)) for group in groups for i in group)
     context = runtime.cp_size, runtime.cp_rank
     return Batch(
         [share_of_rank(m, *context).to(runtime.device) for m in microbatches],
-        num_tokens,
-        num_tokens - num_real,
-        num_without_loss=int((num_tokens_N == 0).sum()),
-        has_loss=bool(runtime.max_over_job(int(weights.any()))),
+        num_positions,
+        num_positions - num_real,
+        num_without_loss=num_tokens.count(0),
+        has_loss=bool(all_weights.any()),
     )
 
 

@@ -129,7 +129,7 @@ class Saver:
         if minutes is None:
             return False
         is_late = time.monotonic() - self._last_time >= 60 * minutes
-        decision = torch.tensor(int(is_late), device=self._run.runtime.device)
+        decision = torch.tensor(int(is_late))
         dist.broadcast(decision, src=0)
         return bool(decision)
 

@@ -102,8 +102,8 @@ class SampleLog:
     ) -> Mapping[str, Any]:
         """Implement StepHook.after_step. It adds no metrics, and failed grading changes no step.
 
-        Collectives: in a step whose samples are written, one all-gather of objects over the
-            data-parallel ranks and broadcasts over the job.
+        Collectives: in a step whose samples are written, one all-gather of objects over the job,
+            and broadcasts.
         """
         if not self._settings.samples or step % self._settings.samples_every_steps:
             return {}

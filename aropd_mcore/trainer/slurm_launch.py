@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.plan.gpu_share import check_rank_gpus
 from aropd_mcore.plan.layout import Layout, plan
 from aropd_mcore.trainer.preflight import preflight
 
@@ -91,8 +92,9 @@ def build_launch(
             node, unless the environment has RANKS_PER_NODE.
         sbatch_options: options such as --partition=gpu. They come last, so they take precedence.
     Raises:
-        ConfigError: num_vllm_nodes leaves no node for training, sbatch_options change the working
-            directory, or the package is not installed from a clone of its repository.
+        ConfigError: num_vllm_nodes leaves no node for training, a rank would use a GPU of
+            rollout.vllm.devices, sbatch_options change the working directory, or the package is not
+            installed from a clone of its repository.
         ValueError: the layout does not fit the number of ranks.
     """
     if not 0 <= num_vllm_nodes < num_nodes:
@@ -112,6 +114,12 @@ def build_launch(
             "a clone, with `pip install -e .`"
         )
     ranks_per_node = int(environment.get("RANKS_PER_NODE") or gpus_per_node or 1)
+    if not num_vllm_nodes and gpus_per_node:
+        check_rank_gpus(
+            config.rollout,
+            {rank: str(rank) for rank in range(ranks_per_node)},
+            remedy="set RANKS_PER_NODE so that ranks use only the first GPUs, or use --vllm-nodes",
+        )
     layout = plan(config, (num_nodes - num_vllm_nodes) * ranks_per_node)
     variables = {"AROPD_HOME": str(HOME), "RANKS_PER_NODE": str(ranks_per_node)}
     if not environment.get("CONTAINER_IMAGE"):

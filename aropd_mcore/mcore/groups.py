@@ -1,0 +1,86 @@
+"""Process groups of a job: one that has gloo, and Megatron's.
+
+gloo connects every rank of a group with every other one as soon as the group exists. Megatron
+creates more than 20 groups per rank. If each of them had gloo beside NCCL, a rank of a job of 256
+ranks would have more than 1000 sockets. On GPUs, therefore, only the job's own group has gloo, and
+all exchanges of objects and CPU tensors use that group.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+_MINUTE = timedelta(minutes=1)
+
+JOB_BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+"""Backends of the job's group, by type of device."""
+GROUP_BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+"""Backend of Megatron's groups, by type of device."""
+
+
+def create_groups(
+    *,
+    backend: str,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    expert_tensor: int = 1,
+    timeout: timedelta | None = None,
+) -> dist.ProcessGroup:
+    """Create Megatron's process groups (megatron.core.parallel_state).
+
+    Args:
+        backend: backend of all of Megatron's groups.
+        tensor, pipeline, virtual_pipeline, context, expert, expert_tensor: sizes of the layout.
+        timeout: timeout of collectives. None: Megatron's default.
+    Returns:
+        A gloo group of this rank's context ranks, which exchange objects within a model replica.
+    Collectives: creates process groups. Every rank of the job must call it.
+    """
+    with _all_groups_with(backend):
+        parallel_state.initialize_model_parallel(
+            tensor,
+            pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+            context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
+            # Megatron makes a timedelta of this number, so fractions are allowed.
+            distributed_timeout_minutes=30 if timeout is None else timeout / _MINUTE,  # pyright: ignore[reportArgumentType]
+            create_gloo_process_groups=False,
+        )
+    group = parallel_state.get_context_parallel_group()
+    if backend != "gloo" and context > 1:
+        group = parallel_state.create_group(  # Megatron's list of its groups then includes it
+            dist.get_process_group_ranks(group),
+            timeout=timeout,
+            backend="gloo",
+            use_local_synchronization=True,
+            group_desc="CONTEXT_PARALLEL_OBJECTS",
+        )
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+@contextmanager
+def _all_groups_with(backend: str) -> Iterator[None]:
+    """Context in which Megatron creates groups with this backend.
+
+    Source: parallel_state.py:214. Without a backend, a group inherits those of the job's group.
+    """
+    usual = parallel_state.create_group
+
+    def create_group(*args: Any, **kwargs: Any) -> Any:
+        return usual(*args, **{**kwargs, "backend": kwargs.get("backend") or backend})
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = usual
