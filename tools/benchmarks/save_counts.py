@@ -1,6 +1,6 @@
 """Count what each rank writes, reads and holds in memory for a checkpoint. Times are not measured.
 
-    python tools/benchmarks/save_counts.py [--ranks 2 4 8] [--folder FOLDER]
+    python tools/benchmarks/save_counts.py [--ranks 2 4 8] [--layers N] [--folder FOLDER]
 
 docs/benchmarks.md describes the counters.
 """
@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, help="folder to write to (default: a temporary folder)"
     )
+    parser.add_argument(
+        "--layers", type=int, default=8, help="layers of the model (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     for num_ranks in args.ranks:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            saved = _on_ranks(save, num_ranks, folder, tensor=1)
+            job = partial(_on_ranks, num_ranks=num_ranks, folder=folder, layers=args.layers)
+            saved = job(save, tensor=1)
             _print_save(saved)
-            _print_load("the same layout", saved, _on_ranks(load, num_ranks, folder, tensor=1))
-            _print_load("TP 2", saved, _on_ranks(load, num_ranks, folder, tensor=2))
+            _print_load("the same layout", saved, job(load, tensor=1))
+            _print_load("TP 2", saved, job(load, tensor=2))
     return 0
 
 
-def _on_ranks(function: Any, num_ranks: int, folder: str, *, tensor: int) -> list[dict[str, Any]]:
+def _on_ranks(
+    function: Any, num_ranks: int, folder: str, layers: int, *, tensor: int
+) -> list[dict[str, Any]]:
     """Run a function on ranks of a new job. Return each rank's figures."""
     job = Path(folder) / "job"
     shutil.rmtree(job, ignore_errors=True)
@@ -53,16 +60,16 @@ def _on_ranks(function: Any, num_ranks: int, folder: str, *, tensor: int) -> lis
     config = CONFIG | sizes | {"parallel": {"tensor": tensor}, "model": {"path": "-"}}
     config["model"] |= {"dtype": "bf16"}
     (job / "run.yaml").write_text(yaml.safe_dump(config))
-    on_ranks(function, num_ranks, str(job), folder, exact_memory=True)
+    on_ranks(function, num_ranks, str(job), folder, layers, exact_memory=True)
     return [json.loads((job / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def save(job: str, folder: str) -> None:
+def save(job: str, folder: str, layers: int) -> None:
     """Save a run on a rank."""
     from aropd_mcore.convert.manifest import iterations
     from aropd_mcore.mcore.checkpoint import state
 
-    run = _build(job)
+    run = _build(job, layers)
     saves = Path(folder) / "checkpoints"
     parts = run.student, run.teacher, {"step": 1}, run.runtime
     state.save(Path(folder) / "warm-up", 1, *parts)  # starts processes of Megatron that remain
@@ -76,11 +83,11 @@ def save(job: str, folder: str) -> None:
     (Path(job) / f"{rank}.json").write_text(json.dumps(figures))
 
 
-def load(job: str, folder: str) -> None:
+def load(job: str, folder: str, layers: int) -> None:
     """Check and load the saved run on a rank."""
     from aropd_mcore.mcore.checkpoint import directory, state
 
-    run = _build(job)
+    run = _build(job, layers)
     held = settle()
     with _CountedReads() as checked:
         path, _ = directory.find(Path(folder) / "checkpoints")
@@ -96,13 +103,13 @@ def load(job: str, folder: str) -> None:
     (Path(job) / f"{run.runtime.rank}.json").write_text(json.dumps(figures))
 
 
-def _build(job: str) -> Any:
+def _build(job: str, layers: int) -> Any:
     from random_runs import build_run
 
     from aropd_mcore.trainer.build import start_runtime
 
     config = load_config(Path(job) / "run.yaml")
-    return build_run(config, start_runtime(config), DENSE)
+    return build_run(config, start_runtime(config), DENSE | {"num_hidden_layers": layers})
 
 
 class _CountedReads:

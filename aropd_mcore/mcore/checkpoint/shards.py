@@ -26,6 +26,7 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.threads import in_threads, share_out
 from aropd_mcore.convert.torch_dist import TorchDistReader
+from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.runtime import Runtime
 
 Index = tuple[int, ...]
@@ -119,6 +120,7 @@ def read(path: Path, boxes: Sequence[Box]) -> None:
 
         def read_all(share: Iterator[Box]) -> None:
             for box in share:
+                beat()
                 _read(reader, box)
 
         in_threads(share_out(boxes, lambda box: box.values.nbytes), read_all)

@@ -1,11 +1,12 @@
-"""Saving and loading of a run's whole state with Megatron's dist_checkpointing.
+"""Saving and loading of a run's whole state in the format of Megatron's dist_checkpointing.
 
     checkpoints/
         iter_0000010/                       one checkpoint (torch_dist format, and a manifest)
         latest_checkpointed_iteration.txt   Megatron-LM's name
 
-A checkpoint is written under a temporary name. Its manifest is written last, and then the folder is
-renamed. A kill at any moment therefore leaves the previous checkpoint (convert/manifest.py).
+shards.py divides the tensors over the ranks. A checkpoint is written under a temporary name. Its
+manifest is written last, and then the folder is renamed. A kill at any moment therefore leaves the
+previous checkpoint (convert/manifest.py).
 """
 
 import random
@@ -168,7 +169,8 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
         The `progress` of the save.
     Raises:
         CheckpointError: the folder is not a checkpoint, or lacks a tensor that this run needs.
-    Collectives: those of dist_checkpointing.load. Every rank must call it.
+    Collectives: broadcasts, those of the functions of shards.py, and those of
+        dist_checkpointing.load. Every rank must call it.
     """
     tensors, objects, boxes = _contents(student, teacher, runtime)
     same_layout = run_on_rank0(lambda: read_common(path))["layout"] == _layout(runtime)
