@@ -99,13 +99,7 @@ class TorchDistReader:
                 continue
             target = out[_box(starts, ends, origin)]
             missing -= target.numel()
-            index = MetadataIndex(key, chunk.offsets)
-            if target.shape == chunk.sizes and target.is_contiguous():
-                self._read_chunk(index, target)
-            else:
-                whole = self._buffers.chunk.take(chunk.sizes, out.dtype)
-                self._read_chunk(index, whole)
-                target.copy_(whole[_box(starts, ends, chunk.offsets)])
+            self._read_part(key, chunk, starts, target)
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {key} is incomplete: {missing} of {out.numel()} elements at "
@@ -134,14 +128,41 @@ class TorchDistReader:
             self._by_lead[key, len(lead)] = by_lead
         return self._by_lead[key, len(lead)][lead]
 
-    def _read_chunk(self, index: MetadataIndex, into: Tensor) -> None:
-        """Read a chunk in torch.save's format into a contiguous tensor."""
+    def _read_part(
+        self, key: str, chunk: ChunkStorageMetadata, starts: Sequence[int], target: Tensor
+    ) -> None:
+        """Read the part of a chunk that starts at `starts` into `target`, which has its shape.
+
+        Only the bytes from the part's first to its last element are read.
+        """
+        strides = torch.empty(chunk.sizes, device="meta").stride()
+        lasts = [size - 1 for size in target.shape]
+        first = _dot(strides, [s - o for s, o in zip(starts, chunk.offsets, strict=True)])
+        span = 1 + _dot(strides, lasts)
+        index = MetadataIndex(key, chunk.offsets)
+        if span == target.numel() and target.is_contiguous():
+            self._read_elements(index, chunk.sizes, first, target.view(-1))
+            return
+        elements = self._buffers.chunk.take((span,), target.dtype)
+        self._read_elements(index, chunk.sizes, first, elements)
+        target.copy_(elements.as_strided(target.shape, strides))
+
+    def _read_elements(
+        self, index: MetadataIndex, sizes: Sequence[int], first: int, into: Tensor
+    ) -> None:
+        """Read elements from number `first` on of a chunk in torch.save's format.
+
+        Args:
+            sizes: shape of the chunk.
+            into: 1-D and contiguous.
+        """
         with self._opened(index) as (file, mapped, start):
-            data = _data_start(mapped, into)
+            data = _data_start(mapped, into.dtype, math.prod(sizes))
             if data is None:
-                into.copy_(_load(mapped, start).view(into.shape))
+                elements = _load(mapped, start).reshape(tuple(sizes)).reshape(-1)
+                into.copy_(elements[first : first + len(into)])
                 return
-            file.seek(self._places[index].offset - start + data)
+            file.seek(self._places[index].offset - start + data + first * into.itemsize)
             read_into(file, into)
 
     @contextmanager
@@ -210,11 +231,10 @@ def _load(mapped: mmap.mmap, start: int) -> Any:
     return torch.load(io.BytesIO(mapped[start:]), map_location="cpu", weights_only=True)
 
 
-def _data_start(mapped: mmap.mmap, like: Tensor) -> int | None:
+def _data_start(mapped: mmap.mmap, dtype: torch.dtype, num_elements: int) -> int | None:
     """Return the start of a saved tensor's data in the mapping. None if they are no plain block.
 
-    A plain block has as many elements as `like`, of the same dtype, contiguous and in row-major
-    order.
+    A plain block has num_elements elements of this dtype, contiguous and in row-major order.
     """
     with zipfile.ZipFile(cast(BinaryIO, mapped)) as archive:  # other bytes may precede a zip file
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -226,8 +246,8 @@ def _data_start(mapped: mmap.mmap, like: Tensor) -> int | None:
         return None
     (_, storage, key, _, numel), offset, sizes, strides, *_ = record
     plain = strides == torch.empty(sizes, device="meta").stride() and not offset
-    same = storage == torch.storage._dtype_to_storage_type_map()[like.dtype]
-    if not plain or not same or not numel == math.prod(sizes) == like.numel() > 0:
+    same = storage == torch.storage._dtype_to_storage_type_map()[dtype]
+    if not plain or not same or not numel == math.prod(sizes) == num_elements > 0:
         return None
     return _record_start(mapped, records[f"data/{key}"])
 
@@ -252,6 +272,10 @@ class _TensorRecord(pickle.Unpickler):
         if module == "torch" and name.endswith("Storage"):
             return name
         raise pickle.UnpicklingError(f"found {module}.{name}, expected a tensor")
+
+
+def _dot(strides: Sequence[int], places: Sequence[int]) -> int:
+    return sum(stride * place for stride, place in zip(strides, places, strict=True))
 
 
 def _box(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -28,10 +28,6 @@ from aropd_mcore.mcore.patches.bucket_padding import count_padding
 
 adam.install()
 
-STATE_FORMAT = "fully_reshardable"
-"""Format of the optimizer's tensors in a checkpoint. Only this format can be loaded into another
-layout."""
-
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -182,38 +178,30 @@ class Optimizer:
         """Learning rate of the next update."""
         return self.inner.param_groups[0]["lr"]
 
-    def sharded_state_dict(
-        self, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
-    ) -> dict[str, Any]:
-        """Return the optimizer state for dist_checkpointing, and the schedule's position.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of updates and the schedule's position.
 
-        Of Megatron's state, only the tensors are included. Experts that are sharded over ranks (EP)
-        have a second optimizer in Megatron, and a layout with one optimizer must be able to load
-        the state of two.
-
-        Args:
-            model_state: the student's sharded state dict.
-            metadata: the same when saving and loading.
+        The tensors are not included (checkpoint/shards.py), and neither are settings, which belong
+        to the run.
         """
-        parts = [
-            part.sharded_state_dict(model_state, is_loading, metadata=metadata)
+        groups = [
+            group
             for part in self.inner.chained_optimizers
+            for group in cast(dict[str, Any], part.state_dict())["optimizer"]["param_groups"]
         ]
         return {
-            "optimizer": {str(i): part["param_state"] for i, part in enumerate(parts)},
-            "num_updates": self.inner.param_groups[0].get("step", 0),
+            # Transformer Engine's optimizer does not count in groups without a tensor on this rank.
+            "num_updates": max(int(group.get("step", 0)) for group in groups),
             "opt_param_scheduler": self.scheduler.state_dict(),
         }
 
-    @torch.no_grad()  # fp32 parameters are leaves that the load writes into
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load moments, fp32 weights and the schedule's position. Settings remain this run's."""
-        for i, part in enumerate(self.inner.chained_optimizers):
+        """Load what state_dict returns. Call after the tensors have been loaded."""
+        for part in self.inner.chained_optimizers:
             own = cast(dict[str, Any], part.state_dict())
             for group in own["optimizer"]["param_groups"]:
                 group["step"] = state["num_updates"]
-            own["param_state"] = state["optimizer"][str(i)]
-            own["param_state_sharding_type"] = STATE_FORMAT
             part.load_state_dict(own)
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
 

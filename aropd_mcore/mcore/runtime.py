@@ -53,6 +53,7 @@ class Runtime:
     - etp_group (expert tensor): consecutive ranks over which each expert's matrices are sharded.
     - ep_group (expert): ranks with the same part of the matrices, over which a layer's experts are
       distributed.
+    - expert_dp_group: all ranks of a stage with the same experts.
 
     etp_group and ep_group cover the tensor ranks of a stage first, then its replicas.
 
@@ -69,6 +70,7 @@ class Runtime:
     tp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
+    expert_dp_group: dist.ProcessGroup
     vp_size: int
     """Number of model chunks per pipeline stage. More than one if interleaved."""
     sequence_parallel: bool
@@ -309,6 +311,7 @@ def start(
         tp_cp_group=_checked(parallel_state.get_tensor_and_context_parallel_group()),
         ep_group=_checked(parallel_state.get_expert_model_parallel_group()),
         etp_group=_checked(parallel_state.get_expert_tensor_parallel_group()),
+        expert_dp_group=_checked(parallel_state.get_expert_data_parallel_group()),
         vp_size=virtual_pipeline,
         sequence_parallel=sequence_parallel,
         token_multiple=token_multiple,

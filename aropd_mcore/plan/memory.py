@@ -8,7 +8,8 @@ memory. A rank's peak is its state plus its largest phase.
     student     these hidden states, activations in flight, and the larger of the loss's buffers and
                 a layer's backward
     optimizer   copies made by the update and the moving average
-    checkpoint  on a GPU: one kind of optimizer state, gathered over the ranks that share it
+
+A save needs no memory of the device: its tensors are copied to the host (host_memory.py).
 """
 
 from dataclasses import dataclass
@@ -81,8 +82,6 @@ def stage_memory(setup: Setup, stage: int) -> Memory:
     if setup.teacher is not None:
         phases["teacher"] = _teacher(setup, parameters, stage)
     phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, parameters, stage)}
-    if setup.device == "gpu":
-        phases["checkpoint"] = _checkpoint(setup, parameters)
     return Memory(stage, parameters, _state(setup, parameters, stage), phases)
 
 
@@ -119,7 +118,7 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         "optimizer moments": 2 * on_rank * FP32,
     }
     if setup.teacher in ("ema", "frozen"):
-        visiting = _visiting_parameters(setup, parameters, stage)
+        visiting = visiting_parameters(setup, parameters, stage)
         state["teacher weights"] = (total - visiting) * width
         has_master = setup.teacher == "ema" and setup.fp32_master and width < FP32
         if has_master and not setup.hosts_weights:
@@ -157,7 +156,7 @@ def _rollout(setup: Setup, stage: int) -> dict[str, float]:
     return parts
 
 
-def _visiting_parameters(setup: Setup, parameters: Parameters, stage: int) -> int:
+def visiting_parameters(setup: Setup, parameters: Parameters, stage: int) -> int:
     """Return the number of teacher parameters that are on the device only while it scores.
 
     With weights on the host these are all parameters but the output head.
@@ -171,7 +170,7 @@ def _visiting_parameters(setup: Setup, parameters: Parameters, stage: int) -> in
 def _teacher(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
     parts = {"forward": forward_working_set(setup, setup.microbatch_tokens)}
     if setup.hosts_weights:
-        visiting = _visiting_parameters(setup, parameters, stage)
+        visiting = visiting_parameters(setup, parameters, stage)
         parts["teacher weights"] = visiting * setup.dtype_bytes
         if setup.teacher_fp8:
             parts["teacher weights in fp8"] = layer_parameters(setup).total * setup.layers_per_stage
@@ -261,15 +260,3 @@ def _optimizer(setup: Setup, parameters: Parameters, stage: int) -> dict[str, fl
         copies = 2 if setup.hosts_weights else 1
         parts["teacher's fp32 copy"] = copies * largest_weight(setup, stage) * FP32
     return parts
-
-
-def _checkpoint(setup: Setup, parameters: Parameters) -> dict[str, float]:
-    """Return the bytes of gathering optimizer state for a checkpoint.
-
-    Weights, first and second moments are gathered one after another, and so are experts and other
-    parameters. Each needs the shards, the gathered list, and the copy of it that NCCL's all-gather
-    makes (megatron-core optimizer/distrib_optimizer.py, get_parameter_state_dp_zero).
-    """
-    shared, experts = sharing_ranks(setup)
-    pairs = ((parameters.shared, shared), (parameters.experts, experts))
-    return {"gathered state": max(number * (2 + 1 / ranks) for number, ranks in pairs) * FP32}

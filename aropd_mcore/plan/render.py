@@ -6,6 +6,7 @@ from rich.table import Table
 from aropd_mcore.config import Config
 from aropd_mcore.plan.cost import H100
 from aropd_mcore.plan.fit import Estimate, PlannedRun, Remedy, remedies, sweep, yaml_value
+from aropd_mcore.plan.host_memory import host_memory
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.setup import Setup
 
@@ -17,7 +18,10 @@ def render_plan(run: PlannedRun) -> RenderableType:
     """Render parameters, memory, time and bubbles of a job, and changes if it does not fit."""
     estimate = run.estimate()
     parts: list[RenderableType] = [_headline(estimate), _memory_table(estimate)]
-    parts += [_verdict(run, estimate), "", _time_table(estimate), _assumptions(estimate.setup)]
+    parts += [_verdict(run, estimate), ""]
+    if estimate.setup.device == "gpu":
+        parts.append(_host_table(estimate.setup))
+    parts += [_time_table(estimate), _assumptions(estimate.setup)]
     if not run.fits(estimate.memory):
         parts += ["", *_fitting_changes(run, remedies(run))]
     return Group(*parts)
@@ -88,6 +92,22 @@ def _memory_table(estimate: Estimate) -> Table:
             table.add_row(phase, part, f"{size / GB:.2f}", "")
         mark = "  peak" if phase == memory.peak_phase else ""
         table.add_row(phase, "total", "", f"{memory.at(phase) / GB:.1f}{mark}", end_section=True)
+    return table
+
+
+def _host_table(setup: Setup) -> Table:
+    ranks = min(setup.gpus_per_node, setup.world_size)
+    table = Table(title="Host memory without the processes, GB")
+    table.add_column("phase")
+    table.add_column("part")
+    table.add_column("per rank", justify="right")
+    table.add_column(f"per node of {ranks}", justify="right")
+    phases, total = host_memory(setup), 0.0
+    for phase, parts in phases.items():
+        for part, size in parts.items():
+            table.add_row(phase, part, f"{size / GB:.1f}", f"{ranks * size / GB:.0f}")
+            total += size
+    table.add_row("save", "total", f"{total / GB:.1f}", f"{ranks * total / GB:.0f}")
     return table
 
 

@@ -37,7 +37,8 @@ def test_cluster_examples_fit_and_pass_the_dry_run(
     path = str(CLUSTERS / name)
     assert {p.name for p in CLUSTERS.glob("*.yaml")} == set(GPUS)
     assert main(["plan", path, "--gpus", str(GPUS[name]), "--memory", "75"]) == 0
-    assert "\nfits into 75 GB" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\nfits into 75 GB" in printed and "per node of 8" in printed
     assert plan(load_config(Path(path)), GPUS[name]).world_size == GPUS[name]
     # A dry run fails only because these folders hold no weights.
     assert main(["train", path, "--dry-run", "--nproc-per-node", str(GPUS[name])]) == 2

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.host_memory import PINNED, host_memory
 from aropd_mcore.plan.memory import chunk_tokens, microbatches_in_flight, stage_memory
 from aropd_mcore.plan.setup import Setup
 from tests.conftest import REPO
@@ -28,6 +29,27 @@ def test_state_of_a_rank_has_the_bytes_per_parameter():
     state = dict(memory.state)
     state.pop("fixed overhead")
     assert state == {part: size * memory.parameters.total for part, size in per_parameter.items()}
+
+
+def test_host_memory_of_a_save_is_the_ranks_part_of_the_checkpoint():
+    """Bytes per parameter: bf16 weights 2, average 4, optimizer 12, each over the ranks."""
+    setup = Setup(SEVEN_B, tensor=4, data=2, num_microbatches=8, num_views=2)
+    total = stage_memory(setup, 0).parameters.total
+    plain = host_memory(setup)
+    assert plain["always"] == {}
+    assert sum(plain["save"].values()) == pytest.approx(PINNED * total * 18 / 2)
+    hosted = host_memory(replace(setup, teacher_weights="host", teacher_hidden_states="host"))
+    assert hosted["save"] == plain["save"]
+    head = 152064 * 3584 // 4  # stays on the GPU
+    hidden_states = 2 * 8 * setup.loss_tokens * 3584 * 2
+    expected = {
+        "teacher weights": PINNED * 2 * (total - head),
+        "teacher fp32 master": PINNED * 4 * total,
+        "teacher hidden states": PINNED * hidden_states,
+    }
+    assert hosted["always"] == pytest.approx(expected)
+    frozen = host_memory(replace(setup, teacher="frozen"))
+    assert sum(frozen["save"].values()) == pytest.approx(PINNED * total * 16 / 2)
 
 
 def test_activations_of_a_7b_model():

@@ -203,7 +203,7 @@ class Phases:
 
     def finish(self) -> dict[str, int]:
         if self._phase:
-            self.peaks[self._phase] = _peak()
+            self.peaks[self._phase] = read_peak()
         return self.peaks
 
 
@@ -239,7 +239,7 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
+def read_peak() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 

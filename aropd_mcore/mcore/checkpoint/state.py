@@ -1,11 +1,12 @@
-"""Saving and loading of a run's whole state with Megatron's dist_checkpointing.
+"""Saving and loading of a run's whole state in the format of Megatron's dist_checkpointing.
 
     checkpoints/
         iter_0000010/                       one checkpoint (torch_dist format, and a manifest)
         latest_checkpointed_iteration.txt   Megatron-LM's name
 
-A checkpoint is written under a temporary name. Its manifest is written last, and then the folder is
-renamed. A kill at any moment therefore leaves the previous checkpoint (convert/manifest.py).
+shards.py divides the tensors over the ranks. A checkpoint is written under a temporary name. Its
+manifest is written last, and then the folder is renamed. A kill at any moment therefore leaves the
+previous checkpoint (convert/manifest.py).
 """
 
 import random
@@ -20,19 +21,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch.distributed.checkpoint.api import CheckpointException
 
 from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.manifest import FileSum, folder_name
+from aropd_mcore.mcore.checkpoint import shards
 from aropd_mcore.mcore.checkpoint.directory import (
     SaveFailed,
     give_up,
     make_whole,
     new_partial,
 )
+from aropd_mcore.mcore.checkpoint.shards import Box
 from aropd_mcore.mcore.checkpoint.writer import Writing, Written
-from aropd_mcore.mcore.optim import STATE_FORMAT
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
@@ -86,10 +90,14 @@ class Saving:
             **(about or {}),
         }
         self._partial = run_on_rank0(lambda: new_partial(folder, step))
-        state = _sharded_state(student, teacher, runtime, is_loading=False)
-        state["progress"] = dict(progress)
-        state["layout"] = _layout(runtime)
-        state["rng"] = _rng_state(runtime)
+        _, state, boxes = _contents(student, teacher, runtime)
+        state |= {
+            "tensors": {str(i): box.as_sharded() for i, box in enumerate(boxes)},
+            "progress": dict(progress),
+            "layout": _layout(runtime),
+            "rng": _rng_state(runtime),
+            **student.optimizer.state_dict(),
+        }
         self._writing = Writing(state, self._partial)
         self._seconds = time.perf_counter() - started
 
@@ -161,22 +169,26 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
         The `progress` of the save.
     Raises:
         CheckpointError: the folder is not a checkpoint, or lacks a tensor that this run needs.
-    Collectives: those of dist_checkpointing.load. Every rank must call it.
+    Collectives: broadcasts, those of the functions of shards.py, and those of
+        dist_checkpointing.load. Every rank must call it.
     """
-    common = read_common(path)
-    state = _sharded_state(student, teacher, runtime, is_loading=True)
-    same_layout = common["layout"] == _layout(runtime)
+    tensors, objects, boxes = _contents(student, teacher, runtime)
+    same_layout = run_on_rank0(lambda: read_common(path))["layout"] == _layout(runtime)
     if same_layout:
-        state["rng"] = _rng_state(runtime)
-    loaded = _load_sharded(path, state)
+        objects["rng"] = _rng_state(runtime)
+    shards.read(path, boxes)
+    shards.broadcast_shares(tensors, runtime)
+    loaded = _load_objects(path, objects)
+    dict_list_map_inplace(lambda tensor: tensor.data.detach(), tensors)
+    merge(loaded, tensors)
     for index, chunk in enumerate(student.model):
         chunk.load_state_dict(loaded["model"][str(index)])
     student.optimizer.load_state_dict(loaded)
     if teacher is not None:
-        teacher.load_state_dict(loaded["teacher"])
+        teacher.load_state_dict(loaded.get("teacher", {}))
     if same_layout:
         _restore_rng(loaded["rng"], runtime)
-    return common["progress"]
+    return loaded["progress"]
 
 
 def read_common(path: Path) -> dict[str, Any]:
@@ -197,9 +209,9 @@ def read_common(path: Path) -> dict[str, Any]:
     return common
 
 
-def _load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+def _load_objects(path: Path, objects: dict[str, Any]) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], dist_checkpointing.load(state, str(path)))
+        return cast(dict[str, Any], dist_checkpointing.load(objects, str(path)))
     except CheckpointException as error:  # torch's, not an Exception; has one failure per rank
         first, _ = next(iter(error.failures.values()))
         raise _load_error(path, first) from error
@@ -208,26 +220,31 @@ def _load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_error(path: Path, error: BaseException) -> CheckpointError:
-    # Messages begin with the tensor in question. A list of all tensors may follow.
+    # Messages begin with the object in question. A list of all objects may follow.
     reason = textwrap.shorten(str(error).strip("\"'"), 200, placeholder=" ...")
     reason = reason or type(error).__name__  # a truncated file raises EOFError without a message
     return CheckpointError(f"{path}: cannot be loaded into this run: {reason}")
 
 
-def _sharded_state(
-    student: Student, teacher: Teacher | None, runtime: Runtime, *, is_loading: bool
-) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": STATE_FORMAT,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": runtime.dp_cp_group,
-    }
-    state: dict[str, Any] = {"model": student.model.sharded_state_dict(metadata=metadata)}
-    state |= student.optimizer.sharded_state_dict(state, metadata, is_loading=is_loading)
+def _contents(
+    student: Student, teacher: Teacher | None, runtime: Runtime
+) -> tuple[dict[str, Any], dict[str, Any], list[Box]]:
+    """Return what a checkpoint consists of.
+
+    Returns:
+        The models' tensors, `{"model": ..., "teacher": ...}`, in Megatron's form.
+        The models' other values, such as the statistics of FP8, in the same form.
+        This rank's boxes of the models' tensors and of the optimizer's.
+    """
+    metadata = {"singleton_local_shards": False, "dp_cp_group": runtime.dp_cp_group}
+    models = {"model": student.model.sharded_state_dict(metadata=metadata)}
     if teacher is not None:
-        state["teacher"] = teacher.sharded_state_dict(metadata)
-    return state
+        models["teacher"] = teacher.sharded_state_dict(metadata)
+    tensors, objects = extract_sharded_tensors_and_factories(models)
+    boxes = shards.model_boxes(tensors, runtime)
+    optimizers = student.optimizer.inner.chained_optimizers
+    boxes += shards.optimizer_boxes(optimizers, models["model"], runtime)
+    return tensors, objects, boxes
 
 
 def _layout(runtime: Runtime) -> dict[str, int]:

@@ -1,0 +1,51 @@
+"""Host memory of one rank that trains on a GPU, in bytes, without the process itself.
+
+always  pinned copies that config.teacher keeps on the host
+save    a copy of the rank's part of a checkpoint. torch keeps its blocks for the next save
+"""
+
+from aropd_mcore.plan.memory import FP32, sharing_ranks, visiting_parameters
+from aropd_mcore.plan.parameters import Parameters, rank_parameters
+from aropd_mcore.plan.setup import Setup
+
+PINNED = 1.44
+"""Bytes of pinned memory per byte of a tensor. torch rounds each block up to a power of two. This
+is the mean if the logarithms of the sizes are spread evenly. The largest value is 2."""
+
+
+def host_memory(setup: Setup) -> dict[str, dict[str, float]]:
+    """Return the bytes by phase and part, for the stage with the largest sum."""
+    stages = {0, min(1, setup.pipeline - 1), setup.pipeline - 1}
+    by_stage = [_stage(setup, stage) for stage in sorted(stages)]
+    return max(by_stage, key=lambda phases: sum(sum(parts.values()) for parts in phases.values()))
+
+
+def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
+    parameters = rank_parameters(setup, stage)
+    always: dict[str, float] = {}
+    if setup.hosts_weights:
+        always["teacher weights"] = (
+            visiting_parameters(setup, parameters, stage) * setup.dtype_bytes * PINNED
+        )
+        if _has_master(setup):
+            always["teacher fp32 master"] = parameters.total * FP32 * PINNED
+    if setup.teacher_hidden_states == "host" and setup.teacher is not None:
+        states = setup.num_views * setup.num_microbatches * setup.loss_tokens
+        if stage == setup.pipeline - 1:
+            size = states * setup.architecture.hidden_size * setup.dtype_bytes
+            always["teacher hidden states"] = size * PINNED
+    return {"always": always, "save": {"its part of the checkpoint": _part(setup, parameters)}}
+
+
+def _part(setup: Setup, parameters: Parameters) -> float:
+    """Return the pinned bytes of a rank's part: weights, teacher, and the optimizer's state."""
+    shared, experts = sharing_ranks(setup)
+    on_rank = parameters.shared / shared + parameters.experts / experts
+    width = setup.dtype_bytes + 3 * FP32
+    if setup.teacher in ("ema", "frozen"):
+        width += FP32 if _has_master(setup) else setup.dtype_bytes
+    return on_rank * width * PINNED
+
+
+def _has_master(setup: Setup) -> bool:
+    return setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32
