@@ -16,9 +16,17 @@ from aropd_mcore.config import Divergence
 from aropd_mcore.numerics.checks import check_head, check_ids, check_views
 from aropd_mcore.numerics.chunks import Gradient, Stream, weighted_sum_over_chunks
 from aropd_mcore.numerics.cross_entropy import cross_entropies, write_cross_entropy_gradient
-from aropd_mcore.numerics.kl import Wanted, join, passes_for, token_groups, token_losses
+from aropd_mcore.numerics.kl import (
+    TokenLosses,
+    Wanted,
+    join,
+    passes_for,
+    token_groups,
+    token_losses,
+)
 from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import TorchPasses, ViewLogits
+from aropd_mcore.numerics.threads import on_threads
 from aropd_mcore.numerics.vocab_shard import vocab_shard
 
 
@@ -115,17 +123,20 @@ def fused_linear_anchored_residual_kl(
         logits: list[Tensor], ids_T: Tensor | None, gradient: Gradient | None
     ) -> dict[str, Tensor]:
         # With one privileged view, it takes both places: the target reads the same from either.
-        views, parts = ViewLogits(logits[0], logits[1], logits[-1]), []
+        views = ViewLogits(logits[0], logits[1], logits[-1])
         run = passes_for(views)
         wanted = Wanted(ids_T, with_metrics, with_metrics and with_topk)
-        for group in token_groups(run, views.student.size(0), shard):
+
+        def compute(group: slice) -> TokenLosses:
             rows = views.rows(group)
             part = token_losses(run, rows, objective, shard, wanted.rows(group))
             if gradient is not None:
                 numbers = (part.softmax, part.kl_student_T, objective, gradient.weights_C[group])
                 run.write_gradient(gradient.out_CV[group], rows, *numbers)
-            parts.append(part)
-        losses = join(parts)
+            return part
+
+        groups = token_groups(run, views.student.size(0), shard)
+        losses = join(on_threads(compute, groups, views.student.device))
         return {"loss_T": losses.loss_T, **losses.metrics}
 
     return weighted_sum_over_chunks(
