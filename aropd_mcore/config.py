@@ -527,8 +527,9 @@ class ObjectiveConfig(Section):
     """Coefficient of the z-loss, which keeps the routers' logits small, in the student view (METHOD
     section 3, Routers). 0: no such loss."""
     chunk_tokens: Positive | Literal["auto"] = "auto"
-    """Number of tokens whose logits exist at once in the fused loss. `auto`: as many as fit into
-    1.5 GiB on a GPU and 128 MiB on a CPU."""
+    """Number of tokens whose logits exist at once in the fused loss. Logits are fp32 for every
+    model.dtype. `auto`: as many as fit, with their gradient, into 1.5 GiB on a GPU and 128 MiB on a
+    CPU."""
     metrics: bool = True
     """Report of entropies, divergences between the views and similar metrics, from the pass that
     computes the loss. They need both teacher views. Without them, Full and Partial OPD read only

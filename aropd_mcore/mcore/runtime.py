@@ -225,6 +225,18 @@ class Runtime:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
+    def numbers_of_rank0(self, *numbers: float) -> list[float]:
+        """Return rank 0's numbers, as 64-bit floats.
+
+        Sums over different groups may differ in their last digit, so ranks that compare such sums
+        with a threshold must compare rank 0's.
+
+        Collectives: one broadcast over the whole job, on the CPU.
+        """
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.broadcast(values, src=0)
+        return values.tolist()
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a config's `bf16`, `fp32` or `auto`: bf16 on a GPU, else fp32."""
         if name == "auto":

@@ -1,11 +1,17 @@
 """Output layer and loss, computed chunk by chunk over the tokens.
 
+Logits are fp32 (fp64 for fp64), also for hidden states in half precision: the products of half
+numbers are accumulated in fp32 and not rounded. Rounded to bf16, logits of 16 to 32 are off by up
+to 0.06 nats, which exceeds the loss itself where the target is close to the student. The gradient
+is rounded to the hidden states' dtype, in which the two products with it are faster.
+
 Shape letters: T flattened tokens, C tokens of a chunk, V vocabulary columns of this rank's shard,
 H hidden.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -16,21 +22,32 @@ from torch import Tensor
 from aropd_mcore.numerics.checks import check_main_grad, check_token_weights
 from aropd_mcore.numerics.gradients import attach_gradients, wants_gradient
 from aropd_mcore.numerics.passes import wide_dtype
+from aropd_mcore.numerics.threads import on_threads
 from aropd_mcore.numerics.vocab_shard import VocabShard
 
 LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 3 * 2**29}
-"""Largest size of an `auto` chunk's logits, over all streams. On a CPU a larger chunk gains
-nothing. A GPU adds to the weight's gradient once per chunk: with V = 128,256, an H200 took 5 % less
-time with chunks of 2048 tokens than with 1344 (1 GiB), and another 2 % less with 2736."""
+"""Largest size of an `auto` chunk's logits, over all streams, and of their gradient. On a CPU a
+larger chunk gains nothing. A GPU adds to the weight's gradient once per chunk: with V = 128,256 and
+logits in bf16, an H200 took 5 % less time with chunks of 2048 tokens than with 1344, and another
+2 % less with 2736. Chunks of fp32 logits have not been timed."""
 
 CPU_TILE = 512
-"""Number of columns per matrix product on a CPU. With 320 tokens, MKL was a fifth faster with 512
-columns at a time than with 32,768 at once (AMD, AVX-512)."""
+"""Number of columns per matrix product on a CPU. One thread computes a product, as in
+numerics.threads. With 320 tokens, MKL was a fifth faster with 512 columns at a time than with
+32,768 at once (AMD, AVX-512)."""
 
-ChunkLosses = Callable[[list[Tensor], Tensor | None, Tensor | None], dict[str, Tensor]]
-"""Function (logits [C, V] of each stream, token ids [C], gradient weights [C]) -> loss_T and
-metrics, [C] each. If gradient weights are given, it overwrites the first stream's logits with the
-weighted gradient."""
+
+class Gradient(NamedTuple):
+    """Destination of the weighted gradient of a chunk's loss to the first stream's logits."""
+
+    weights_C: Tensor
+    out_CV: Tensor
+    """In the hidden states' dtype. The logits themselves, if they have the same dtype."""
+
+
+ChunkLosses = Callable[[list[Tensor], Tensor | None, Gradient | None], dict[str, Tensor]]
+"""Function (logits [C, V] of each stream, token ids [C], gradient) -> loss_T and metrics, [C] each.
+It writes the gradient if there is a destination."""
 
 
 class Stream(NamedTuple):
@@ -69,7 +86,12 @@ def weighted_sum_over_chunks(
     with torch.no_grad():
         token_weights_T = token_weights_T.to(wide)
         scale = _gradient_scale(token_weights_T, hidden_TH.dtype)
-        heads = _Heads(streams, shard.num_columns, tokens.chunk_size)
+        heads = _Heads(
+            streams,
+            shard.num_columns,
+            tokens.chunk_size,
+            with_gradient=wants_hidden or wants_weight,
+        )
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=wide) if wants_hidden else None
         grad_weight_VH = main_grad_VH if wants_weight else None
         if wants_weight and main_grad_VH is None:
@@ -78,16 +100,19 @@ def weighted_sum_over_chunks(
         for rows in tokens.chunks():
             hidden = [tokens.gather(stream.hidden_TH[rows]) for stream in streams]
             logits = heads.project(hidden)
-            gradient_weights_C = None
-            if wants_hidden or wants_weight:
-                gradient_weights_C = tokens.pick(token_weights_T, rows) * scale
+            gradient = None
+            if heads.gradient is not None:
+                weights_C = tokens.pick(token_weights_T, rows) * scale
+                gradient = Gradient(weights_C, heads.gradient[: weights_C.numel()])
             ids_C = None if token_ids_T is None else tokens.pick(token_ids_T, rows)
-            parts.append(chunk_losses(logits, ids_C, gradient_weights_C))
+            parts.append(chunk_losses(logits, ids_C, gradient))
+            if gradient is None:
+                continue
             if grad_hidden_TH is not None:  # first: its sum over the ranks overlaps what follows
-                grad_hidden_CH = heads.hidden_gradient(logits[0], wide, 1 / scale)
+                grad_hidden_CH = heads.hidden_gradient(gradient.out_CV, wide, 1 / scale)
                 tokens.start_sum(grad_hidden_TH[rows], grad_hidden_CH)
             if grad_weight_VH is not None:
-                heads.add_weight_gradient(grad_weight_VH, logits[0], hidden[0], 1 / scale)
+                heads.add_weight_gradient(grad_weight_VH, gradient.out_CV, hidden[0], 1 / scale)
         tokens.finish_sum()
         metrics = {name: tokens.join([part[name] for part in parts]) for name in parts[0]}
         loss = (token_weights_T * metrics["loss_T"]).sum()
@@ -107,9 +132,20 @@ def auto_chunk_tokens(num_streams: int, weight_VH: Tensor, num_tokens: int) -> i
     since every chunk has collectives.
     """
     device = "cuda" if weight_VH.is_cuda else "cpu"
-    return even_chunk(
-        device, num_streams * weight_VH.size(0) * weight_VH.element_size(), num_tokens
-    )
+    token_bytes = logits_bytes(num_streams, weight_VH.size(0), weight_VH.element_size())
+    return even_chunk(device, token_bytes, num_tokens)
+
+
+def logits_bytes(num_streams: int, num_columns: int, dtype_bytes: int) -> int:
+    """Return the bytes of one token's logits in every stream, and of their gradient.
+
+    Args:
+        dtype_bytes: bytes per number of the hidden states. Up to 2, the gradient has a buffer of
+            its own. Otherwise it overwrites the first stream's logits.
+    """
+    wide = max(dtype_bytes, 4)
+    gradient = dtype_bytes if dtype_bytes < wide else 0
+    return num_columns * (num_streams * wide + gradient)
 
 
 def even_chunk(device: Literal["cpu", "cuda"], token_bytes: int, num_tokens: int) -> int:
@@ -207,14 +243,23 @@ class _Tokens:
 
 
 class _Heads:
-    """Output layers of all streams, and the buffer of a chunk's logits."""
+    """Output layers of all streams, and the buffers of a chunk's logits and their gradient."""
 
-    def __init__(self, streams: Sequence[Stream], num_columns: int, chunk_size: int):
+    def __init__(
+        self, streams: Sequence[Stream], num_columns: int, chunk_size: int, *, with_gradient: bool
+    ):
         self.weights = [stream.weight_VH[:num_columns] for stream in streams]
         weights = [stream.weight_VH for stream in streams]
         # Rows have the padded length, since a GPU multiplies faster into aligned rows.
-        rows = weights[0].new_empty(len(streams), chunk_size, weights[0].size(0))
-        self.logits = rows[..., :num_columns]
+        shape = (len(streams), chunk_size, weights[0].size(0))
+        dtype = wide_dtype(weights[0].dtype)
+        self.logits = weights[0].new_empty(shape, dtype=dtype)[..., :num_columns]
+        self.gradient: Tensor | None = None
+        """Buffer of the gradient to the first stream's logits, [chunk_size, num_columns]."""
+        if with_gradient and weights[0].dtype == dtype:
+            self.gradient = self.logits[0]
+        elif with_gradient:
+            self.gradient = weights[0].new_empty(shape[1:])[..., :num_columns]
         self._owners = [(weight_VH.data_ptr(), weight_VH.shape) for weight_VH in weights]
 
     def project(self, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -227,9 +272,9 @@ class _Heads:
         for _, streams in groupby(range(len(hidden)), key=self._owners.__getitem__):
             shared = list(streams)
             stacked = torch.cat([hidden[k] for k in shared])
-            rows = logits[done : done + len(stacked)]
-            for columns in _tiles(rows):
-                torch.mm(stacked, self.weights[shared[0]][columns].T, out=rows[:, columns])
+            weight_VH, rows = self.weights[shared[0]], logits[done : done + len(stacked)]
+            write = partial(_write_tile, rows, stacked, weight_VH)
+            on_threads(write, list(_tiles(rows)), rows.device)
             done += len(stacked)
         return list(logits.unflatten(0, (len(hidden), num_tokens)).unbind())
 
@@ -237,15 +282,23 @@ class _Heads:
         self, grad_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, scale: float
     ) -> None:
         """Add scale * gradient^T @ hidden of the first stream to `grad_VH`."""
-        for columns in _tiles(gradient_CV):
+
+        def add(columns: slice) -> None:
             _add_product(grad_VH[columns], gradient_CV[:, columns].T, hidden_CH, scale)
+
+        on_threads(add, list(_tiles(gradient_CV)), gradient_CV.device)
 
     def hidden_gradient(self, gradient_CV: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         """Return scale * gradient @ weight of the first stream, from this rank's columns."""
         weight_VH = self.weights[0]
         grad_CH = gradient_CV.new_zeros(gradient_CV.size(0), weight_VH.size(1), dtype=dtype)
-        for columns in _tiles(gradient_CV):
-            _add_product(grad_CH, gradient_CV[:, columns], weight_VH[columns], scale)
+
+        def add(tokens: slice) -> None:
+            for columns in _tiles(gradient_CV):
+                left, right = gradient_CV[tokens, columns], weight_VH[columns]
+                _add_product(grad_CH[tokens], left, right, scale)
+
+        on_threads(add, _token_shares(gradient_CV), gradient_CV.device)
         return grad_CH
 
 
@@ -255,6 +308,26 @@ def _tiles(logits_CV: Tensor) -> Iterator[slice]:
     step = num_columns if logits_CV.is_cuda else CPU_TILE
     starts = range(0, num_columns, max(step, 1))
     return (slice(start, min(start + step, num_columns)) for start in starts)
+
+
+def _token_shares(logits_CV: Tensor) -> list[slice]:
+    """Split a chunk's tokens over the threads of a CPU, in shares of 64 tokens or more."""
+    num_tokens = logits_CV.size(0)
+    num_shares = 1 if logits_CV.is_cuda else torch.get_num_threads()
+    size = max(math.ceil(num_tokens / num_shares), 64)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _write_tile(out: Tensor, hidden_CH: Tensor, weight_VH: Tensor, columns: slice) -> None:
+    _write_product(out[:, columns], hidden_CH, weight_VH[columns].T)
+
+
+def _write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write left @ right to `out`, accumulated and kept in its dtype, which is at least fp32."""
+    if left.is_cuda and left.dtype != out.dtype:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:  # a CPU has no products with another dtype of the result
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def _add_product(sum_: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

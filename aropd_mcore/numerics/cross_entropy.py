@@ -3,6 +3,7 @@
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -45,8 +46,9 @@ def write_cross_entropy_gradient(
     weights_T: Tensor,
 ) -> None:
     """Write weights_t (s - onehot(target)) to `out_TV`, which may be the logits themselves."""
-    for tokens in run.blocks(student_TV.size(0)):
-        log_row, s_row, *_ = run.buffers(tokens)
+
+    def write(tokens: slice, buffers: Sequence[Tensor]) -> None:
+        log_row, s_row, *_ = buffers
         log_s = softmax.log_probs(0, student_TV[tokens], tokens, out=log_row)
         s, scale_T = exp_rows(log_s, careful=False, out=s_row)
         weights = weights_T[tokens]
@@ -55,3 +57,5 @@ def write_cross_entropy_gradient(
             is_owned_T, columns_T = shard.owned(target_ids_T[tokens])
             s.scatter_add_(1, columns_T[:, None], (is_owned_T * -weights)[:, None])
         out_TV[tokens] = s
+
+    run.over_blocks(student_TV.size(0), write)

@@ -2,7 +2,7 @@
 
 The output layer is applied to one chunk of tokens at a time, into a buffer that all chunks reuse.
 The token weights are known before the loss. So a chunk's gradient is formed right after its loss,
-in place of the student's logits, and added to the gradients of the hidden states and the weight.
+and added to the gradients of the hidden states and the weight.
 
 Shape letters: T flattened tokens, V vocabulary columns of this rank's shard (with padding), H
 hidden.
@@ -14,11 +14,19 @@ from torch import Tensor
 
 from aropd_mcore.config import Divergence
 from aropd_mcore.numerics.checks import check_head, check_ids, check_views
-from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
+from aropd_mcore.numerics.chunks import Gradient, Stream, weighted_sum_over_chunks
 from aropd_mcore.numerics.cross_entropy import cross_entropies, write_cross_entropy_gradient
-from aropd_mcore.numerics.kl import Wanted, join, passes_for, token_groups, token_losses
+from aropd_mcore.numerics.kl import (
+    TokenLosses,
+    Wanted,
+    join,
+    passes_for,
+    token_groups,
+    token_losses,
+)
 from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.passes import TorchPasses, ViewLogits
+from aropd_mcore.numerics.threads import on_threads
 from aropd_mcore.numerics.vocab_shard import vocab_shard
 
 
@@ -47,12 +55,14 @@ def fused_linear_anchored_residual_kl(
 
         loss = sum_t token_weights_t * loss_t,    logits = hidden @ weight^T
 
-    loss_t is that of `vocab_parallel_anchored_residual_kl`, computed by the same code.
+    loss_t is that of `vocab_parallel_anchored_residual_kl`, computed by the same code. Logits are
+    accumulated and kept in fp32 (fp64 for fp64), also for hidden states in half precision.
 
     Source: METHOD sections 3 and 5; AR-OPD, arXiv:2606.10385.
     Gradient: to student_hidden_TH and student_weight_VH, in their dtypes. None to the teacher's
     tensors (teacher_weight_VH may be the student's own) or to the token weights. The gradient is
-    formed during the forward, accumulated in fp32 (fp64 for fp64), and only scaled by backward. The
+    formed during the forward and only scaled by backward. With respect to the logits it is rounded
+    once to the hidden states' dtype; its products are accumulated in fp32 (fp64 for fp64). The
     gradient to the hidden states is complete on every rank of tp_group: do not reduce it again.
     With T = 0 both gradients are zero and still connected. The loss is differentiable once.
 
@@ -74,7 +84,7 @@ def fused_linear_anchored_residual_kl(
             hidden states are then [T / tp, H], in the order of the ranks, and the gradient is that
             of this rank's part. The other tensors cover all T tokens.
         chunk_tokens: number of tokens whose logits exist at once; any value gives the same loss.
-            `auto`: as many as fit into `chunks.LOGITS_BYTES`.
+            `auto`: as many as fit into `chunks.LOGITS_BYTES` with their gradient.
         main_grad_VH: buffer that the weight's gradient is added to during the forward, fp32
             [V_padded / tp, H], such as Megatron's `main_grad`. The weight itself then gets zeros,
             and backward must receive exactly 1.
@@ -110,20 +120,23 @@ def fused_linear_anchored_residual_kl(
         check_ids("sampled_ids_T", sampled_ids_T, num_tokens, vocab_size)
 
     def chunk_losses(
-        logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
+        logits: list[Tensor], ids_T: Tensor | None, gradient: Gradient | None
     ) -> dict[str, Tensor]:
         # With one privileged view, it takes both places: the target reads the same from either.
-        views, parts = ViewLogits(logits[0], logits[1], logits[-1]), []
+        views = ViewLogits(logits[0], logits[1], logits[-1])
         run = passes_for(views)
         wanted = Wanted(ids_T, with_metrics, with_metrics and with_topk)
-        for group in token_groups(run, views.student.size(0), shard):
+
+        def compute(group: slice) -> TokenLosses:
             rows = views.rows(group)
             part = token_losses(run, rows, objective, shard, wanted.rows(group))
-            if gradient_weights_T is not None:
-                numbers = (part.softmax, part.kl_student_T, objective, gradient_weights_T[group])
-                run.write_gradient(rows.student, rows, *numbers)
-            parts.append(part)
-        losses = join(parts)
+            if gradient is not None:
+                numbers = (part.softmax, part.kl_student_T, objective, gradient.weights_C[group])
+                run.write_gradient(gradient.out_CV[group], rows, *numbers)
+            return part
+
+        groups = token_groups(run, views.student.size(0), shard)
+        losses = join(on_threads(compute, groups, views.student.device))
         return {"loss_T": losses.loss_T, **losses.metrics}
 
     return weighted_sum_over_chunks(
@@ -175,15 +188,15 @@ def fused_linear_cross_entropy(
     check_ids("target_ids_T", target_ids_T, token_weights_T.numel(), vocab_size)
 
     def chunk_losses(
-        logits: list[Tensor], ids_T: Tensor | None, gradient_weights_T: Tensor | None
+        logits: list[Tensor], ids_T: Tensor | None, gradient: Gradient | None
     ) -> dict[str, Tensor]:
         assert ids_T is not None
         (student_TV,) = logits
         run = TorchPasses(student_TV)
         losses = cross_entropies(run, student_TV, ids_T, shard)
-        if gradient_weights_T is not None:
-            numbers = (ids_T, losses.softmax, shard, gradient_weights_T)
-            write_cross_entropy_gradient(run, student_TV, student_TV, *numbers)
+        if gradient is not None:
+            numbers = (ids_T, losses.softmax, shard, gradient.weights_C)
+            write_cross_entropy_gradient(run, gradient.out_CV, student_TV, *numbers)
         return {
             "loss_T": losses.loss_T,
             "logprob_student": -losses.loss_T,

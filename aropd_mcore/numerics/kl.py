@@ -33,6 +33,7 @@ from aropd_mcore.numerics.passes import (
     wide_dtype,
 )
 from aropd_mcore.numerics.residual import unnormalized_target
+from aropd_mcore.numerics.threads import on_threads
 from aropd_mcore.numerics.vocab_shard import VocabShard, gather_over_shards, vocab_shard
 
 TOP_K = 16
@@ -122,7 +123,11 @@ def vocab_parallel_anchored_residual_kl(
         views = ViewLogits(*(logits_TV[:, : shard.num_columns] for logits_TV in logits.values()))
         run = passes_for(views)
         groups = token_groups(run, num_tokens, shard)
-        parts = [token_losses(run, views.rows(g), objective, shard, wanted.rows(g)) for g in groups]
+        parts = on_threads(
+            lambda g: token_losses(run, views.rows(g), objective, shard, wanted.rows(g)),
+            groups,
+            student_logits_TV.device,
+        )
         loss_T, metrics, softmax, kl_student_T = join(parts)
     if wants_gradient(student_logits_TV):
         loss_T = _LogitsLoss.apply(
@@ -204,7 +209,8 @@ def token_groups(run: Passes, num_tokens: int, shard: VocabShard) -> list[slice]
     """Split the tokens into the groups that `token_losses` processes at once.
 
     With several ranks or on a GPU there is one group, since exchanges and launches cost time. A
-    single CPU rank takes as many tokens as stay in the cache from one pass to the next.
+    single CPU rank takes as many tokens as stay in the cache from one pass to the next. Its threads
+    share out the groups.
     """
     if isinstance(run, TorchPasses) and shard.tp_group is None:
         return list(run.blocks(num_tokens))

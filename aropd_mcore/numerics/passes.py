@@ -21,11 +21,12 @@ from torch import Tensor
 
 from aropd_mcore.numerics.loss_settings import LossSettings
 from aropd_mcore.numerics.residual import unnormalized_target
+from aropd_mcore.numerics.threads import on_threads
 
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
-"""Number of logits of one view that are processed at once. On a CPU they and their temporaries stay
-in the cache. On a GPU, which runs only fp64 and cross-entropy here, a block must be large enough to
-keep it busy."""
+"""Number of logits of one view that are processed at once. On a CPU the threads share them out, and
+they stay in the cache with their temporaries. On a GPU, which runs only fp64 and cross-entropy
+here, a block must be large enough to keep it busy."""
 
 MOMENTS = ((0, 0), (1, 1), (2, 2), (1, 0), (2, 0), (2, 1))
 """Pairs (a, b) of views whose E_a[log b] give the entropies and the divergences between views."""
@@ -76,19 +77,26 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class TorchPasses:
-    """The passes in torch, over blocks of a few rows.
+    """The passes in torch, over blocks of a few rows. Each thread of a CPU computes its own blocks.
 
-    Temporaries are allocated once. Otherwise an allocator that returns large blocks to the system
-    at once would allocate them again for every operation, which takes longer than the arithmetic.
+    Temporaries are allocated once per thread. Otherwise an allocator that returns large blocks to
+    the system at once would allocate them again for every operation, which takes longer than the
+    arithmetic.
     """
 
     def __init__(self, logits_TV: Tensor):
-        """Allocate the buffers for shards like `logits_TV`, with as many rows or fewer."""
+        """Choose the blocks for shards like `logits_TV`, with as many rows or fewer."""
         num_tokens, num_columns = logits_TV.shape
-        elements = BLOCK_ELEMENTS["cuda" if logits_TV.is_cuda else "cpu"]
+        if logits_TV.is_cuda:
+            elements = BLOCK_ELEMENTS["cuda"]
+        else:
+            elements = BLOCK_ELEMENTS["cpu"] // torch.get_num_threads()
         self.block_rows = max(min(elements // max(num_columns, 1), num_tokens), 1)
+        self.device = logits_TV.device
         self._dtype = wide_dtype(logits_TV.dtype)
-        self._buffers = logits_TV.new_empty((6, self.block_rows, num_columns), dtype=self._dtype)
+        self._num_columns = num_columns
+        self._free_buffers: list[Tensor] = []
+        """Temporaries of the threads that are between two blocks, [6, block_rows, V] each."""
 
     def blocks(self, num_tokens: int) -> Iterator[slice]:
         """Yield the rows of each block; one empty block if there are no tokens."""
@@ -240,12 +248,13 @@ class TorchPasses:
                 gradient.masked_fill_(s == 0, 0.0)
             return gradient.mul_((scale_T * weights * objective.student_share)[:, None])
 
-        for tokens in self.blocks(views.student.size(0)):
-            buffers = self.buffers(tokens)
+        def write(tokens: slice, buffers: Sequence[Tensor]) -> None:
             gradient_TV = gradient(tokens, buffers, False)
             if not gradient_TV.sum().isfinite():
                 gradient_TV = gradient(tokens, buffers, True)
             out_TV[tokens] = gradient_TV
+
+        self.over_blocks(views.student.size(0), write)
 
     def _in_blocks(
         self,
@@ -261,17 +270,29 @@ class TorchPasses:
         """
         num_tokens = views[0].size(0)
         numbers_KT = views[0].new_empty((num_numbers, num_tokens), dtype=self._dtype)
-        for tokens in self.blocks(num_tokens):
-            buffers = self.buffers(tokens)
+
+        def compute(tokens: slice, buffers: Sequence[Tensor]) -> None:
             numbers = torch.stack(statistics(tokens, buffers, False))
             if not numbers.isfinite().all():
                 numbers = torch.stack(statistics(tokens, buffers, True))
             numbers_KT[:, tokens] = numbers
+
+        self.over_blocks(num_tokens, compute)
         return numbers_KT
 
-    def buffers(self, tokens: slice) -> Sequence[Tensor]:
-        """Return six temporaries for a block's rows."""
-        return self._buffers[:, : tokens.stop - tokens.start].unbind()
+    def over_blocks(self, num_tokens: int, work: Callable[[slice, Sequence[Tensor]], None]) -> None:
+        """Call `work(tokens, buffers)` for every block, with six temporaries for its rows."""
+        shape = (6, self.block_rows, self._num_columns)
+
+        def on_block(tokens: slice) -> None:
+            try:
+                buffers = self._free_buffers.pop()
+            except IndexError:  # the first block of this thread
+                buffers = torch.empty(shape, dtype=self._dtype, device=self.device)
+            work(tokens, buffers[:, : tokens.stop - tokens.start].unbind())
+            self._free_buffers.append(buffers)
+
+        on_threads(on_block, list(self.blocks(num_tokens)), self.device)
 
 
 def exp_rows(log_TV: Tensor, careful: bool, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ causal attention. Rates are a GPU's peaks times assumed efficiencies; none is fi
 these times to compare layouts. A real step takes a different time.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.plan.devices import PEAK_BF16_FLOPS
-from aropd_mcore.plan.memory import sharing_ranks
-from aropd_mcore.plan.parameters import rank_parameters
+from aropd_mcore.plan.memory import chunk_tokens, sharing_ranks
+from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
 from aropd_mcore.plan.setup import Setup
 
 
@@ -111,6 +112,20 @@ def loss_flops(setup: Setup) -> int:
     return head_flops(setup.architecture, num_tokens, num_views=setup.num_views)
 
 
+def loss_bytes(setup: Setup) -> int:
+    """Count the bytes that a microbatch's loss moves on one rank outside of its products.
+
+    Passes over the logits read every stream's and write their gradient. Each chunk adds to the
+    fp32 gradient of the output layer.
+    """
+    columns, width = vocabulary_columns(setup), setup.dtype_bytes
+    passes = 3 if setup.num_views else 2  # views, target and gradient; cross-entropy has no target
+    read = passes * (1 + setup.num_views) * max(width, 4)
+    num_chunks = math.ceil(setup.loss_tokens / chunk_tokens(setup))
+    accumulated = num_chunks * columns * setup.architecture.hidden_size * 2 * 4
+    return setup.loss_tokens * columns * (read + width) + accumulated
+
+
 def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: int) -> float:
     """Return the share of a pipelined pass in which a stage is idle.
 
@@ -136,6 +151,7 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     # The last stage also computes the loss, and the other stages wait for it.
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
+    loss += loss_bytes(setup) / (rates.memory_bytes * rates.memory_efficiency)
     return StepTime(
         rollout=_sampling_seconds(setup, rates, setup.num_responses, setup.response_tokens)
         if setup.samples

@@ -14,7 +14,7 @@ A save needs no memory of the device: its tensors are copied to the host (host_m
 
 from dataclasses import dataclass
 
-from aropd_mcore.numerics.chunks import even_chunk
+from aropd_mcore.numerics.chunks import even_chunk, logits_bytes
 from aropd_mcore.numerics.passes import BLOCK_ELEMENTS
 from aropd_mcore.plan.activations import (
     backward_working_set,
@@ -213,7 +213,8 @@ def _student(setup: Setup, stage: int) -> dict[str, float]:
 
 
 def _loss(setup: Setup) -> dict[str, float]:
-    """Return the bytes of numerics.chunks: logits of a chunk in every stream, and gradients."""
+    """Return the bytes of numerics.chunks: a chunk's logits and their gradient, and those of the
+    hidden states."""
     hidden, width, columns = (
         setup.architecture.hidden_size,
         setup.dtype_bytes,
@@ -221,7 +222,7 @@ def _loss(setup: Setup) -> dict[str, float]:
     )
     streams = 1 + setup.num_views
     tokens, chunk = setup.loss_tokens, chunk_tokens(setup)
-    logits = streams * chunk * columns * width
+    logits = chunk * logits_bytes(streams, columns, width)
     if setup.device == "cpu":
         rows = max(min(BLOCK_ELEMENTS["cpu"] // columns, chunk), 1)
         logits += 6 * rows * columns * FP32  # numerics.passes: temporaries
@@ -240,7 +241,8 @@ def chunk_tokens(setup: Setup) -> int:
     """Return the chunk size of the loss, as numerics.chunks does; at most the loss tokens."""
     chunk = setup.chunk_tokens
     if chunk == "auto":
-        token_bytes = (1 + setup.num_views) * vocabulary_columns(setup) * setup.dtype_bytes
+        columns = vocabulary_columns(setup)
+        token_bytes = logits_bytes(1 + setup.num_views, columns, setup.dtype_bytes)
         device = "cuda" if setup.device == "gpu" else "cpu"
         chunk = even_chunk(device, token_bytes, setup.loss_tokens)
     return max(min(chunk, setup.loss_tokens), 1)

@@ -1,6 +1,6 @@
 """Guards: checks of a step's loss, gradient norm and responses before its update is applied.
 
-Source: METHOD section 7. All inputs are the same on every rank, and so is the verdict.
+Source: METHOD section 7. All inputs are bitwise the same on every rank, and so is the verdict.
 """
 
 import math

@@ -80,7 +80,7 @@ class StepHook(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one step. Sums, verdict and update are the same on every rank."""
+    """Result of one step. Verdict and update are the same on every rank, sums up to rounding."""
 
     views: Sequence[Views]
     rollouts: Sequence[Rollout]
@@ -134,8 +134,12 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
 
     # An update is skipped if it is not finite, has no loss tokens, or is rejected by a guard.
     with phase("optimizer"):
-        grad_norm = run.student.optimizer.grad_norm()
-        verdict = judge(run, rollouts, sums, grad_norm, has_loss=batch.has_loss)
+        loss, num_tokens, grad_norm = run.runtime.numbers_of_rank0(
+            float(sums["loss"].sum()),
+            float(sums["num_tokens"].sum()),
+            run.student.optimizer.grad_norm(),
+        )
+        verdict = judge(run, rollouts, loss, num_tokens, grad_norm, has_loss=batch.has_loss)
         update = run.student.optimizer.step(grad_norm, apply=verdict.apply)
 
     # teacher <- (1 - alpha) teacher + alpha student. Later rollouts use the new weights.
@@ -161,18 +165,28 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
 
 
 def judge(
-    run: Run, rollouts: Sequence[Rollout], sums: TokenSums, grad_norm: float, *, has_loss: bool
+    run: Run,
+    rollouts: Sequence[Rollout],
+    loss: float,
+    num_tokens: float,
+    grad_norm: float,
+    *,
+    has_loss: bool,
 ) -> Verdict:
     """Judge the step with the run's guards. The verdict is the same on every rank.
 
+    Args:
+        rollouts: those of this data-parallel rank.
+        loss, num_tokens, grad_norm: of the global batch. Bitwise the same on every rank.
+        has_loss: see Batch.
     Collectives: one all-gather over the data-parallel ranks.
     """
     num_responses = run.config.training.global_batch_size
     num_cut = torch.tensor([sum(not rollout.finished for rollout in rollouts)])
     return run.guards.judge(
-        loss=float(sums["loss"].sum()),
+        loss=loss,
         grad_norm=grad_norm,
-        length=float(sums["num_tokens"].sum()) / num_responses,
+        length=num_tokens / num_responses,
         has_loss=has_loss,
         num_cut=int(run.runtime.gather_over_data(num_cut).sum()),
         # Reference responses do not show how the student behaves.

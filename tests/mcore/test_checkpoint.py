@@ -6,14 +6,18 @@ tests/trainer/test_resume.py tests on real processes that an fp32 run resumes bi
 import itertools
 import random
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from transformers import AutoModelForCausalLM
 
@@ -155,13 +159,19 @@ def check_background(path: Path, folder: Path) -> None:
     parts = run.student, run.teacher, {"step": 1}, run.runtime
     at_once = state.save(folder / "at-once", 1, *parts)
     directory.prepare(folder / "later")
-    with patch.object(writer.os, "nice", lambda _: time.sleep(2.0)):  # in the writing process
+    with (
+        patch.object(writer.os, "nice", lambda _: time.sleep(2.0)),  # in the writing process
+        host_copies() as copies,
+    ):
         saving = state.Saving(folder / "later", 1, *parts)
     before = copy_fp32_state(run)
     step(run, 1)
     assert not saving.is_written(), "expected the step to end before the write"
     assert newest(folder / "later") is None
+    assert copies or run.runtime.rank, "expected rank 0 to write tensors"
+    assert all(copy() is not None for copy in copies), "freed before they are written"
     assert saving.commit() >= 2.0
+    assert all(copy() is None for copy in copies), "kept after they were written"
     later = newest(folder / "later")
     assert later is not None
     after = copy_fp32_state(run)
@@ -171,6 +181,26 @@ def check_background(path: Path, folder: Path) -> None:
     assert tensors and {name: sums[name] for name in tensors} == {
         name: expected[name] for name in tensors
     }
+
+
+@contextmanager
+def host_copies() -> Iterator[list[weakref.ref[torch.Tensor]]]:
+    """Context in which Megatron's writer copies CPU tensors to the host, as it does GPU tensors.
+
+    Yields references to the copies.
+    """
+    usual, copies = FileSystemWriterAsync.preload_tensors, []
+
+    def preload(*args: Any, **kwargs: Any) -> Any:
+        buckets = []
+        for path, name, (data, tensors) in usual(*args, **kwargs):
+            own = [(item, tensor.clone()) for item, tensor in tensors]
+            copies.extend(weakref.ref(tensor) for _, tensor in own)
+            buckets.append((path, name, (data, own)))
+        return buckets
+
+    with patch.object(FileSystemWriterAsync, "preload_tensors", staticmethod(preload)):
+        yield copies
 
 
 def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -36,7 +36,7 @@ class NoGPU:
 
 
 def compile_all() -> list[tuple[str, Any]]:
-    """Compile every kernel, for every divergence, and for bf16 and fp32 logits."""
+    """Compile every kernel, for every divergence, and for bf16 and fp32 logits and gradients."""
     compiled: list[tuple[str, Any]] = []
     launch = JITFunction.run
 
@@ -48,6 +48,7 @@ def compile_all() -> list[tuple[str, Any]]:
     JITFunction.run = only_compile
     driver.set_active(NoGPU())
     num_tokens, num_columns = 4, 5000
+    half_TV = torch.zeros(num_tokens, num_columns, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         views = ViewLogits(*torch.zeros(3, num_tokens, num_columns, dtype=dtype))
         views_softmax = Softmax(torch.zeros(3, num_tokens), torch.zeros(3, num_tokens))
@@ -61,7 +62,8 @@ def compile_all() -> list[tuple[str, Any]]:
                 kernels.target_statistics(
                     views, views_softmax, objective, with_metrics=with_metrics, least_top_2T=least
                 )
-            kernels.write_gradient(views.student, views, softmax, numbers, objective, numbers)
+            for out_TV in {views.student.dtype: views.student, torch.bfloat16: half_TV}.values():
+                kernels.write_gradient(out_TV, views, softmax, numbers, objective, numbers)
         kernels.mixture_statistics(views, softmax, objective)
     return compiled
 

@@ -1,5 +1,7 @@
 """The fused form: split tokens, memory, and Megatron's gradient buffer."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest import mock
 
@@ -11,9 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from aropd_mcore.numerics import chunks
+from aropd_mcore.numerics import chunks, passes
 from tests.numerics.problems import Settings, make_problem, oracle_answer
-from tests.numerics.runs import counted_collectives, run_cross_entropy, run_fused, run_one_view
+from tests.numerics.runs import (
+    counted_collectives,
+    run_cross_entropy,
+    run_fused,
+    run_logits_form,
+    run_one_view,
+)
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -154,12 +162,42 @@ def test_one_view_saves_one_product_and_one_softmax():
         assert softmaxes.call_count == num_softmaxes
 
 
+@pytest.mark.parametrize("run", [run_fused, run_logits_form, run_cross_entropy])
+def test_loss_on_several_threads_gives_each_thread_whole_blocks(run, monkeypatch):
+    """Within a block torch has one thread, so no operation waits for the threads of another."""
+    monkeypatch.setitem(passes.BLOCK_ELEMENTS, "cpu", 2 * 45)
+    settings = None if run is run_cross_entropy else Settings()
+    expected = oracle_answer(make_problem(), settings)
+    threads, usual = [], torch.get_num_threads()
+
+    def softmax(*args, **kwargs):
+        threads.append((threading.get_ident(), torch.get_num_threads()))
+        return torch_softmax(*args, **kwargs)
+
+    torch_softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", softmax)
+    try:
+        torch.set_num_threads(2)
+        problem = make_problem().shard(0, 1)
+        loss, metrics = run(problem, settings)
+        loss.backward()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(usual)
+    assert {number for _, number in threads} == {1}
+    assert threading.get_ident() not in {thread for thread, _ in threads}
+    assert_close(metrics["loss_T"], expected.loss_T, **CLOSE)
+    assert_close(problem.student_hidden.grad, expected.grad_hidden, **CLOSE)
+    assert_close(problem.student_weight.grad, expected.grad_weight, **CLOSE)
+
+
 def test_auto_chunk_tokens_fits_the_budget_in_even_chunks(monkeypatch):
     weight = torch.empty(1000, 8)
     monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 3 * 1000 * 4 * 200)  # 200 tokens' logits
     many = 192 * 384
     assert chunks.auto_chunk_tokens(3, weight, many) == 192
-    assert chunks.auto_chunk_tokens(3, weight.bfloat16(), many) == 384
+    assert chunks.auto_chunk_tokens(3, weight.bfloat16(), many) == 128, "14 bytes instead of 12"
     assert chunks.auto_chunk_tokens(3, weight, 193) == 128, "two even chunks, not 192 and 1"
     monkeypatch.setitem(chunks.LOGITS_BYTES, "cpu", 1)
     assert chunks.auto_chunk_tokens(3, weight, many) == 64

@@ -58,14 +58,14 @@ def numbers_and_gradient(
     gradient_TV = torch.full_like(views.student, torch.nan, dtype=torch.float32)
     weights_T = torch.linspace(0, 1, views.student.size(0), device=gradient_TV.device)
     run.write_gradient(gradient_TV, views, softmax, kl_student_T, objective, weights_T)
-    over_TV = views.student.clone()
-    aliased = views._replace(student=over_TV)
-    run.write_gradient(over_TV, aliased, softmax, kl_student_T, objective, weights_T)
-    rounded_TV = gradient_TV.to(over_TV.dtype)
-    if over_TV.is_cuda or over_TV.dtype != torch.bfloat16:
-        assert torch.equal(over_TV.nan_to_num(7), rounded_TV.nan_to_num(7))
-    else:  # Triton's interpreter truncates where a GPU rounds
-        assert_close(over_TV, rounded_TV, rtol=2**-7, atol=0, equal_nan=True)
+    over_TV, half_TV = views.student.clone(), torch.empty_like(views.student, dtype=torch.bfloat16)
+    for out_TV, own in ((over_TV, views._replace(student=over_TV)), (half_TV, views)):
+        run.write_gradient(out_TV, own, softmax, kl_student_T, objective, weights_T)
+        rounded_TV = gradient_TV.to(out_TV.dtype)
+        if out_TV.is_cuda or out_TV.dtype != torch.bfloat16:
+            assert torch.equal(out_TV.nan_to_num(7), rounded_TV.nan_to_num(7))
+        else:  # Triton's interpreter truncates where a GPU rounds
+            assert_close(out_TV, rounded_TV, rtol=2**-7, atol=0, equal_nan=True)
     return [*numbers, gradient_TV]
 
 

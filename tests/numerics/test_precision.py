@@ -42,9 +42,9 @@ def draw_problem(dtype: torch.dtype, device: str, seed: int) -> Problem:
 def test_gradient_error_is_at_most_that_of_eager_in_the_same_dtype(divergence, dtype, device):
     """The gradient's error to fp64 is at most that of the dense formula by autograd in one dtype.
 
-    With respect to logits this holds for each of three draws. Through the output layer it holds
-    over all draws together, since there the rounding of the logits dominates by chance. It is
-    checked in half precision only, since in fp32 the error of the matrix products dominates.
+    With respect to logits this holds for each of three draws. Through the output layer the error is
+    at most a fifth over all draws together, since logits are not rounded. It is checked in half
+    precision only, since in fp32 the error of the matrix products dominates.
 
     In fp32 on a GPU a larger error is allowed: 1.03 to 2.0 times as large on an H200. There exp(x)
     is 2^(x log2 e), whose product is rounded as coarsely as log s itself.
@@ -87,8 +87,40 @@ def test_gradient_error_is_at_most_that_of_eager_in_the_same_dtype(divergence, d
             true_grad = getattr(truth, f"grad_{name}")
             ours_squared += rms(getattr(shard, f"student_{name}").grad - true_grad) ** 2
             eager_squared += rms(getattr(eager, f"grad_{name}") - true_grad) ** 2
-    if dtype != torch.float32:
-        assert ours_squared <= eager_squared or (eager_fails and math.isfinite(ours_squared))
+    if dtype != torch.float32 and not eager_fails:
+        assert ours_squared <= 0.2**2 * eager_squared
+    assert math.isfinite(ours_squared)
+
+
+@pytest.mark.usefixtures("either_passes")
+@pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_of_close_views_in_half_precision_keeps_fp32_logits(dtype, run):
+    """With logits of 24 rounded to bf16, loss and gradient would be off by 40 and 80 percent."""
+    problem = make_problem(16, hidden_size=64, vocab_size=2000, padded_vocab_size=2048)
+    weight = problem.student_weight / problem.logits()[0][:, : problem.vocab_size].max() * 24
+    noise = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
+    partial, full = problem.student_hidden + 0.01 * noise.cumsum(0)
+    close = replace(
+        problem,
+        student_weight=weight,
+        teacher_weight=weight,
+        partial_hidden=partial,
+        full_hidden=full,
+    ).to(dtype)
+    settings = Settings() if run is run_fused else None
+    truth, shard = oracle_answer(close, settings), close.shard(0, 1)
+    loss, metrics = run(shard, settings, chunk_tokens=6)
+    loss.backward()
+    for name, values in metrics.items():
+        expected = truth.metrics.get(name, truth.loss_T)
+        assert_close(values, expected, rtol=1e-3, atol=1e-5, check_dtype=False)
+    bound = 0.01 if dtype == torch.bfloat16 else 0.002  # Triton's interpreter truncates bf16
+    for actual, expected in (
+        (shard.student_hidden.grad, truth.grad_hidden),
+        (shard.student_weight.grad, truth.grad_weight),
+    ):
+        assert actual is not None and rms(actual - expected) < bound * rms(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -6,7 +6,7 @@ import pytest
 
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
-from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_flops, step_time
+from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_bytes, loss_flops, step_time
 from aropd_mcore.plan.setup import Setup, build_setup
 from tests.plan.test_parameters import MODELS
 from tests.support.tiny_runs import write_run
@@ -35,6 +35,17 @@ def test_loss_flops_of_each_objective():
     assert loss_flops(replace(setup, num_views=1)) == 4 * 2 * 20 * 64 * 509
     sft = replace(setup, num_views=0, prompt_tokens=7, prompt_loss=True)
     assert loss_flops(sft) == 3 * 2 * 2 * 16 * 64 * 509
+
+
+def test_loss_bytes_of_each_objective():
+    """20 loss tokens in one chunk, 64 hidden numbers, 512 padded columns. Logits are fp32."""
+    setup = Setup(read_architecture(MODELS["qwen2"]), micro_batch_size=2, response_tokens=10)
+    head_gradient = 512 * 64 * 8
+    assert loss_bytes(setup) == 20 * 512 * (3 * 3 * 4 + 2) + head_gradient
+    assert loss_bytes(replace(setup, num_views=1)) == 20 * 512 * (3 * 2 * 4 + 2) + head_gradient
+    assert loss_bytes(replace(setup, num_views=0)) == 20 * 512 * (2 * 4 + 2) + head_gradient
+    in_chunks = loss_bytes(replace(setup, chunk_tokens=6))
+    assert in_chunks == loss_bytes(setup) + 3 * head_gradient
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def test_every_method_is_measured_and_agrees_with_the_dense_formula(tmp_path):
     """Runs on one rank and on two. A method with a wrong loss or gradient stops the benchmark."""
     command = [sys.executable, str(REPO / "tools" / "benchmarks" / "loss.py")]
     command += ["--out", str(tmp_path), "--device", "cpu", "--repeats", "2", "--tp", "2"]
+    command += ["--neighbours", "1"]
     command += ["--tokens", "40", "--hidden", "16", "--vocab", "600", "--divergence", "jsd"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -28,6 +29,7 @@ def test_every_method_is_measured_and_agrees_with_the_dense_formula(tmp_path):
 
     figures = json.loads((tmp_path / "loss.json").read_text())
     assert figures["machine"]["torch"] == torch.__version__
+    assert figures["settings"]["neighbours"] == 1 and figures["points"][0]["load"] > 0
     assert figures["bars"] == []  # bars apply to one size only
     single, sharded = figures["points"]
     assert (single["tp"], sharded["tp"]) == (1, 2)

@@ -67,6 +67,39 @@ def check_skipped_step(path: Path, poison: str) -> None:
     )
 
 
+def test_ranks_with_sums_on_both_sides_of_a_threshold_decide_alike(path):
+    """Their losses differ in the last digit, as sums over different groups may."""
+    first, second = run_ranks(take_borderline_step, 2, path)
+    assert first == second
+    applied, findings, _ = first
+    assert applied and not findings, "expected rank 0's loss to decide"
+
+
+def take_borderline_step(path: Path) -> tuple[bool, tuple[str, ...], dict[str, Any]]:
+    from aropd_mcore.config_file import load_config
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.numerics.position_metrics import single_sum
+    from aropd_mcore.trainer.build import build_run
+    from aropd_mcore.trainer.guards import _zscore
+    from aropd_mcore.trainer.step import train_step
+
+    rt = runtime.start()
+    window, loss = [0.98, 0.98], 1.0
+    guards = {"window": 2, "loss_spike": "skip", "loss_spike_zscore": _zscore(loss, window)}
+    run = build_run(load_config(path, [f"guards.{k}={v!r}" for k, v in guards.items()]), rt)
+    calm = {"loss": window, "grad_norm": [1e9, 1e9], "length": [1.0, 1.0]}
+    run.guards.load_state({**run.guards.state(), "window": calm})
+    usual, own = run.student.forward_backward, loss if rt.rank == 0 else math.nextafter(loss, 2.0)
+
+    def rounded(*args):
+        sums, of_samples = usual(*args)
+        return {**sums, "loss": single_sum(own, rt.device)}, of_samples
+
+    run.student.forward_backward = rounded  # pyright: ignore[reportAttributeAccessIssue]
+    result = train_step(run, 0)
+    return result.update.applied, result.verdict.findings, run.guards.state()
+
+
 def copy_state(run) -> dict[str, Any]:
     """Copy student, teacher and optimizer state of this rank."""
     state: dict[str, Any] = {

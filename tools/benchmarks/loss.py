@@ -1,6 +1,7 @@
 """Measure time, memory and traffic of the AR-OPD loss and its backward, against other methods.
 
     python tools/benchmarks/loss.py --out DIR [--tokens 1024 4096] [--tp 2] [--divergence jsd]
+    python tools/benchmarks/loss.py --out DIR --neighbours 1    # beside a process that computes
 
 All methods take turns within each repetition. A copy, and the matrix products without the loss, run
 in the same turns to measure the machine's speed. docs/benchmarks.md describes the measurements. The
@@ -11,8 +12,10 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -32,6 +35,7 @@ from loss_methods import (
 from loss_report import draw, print_bars, print_point
 from loss_results import add_ratios, are_bars_for, machine_rates, verdicts
 
+from aropd_mcore import lifetime
 from aropd_mcore.config import Divergence
 
 DEFAULTS = {
@@ -47,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     points, bars = [], []
     for sizes in itertools.product(args.tokens, args.hidden, args.vocab):
         point = Point(*sizes, 1, args.dtype, args.divergence, args.device)
-        results = measure(point, args.tp, args.repeats, args.threads)
+        results = measure(point, args.tp, args.repeats, args.threads, args.neighbours)
         for result in results:
             print_point(result)
         points += results
-        if are_bars_for(point):
+        if are_bars_for(point) and not args.neighbours:
             bars += verdicts(point, results[0])
     print_bars(bars)
     figures = {
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "residual_scale": RESIDUAL_SCALE,
             "residual_clip": RESIDUAL_CLIP,
             "repeats": args.repeats,
+            "neighbours": args.neighbours,
             "tolerance": TOLERANCE[args.dtype],
         },
         "points": points,
@@ -103,6 +108,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--repeats", type=int, default=7, help="number of repetitions (default: %(default)s)"
     )
     parser.add_argument(
+        "--neighbours",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of other processes that compute while times are measured (default: 0)",
+    )
+    parser.add_argument(
         "--device", choices=list(DEFAULTS), help="device (default: cuda if available, else cpu)"
     )
     args = parser.parse_args(argv)
@@ -119,7 +131,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure(point: Point, tps: list[int], repeats: int, threads: int) -> list[dict[str, Any]]:
+def measure(
+    point: Point, tps: list[int], repeats: int, threads: int, neighbours: int
+) -> list[dict[str, Any]]:
     """Measure all methods at `point`, and this package's methods at each tensor-parallel size."""
     every: list[tuple[Form, str]] = []
     ours: list[tuple[Form, str]] = []
@@ -129,7 +143,7 @@ def measure(point: Point, tps: list[int], repeats: int, threads: int) -> list[di
             if method.kind == "ours":
                 ours.append((form, method.name))
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(point, every, threads, repeats, folder, save_gradients=bool(tps))
+        job = Job(point, every, threads, repeats, folder, neighbours, save_gradients=bool(tps))
         results = [_measure(job)]
         results[0] |= machine_rates(point, results[0].pop("machine"))
         if are_bars_for(point) and point.device == "cpu":
@@ -149,11 +163,25 @@ def measure(point: Point, tps: list[int], repeats: int, threads: int) -> list[di
 
 def _measure(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = asdict(job.point) | {"threads": job.threads}
-    result |= run_on_ranks(measure_times, job)
+    with busy_neighbours(job.neighbours):
+        result |= run_on_ranks(measure_times, job) | {"load": os.getloadavg()[0]}
     for row in result["rows"]:
         if job.point.device == "cpu":
             row |= _memory(job, row["form"], row["method"])
     return result
+
+
+@contextmanager
+def busy_neighbours(number: int) -> Iterator[None]:
+    """Context in which `number` other processes of one thread compute all the time."""
+    command = [sys.executable, "-c", "while True: pass"]
+    neighbours = [lifetime.start(command) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
 
 
 def _memory(job: Job, form: Form, method: str) -> dict[str, int]:

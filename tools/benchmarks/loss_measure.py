@@ -59,6 +59,8 @@ class Job:
     repeats: int
     folder: str
     """Folder of the ranks' rendezvous and results."""
+    neighbours: int = 0
+    """Number of other processes that compute while times are measured."""
     save_gradients: bool = False
     """Whether to save the dense formula's gradients to the folder, for jobs that do not run it."""
 

@@ -19,7 +19,7 @@ from aropd_mcore.numerics import (
     fused_linear_anchored_residual_kl,
     vocab_parallel_anchored_residual_kl,
 )
-from aropd_mcore.numerics.chunks import auto_chunk_tokens
+from aropd_mcore.numerics.chunks import auto_chunk_tokens, logits_bytes
 
 RESIDUAL_SCALE, RESIDUAL_CLIP, JSD_WEIGHT = 0.8, 5.0, 0.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -330,23 +330,25 @@ def our_traffic(form: Form, method: Method, point: Point) -> int:
 
     docs/benchmarks.md describes the count.
     """
-    logit, columns = DTYPES[point.dtype].itemsize, point.vocab // point.tp
-    passes = 10 + 3 * (point.divergence == "jsd") + 2 * (method.name == EVERYTHING)
+    width, columns = DTYPES[point.dtype].itemsize, point.vocab // point.tp
+    reads = 9 + 3 * (point.divergence == "jsd") + 2 * (method.name == EVERYTHING)
     if form == "logits":
-        return passes * point.tokens * columns * logit
+        return (reads + 1) * point.tokens * columns * width
     num_chunks = math.ceil(point.tokens / chunk_size(point))
-    weights = num_chunks * columns * point.hidden * (3 * logit + 2 * 4)
-    hidden = point.tokens * point.hidden * (4 * logit + 4)
-    return (passes + 5) * point.tokens * columns * logit + weights + hidden
+    weights = num_chunks * columns * point.hidden * (3 * width + 2 * 4)
+    hidden = point.tokens * point.hidden * (4 * width + 4)
+    # Logits are fp32: written by products and read. The gradient is written and read by products.
+    return point.tokens * columns * ((3 + reads) * 4 + 3 * width) + weights + hidden
 
 
 def our_memory(form: Form, point: Point) -> int:
-    """Count a rank's bytes beyond the inputs: the gradients, and a chunk's logits."""
-    logit, columns = DTYPES[point.dtype].itemsize, point.vocab // point.tp
+    """Count a rank's bytes beyond the inputs: the gradients, and a chunk's logits with theirs."""
+    width, columns = DTYPES[point.dtype].itemsize, point.vocab // point.tp
     if form == "logits":
-        return point.tokens * columns * logit
+        return point.tokens * columns * width
     grad_weight = 0 if point.device == "cuda" else 4 * columns * point.hidden
-    return 3 * chunk_size(point) * columns * logit + grad_weight + 4 * point.tokens * point.hidden
+    logits = chunk_size(point) * logits_bytes(3, columns, width)
+    return logits + grad_weight + 4 * point.tokens * point.hidden
 
 
 def chunk_size(point: Point) -> int:

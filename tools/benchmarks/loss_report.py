@@ -21,7 +21,7 @@ def print_point(result: dict[str, Any]) -> None:
     )
     console.print(
         f"\n[bold]{sizes}, {result['dtype']}, {result['divergence']}, tp {result['tp']}[/bold], "
-        f"{result['device']}, {result['threads']} threads per rank"
+        f"{result['device']}, {result['threads']} threads per rank, load {result['load']:.1f}"
     )
     for name, rate in result.get("rates", {}).items():
         label = name.removesuffix("_per_second").replace("_", " ")

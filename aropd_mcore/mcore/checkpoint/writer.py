@@ -2,8 +2,9 @@
 
 Each rank writes the files of its own tensors in a forked process (megatron-core 0.16.1,
 dist_checkpointing/strategies/async_utils.py). The fork keeps the tensors' values while training
-changes them. GPU tensors are copied to the host first. A save that is waited for also runs in a
-forked process, because torch's writer may crash on a full disk.
+changes them. GPU tensors are copied to the host first, into pinned memory, which a fork shares with
+this process. So these copies are kept until the write is done. A save that is waited for also runs
+in a forked process, because torch's writer may crash on a full disk.
 
 The writing process ends with its rank (lifetime.py), even in the middle of a file. The manifest is
 written last, so an incomplete checkpoint is never used.
@@ -66,6 +67,9 @@ class Writing:
         """
         self._queue = AsyncCallsQueue()
         self._is_finished = False
+        self._host_copies: list[Any] = []
+        """Host copies of GPU tensors that the writing process reads. megatron-core 0.16.1 frees
+        them after the fork, and new tensors of this process could then overwrite them."""
         _prepare_results()
         self._results, results = multiprocessing.Pipe(duplex=False)
         with self._collecting_errors():
@@ -76,6 +80,8 @@ class Writing:
                     _write, request.async_fn, folder, prefix, results, os.getpid()
                 )
                 request = request._replace(async_fn=write)
+                if request.preload_fn is not None:
+                    request = request._replace(preload_fn=self._keeping(request.preload_fn))
             else:
                 results.send(Written({}, 0.0, None))
             self._queue.schedule_async_request(request)
@@ -114,6 +120,15 @@ class Writing:
         except CheckpointException as error:  # raised on every rank; not an Exception
             self._is_finished = True
             self._errors += [str(cause) for cause, _ in error.failures.values()]
+        if self._is_finished:
+            self._host_copies.clear()
+
+    def _keeping(self, preload: Callable[[], Any]) -> Callable[[], Any]:
+        def keeping() -> Any:
+            self._host_copies.append(preload())
+            return self._host_copies[-1]
+
+        return keeping
 
     @contextmanager
     def _collecting_errors(self) -> Iterator[None]:
