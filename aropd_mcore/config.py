@@ -445,7 +445,10 @@ class RolloutConfig(SamplingConfig):
     kv_cache_tokens: Positive | None = None
     """Capacity of each replica's KV cache in tokens, with engine native. If it is too small for
     batch_size sequences of maximum length, fewer are decoded at once. null: room for batch_size
-    sequences."""
+    sequences. The memory stays allocated while the model trains."""
+    cuda_graphs: bool = True
+    """Whether engine native decodes by CUDA graphs, which launch all kernels of a token at once.
+    They are used on GPUs without tensor and pipeline parallelism, experts and FP8."""
     importance: ImportanceLevel | Literal["auto", "off"] = "auto"
     """Truncated importance sampling: correction for an engine whose log-probs differ from the
     trainer's. `sequence`: a response's loss is multiplied by the mean of its tokens' ratios.

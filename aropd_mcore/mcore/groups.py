@@ -55,7 +55,8 @@ def create_groups(
             distributed_timeout_minutes=30 if timeout is None else timeout / _MINUTE,  # pyright: ignore[reportArgumentType]
             create_gloo_process_groups=False,
         )
-    group = parallel_state.get_context_parallel_group()
+    group: object = parallel_state.get_context_parallel_group()
+    assert isinstance(group, dist.ProcessGroup)
     if backend != "gloo" and context > 1:
         group = parallel_state.create_group(  # Megatron's list of its groups then includes it
             dist.get_process_group_ranks(group),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aropd_mcore.numerics.checks import check_head, check_ids
-from aropd_mcore.numerics.chunks import Stream, weighted_sum_over_chunks
+from aropd_mcore.numerics.chunks import Gradient, Stream, weighted_sum_over_chunks
 from aropd_mcore.numerics.kl import (
     Wanted,
     passes_for,
@@ -108,7 +108,7 @@ def fused_linear_scores(
     shard = vocab_shard(student_weight_VH.size(0), vocab_size=vocab_size, tp_group=tp_group)
 
     def chunk_scores(
-        logits: list[Tensor], ids_T: Tensor | None, _: Tensor | None
+        logits: list[Tensor], ids_T: Tensor | None, _: Gradient | None
     ) -> dict[str, Tensor]:
         views = ViewLogits(*logits)
         losses = token_losses(passes_for(views), views, objective, shard, Wanted(ids_T, True, True))

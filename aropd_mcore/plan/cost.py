@@ -7,7 +7,7 @@ these times to compare layouts. A real step takes a different time.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.plan.devices import PEAK_BF16_FLOPS
@@ -33,8 +33,13 @@ class Rates:
     nvlink_efficiency: float = 0.7
     network_efficiency: float = 0.8
     host_efficiency: float = 0.8
-    launch_seconds: float = 1.5e-4
-    """Shortest time of a layer per decoded token: about 30 kernels, launched eagerly."""
+    launch_seconds: float = 1.7e-3
+    """Time of a layer per decoded token, if the launches of its kernels and the host take longer
+    than reading its weights. Measured with an earlier version: 48 ms for 28 layers (Qwen2.5-1.5B on
+    one H200, torch 2.11). Part of it was the preparation of attention for new shapes, which is
+    gone, so this is an upper bound."""
+    least_launch_seconds: float = 1.5e-4
+    """The same if a CUDA graph launches the kernels. Assumed: 30 kernels of 5 microseconds."""
 
 
 H100 = Rates()
@@ -48,6 +53,7 @@ class StepTime:
     """Seconds of a step. Communication is assumed not to overlap with computation."""
 
     rollout: float
+    """Longest estimate, with Rates.launch_seconds."""
     teacher: float
     student: float
     optimizer: float
@@ -57,11 +63,17 @@ class StepTime:
     student_bubble: float
     """Share of the student's time in which a stage waits for another."""
     validation: float = 0.0
-    """Seconds of one validation, which are not part of the total."""
+    """Seconds of one validation, which are not part of the total. Longest estimate."""
+    shortest_rollout: float = 0.0
+    """Shortest estimate, with Rates.least_launch_seconds."""
 
     @property
     def total(self) -> float:
         return self.rollout + self.teacher + self.student + self.optimizer + self.communication
+
+    @property
+    def shortest_total(self) -> float:
+        return self.total - self.rollout + self.shortest_rollout
 
 
 def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int]:
@@ -152,10 +164,11 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
     loss += loss_bytes(setup) / (rates.memory_bytes * rates.memory_efficiency)
+    num_sampled = setup.num_responses if setup.samples else 0
+    least = replace(rates, launch_seconds=rates.least_launch_seconds)
     return StepTime(
-        rollout=_sampling_seconds(setup, rates, setup.num_responses, setup.response_tokens)
-        if setup.samples
-        else 0.0,
+        rollout=_sampling_seconds(setup, rates, num_sampled, setup.response_tokens),
+        shortest_rollout=_sampling_seconds(setup, least, num_sampled, setup.response_tokens),
         teacher=num_scored * teacher_forward / (1 - teacher_bubble),
         student=num_microbatches * (forward + backward + loss) / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),

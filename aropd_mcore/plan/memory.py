@@ -3,7 +3,7 @@
 State is resident all the time. The phases of a step follow one another, and each needs further
 memory. A rank's peak is its state plus its largest phase.
 
-    rollout     KV cache, forward of the prompts, logits of the sampler
+    rollout     forward of the prompts, logits of the sampler
     teacher     forward of a layer, and the hidden states that are kept for the loss
     student     these hidden states, activations in flight, and the larger of the loss's buffers and
                 a layer's backward
@@ -132,6 +132,11 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         # Megatron's local linear layers gather their input into a permanent buffer.
         tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
         state["gather buffer"] = tokens * setup.architecture.hidden_size * width
+    kv = setup.architecture.num_kv_heads * setup.architecture.head_dim // setup.tensor
+    if cached := setup.cached_tokens:
+        state["KV cache"] = 2 * setup.layers_per_stage * cached * kv * width
+    if setup.captures_decoding:
+        state["CUDA graphs"] = _sampler(setup)  # memory that they use again at every replay
     if setup.device == "gpu":
         state["fixed overhead"] = GPU_OVERHEAD
     return state
@@ -143,17 +148,16 @@ def _prompt_tokens(setup: Setup) -> int:
 
 
 def _rollout(setup: Setup, stage: int) -> dict[str, float]:
-    architecture, rows = setup.architecture, setup.decoded_together
-    kv = architecture.num_kv_heads * architecture.head_dim // setup.tensor
-    positions = rows * (setup.prompt_tokens + setup.response_tokens)
-    parts: dict[str, float] = {
-        "KV cache": 2 * setup.layers_per_stage * positions * kv * setup.dtype_bytes,
-        "prompts' forward": forward_working_set(setup, _prompt_tokens(setup)),
-    }
+    parts = {"prompts' forward": forward_working_set(setup, _prompt_tokens(setup))}
     if stage == setup.pipeline - 1:
-        # Logits, shifted logits and their exponentials in fp32; running sums in fp64.
-        parts["sampler"] = rows * architecture.vocab_size * (3 * FP32 + 8)
+        parts["sampler"] = _sampler(setup)
     return parts
+
+
+def _sampler(setup: Setup) -> float:
+    """Return the bytes of logits, shifted logits and their exponentials in fp32, and of running
+    sums in fp64."""
+    return setup.decoded_together * setup.architecture.vocab_size * (3 * FP32 + 8)
 
 
 def visiting_parameters(setup: Setup, parameters: Parameters, stage: int) -> int:

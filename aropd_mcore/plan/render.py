@@ -129,11 +129,17 @@ def _time_table(estimate: Estimate) -> Table:
     for name in ("rollout", "teacher", "student", "optimizer", "communication"):
         bubble = getattr(time, f"{name}_bubble", None)
         shown = "" if bubble is None else f"{bubble:.1%}"
-        table.add_row(name, f"{getattr(time, name):.2f}", shown)
-    table.add_row("step", f"{time.total:.2f}", "", end_section=True)
+        shortest = getattr(time, f"shortest_{name}", None)
+        table.add_row(name, _seconds(getattr(time, name), shortest), shown)
+    table.add_row("step", _seconds(time.total, time.shortest_total), "", end_section=True)
     if time.validation:
         table.add_row("one validation", f"{time.validation:.2f}", "")
     return table
+
+
+def _seconds(longest: float, shortest: float | None) -> str:
+    is_range = shortest is not None and f"{shortest:.2f}" != f"{longest:.2f}"
+    return f"{shortest:.2f} – {longest:.2f}" if is_range else f"{longest:.2f}"
 
 
 def _assumptions(setup: Setup) -> str:
@@ -149,7 +155,10 @@ def _assumptions(setup: Setup) -> str:
         f"host) times assumed efficiencies (matrix products {H100.matmul_efficiency:g}, attention "
         f"{H100.attention_efficiency:g}, memory {H100.memory_efficiency:g}, NVLink "
         f"{H100.nvlink_efficiency:g}, network {H100.network_efficiency:g}, host "
-        f"{H100.host_efficiency:g}). Communication is assumed not to overlap with computation."
+        f"{H100.host_efficiency:g}). Communication is assumed not to overlap with computation.\n"
+        "A decoded token takes at least the launches of its kernels: per layer "
+        f"{H100.least_launch_seconds * 1e3:g} ms (assumed, with CUDA graphs) to "
+        f"{H100.launch_seconds * 1e3:g} ms (measured on an H200 with an earlier version)."
     )
 
 

@@ -14,6 +14,10 @@ from aropd_mcore.plan.layout import Layout, plan
 Device = Literal["gpu", "cpu"]
 """`gpu`: Transformer Engine's layers, NCCL. `cpu`: Megatron's local layers, gloo."""
 
+KEYS_PER_BUCKET = 256
+"""While the model decodes, attention reads the keys of a multiple of this number of positions, and
+a row of the KV cache has room for such a multiple."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -59,6 +63,7 @@ class Setup:
     """Largest number of tokens of each of these responses."""
     rollout_batch_size: int = 32
     kv_cache_tokens: int | None = None
+    cuda_graphs: bool = True
     chunk_tokens: int | Literal["auto"] = "auto"
     max_tokens_per_microbatch: int | None = None
     """Tokens of a packed microbatch; None without packing."""
@@ -131,6 +136,30 @@ class Setup:
         """Rows of the KV cache that are in use during a step's rollouts."""
         return self.rows_of(self.num_responses, self.response_tokens)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the KV cache of a replica has room for; 0 if the model itself never samples.
+
+        A row's length is rounded up to KEYS_PER_BUCKET.
+        """
+        tokens = [0]
+        batches = [(self.validation_responses, self.validation_tokens)]
+        if self.samples:
+            batches.append((self.num_responses, self.response_tokens))
+        for num_responses, response_tokens in batches:
+            length = self.prompt_tokens + response_tokens
+            length = -(-length // KEYS_PER_BUCKET) * KEYS_PER_BUCKET
+            tokens.append(self.rows_of(num_responses, response_tokens) * length)
+        return min(max(tokens), self.kv_cache_tokens or max(tokens))
+
+    @property
+    def captures_decoding(self) -> bool:
+        """Whether CUDA graphs decode (rollout.graphs.can_capture)."""
+        is_alone = self.tensor * self.pipeline == 1
+        is_plain = self.architecture.routing is None and not self.fp8
+        is_used = self.device == "gpu" and self.samples and self.cuda_graphs
+        return is_used and is_alone and is_plain
+
     def rows_of(self, num_responses: int, response_tokens: int) -> int:
         """Return the rows of the KV cache for responses of a length. Context ranks split them."""
         rows = min(self.rollout_batch_size, -(-num_responses // self.context))
@@ -192,6 +221,7 @@ def build_setup(
         or config.rollout.max_response_tokens,
         rollout_batch_size=config.rollout.batch_size,
         kv_cache_tokens=config.rollout.kv_cache_tokens,
+        cuda_graphs=config.rollout.cuda_graphs,
         chunk_tokens=config.objective.chunk_tokens,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         device=device,

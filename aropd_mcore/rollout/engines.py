@@ -10,6 +10,7 @@ from pathlib import Path
 from aropd_mcore.config import RolloutConfig
 from aropd_mcore.convert.import_export import export_hf
 from aropd_mcore.convert.source import MegatronSource, Source
+from aropd_mcore.mcore.cached_attention import KVCache
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
@@ -31,6 +32,7 @@ def build_engine(
     *,
     eos_token_ids: Sequence[int],
     probe_ids: Sequence[int],
+    cache: KVCache | None = None,
     should_stop: Callable[[], bool] = never,
 ) -> RolloutEngine:
     """Build the engine that serving.rollout.engine names. Call `update_weights` next.
@@ -40,6 +42,7 @@ def build_engine(
         model: this rank's shard, without DDP around it.
         eos_token_ids: any of them ends a response.
         probe_ids: see VllmEngine.
+        cache: see NativeEngine.
         should_stop: polled while responses are sampled. If it returns True, `result` returns early,
             and the caller must discard the result.
     Raises:
@@ -49,7 +52,12 @@ def build_engine(
     match rollout.engine:
         case "native":
             return build_native(
-                rollout, model, runtime, eos_token_ids=eos_token_ids, should_stop=should_stop
+                rollout,
+                model,
+                runtime,
+                eos_token_ids=eos_token_ids,
+                cache=cache,
+                should_stop=should_stop,
             )
         case "vllm":
             return VllmEngine(
@@ -68,6 +76,7 @@ def build_native(
     runtime: Runtime,
     *,
     eos_token_ids: Sequence[int],
+    cache: KVCache | None = None,
     should_stop: Callable[[], bool] = never,
 ) -> NativeEngine:
     """Build the native engine with the batch and cache sizes of the settings; see NativeEngine."""
@@ -77,6 +86,8 @@ def build_native(
         eos_token_ids=eos_token_ids,
         batch_size=rollout.batch_size,
         kv_cache_tokens=rollout.kv_cache_tokens,
+        cuda_graphs=rollout.cuda_graphs,
+        cache=cache,
         should_stop=should_stop,
     )
 

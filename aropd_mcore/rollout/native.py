@@ -7,16 +7,17 @@ import torch
 import torch.distributed as dist
 
 from aropd_mcore.config import SamplingConfig
-from aropd_mcore.heartbeat import beat
-from aropd_mcore.mcore.decode import decoding, share
+from aropd_mcore.mcore.cached_attention import KVCache
+from aropd_mcore.mcore.decode import decoding
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.rollout.buffers import DecodeBuffers
+from aropd_mcore.plan.setup import KEYS_PER_BUCKET
+from aropd_mcore.rollout.buffers import Responses, RowState
+from aropd_mcore.rollout.decode_batch import DecodeBatch
 from aropd_mcore.rollout.engine import Pending, Progress, PromptBatch, ignore, never
+from aropd_mcore.rollout.graphs import StepGraphs, can_capture
+from aropd_mcore.rollout.schedule import Schedule
 from aropd_mcore.types import Rollout
-
-_STOPPED = -1
-"""Token value that means: stop sampling. All ranks of a replica receive it."""
 
 
 class NativeEngine:
@@ -27,7 +28,8 @@ class NativeEngine:
     prompt and seed. Tensor and pipeline sizes, batch_size and the other prompts of the batch change
     the logits by rounding only.
 
-    `Pending.result` samples the batch, so it must be called before the next update.
+    `Pending.result` samples the batch, so it must be called before the next update. The KV cache
+    stays allocated between batches.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class NativeEngine:
         eos_token_ids: Sequence[int],
         batch_size: int,
         kv_cache_tokens: int | None = None,
+        cuda_graphs: bool = True,
+        cache: KVCache | None = None,
         should_stop: Callable[[], bool] = never,
     ):
         """
@@ -48,8 +52,10 @@ class NativeEngine:
             kv_cache_tokens: capacity of each model replica's KV cache. If it is too small for
                 batch_size rows of maximum length, fewer rows are decoded together. None: room for
                 batch_size rows.
-            should_stop: called once per token on the sampling rank. If it returns True, the
-                responses so far are returned at once, and the caller must discard them.
+            cuda_graphs: replay decode steps as CUDA graphs where graphs.can_capture permits it.
+            cache: memory of the KV cache, if other engines use it, too. None: the engine's own.
+            should_stop: called every decode_batch.TOKENS_PER_READ tokens. If it returns
+                True, the responses so far are returned at once, and the caller must discard them.
         """
         self.model = model
         self.runtime = runtime
@@ -57,9 +63,13 @@ class NativeEngine:
         self.kv_cache_tokens = kv_cache_tokens
         self.weight_version = 0
         self._should_stop = should_stop
-        self._eos_token_ids = torch.tensor(
-            list(eos_token_ids), dtype=torch.int64, device=runtime.device
-        )
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._is_end_V = torch.zeros(model.vocab_size, dtype=torch.bool)
+        self._is_end_V[[token for token in eos_token_ids if 0 <= token < model.vocab_size]] = True
+        self._is_end_V = self._is_end_V.to(runtime.device)
+        self._cache = cache or KVCache()
+        self._rows = RowState(runtime.device)
+        self._graphs = StepGraphs() if cuda_graphs and can_capture(model, runtime) else None
 
     def submit(self, batch: PromptBatch) -> Pending:
         """As RolloutEngine.submit. Collectives: none."""
@@ -94,42 +104,29 @@ class NativeEngine:
         sampling: SamplingConfig,
         on_progress: Progress,
     ) -> list[Rollout]:
-        """Sample with continuous batching: a waiting prompt replaces each finished row."""
         limit = sampling.max_response_tokens
         max_length = max(map(len, prompts), default=1) + limit
         num_rows = max(1, min(self._rows_in_cache(max_length), len(prompts)))
-        buffers = DecodeBuffers(seeds, limit, self._eos_token_ids)
-        # Longest first, so that rows decoded together have similar lengths.
-        waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        running: list[int] = []
+        self._rows.clear(num_rows, limit)
         with decoding(
-            self.model, self.runtime, num_rows=num_rows, max_length=max_length
+            self.model,
+            self.runtime,
+            num_rows=num_rows,
+            max_length=self._row_length(max_length, num_rows),
+            cache=self._cache,
         ) as decoder:
-            while self._on_any_replica(bool(running or waiting)):
-                free = num_rows - len(running)
-                new, waiting = waiting[:free], waiting[free:]
-                if not running and not new:  # other replicas still need the experts of this rank
-                    decoder.forward(buffers.next_tokens([]), [(0,)])
-                    decoder.drop({0})
-                    continue
-                logits_BV = decoder.forward(
-                    buffers.next_tokens(running), [prompts[index] for index in new]
-                )
-                running += new
-                beat()
-                tokens_B = buffers.draw(running, logits_BV, sampling)
-                if self._should_stop():
-                    tokens_B.fill_(_STOPPED)
-                share(tokens_B, self.runtime)
-                if tokens_B[0] == _STOPPED:  # the sampling rank's decision
-                    waiting, done = [], set(range(len(running)))
-                else:
-                    done = buffers.add(running, tokens_B)
-                if done:
-                    running = [running[row] for row in decoder.drop(done)]
-                    on_progress(len(prompts) - len(running) - len(waiting), len(prompts))
-            share(buffers.logprobs_RT, self.runtime)
-        return buffers.rollouts(self.weight_version)
+            batch = DecodeBatch(
+                decoder,
+                self._rows,
+                Schedule(prompts, num_rows, limit),
+                Responses(seeds, limit, self.runtime.device),
+                prompts,
+                sampling,
+                is_end_V=self._is_end_V,
+                graphs=self._graphs,
+                should_stop=self._should_stop,
+            )
+            return batch.sample(self._eos_token_ids, self.weight_version, on_progress)
 
     def _rows_in_cache(self, max_length: int) -> int:
         if self.kv_cache_tokens is None:
@@ -141,16 +138,12 @@ class NativeEngine:
             )
         return min(self.batch_size, self.kv_cache_tokens // max_length)
 
-    def _on_any_replica(self, is_here: bool) -> bool:
-        """Return whether `is_here` holds on any replica that must decode in step with this one.
-
-        Replicas that share experts decode in step, since each of their forwards is a collective.
-        """
-        if not self.runtime.shares_experts:
-            return is_here
-        is_anywhere = torch.tensor(int(is_here), device=self.runtime.device)
-        dist.all_reduce(is_anywhere, dist.ReduceOp.MAX, group=self.runtime.dp_cp_group)
-        return bool(is_anywhere)
+    def _row_length(self, max_length: int, num_rows: int) -> int:
+        """Return the cached tokens of a row: few different lengths, so that memory is reused."""
+        length = -(-max_length // KEYS_PER_BUCKET) * KEYS_PER_BUCKET
+        if self.kv_cache_tokens is None:
+            return length
+        return min(length, self.kv_cache_tokens // num_rows)
 
 
 @dataclass(frozen=True)

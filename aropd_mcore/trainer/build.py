@@ -8,6 +8,7 @@ from aropd_mcore.convert.source import HFSource
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.cached_attention import KVCache
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.optim import Optimizer
@@ -68,6 +69,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
 
     model = load_model(config, runtime, config.precision, inputs.source)
     teacher = engine = None
+    cache = KVCache()  # of all native engines, which never sample at the same time
     if config.objective.name == "aropd":
         teacher_model = None
         if config.teacher.kind != "live":
@@ -80,6 +82,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
             runtime,
             eos_token_ids=ends,
             probe_ids=probe_ids(dataset, view_builder, min(longest, PROBE_TOKENS)),
+            cache=cache,
             should_stop=stops.is_wanted,
         )
     optimizer = Optimizer(
@@ -102,6 +105,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         config.rollout,
         runtime=runtime,
         eos_token_ids=ends,
+        cache=cache,
         should_stop=stops.is_wanted,
     )
     return Run(

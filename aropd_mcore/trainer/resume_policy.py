@@ -40,6 +40,7 @@ FREE = (
     "objective.hindsight_floor",
     "rollout.batch_size",
     "rollout.kv_cache_tokens",
+    "rollout.cuda_graphs",
     "rollout.vllm",
     # It affects only the rows and their order, which are compared by content.
     "data.on_bad_row",

@@ -27,7 +27,7 @@ def test_state_of_a_rank_has_the_bytes_per_parameter():
         "teacher fp32 master": 4,
     }
     state = dict(memory.state)
-    state.pop("fixed overhead")
+    del state["fixed overhead"], state["KV cache"]
     assert state == {part: size * memory.parameters.total for part, size in per_parameter.items()}
 
 
@@ -84,10 +84,18 @@ def test_microbatches_in_flight(sizes: tuple[int, int, int], stage: int, expecte
 def test_kv_cache_and_hidden_states():
     """KV cache: 2 x 28 layers x 512 numbers, for 32 rows of 2,048 positions, on 4 tensor ranks."""
     setup = Setup(SEVEN_B, tensor=4, num_microbatches=32)
-    phases = stage_memory(setup, 0).phases
-    assert phases["rollout"]["KV cache"] == 2 * 28 * 32 * 2048 * 512 / 4 * 2
-    bounded = stage_memory(replace(setup, kv_cache_tokens=5 * 2048 + 2047), 0).phases["rollout"]
-    assert bounded["KV cache"] == phases["rollout"]["KV cache"] * 5 / 32
+    memory = stage_memory(setup, 0)
+    phases = memory.phases
+    assert memory.state["KV cache"] == 2 * 28 * 32 * 2048 * 512 / 4 * 2
+    bounded = stage_memory(replace(setup, kv_cache_tokens=5 * 2048 + 2047), 0).state
+    assert bounded["KV cache"] == memory.state["KV cache"] * 5 / 32
+    # The memory of CUDA graphs is that of the sampler.
+    assert "CUDA graphs" not in memory.state
+    alone = stage_memory(replace(setup, tensor=1), 0)
+    assert alone.state["CUDA graphs"] == alone.phases["rollout"]["sampler"] == 32 * 152_064 * 20
+    # Rows are rounded up to 256 tokens. A validation of longer responses needs a larger cache.
+    longer = replace(setup, validation_responses=32, validation_tokens=2049)
+    assert stage_memory(longer, 0).state["KV cache"] == memory.state["KV cache"] * 3328 / 2048
     assert "rollout" not in stage_memory(replace(setup, samples=False), 0).phases
     assert phases["teacher"]["teacher hidden states"] == 2 * 32 * 1024 * 3584 * 2
     one_view = stage_memory(replace(setup, num_views=1), 0).phases

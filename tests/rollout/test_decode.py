@@ -1,30 +1,47 @@
-"""The decoder's table of rows: places, positions and attention masks."""
+"""Places of tokens in the KV cache."""
 
 import pytest
 import torch
 
-from aropd_mcore.mcore.decode import _Rows, _runs_of_similar
+from aropd_mcore.mcore.cached_attention import KVCache, Places, runs_of_similar
 
 CPU = torch.device("cpu")
 
 
-def test_rows_after_new_and_dropped_rows_keep_positions_and_masks():
-    rows = _Rows(4, 16)
-    rows.advance([3, 2], CPU)
-    assert rows.rows_N.tolist() == [0, 0, 0, 1, 1]
-    assert rows.positions_N.tolist() == [0, 1, 2, 0, 1]
-    assert rows.last_B.tolist() == [2, 4]
-    rows.advance([2, 4], CPU)  # one token of each old row, and two new prompts
-    assert rows.rows_N.tolist() == [0, 1, 2, 2, 3, 3, 3, 3]
-    assert rows.positions_N.tolist() == [3, 2, 0, 1, 0, 1, 2, 3]
-    assert rows.last_B.tolist() == [0, 1, 3, 7]
-    assert rows.buckets == [range(2, 3), range(3, 4)]
-    assert rows.visible_B11L.flatten(1).tolist() == [[True] * 4, [True] * 3 + [False]]
-    assert rows.drop({0, 2}) == [3, 1]  # the last remaining row moves to the first place
-    assert rows.lengths == [4, 3]
-    rows.advance([], CPU)
-    assert rows.positions_N.tolist() == [4, 3]
-    assert rows.drop({0, 1}) == []
+def test_places_of_prompts_and_of_next_tokens_fit_their_rows():
+    places = Places()
+    tokens = places.place_prompts([3, 0, 2], [[7, 8, 9], [5, 6], [4]], CPU)
+    assert tokens.tolist() == [7, 8, 9, 5, 6, 4]
+    assert places.rows_N.tolist() == [3, 3, 3, 0, 0, 2]
+    assert places.positions_N.tolist() == [0, 1, 2, 0, 1, 0]
+    assert places.mask_B11L is None
+    buckets = [(b.tokens, b.rows_N.tolist(), b.shape) for b in places.buckets]
+    assert buckets == [
+        (slice(0, 3), [0, 0, 0], (1, 3)),
+        (slice(3, 5), [0, 0], (1, 2)),
+        (slice(5, 6), [0], (1, 1)),
+    ]
+    places.place_prompts([1, 2], [[7, 8, 9, 1], [5, 6, 7]], CPU)
+    [bucket] = places.buckets
+    assert (bucket.rows_N.tolist(), bucket.shape) == ([0, 0, 0, 0, 1, 1, 1], (2, 4))
+
+    places.place_next(torch.tensor([3, 2]), 5, torch.float32)
+    assert places.rows_N.tolist() == [0, 1]
+    assert places.positions_N.tolist() == [3, 2]
+    assert places.mask_B11L is not None
+    hidden = -torch.inf
+    assert places.mask_B11L.flatten(1).tolist() == [[0, 0, 0, 0, hidden], [0, 0, 0, hidden, hidden]]
+
+
+def test_cache_keeps_its_address_until_a_batch_needs_more():
+    cache = KVCache()
+    first = cache.view((2, 3, 4), dtype=torch.float32, device=CPU)
+    first.fill_(torch.nan)
+    second = cache.view((2, 2, 5), dtype=torch.float32, device=CPU)
+    assert second.data_ptr() == first.data_ptr()
+    assert not second.any(), "expected zeros: masked keys have weight 0, and 0 x NaN is NaN"
+    larger = cache.view((5, 5), dtype=torch.float32, device=CPU)
+    assert cache.view((24,), dtype=torch.float32, device=CPU).data_ptr() == larger.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -37,4 +54,4 @@ def test_rows_after_new_and_dropped_rows_keep_positions_and_masks():
     ],
 )
 def test_runs_of_similar_groups_prompts_of_similar_length(lengths, runs):
-    assert [(run.start, run.stop) for run in _runs_of_similar(lengths)] == runs
+    assert [(run.start, run.stop) for run in runs_of_similar(lengths)] == runs

@@ -2,11 +2,12 @@
 
     python tools/benchmarks/rollout.py [--tensor N --pipeline N] [--model HF_CONFIG] [--repeats 5]
 
-Three comparisons:
+Comparisons:
 
 - the engine with a loop that reads the whole prefix for every token;
 - different numbers of new tokens;
-- replacement of finished rows with separate batches.
+- replacement of finished rows with separate batches;
+- on a GPU, decoding with CUDA graphs with decoding without them.
 
 A random model decodes greedily, on a GPU in bf16. Start one process, or several ranks with
 torchrun. Methods take turns within each repetition. Times are medians.
@@ -94,13 +95,20 @@ def measure(model: StageModel, runtime: Runtime, *, repeats: int, scale: int = 1
     """
     prompts = random_prompts(ROWS, PROMPT // scale, model.vocab_size)
     new = NEW // scale
+    greedy = NativeEngine(model, runtime, eos_token_ids=(), batch_size=ROWS)
     methods: dict[str, Callable[[], Any]] = {
-        f"new {n}": partial(generate, model, runtime, prompts, n) for n in (new, 2 * new, 4 * new)
+        f"new {n}": partial(generate, greedy, prompts, n) for n in (new, 2 * new, 4 * new)
     }
+    if runtime.device.type == "cuda":
+        plain = NativeEngine(model, runtime, eos_token_ids=(), batch_size=ROWS, cuda_graphs=False)
+        methods["without graphs"] = partial(generate, plain, prompts, new)
+        # The first call of each number of rows and keys runs plainly, the second captures.
+        for _ in range(2):
+            generate(greedy, prompts, 4 * new)
     if runtime.world_size == 1:
         methods["prefix reread"] = partial(reread_prefix, model, prompts, new)
         expected = reread_prefix(model, prompts, new)
-        assert generate(model, runtime, prompts, new) == expected, "expected the same tokens"
+        assert generate(greedy, prompts, new) == expected, "expected the same tokens"
     # One in MEAN_RESPONSE tokens ends a response, and sampling is nearly uniform.
     eos = range(0, model.vocab_size, MEAN_RESPONSE)
     many = random_prompts(4 * ROWS, PROMPT // scale, model.vocab_size)
@@ -126,10 +134,7 @@ def random_prompts(number: int, length: int, vocab_size: int) -> list[list[int]]
     return [[numbers.randrange(vocab_size) for _ in range(length)] for _ in range(number)]
 
 
-def generate(
-    model: StageModel, runtime: Runtime, prompts: list[list[int]], new: int
-) -> list[list[int]]:
-    engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=len(prompts))
+def generate(engine: NativeEngine, prompts: list[list[int]], new: int) -> list[list[int]]:
     return sample(engine, prompts, SamplingConfig(max_response_tokens=new, temperature=0))
 
 
@@ -168,12 +173,15 @@ def report(figures: dict[str, Any]) -> str:
     lines = [f"{'':24}{'seconds':>9}{'tokens/s':>10}"]
     for name, median in seconds.items():
         num_tokens = figures["num_sampled"]
-        if name.startswith(("new", "prefix")):
+        if name.startswith(("new", "prefix", "without")):
             num_tokens = ROWS * (int(name.removeprefix("new ")) if name.startswith("new") else new)
         lines.append(f"{name:24}{median:9.2f}{num_tokens / median:10.0f}")
     if "prefix reread" in seconds:
         speedup = seconds["prefix reread"] / base
         lines.append(f"engine / prefix reread:            {speedup:.1f} x the speed")
+    if "without graphs" in seconds:
+        lines.append(f"engine / without graphs:           {seconds['without graphs'] / base:.1f} x")
+        lines.append(f"per token, {ROWS} rows:                {base / new * 1e3:.2f} ms")
     for factor in (2, 4):
         per_token = seconds[f"new {factor * new}"] / base / factor
         lines.append(f"per token, {factor * new} / {new} new tokens: {per_token:.2f} x the time")

@@ -10,8 +10,17 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aropd_mcore.data.context_parallel import positions_of_rank
+
+ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Kernels of torch's attention: all but cuDNN's, which builds a plan for every new shape. Shapes
+change with each batch, and torch 2.11 prefers cuDNN on Hopper."""
 
 
 class LocalCoreAttention(torch.nn.Module):
@@ -83,13 +92,14 @@ class LocalCoreAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         """Return [S, B, heads, D]. `visible` is bool [S, keys]; None is causal."""
-        context_BMSD = functional.scaled_dot_product_attention(
-            *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
-            attn_mask=visible,
-            is_causal=visible is None,
-            scale=self.scale,
-            enable_gqa=query.size(2) > key.size(2),
-        )
+        with sdpa_kernel(ATTENTION_KERNELS):
+            context_BMSD = functional.scaled_dot_product_attention(
+                *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
+                attn_mask=visible,
+                is_causal=visible is None,
+                scale=self.scale,
+                enable_gqa=query.size(2) > key.size(2),
+            )
         return context_BMSD.permute(2, 0, 1, 3)
 
     def _gathered(self, part: Tensor) -> Tensor:

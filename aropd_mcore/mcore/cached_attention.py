@@ -1,0 +1,187 @@
+"""Core attention over cached keys and values, for decoding.
+
+Shape letters: N tokens of a forward, P prompts, B rows, S longest prompt, M query heads, G KV
+heads, R query heads per KV head, L keys of a row, D head dimension.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BUCKET_SPREAD = 4 / 3
+"""Largest ratio of prompt lengths in one call of the attention kernel, in which prompts are padded
+to the longest."""
+
+
+class KVCache:
+    """Memory of the keys and values of all layers, at one address for many batches.
+
+    A batch uses the memory in its own shape. Memory is allocated again only for a batch that needs
+    more than all batches before it. Engines that never sample at the same time can share a cache.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: Tensor | None = None
+
+    def view(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return zeros of a shape, which overwrite those of the previous call.
+
+        They are zeros because masked keys have weight 0, and 0 x NaN is NaN.
+        """
+        size = torch.Size(shape).numel()
+        numbers = self._numbers
+        if numbers is None or numbers.numel() < size or numbers.dtype != dtype:
+            numbers = self._numbers = None  # freed first
+            numbers = self._numbers = torch.empty(size, dtype=dtype, device=device)
+        return numbers[:size].view(*shape).zero_()
+
+
+@dataclass(frozen=True)
+class PromptBucket:
+    """Prompts of similar lengths, which one call of the attention kernel processes."""
+
+    tokens: slice
+    """Place of the prompts' tokens among the N tokens of the forward."""
+    rows_N: Tensor
+    """Index within the bucket of each of these tokens' prompts."""
+    shape: tuple[int, int]
+    """Number of prompts, and length of the longest."""
+
+
+@dataclass
+class Places:
+    """Places of the current forward's tokens in the cache. All layers share one object."""
+
+    rows_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    positions_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Row and position of each token, int64, without padding."""
+    mask_B11L: Tensor | None = None
+    """For one token of every row: 0 for the keys that it sees, -inf for the others. None: the
+    tokens are whole prompts."""
+    buckets: list[PromptBucket] = field(default_factory=list)
+    """The prompts, if the tokens are prompts."""
+
+    def place_prompts(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], device: torch.device
+    ) -> Tensor:
+        """Set the places of whole prompts in these rows, and return their tokens, int64 [N]."""
+        lengths = [len(prompt) for prompt in prompts]
+        lengths_P, rows_P = torch.tensor(lengths), torch.tensor(rows)
+        starts_P = lengths_P.cumsum(0) - lengths_P
+        first_P = torch.empty_like(rows_P)  # first prompt of each prompt's bucket
+        buckets = list(runs_of_similar(lengths))
+        for run in buckets:
+            first_P[run.start : run.stop] = run.start
+        prompts_N = torch.arange(len(prompts)).repeat_interleave(lengths_P)
+        places = torch.stack(
+            [
+                torch.tensor([token for prompt in prompts for token in prompt]),
+                rows_P[prompts_N],
+                torch.arange(len(prompts_N)) - starts_P[prompts_N],
+                prompts_N - first_P[prompts_N],
+            ]
+        )
+        tokens_N, self.rows_N, self.positions_N, bucket_rows_N = places.to(device)
+        self.mask_B11L, self.buckets, end = None, [], 0
+        for run in buckets:
+            in_bucket = lengths[run.start : run.stop]
+            tokens = slice(end, end := end + sum(in_bucket))
+            shape = len(in_bucket), max(in_bucket)
+            self.buckets.append(PromptBucket(tokens, bucket_rows_N[tokens], shape))
+        return tokens_N
+
+    def place_next(self, positions_B: Tensor, num_keys: int, dtype: torch.dtype) -> None:
+        """Set the places of one token of every row, which sees at most num_keys keys.
+
+        Args:
+            positions_B: int64 on the device. Nothing of it is read on the host.
+            dtype: dtype of the attention's query.
+        """
+        device = positions_B.device
+        self.rows_N, self.positions_N = torch.arange(len(positions_B), device=device), positions_B
+        is_later_BL = torch.arange(num_keys, device=device) > positions_B[:, None]
+        mask_BL = torch.zeros(is_later_BL.shape, dtype=dtype, device=device)
+        self.mask_B11L = mask_BL.masked_fill_(is_later_BL, -torch.inf)[:, None, None]
+
+
+def runs_of_similar(lengths: Sequence[int]) -> Iterator[range]:
+    """Yield runs of neighbours with lengths that differ by a factor of at most BUCKET_SPREAD."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        run = lengths[start : end + 1]
+        if end == len(lengths) or max(run) > BUCKET_SPREAD * min(run):
+            yield range(start, end)
+            start = end
+
+
+class CachedAttention(torch.nn.Module):
+    """Core attention over one layer's cached keys and values, with Megatron's arguments.
+
+    Query [N, 1, M, D], key and value [N, 1, G, D], already rotated and padded at the end. The
+    result is [N, 1, M x D], with zeros for the padding.
+    """
+
+    def __init__(self, places: Places, cache_2BGLD: Tensor, scale: float | None):
+        super().__init__()
+        self.places = places
+        self.keys_BGLD, self.values_BGLD = cache_2BGLD
+        self.scale = scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_masks: Any, **_mask_settings: Any
+    ) -> Tensor:
+        places = self.places
+        num_padded, num_tokens = len(query), len(places.positions_N)
+        query_NMD, key_NGD, value_NGD = (t[:num_tokens].squeeze(1) for t in (query, key, value))
+        place = (places.rows_N, slice(None), places.positions_N)
+        self.keys_BGLD[place] = key_NGD
+        self.values_BGLD[place] = value_NGD
+        if places.mask_B11L is None:
+            context_NMD = self._prompts(query_NMD, key_NGD, value_NGD)
+        else:
+            context_NMD = self._next(query_NMD, places.mask_B11L)
+        context = context_NMD.reshape(num_tokens, 1, -1)
+        return functional.pad(context, (0, 0, 0, 0, 0, num_padded - num_tokens))
+
+    def _next(self, query_BMD: Tensor, mask_B11L: Tensor) -> Tensor:
+        """Attend with one token per row. Query heads that share a KV head are its R queries."""
+        num_rows, num_keys = mask_B11L.size(0), mask_B11L.size(-1)
+        keys, values = (c[:num_rows, :, :num_keys] for c in (self.keys_BGLD, self.values_BGLD))
+        context_BGRD = functional.scaled_dot_product_attention(
+            query_BMD.unflatten(1, (keys.size(1), -1)),
+            keys,
+            values,
+            attn_mask=mask_B11L,
+            scale=self.scale,
+        )
+        return context_BGRD.flatten(1, 2)
+
+    def _prompts(self, *parts: Tensor) -> Tensor:
+        """Attend within whole prompts, padded to the longest of each bucket.
+
+        Args:
+            parts: query [N, M, D], key and value [N, G, D].
+        """
+        contexts = []
+        for bucket in self.places.buckets:
+            place = (bucket.rows_N, self.places.positions_N[bucket.tokens])
+            query, key, value = (
+                part.new_zeros(bucket.shape + part.shape[1:])
+                .index_put(place, part[bucket.tokens])
+                .transpose(1, 2)
+                for part in parts
+            )
+            context_BMSD = functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=query.size(1) > key.size(1),
+            )
+            contexts.append(context_BMSD.transpose(1, 2)[place])
+        return torch.cat(contexts)
