@@ -830,7 +830,7 @@ def test_cases_cover_varied_lengths_metrics_and_updates(root, on_one_rank, oracl
     ].metrics.keys()
     for name in ("thinking-span", "answer-span"):
         (samples,) = on_one_rank[name].samples
-        assert len({len(s.response) - s.num_thinking for s in samples}) > 2
+        assert len({len(s.response) - s.num_thinking for s in samples}) > 1
     start = load_file(BY_NAME["ema"].model(root) / "model.safetensors")
     for name, weight in oracle["ema"][-1].student.items():
         assert float((weight - start[name]).abs().max()) > 20 * UPDATE * LR, name

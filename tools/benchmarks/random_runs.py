@@ -8,7 +8,7 @@ import gc
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +156,13 @@ def build_run(
     )
 
 
+class _NoText:
+    """Tokenizer of random ids, which have no text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
 class _Views:
     """Random prompts, and a random response for `sft`."""
 
@@ -164,10 +171,11 @@ class _Views:
         limit = config.views.max_prompt_tokens
         self._lengths = [prompt_tokens.get(view, limit) for view in ("student", "partial", "full")]
         self._response_tokens = config.rollout.max_response_tokens
+        self.tokenizer = _NoText()
 
-    def build(self, row: Row) -> Views:
+    def build_each(self, row: Row) -> list[Views]:
         student, partial, full = map(self._random, self._lengths)
-        return Views(row, student, partial, full)
+        return [Views(row, student, partial, full)]
 
     def oracle_response_ids(self, _row: Row) -> tuple[int, ...]:
         return self._random(self._response_tokens)
