@@ -446,9 +446,10 @@ class RolloutConfig(SamplingConfig):
     """Capacity of each replica's KV cache in tokens, with engine native. If it is too small for
     batch_size sequences of maximum length, fewer are decoded at once. null: room for batch_size
     sequences. The memory stays allocated while the model trains."""
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
     """Whether engine native decodes by CUDA graphs, which launch all kernels of a token at once.
-    They are used on GPUs without tensor and pipeline parallelism, experts and FP8."""
+    They are used on GPUs without tensor and pipeline parallelism, experts and FP8. They have not
+    run on a GPU yet, so they are off by default."""
     importance: ImportanceLevel | Literal["auto", "off"] = "auto"
     """Truncated importance sampling: correction for an engine whose log-probs differ from the
     trainer's. `sequence`: a response's loss is multiplied by the mean of its tokens' ratios.

@@ -63,7 +63,7 @@ class Setup:
     """Largest number of tokens of each of these responses."""
     rollout_batch_size: int = 32
     kv_cache_tokens: int | None = None
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
     chunk_tokens: int | Literal["auto"] = "auto"
     max_tokens_per_microbatch: int | None = None
     """Tokens of a packed microbatch; None without packing."""

@@ -40,7 +40,7 @@ class NativeEngine:
         eos_token_ids: Sequence[int],
         batch_size: int,
         kv_cache_tokens: int | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool = False,
         cache: KVCache | None = None,
         should_stop: Callable[[], bool] = never,
     ):

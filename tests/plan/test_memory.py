@@ -90,8 +90,8 @@ def test_kv_cache_and_hidden_states():
     bounded = stage_memory(replace(setup, kv_cache_tokens=5 * 2048 + 2047), 0).state
     assert bounded["KV cache"] == memory.state["KV cache"] * 5 / 32
     # The memory of CUDA graphs is that of the sampler.
-    assert "CUDA graphs" not in memory.state
-    alone = stage_memory(replace(setup, tensor=1), 0)
+    assert "CUDA graphs" not in stage_memory(replace(setup, cuda_graphs=True), 0).state
+    alone = stage_memory(replace(setup, tensor=1, cuda_graphs=True), 0)
     assert alone.state["CUDA graphs"] == alone.phases["rollout"]["sampler"] == 32 * 152_064 * 20
     # Rows are rounded up to 256 tokens. A validation of longer responses needs a larger cache.
     longer = replace(setup, validation_responses=32, validation_tokens=2049)

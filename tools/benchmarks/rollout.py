@@ -95,7 +95,7 @@ def measure(model: StageModel, runtime: Runtime, *, repeats: int, scale: int = 1
     """
     prompts = random_prompts(ROWS, PROMPT // scale, model.vocab_size)
     new = NEW // scale
-    greedy = NativeEngine(model, runtime, eos_token_ids=(), batch_size=ROWS)
+    greedy = NativeEngine(model, runtime, eos_token_ids=(), batch_size=ROWS, cuda_graphs=True)
     methods: dict[str, Callable[[], Any]] = {
         f"new {n}": partial(generate, greedy, prompts, n) for n in (new, 2 * new, 4 * new)
     }
