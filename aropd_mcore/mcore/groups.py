@@ -69,6 +69,16 @@ def create_groups(
     return group
 
 
+def gather_objects(part: Any) -> list[Any]:
+    """Return the parts of all ranks of the job, in rank order.
+
+    Collectives: one all-gather of pickled objects over the job, on the CPU.
+    """
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
 @contextmanager
 def _all_groups_with(backend: str) -> Iterator[None]:
     """Context in which Megatron creates groups with this backend.

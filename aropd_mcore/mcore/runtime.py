@@ -36,6 +36,7 @@ from aropd_mcore.mcore.groups import (  # noqa: E402
     GROUP_BACKENDS,
     JOB_BACKENDS,
     create_groups,
+    gather_objects,
 )
 from aropd_mcore.mcore.rendezvous import reporting_long_wait  # noqa: E402
 
@@ -212,9 +213,7 @@ class Runtime:
 
         Collectives: one all-gather of pickled objects over the job, on the CPU.
         """
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, part)
-        return parts
+        return gather_objects(part)
 
     def max_over_job(self, value: int) -> int:
         """Return the maximum of all ranks' values.

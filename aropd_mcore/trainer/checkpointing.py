@@ -6,9 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from aropd_mcore.convert.manifest import newest, read_manifest
 from aropd_mcore.mcore.checkpoint import directory, state
 from aropd_mcore.mcore.checkpoint.directory import SaveFailed
@@ -129,8 +126,7 @@ class Saver:
         if minutes is None:
             return False
         is_late = time.monotonic() - self._last_time >= 60 * minutes
-        decision = torch.tensor(int(is_late))
-        dist.broadcast(decision, src=0)
+        (decision,) = self._run.runtime.numbers_of_rank0(is_late)
         return bool(decision)
 
     def _start(self, num_done: int, progress: Counters) -> None:

@@ -26,6 +26,7 @@ from aropd_mcore.convert.manifest import (
     write_manifest,
 )
 from aropd_mcore.convert.source import BEST, TRACKER
+from aropd_mcore.mcore.groups import gather_objects
 from aropd_mcore.mcore.rank0 import run_on_rank0
 
 _PARTIAL, _DELETED, _CORRUPT = ".partial", ".deleted", ".corrupt"
@@ -111,8 +112,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
     )
     damages: dict[Path, list[str]] = {}
     for path in candidates:
-        parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, problems(path, dist.get_rank(), dist.get_world_size()))
+        parts = gather_objects(problems(path, dist.get_rank(), dist.get_world_size()))
         damages[path] = [line for lines in parts for line in lines]
         if not damages[path]:
             del damages[path]

@@ -27,6 +27,7 @@ from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.threads import in_threads, share_out
 from aropd_mcore.convert.torch_dist import TorchDistReader
 from aropd_mcore.heartbeat import beat
+from aropd_mcore.mcore.groups import gather_objects
 from aropd_mcore.mcore.runtime import Runtime
 
 Index = tuple[int, ...]
@@ -126,9 +127,7 @@ def read(path: Path, boxes: Sequence[Box]) -> None:
         in_threads(share_out(boxes, lambda box: box.values.nbytes), read_all)
     except CheckpointError as failure:
         error = str(failure)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((error for error in errors if error is not None), None)
+    first = next((error for error in gather_objects(error) if error is not None), None)
     if first is not None:
         raise CheckpointError(first)
 

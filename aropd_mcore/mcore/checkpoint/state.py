@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -37,6 +36,7 @@ from aropd_mcore.mcore.checkpoint.directory import (
 )
 from aropd_mcore.mcore.checkpoint.shards import Box
 from aropd_mcore.mcore.checkpoint.writer import Writing, Written
+from aropd_mcore.mcore.groups import gather_objects
 from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
@@ -121,8 +121,7 @@ class Saving:
         # The wait for the writing processes is not timed. Each process measures its own seconds.
         written, errors = self._writing.finish()
         started = time.perf_counter()
-        results: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(results, (written, errors))
+        results = gather_objects((written, errors))
         run_on_rank0(
             lambda: make_whole(self._partial, self.step, self._files(results), self._about)
         )
