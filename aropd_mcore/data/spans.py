@@ -32,6 +32,14 @@ class Thinking(NamedTuple):
 NO_THINKING = Thinking(0, 0)
 
 
+def prompt_opening(tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int]) -> str:
+    """Return the opening tag of a thought at the end of a prompt, or an empty string.
+
+    The response continues that thought.
+    """
+    return opened_thought(str(tokenizer.decode(list(prompt_ids[-_LONGEST_TAG:]))))
+
+
 def find_thinking(
     tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int], response_ids: Sequence[int]
 ) -> Thinking:
@@ -40,8 +48,7 @@ def find_thinking(
     Tags are found in the decoded text, since a tag may consist of several tokens. A token that
     contains the end of a tag belongs to the tag.
     """
-    end_of_prompt = str(tokenizer.decode(list(prompt_ids[-_LONGEST_TAG:])))
-    opening = opened_thought(end_of_prompt)
+    opening = prompt_opening(tokenizer, prompt_ids)
 
     def text_of(num_tokens: int) -> str:
         return opening + str(tokenizer.decode(list(response_ids[:num_tokens])))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aropd_mcore.data.thoughts import opened_thought
+from aropd_mcore.data.spans import prompt_opening
 from aropd_mcore.evaluation.diagnose.summary import Scored
 from aropd_mcore.evaluation.grade import Graders, check_graders, row_gold
 from aropd_mcore.evaluation.statistics import accuracy, auc, auc_interval, interval
@@ -63,10 +63,10 @@ def grade(
     """
 
     def text(one: Scored) -> str:
-        prompt = str(tokenizer.decode(list(views[one.row].student_ids)))
-        ids = list(one.rollout.response_ids)
         # A thought that the prompt opens belongs to the response.
-        return opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=True))
+        opening = prompt_opening(tokenizer, views[one.row].student_ids)
+        ids = list(one.rollout.response_ids)
+        return opening + str(tokenizer.decode(ids, skip_special_tokens=True))
 
     golds = [row_gold(views[one.row].row.answer) for one in scored]
     request = [(text(one), gold) for one, gold in zip(scored, golds, strict=True) if gold]

@@ -1,6 +1,6 @@
 """Problems of a run's validation: prompts as token ids, and references. Needs no Megatron."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from aropd_mcore.config import Config, ConfigError, View, teacher_task
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.ranks import OneRank, Ranks, load_in_turn, map_shared
 from aropd_mcore.data.records import DataError
-from aropd_mcore.data.thoughts import opened_thought
-from aropd_mcore.data.views import VIEWS, PromptTooLong, ViewBuilder
+from aropd_mcore.data.spans import prompt_opening
+from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.evaluation.grade import check_graders
 from aropd_mcore.evaluation.tasks import Choices, CodeTests, Gold, MathAnswer, parse_task, read_task
 from aropd_mcore.types import Row
@@ -63,24 +63,23 @@ def read_validation_set(
     Collectives: gathers of `ranks`.
     """
     ranks = ranks or OneRank()
-    files = [parse_task(text).path for text in config.validation.tasks]
-    unbuilt = load_in_turn(
-        ranks, lambda: list(_problems(config)), [*files, *config.validation.rows]
-    )
-    for view in config.validation.teacher_views:
-        unbuilt += _of_teacher([p for p in unbuilt if not p.by_teacher], view)
-    drops = config.views.on_long_prompt == "drop"
-    prompts = map_shared(
-        ranks, lambda problem: _prompt(problem, builder, drops), unbuilt, "validation prompts"
-    )
-    problems = [
-        ValidationProblem(*problem[:-1], *prompt, problem.gold)
-        for problem, prompt in zip(unbuilt, prompts, strict=True)
-        if prompt is not None
-    ]
     settings = config.validation
-    if settings.rows and not any(problem.task == ROWS for problem in problems):
+    files = [parse_task(text).path for text in settings.tasks]
+    questions = load_in_turn(ranks, lambda: list(_questions(config)), [*files, *settings.rows])
+    views: set[View] = {"student", *settings.teacher_views}
+    prompts = map_shared(
+        ranks, lambda question: _prompts(question, builder, views), questions, "validation prompts"
+    )
+    asked = [(q, ids) for q, ids in zip(questions, prompts, strict=True) if ids is not None]
+    if settings.rows and not any(question.task == ROWS for question, _ in asked):
         raise DataError(str(settings.rows[0]), "no held-out row's prompts fit")
+    problems = [_problem(q, q.task, False, "student", ids, builder) for q, ids in asked]
+    problems += [
+        _problem(q, teacher_task(q.task, view), True, view, ids, builder)
+        for view in settings.teacher_views
+        for q, ids in asked
+        if view in ids
+    ]
     limit = settings.max_response_tokens or config.rollout.max_response_tokens
     for problem in problems:
         if len(problem.prompt_ids) + limit > max_positions:
@@ -91,25 +90,23 @@ def read_validation_set(
             )
     if problems:
         check_graders(problem.gold for problem in problems)
-    long = [p for p, prompt in zip(unbuilt, prompts, strict=True) if prompt is None]
-    origins = [problem.row.origin for problem in long if problem.task == ROWS]
+    pairs = zip(questions, prompts, strict=True)
+    origins = [question.row.origin for question, ids in pairs if ids is None]
     if not origins:
         return problems, []
     note = f"{len(origins)} held-out rows are left out, since a prompt is over "
     return problems, [f"{note}views.max_prompt_tokens; first: {origins[0]}"]
 
 
-class _Unbuilt(NamedTuple):
-    """A problem without its prompt."""
+class _Question(NamedTuple):
+    """A question of a task, or a held-out row."""
 
     task: str
-    by_teacher: bool
-    view: View
     row: Row
     gold: Gold
 
 
-def _problems(config: Config) -> Iterator[_Unbuilt]:
+def _questions(config: Config) -> Iterator[_Question]:
     settings = config.validation
     for text in settings.tasks:
         task = parse_task(text)
@@ -126,48 +123,54 @@ def _problems(config: Config) -> Iterator[_Unbuilt]:
                 id=problem.id,
                 origin=f"{task.path}, {problem.id}",
             )
-            yield _Unbuilt(task.name, False, "student", row, problem.gold)
+            yield _Question(task.name, row, problem.gold)
     if settings.rows:
         rows = RowDataset.load(settings.rows, on_bad_row=config.data.on_bad_row)[: settings.limit]
         for row in rows:
             if not row.answer.strip():
                 problem = "expected an answer, since validation compares it"
                 raise DataError(row.origin, problem, "an empty answer")
-            yield _Unbuilt(ROWS, False, "student", row, MathAnswer(row.answer))
+            yield _Question(ROWS, row, MathAnswer(row.answer))
 
 
-def _of_teacher(problems: Sequence[_Unbuilt], view: View) -> Iterator[_Unbuilt]:
-    """Yield the problems that the teacher answers under a view."""
-    for problem in problems:
-        if view == "student" or problem.task == ROWS:
-            name = teacher_task(problem.task, view)
-            yield problem._replace(task=name, by_teacher=True, view=view)
-
-
-def _prompt(
-    problem: _Unbuilt, builder: ViewBuilder, drops: bool
-) -> tuple[tuple[int, ...], str] | None:
-    """Return a problem's prompt ids, and the beginning of a thought that they end with.
+def _prompts(
+    question: _Question, builder: ViewBuilder, asked: Iterable[View]
+) -> dict[View, tuple[int, ...]] | None:
+    """Build the prompts of a question, and return them by view.
 
     All views of a held-out row are built, since its loss needs them (trainer.held_out).
 
     Args:
-        drops: return None for a held-out row with a prompt that is too long.
+        asked: views of a held-out row to return. A question of a task has only the student view.
+    Returns:
+        None for a held-out row with a prompt that is too long, with views.on_long_prompt "drop".
     Raises:
         DataError: see ViewBuilder.build.
     """
-    if problem.task in (ROWS, *(teacher_task(ROWS, view) for view in VIEWS)):
-        try:
-            views = builder.build(problem.row)
-        except PromptTooLong:
-            if not drops:
-                raise
-            return None
-        ids = {
-            "student": views.student_ids,
-            "partial": views.partial_ids,
-            "full": views.full_ids,
-        }[problem.view]
-    else:
-        ids = builder.prompt(problem.row, problem.view).ids
-    return ids, opened_thought(str(builder.tokenizer.decode(list(ids))))
+    if question.task != ROWS:
+        return {"student": builder.prompt(question.row, "student").ids}
+    try:
+        views = builder.build(question.row)
+    except PromptTooLong:
+        if builder.config.on_long_prompt != "drop":
+            raise
+        return None
+    ids: dict[View, tuple[int, ...]] = {
+        "student": views.student_ids,
+        "partial": views.partial_ids,
+        "full": views.full_ids,
+    }
+    return {view: ids[view] for view in asked}
+
+
+def _problem(
+    question: _Question,
+    task: str,
+    by_teacher: bool,
+    view: View,
+    prompts: Mapping[View, tuple[int, ...]],
+    builder: ViewBuilder,
+) -> ValidationProblem:
+    ids = prompts[view]
+    opening = prompt_opening(builder.tokenizer, ids)
+    return ValidationProblem(task, by_teacher, view, question.row, ids, opening, question.gold)

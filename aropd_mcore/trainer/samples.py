@@ -13,7 +13,7 @@ from itertools import groupby, islice
 from typing import Any, Literal
 
 from aropd_mcore.config import View
-from aropd_mcore.data.thoughts import opened_thought
+from aropd_mcore.data.spans import prompt_opening
 from aropd_mcore.evaluation.grade import Graders, Verdict, check_graders, row_gold
 from aropd_mcore.evaluation.tasks import MathAnswer
 from aropd_mcore.evaluation.validation_set import ValidationProblem
@@ -191,7 +191,7 @@ class SampleLog:
     def _describe(self, step: int, views: Views, rollout: Rollout) -> tuple[str, Line]:
         """Return the thought that the prompt opened, and the line without grade and means."""
         row, tokenizer = views.row, self._run.view_builder.tokenizer
-        thought = opened_thought(str(tokenizer.decode(list(views.student_ids))))
+        thought = prompt_opening(tokenizer, views.student_ids)
         return thought, Line(
             step=step,
             task=TRAIN,

@@ -54,8 +54,8 @@ def open_counted(path: Path, overrides: list[str]) -> tuple[dict[str, Any], int,
     """Open the inputs on this rank of a run_ranks world.
 
     Returns:
-        The inputs in comparable form or the error, and the numbers of rows and of validation
-        problems whose prompts this rank has built.
+        The inputs in comparable form or the error, and the numbers of rows and of held-out rows
+        whose prompts this rank has built.
     """
     from unittest.mock import patch
 
@@ -93,8 +93,7 @@ def open_counted(path: Path, overrides: list[str]) -> tuple[dict[str, Any], int,
         "num_steps": inputs.num_steps,
         "about": inputs.about,
     }
-    # For each problem of a held-out row, all its three views are built.
-    return opened, built["rows"], built["prompts"] // 3
+    return opened, built["rows"], built["prompts"] // 3  # three views of a held-out row
 
 
 def test_two_ranks_build_the_prompts_of_half_of_the_rows_each(path, tmp_path):
@@ -103,8 +102,10 @@ def test_two_ranks_build_the_prompts_of_half_of_the_rows_each(path, tmp_path):
     for overrides, num_dropped in cases:
         if "objective.name=sft" in overrides:
             overrides = [*overrides, "validation.teacher_views=[]"]
-        (alone, num_rows, num_problems), *_ = run_ranks(open_counted, 1, path, overrides)
-        assert (num_rows, num_problems) == (NUM_ROWS, len(alone["problems"]))
+        (alone, num_rows, num_heldout), *_ = run_ranks(open_counted, 1, path, overrides)
+        # The teacher's problems have the prompts that were built for the student's.
+        heldout = {problem.row.origin for problem in alone["problems"]}
+        assert (num_rows, num_heldout) == (NUM_ROWS, len(heldout)) == (NUM_ROWS, 7)
         assert (
             len(alone["rows"])
             == NUM_ROWS - num_dropped
@@ -112,7 +113,7 @@ def test_two_ranks_build_the_prompts_of_half_of_the_rows_each(path, tmp_path):
         )
         parts = run_ranks(open_counted, 2, path, overrides)
         assert [part[1] for part in parts] == [NUM_ROWS // 2] * 2
-        assert sum(part[2] for part in parts) == num_problems
+        assert sum(part[2] for part in parts) == num_heldout
         assert abs(parts[0][2] - parts[1][2]) <= 1
         assert parts[0][0] == parts[1][0] == alone
         if num_dropped:
