@@ -6,6 +6,7 @@ its place: an exchange over one of Megatron's groups would give wrong values.
 
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -125,3 +126,40 @@ def train_with_watched_objects(path: Path) -> list[str]:
     ):
         train_on_ranks(path, [])
     return found
+
+
+def test_collectives_before_the_first_step_do_not_grow_with_the_job(tmp_path):
+    counts = []
+    for num_ranks, parallel in ((2, {"tensor": 2}), (4, {"tensor": 2}), (4, {"pipeline": 2})):
+        folder = tmp_path / str(len(counts))
+        folder.mkdir()
+        counts += run_ranks(collectives_of_a_start, num_ranks, write_run(folder, parallel=parallel))
+    assert counts == [counts[0]] * 10
+    # Broadcasts of objects and gathers of objects are two collectives each: sizes, then bytes.
+    assert 5 <= sum(counts[0].values()) <= 15, counts[0]
+
+
+def collectives_of_a_start(path: Path) -> Counter[str]:
+    """Start a run, and return the number of collectives before its first step, by operator."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from aropd_mcore.trainer import loop
+    from tests.support.training import train_on_ranks
+
+    counts = Counter[str]()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[func.__name__] += func.namespace == "c10d"
+            return func(*args, **(kwargs or {}))
+
+    class AtFirstStep(Exception):
+        pass
+
+    with (
+        patch.object(loop, "train_step", side_effect=AtFirstStep),
+        pytest.raises(AtFirstStep),
+        Counting(),
+    ):
+        train_on_ranks(path, [])
+    return +counts
