@@ -1,5 +1,6 @@
 """Reading of tables: Parquet files, and data sets through the package `datasets`."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,7 +44,9 @@ def read_saved(folder: Path, columns: Sequence[str] | None) -> Records:
         raise DataError(origin, problem, "a directory without state.json")
     datasets = _import_datasets(origin, "a saved data set")
     try:
-        yield from _data_set_records(origin, datasets.load_from_disk(origin), columns)
+        # `load_from_disk` fails if no row was saved: there are no files then.
+        if json.loads((folder / "state.json").read_bytes())["_data_files"]:
+            yield from _data_set_records(origin, datasets.load_from_disk(origin), columns)
     except DataError:
         raise
     except Exception as error:  # OSError, ArrowInvalid, JSONDecodeError, KeyError and others

@@ -21,6 +21,7 @@ from aropd_mcore.config import Config
 from aropd_mcore.config_file import dump_config
 from aropd_mcore.convert.import_export import keep_companions
 from aropd_mcore.convert.source import HF_FOLDER, HFSource
+from aropd_mcore.data.prepare import write_atomically
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.locks import RunLock
 from aropd_mcore.mcore.checkpoint.directory import SaveFailed
@@ -246,7 +247,7 @@ class Reporter:
         if self._is_rank0:
             config = self._run.config
             config.output_dir.mkdir(parents=True, exist_ok=True)
-            (config.output_dir / "config.yaml").write_text(dump_config(config))
+            write_atomically(config.output_dir / "config.yaml", [dump_config(config)])
             dtype = self._run.runtime.dtype(config.model.dtype)
             keep_companions(HFSource(config.model.path), config.output_dir / HF_FOLDER, dtype)
             self._log = MetricsLog(config, first_step=self._first_step)

@@ -139,6 +139,13 @@ def test_saved_data_set_without_rows_keys_names_its_columns(tmp_path):
         RowDataset.load([folder])
 
 
+def test_saved_data_set_without_rows_is_empty(tmp_path):
+    folder = save(tmp_path / "saved", [])
+    assert list(read_records(folder)) == []
+    with pytest.raises(ValueError, match="no rows"):
+        RowDataset.load([folder])
+
+
 def test_saved_data_set_of_several_splits_is_refused_with_their_folders(tmp_path):
     splits = datasets.Dataset.from_list(ROWS).train_test_split(test_size=10, seed=1)
     splits.save_to_disk(tmp_path / "saved")
