@@ -594,8 +594,9 @@ class TeacherConfig(Section):
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Rate alpha of `ema`: teacher <- (1 - alpha) teacher + alpha student, after every step."""
     fp32_master: bool = True
-    """Moving average in fp32 if the model is in bf16. In bf16, most updates would be rounded
-    away."""
+    """Moving average in fp32 of the optimizer's fp32 weights, if the model is in bf16. Each
+    data-parallel rank keeps its part, and the ranks gather the teacher's bf16 weights after every
+    step. false: average of the bf16 weights in bf16, where most updates are rounded away."""
     weights: MemorySpace = "device"
     """Location of the teacher's weights and fp32 average while the teacher is not scoring. `host`:
     pinned memory. The weights are then copied to the device for scoring, and only the output head,

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from aropd_mcore.config import TeacherConfig
 from aropd_mcore.convert.source import TEACHER_PREFIX
+from aropd_mcore.mcore.average import ShardedAverage
 from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
@@ -19,7 +21,8 @@ class Teacher:
     """The teacher, which scores microbatches under its views and follows the student.
 
     `ema` and `frozen` own a second model, sharded like the student. `live` uses the student's
-    model.
+    model. `average` is the fp32 average of `ema` if the models are in bf16. Without it, the weights
+    themselves are averaged.
 
     With config.weights "host", pinned host memory holds the second model's parameters, except for
     the output head, and the fp32 average. `score` copies the parameters to the device and frees the
@@ -32,27 +35,23 @@ class Teacher:
         runtime: Runtime,
         student: StageModel,
         model: StageModel | None,
+        optimizer: Optimizer | None = None,
     ):
         """
         Args:
             student: the module whose parameters the optimizer updates.
             model: the teacher's model with its initial weights. None for `live`.
+            optimizer: the student's, required for `ema`.
         """
         assert (model is None) == (config.kind == "live")
         self.config = config
         self._runtime = runtime
         self.model = student
         self._student = student
-        self._master: dict[str, Tensor] = {}
+        self.average: ShardedAverage | None = None
         if model is not None:
             self.model = model.eval().requires_grad_(False)
         on_host = config.weights == "host"
-        if config.kind == "ema" and config.fp32_master:
-            self._master = {
-                name: _pinned(p.float()) if on_host else p.detach().float()
-                for name, p in self.model.named_parameters()
-                if p.dtype != torch.float32
-            }
         self._visitors: list[torch.nn.Parameter] = []
         """Parameters that are on the device only while the teacher scores."""
         if on_host:
@@ -61,6 +60,16 @@ class Teacher:
             for p in self._visitors:
                 p.data = _pinned(p.data)
             _finish_copies()
+        has_average = config.kind == "ema" and config.fp32_master
+        if has_average and student.config.params_dtype != torch.float32:
+            assert optimizer is not None
+            weights = dict(self.model.named_parameters())
+            self.average = ShardedAverage(
+                optimizer.inner.chained_optimizers,
+                {p: weights[name] for name, p in student.named_parameters()},
+                device=runtime.device,
+                on_host=on_host,
+            )
 
     @property
     def head_weight(self) -> Tensor:
@@ -105,20 +114,23 @@ class Teacher:
 
             teacher <- (1 - alpha) teacher + alpha student
 
-        Source: METHOD section 4. Both models are sharded alike, so there is no collective. Weights
-        on the host are copied to the device and back, one parameter at a time.
+        Source: METHOD section 4. Weights on the host are copied to the device and back, one
+        parameter at a time.
+
+        Collectives: those of ShardedAverage.follow. None without an fp32 average.
         """
         if self.config.kind != "ema":
             return
-        students = dict(self._student.named_parameters())
-        for name, p in self.model.named_parameters():
-            average, student = self._master.get(name, p), students[name]
-            updated = average.to(student.device, non_blocking=True)
-            updated.lerp_(student.to(updated.dtype), self.config.ema_rate)
-            if updated is not average:
-                average.copy_(updated, non_blocking=True)
-            if average is not p:
-                p.copy_(updated, non_blocking=True)
+        if self.average is not None:
+            self.average.follow(self.config.ema_rate)
+        else:
+            students = dict(self._student.named_parameters())
+            for name, p in self.model.named_parameters():
+                student = students[name]
+                updated = p.to(student.device, non_blocking=True)
+                updated.lerp_(student, self.config.ema_rate)
+                if updated is not p:
+                    p.copy_(updated, non_blocking=True)
         _finish_copies()
 
     @contextmanager
@@ -140,35 +152,32 @@ class Teacher:
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the teacher's tensors, with the prefix `teacher.`, for dist_checkpointing.
 
-        Weights with an fp32 average are saved as the average. Empty for `live`.
+        These are the model's weights. A checkpoint has the average in their place, if there is one
+        (checkpoint/shards.py). Empty for `live`.
         """
         if self.model is self._student:
             return {}
-        state = self.model.sharded_state_dict(TEACHER_PREFIX, metadata=metadata)
-        for name, average in self._master.items():
-            chunk, key = _entry(name)
-            state[chunk][key].data = average
-            state[chunk][key].dtype = average.dtype
-        return state
+        return self.model.sharded_state_dict(TEACHER_PREFIX, metadata=metadata)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load tensors that dist_checkpointing has read for `sharded_state_dict`."""
+        """Load tensors that dist_checkpointing has read for `sharded_state_dict`.
+
+        With an average, `state` has no weights. They are computed from the average, which must have
+        been loaded.
+
+        Collectives: those of ShardedAverage.write_weights.
+        """
         if self.model is self._student:
             return
         for index, chunk in enumerate(self.model):
-            tensors = state[str(index)].items()
+            tensors = state.get(str(index), {}).items()
             # This also loads the statistics of FP8's delayed scaling, which are not parameters.
-            chunk.load_state_dict({key.removeprefix(TEACHER_PREFIX): t for key, t in tensors})
-        for name, average in self._master.items():
-            chunk, key = _entry(name)
-            average.copy_(state[chunk][key])
-
-
-def _entry(parameter: str) -> tuple[str, str]:
-    """Return a parameter's chunk in `Teacher.sharded_state_dict` and its key in the chunk."""
-    chunk, _, name = parameter.partition(".")
-    return chunk, TEACHER_PREFIX + name
+            own = {key.removeprefix(TEACHER_PREFIX): t for key, t in tensors}
+            chunk.load_state_dict(own, strict=self.average is None)
+        if self.average is not None:
+            self.average.write_weights()
+            _finish_copies()
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ def fused_linear_anchored_residual_kl(
         chunk_tokens: number of tokens whose logits exist at once; any value gives the same loss.
             `auto`: as many as fit into `chunks.LOGITS_BYTES` with their gradient.
         main_grad_VH: buffer that the weight's gradient is added to during the forward, fp32
-            [V_padded / tp, H], such as Megatron's `main_grad`. The weight itself then gets zeros,
-            and backward must receive exactly 1.
+            [V_padded / tp, H], such as Megatron's `main_grad`. The weight itself then gets an
+            empty sparse gradient, and backward must receive exactly 1.
         residual_scale, residual_clip, divergence, jsd_weight, vocab_size, tp_group, with_metrics,
             with_topk, sampled_ids_T: as in `vocab_parallel_anchored_residual_kl`.
     Returns:

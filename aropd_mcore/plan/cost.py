@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.plan.devices import PEAK_BF16_FLOPS
-from aropd_mcore.plan.memory import chunk_tokens, sharing_ranks
+from aropd_mcore.plan.memory import chunk_tokens, has_average, sharing_ranks
 from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
 from aropd_mcore.plan.setup import Setup
 
@@ -245,8 +245,11 @@ def _optimizer_seconds(setup: Setup, rates: Rates) -> float:
     on_rank = parameters.shared / shared + parameters.experts / experts
     num_bytes = on_rank * (4 + 8 + 16 + setup.dtype_bytes)
     num_bytes += parameters.total * 4  # computing the norm of the gradients, and zeroing them
-    if setup.teacher == "ema":
-        num_bytes += parameters.total * (2 * setup.dtype_bytes + 8)
+    if has_average(setup):
+        # Main weight and average, then the weights: rounded, gathered, copied.
+        num_bytes += on_rank * (4 + 8) + parameters.total * 3 * setup.dtype_bytes
+    elif setup.teacher == "ema":
+        num_bytes += parameters.total * 3 * setup.dtype_bytes
     return num_bytes / (rates.memory_bytes * rates.memory_efficiency)
 
 
@@ -281,14 +284,18 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     parameters = max(
         (rank_parameters(setup, stage) for stage in range(setup.pipeline)), key=lambda p: p.total
     )
-    # Gradients are summed in fp32, and weights gathered in their own dtype.
+    # Gradients are summed in fp32, and weights gathered in their own dtype, also the teacher's if
+    # the average is sharded.
     ranks = setup.data * context
-    exchanged = parameters.total * (4 + width)
+    exchanged = parameters.total * (4 + width * (1 + has_average(setup)))
     seconds += ring(exchanged, ranks, tensor * ranks)
     if setup.hosts_weights:
         # Weights to the device for scoring; the average to the device and back; new weights back.
-        average = 4 + 4 + width if setup.teacher == "ema" else 0
-        moved = parameters.total * (width + average)
+        moved = parameters.total * width * (2 if setup.teacher == "ema" else 1)
+        if has_average(setup):
+            moved += parameters.total * 8 / ranks
+        elif setup.teacher == "ema":
+            moved += parameters.total * width
         seconds += moved / (rates.host_bytes * rates.host_efficiency)
     return seconds
 

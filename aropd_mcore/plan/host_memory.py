@@ -4,7 +4,7 @@ always  pinned copies that config.teacher keeps on the host
 save    a copy of the rank's part of a checkpoint. torch keeps its blocks for the next save
 """
 
-from aropd_mcore.plan.memory import FP32, sharing_ranks, visiting_parameters
+from aropd_mcore.plan.memory import FP32, has_average, sharing_ranks, visiting_parameters
 from aropd_mcore.plan.parameters import Parameters, rank_parameters
 from aropd_mcore.plan.setup import Setup
 
@@ -27,8 +27,8 @@ def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
         always["teacher weights"] = (
             visiting_parameters(setup, parameters, stage) * setup.dtype_bytes * PINNED
         )
-        if _has_master(setup):
-            always["teacher fp32 master"] = parameters.total * FP32 * PINNED
+        if has_average(setup):
+            always["teacher fp32 average"] = _on_rank(setup, parameters) * FP32 * PINNED
     if setup.teacher_hidden_states == "host" and setup.teacher is not None:
         states = setup.num_views * setup.num_microbatches * setup.loss_tokens
         if stage == setup.pipeline - 1:
@@ -39,13 +39,13 @@ def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
 
 def _part(setup: Setup, parameters: Parameters) -> float:
     """Return the pinned bytes of a rank's part: weights, teacher, and the optimizer's state."""
-    shared, experts = sharing_ranks(setup)
-    on_rank = parameters.shared / shared + parameters.experts / experts
     width = setup.dtype_bytes + 3 * FP32
     if setup.teacher in ("ema", "frozen"):
-        width += FP32 if _has_master(setup) else setup.dtype_bytes
-    return on_rank * width * PINNED
+        width += FP32 if has_average(setup) else setup.dtype_bytes
+    return _on_rank(setup, parameters) * width * PINNED
 
 
-def _has_master(setup: Setup) -> bool:
-    return setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32
+def _on_rank(setup: Setup, parameters: Parameters) -> float:
+    """Return the number of parameters in this rank's shard of the optimizer."""
+    shared, experts = sharing_ranks(setup)
+    return parameters.shared / shared + parameters.experts / experts

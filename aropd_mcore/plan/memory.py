@@ -35,6 +35,9 @@ from aropd_mcore.plan.setup import Setup
 
 FP32 = 4
 
+GATHERED_ELEMENTS = 1 << 26
+"""Number of the teacher's weights that mcore.average gathers at once."""
+
 GPU_OVERHEAD = 4_000_000_000
 """Bytes outside of the counted tensors: about 1 GB for CUDA context and kernels, 2 GB for NCCL's
 buffers of the job's groups, 1 GB for workspaces of cuBLAS and Transformer Engine. Assumed, not
@@ -120,9 +123,8 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
     if setup.teacher in ("ema", "frozen"):
         visiting = visiting_parameters(setup, parameters, stage)
         state["teacher weights"] = (total - visiting) * width
-        has_master = setup.teacher == "ema" and setup.fp32_master and width < FP32
-        if has_master and not setup.hosts_weights:
-            state["teacher fp32 master"] = total * FP32
+        if has_average(setup) and not setup.hosts_weights:
+            state["teacher fp32 average"] = on_rank * FP32
     if setup.fp8:
         # Transformer Engine keeps each weight in FP8 twice, plain and transposed.
         state["weights in fp8"] = 2 * layers
@@ -261,8 +263,18 @@ def _optimizer(setup: Setup, parameters: Parameters, stage: int) -> dict[str, fl
         on_rank = parameters.shared / shared + parameters.experts / experts
         gathered = parameters.total * setup.dtype_bytes if shared > 1 else 0
         parts["denominators or gathered weights"] = max(on_rank * FP32, gathered)
-    if setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32:
-        # A copy of the student's weight. With the average on the host, a copy of the average, too.
-        copies = 2 if setup.hosts_weights else 1
-        parts["teacher's fp32 copy"] = copies * largest_weight(setup, stage) * FP32
+    if has_average(setup):
+        # mcore.average: a part of the new weights, of all ranks. With the average on the host, a
+        # copy of this rank's part of the average, too.
+        gathered = min(parameters.total, GATHERED_ELEMENTS)
+        parts["teacher's gathered weights"] = gathered * setup.dtype_bytes
+        if setup.hosts_weights:
+            parts["teacher's fp32 copy"] = gathered / sharing_ranks(setup)[0] * FP32
+    elif setup.teacher == "ema" and setup.hosts_weights:
+        parts["teacher's copied weight"] = largest_weight(setup, stage) * setup.dtype_bytes
     return parts
+
+
+def has_average(setup: Setup) -> bool:
+    """Return whether the teacher has an fp32 average besides its weights."""
+    return setup.teacher == "ema" and setup.fp32_master and setup.dtype_bytes < FP32

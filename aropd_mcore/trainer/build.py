@@ -68,13 +68,21 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
     dataset, view_builder, ends = inputs.dataset, inputs.view_builder, inputs.eos_token_ids
 
     model = load_model(config, runtime, config.precision, inputs.source)
+    optimizer = Optimizer(
+        model,
+        config.optimizer,
+        num_steps=inputs.num_steps,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+    )
     teacher = engine = None
     cache = KVCache()  # of all native engines, which never sample at the same time
     if config.objective.name == "aropd":
         teacher_model = None
         if config.teacher.kind != "live":
             teacher_model = load_model(config, runtime, config.precision.for_teacher, inputs.source)
-        teacher = Teacher(config.teacher, runtime, student=model, model=teacher_model)
+        teacher = Teacher(
+            config.teacher, runtime, student=model, model=teacher_model, optimizer=optimizer
+        )
         longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
         engine = build_engine(
             Serving.from_config(config),
@@ -85,12 +93,6 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
             cache=cache,
             should_stop=stops.is_wanted,
         )
-    optimizer = Optimizer(
-        model,
-        config.optimizer,
-        num_steps=inputs.num_steps,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-    )
     source = build_source(
         config,
         runtime,

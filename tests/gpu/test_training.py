@@ -222,7 +222,7 @@ def test_teacher_on_the_host_frees_the_device(root):
         assert run.teacher is not None
         on_device = [n for n, p in run.teacher.model.named_parameters() if p.is_cuda]
         assert on_device == ["0.output_layer.weight"]
-        assert all(not average.is_cuda for average in run.teacher._master.values())
-        assert all(average.is_pinned() for average in run.teacher._master.values())
+        assert run.teacher.average is not None
+        assert all(average.is_pinned() for _, _, average in run.teacher.average.shards())
     finally:
         runtime.stop()

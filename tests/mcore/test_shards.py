@@ -3,6 +3,7 @@
 import io
 import math
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert import torch_dist
 from aropd_mcore.convert.tensor_bytes import read_into
 from aropd_mcore.mcore import runtime
-from aropd_mcore.mcore.checkpoint import state
+from aropd_mcore.mcore.average import ShardedAverage
+from aropd_mcore.mcore.checkpoint import shards, state
 from aropd_mcore.mcore.checkpoint.shards import Box, split_range
 from aropd_mcore.mcore.checkpoint.writer import Writing
 from aropd_mcore.trainer.build import build_run, start_runtime
@@ -106,8 +109,10 @@ def check_shares(path: Path, folder: Path) -> None:
 def state_tensors(run: Run) -> list[Tensor]:
     """Return this rank's tensors of the student, the teacher and the optimizer."""
     assert run.teacher is not None
+    assert run.teacher.average is not None
     models = [*run.student.model.parameters(), *run.teacher.model.parameters()]
-    return [*models, *run.teacher._master.values(), *optimizer_tensors(run)]
+    averages = [average for _, _, average in run.teacher.average.shards()]
+    return [*models, *averages, *optimizer_tensors(run)]
 
 
 def optimizer_tensors(run: Run) -> list[Tensor]:
@@ -144,7 +149,7 @@ def test_checkpoint_of_whole_tensors_loads(path, tmp_path):
 def check_earlier_form(path: Path, folder: Path) -> None:
     experts = ["parallel.expert=2", f"model.path={path.parent / 'experts'}"]
     run = build(path, *experts)
-    assert run.teacher is not None
+    assert run.teacher is not None and run.teacher.average is not None
     train_step(run, 0)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -156,7 +161,7 @@ def check_earlier_form(path: Path, folder: Path) -> None:
     tensors = [part.sharded_state_dict(model, metadata=metadata)["param_state"] for part in parts]
     whole = model | {
         "optimizer": {str(i): part for i, part in enumerate(tensors)},
-        "teacher": run.teacher.sharded_state_dict(metadata),
+        "teacher": with_average(run.teacher.sharded_state_dict(metadata), run.teacher.average),
         "progress": {"step": 1},
         "layout": state._layout(run.runtime),
         "rng": state._rng_state(run.runtime),
@@ -173,6 +178,18 @@ def check_earlier_form(path: Path, folder: Path) -> None:
     for loaded, value in zip(state_tensors(run), values, strict=True):
         assert torch.equal(loaded, value)
     assert run.student.optimizer.state_dict() == updates and updates["num_updates"] == 1
+
+
+def with_average(teacher: dict[str, Any], average: ShardedAverage) -> dict[str, Any]:
+    """Change the average, and return the teacher's state with it: whole on every rank, in fp32."""
+    for weight, begin, values in average.shards():
+        values.copy_(1.01 * weight.flatten()[begin : begin + len(values)].float())
+    for entry in shards._entries(teacher):
+        entry.data = 1.01 * entry.data.detach().float()
+        if isinstance(entry, ShardedTensor):
+            entry.dtype = torch.float32
+    average.write_weights()
+    return teacher
 
 
 def test_number_of_updates_ignores_groups_without_tensors(path):

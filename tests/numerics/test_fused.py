@@ -72,15 +72,63 @@ def test_loss_with_sequence_and_context_parallelism_equals_the_whole():
 
 @pytest.mark.parametrize("run", [run_fused, run_cross_entropy])
 def test_main_grad_accumulates_the_weights_gradient(run):
-    """The weight's gradient is added to the buffer, and the weight's hooks still fire."""
+    """The weight's gradient is added to the buffer. The weight's hooks still run, as those of
+    Megatron's DDP do, and backward creates no tensor of the weight's size."""
     settings = Settings() if run is run_fused else None
     expected = oracle_answer(make_problem(), settings)
     problem = make_problem().shard(0, 1)
-    main_grad = torch.ones(problem.student_weight.shape)
-    run(problem, settings, chunk_tokens=5, main_grad_VH=main_grad)[0].backward()
+    weight = problem.student_weight
+    main_grad = torch.ones(weight.shape)
+    ran = []
+
+    def add_to_main_grad(*_: object) -> None:
+        assert weight.grad is not None
+        main_grad.add_(weight.grad)
+        ran.append(weight.grad)
+        weight.grad = None
+
+    accumulate = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    accumulate.register_hook(add_to_main_grad)
+    loss, _ = run(problem, settings, chunk_tokens=5, main_grad_VH=main_grad)
+    before = main_grad.clone()
+    with LargestNew() as largest:
+        loss.backward()
+    assert len(ran) == 1 and ran[0].shape == weight.shape
+    assert largest.bytes <= problem.student_hidden.nbytes < weight.nbytes
+    assert torch.equal(main_grad, before)
     assert_close(main_grad, 1 + expected.grad_weight, **CLOSE)
     assert_close(problem.student_hidden.grad, expected.grad_hidden, **CLOSE)
-    assert (problem.student_weight.grad == 0).all()
+
+
+def test_main_grad_of_a_tied_weight_gets_the_embeddings_gradient():
+    """The hook of a tied weight runs once, with the sum of both gradients."""
+    problem = make_problem().shard(0, 1)
+    weight = problem.student_weight
+    main_grad = torch.zeros(weight.shape)
+    loss, _ = run_fused(problem, Settings(), main_grad_VH=main_grad)
+    head = main_grad.clone()
+    (loss + 3 * weight[2].sum()).backward()
+    main_grad.add_(weight.grad)
+    head[2] += 3
+    assert torch.equal(main_grad, head)
+
+
+class LargestNew(TorchDispatchMode):
+    """Context that finds the size of the largest tensor that operations create."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_dense(x)}
+        for x in tree_leaves(out):
+            if is_dense(x) and x.untyped_storage().data_ptr() not in old:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def is_dense(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def test_main_grad_with_a_scaled_loss_raises():

@@ -15,7 +15,8 @@ SEVEN_B = read_architecture(REPO / "examples" / "clusters" / "Qwen2.5-7B-Instruc
 
 
 def test_state_of_a_rank_has_the_bytes_per_parameter():
-    """Bytes per parameter in bf16: weights 2, gradients 4, optimizer 12 / ranks, teacher 6."""
+    """Bytes per parameter in bf16: weights 2, gradients 4, optimizer 12 / ranks, teacher 2, and
+    its average 4 / ranks."""
     setup = Setup(SEVEN_B, tensor=4, data=2, num_microbatches=8)
     memory = stage_memory(setup, 0)
     per_parameter = {
@@ -24,7 +25,7 @@ def test_state_of_a_rank_has_the_bytes_per_parameter():
         "gradients": 4,
         "optimizer moments": 4,
         "teacher weights": 2,
-        "teacher fp32 master": 4,
+        "teacher fp32 average": 2,
     }
     state = dict(memory.state)
     del state["fixed overhead"], state["KV cache"]
@@ -44,7 +45,7 @@ def test_host_memory_of_a_save_is_the_ranks_part_of_the_checkpoint():
     hidden_states = 2 * 8 * setup.loss_tokens * 3584 * 2
     expected = {
         "teacher weights": PINNED * 2 * (total - head),
-        "teacher fp32 master": PINNED * 4 * total,
+        "teacher fp32 average": PINNED * 4 * total / 2,
         "teacher hidden states": PINNED * hidden_states,
     }
     assert hosted["always"] == pytest.approx(expected)
@@ -108,8 +109,9 @@ def test_kv_cache_and_hidden_states():
 
 
 def test_teacher_on_the_host_keeps_only_its_head_on_the_device():
-    """While the teacher scores, its weights are on the device, but not the fp32 average."""
-    setup = Setup(SEVEN_B, tensor=4, pipeline=2, num_microbatches=8)
+    """While the teacher scores, its weights are on the device, but not the fp32 average, which is
+    divided over two ranks."""
+    setup = Setup(SEVEN_B, tensor=4, pipeline=2, data=2, num_microbatches=8)
     head = 152_064 * 3584 // 4 * 2
     for stage, resident in ((0, 0), (1, head)):
         here = stage_memory(setup, stage)
@@ -117,7 +119,7 @@ def test_teacher_on_the_host_keeps_only_its_head_on_the_device():
         weights = here.parameters.total * 2
         assert host.state["teacher weights"] == resident
         assert host.phases["teacher"]["teacher weights"] == weights - resident
-        assert here.at("student") - host.at("student") == 3 * weights - resident
+        assert here.at("student") - host.at("student") == 2 * weights - resident
 
 
 def test_fp8_adds_copies_of_weights_and_shrinks_activations():

@@ -241,7 +241,7 @@ def first_run(
             loss.backward()
     gradients = [leaf.grad for leaf in inputs.leaves if leaf.grad is not None]
     if main_grad_VH is not None:  # a method that accumulates into it leaves zeros in the weight's
-        gradients[1] = gradients[1] + main_grad_VH
+        gradients[1] = main_grad_VH + gradients[1]
     loss = loss.detach()
     if method.kind == "one teacher":
         errors = relative_errors(full_view_answer(inputs, point), loss, gradients, None)

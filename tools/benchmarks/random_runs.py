@@ -120,18 +120,18 @@ def build_run(
         return model
 
     model = random_model(config.precision)
+    overlap = config.parallel.overlap_grad_reduce
+    optimizer = Optimizer(
+        model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap
+    )
     teacher = engine = None
     if config.objective.name == "aropd":
         own = None
         if config.teacher.kind != "live":
             own = random_model(config.precision.for_teacher)
-        teacher = Teacher(config.teacher, runtime, student=model, model=own)
+        teacher = Teacher(config.teacher, runtime, student=model, model=own, optimizer=optimizer)
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
-    overlap = config.parallel.overlap_grad_reduce
-    optimizer = Optimizer(
-        model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap
-    )
     dataset: Any = SimpleNamespace(row_at=lambda *_, **__: Row("", "", ""))
     view_builder: Any = _Views(config, hf["vocab_size"], prompt_tokens or {})
     return Run(

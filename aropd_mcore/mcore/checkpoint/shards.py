@@ -4,7 +4,7 @@ Every rank writes and reads an equal part, and no rank gathers another rank's pa
 
 - Model tensors, which all ranks of a data-parallel group hold: the bytes of all of them, in order,
   are cut into one contiguous share per rank. After a load, the ranks broadcast their shares.
-- Optimizer state, of which each rank holds a shard: this shard.
+- Optimizer state and the teacher's fp32 average, of which each rank holds a shard: this shard.
 
 A contiguous range of a tensor is stored as boxes of the global tensor, at most 2 n - 1 for n axes.
 The keys and global shapes are those of Megatron's format `fully_reshardable`, whose boxes are whole
@@ -27,6 +27,7 @@ from aropd_mcore.convert.architecture import CheckpointError
 from aropd_mcore.convert.threads import in_threads, share_out
 from aropd_mcore.convert.torch_dist import TorchDistReader
 from aropd_mcore.heartbeat import beat
+from aropd_mcore.mcore.average import ShardedAverage
 from aropd_mcore.mcore.groups import gather_objects
 from aropd_mcore.mcore.runtime import Runtime
 
@@ -92,19 +93,30 @@ def optimizer_boxes(optimizers: Iterable[Any], model: Any, runtime: Runtime) -> 
         model: the sharded state dict of the model that they update.
     """
     entries = {id(entry.data): entry for entry in _entries(model)}
-    boxes = []
-    for optimizer in optimizers:
-        for parameter, begin, end in _own_ranges(optimizer):
-            tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-            for piece in _pieces(entries[id(parameter)]):
-                assert piece.data is not None
-                offset = int(piece.data.storage_offset() - parameter.storage_offset())
-                start, stop = max(begin, offset), min(end, offset + piece.data.numel())
-                for name in _OPTIMIZER_TENSORS if start < stop else ():
-                    values = tensors[name].detach()[start - begin : stop - begin]
-                    key = f"optimizer.state.{name}.{piece.key}"
-                    boxes += _boxes(piece, start - offset, values, key, runtime)
-    return boxes
+    return [
+        box
+        for optimizer in optimizers
+        for parameter, begin in _own_starts(optimizer)
+        for name, values in optimizer._get_main_param_and_optimizer_states(parameter).items()
+        if name in _OPTIMIZER_TENSORS
+        for box in _range_boxes(
+            entries[id(parameter)], begin, values, f"optimizer.state.{name}.", runtime
+        )
+    ]
+
+
+def average_boxes(average: ShardedAverage, teacher: Any, runtime: Runtime) -> list[Box]:
+    """Return this rank's shard of the teacher's fp32 average.
+
+    Args:
+        teacher: the sharded state dict of the teacher. The average has the keys of its weights.
+    """
+    entries = {id(entry.data): entry for entry in _entries(teacher)}
+    return [
+        box
+        for weight, begin, values in average.shards()
+        for box in _range_boxes(entries[id(weight)], begin, values, "", runtime)
+    ]
 
 
 def read(path: Path, boxes: Sequence[Box]) -> None:
@@ -202,13 +214,37 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
     return pieces
 
 
-def _own_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield the parameters whose state this rank holds, with the range of their elements."""
+def _own_starts(optimizer: Any) -> Iterator[tuple[Tensor, int]]:
+    """Yield the parameters whose state this rank holds, with the number of their first element."""
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
-                    yield parameter, ranges["param"].start, ranges["param"].end
+                    yield parameter, ranges["param"].start
+
+
+def _range_boxes(
+    entry: ShardedTensor | ShardedTensorFactory,
+    begin: int,
+    values: Tensor,
+    prefix: str,
+    runtime: Runtime,
+) -> Iterator[Box]:
+    """Yield boxes of the elements of a parameter from number `begin` on.
+
+    Args:
+        entry: the parameter's entry in the sharded state dict of its model.
+        values: 1-D values of the elements.
+        prefix: put before the entry's keys.
+    """
+    values = values.detach()
+    for piece in _pieces(entry):
+        assert piece.data is not None
+        offset = int(piece.data.storage_offset() - cast(Tensor, entry.data).storage_offset())
+        start, stop = max(begin, offset), min(begin + len(values), offset + piece.data.numel())
+        if start < stop:
+            own = values[start - begin : stop - begin]
+            yield from _boxes(piece, start - offset, own, prefix + piece.key, runtime)
 
 
 def _boxes(

@@ -231,7 +231,8 @@ def _contents(
     """Return what a checkpoint consists of.
 
     Returns:
-        The models' tensors, `{"model": ..., "teacher": ...}`, in Megatron's form.
+        The models' tensors, `{"model": ..., "teacher": ...}`, in Megatron's form. Without those of
+            a teacher whose average is saved instead.
         The models' other values, such as the statistics of FP8, in the same form.
         This rank's boxes of the models' tensors and of the optimizer's.
     """
@@ -240,7 +241,10 @@ def _contents(
     if teacher is not None:
         models["teacher"] = teacher.sharded_state_dict(metadata)
     tensors, objects = extract_sharded_tensors_and_factories(models)
-    boxes = shards.model_boxes(tensors, runtime)
+    boxes: list[Box] = []
+    if teacher is not None and teacher.average is not None:
+        boxes += shards.average_boxes(teacher.average, tensors.pop("teacher"), runtime)
+    boxes += shards.model_boxes(tensors, runtime)
     optimizers = student.optimizer.inner.chained_optimizers
     boxes += shards.optimizer_boxes(optimizers, models["model"], runtime)
     return tensors, objects, boxes
