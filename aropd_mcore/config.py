@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from aropd_mcore.durations import parse_seconds
+from aropd_mcore.stages import Stages
 
 Divergence = Literal["kl_target_student", "kl_student_target", "jsd"]
 PrivilegedView = Literal["partial", "full"]
@@ -219,6 +220,18 @@ class ParallelConfig(Section):
     virtual_pipeline: Positive = 1
     """Number of model chunks on each pipeline stage (VPP), interleaved over the layers. More chunks
     give a smaller pipeline bubble and more communication between stages."""
+    layers_in_first_stage: Positive | None = None
+    """Number of layers on the first pipeline stage, over all its chunks. The other stages share the
+    remaining layers evenly. null: as many as on the other stages."""
+    layers_in_last_stage: Positive | None = None
+    """Number of layers on the last pipeline stage, which also computes the loss. As
+    parallel.layers_in_first_stage."""
+    pipeline_layout: str | None = None
+    """Layers of every pipeline stage, as Megatron's `pipeline_model_parallel_layout`: E is the
+    embedding, t a layer, L the loss, and | ends a stage. `x*n` and `(...)*n` repeat. Example for 14
+    layers on 4 stages: `Et*3|(t*4|)*2t*3L`. With parallel.virtual_pipeline the parts are chunks:
+    chunk 0 of every stage, then chunk 1 of every stage, and so on. null: an even split, or that of
+    parallel.layers_in_first_stage and parallel.layers_in_last_stage."""
     context: Positive = 1
     """Context-parallel size (CP): number of ranks that the positions of each sequence are split
     over."""
@@ -250,7 +263,23 @@ class ParallelConfig(Section):
                 "since virtual_pipeline interleaves over stages; set virtual_pipeline to 1 or "
                 "raise pipeline"
             )
+        _ = self.stages
         return self
+
+    @property
+    def stages(self) -> Stages:
+        """The split of layers into stages.
+
+        Raises:
+            ValueError: the settings contradict each other.
+        """
+        return Stages(
+            self.pipeline,
+            self.virtual_pipeline,
+            self.layers_in_first_stage,
+            self.layers_in_last_stage,
+            self.pipeline_layout,
+        )
 
 
 class WeightedSource(Section):

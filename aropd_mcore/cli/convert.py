@@ -6,6 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aropd_mcore.cli.sampling_arguments import LAYOUT_HELP
+from aropd_mcore.stages import Stages
+
 if TYPE_CHECKING:
     from aropd_mcore.convert.inspect import Summary
     from aropd_mcore.convert.verify import Report
@@ -94,6 +97,14 @@ def add_import(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"number of {description} (default: 1)",
         )
+    for end in ("first", "last"):
+        layout.add_argument(
+            f"--layers-in-{end}-stage",
+            type=_size,
+            metavar="N",
+            help=f"number of layers on the {end} stage (default: an even split)",
+        )
+    layout.add_argument("--pipeline-layout", metavar="LAYOUT", help=LAYOUT_HELP)
     _add_allow_pickle(parser)
     _add_overwrite(parser)
     parser.set_defaults(run=_import)
@@ -212,8 +223,13 @@ def _import(args: argparse.Namespace) -> None:
     check_layout(
         source.architecture,
         tensor=args.tensor or 1,
-        pipeline=args.pipeline,
-        virtual_pipeline=args.virtual_pipeline,
+        stages=Stages(
+            args.pipeline,
+            args.virtual_pipeline,
+            args.layers_in_first_stage,
+            args.layers_in_last_stage,
+            args.pipeline_layout,
+        ),
         expert=args.expert,
         expert_tensor=args.expert_tensor,
     )

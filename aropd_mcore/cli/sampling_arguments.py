@@ -12,9 +12,15 @@ _ENGINE = ("engine", "batch_size", "kv_cache_tokens")
 _PARALLEL = {
     "tensor": "tensor-parallel ranks",
     "pipeline": "pipeline stages",
+    "layers_in_first_stage": "layers on the first stage",
+    "layers_in_last_stage": "layers on the last stage",
     "expert": "expert-parallel ranks",
     "expert_tensor": "tensor-parallel ranks of each expert",
 }
+LAYOUT_HELP = (
+    "layers of every pipeline stage, such as 'Et*3|t*4|t*3L'; see parallel.pipeline_layout "
+    "(default: an even split)"
+)
 _TYPES = {"temperature": float, "top_p": float, "engine": str}
 
 
@@ -109,13 +115,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
     )
     for name, description in _PARALLEL.items():
         option = f"--{name.replace('_', '-')}"
+        is_split = name.startswith("layers_")
         parser.add_argument(
             option,
             type=positive,
-            default=1,
+            default=None if is_split else 1,
             metavar="N",
-            help=f"number of {description} (default: 1)",
+            help=f"number of {description} (default: {'an even split' if is_split else '1'})",
         )
+    parser.add_argument("--pipeline-layout", metavar="LAYOUT", help=LAYOUT_HELP)
 
 
 def _help_text(description: str, default: object) -> str:
@@ -135,7 +143,7 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
         "config": args.config,
         "rollout": {name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}
         | {"rollouts_per_prompt": args.samples},
-        "parallel": {name: getattr(args, name) for name in _PARALLEL},
+        "parallel": {name: getattr(args, name) for name in (*_PARALLEL, "pipeline_layout")},
         "dtype": args.dtype,
         "seed": args.seed,
         "chat_template_kwargs": args.chat_template_kwargs,

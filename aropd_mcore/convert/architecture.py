@@ -26,6 +26,7 @@ from aropd_mcore.convert.mapping import (
 )
 from aropd_mcore.convert.rope import read_rope
 from aropd_mcore.convert.settings import check_passed_on, check_settings, check_types
+from aropd_mcore.stages import ONE_STAGE, Stages
 
 
 @dataclass(frozen=True)
@@ -170,20 +171,20 @@ def check_layout(
     architecture: Architecture,
     *,
     tensor: int = 1,
-    pipeline: int = 1,
-    virtual_pipeline: int = 1,
+    stages: Stages = ONE_STAGE,
     expert: int = 1,
     expert_tensor: int = 1,
 ) -> None:
     """Check that a parallel layout divides the model.
 
     Tensor-parallel ranks divide attention heads, key/value heads and MLP columns. Pipeline stages
-    (with `virtual_pipeline` chunks on each) divide layers. Expert-parallel ranks divide experts,
-    and `expert_tensor` ranks divide an expert's columns. The vocabulary is padded, so every layout
+    divide layers, evenly or as `stages` states. Expert-parallel ranks divide experts, and
+    `expert_tensor` ranks divide an expert's columns. The vocabulary is padded, so every layout
     divides it.
 
     Raises:
-        ValueError: a size does not divide the model. The message lists the sizes that do.
+        ValueError: a size does not divide the model. The message lists the sizes that do, and an
+            uneven split of the layers that works.
     """
     cut = {
         "key/value heads": architecture.num_kv_heads,
@@ -198,13 +199,7 @@ def check_layout(
                 f"tensor-parallel size {tensor} does not divide the model's {number} {part}; "
                 f"sizes that work: {choices}"
             )
-    if architecture.num_layers % (pipeline * virtual_pipeline):
-        chunks = f" x {virtual_pipeline} chunks on each stage" if virtual_pipeline > 1 else ""
-        raise ValueError(
-            f"pipeline-parallel size {pipeline}{chunks} does not divide the model's "
-            f"{architecture.num_layers} layers; {'products' if chunks else 'sizes'} that work: "
-            f"{_divisors(architecture.num_layers)}"
-        )
+    stages.chunk_layers(architecture.num_layers)
     num_experts = architecture.routing.num_experts if architecture.routing else 1
     if num_experts % expert:
         divided = f"the model's {num_experts} experts" if architecture.routing else "a dense model"

@@ -71,9 +71,9 @@ def decoding(
         len(attentions),
         2,
         num_rows,
-        attentions[0].num_query_groups_per_partition,
+        model.architecture.num_kv_heads // runtime.tp_size,
         max_length,
-        attentions[0].hidden_size_per_attention_head,
+        model.architecture.head_dim,
     )
     dtype = model.config.params_dtype
     cache_K2BGLD = (cache or KVCache()).view(shape, dtype=dtype, device=runtime.device)

@@ -187,6 +187,7 @@ def model_config(
         tensor_model_parallel_size=runtime.tp_size,
         pipeline_model_parallel_size=runtime.pp_size,
         virtual_pipeline_model_parallel_size=runtime.vp_size if runtime.vp_size > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(architecture, runtime),
         expert_model_parallel_size=runtime.ep_size,
         expert_tensor_parallel_size=runtime.etp_size,
         sequence_parallel=runtime.sequence_parallel,
@@ -218,6 +219,16 @@ def model_config(
         apply_rope_fusion=fused,
         gradient_accumulation_fusion=False,  # needs Apex
     )
+
+
+def _pipeline_layout(architecture: Architecture, runtime: Runtime) -> list[list[str]] | None:
+    """Return Megatron's list of the modules of each chunk; None for one stage."""
+    if runtime.pp_size == 1:
+        return None
+    layout = [["decoder"] * n for n in runtime.stages.chunk_layers(architecture.num_layers)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def _routing_settings(routing: Routing) -> dict[str, Any]:
@@ -264,8 +275,7 @@ def build_model(
     check_layout(
         architecture,
         tensor=runtime.tp_size,
-        pipeline=runtime.pp_size,
-        virtual_pipeline=runtime.vp_size,
+        stages=runtime.stages,
         expert=runtime.ep_size,
         expert_tensor=runtime.etp_size,
     )

@@ -39,6 +39,7 @@ from aropd_mcore.mcore.groups import (  # noqa: E402
     gather_objects,
 )
 from aropd_mcore.mcore.rendezvous import reporting_long_wait  # noqa: E402
+from aropd_mcore.stages import Stages  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Runtime:
     ep_group: dist.ProcessGroup
     etp_group: dist.ProcessGroup
     expert_dp_group: dist.ProcessGroup
-    vp_size: int
-    """Number of model chunks per pipeline stage. More than one if interleaved."""
+    stages: Stages
+    """Split of the layers into pipeline stages."""
     sequence_parallel: bool
     """Whether each tensor rank holds a part of the tokens between the layers' matrix products."""
     token_multiple: int = 1
@@ -107,6 +108,11 @@ class Runtime:
     @property
     def pp_rank(self) -> int:
         return self.pp_group.rank()
+
+    @property
+    def vp_size(self) -> int:
+        """Number of model chunks per pipeline stage. More than one if interleaved."""
+        return self.stages.virtual_pipeline
 
     @property
     def cp_size(self) -> int:
@@ -248,6 +254,9 @@ def start(
     tensor: int = 1,
     pipeline: int = 1,
     virtual_pipeline: int = 1,
+    layers_in_first_stage: int | None = None,
+    layers_in_last_stage: int | None = None,
+    pipeline_layout: str | None = None,
     context: int = 1,
     expert: int = 1,
     expert_tensor: int = 1,
@@ -266,6 +275,8 @@ def start(
         tensor, pipeline, context: number of ranks over which weights, layers and sequences are
             sharded. Data parallelism takes the remaining factor.
         virtual_pipeline: number of chunks per stage, interleaved over the layers.
+        layers_in_first_stage, layers_in_last_stage, pipeline_layout: split of the layers into
+            stages, as in config.ParallelConfig. None: an even split.
         expert: number of ranks of a stage over which its experts are distributed.
         expert_tensor: number of ranks of a stage over which each expert's matrices are sharded.
         sequence_parallel: split the tokens over the tensor ranks where weights are not split.
@@ -274,7 +285,8 @@ def start(
         timeout: timeout of collectives. None: the defaults of torch and Megatron.
     Raises:
         ValueError: the sizes do not divide the number of processes, virtual_pipeline needs more
-            than one stage, or sequence_parallel needs more than one tensor rank.
+            than one stage, sequence_parallel needs more than one tensor rank, or the settings of
+            the layers' split contradict each other.
     Collectives: creates process groups. Every rank of the job must call it. If that takes long, the
         first rank of each machine prints gloo's address and what to check.
     """
@@ -299,6 +311,9 @@ def start(
                 "parallel.sequence true with parallel.tensor 1: expected two tensor ranks or more, "
                 "over which tokens are split; set parallel.sequence to false"
             )
+        stages = Stages(
+            pipeline, virtual_pipeline, layers_in_first_stage, layers_in_last_stage, pipeline_layout
+        )
         cp_objects_group = create_groups(
             backend=GROUP_BACKENDS[device.type],
             tensor=tensor,
@@ -323,7 +338,7 @@ def start(
         ep_group=_checked(parallel_state.get_expert_model_parallel_group()),
         etp_group=_checked(parallel_state.get_expert_tensor_parallel_group()),
         expert_dp_group=_checked(parallel_state.get_expert_data_parallel_group()),
-        vp_size=virtual_pipeline,
+        stages=stages,
         sequence_parallel=sequence_parallel,
         token_multiple=token_multiple,
     )

@@ -208,8 +208,7 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
 def _stage(weight: Weight, architecture: Architecture, runtime: Runtime) -> int:
     """Return the pipeline stage that a weight is read from. A tied embedding is on two stages."""
     if weight.layer is not None:
-        num_chunks = runtime.pp_size * runtime.vp_size
-        return weight.layer * num_chunks // architecture.num_layers % runtime.pp_size
+        return runtime.stages.stage_of(weight.layer, architecture.num_layers)
     return 0 if weight.name == EMBEDDING.name else runtime.pp_size - 1
 
 

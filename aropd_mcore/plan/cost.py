@@ -153,24 +153,26 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     teacher_bubble = 0.0
     if num_scored:
         teacher_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_scored)
-    forward, attention = _stage_forward(setup, rates, setup.fp8)
-    teacher_forward, _ = _stage_forward(setup, rates, setup.teacher_fp8)
+    forward, attention = _layer_forward(setup, rates, setup.fp8)
+    teacher_forward, _ = _layer_forward(setup, rates, setup.teacher_fp8)
     backward = 2 * forward
     if setup.recompute == "full":
         backward += forward
     elif setup.recompute == "selective":
         backward += attention
-    # The last stage also computes the loss, and the other stages wait for it.
+    # The last stage also computes the loss. All stages wait for the slowest one.
     share = setup.tensor * setup.context
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
     loss += loss_bytes(setup) / (rates.memory_bytes * rates.memory_efficiency)
+    most, on_last = max(setup.stage_layers), setup.stage_layers[-1]
+    stage = max(most * (forward + backward), on_last * (forward + backward) + loss)
     num_sampled = setup.num_responses if setup.samples else 0
     least = replace(rates, launch_seconds=rates.least_launch_seconds)
     return StepTime(
         rollout=_sampling_seconds(setup, rates, num_sampled, setup.response_tokens),
         shortest_rollout=_sampling_seconds(setup, least, num_sampled, setup.response_tokens),
-        teacher=num_scored * teacher_forward / (1 - teacher_bubble),
-        student=num_microbatches * (forward + backward + loss) / (1 - student_bubble),
+        teacher=num_scored * most * teacher_forward / (1 - teacher_bubble),
+        student=num_microbatches * stage / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),
         communication=_communication_seconds(setup, rates),
         teacher_bubble=teacher_bubble,
@@ -181,10 +183,11 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     )
 
 
-def _stage_forward(setup: Setup, rates: Rates, fp8: bool) -> tuple[float, float]:
-    """Return the seconds of a microbatch's forward on one stage, and of its attention only."""
+def _layer_forward(setup: Setup, rates: Rates, fp8: bool) -> tuple[float, float]:
+    """Return the seconds of a microbatch's forward through one layer, and of its attention only."""
     products, attention = forward_flops(setup.architecture, setup.sequence_tokens)
-    share = setup.microbatch_sequences / (setup.tensor * setup.context * setup.pipeline)
+    num_layers = setup.architecture.num_layers
+    share = setup.microbatch_sequences / (setup.tensor * setup.context * num_layers)
     flops = rates.fp8_flops if fp8 else rates.bf16_flops
     attention_time = attention * share / (rates.bf16_flops * rates.attention_efficiency)
     return products * share / (flops * rates.matmul_efficiency) + attention_time, attention_time
@@ -210,7 +213,10 @@ def _sampling_seconds(
         + attention / (rates.bf16_flops * rates.attention_efficiency)
     )
     sizes = architecture.sizes
-    read = sum(_touched_parameters(setup, stage, rows) for stage in range(setup.pipeline))
+    read = sum(
+        number * _touched_parameters(setup, stage, rows)
+        for stage, number in setup.distinct_stages.items()
+    )
     cached = rows * (setup.prompt_tokens + response_tokens / 2)
     keys_values = 2 * cached * sizes["kv"] / setup.tensor * architecture.num_layers
     bandwidth = rates.memory_bytes * rates.memory_efficiency
@@ -228,7 +234,7 @@ def _touched_parameters(setup: Setup, stage: int, rows: int) -> float:
     if routing is None:
         return parameters.total
     per_expert = 3 * routing.ffn_hidden_size * setup.architecture.hidden_size
-    on_rank = setup.layers_per_stage * per_expert * routing.num_experts // setup.expert_ranks
+    on_rank = setup.stage_layers[stage] * per_expert * routing.num_experts // setup.expert_ranks
     untouched = (1 - routing.experts_per_token / routing.num_experts) ** rows
     return parameters.total - on_rank * untouched
 
@@ -239,7 +245,7 @@ def _optimizer_seconds(setup: Setup, rates: Rates) -> float:
     The update moves gradient, main weight, two moments and weight.
     """
     parameters = max(
-        (rank_parameters(setup, stage) for stage in range(setup.pipeline)), key=lambda p: p.total
+        (rank_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
     )
     shared, experts = sharing_ranks(setup)
     on_rank = parameters.shared / shared + parameters.experts / experts
@@ -276,13 +282,13 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
         layer_pass += 2 * ring(sent * etp, etp, etp)
     # Forward and backward of the student, the teacher's views, and a recomputed forward.
     passes = 2 + setup.num_views + (setup.recompute == "full")
-    seconds = setup.num_microbatches * passes * setup.layers_per_stage * layer_pass
+    seconds = setup.num_microbatches * passes * max(setup.stage_layers) * layer_pass
     if setup.pipeline > 1:
         sends = setup.num_microbatches * (passes - (setup.recompute == "full"))
         between = _bandwidth(setup, setup.world_size, rates)
         seconds += sends * setup.virtual_pipeline * layer_bytes / setup.sequence_size / between
     parameters = max(
-        (rank_parameters(setup, stage) for stage in range(setup.pipeline)), key=lambda p: p.total
+        (rank_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
     )
     # Gradients are summed in fp32, and weights gathered in their own dtype, also the teacher's if
     # the average is sharded.

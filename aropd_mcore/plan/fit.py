@@ -1,5 +1,6 @@
 """Estimates of a job, changes that make it fit into its GPUs, and layouts that fit."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -10,6 +11,7 @@ from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.cost import StepTime, step_time
 from aropd_mcore.plan.memory import Memory, worst_stage
 from aropd_mcore.plan.setup import Setup, build_setup
+from aropd_mcore.stages import find_splits
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ def remedies(run: PlannedRun) -> list[Remedy]:
     return sorted(sufficient, key=lambda remedy: -remedy.peak)
 
 
+EVEN: dict[str, Any] = {
+    "layers_in_first_stage": None,
+    "layers_in_last_stage": None,
+    "pipeline_layout": None,
+}
+"""Settings of `parallel` for an even split of the layers."""
+
 Change = tuple[str, int, dict[str, dict[str, Any]]]
 """Argument of `aropd plan`, number of GPUs, values by section."""
 
@@ -100,9 +109,9 @@ def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
         return [(text, gpus, section) for text, section in zip(keys, sections, strict=True)]
 
     parallel, training = config.parallel, config.training
-    sizes = {"tensor": run.gpus_per_node, "pipeline": gpus, "context": run.gpus_per_node}
-    for key, largest in sizes.items():
-        yield changes("parallel", key, _doublings(getattr(parallel, key), largest))
+    for key in ("tensor", "context"):
+        yield changes("parallel", key, _doublings(getattr(parallel, key), run.gpus_per_node))
+    yield [(_text(run.config, stages), gpus, {"parallel": stages}) for stages in _deeper(run)]
     more_experts = [n for n in _expert_sizes(run) if n > parallel.expert]
     yield changes("parallel", "expert", more_experts)
     if parallel.tensor > 1 and not parallel.sequence:
@@ -122,6 +131,20 @@ def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
     yield [(f"--gpus {number}", number, {}) for number in _doublings(gpus, 16 * gpus)]
 
 
+def _deeper(run: PlannedRun) -> Iterator[dict[str, Any]]:
+    """Yield values of `parallel` with more stages, which split the layers as evenly as possible."""
+    parallel, num_layers = run.config.parallel, run.architecture.num_layers
+    for pipeline in _doublings(parallel.pipeline, run.num_gpus):
+        for split in find_splits(num_layers, pipeline, parallel.virtual_pipeline):
+            yield {"pipeline": pipeline, **EVEN, **split}
+
+
+def _text(config: Config, values: dict[str, Any]) -> str:
+    """Return the overrides of `parallel` that set these values."""
+    changed = {k: v for k, v in values.items() if v != getattr(config.parallel, k)}
+    return " ".join(f"parallel.{key}={yaml_value(value)}" for key, value in changed.items())
+
+
 def _doublings(number: int, largest: int) -> list[int]:
     return [n for n in (number * 2**k for k in range(1, 11)) if n <= largest]
 
@@ -132,7 +155,12 @@ def _halvings(number: int) -> list[int]:
 
 def yaml_value(value: Any) -> str:
     """Format a value as in an override."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # A layout has characters of the shell.
+    return shlex.quote(str(value))
 
 
 def sweep(run: PlannedRun) -> list[Estimate]:
@@ -156,10 +184,11 @@ def _layouts(run: PlannedRun) -> Iterator[dict[str, Any]]:
     """Yield values of section `parallel` that divide GPUs, layers and experts."""
     gpus, num_layers = run.num_gpus, run.architecture.num_layers
     node_sizes = _powers(run.gpus_per_node)
-    for pipeline in _divisors(num_layers):
-        chunks = _divisors(num_layers // pipeline) if pipeline > 1 else [1]
-        for tensor, context, virtual_pipeline, expert in product(
-            node_sizes, node_sizes, chunks, _expert_sizes(run)
+    for pipeline in range(1, min(gpus, num_layers) + 1):
+        if gpus % pipeline:
+            continue
+        for tensor, context, stages, expert in product(
+            node_sizes, node_sizes, _splits(num_layers, pipeline), _expert_sizes(run)
         ):
             if gpus % (tensor * pipeline * context) or gpus // pipeline % expert:
                 continue
@@ -167,11 +196,22 @@ def _layouts(run: PlannedRun) -> Iterator[dict[str, Any]]:
                 yield {
                     "tensor": tensor,
                     "pipeline": pipeline,
-                    "virtual_pipeline": virtual_pipeline,
+                    **stages,
                     "context": context,
                     "expert": expert,
                     "sequence": sequence,
                 }
+
+
+def _splits(num_layers: int, pipeline: int) -> list[dict[str, Any]]:
+    """Return values of virtual_pipeline, with uneven splits where the layers do not divide."""
+    if pipeline == 1:
+        return [EVEN | {"virtual_pipeline": 1}]
+    most = num_layers // pipeline
+    if num_layers % pipeline == 0:
+        return [EVEN | {"virtual_pipeline": chunks} for chunks in _divisors(most)]
+    splits = [(chunks, find_splits(num_layers, pipeline, chunks)) for chunks in (1, 2)]
+    return [EVEN | {"virtual_pipeline": chunks} | found[-1] for chunks, found in splits if found]
 
 
 def _expert_sizes(run: PlannedRun) -> list[int]:

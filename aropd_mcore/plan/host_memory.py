@@ -15,8 +15,7 @@ is the mean if the logarithms of the sizes are spread evenly. The largest value 
 
 def host_memory(setup: Setup) -> dict[str, dict[str, float]]:
     """Return the bytes by phase and part, for the stage with the largest sum."""
-    stages = {0, min(1, setup.pipeline - 1), setup.pipeline - 1}
-    by_stage = [_stage(setup, stage) for stage in sorted(stages)]
+    by_stage = [_stage(setup, stage) for stage in setup.distinct_stages]
     return max(by_stage, key=lambda phases: sum(sum(parts.values()) for parts in phases.values()))
 
 

@@ -84,8 +84,7 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
     check_layout(
         architecture,
         tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
+        stages=parallel.stages,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
     )
@@ -194,7 +193,7 @@ def _check_fp8(config: Config, architecture: Architecture) -> None:
         if getattr(precision, name) > stage_layers:
             raise ConfigError(
                 f"precision.{name} {getattr(precision, name)}: expected at most {stage_layers}, "
-                f"the layers of a pipeline stage; lower precision.{name}"
+                f"the layers of an average pipeline stage; lower precision.{name}"
             )
 
 

@@ -68,13 +68,9 @@ class Memory:
 
 
 def worst_stage(setup: Setup) -> Memory:
-    """Return the memory of the stage with the largest peak.
-
-    Only three stages are compared: the inner ones differ only by their activations in flight, of
-    which the earliest has most.
-    """
-    stages = {0, min(1, setup.pipeline - 1), setup.pipeline - 1}
-    return max((stage_memory(setup, stage) for stage in sorted(stages)), key=lambda m: m.peak)
+    """Return the memory of the stage with the largest peak."""
+    stages = setup.distinct_stages
+    return max((stage_memory(setup, stage) for stage in stages), key=lambda m: m.peak)
 
 
 def stage_memory(setup: Setup, stage: int) -> Memory:
@@ -112,7 +108,7 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
     width, total = setup.dtype_bytes, parameters.total
     shared, experts = sharing_ranks(setup)
     on_rank = parameters.shared / shared + parameters.experts / experts
-    layers = layer_parameters(setup).total * setup.layers_per_stage
+    layers = _layers_parameters(setup, stage)
     state: dict[str, float] = {
         "weights": total * width,
         # In an fp32 model the optimizer updates the parameters directly.
@@ -136,12 +132,16 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         state["gather buffer"] = tokens * setup.architecture.hidden_size * width
     kv = setup.architecture.num_kv_heads * setup.architecture.head_dim // setup.tensor
     if cached := setup.cached_tokens:
-        state["KV cache"] = 2 * setup.layers_per_stage * cached * kv * width
+        state["KV cache"] = 2 * setup.stage_layers[stage] * cached * kv * width
     if setup.captures_decoding:
         state["CUDA graphs"] = _sampler(setup)  # memory that they use again at every replay
     if setup.device == "gpu":
         state["fixed overhead"] = GPU_OVERHEAD
     return state
+
+
+def _layers_parameters(setup: Setup, stage: int) -> int:
+    return layer_parameters(setup).total * setup.stage_layers[stage]
 
 
 def _prompt_tokens(setup: Setup) -> int:
@@ -179,7 +179,7 @@ def _teacher(setup: Setup, parameters: Parameters, stage: int) -> dict[str, floa
         visiting = visiting_parameters(setup, parameters, stage)
         parts["teacher weights"] = visiting * setup.dtype_bytes
         if setup.teacher_fp8:
-            parts["teacher weights in fp8"] = layer_parameters(setup).total * setup.layers_per_stage
+            parts["teacher weights in fp8"] = _layers_parameters(setup, stage)
     return parts | _hidden_states(setup, stage)
 
 
@@ -199,7 +199,9 @@ def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
 def _student(setup: Setup, stage: int) -> dict[str, float]:
     in_flight = microbatches_in_flight(setup, stage)
     is_last = stage == setup.pipeline - 1
-    per_microbatch = setup.layers_per_stage * sum(saved_by_layer(setup).values())
+    # Chunks in flight are counted as if each had as many layers as the largest.
+    layers = max(setup.chunks_of(stage)) * setup.virtual_pipeline
+    per_microbatch = layers * sum(saved_by_layer(setup).values())
     # A stage keeps the output that it sends. The last stage has the final norm instead.
     per_microbatch += layer_input(setup) * (2 if is_last and setup.device == "cpu" else 1)
     activations = in_flight * per_microbatch

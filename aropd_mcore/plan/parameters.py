@@ -35,7 +35,7 @@ def rank_parameters(setup: Setup, stage: int) -> Parameters:
     The vocabulary is padded. A tied embedding is on the first stage and again on the last.
     """
     architecture, is_last = setup.architecture, stage == setup.pipeline - 1
-    parameters = layer_parameters(setup).times(setup.layers_per_stage)
+    parameters = layer_parameters(setup).times(setup.stage_layers[stage])
     vocabulary = Parameters(vocabulary_parameters(setup))
     if stage == 0:
         parameters += vocabulary

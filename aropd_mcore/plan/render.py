@@ -1,11 +1,13 @@
 """Text and tables of `aropd plan`."""
 
+from itertools import groupby
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from aropd_mcore.config import Config
 from aropd_mcore.plan.cost import H100
-from aropd_mcore.plan.fit import Estimate, PlannedRun, Remedy, remedies, sweep, yaml_value
+from aropd_mcore.plan.fit import EVEN, Estimate, PlannedRun, Remedy, remedies, sweep, yaml_value
 from aropd_mcore.plan.host_memory import host_memory
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.setup import Setup
@@ -43,6 +45,7 @@ def render_sweep(run: PlannedRun) -> RenderableType:
         "TP": [setup.tensor for setup in setups],
         "PP": [setup.pipeline for setup in setups],
         "VPP": [setup.virtual_pipeline for setup in setups],
+        "layers": [_split(setup) for setup in setups],
         "CP": [setup.context for setup in setups],
         "EP": [setup.expert for setup in setups],
         "DP": [setup.data for setup in setups],
@@ -53,14 +56,23 @@ def render_sweep(run: PlannedRun) -> RenderableType:
         "peak\nphase": [estimate.memory.peak_phase for estimate in shown],
         "step\ns": [f"{estimate.time.total:.1f}" for estimate in shown],
     }
-    for name in ("VPP", "EP"):  # a column of 1 only is left out
-        if set(columns[name]) == {1}:
+    for name, usual in (("VPP", 1), ("EP", 1), ("layers", "")):
+        if set(columns[name]) == {usual}:
             del columns[name]
     for name in columns:
         table.add_column(name, justify="right")
     for row in zip(*columns.values(), strict=True):
         table.add_row(*map(str, row))
     return Group(table, _assumptions(fitting[0].setup))
+
+
+def _split(setup: Setup) -> str:
+    """Format the layers of uneven stages, such as `23, 2 x 24, 23`. Even stages: an empty text."""
+    layers = setup.stage_layers
+    if len(set(layers)) == 1:
+        return ""
+    runs = [(number, len(list(stages))) for number, stages in groupby(layers)]
+    return ", ".join(str(number) if n == 1 else f"{n} x {number}" for number, n in runs)
 
 
 def _headline(estimate: Estimate) -> str:
@@ -72,6 +84,7 @@ def _headline(estimate: Estimate) -> str:
     return (
         f"{setup.world_size} GPUs: {describe(setup, setup.data)}; "
         f"{setup.num_microbatches} microbatches of {size}, recompute {setup.recompute}\n"
+        f"{f'layers of the stages: {split}{chr(10)}' if (split := _split(setup)) else ''}"
         f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on each "
         f"rank of stage {memory.stage}, which has the largest peak"
     )
@@ -184,7 +197,7 @@ def _changes(config: Config, setup: Setup) -> list[str]:
         (
             "parallel",
             config.parallel,
-            ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence"),
+            ("tensor", "pipeline", "virtual_pipeline", *EVEN, "context", "expert", "sequence"),
         ),
         ("training", config.training, ("recompute", "micro_batch_size")),
     ):

@@ -1,7 +1,9 @@
 """The planner's description of a job, from which memory and time are computed."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -10,6 +12,7 @@ from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
 from aropd_mcore.plan.layout import Layout, plan
+from aropd_mcore.stages import Stages
 
 Device = Literal["gpu", "cpu"]
 """`gpu`: Transformer Engine's layers, NCCL. `cpu`: Megatron's local layers, gloo."""
@@ -28,6 +31,10 @@ class Setup:
     pipeline: int = 1
     virtual_pipeline: int = 1
     """Model chunks on each stage."""
+    layers_in_first_stage: int | None = None
+    layers_in_last_stage: int | None = None
+    pipeline_layout: str | None = None
+    """Split of the layers into stages, as in config.ParallelConfig."""
     context: int = 1
     expert: int = 1
     """Ranks of a stage that its experts are split over."""
@@ -94,9 +101,34 @@ class Setup:
         """Ranks that split the tokens between matrix products (sequence parallelism)."""
         return self.tensor if self.sequence else 1
 
-    @property
-    def layers_per_stage(self) -> int:
-        return self.architecture.num_layers // self.pipeline
+    @cached_property
+    def stages(self) -> Stages:
+        return Stages(
+            self.pipeline,
+            self.virtual_pipeline,
+            self.layers_in_first_stage,
+            self.layers_in_last_stage,
+            self.pipeline_layout,
+        )
+
+    @cached_property
+    def stage_layers(self) -> tuple[int, ...]:
+        """Number of layers of each stage."""
+        return self.stages.stage_layers(self.architecture.num_layers)
+
+    @cached_property
+    def distinct_stages(self) -> dict[int, int]:
+        """The first stage, the last one, and the earliest of the others with the same chunks, with
+        the number of stages like it. The earliest one has the most activations in flight."""
+        last = self.pipeline - 1
+        inner = range(1, last)
+        chunks = Counter(self.chunks_of(stage) for stage in inner)
+        earliest = {self.chunks_of(stage): stage for stage in reversed(inner)}
+        return {0: 1, last: 1} | {stage: chunks[layers] for layers, stage in earliest.items()}
+
+    def chunks_of(self, stage: int) -> tuple[int, ...]:
+        """Return the number of layers of each chunk of a stage."""
+        return self.stages.chunk_layers(self.architecture.num_layers)[stage :: self.pipeline]
 
     @property
     def sequence_tokens(self) -> int:
@@ -194,6 +226,9 @@ def build_setup(
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
+        layers_in_first_stage=parallel.layers_in_first_stage,
+        layers_in_last_stage=parallel.layers_in_last_stage,
+        pipeline_layout=parallel.pipeline_layout,
         context=layout.context,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def start_generation_runtime(spec: GenerationSpec) -> Runtime:
     sizes = spec.parallel
     return start(
         tensor=sizes.tensor,
-        pipeline=sizes.pipeline,
+        **asdict(sizes.stages),
         expert=sizes.expert,
         expert_tensor=sizes.expert_tensor,
         sequence_parallel=sizes.sequence,

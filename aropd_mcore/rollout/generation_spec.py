@@ -108,7 +108,7 @@ def build_generation_spec(
     check_layout(
         source.architecture,
         tensor=layout.tensor,
-        pipeline=layout.pipeline,
+        stages=layout.stages,
         expert=layout.expert,
         expert_tensor=layout.expert_tensor,
     )

@@ -1,5 +1,6 @@
 """Construction of a run's parts from its configuration."""
 
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 
@@ -38,8 +39,7 @@ def start_runtime(config: Config) -> Runtime:
     parallel = config.parallel
     return mcore_runtime.start(
         tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
+        **asdict(parallel.stages),
         context=parallel.context,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,

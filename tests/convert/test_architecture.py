@@ -14,6 +14,7 @@ from aropd_mcore.convert.architecture import (
     read_architecture,
 )
 from aropd_mcore.convert.mapping import FAMILIES as TABLES
+from aropd_mcore.stages import Stages
 from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, MOE_FAMILIES, save_tiny_model
 
 LLAMA: dict[str, Any] = {
@@ -255,35 +256,37 @@ def test_unreadable_files_are_refused(tmp_path: Path):
 
 def test_check_layout_refuses_sizes_that_do_not_divide_the_model():
     architecture = read_architecture(QWEN25_7B)
-    check_layout(architecture, tensor=4, pipeline=7)
+    check_layout(architecture, tensor=4, stages=Stages(7))
     with pytest.raises(
         ValueError,
         match=r"tensor-parallel size 8 does not divide the model's 4 key/value heads; "
         r"sizes that work: 1, 2, 4$",
     ):
-        check_layout(architecture, tensor=8, pipeline=1)
+        check_layout(architecture, tensor=8)
     with pytest.raises(
         ValueError,
         match=r"pipeline-parallel size 8 does not divide the model's 28 layers; "
-        r"sizes that work: 1, 2, 4, 7, 14, 28$",
+        r"sizes that divide: 1, 2, 4, 7, 14, 28; with parallel.pipeline 8, "
+        r"parallel.layers_in_first_stage 2 and parallel.layers_in_last_stage 2 would work$",
     ):
-        check_layout(architecture, tensor=1, pipeline=8)
+        check_layout(architecture, stages=Stages(8))
     odd = read_architecture({**QWEN25_7B, "intermediate_size": 18946})
     with pytest.raises(ValueError, match=r"18946 MLP columns .*sizes that work: 1, 2$"):
-        check_layout(odd, tensor=4, pipeline=1)
-    check_layout(architecture, pipeline=7, virtual_pipeline=4)
+        check_layout(odd, tensor=4)
+    check_layout(architecture, stages=Stages(7, 4))
     with pytest.raises(
         ValueError,
         match=r"size 4 x 3 chunks on each stage does not divide the model's 28 layers; "
-        r"products that work: 1, 2, 4, 7, 14, 28$",
+        r"products that divide: 1, 2, 4, 7, 14, 28; with parallel.pipeline 4, "
+        r"parallel.pipeline_layout E.*L would work$",
     ):
-        check_layout(architecture, pipeline=4, virtual_pipeline=3)
+        check_layout(architecture, stages=Stages(4, 3))
     with pytest.raises(
         ValueError, match=r"expert-parallel size 2 does not divide a dense model; .*work: 1$"
     ):
         check_layout(architecture, expert=2)
     moe = read_architecture(MIXTRAL_8X7B)
-    check_layout(moe, tensor=8, pipeline=4, virtual_pipeline=8, expert=8)
+    check_layout(moe, tensor=8, stages=Stages(4, 8), expert=8)
     with pytest.raises(
         ValueError,
         match=r"expert-parallel size 3 does not divide the model's 8 experts; .*work: 1, 2, 4, 8$",

@@ -8,6 +8,7 @@ import importlib.util
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,15 @@ LAYOUTS = {  # world size -> settings of runtime.start
         {"tensor": 2},
         {"pipeline": 2},
         {"pipeline": 2, "virtual_pipeline": 2},
+        {"pipeline": 2, "layers_in_first_stage": 3},
         {"expert": 2},
     ],
-    4: [{"tensor": 2, "pipeline": 2}, {"tensor": 2, "expert": 2}],
+    4: [
+        {"tensor": 2, "pipeline": 2},
+        {"tensor": 2, "expert": 2},
+        {"pipeline": 4, "pipeline_layout": "E|t*3|t|L"},
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "pipeline_layout": "Et|tt|t|L"},
+    ],
 }
 
 
@@ -60,7 +67,7 @@ def cases(tmp_path_factory) -> list[Case]:
     return cases
 
 
-def select_cases(layout: dict[str, int], number: int, part: str, cases: list[Case]) -> list[Case]:
+def select_cases(layout: dict[str, Any], number: int, part: str, cases: list[Case]) -> list[Case]:
     """Select from the models that a layout supports: all, the first, or the others.
 
     The first is another model for each layout number.
@@ -106,7 +113,7 @@ def test_conversion_in_every_layout_is_bitwise(
             assert_same_folder(back, case.hf)
 
 
-def load_and_save_all(layouts: list[dict[str, int]], selected: list[list[Case]], out: Path) -> None:
+def load_and_save_all(layouts: list[dict[str, Any]], selected: list[list[Case]], out: Path) -> None:
     from aropd_mcore.mcore import runtime
 
     for number, (layout, cases) in enumerate(zip(layouts, selected, strict=True)):

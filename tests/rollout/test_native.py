@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ LENGTHS = (7, 1, 19, 4, 12)
 PROMPTS = [[(31 * i + 7 * j * j) % 509 for j in range(n)] for i, n in enumerate(LENGTHS)]
 SEEDS = [rollout_seed(1, position, 0) for position in range(len(PROMPTS))]
 EOS = (2, 77)
+LAYOUTS = {  # by number of ranks
+    2: [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "layers_in_first_stage": 3}],
+    4: [{"tensor": 2, "pipeline": 2}, {"pipeline": 4, "pipeline_layout": "E|t*3|t|L"}],
+}
 GREEDY = SamplingConfig(temperature=0, max_response_tokens=24)
 RANDOM = SamplingConfig(temperature=1.3, top_p=0.98, max_response_tokens=24)
 
@@ -52,18 +57,22 @@ JOBS = (
 )
 
 
-def load(folder: Path, tensor: int, pipeline: int) -> tuple[HiddenStateGPT, mcore_runtime.Runtime]:
-    runtime = mcore_runtime.start(tensor=tensor, pipeline=pipeline)
+Layout = dict[str, Any]
+"""Arguments of runtime.start."""
+
+
+def load(folder: Path, layout: Layout) -> tuple[HiddenStateGPT, mcore_runtime.Runtime]:
+    runtime = mcore_runtime.start(**layout)
     model = build_model(folder, runtime, dtype=torch.float32)
     load_hf_weights(model, folder, runtime)
     return model, runtime
 
 
-def generate_all(folder: Path, layouts: list[tuple[int, int]], jobs: tuple[Job, ...]) -> list:
+def generate_all(folder: Path, layouts: list[Layout], jobs: tuple[Job, ...]) -> list:
     """Return the rollouts of each job on each layout, on every rank."""
     results = []
-    for tensor, pipeline in layouts:
-        model, runtime = load(folder, tensor, pipeline)
+    for layout in layouts:
+        model, runtime = load(folder, layout)
         for job in jobs:
             engine: RolloutEngine = NativeEngine(
                 model,
@@ -79,8 +88,8 @@ def generate_all(folder: Path, layouts: list[tuple[int, int]], jobs: tuple[Job, 
 
 
 def families_on_one_rank(folders: dict[str, Path]) -> dict[str, list]:
-    results = {name: generate_all(folder, [(1, 1)], JOBS[:2]) for name, folder in folders.items()}
-    results["qwen2"] += generate_all(folders["qwen2"], [(1, 1)], JOBS[2:])
+    results = {name: generate_all(folder, [{}], JOBS[:2]) for name, folder in folders.items()}
+    results["qwen2"] += generate_all(folders["qwen2"], [{}], JOBS[2:])
     return results
 
 
@@ -155,7 +164,7 @@ def test_response_ends_at_the_first_eos_or_the_limit(folders, on_one_rank):
     eos = (free[0].response_ids[3], free[2].response_ids[0], free[4].response_ids[9])
     # With two places, rows leave at different times, and new rows join old ones.
     jobs = (Job(RANDOM, eos=eos), Job(RANDOM, eos=eos, batch_size=2))
-    stopped, one_by_one = run_ranks(generate_all, 1, folders["qwen2"], [(1, 1)], jobs)[0]
+    stopped, one_by_one = run_ranks(generate_all, 1, folders["qwen2"], [{}], jobs)[0]
     assert_same(one_by_one, stopped)
     for short, long in zip(stopped, free, strict=True):
         hits = [t for t, token in enumerate(long.response_ids) if token in eos]
@@ -169,7 +178,7 @@ def test_response_ends_at_the_first_eos_or_the_limit(folders, on_one_rank):
 
 def test_samples_on_every_layout_are_the_same(folders, on_one_rank):
     expected = on_one_rank["qwen2"][:2]
-    for world_size, layouts in ((2, [(2, 1), (1, 2)]), (4, [(2, 2)])):
+    for world_size, layouts in LAYOUTS.items():
         on_ranks = run_ranks(generate_all, world_size, folders["qwen2"], layouts, JOBS[:2])
         assert all(results == on_ranks[0] for results in on_ranks)
         for index, rollouts in enumerate(on_ranks[0]):
@@ -177,7 +186,7 @@ def test_samples_on_every_layout_are_the_same(folders, on_one_rank):
 
 
 def own_rows_on_each_replica(folder: Path) -> list[Rollout]:
-    model, runtime = load(folder, 1, 1)
+    model, runtime = load(folder, {})
     engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=2)
     rows = slice(2 * runtime.dp_rank, None)  # five prompts in three batches, three in two
     return sample(engine, PROMPTS[rows], SEEDS[rows], RANDOM)
@@ -191,7 +200,7 @@ def test_replicas_do_not_wait_for_each_other(folders, on_one_rank):
 
 def model_is_left_as_it_was(folder: Path) -> None:
     """Sampling does not change training, and samples follow the weights."""
-    model, runtime = load(folder, 1, 1)
+    model, runtime = load(folder, {})
     engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=3)
     tokens = torch.tensor([PROMPTS[2]])
     positions = torch.arange(tokens.size(1))[None]
@@ -232,7 +241,7 @@ def model_is_left_as_it_was(folder: Path) -> None:
 
 
 def refusals(folder: Path) -> list[str]:
-    model, runtime = load(folder, 1, 1)
+    model, runtime = load(folder, {})
     engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=3)
     assert sample(engine, [], [], GREEDY) == []
     longest = SamplingConfig(max_response_tokens=2, temperature=0)
@@ -269,7 +278,7 @@ def test_bad_prompts_are_refused(folders):
 def rows_in_cache(folder: Path) -> list[int]:
     from aropd_mcore.rollout import native
 
-    model, runtime = load(folder, 1, 1)
+    model, runtime = load(folder, {})
     usual, rows = native.decoding, []
 
     def noted(*args, num_rows: int, **kwargs):

@@ -20,6 +20,7 @@ from tests.trainer.test_step import (
     ONE,
     PACKED,
     REPORTED,
+    UNEVEN,
     Case,
     Layout,
     RankSteps,
@@ -44,7 +45,7 @@ def _num_differences(one: Layout, other: Layout) -> int:
     return sum(a != b for a, b in zip(one, other, strict=True))
 
 
-DENSE = order_far_apart(every_layout(experts=False))
+DENSE = order_far_apart(every_layout(experts=False) + UNEVEN)
 EXPERTS = order_far_apart(every_layout(experts=True))
 EVERY_LEG = {
     "objective": AROPD,

@@ -54,6 +54,9 @@ class Layout(NamedTuple):
     virtual_pipeline: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    layers_in_first_stage: int | None = None
+    layers_in_last_stage: int | None = None
+    pipeline_layout: str | None = None
 
     @property
     def replica_size(self) -> int:
@@ -83,6 +86,15 @@ def every_layout(*, experts: bool) -> list[Layout]:
 
 
 ONE = Layout(1, 1)
+UNEVEN = [
+    Layout(1, 2, layers_in_first_stage=3),
+    Layout(2, 2, sequence=True, layers_in_last_stage=1),
+    # Chunks of 2 and 1 layers on the first stage, of 0 and 1 on the second, with a layout that
+    # Megatron's other settings cannot express.
+    Layout(1, 2, virtual_pipeline=2, pipeline_layout="Ett|t|t|L"),
+    # The first stage has the embedding only, the last one the head.
+    Layout(1, 4, pipeline_layout="E|t*3|t|L"),
+]
 LAYOUTS = [Layout(*sizes) for sizes in ((4, 1), (2, 2), (1, 4), (2, 1), (1, 2), (1, 1))]
 
 
@@ -149,6 +161,25 @@ CASES = [
         num_steps=3,
         num_microbatches=2,
         layouts=every_layout(experts=False),
+    ),
+    Case(
+        # Tied: the embedding is on the first stage and on the last one.
+        "uneven",
+        {"objective": AROPD, "optimizer": {"warmup_ratio": 0.25}},
+        tie=True,
+        num_steps=2,
+        num_microbatches=2,
+        layouts=UNEVEN,
+    ),
+    Case(
+        # Each stage has other experts' layers; packing gives every microbatch another length.
+        "uneven-experts",
+        {"objective": AROPD, "training": PACKED},
+        family="qwen3_moe",
+        layouts=[
+            Layout(1, 2, expert=2, layers_in_first_stage=1),
+            Layout(1, 2, virtual_pipeline=2, expert=2, pipeline_layout="Et|tt|t|L"),
+        ],
     ),
     Case(
         "live",
@@ -513,6 +544,8 @@ def run_steps(config: Config, case: Case, rt) -> RankSteps:
     assert (settings.recompute_granularity or "none") == config.training.recompute
     overlaps = run.student.optimizer.ddp_chunks[0].ddp_config.overlap_grad_reduce
     assert overlaps == config.parallel.overlap_grad_reduce
+    chunks = config.parallel.stages.chunk_layers(settings.num_layers)[rt.pp_rank :: rt.pp_size]
+    assert [len(chunk.decoder.layers) for chunk in run.student.model] == list(chunks)
     if run.teacher:
         run.teacher.score = check_views(run.teacher.score, case)
     if config.rollout.importance_level:

@@ -13,6 +13,7 @@ import random
 import textwrap
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -250,11 +251,11 @@ def _contents(
     return tensors, objects, boxes
 
 
-def _layout(runtime: Runtime) -> dict[str, int]:
+def _layout(runtime: Runtime) -> dict[str, int | str]:
+    splits = asdict(runtime.stages)  # null settings are left out
     return {
         "tensor": runtime.tp_size,
-        "pipeline": runtime.pp_size,
-        "virtual_pipeline": runtime.vp_size,
+        **{name: value for name, value in splits.items() if value is not None},
         "context": runtime.cp_size,
         "expert": runtime.ep_size,
         "expert_tensor": runtime.etp_size,
