@@ -1,51 +1,20 @@
-"""Time of a step, from counted operations and a table of assumed rates.
+"""Time of a step, from counted operations and the rates of a GPU.
 
 FLOPs are exact for the architecture: matrix products with all weights that a token passes, and
-causal attention. Rates are a GPU's peaks times assumed efficiencies; none is fitted to a run. Use
-these times to compare layouts. A real step takes a different time.
+causal attention. Rates are a GPU's peaks times efficiencies from constants.yaml, whose ends give
+the shortest and the longest time. None is fitted to a run.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from aropd_mcore.convert.architecture import Architecture
-from aropd_mcore.plan.devices import PEAK_BF16_FLOPS
+from aropd_mcore.plan.launches import exchange_seconds, launch_seconds
 from aropd_mcore.plan.memory import chunk_tokens, has_average, sharing_ranks
 from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
+from aropd_mcore.plan.rates import SLOWEST, Rates
 from aropd_mcore.plan.setup import Setup
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Peak rates of one GPU per second, and the share of each that is assumed to be reached."""
-
-    bf16_flops: float = PEAK_BF16_FLOPS["H100"]
-    fp8_flops: float = 1979e12
-    memory_bytes: float = 3.35e12
-    nvlink_bytes: float = 450e9
-    """Bytes per second in each direction."""
-    network_bytes: float = 50e9
-    host_bytes: float = 64e9
-    matmul_efficiency: float = 0.6
-    attention_efficiency: float = 0.45
-    memory_efficiency: float = 0.6
-    nvlink_efficiency: float = 0.7
-    network_efficiency: float = 0.8
-    host_efficiency: float = 0.8
-    launch_seconds: float = 1.7e-3
-    """Time of a layer per decoded token, if the launches of its kernels and the host take longer
-    than reading its weights. Measured with an earlier version: 48 ms for 28 layers (Qwen2.5-1.5B on
-    one H200, torch 2.11). Part of it was the preparation of attention for new shapes, which is
-    gone, so this is an upper bound."""
-    least_launch_seconds: float = 1.5e-4
-    """The same if a CUDA graph launches the kernels. Assumed: 30 kernels of 5 microseconds."""
-
-
-H100 = Rates()
-"""Rates of an NVIDIA H100 SXM by its data sheet: dense bf16 and FP8, HBM3, NVLink 4 (900 GB/s both
-ways), InfiniBand NDR with 400 Gbit/s per GPU, PCIe 5 x16 to the host. Efficiencies are
-assumptions."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +22,6 @@ class StepTime:
     """Seconds of a step. Communication is assumed not to overlap with computation."""
 
     rollout: float
-    """Longest estimate, with Rates.launch_seconds."""
     teacher: float
     student: float
     optimizer: float
@@ -63,17 +31,11 @@ class StepTime:
     student_bubble: float
     """Share of the student's time in which a stage waits for another."""
     validation: float = 0.0
-    """Seconds of one validation, which are not part of the total. Longest estimate."""
-    shortest_rollout: float = 0.0
-    """Shortest estimate, with Rates.least_launch_seconds."""
+    """Seconds of one validation, which are not part of the total."""
 
     @property
     def total(self) -> float:
         return self.rollout + self.teacher + self.student + self.optimizer + self.communication
-
-    @property
-    def shortest_total(self) -> float:
-        return self.total - self.rollout + self.shortest_rollout
 
 
 def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int]:
@@ -146,7 +108,8 @@ def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: int)
     return (pipeline - 1) / (virtual_pipeline * num_microbatches + pipeline - 1)
 
 
-def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
+def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
+    """Return the seconds of a step at the given rates, by default the longest."""
     num_microbatches = setup.num_microbatches
     student_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_microbatches)
     num_scored = setup.num_views * num_microbatches
@@ -167,10 +130,8 @@ def step_time(setup: Setup, rates: Rates = H100) -> StepTime:
     most, on_last = max(setup.stage_layers), setup.stage_layers[-1]
     stage = max(most * (forward + backward), on_last * (forward + backward) + loss)
     num_sampled = setup.num_responses if setup.samples else 0
-    least = replace(rates, launch_seconds=rates.least_launch_seconds)
     return StepTime(
         rollout=_sampling_seconds(setup, rates, num_sampled, setup.response_tokens),
-        shortest_rollout=_sampling_seconds(setup, least, num_sampled, setup.response_tokens),
         teacher=num_scored * most * teacher_forward / (1 - teacher_bubble),
         student=num_microbatches * stage / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),
@@ -200,8 +161,8 @@ def _sampling_seconds(
 
     Batches follow one another. A batch's prompts take one forward, and then every row decodes one
     token at a time. Stages work one after another, so a token passes all layers of the model. A
-    token takes the longer of two times: reading the touched weights and the KV cache, or launching
-    the kernels.
+    token takes the longer of two times, reading the touched weights and the KV cache, or launching
+    the kernels, and the exchanges between ranks.
     """
     if not num_responses:
         return 0.0
@@ -221,7 +182,7 @@ def _sampling_seconds(
     keys_values = 2 * cached * sizes["kv"] / setup.tensor * architecture.num_layers
     bandwidth = rates.memory_bytes * rates.memory_efficiency
     reading = (read + keys_values) * setup.dtype_bytes / bandwidth
-    token_time = max(reading, architecture.num_layers * rates.launch_seconds)
+    token_time = max(reading, launch_seconds(setup, rates)) + exchange_seconds(setup, rates)
     return batches * (prompts / setup.tensor + response_tokens * token_time)
 
 

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ from aropd_mcore.config import Config, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.cost import StepTime, step_time
 from aropd_mcore.plan.memory import Memory, worst_stage
+from aropd_mcore.plan.rates import FASTEST
 from aropd_mcore.plan.setup import Setup, build_setup
 from aropd_mcore.stages import find_splits
 
@@ -21,6 +23,17 @@ class Estimate:
     setup: Setup
     memory: Memory
     time: StepTime
+    """Longest time."""
+
+    @cached_property
+    def shortest(self) -> StepTime:
+        """Shortest time."""
+        return step_time(self.setup, FASTEST)
+
+    @property
+    def mean_total(self) -> float:
+        """Middle of the range of a step's seconds, by which layouts are compared."""
+        return (self.shortest.total + self.time.total) / 2
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,7 @@ def yaml_value(value: Any) -> str:
 
 
 def sweep(run: PlannedRun) -> list[Estimate]:
-    """Return every layout of the job's GPUs that fits, by step time and then by peak memory."""
+    """Return every layout of the job's GPUs that fits, by step time, then by peak memory."""
     fitting = []
     for layout, recompute, micro_batch_size in product(
         _layouts(run), get_args(Recompute), _micro_batch_sizes(run.config)
@@ -177,7 +190,7 @@ def sweep(run: PlannedRun) -> list[Estimate]:
         memory = worst_stage(setup)
         if run.fits(memory):
             fitting.append(Estimate(setup, memory, step_time(setup)))
-    return sorted(fitting, key=lambda e: (e.time.total, e.memory.peak))
+    return sorted(fitting, key=lambda e: (e.mean_total, e.memory.peak))
 
 
 def _layouts(run: PlannedRun) -> Iterator[dict[str, Any]]:

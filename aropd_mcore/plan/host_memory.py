@@ -4,19 +4,24 @@ always  pinned copies that config.teacher keeps on the host
 save    a copy of the rank's part of a checkpoint. torch keeps its blocks for the next save
 """
 
+from aropd_mcore.plan.constants import used
 from aropd_mcore.plan.memory import FP32, has_average, sharing_ranks, visiting_parameters
 from aropd_mcore.plan.parameters import Parameters, rank_parameters
 from aropd_mcore.plan.setup import Setup
 
-PINNED = 1.44
-"""Bytes of pinned memory per byte of a tensor. torch rounds each block up to a power of two. This
-is the mean if the logarithms of the sizes are spread evenly. The largest value is 2."""
+PINNED = used("pinned_bytes")
+"""Bytes of pinned memory per byte of a tensor. torch rounds each block up to a power of two."""
 
 
 def host_memory(setup: Setup) -> dict[str, dict[str, float]]:
     """Return the bytes by phase and part, for the stage with the largest sum."""
     by_stage = [_stage(setup, stage) for stage in setup.distinct_stages]
     return max(by_stage, key=lambda phases: sum(sum(parts.values()) for parts in phases.values()))
+
+
+def checkpoint_bytes(setup: Setup) -> float:
+    """Return the bytes of a rank's part of a checkpoint, for the stage with the most memory."""
+    return host_memory(setup)["save"]["its part of the checkpoint"] / PINNED
 
 
 def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ from aropd_mcore.plan.activations import (
     saved_by_layer,
     saved_without_recompute,
 )
+from aropd_mcore.plan.constants import used
 from aropd_mcore.plan.parameters import (
     Parameters,
     largest_weight,
@@ -38,10 +39,9 @@ FP32 = 4
 GATHERED_ELEMENTS = 1 << 26
 """Number of the teacher's weights that mcore.average gathers at once."""
 
-GPU_OVERHEAD = 4_000_000_000
-"""Bytes outside of the counted tensors: about 1 GB for CUDA context and kernels, 2 GB for NCCL's
-buffers of the job's groups, 1 GB for workspaces of cuBLAS and Transformer Engine. Assumed, not
-measured."""
+GPU_OVERHEAD = used("gpu_overhead_bytes")
+"""Bytes outside of the counted tensors: the CUDA context with its kernels, NCCL's buffers of the
+job's groups, and workspaces of cuBLAS and Transformer Engine."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from aropd_mcore.config import Config
-from aropd_mcore.plan.cost import H100
+from aropd_mcore.plan.constants import constants
 from aropd_mcore.plan.fit import EVEN, Estimate, PlannedRun, Remedy, remedies, sweep, yaml_value
 from aropd_mcore.plan.host_memory import host_memory
 from aropd_mcore.plan.layout import describe
+from aropd_mcore.plan.rates import FASTEST, SLOWEST
+from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup
 
 GB = 1e9
@@ -54,7 +56,7 @@ def render_sweep(run: PlannedRun) -> RenderableType:
         "micro\nbatch": [setup.micro_batch_size for setup in setups],
         "peak\nGB": [f"{estimate.memory.peak / GB:.1f}" for estimate in shown],
         "peak\nphase": [estimate.memory.peak_phase for estimate in shown],
-        "step\ns": [f"{estimate.time.total:.1f}" for estimate in shown],
+        "step\ns": [f"{e.shortest.total:.1f} – {e.time.total:.1f}" for e in shown],
     }
     for name, usual in (("VPP", 1), ("EP", 1), ("layers", "")):
         if set(columns[name]) == {usual}:
@@ -134,45 +136,66 @@ def _verdict(run: PlannedRun, estimate: Estimate) -> str:
 
 
 def _time_table(estimate: Estimate) -> Table:
-    time = estimate.time
+    shortest, longest = estimate.shortest, estimate.time
     table = Table(title="Time of a step, seconds")
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("bubble", justify="right")
     for name in ("rollout", "teacher", "student", "optimizer", "communication"):
-        bubble = getattr(time, f"{name}_bubble", None)
+        bubble = getattr(longest, f"{name}_bubble", None)
         shown = "" if bubble is None else f"{bubble:.1%}"
-        shortest = getattr(time, f"shortest_{name}", None)
-        table.add_row(name, _seconds(getattr(time, name), shortest), shown)
-    table.add_row("step", _seconds(time.total, time.shortest_total), "", end_section=True)
-    if time.validation:
-        table.add_row("one validation", f"{time.validation:.2f}", "")
+        table.add_row(name, _range(getattr(shortest, name), getattr(longest, name)), shown)
+    table.add_row("step", _range(shortest.total, longest.total), "", end_section=True)
+    if longest.validation:
+        table.add_row("one validation", _range(shortest.validation, longest.validation), "")
+    saves = [save_time(estimate.setup, rates) for rates in (FASTEST, SLOWEST)]
+    for name, part in (
+        ("one save, training waits", "waits"),
+        ("one save, written in the background", "writes"),
+        ("one resume, reading", "reads"),
+    ):
+        table.add_row(name, _range(*(getattr(save, part) for save in saves)), "")
     return table
 
 
-def _seconds(longest: float, shortest: float | None) -> str:
-    is_range = shortest is not None and f"{shortest:.2f}" != f"{longest:.2f}"
-    return f"{shortest:.2f} – {longest:.2f}" if is_range else f"{longest:.2f}"
+def _range(shortest: float, longest: float) -> str:
+    low, high = f"{shortest:.2f}", f"{longest:.2f}"
+    return low if low == high else f"{low} – {high}"
 
 
 def _assumptions(setup: Setup) -> str:
+    peaks = SLOWEST
     return (
         f"Upper bound: every prompt has {setup.prompt_tokens} tokens "
         f"(views.max_prompt_tokens) and every response {setup.response_tokens} "
         "(rollout.max_response_tokens). Tokens are spread evenly over experts."
         f"{'' if setup.samples or setup.teacher is None else ' vLLM servers are not included.'}\n"
-        "Times are estimates for an H100 SXM, not measurements. They divide by its peak rates "
-        f"({H100.bf16_flops / 1e12:g} TFLOP/s dense bf16, {H100.fp8_flops / 1e12:g} FP8, "
-        f"{H100.memory_bytes / 1e12:g} TB/s memory, per GPU {H100.nvlink_bytes / 1e9:g} GB/s "
-        f"NVLink, {H100.network_bytes / 1e9:g} GB/s network, {H100.host_bytes / 1e9:g} GB/s to the "
-        f"host) times assumed efficiencies (matrix products {H100.matmul_efficiency:g}, attention "
-        f"{H100.attention_efficiency:g}, memory {H100.memory_efficiency:g}, NVLink "
-        f"{H100.nvlink_efficiency:g}, network {H100.network_efficiency:g}, host "
-        f"{H100.host_efficiency:g}). Communication is assumed not to overlap with computation.\n"
-        "A decoded token takes at least the launches of its kernels: per layer "
-        f"{H100.least_launch_seconds * 1e3:g} ms (assumed, with CUDA graphs) to "
-        f"{H100.launch_seconds * 1e3:g} ms (measured on an H200 with an earlier version)."
+        "Times are estimates for an H100 SXM, from the shortest to the longest. They divide by its "
+        f"peak rates ({peaks.bf16_flops / 1e12:g} TFLOP/s dense bf16, {peaks.fp8_flops / 1e12:g} "
+        f"FP8, {peaks.memory_bytes / 1e12:g} TB/s memory, per GPU {peaks.nvlink_bytes / 1e9:g} "
+        f"GB/s NVLink, {peaks.network_bytes / 1e9:g} GB/s network, {peaks.host_bytes / 1e9:g} GB/s "
+        "to the host) times efficiencies. Communication is assumed not to overlap with "
+        "computation.\n"
+        "Constants, from aropd_mcore/plan/constants.yaml:\n"
+        + "\n".join(f"  {line}" for line in _constant_lines())
     )
+
+
+def _constant_lines() -> list[str]:
+    """Format each constant with its range and where its ends come from."""
+    lines = []
+    for name, constant in constants().items():
+        ends = []
+        for value in (constant.low, constant.high):
+            number = f"{value.number * 1e3:g} ms" if name.endswith("_seconds") else ""
+            if name.endswith("bytes") and value.number > 1e6:
+                number = f"{value.number / 1e9:g} GB"
+            source = f"measured on {value.machine}" if value.machine else "assumed"
+            ends.append((number or f"{value.number:g}", source))
+        (low, low_source), (high, high_source) = ends
+        sources = low_source if low_source == high_source else f"{low_source}; {high_source}"
+        lines.append(f"{name} {low} – {high} ({sources})")
+    return lines
 
 
 def _fitting_changes(run: PlannedRun, single_changes: list[Remedy]) -> list[str]:

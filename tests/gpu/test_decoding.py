@@ -10,6 +10,7 @@ from aropd_mcore.mcore import runtime as mcore_runtime
 from aropd_mcore.mcore.model import build_model
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.rollout.native import NativeEngine
+from tests.support.gpu import require_gpu
 from tests.support.ranks import run_ranks
 from tests.support.rollouts import sample
 from tests.support.tiny_models import save_tiny_model
@@ -45,8 +46,7 @@ def engines_agree(folder: Path) -> None:
 
 
 def test_captured_steps_sample_the_same_tokens_also_after_updates(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
+    require_gpu(by_dry_run=True)  # tests/rollout/test_graphs.py replays steps on a CPU
     save_tiny_model(
         "qwen2",
         tmp_path / "model",

@@ -9,20 +9,23 @@ import signal
 import pytest
 import torch
 
+from tests.support.gpu import require_gpu
 from tests.support.jobs import Job
+from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_run
-from tests.support.training import read_lines
+from tests.support.training import read_checkpoints, read_lines, repeatable
 
 pytestmark = pytest.mark.gpu
 NUM_STEPS = 12
 
 
-def test_run_resumes_after_a_stop_and_a_kill(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    checkpoint = {"save_every_steps": 2}
-    path = write_run(tmp_path, training={"num_steps": NUM_STEPS}, checkpoint=checkpoint)
-    out = tmp_path / "out"
+def test_run_that_is_stopped_and_killed_ends_with_the_same_weights(tmp_path, monkeypatch):
+    """The checkpoints at the end, with weights, teacher and optimizer, are bitwise equal."""
+    require_gpu()
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # attention's backward
+    settings = {"training": {"num_steps": NUM_STEPS}, "checkpoint": {"save_every_steps": 2}}
+    paths = {name: write_run(tmp_path / name, **settings) for name in ("whole", "stopped")}
+    path, out = paths["stopped"], tmp_path / "stopped" / "out"
 
     stopped = Job(path, 1)
     try:
@@ -39,10 +42,19 @@ def test_run_resumes_after_a_stop_and_a_kill(tmp_path):
     finally:
         killed.end()
 
-    last = Job(path, 1)
-    try:
-        assert last.process.wait(300) == 0, last.log.read_text()
-    finally:
-        last.end()
-    assert [line["step"] for line in read_lines(out)] == list(range(NUM_STEPS))
-    assert "resuming at step" in last.log.read_text()
+    for name in ("stopped", "whole"):
+        last = Job(paths[name], 1)
+        try:
+            assert last.process.wait(300) == 0, last.log.read_text()
+        finally:
+            last.end()
+        assert ("resuming at step" in last.log.read_text()) == (name == "stopped")
+
+    expected_lines = read_lines(tmp_path / "whole" / "out")
+    for line, expected in zip(repeatable(read_lines(out)), repeatable(expected_lines), strict=True):
+        assert line == pytest.approx(expected, rel=1e-9)  # metrics are summed in any order
+    actual, expected = run_ranks(read_checkpoints, 1, [out, tmp_path / "whole" / "out"])[0]
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(actual[name], value), name

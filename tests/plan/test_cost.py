@@ -1,12 +1,17 @@
 """FLOPs and bubbles, compared with numbers computed by hand."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.constants import constants
 from aropd_mcore.plan.cost import bubble_fraction, forward_flops, loss_bytes, loss_flops, step_time
+from aropd_mcore.plan.launches import exchange_seconds, launch_seconds
+from aropd_mcore.plan.parameters import rank_parameters
+from aropd_mcore.plan.rates import FASTEST, SLOWEST, Rates
+from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup, build_setup
 from tests.plan.test_parameters import MODELS
 from tests.support.tiny_runs import write_run
@@ -97,3 +102,83 @@ def test_validation_time_counts_the_responses_of_every_task_and_view(tmp_path):
     assert long.validation == pytest.approx(2 * native.validation, rel=0.2)
     assert native.total == long.total, "a validation is not part of a step"
     assert step_time(build_setup(load_config(path), 2)).validation == 0
+
+
+def test_longest_time_is_at_the_slow_end_of_every_constant():
+    """Each constant changes the time of a job that uses all of them, in the direction of its name.
+
+    No constant of the file is without use.
+    """
+    setup = Setup(
+        read_architecture(MODELS["qwen3_moe"]),
+        tensor=2,
+        pipeline=2,
+        expert=4,
+        data=4,
+        sequence=True,
+        num_microbatches=4,
+        teacher_weights="host",
+        gpus_per_node=4,
+    )
+    alone = Setup(read_architecture(MODELS["qwen2"]), cuda_graphs=True)
+
+    def seconds(rates: Rates) -> float:
+        return sum(step_time(s, rates).total + sum(save_time(s, rates)) for s in (setup, alone))
+
+    names = {field.name for field in fields(Rates)} & constants().keys()
+    assert constants().keys() - names == {"pinned_bytes", "gpu_overhead_bytes"}
+    for name in names:
+        slow, fast = getattr(SLOWEST, name), getattr(FASTEST, name)
+        assert (slow > fast) == name.endswith("_seconds")
+        assert seconds(replace(SLOWEST, **{name: fast})) < seconds(SLOWEST), name
+
+
+def test_token_of_experts_launches_the_router_and_each_expert_on_the_rank():
+    """4 layers, 8 experts. Rates in seconds that a sum can be read from."""
+    rates = replace(
+        SLOWEST,
+        launch_seconds=1.0,
+        captured_launch_seconds=0.5,
+        router_launch_seconds=10.0,
+        expert_launch_seconds=100.0,
+        collective_seconds=1000.0,
+    )
+    dense = Setup(read_architecture(MODELS["qwen2"]))
+    experts = replace(dense, architecture=read_architecture(MODELS["qwen3_moe"]))
+    num_experts = experts.architecture.routing.num_experts
+    assert launch_seconds(dense, rates) == 4
+    assert launch_seconds(replace(dense, cuda_graphs=True), rates) == 2
+    assert launch_seconds(replace(dense, cuda_graphs=True, tensor=2), rates) == 4
+    assert launch_seconds(experts, rates) == 4 * (1 + 10 + 100 * num_experts)
+    assert launch_seconds(replace(experts, expert=2), rates) == 4 * (11 + 50 * num_experts)
+    assert exchange_seconds(dense, rates) == 0
+    assert exchange_seconds(replace(dense, tensor=2, expert=2), rates) == 4 * 2 * 1000
+    assert exchange_seconds(replace(dense, pipeline=2), rates) == 2 * 1000
+    assert exchange_seconds(replace(experts, tensor=2, expert=2), rates) == 4 * 4 * 1000
+
+
+def test_rollout_takes_launches_whatever_the_number_of_rows():
+    """An earlier version took 48 ms per token for 28 layers on an H200."""
+    setup = Setup(replace(read_architecture(MODELS["qwen2"]), num_layers=28), data=8)
+    longest = step_time(replace(setup, num_microbatches=32))
+    assert longest.rollout == pytest.approx(0.048 * 1024, rel=0.02)
+    assert step_time(replace(setup, num_microbatches=1)).rollout == pytest.approx(
+        longest.rollout, rel=0.01
+    )
+    two_batches = step_time(replace(setup, num_microbatches=64))
+    assert two_batches.rollout == pytest.approx(2 * longest.rollout, rel=0.01)
+
+
+def test_save_time_of_a_node_counts_the_bytes_of_its_ranks():
+    """18 bytes per parameter, shared by two data-parallel ranks."""
+    setup = Setup(read_architecture(MODELS["qwen2"]), data=2)
+    rates = replace(SLOWEST, host_bytes=10.0, host_efficiency=0.5, disk_bytes=4.0)
+    on_rank = 18 * rank_parameters(setup, 0).total / 2
+    assert save_time(setup, rates) == pytest.approx((on_rank / 5, on_rank / 2, on_rank))
+    assert save_time(replace(setup, data=16), rates).writes == pytest.approx(on_rank / 8 * 8 / 4)
+
+
+def test_constants_state_whether_they_were_measured():
+    launches = constants()["launch_seconds"]
+    assert launches.high.machine == "NVIDIA H200" and "48 ms for 28 layers" in launches.high.source
+    assert launches.low.machine is None and "52 operators" in launches.low.source

@@ -1,6 +1,6 @@
 """Measure the errors of loss and gradient in bf16, with logits kept in fp32 and rounded to bf16.
 
-    python tools/benchmarks/loss_precision.py
+    python tools/benchmarks/loss_precision.py [--json FILE]    # on a GPU if there is one
 
 The views are close to each other, as they are in on-policy distillation. Each error is relative to
 the dense formula in fp64 on the same bf16 hidden states and weights. The fused form keeps logits in
@@ -9,7 +9,9 @@ gradient of the logits is rounded to bf16 in both.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from aropd_mcore.losses import (
 )
 from aropd_mcore.numerics.chunks import logits_bytes
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS: dict[str, Any] = {"residual_scale": RESIDUAL_SCALE, "residual_clip": RESIDUAL_CLIP}
 LARGEST_LOGITS = (24.0, 14.0)
 DISTANCES = (0.03, 0.01, 0.003)
@@ -59,7 +62,8 @@ def make_inputs(
     weight_VH *= largest_logit / (student_TH @ weight_VH.T).max()
     partial_TH = student_TH + distance * noise(num_tokens, num_hidden)
     full_TH = partial_TH + distance * noise(num_tokens, num_hidden)
-    return Inputs(*(x.bfloat16() for x in (student_TH, partial_TH, full_TH, weight_VH)))
+    matrices = student_TH, partial_TH, full_TH, weight_VH
+    return Inputs(*(matrix.bfloat16().to(DEVICE) for matrix in matrices))
 
 
 def true_answer(inputs: Inputs) -> Answer:
@@ -85,7 +89,7 @@ def fused_answer(inputs: Inputs) -> Answer:
         partial_TH,
         full_TH,
         weight_VH,
-        torch.full((num_tokens,), 1 / num_tokens),
+        torch.full((num_tokens,), 1 / num_tokens, device=DEVICE),
         vocab_size=vocab_size,
         with_metrics=False,
         **SETTINGS,
@@ -120,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(
             f"--{name}", type=int, default=default, help="size (default: %(default)s)"
         )
+    parser.add_argument("--json", type=Path, help="file for the figures (default: none)")
     args = parser.parse_args(argv)
     sizes = (args.tokens, args.hidden, args.vocab)
+    rows = []
     table = Table("largest logit", "loss, nats", "logits", "loss", "gradient", "cosine")
     for largest_logit in LARGEST_LOGITS:
         for distance in DISTANCES:
@@ -129,8 +135,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             truth = true_answer(inputs)
             for dtype, answer in (("bf16", rounded_answer), ("fp32", fused_answer)):
                 loss, gradient, cosine = errors(answer(inputs), truth)
+                names = ("largest_logit", "true_loss", "logits", "loss", "gradient")
+                values = (largest_logit, truth.loss, dtype, loss, gradient)
+                rows.append(dict(zip(names, values, strict=True)))
                 cells = (f"{largest_logit:g}", f"{truth.loss:.2g}", dtype)
                 table.add_row(*cells, f"{loss:+.2%}", f"{gradient:.2%}", f"{cosine:.5f}")
+    if args.json:
+        args.json.write_text(json.dumps(rows))
     console = Console()
     console.print(table)
     console.print(

@@ -1,0 +1,53 @@
+"""Results of the check as JSON and as a Markdown section for docs/benchmarks.md."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+DRY = "DRY RUN, NOT A MEASUREMENT"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is complete whenever it exists."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_report(folder: Path, results: dict[str, Any]) -> None:
+    """Write gpu_check.json and gpu_check.md, for a dry run gpu_check.dry.json and .dry.md."""
+    stem = "gpu_check.dry" if results["dry"] else "gpu_check"
+    write_atomically(folder / f"{stem}.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(folder / f"{stem}.md", render(results))
+
+
+def render(results: dict[str, Any]) -> str:
+    machine, versions = results["machine"], results["versions"]
+    title = machine["gpu"] or machine["cpu"]
+    lines = [f"### {f'{DRY}: ' if results['dry'] else ''}gpu_check.py on {title}", ""]
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines += [
+        f"    {results['command']}",
+        "",
+        f"{results['date']}, commit {results['commit']}, {listed}, {machine['cores']} CPU cores"
+        f"{', driver ' + machine['driver'] if machine['driver'] else ''}. "
+        f"All parts together took {sum(p['seconds'] for p in results['parts']) / 60:.1f} minutes.",
+    ]
+    if results["dry"]:
+        lines += ["", f"**{DRY}: tiny shapes on a CPU. Times and verdicts show nothing.**"]
+    lines += ["", "| part | what | measured | goal | verdict |", "|---|---|---|---|---|"]
+    for part in results["parts"]:
+        for check in part["checks"]:
+            note = f" ({check['note']})" if check["note"] else ""
+            cells = check["what"], check["measured"], check["goal"], check["verdict"] + note
+            lines.append(_row(part["name"], cells, results["dry"]))
+        if part["status"] != "done":
+            cells = "the part", "–", "–", f"{part['status']}: {part['reason']}"
+            lines.append(_row(part["name"], cells, results["dry"]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, cells: tuple[str, ...], is_dry: bool) -> str:
+    *most, verdict = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join([name, *most, f'dry: {verdict}' if is_dry else verdict])} |"
