@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEColumnParallelGroupedLinear
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -194,7 +195,7 @@ def model_config(
         context_parallel_size=runtime.cp_size,
         **_RECOMPUTE[recompute],
         **fp8_settings(precision),
-        **(_routing_settings(architecture.routing) if architecture.routing else {}),
+        **(_routing_settings(architecture.routing, fused) if architecture.routing else {}),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # Interleaved stages send each tensor as soon as it is ready. Megatron's default, batched
@@ -217,7 +218,13 @@ def model_config(
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
-        gradient_accumulation_fusion=False,  # needs Apex
+        # Apex's product that adds to main_grad, for the local layers. Those of Transformer Engine
+        # have their own (mcore.optim).
+        gradient_accumulation_fusion=(
+            runtime.device.type == "cuda"
+            and not fused
+            and parallel_layers._grad_accum_fusion_available
+        ),
     )
 
 
@@ -231,7 +238,21 @@ def _pipeline_layout(architecture: Architecture, runtime: Runtime) -> list[list[
     return layout
 
 
-def _routing_settings(routing: Routing) -> dict[str, Any]:
+_FUSED_PERMUTATIONS = (
+    *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
+    *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
+)
+"""Names in moe_utils, which are None where Transformer Engine is missing or too old."""
+
+
+def _routing_settings(routing: Routing, fused: bool) -> dict[str, Any]:
+    """Return the settings of experts.
+
+    Args:
+        fused: use the kernels of Transformer Engine that this machine has: one grouped product for
+            all experts of a rank, and a fused permutation of their tokens.
+    """
+    permutations = [getattr(moe_utils, name, None) for name in _FUSED_PERMUTATIONS]
     return {
         "num_moe_experts": routing.num_experts,
         "moe_router_topk": routing.experts_per_token,
@@ -241,7 +262,8 @@ def _routing_settings(routing: Routing) -> dict[str, Any]:
         "moe_router_pre_softmax": not routing.normalized,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",  # in bf16, near ties between experts would be rounded
-        "moe_grouped_gemm": False,  # grouped matrix products need a special kernel
+        "moe_grouped_gemm": fused and TEColumnParallelGroupedLinear is not None,
+        "moe_permute_fusion": fused and None not in permutations,
     }
 
 

@@ -29,6 +29,8 @@ _NUMBERED = re.compile(
     r"(?P<to_layer>decoder\.layers\.)(?P<layer>\d+)"
     r"((?P<to_expert>\.mlp\.experts\.local_experts\.)(?P<expert>\d+))?"
 )
+_GROUPED = re.compile(r"(?<=\.mlp\.experts)\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)$")
+"""Weight of an expert in Transformer Engine's grouped linear layers."""
 
 
 def load_hf_weights(model: StageModel, hf_dir: Path | str, runtime: Runtime) -> None:
@@ -198,7 +200,8 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
             return f"{own['to_layer']}{layer}{expert}"
 
         for own, _ in chunk.named_parameters():
-            name = _NUMBERED.sub(number, own)
+            name = _GROUPED.sub(r".local_experts.\g<expert>.\g<linear>.weight", own)
+            name = _NUMBERED.sub(number, name)
             names[unfused.get(name, name)] = f"{index}.{own}"
     unknown = names.keys() - {weight.name for weight in table}
     assert not unknown, f"parameters without a table row: {sorted(unknown)}"

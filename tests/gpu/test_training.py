@@ -165,6 +165,39 @@ def test_transformer_engine_layers_match_local_layers(root, bf16, family, method
 
 
 @BOTH
+def test_grouped_experts_match_sequential_experts(root, bf16, method, monkeypatch):
+    """One grouped product for all experts and fused permutations, against a product per expert."""
+    from aropd_mcore.mcore import model
+
+    monkeypatch.setattr(model, "TEColumnParallelGroupedLinear", None)
+    monkeypatch.setattr(model.moe_utils, "fused_permute", None)
+    expected = bf16["qwen3_moe", method]
+    actual = take_steps(root, "qwen3_moe", method, expected)
+    check(actual, expected, BF16_BAND[method])
+    assert actual.losses != expected.losses, "the products were the same"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_add_their_weight_gradients_in_the_product(root, family):
+    """Without a tensor of its own in `grad`, which is rounded to bf16 and added afterwards."""
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.trainer.build import build_run, start_runtime
+    from aropd_mcore.trainer.step import train_step
+
+    config = build_config(root, family, "bf16", METHODS["sft"])
+    run = build_run(config, start_runtime(config))
+    try:
+        train_step(run, 0)
+        linear = {n: p for n, p in run.student.model.named_parameters() if ".linear_" in n}
+        grouped = [name for name in linear if name.endswith("experts.linear_fc1.weight1")]
+        assert bool(grouped) == (family == "qwen3_moe")
+        weights: list[Any] = [p for p in linear.values() if p.dim() == 2]
+        assert weights and all(p.grad_added_to_main_grad for p in weights)
+    finally:
+        runtime.stop()
+
+
+@BOTH
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_training_matches_padded_training(root, bf16, family, method):
     """Flash attention over packed sequences."""
