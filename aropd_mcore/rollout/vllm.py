@@ -32,7 +32,7 @@ from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import send_weights
 from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 from aropd_mcore.rollout.vllm_servers import Servers, Weights
-from aropd_mcore.rollout.vllm_side.aropd_digests import noted
+from aropd_mcore.rollout.vllm_side.aropd_worker import noted
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 

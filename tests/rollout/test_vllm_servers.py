@@ -14,7 +14,7 @@ from aropd_mcore.config import SamplingConfig, VllmConfig
 from aropd_mcore.rollout import vllm_servers
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.rollout.vllm_servers import Servers, Weights, check_digests
-from aropd_mcore.rollout.vllm_side.aropd_digests import Digests, digest
+from aropd_mcore.rollout.vllm_side.aropd_worker import Digests, digest
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 from tests.support.fake_vllm import EOS, UNLOADED, FakeVllm, response_to

@@ -202,7 +202,7 @@ class FakeVllm:
         import torch
         from safetensors.torch import load_file
 
-        from aropd_mcore.rollout.vllm_side.aropd_digests import digest
+        from aropd_mcore.rollout.vllm_side.aropd_worker import digest
 
         tensors = {} if folder else {"value": torch.tensor([self.value])}
         for path in folder.glob("*.safetensors") if folder else ():
