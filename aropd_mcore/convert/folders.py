@@ -38,9 +38,9 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `target` when the block succeeds.
 
-    The temporary folder is next to the target and, with `durable`, is synced before the rename. An exception removes
-    the temporary folder. After a kill, the next call for the same target removes the temporary
-    folder. With `overwrite`, an existing target is kept until the new folder is complete.
+    The temporary folder is next to the target and, with `durable`, is synced before the rename. An
+    exception removes it. After a kill, the next call for the same target removes it. With
+    `overwrite`, an existing target is kept until the new folder is complete.
 
     Args:
         num_bytes: size of the files to write. Refused if the disk has less space.

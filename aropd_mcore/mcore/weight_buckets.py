@@ -10,22 +10,20 @@ one sender at a time.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import Weight
-from aropd_mcore.convert.mapping import HEAD
+from aropd_mcore.convert.architecture import Architecture, Weight
+from aropd_mcore.convert.buckets import runs, shares, without_tied_head
+from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import own_parameters
-
-BUCKET_BYTES = 512 * 2**20
-"""Largest size of a bucket. A bucket of one weight may exceed it."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,9 @@ class WeightBuckets:
         self._architecture = architecture
         self._runtime = runtime
         self._own = own_parameters(model, runtime)
-        # A tied head on another stage than its embedding repeats the embedding.
-        is_repeated = architecture.tied_embeddings
-        self._weights = [
-            w for w in architecture.weights() if not (is_repeated and w.name == HEAD.name)
-        ]
+        self._weights = without_tied_head(architecture)
+        self.held = frozenset(_part(weight) for weight in self._weights if weight.name in self._own)
+        """Parts of the model on this stage; see `stage_shapes`."""
 
     @property
     def is_sender(self) -> bool:
@@ -99,7 +95,7 @@ class WeightBuckets:
         )
         for weights, group, replicas in copies:
             num_owners = group.size() * replicas.size()
-            for run, owner in _shares(weights, self.dtype.itemsize, num_owners):
+            for run, owner in shares(weights, self.dtype.itemsize, num_owners, BUCKET_BYTES):
                 replica, root = divmod(owner, group.size())
                 buckets.append(Bucket(run, group, root, replicas.rank() == replica))
         return [bucket for bucket in buckets if bucket.takes_part]
@@ -117,14 +113,8 @@ class WeightBuckets:
         def owner(weight: Weight) -> int | None:
             return None if weight.expert is None else weight.expert // num_own
 
-        layers = {weight.layer for weight in self._weights if weight.name in self._own}
-        stage = [
-            weight
-            for weight in self._weights
-            if weight.name in self._own or (weight.expert is not None and weight.layer in layers)
-        ]
-        buckets = []
-        for run in _runs(stage, self.dtype.itemsize, BUCKET_BYTES, owner):
+        buckets, stage = [], stage_weights(self._architecture, self.held)
+        for run in runs(stage, self.dtype.itemsize, BUCKET_BYTES, owner):
             expert_rank = owner(run[0])
             if expert_rank is None:
                 is_first = runtime.dp_cp_group.rank() == 0
@@ -199,40 +189,25 @@ class WeightBuckets:
         return torch.empty(bucket.num_elements, dtype=self.dtype, device=self._runtime.device)
 
 
-def _shares(
-    weights: Sequence[Weight], element_bytes: int, num_owners: int
-) -> Iterator[tuple[tuple[Weight, ...], int]]:
-    """Yield runs of weights, each with its owner, so that owners get similar numbers of bytes."""
-    total = sum(_num_elements(weight) for weight in weights) * element_bytes
-    loads = [0] * num_owners
-    for run in _runs(weights, element_bytes, min(BUCKET_BYTES, -(-total // num_owners))):
-        owner = loads.index(min(loads))
-        loads[owner] += sum(map(_num_elements, run))
-        yield run, owner
+def stage_shapes(
+    architecture: Architecture, held: frozenset[int | str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a stage's HF tensors, in the order in which they are sent.
+
+    Args:
+        held: the stage's layers by number, and names of its weights outside of the layers.
+    """
+    weights = stage_weights(architecture, held)
+    return {name: shape for weight in weights for name, shape in weight.hf.items()}
 
 
-def _runs(
-    weights: Sequence[Weight],
-    element_bytes: int,
-    limit: int,
-    owner: Callable[[Weight], int | None] = lambda _: None,
-) -> Iterator[tuple[Weight, ...]]:
-    """Yield consecutive weights of the same owner, up to `limit` bytes of them or a single one."""
-    run: list[Weight] = []
-    filled = 0
-    for weight in weights:
-        size = _num_elements(weight) * element_bytes
-        if run and (filled + size > limit or owner(weight) != owner(run[0])):
-            yield tuple(run)
-            run, filled = [], 0
-        run.append(weight)
-        filled += size
-    if run:
-        yield tuple(run)
+def stage_weights(architecture: Architecture, held: frozenset[int | str]) -> list[Weight]:
+    """Return the weights of a stage, with all experts of its layers; see `stage_shapes`."""
+    return [weight for weight in without_tied_head(architecture) if _part(weight) in held]
 
 
-def _num_elements(weight: Weight) -> int:
-    return sum(map(math.prod, weight.hf.values()))
+def _part(weight: Weight) -> int | str:
+    return weight.name if weight.layer is None else weight.layer
 
 
 def _join(parts: Sequence[Tensor], dim: int, *, into: Tensor) -> None:

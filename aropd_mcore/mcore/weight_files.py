@@ -65,7 +65,9 @@ def write_weight_files(
         with new:
             for rank, result in enumerate(written):
                 if result.error is not None:
-                    raise OSError(f"rank {rank} could not write its part of {folder}: {result.error}")
+                    raise OSError(
+                        f"rank {rank} could not write its part of {folder}: {result.error}"
+                    )
             _write_index(model, partial, written)
             copy_companions(companions, partial, model.config.params_dtype)
 

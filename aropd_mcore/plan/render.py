@@ -1,5 +1,7 @@
 """Text and tables of `aropd plan`."""
 
+from typing import Literal
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -9,6 +11,7 @@ from aropd_mcore.plan.fit import Estimate, PlannedRun, Remedy, remedies, sweep, 
 from aropd_mcore.plan.host_memory import host_memory
 from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.setup import Setup
+from aropd_mcore.plan.sync import CALL_SECONDS, READ_BYTES, WRITE_BYTES, sync_cost
 
 GB = 1e9
 SWEEP_ROWS = 20
@@ -22,6 +25,8 @@ def render_plan(run: PlannedRun) -> RenderableType:
     if estimate.setup.device == "gpu":
         parts.append(_host_table(estimate.setup))
     parts += [_time_table(estimate), _assumptions(estimate.setup)]
+    if estimate.setup.sync is not None:
+        parts.append(_sync_text(estimate.setup, estimate.setup.sync))
     if not run.fits(estimate.memory):
         parts += ["", *_fitting_changes(run, remedies(run))]
     return Group(*parts)
@@ -159,6 +164,26 @@ def _assumptions(setup: Setup) -> str:
         "A decoded token takes at least the launches of its kernels: per layer "
         f"{H100.least_launch_seconds * 1e3:g} ms (assumed, with CUDA graphs) to "
         f"{H100.launch_seconds * 1e3:g} ms (measured on an H200 with an earlier version)."
+    )
+
+
+def _sync_text(setup: Setup, path: Literal["disk", "nccl"]) -> str:
+    cost = sync_cost(setup, path)
+    gathers = f"{cost.gathers + cost.sends} gathers and sends on the busiest rank"
+    if path == "disk":
+        writers = f"{cost.num_owners} ranks, up to {cost.busiest_bytes / GB:.1f} GB each"
+        work = f"written by {writers}, after {gathers}, and read by every server"
+        rates = (
+            f"{WRITE_BYTES[0] / GB:g} to {WRITE_BYTES[1] / GB:g} GB/s per writing rank, "
+            f"{READ_BYTES[0] / GB:g} to {READ_BYTES[1] / GB:g} GB/s per server"
+        )
+    else:
+        work = f"in {cost.broadcasts} broadcasts by {cost.num_owners} ranks, after {gathers}"
+        rates = f"{CALL_SECONDS[0] * 1e3:g} to {CALL_SECONDS[1] * 1e3:g} ms per call"
+    return (
+        f"Weights to the servers ({path}), after each step and not in its time: "
+        f"{cost.num_bytes / GB:.1f} GB {work}; {cost.shortest:.1f} – {cost.longest:.1f} s "
+        f"(assumed: {rates})."
     )
 
 

@@ -1,8 +1,12 @@
-"""Extension of vLLM's workers (--worker-extension-cls): digests of the tensors that they load.
+"""Extension of vLLM's workers (--worker-extension-cls): digests of tensors, and several senders.
 
 Both kinds of sync end in the model's `load_weights`. The digests are of the tensors passed to it,
-not of the model's parameters, because vLLM's kernels repack these. The module runs in vLLM's
-interpreter and needs only the standard library and torch.
+not of the model's parameters, because vLLM's kernels repack these.
+
+vLLM's transfer engine has one communicator. A sync needs one per sender, so this extension keeps
+all of them and puts one at a time into the engine.
+
+The module runs in vLLM's interpreter and needs only the standard library and torch.
 """
 
 import hashlib
@@ -29,10 +33,30 @@ def noted(
         yield name, tensor
 
 
-class Digests:
+class Extension:
     """Methods of a worker, which /collective_rpc calls."""
 
     aropd_digests: dict[str, str]
+    aropd_senders: tuple[str, dict[int, Any]]
+    """Name of the communicators that the worker has joined, and each sender's communicator."""
+
+    def aropd_keep_sender(self: Any, name: str, sender: int) -> None:
+        """Keep the engine's communicator as that of a sender. Others than of `name` are closed."""
+        held, communicators = getattr(self, "aropd_senders", (None, {}))
+        if held != name:
+            for communicator in communicators.values():
+                communicator.destroy()
+            communicators = {}
+        communicators[sender] = self.weight_transfer_engine.model_update_group
+        self.aropd_senders = (name, communicators)
+
+    def aropd_choose_sender(self: Any, sender: int) -> None:
+        """Receive from this sender."""
+        self.weight_transfer_engine.model_update_group = self.aropd_senders[1][sender]
+
+    def aropd_senders_name(self: Any) -> str | None:
+        """Return the name of the communicators, None if there are none."""
+        return getattr(self, "aropd_senders", (None, {}))[0]
 
     def aropd_note_digests(self: Any) -> None:
         """Record digests of the tensors that the model loads from now on."""
