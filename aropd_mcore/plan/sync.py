@@ -64,20 +64,21 @@ def tensor_by_tensor(setup: Setup) -> SyncCost:
 
     Its time is not estimated.
     """
-    weights = without_tied_head(setup.architecture)
-    gathers = sends = 0
-    stages = [{weight.name for weight in _stage(setup, s)} for s in range(setup.pipeline)]
-    for weight in weights:
-        tensors = len(weight.hf)
-        ranks = setup.tensor if weight.expert is None else setup.expert_tensor
-        gathers += tensors * (ranks > 1 and weight.kind.split_dim is not None)
-        if weight.expert is not None and _expert_rank(setup, weight):
-            sends += tensors
-        if weight.name not in stages[0]:
-            sends += tensors
-    num_bytes = count_elements(weights) * setup.dtype_bytes
-    num_tensors = sum(len(weight.hf) for weight in weights)
-    return SyncCost(num_bytes, num_bytes, 1, gathers, sends, num_tensors, math.nan, math.nan)
+    gathers, from_experts, tensors = [], [], []
+    for stage in range(setup.pipeline):
+        weights = _stage(setup, stage)
+        dense = [w for w in weights if w.expert is None and w.kind.split_dim is not None]
+        own = [w for w in weights if w.expert is not None and _expert_rank(setup, w) == 0]
+        others = [w for w in weights if w.expert is not None and _expert_rank(setup, w)]
+        gathers.append((setup.tensor > 1) * _count_tensors(dense))
+        gathers[-1] += (setup.expert_tensor > 1) * _count_tensors(own)
+        from_experts.append(_count_tensors(others))
+        tensors.append(_count_tensors(weights))
+    # The first rank of a stage gets the experts and passes everything on. Rank 0 gets it.
+    passed_on = map(sum, zip(from_experts[1:], tensors[1:], strict=True))
+    sends = max(from_experts[0] + sum(tensors[1:]), *passed_on, 0)
+    num_bytes = count_elements(without_tied_head(setup.architecture)) * setup.dtype_bytes
+    return SyncCost(num_bytes, num_bytes, 1, max(gathers), sends, sum(tensors), math.nan, math.nan)
 
 
 def _files(setup: Setup, rates: Rates, limit: int) -> SyncCost:
@@ -159,6 +160,10 @@ def _expert_rank(setup: Setup, weight: Weight) -> int | None:
     if weight.expert is None:
         return None
     return weight.expert * setup.expert // setup.architecture.sizes["experts"]
+
+
+def _count_tensors(weights: Iterable[Weight]) -> int:
+    return sum(len(weight.hf) for weight in weights)
 
 
 def _is_cut(run: Iterable[Weight]) -> bool:
