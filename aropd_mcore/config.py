@@ -424,19 +424,30 @@ class VllmConfig(Section):
     port."""
     arguments: list[str] = []
     """Further vLLM arguments for started servers, such as --tensor-parallel-size=2."""
-    sync: Literal["disk", "nccl"] = "disk"
-    """Path of the weights to the servers after each step. `disk`: through files in weights_dir.
-    `nccl`: from GPU to GPU. With `nccl`, a restarted server rejoins at the next step."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """Location of started servers. `separate`: on the GPUs in devices, which training does not use.
+    `colocated`: on the GPUs of training, on one machine. The servers release their memory while the
+    model trains. While they sample, model, gradients and optimizer stay on the GPUs."""
+    sync: Literal["disk", "nccl"] | None = None
+    """Path of the weights to the servers after each step. `disk`: through files in weights_dir,
+    which all ranks write together. `nccl`: from GPU to GPU; a restarted server rejoins at the next
+    step. null: `nccl` on GPUs if the servers have GPUs of their own (urls or devices), else `disk`.
+    """
     weights_dir: Path | None = None
-    """Folder that every server can read under this path. The run writes to its subfolder
-    vllm-weights. null: output_dir."""
+    """Folder that every rank and every server can access under this path. The run writes to its
+    subfolder vllm-weights. null: a folder in /dev/shm if the run starts the servers, all ranks are
+    on their machine, and there is room for two versions of the weights, else output_dir."""
+    seeded: bool = True
+    """Whether each response has a seed of its own. With seeds, a resumed or repeated run samples
+    the same responses. On GPUs, vLLM then draws row by row instead of in its fused sampler. false:
+    the server's generator, so responses depend on the batches in which they were decoded."""
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest allowed difference between a server's and the trainer's log-probs after a sync, in
-    nats, averaged over the tokens of a probe. null: 1e-3 in fp32, 0.1 in bf16."""
+    nats, averaged over the tokens of a probe. null: 1e-3 in fp32, 0.1 in bf16, 0.3 with
+    precision.fp8, and twice as much for models with experts."""
     checksums: bool = False
     """Comparison of every tensor's SHA-256 after each sync: between the tensor that training
-    gathers and the one that each process of each server receives for loading. Servers given by
-    urls must be started with this setting, too."""
+    gathers and the one that each process of each server receives for loading."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Timeout in seconds for a response, and for loading weights into a server."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0
@@ -458,6 +469,27 @@ class VllmConfig(Section):
                 "urls: remove one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> "VllmConfig":
+        if self.placement == "separate":
+            return self
+        if self.urls:
+            raise ValueError(
+                "placement colocated with urls: expected servers that the run starts on its GPUs; "
+                "remove urls, or set placement to separate"
+            )
+        if self.sync == "nccl":
+            raise ValueError(
+                "placement colocated with sync nccl: expected sync disk, since NCCL does not "
+                "connect two processes on one GPU; remove sync"
+            )
+        return self
+
+    def sync_on(self, device: str) -> Literal["disk", "nccl"]:
+        """Return the path of the weights for training on `cuda` or `cpu`."""
+        has_own_gpus = bool(self.urls or self.devices) and self.placement == "separate"
+        return self.sync or ("nccl" if device == "cuda" and has_own_gpus else "disk")
 
 
 class RolloutConfig(SamplingConfig):
@@ -502,6 +534,11 @@ class RolloutConfig(SamplingConfig):
                 f"async_steps {self.async_steps} and engine {self.engine}: expected engine vllm, "
                 "since the training model cannot sample while it trains; set async_steps to 0 or "
                 "engine to vllm"
+            )
+        if self.async_steps and self.vllm.placement == "colocated":
+            raise ValueError(
+                f"async_steps {self.async_steps} and vllm.placement colocated: expected "
+                "async_steps 0, since colocated servers sleep while the model trains"
             )
         return self
 

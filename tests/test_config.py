@@ -179,6 +179,18 @@ def test_dumped_config_loads_as_the_same_config(path, tmp_path):
             "String should match pattern '^https?://', found 'node7:8000'",
         ),
         (
+            "rollout.vllm={placement: colocated, urls: ['http://node7:8000']}",
+            "rollout.vllm",
+            "placement colocated with urls: expected servers that the run starts on its GPUs; "
+            "remove urls, or set placement to separate",
+        ),
+        (
+            "rollout.vllm={placement: colocated, sync: nccl}",
+            "rollout.vllm",
+            "placement colocated with sync nccl: expected sync disk, since NCCL does not connect "
+            "two processes on one GPU; remove sync",
+        ),
+        (
             "rollout.vllm.devices=['0', '1', '2']",
             "rollout.vllm",
             "devices has 3 entries: expected one per server, and servers is 1; change one of them",

@@ -7,6 +7,11 @@ import torch
 
 from aropd_mcore import cli
 from aropd_mcore.cli import ranks
+from aropd_mcore.config import ConfigError
+from aropd_mcore.config_file import load_config
+from aropd_mcore.plan.gpu_share import server_memory_share
+from aropd_mcore.plan.memory import worst_stage
+from aropd_mcore.plan.setup import build_setup
 from tests.support.tiny_runs import write_run
 
 
@@ -37,6 +42,20 @@ def test_dry_run_puts_ranks_on_the_gpus_that_servers_leave(run, capsys):
     printed = capsys.readouterr().out
     assert "# 6 processes: TP 2" in printed
     assert "# the ranks use GPUs 0, 1, 2, 3, 4, 5; vLLM servers use the others" in printed
+
+
+def test_dry_run_with_colocated_servers_puts_ranks_on_all_gpus(run, capsys):
+    assert cli.main(["train", str(run), "rollout.vllm.placement=colocated", "--dry-run"]) == 0
+    assert "# 8 processes: TP 2" in capsys.readouterr().out
+
+
+def test_colocated_servers_get_the_memory_that_training_leaves(run):
+    config = load_config(run, ["rollout.vllm.placement=colocated"])
+    state = sum(worst_stage(build_setup(config, 2)).state.values())
+    memory = round(10e9 + state)
+    assert server_memory_share(config, 2, memory) == pytest.approx(7e9 / memory)
+    with pytest.raises(ConfigError, match=r"training keeps .* at least 10% for a server"):
+        server_memory_share(config, 2, round(3.3e9 + state))
 
 
 def test_train_starts_its_ranks_on_the_gpus_that_servers_leave(run, monkeypatch):

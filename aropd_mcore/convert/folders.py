@@ -29,18 +29,25 @@ _SLACK_BYTES = 64 * 2**20
 
 @contextmanager
 def new_folder(
-    target: Path, *, num_bytes: int = 0, overwrite: bool = False, keep: tuple[Path, ...] = ()
+    target: Path,
+    *,
+    num_bytes: int = 0,
+    overwrite: bool = False,
+    keep: tuple[Path, ...] = (),
+    durable: bool = True,
 ) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `target` when the block succeeds.
 
-    The temporary folder is next to the target and is synced before the rename. An exception removes
-    the temporary folder. After a kill, the next call for the same target removes the temporary
-    folder. With `overwrite`, an existing target is kept until the new folder is complete.
+    The temporary folder is next to the target and, with `durable`, is synced before the rename. An
+    exception removes it. After a kill, the next call for the same target removes it. With
+    `overwrite`, an existing target is kept until the new folder is complete.
 
     Args:
         num_bytes: size of the files to write. Refused if the disk has less space.
         overwrite: replace an existing target. Only a folder with a checkpoint is replaced.
         keep: folders that are read during the block. They must not be the target or inside it.
+        durable: wait until the files are on the disk. Without, they may be lost if the machine
+            crashes.
     Raises:
         CheckpointError: the target exists, cannot be created, does not fit on the disk, or another
             process is writing it.
@@ -60,7 +67,8 @@ def new_folder(
             refuse_existing(target, overwrite=overwrite, keep=keep)
             _empty(partial)
             yield partial
-            _sync_tree(partial)
+            if durable:
+                _sync_tree(partial)
             refuse_existing(target, overwrite=overwrite, keep=keep)  # the block may take hours
             if target.exists():
                 target.rename(replaced)

@@ -39,11 +39,12 @@ class SafetensorsWriter:
         names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
         for file_name, shard in zip(names, shards, strict=True):
             file = folder / file_name
-            header, starts = _header({name: tensors[name] for name in shard})
+            header, starts = build_header({name: tensors[name] for name in shard})
             file.write_bytes(header)
             self._places |= {name: (file, start) for name, start in starts.items()}
         if len(shards) > 1:
-            _write_index(folder, tensors, dict(zip(names, shards, strict=True)))
+            files = zip(names, shards, strict=True)
+            write_index(folder, tensors, {name: file for file, shard in files for name in shard})
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the declared shape, cast to the declared dtype."""
@@ -74,12 +75,15 @@ def write_safetensors(
             writer.write(name, tensor)
 
 
-def _write_index(
-    folder: Path, tensors: Mapping[str, TensorInfo], shards: Mapping[str, list[str]]
-) -> None:
+def write_index(folder: Path, tensors: Mapping[str, TensorInfo], files: Mapping[str, str]) -> None:
+    """Write the index of a folder of several files.
+
+    Args:
+        files: name of the file of each tensor.
+    """
     index = {
         "metadata": {"total_size": sum(info.num_bytes for info in tensors.values())},
-        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+        "weight_map": dict(files),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -99,7 +103,7 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def build_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     """Build the header of a safetensors file, and the start byte of each tensor's data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, offsets = 0, {}

@@ -15,6 +15,8 @@ from aropd_mcore.convert.architecture import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
 """Maximum size of a checkpoint's file, unless a single tensor is larger."""
+BUCKET_BYTES = 512 * 2**20
+"""Number of bytes of tensors that are gathered or sent at once."""
 WRITE_BYTES = 2**18
 """Number of bytes per write call. Calls of 50 MB reached a third of the speed (Linux 6, ext4)."""
 

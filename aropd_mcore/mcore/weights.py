@@ -181,6 +181,12 @@ def export_model(
     gather_hf(model, runtime, write, values)
 
 
+def own_parameters(model: StageModel, runtime: Runtime) -> dict[str, Tensor]:
+    """Return this rank's parameters by their names in the weight table, Weight.name."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[own] for name, own in _own_names(model, runtime).items()}
+
+
 def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
     """Return the model's name of each parameter on this rank, by its name in the weight table.
 

@@ -4,11 +4,20 @@ from collections.abc import Mapping, Sequence
 
 from aropd_mcore.config import Config, ConfigError, RolloutConfig
 from aropd_mcore.plan.layout import plan
+from aropd_mcore.plan.memory import worst_stage
+from aropd_mcore.plan.setup import build_setup
+
+_RESERVED_BYTES = 3e9
+"""Memory of a GPU for two CUDA contexts and NCCL's buffers. Assumed."""
+_LEAST_SHARE = 0.1
 
 
 def server_gpus(rollout: RolloutConfig) -> list[str]:
-    """Return the GPUs in rollout.vllm.devices. Empty if the run starts no servers on given GPUs."""
-    if rollout.engine != "vllm":
+    """Return the GPUs that training must leave to the servers: those in rollout.vllm.devices.
+
+    Empty if the run starts no servers on given GPUs, or they share the GPUs of training.
+    """
+    if rollout.engine != "vllm" or rollout.vllm.placement == "colocated":
         return []
     return [gpu.strip() for devices in rollout.vllm.devices for gpu in devices.split(",")]
 
@@ -72,6 +81,28 @@ def suggest_share(config: Config, visible: Sequence[str]) -> str | None:
             f"--nproc-per-node {count}"
         )
     return None
+
+
+def server_memory_share(config: Config, world_size: int, memory_bytes: int) -> float:
+    """Return the share of a GPU's memory that servers on the GPUs of training may use.
+
+    It is what the training state leaves: weights, gradients, optimizer and teacher. Activations do
+    not count, since the servers sleep while the model trains.
+
+    Args:
+        memory_bytes: memory of a GPU.
+    Raises:
+        ConfigError: the training state leaves less than a tenth of the GPU.
+    """
+    state = sum(worst_stage(build_setup(config, world_size)).state.values())
+    share = 1 - (state + _RESERVED_BYTES) / memory_bytes
+    if share < _LEAST_SHARE:
+        raise ConfigError(
+            f"rollout.vllm.placement colocated: training keeps {state / 1e9:.1f} GB on a GPU of "
+            f"{memory_bytes / 1e9:.1f} GB, expected at least {_LEAST_SHARE:.0%} for a server; "
+            "split the model over more ranks, or set placement to separate"
+        )
+    return share
 
 
 def _listed(gpus: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Text and tables of `aropd plan`."""
 
 from itertools import groupby
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,6 +14,7 @@ from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.rates import FASTEST, SLOWEST
 from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup
+from aropd_mcore.plan.sync import CALL_SECONDS, READ_BYTES, WRITE_BYTES, sync_cost
 
 GB = 1e9
 SWEEP_ROWS = 20
@@ -26,6 +28,8 @@ def render_plan(run: PlannedRun) -> RenderableType:
     if estimate.setup.device == "gpu":
         parts.append(_host_table(estimate.setup))
     parts += [_time_table(estimate), _assumptions(estimate.setup)]
+    if estimate.setup.sync is not None:
+        parts.append(_sync_text(estimate.setup, estimate.setup.sync))
     if not run.fits(estimate.memory):
         parts += ["", *_fitting_changes(run, remedies(run))]
     return Group(*parts)
@@ -196,6 +200,26 @@ def _constant_lines() -> list[str]:
         sources = low_source if low_source == high_source else f"{low_source}; {high_source}"
         lines.append(f"{name} {low} – {high} ({sources})")
     return lines
+
+
+def _sync_text(setup: Setup, path: Literal["disk", "nccl"]) -> str:
+    cost = sync_cost(setup, path)
+    gathers = f"{cost.gathers + cost.sends} gathers and sends on the busiest rank"
+    if path == "disk":
+        writers = f"{cost.num_owners} ranks, up to {cost.busiest_bytes / GB:.1f} GB each"
+        work = f"written by {writers}, after {gathers}, and read by every server"
+        rates = (
+            f"{WRITE_BYTES[0] / GB:g} to {WRITE_BYTES[1] / GB:g} GB/s per writing rank, "
+            f"{READ_BYTES[0] / GB:g} to {READ_BYTES[1] / GB:g} GB/s per server"
+        )
+    else:
+        work = f"in {cost.broadcasts} broadcasts by {cost.num_owners} ranks, after {gathers}"
+        rates = f"{CALL_SECONDS[0] * 1e3:g} to {CALL_SECONDS[1] * 1e3:g} ms per call"
+    return (
+        f"Weights to the servers ({path}), after each step and not in its time: "
+        f"{cost.num_bytes / GB:.1f} GB {work}; {cost.shortest:.1f} – {cost.longest:.1f} s "
+        f"(assumed: {rates})."
+    )
 
 
 def _fitting_changes(run: PlannedRun, single_changes: list[Remedy]) -> list[str]:

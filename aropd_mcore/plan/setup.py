@@ -64,6 +64,8 @@ class Setup:
     """Whether the loss counts prompt tokens, too."""
     samples: bool = True
     """Whether the model itself samples. False: servers do, which are not planned."""
+    sync: Literal["disk", "nccl"] | None = None
+    """Path of the weights to the servers; None without servers."""
     validation_responses: int = 0
     """Responses per validation on each data-parallel rank, if the model itself samples them."""
     validation_tokens: int = 0
@@ -251,6 +253,7 @@ def build_setup(
         response_tokens=config.rollout.max_response_tokens,
         prompt_loss=config.objective.has_prompt_loss,
         samples=num_views > 0 and config.rollout.model_samples,
+        sync=_sync(config, device) if num_views else None,
         validation_responses=-(-_count_validation_responses(config) // layout.data),
         validation_tokens=config.validation.max_response_tokens
         or config.rollout.max_response_tokens,
@@ -262,6 +265,12 @@ def build_setup(
         device=device,
         gpus_per_node=gpus_per_node,
     )
+
+
+def _sync(config: Config, device: Device) -> Literal["disk", "nccl"] | None:
+    if config.rollout.model_samples:
+        return None
+    return config.rollout.vllm.sync_on("cuda" if device == "gpu" else "cpu")
 
 
 def _count_validation_responses(config: Config) -> int:

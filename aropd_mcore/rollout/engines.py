@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from aropd_mcore.config import RolloutConfig
+from aropd_mcore.config import ConfigError, RolloutConfig
 from aropd_mcore.convert.import_export import export_hf
 from aropd_mcore.convert.source import MegatronSource, Source
 from aropd_mcore.mcore.cached_attention import KVCache
@@ -159,6 +159,11 @@ def _serving(
 ) -> Serving:
     """Return the settings of the servers, which start with a whole HF folder of any weights."""
     path, vllm = spec.source.hf_folder, spec.rollout.vllm
+    if spec.rollout.engine == "vllm" and vllm.placement == "colocated":
+        raise ConfigError(
+            "rollout.vllm.placement colocated: expected separate, since only training shares its "
+            "GPUs with servers; set it, and rollout.vllm.devices to the servers' GPUs"
+        )
     starts_servers = spec.rollout.engine == "vllm" and not vllm.urls
     if starts_servers and isinstance(spec.source, MegatronSource):
         path = weights / "hf"

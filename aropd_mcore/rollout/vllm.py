@@ -3,8 +3,12 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +16,11 @@ import torch
 from torch import Tensor
 
 from aropd_mcore.config import ConfigError
-from aropd_mcore.convert.folders import copy_companions, new_folder
-from aropd_mcore.convert.hf_write import write_safetensors
-from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.mcore.logprobs import sequence_logprobs
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.rank0 import in_background, run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.weights import gather_hf
+from aropd_mcore.mcore.weight_files import write_weight_files
 from aropd_mcore.rollout.engine import (
     Pending,
     Progress,
@@ -29,15 +30,23 @@ from aropd_mcore.rollout.engine import (
     never,
 )
 from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
-from aropd_mcore.rollout.vllm_nccl import send_weights
+from aropd_mcore.rollout.vllm_nccl import WeightTransfer
 from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 from aropd_mcore.rollout.vllm_servers import Servers, Weights
-from aropd_mcore.rollout.vllm_side.aropd_digests import noted
+from aropd_mcore.rollout.vllm_side.aropd_worker import digest
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Default probe_tolerance by dtype, in nats: several times the effect of rounding on the mean."""
+_FP8_TOLERANCE = 0.3
+"""The same if the trainer computes in FP8 and the server does not. Assumed, not measured."""
+_EXPERTS_FACTOR = 2
+"""Factor for models with experts: a rounded router score can choose another expert."""
+MEMORY = Path("/dev/shm")
+"""Folder whose files are in the machine's memory."""
+_SLACK_BYTES = 64 * 2**20
+"""Reserve in this folder for small files besides the tensors."""
 
 _STOP_SECONDS = 1.0
 """Interval at which rank 0 calls `should_stop` while it waits for responses."""
@@ -52,10 +61,14 @@ class VllmEngine:
 
     Batches are sampled in the background, one after another in the order of `submit`.
 
-    After each update the weights are gathered tensor by tensor, so that no rank holds the whole
-    model. They are written as an HF folder that the servers load, or are sent over NCCL. A probe
-    then compares the log-probs of trainer and servers. A response is accepted only if the server
-    reports that these weights produced it.
+    After each update the ranks that hold the weights write them as an HF folder that the servers
+    load, or send them over NCCL. No rank holds the whole model. A probe then compares the log-probs
+    of trainer and servers. A response is accepted only if the server reports that these weights
+    produced it.
+
+    Servers that share their GPUs with training sleep from the last response of a step until the
+    next weights. The trainer's model and optimizer stay on the GPUs; the memory that PyTorch caches
+    is freed before the servers wake.
     """
 
     def __init__(
@@ -85,7 +98,8 @@ class VllmEngine:
         self._serving = serving
         self._should_stop = should_stop
         vllm = serving.rollout.vllm
-        self._folder = (vllm.weights_dir or serving.folder) / "vllm-weights"
+        self._sync = vllm.sync_on(runtime.device.type)
+        self._is_colocated = vllm.placement == "colocated"
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
         """Reason why the servers do not have the current weights."""
@@ -94,19 +108,24 @@ class VllmEngine:
         self._last_future: Future[list[Rollout]] | None = None
         """Future of the last batch that was begun, on rank 0 only."""
         self._servers: Servers | None = None
-        if vllm.sync == "nccl" and runtime.device.type != "cuda":
+        if self._sync == "nccl" and runtime.device.type != "cuda":
             raise ConfigError(
                 "rollout.vllm.sync: found nccl, which sends weights from GPU to GPU, and this run "
                 "is on the CPU; expected disk"
             )
+        self._scratch = self._make_scratch()
+        self._serving = serving = replace(serving, scratch=self._scratch)
+        self._folder = (self._scratch or vllm.weights_dir or serving.folder) / "vllm-weights"
         if runtime.rank == 0:
             self._servers = self._make_servers(eos_token_ids)
+        self._transfer = WeightTransfer(model, runtime, self._servers, timeout=vllm.request_timeout)
 
     def submit(self, batch: PromptBatch) -> Pending:
         """As RolloutEngine.submit; the servers start to sample.
 
         Collectives: an all-gather of objects over the job. Every rank must call it.
         """
+        self._free_unused()
         batches = self.runtime.concatenate_over_data([batch])
         start = sum(len(other.prompts) for other in batches[: self.runtime.dp_rank])
         pending = _VllmPending(self, batches, slice(start, start + len(batch.prompts)))
@@ -117,8 +136,8 @@ class VllmEngine:
         """As RolloutEngine.update_weights. The first call starts the run's servers and waits until
         all are up.
 
-        Collectives: those of mcore.weights.gather_hf and mcore.logprobs.sequence_logprobs, and
-            broadcasts over the job.
+        Collectives: those of write_weight_files or WeightTransfer.send, those of
+            mcore.logprobs.sequence_logprobs, and broadcasts over the job.
         """
         if self._in_flight:
             run_on_rank0(self._wait_for_all, takes_long=True)
@@ -134,9 +153,11 @@ class VllmEngine:
             )
 
     def close(self) -> None:
-        """Stop the servers that the run has started."""
+        """Stop the servers that the run has started, and remove the weights from memory."""
         if self._servers:
             self._servers.close()
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _wait_for_all(self) -> None:
         assert self._last_future is not None, "on rank 0 only"
@@ -156,56 +177,44 @@ class VllmEngine:
 
     def _hand_over_weights(self) -> None:
         version = self.weight_version
-        digests = {} if self._serving.rollout.vllm.checksums else None
-        is_sent = self._serving.rollout.vllm.sync == "nccl"
+        is_sent, computes_digests = self._sync == "nccl", self._serving.rollout.vllm.checksums
+        label = f"{version}-{secrets.token_hex(4)}"  # only rank 0's is used
+        probe_logprobs = sequence_logprobs(self.model, self.runtime, self._probe_ids).tolist()
+        self._free_unused()
         folder = (self._folder / f"step-{version:07d}").absolute()
-        weights = Weights(
-            version=version,
-            label=f"{version}-{secrets.token_hex(4)}",
-            folder=None if is_sent else folder,
-            probe_logprobs=sequence_logprobs(self.model, self.runtime, self._probe_ids).tolist(),
-            digests=digests,
-        )
         if is_sent:
-            run_on_rank0(lambda: self.servers.prepare(), takes_long=True)
-            # Every rank makes a label; only rank 0's is used.
-            gather_hf(self.model, self.runtime, partial(self._send, weights.label, digests))
+            digests = self._transfer.send(label, digests=computes_digests)
         else:
-            gather_hf(self.model, self.runtime, partial(self._write, folder, digests))
+            digests = self._write(folder, digest if computes_digests else None)
+        weights = Weights(version, label, None if is_sent else folder, probe_logprobs, digests)
         run_on_rank0(lambda: self.servers.sync(weights), takes_long=True)
         if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
                 if old != weights.folder:
                     shutil.rmtree(old, ignore_errors=True)  # else after the next update
 
-    def _send(
-        self, label: str, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
-    ) -> None:
-        """Send the tensors to every server that is up. On rank 0."""
-        send_weights(
-            tensors if digests is None else noted(tensors, digests),
-            self.model.architecture.hf_shapes,
-            self.model.config.params_dtype,
-            self.servers,
-            self.runtime.device,
-            label=label,
-            timeout=self._serving.rollout.vllm.request_timeout,
-            digests=digests,
-        )
-
     def _write(
-        self, folder: Path, digests: dict[str, str] | None, tensors: Iterator[tuple[str, Tensor]]
-    ) -> None:
-        """Write the tensors as an HF folder, which appears when it is complete. On rank 0."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt, from the same step
-        dtype = self.model.config.params_dtype
-        shapes = self.model.architecture.hf_shapes
-        infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
-        with new_folder(folder) as partial_folder:
-            given = tensors if digests is None else noted(tensors, digests)
-            write_safetensors(partial_folder, infos, given)
-            copy_companions(self._serving.model, partial_folder, dtype)
+        self, folder: Path, compute_digest: Callable[[Tensor], str] | None
+    ) -> Mapping[str, str] | None:
+        """Write the weights as an HF folder; return the digests by tensor name if they are wanted.
+
+        Collectives: those of write_weight_files.
+        """
+
+        def prepare() -> None:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt, from the same step
+
+        run_on_rank0(prepare)
+        digests = write_weight_files(
+            self.model, self.runtime, folder, self._serving.model, digest=compute_digest
+        )
+        return digests if compute_digest else None
+
+    def _free_unused(self) -> None:
+        """Give memory that no tensor uses to the servers, if they share this rank's GPU."""
+        if self._is_colocated and self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def servers(self) -> Servers:
@@ -232,8 +241,63 @@ class VllmEngine:
             batch_size=rollout.batch_size,
             eos_token_ids=eos_token_ids,
             probe_ids=self._probe_ids,
-            tolerance=vllm.probe_tolerance or _TOLERANCES[self.model.config.params_dtype],
+            tolerance=vllm.probe_tolerance
+            or default_tolerance(
+                self.model.config.params_dtype,
+                fp8=bool(self.model.config.fp8),
+                experts=self.model.architecture.routing is not None,
+            ),
         )
+
+    def _make_scratch(self) -> Path | None:
+        """Create a folder in memory for the weights, if every server and rank is on one machine.
+
+        Returns:
+            None if the weights are not written there.
+        Collectives: an all-gather of objects and a broadcast over the job.
+        """
+        vllm = self._serving.rollout.vllm
+        hosts = set(self.runtime.gather(socket.gethostname()))
+        if self._sync != "disk" or vllm.urls or vllm.weights_dir or len(hosts) > 1:
+            return None
+        return run_on_rank0(partial(memory_folder, self._weights_bytes()))
+
+    def _weights_bytes(self) -> int:
+        config = self.model.config
+        return self.model.architecture.num_parameters * config.params_dtype.itemsize
+
+
+def default_tolerance(dtype: torch.dtype, *, fp8: bool, experts: bool) -> float:
+    """Return the default of rollout.vllm.probe_tolerance, in nats.
+
+    Args:
+        fp8: whether the trainer's matrix products run in FP8.
+    """
+    tolerance = _FP8_TOLERANCE if fp8 else _TOLERANCES[dtype]
+    return tolerance * (_EXPERTS_FACTOR if experts else 1)
+
+
+def memory_folder(num_bytes: int, memory: Path = MEMORY) -> Path | None:
+    """Create a private folder in the machine's memory for two versions of the weights.
+
+    Args:
+        num_bytes: size of the weights.
+        memory: folder whose files are in memory.
+    Returns:
+        None if there is no such folder, or it has too little room, which one line on stderr
+        reports.
+    """
+    if not os.access(memory, os.W_OK):
+        return None
+    free = shutil.disk_usage(memory).free
+    if free < 2 * num_bytes + _SLACK_BYTES:
+        print(
+            f"{memory} has {free / 1e9:.1f} GB free, and two versions of the weights need "
+            f"{2 * num_bytes / 1e9:.1f} GB: the servers' weights are written to output_dir",
+            file=sys.stderr,
+        )
+        return None
+    return Path(tempfile.mkdtemp(prefix="aropd-", dir=memory))
 
 
 class _VllmPending:
@@ -281,7 +345,10 @@ class _VllmPending:
         while not wait([self._future], _STOP_SECONDS).done:
             if self._engine._should_stop():
                 return []
-        return self._future.result()
+        rollouts = self._future.result()
+        if self._engine._is_colocated:
+            self._engine.servers.sleep()
+        return rollouts
 
     def _sample(self) -> list[Rollout]:
         engine = self._engine

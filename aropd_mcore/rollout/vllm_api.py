@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from aropd_mcore.config import SamplingConfig, VllmConfig
+from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.environment import TRAINING_VARIABLES
 
 SUPPORTED_VERSIONS = ((0, 32), (0, 33))
@@ -44,13 +45,23 @@ class RefusedByServer(ServerError):
 
 
 def server_command(
-    config: VllmConfig, model: Path, *, dtype: str, max_length: int, port: int
+    config: VllmConfig,
+    model: Path,
+    *,
+    dtype: str,
+    max_length: int,
+    port: int,
+    receives: bool = False,
+    memory_share: float | None = None,
 ) -> list[str]:
     """Build the command that starts a server of `model`.
 
     Args:
         dtype: "bf16" or "fp32".
         max_length: number of tokens of the longest prompt with its response.
+        receives: whether weights may be sent to the server over NCCL.
+        memory_share: share of a GPU's memory that the server may use, if training is on the same
+            GPU and the server sleeps meanwhile. None: the server has the GPU for itself.
     """
     command = [
         str(config.python or sys.executable),
@@ -64,11 +75,12 @@ def server_command(
         *("--generation-config", "vllm"),  # no sampling defaults from the model's folder
         *("--host", config.host, "--port", str(port)),
         *("--middleware", "aropd_guard.Guard"),
+        *("--worker-extension-cls", "aropd_worker.Extension"),
     ]
-    if config.checksums:
-        command += ["--worker-extension-cls", "aropd_digests.Digests"]
-    if config.sync == "nccl":
+    if receives:
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
+    if memory_share is not None:
+        command += ["--enable-sleep-mode", "--gpu-memory-utilization", f"{memory_share:.3f}"]
     return [*command, *config.arguments]
 
 
@@ -178,36 +190,67 @@ class Api:
             raise ServerError(f"found {_brief(results)}; expected digests of every worker")
         return results
 
-    async def join_nccl(self, unique_id_base64: str, first_rank: int, num_ranks: int) -> None:
-        """Join an NCCL communicator whose rank 0 sends weights."""
+    async def senders_name(self) -> str | None:
+        """Return the name of the communicators that all workers have joined, if they agree."""
+        answer = await self._on_workers("aropd_senders_name")
+        names = answer.get("results")
+        if not isinstance(names, list) or not names:
+            raise ServerError(f"found {_brief(names)}; expected a name of every worker")
+        return names[0] if all(name == names[0] for name in names) else None
+
+    async def join_sender(
+        self, name: str, sender: int, unique_id_base64: str, first_rank: int, num_ranks: int
+    ) -> None:
+        """Join the communicator of a sender, which is its rank 0.
+
+        Args:
+            name: name of the communicators. Those of another name are closed.
+            sender: number of the sender.
+            first_rank: rank of the first worker.
+        """
         info = {
             "nccl_unique_id_b64": unique_id_base64,
             "rank_offset": first_rank,
             "world_size": num_ranks,
-            "packed": False,  # one tensor per broadcast
+            "packed": True,
+            "packed_buffer_size_bytes": BUCKET_BYTES,
         }
         await self._call("POST", "/init_weight_transfer_engine", json={"init_info": info})
+        await self._on_workers("aropd_keep_sender", name=name, sender=sender)
 
-    async def leave_nccl(self) -> None:
-        await self._call("POST", "/shutdown_weight_transfer_engine")
+    async def start_weights(self) -> None:
+        """Begin to replace the weights. Call `pause` first."""
+        await self._call("POST", "/start_weight_update")
 
     async def receive_weights(
-        self, names: Sequence[str], dtype: str, shapes: Sequence[tuple[int, ...]]
+        self, sender: int, names: Sequence[str], dtype: str, shapes: Sequence[tuple[int, ...]]
     ) -> None:
-        """Receive these tensors, which rank 0 broadcasts one by one, and load them."""
+        """Receive these tensors, which a sender broadcasts in buckets, and load them."""
         info = {
             "names": list(names),
             "dtype_names": [dtype] * len(names),
             "shapes": [list(shape) for shape in shapes],
         }
-        await self._call("POST", "/start_weight_update")
+        await self._on_workers("aropd_choose_sender", sender=sender)
         await self._call("POST", "/update_weights", json={"update_info": info})
+
+    async def finish_weights(self) -> None:
+        """End what `start_weights` has begun."""
         await self._call("POST", "/finish_weight_update", json={})
+
+    async def sleep(self) -> None:
+        """Release the memory of weights and KV cache. The weights are lost."""
+        await self._call("POST", "/sleep", params={"level": 2, "mode": "abort"})
+        await self._call("POST", "/update_weight_version", json={"new_version": "asleep"})
+
+    async def wake(self) -> None:
+        """Allocate the memory that `sleep` has released, if it has. Load weights next."""
+        await self._call("POST", "/wake_up")
 
     async def generate(
         self,
         prompt: Sequence[int],
-        seed: int,
+        seed: int | None,
         sampling: SamplingConfig,
         *,
         eos_token_ids: Sequence[int],
@@ -215,6 +258,8 @@ class Api:
     ) -> tuple[list[int], list[float]]:
         """Sample one response; return its token ids, including the final EOS, and their log-probs.
 
+        Args:
+            seed: seed of the response. None: the server's generator, which depends on its batches.
         Raises:
             ServerError: the request failed, other weights produced the response, or it ended
                 neither by EOS nor after `max_response_tokens` tokens.
@@ -224,7 +269,7 @@ class Api:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_response_tokens,
-            "seed": seed,
+            **({} if seed is None else {"seed": seed}),
             "stop_token_ids": list(eos_token_ids),
             "ignore_eos": True,  # only the tokens above end a response
             "logprobs": 0,  # of the sampled token
@@ -274,7 +319,7 @@ class Api:
             raise ServerError(f"it sampled {last}; the only allowed token was {ids[-1]}")
         return prompt + logprobs
 
-    async def _on_workers(self, method: str, **arguments: str) -> Mapping[str, Any]:
+    async def _on_workers(self, method: str, **arguments: str | int) -> Mapping[str, Any]:
         call = {"method": method, "kwargs": arguments}
         return await self._call("POST", "/collective_rpc", json=call)
 

@@ -15,6 +15,7 @@ import torch
 
 from aropd_mcore.config import Config, ConfigError, RolloutConfig
 from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.gpu_share import server_memory_share
 from aropd_mcore.rollout.vllm_api import HERE, KEY_VARIABLE, server_command, server_environment
 
 _TAIL_LINES = 30
@@ -24,14 +25,23 @@ _STOP_SECONDS = 30.0
 class ServerProcess:
     """The server's process, under a watchdog that ends it when this process ends."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        scratch: Path | None = None,
+    ):
         """
         Args:
             log: file to which the server's output is appended.
+            scratch: folder that is removed if this process ends without `stop`.
         """
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        watchdog = [sys.executable, "-I", str(HERE / "aropd_watchdog.py"), str(os.getpid())]
+        watchdog = [sys.executable, "-I", str(HERE / "aropd_watchdog.py")]
+        watchdog += [str(os.getpid()), str(scratch or "")]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*watchdog, *command],
@@ -76,14 +86,29 @@ class Serving:
     """Largest number of tokens of a prompt with its response."""
     folder: Path
     """Folder of the servers' logs, and of the weights unless rollout.vllm.weights_dir is set."""
+    scratch: Path | None = None
+    """Folder of the weights in the machine's memory, which ends with this process. None: they are
+    not in memory."""
+    memory_share: float | None = None
+    """Share of a GPU's memory for servers on the GPUs of training; see `server_command`."""
 
     @classmethod
-    def from_config(cls, config: Config) -> "Serving":
-        """Build the settings of a run's engine."""
+    def from_config(cls, config: Config, world_size: int | None = None) -> "Serving":
+        """Build the settings of a run's engine.
+
+        Args:
+            world_size: number of ranks of the run. None: nothing trains on the servers' GPUs.
+        Raises:
+            ConfigError: training leaves too little memory to colocated servers.
+        """
         model, rollout = config.model, config.rollout
         response = max(rollout.max_response_tokens, config.validation.max_response_tokens or 0)
         longest = config.views.max_prompt_tokens + response
-        return cls(rollout, model.path, model.dtype, longest, config.output_dir)
+        share = None
+        if rollout.vllm.placement == "colocated" and world_size and torch.cuda.is_available():
+            memory = torch.cuda.get_device_properties(0).total_memory
+            share = server_memory_share(config, world_size, memory)
+        return cls(rollout, model.path, model.dtype, longest, config.output_dir, memory_share=share)
 
 
 def server_launch(
@@ -99,7 +124,13 @@ def server_launch(
     if dtype == "auto":
         dtype = "bf16" if torch.cuda.is_available() else "fp32"
     command = server_command(
-        vllm, serving.model, dtype=dtype, max_length=min(serving.max_tokens, room), port=port
+        vllm,
+        serving.model,
+        dtype=dtype,
+        max_length=min(serving.max_tokens, room),
+        port=port,
+        receives=torch.cuda.is_available() and vllm.sync != "disk",
+        memory_share=serving.memory_share,
     )
     devices = vllm.devices[index] if vllm.devices else None
     return command, server_environment(vllm, key, devices=devices)
@@ -114,7 +145,9 @@ def start_server(serving: Serving, key: str, index: int) -> tuple[str, ServerPro
     port = port + index if port else _free_port(host)
     command, environment = server_launch(serving, key, index, port)
     log = serving.folder / f"vllm-{index}.log"
-    return f"http://{host}:{port}", ServerProcess(command, environment, log)
+    return f"http://{host}:{port}", ServerProcess(
+        command, environment, log, scratch=serving.scratch
+    )
 
 
 def serve(config: Config) -> NoReturn:

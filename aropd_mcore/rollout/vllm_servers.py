@@ -70,8 +70,6 @@ class Servers:
         self._tolerance = tolerance
         self._wanted: Weights | None = None
         self._is_first_sync = True
-        self._receivers: list[tuple[Server, int]] = []
-        """Servers that take part in the next transfer, and the number of workers of each."""
 
     def sync(self, weights: Weights) -> None:
         """Give the servers these weights. The next `generate` repairs a server that fails.
@@ -84,92 +82,38 @@ class Servers:
         asyncio.run(self._sync(weights))
 
     async def _sync(self, weights: Weights) -> None:
-        wait = self._first_wait()
-        chosen = [s for s in self.servers if s.is_ready or self._is_first_sync]
+        wait = self.first_wait()
+        # A server that sleeps between the steps is not ready, and is woken.
+        is_woken = self._config.placement == "colocated"
+        chosen = [s for s in self.servers if s.is_ready or self._is_first_sync or is_woken]
         self._is_first_sync = False
         self._wanted = weights
         for server in self.servers:
             server.is_ready, server.num_failures = False, 0
-        async with _client() as http:
+        async with client() as http:
             await asyncio.gather(*(self._try_once(http, server, wait) for server in chosen))
 
-    def _first_wait(self) -> float:
+    def first_wait(self) -> float:
+        """Return the seconds to wait for a server that does not answer."""
         return self._config.start_timeout if self._is_first_sync else 0.0
 
-    def prepare(self) -> None:
-        """Prepare a transfer: pause every server that is up and count its workers."""
-        asyncio.run(self._prepare())
+    def sleep(self) -> None:
+        """Let every ready server release its memory. The next `generate` or `sync` wakes it."""
+        asyncio.run(self._sleep())
 
-    async def _prepare(self) -> None:
-        self._receivers = []
-        async with _client() as http:
-            await asyncio.gather(*(self._pause(http, server) for server in self.servers))
-
-    async def _pause(self, http: httpx.AsyncClient, server: Server) -> None:
-        try:
-            server.start()
-            api = self._api(http, server)
-            await _until_healthy(api, server, self._first_wait())
-            check_version(await api.vllm_version())
-            await api.pause()
-            self._receivers.append((server, await api.num_workers()))
-        except ServerError as error:
-            server.failed(error)
-
-    @property
-    def num_workers(self) -> int:
-        """Number of workers of all servers that take part in the next transfer."""
-        return sum(count for _, count in self._receivers)
-
-    def receive(
-        self,
-        unique_id_base64: str,
-        names: Sequence[str],
-        dtype: str,
-        shapes: Sequence[tuple[int, ...]],
-        label: str,
-        digests: Mapping[str, str] | None = None,
-    ) -> None:
-        """Let the prepared servers join rank 0's communicator, receive the weights, and resume.
-
-        Args:
-            digests: see Weights; complete once all tensors are sent.
-        Raises:
-            ServerError: a server failed; the message names the server.
-            RolloutFailed: a server received other tensors.
-        """
-        asyncio.run(self._receive(unique_id_base64, names, dtype, shapes, label, digests))
-
-    async def _receive(
-        self,
-        unique_id_base64: str,
-        names: Sequence[str],
-        dtype: str,
-        shapes: Sequence[tuple[int, ...]],
-        label: str,
-        digests: Mapping[str, str] | None,
-    ) -> None:
-        async def receive(server: Server, first_rank: int) -> None:
-            api = self._api(http, server)
+    async def _sleep(self) -> None:
+        async def sleep(server: Server) -> None:
+            server.is_ready = False
             try:
-                await api.join_nccl(unique_id_base64, first_rank, self.num_workers + 1)
-                if digests is not None:
-                    await api.note_digests()
-                await api.receive_weights(names, dtype, shapes)
-                await api.leave_nccl()
-                if digests is not None:
-                    check_digests(server, digests, await api.noted_digests())
-                await api.resume(label)
+                await self.api(http, server).sleep()
             except ServerError as error:
                 server.failed(error)
-                raise ServerError(f"{server.name}: {error}") from error
+                raise RolloutFailed(
+                    f"{server.name} did not release the GPU that it shares with training: {error}"
+                ) from error
 
-        first_rank, calls = 1, []
-        async with _client() as http:
-            for server, count in self._receivers:
-                calls.append(receive(server, first_rank))
-                first_rank += count
-            await asyncio.gather(*calls)
+        async with client() as http:
+            await asyncio.gather(*(sleep(server) for server in self.servers if server.is_ready))
 
     def generate(
         self,
@@ -195,7 +139,7 @@ class Servers:
         sampling: SamplingConfig,
         on_response: Callable[[int, int], None],
     ) -> list[Rollout]:
-        async with _client() as http:
+        async with client() as http:
             return await spread(
                 range(len(prompts)),
                 self.servers,
@@ -215,9 +159,9 @@ class Servers:
         sampling: SamplingConfig,
     ) -> Rollout:
         assert self._wanted is not None, "sync comes first"
-        ids, logprobs = await self._api(http, server).generate(
+        ids, logprobs = await self.api(http, server).generate(
             prompt,
-            seed,
+            seed if self._config.seeded else None,
             sampling,
             eos_token_ids=self._eos_token_ids,
             weight_version=self._wanted.label,
@@ -247,14 +191,16 @@ class Servers:
         if server.process and server.num_failures > 1:  # it runs and keeps failing
             await asyncio.to_thread(server.process.stop)
         server.start()
-        api = self._api(http, server)
+        api = self.api(http, server)
         if server.process and server.was_ready:
             wait = min(wait, _HANGING_SECONDS)
-        await _until_healthy(api, server, wait)
+        await until_healthy(api, server, wait)
         if await api.weight_version() != weights.label:
             check_version(await api.vllm_version())
             if weights.folder is None:
                 raise RefusedByServer("it has no weights until the sync after the next step")
+            if self._config.placement == "colocated":
+                await api.wake()
             await api.pause()
             if weights.digests is not None:
                 await api.note_digests()
@@ -278,7 +224,7 @@ class Servers:
                 f"{self._tolerance:g}"
             )
 
-    def _api(self, http: httpx.AsyncClient, server: Server) -> Api:
+    def api(self, http: httpx.AsyncClient, server: Server) -> Api:
         return Api(http, server.url, server.key, self._config.request_timeout)
 
     def close(self) -> None:
@@ -314,12 +260,12 @@ def check_digests(
         )
 
 
-def _client() -> httpx.AsyncClient:
+def client() -> httpx.AsyncClient:
     # Without the environment's proxies, and without a limit on connections.
     return httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None))
 
 
-async def _until_healthy(api: Api, server: Server, wait: float) -> None:
+async def until_healthy(api: Api, server: Server, wait: float) -> None:
     deadline = time.monotonic() + wait
     while not await api.is_healthy():
         if server.process and not server.process.is_running:

@@ -85,7 +85,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         )
         longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
         engine = build_engine(
-            Serving.from_config(config),
+            Serving.from_config(config, runtime.world_size),
             model,
             runtime,
             eos_token_ids=ends,

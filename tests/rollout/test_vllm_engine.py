@@ -20,7 +20,7 @@ from aropd_mcore.convert.manifest import newest
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.rollout.engine import PromptBatch, RolloutFailed, rollout_seed
 from aropd_mcore.types import Rollout
-from tests.support.fake_vllm import FakeVllm, response_to
+from tests.support.fake_vllm import FakeVllm, SocketLink, response_to
 from tests.support.ranks import run_ranks
 from tests.support.rollouts import sample
 from tests.support.tiny_runs import write_model, write_run
@@ -120,6 +120,7 @@ def test_errors_are_raised_on_every_rank(tmp_path, fakes):
 
 def check_errors(path: Path) -> None:
     os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.mcore import weight_files
     from aropd_mcore.trainer.build import build_run, start_runtime
 
     config = load_config(path)
@@ -151,6 +152,119 @@ def check_errors(path: Path) -> None:
     [rollout] = pending.result()
     assert rollout.weight_version == 2, "the weights of step 1 were never sent"
     assert len(sample(engine, [[10, 11]], [1], SAMPLING)) == 1
+
+    # The disk of one rank is full half way: the servers' weights stay whole.
+    def write_at(path: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if runtime.rank == 3:
+            patch.setattr(weight_files, "write_at", write_at)
+        engine.update_weights(3)
+    with pytest.raises(RolloutFailed, match=r"step 3 could not .*: rank 3 could not write"):
+        sample(engine, [[10, 11]], [1], SAMPLING)
+    folders = sorted(path.name for path in (config.output_dir / "vllm-weights").iterdir())
+    assert folders == ["step-0000002"]
+    os.environ.pop("VLLM_API_KEY")
+
+
+SENT = (
+    ("qwen2", {"tensor": 2, "pipeline": 2}, False),
+    ("qwen3_moe", {"expert": 2, "pipeline": 2}, False),
+    pytest.param(
+        *("qwen2", {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, True),
+        marks=pytest.mark.rest,
+    ),
+    pytest.param(
+        *("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}, False),
+        marks=pytest.mark.rest,
+    ),
+)
+
+
+@pytest.mark.parametrize(("family", "parallel", "tie"), SENT)
+def test_each_stage_sends_its_weights_to_the_workers_of_all_servers(
+    tmp_path, fakes, family, parallel, tie
+):
+    """Over TCP instead of NCCL. The fakes cut buckets as vLLM does, and compare checksums."""
+    path = config_of(tmp_path, fakes, parallel=parallel)
+    write_model(tmp_path / "model", family, tie=tie)
+    fakes[1].num_workers = 2
+    for fake in fakes:
+        fake.architecture = tmp_path / "model"
+    [num_buckets, *_] = run_ranks(check_sent, 4, path)
+    stages = parallel.get("pipeline", 1)
+    for fake in fakes:
+        assert len(fake.joined) == stages, "communicators must last for all transfers"
+        assert fake.joined[0]["world_size"] == 4 and not fake.loaded
+        assert fake.received_buckets == 2 * num_buckets
+    assert num_buckets > 2 * stages
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def check_sent(path: Path) -> int:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.mcore import weight_buckets
+    from aropd_mcore.rollout import vllm_api, vllm_nccl
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = load_config(path)
+    runtime = start_runtime(config)
+    engine: Any = build_run(config, runtime).engine
+    engine._sync = "nccl"
+    sent = []
+
+    def noted(tensors: Any, limit: int) -> Iterator[torch.Tensor]:
+        for bucket in packed(tensors, limit):
+            sent.append(bucket.numel())
+            yield bucket
+
+    packed = vllm_nccl.packed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_nccl, "Link", SocketLink)
+        patch.setattr(vllm_nccl, "packed", noted)
+        for module in (vllm_api, vllm_nccl, weight_buckets):
+            patch.setattr(module, "BUCKET_BYTES", 50_000)
+        for version in (0, 1):
+            with torch.no_grad():
+                for parameter in engine.model.parameters():
+                    parameter.mul_(1 - 0.1 * version)
+            engine.update_weights(version)
+            rank = runtime.dp_rank
+            rollouts = sample(engine, prompts_of(rank), seeds_of(rank), SAMPLING)
+            assert all(rollout.weight_version == version for rollout in rollouts)
+    os.environ.pop("VLLM_API_KEY")
+    counts = runtime.gather(len(sent))
+    return sum(counts) // 2
+
+
+def test_failure_during_a_transfer_is_raised_on_every_rank(tmp_path, fakes):
+    path = config_of(tmp_path, fakes, parallel={"tensor": 2, "pipeline": 2})
+    for fake in fakes:
+        fake.architecture = tmp_path / "model"
+    fakes[0].fails_after = 3
+    run_ranks(check_failed_transfer, 4, path)
+
+
+def check_failed_transfer(path: Path) -> None:
+    os.environ["VLLM_API_KEY"] = KEY
+    from aropd_mcore.mcore import weight_buckets
+    from aropd_mcore.rollout import vllm_api, vllm_nccl
+    from aropd_mcore.trainer.build import build_run, start_runtime
+
+    config = load_config(path)
+    engine: Any = build_run(config, start_runtime(config)).engine
+    engine._sync = "nccl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_nccl, "Link", SocketLink)
+        for module in (vllm_api, vllm_nccl, weight_buckets):
+            patch.setattr(module, "BUCKET_BYTES", 50_000)
+        engine.update_weights(0)
+        with pytest.raises(RolloutFailed, match=r"transfer of weights failed: .*EngineCore died"):
+            sample(engine, [[10, 11]], [1], SAMPLING)
+        engine.update_weights(1)
+        [rollout] = sample(engine, [[10, 11]], [1], SAMPLING)
+        assert rollout.weight_version == 1
     os.environ.pop("VLLM_API_KEY")
 
 

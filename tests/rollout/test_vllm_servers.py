@@ -1,11 +1,13 @@
 """The group of vLLM servers under every failure, with fake servers over HTTP."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,14 @@ import torch
 from aropd_mcore.config import SamplingConfig, VllmConfig
 from aropd_mcore.rollout import vllm_servers
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
+from aropd_mcore.rollout.vllm import default_tolerance, memory_folder
+from aropd_mcore.rollout.vllm_api import server_command
+from aropd_mcore.rollout.vllm_receivers import Receivers
 from aropd_mcore.rollout.vllm_servers import Servers, Weights, check_digests
-from aropd_mcore.rollout.vllm_side.aropd_digests import Digests, digest
+from aropd_mcore.rollout.vllm_side.aropd_worker import Extension, digest
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
-from tests.support.fake_vllm import EOS, UNLOADED, FakeVllm, response_to
+from tests.support.fake_vllm import EOS, UNLOADED, UNSEEDED, FakeVllm, response_to
 
 SAMPLING = SamplingConfig(max_response_tokens=12)
 PROMPTS = [[20 + i, 21, 22 + 3 * i] for i in range(24)]
@@ -236,10 +241,69 @@ def test_sync_with_another_tensor_raises_with_both_digests(fakes, tmp_path):
 
     # Sent instead of loaded.
     other.lost, other.damaged = "", "value"
-    servers.prepare()
     digests = {"value": digest(torch.tensor([UNLOADED]))}
     with pytest.raises(RolloutFailed, match=rf"of {other.url} loaded another value"):
-        servers.receive("an id", ["value"], "float32", [(1,)], "3-run", digests)
+        transfer(Receivers(servers), "3-run", digests)
+
+
+def transfer(receivers: Receivers, label: str, digests: dict[str, str] | None = None) -> None:
+    """Transfer no bytes; the fakes then have their `sent_value`."""
+    _, joined = receivers.prepare()
+    if joined is None:
+        receivers.join(label, 0, "an id")
+    receivers.begin(digests=digests is not None)
+    receivers.receive(0, ["a", "b"], "bfloat16", [(2, 3), (4,)])
+    receivers.end(label, digests)
+
+
+def test_colocated_servers_sleep_until_they_sample_again(fakes, tmp_path):
+    """The fakes refuse requests while they sleep, and sleep loses their weights."""
+    first, second = fakes(), fakes()
+    servers = servers_of([first, second], placement="colocated")
+    servers.sync(weights(tmp_path, 0))
+    assert generate(servers) == expected(0)
+    servers.sleep()
+    assert first.is_asleep and second.is_asleep
+    assert generate(servers) == expected(0)
+    assert [folder.name for folder in first.loaded] == ["step-0", "step-0"]
+    servers.sleep()
+    servers.sync(weights(tmp_path, 1))
+    assert not first.is_asleep and first.loaded[-1].name == "step-1"
+    assert generate(servers) == expected(1)
+
+
+def test_unseeded_requests_have_no_seed(fakes, tmp_path):
+    servers = servers_of([fakes()], seeded=False)
+    servers.sync(weights(tmp_path, 0))
+    limit = SAMPLING.max_response_tokens
+    responses = [list(rollout.response_ids) for rollout in generate(servers)]
+    assert responses == [response_to(prompt, UNSEEDED, limit) for prompt in PROMPTS]
+
+
+def test_default_tolerance_knows_fp8_and_experts():
+    bf16 = torch.bfloat16
+    assert default_tolerance(torch.float32, fp8=False, experts=False) == 1e-3
+    assert default_tolerance(bf16, fp8=False, experts=False) == 0.1
+    assert default_tolerance(bf16, fp8=True, experts=False) == 0.3
+    assert default_tolerance(bf16, fp8=True, experts=True) == 0.6
+
+
+def test_memory_folder_needs_room_for_two_versions(tmp_path, capsys):
+    folder = memory_folder(1000, tmp_path)
+    assert folder and folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    assert memory_folder(shutil.disk_usage(tmp_path).free // 2, tmp_path) is None
+    assert "two versions of the weights need" in capsys.readouterr().err
+    assert memory_folder(1000, tmp_path / "missing") is None
+
+
+def test_server_command_has_the_flags_of_sleep_and_transfer():
+    settings: Any = {"dtype": "bf16", "max_length": 9, "port": 8000}
+    more: Any = {"receives": True, "memory_share": 0.4567}
+    plain = server_command(VllmConfig(), Path("model"), **settings)
+    assert server_command(VllmConfig(), Path("model"), **settings, **more)[len(plain) :] == [
+        *("--weight-transfer-config", '{"backend": "nccl"}'),
+        *("--enable-sleep-mode", "--gpu-memory-utilization", "0.457"),
+    ]
 
 
 def test_check_digests_needs_every_tensor_on_some_worker():
@@ -263,7 +327,7 @@ def test_digests_are_of_the_tensors_passed_to_load_weights():
             self.given = dict(tensors)
             return set(self.given)
 
-    class Worker(Digests):
+    class Worker(Extension):
         model = Model()
 
         def get_model(self) -> Model:
@@ -306,16 +370,18 @@ def test_transfer_includes_every_server_that_is_up(fakes):
     first, second = fakes(), fakes()
     second.num_workers = 2
     servers = servers_of([first, second])
+    receivers = Receivers(servers)
 
-    def transfer(version: int) -> None:
+    def send(version: int) -> None:
         for fake in (first, second):
             fake.sent_value = -1.0 - version
-        servers.prepare()
-        servers.receive("an id", ["a", "b"], "bfloat16", [(2, 3), (4,)], f"{version}-run")
+        transfer(receivers, f"{version}-run")
         probe = [-1.0 - version] * (len(PROBE) - 1)
         servers.sync(Weights(version, f"{version}-run", None, probe))
 
-    transfer(0)
+    send(0)
+    send(0)
+    assert len(first.joined) == len(second.joined) == 1, "the same servers need no new communicator"
     assert generate(servers) == expected(0)
     first.die()
     first.start()
@@ -323,7 +389,7 @@ def test_transfer_includes_every_server_that_is_up(fakes):
     assert generate(servers) == expected(0)
     assert first.responses <= served
 
-    transfer(1)
+    send(1)
     assert generate(servers) == expected(1)
     assert first.responses > served
     whom = sorted((first, second), key=lambda fake: fake.joined[0]["rank_offset"])
@@ -367,6 +433,36 @@ def owned_servers(config) -> Servers:
     )
 
 
+def test_extension_keeps_a_communicator_per_sender():
+    """On a worker whose transfer engine holds the communicator that it has joined last."""
+
+    class Communicator:
+        is_open = True
+
+        def destroy(self) -> None:
+            self.is_open = False
+
+    class Engine:
+        model_update_group: Communicator
+
+    class Worker(Extension):
+        weight_transfer_engine = Engine()
+
+    worker, engine = Worker(), Worker.weight_transfer_engine
+    assert worker.aropd_senders_name() is None
+    first = []
+    for sender in (0, 1):
+        engine.model_update_group = Communicator()
+        first.append(engine.model_update_group)
+        worker.aropd_keep_sender("a run", sender)
+    worker.aropd_choose_sender(0)
+    assert engine.model_update_group is first[0] and worker.aropd_senders_name() == "a run"
+    engine.model_update_group = Communicator()
+    worker.aropd_keep_sender("another", 0)
+    assert not any(communicator.is_open for communicator in first)
+    assert engine.model_update_group.is_open and worker.aropd_senders_name() == "another"
+
+
 def test_own_server_that_dies_is_restarted_with_its_weights(tmp_path):
     config = owned_config(tmp_path, "--exit-once", str(tmp_path / "has-died"))
     servers = owned_servers(config)
@@ -392,14 +488,17 @@ def test_own_server_that_does_not_start_reports_its_log(tmp_path):
 
 
 def test_server_ends_with_its_children_when_the_run_is_killed(tmp_path):
-    watched = tmp_path / "watched"
+    watched, scratch = tmp_path / "watched", tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "weights").write_text("in memory")
     one = f"echo $$ >>{watched}; exec sleep 600"
     command = f"sh -c '{one}' & {one}"
     program = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
         "from aropd_mcore.rollout.vllm_process import ServerProcess\n"
-        f"ServerProcess(['sh', '-c', sys.argv[1]], os.environ, Path({str(tmp_path / 'log')!r}))\n"
+        f"scratch, log = Path({str(scratch)!r}), Path({str(tmp_path / 'log')!r})\n"
+        "ServerProcess(['sh', '-c', sys.argv[1]], os.environ, log, scratch=scratch)\n"
         "time.sleep(600)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", program, command])
@@ -409,7 +508,7 @@ def test_server_ends_with_its_children_when_the_run_is_killed(tmp_path):
         time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    while alive := [pid for pid in pids if is_alive(int(pid))]:
+    while (alive := [pid for pid in pids if is_alive(int(pid))]) or scratch.exists():
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
 

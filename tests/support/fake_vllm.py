@@ -4,23 +4,30 @@ Its "model" is a number in the file `value` of the loaded folder, or else a real
 transformers. As a program it accepts vLLM's arguments and can be used as `rollout.vllm.python`.
 """
 
+import base64
 import json
+import math
 import os
 import random
+import shutil
 import socket
 import struct
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 EOS = 3
 UNLOADED = -9.0
 """Log-prob of every token under the initial weights."""
+
+UNSEEDED = 5
+"""Seed of responses to requests without one."""
 
 _LOADING = threading.Lock()
 """Lock for loading a model. transformers patches itself and torch meanwhile, and two concurrent
@@ -64,12 +71,16 @@ class FakeVllm:
         lost: name of a tensor that workers do not receive.
         greedy: whether it responds with the loaded model's likeliest tokens.
         num_workers: world size that the server reports.
-        sent_value: value of the "model" after a weight transfer.
+        sent_value: value of the "model" after a weight transfer without data.
+        architecture: HF folder whose config.json describes the tensors of a weight transfer.
+        fails_after: number of buckets of weight transfers after which the server fails once.
     Attributes that a test may read:
         responses: number of correct responses.
         most_at_a_time: largest number of concurrent requests.
         loaded: loaded folders, in order.
         joined: communicators, in order.
+        received_buckets: number of buckets in all transfers.
+        num_sleeps: number of times that it was put to sleep.
     """
 
     def __init__(
@@ -92,6 +103,8 @@ class FakeVllm:
         self.loaded: list[Path] = []
         self.num_workers, self.sent_value = 1, UNLOADED
         self.joined: list[dict[str, Any]] = []
+        self.fails_after, self.received_buckets, self.num_sleeps = -1, 0, 0
+        self.architecture: Path | None = None
         self._lock = threading.Lock()
         self.start()
 
@@ -99,7 +112,8 @@ class FakeVllm:
         """Start serving, with the initial weights."""
         self.label, self.is_paused, self.value, self.model = "default", False, UNLOADED, None
         self.digests: dict[str, str] | None = None
-        self._is_dying = False
+        self._is_dying = self.is_asleep = False
+        self.senders: tuple[str, dict[int, list[socket.socket]]] | None = None
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -148,16 +162,19 @@ class FakeVllm:
         self._connections.append(handler.connection)
         if self._is_dying:
             return self._hang_up(handler)
-        path = handler.path.partition("?")[0]
+        path, _, query = handler.path.partition("?")
         if self.key and handler.headers.get("Authorization") != f"Bearer {self.key}":
             return self._reply(handler, 401, {"error": "unauthorized"})
         if path == "/inference/v1/generate":
             if "prompt_logprobs" in body["sampling_params"]:
                 return self._reply(handler, 200, self._score(body))
             return self._generate(handler, body)
-        return self._reply(handler, 200, self._control(path, body))
+        try:
+            return self._reply(handler, 200, self._control(path, query, body))
+        except RuntimeError as error:
+            return self._reply(handler, 500, {"error": str(error)})
 
-    def _control(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _control(self, path: str, query: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/version":
             return {"version": self.version}
         if path == "/weight_info":
@@ -170,17 +187,27 @@ class FakeVllm:
         if path == "/get_world_size":
             return {"world_size": self.num_workers}
         if path == "/init_weight_transfer_engine":
-            self.joined.append(body["init_info"])
-        if path == "/update_weights":
+            self._join(body["init_info"])
+        if path == "/start_weight_update":
             assert self.is_paused
-            self.value = self.sent_value
-            self._note()
+            self.received: dict[str, Any] = {}
+        if path == "/update_weights":
+            self._receive(body["update_info"])
+        if path == "/finish_weight_update":
+            self._load_received()
+        if path == "/sleep":
+            assert query == "level=2&mode=abort"
+            self.is_asleep = self.is_paused = True
+            self.value, self.model = UNLOADED, None
+            self.num_sleeps += 1
+        if path == "/wake_up":
+            self.is_asleep = self.is_paused = False
         if path == "/collective_rpc":
             assert self.is_paused
             return {"results": self._on_workers(body["method"], body["kwargs"])}
         return {"success": True}
 
-    def _on_workers(self, method: str, arguments: dict[str, str]) -> list[Any]:
+    def _on_workers(self, method: str, arguments: dict[str, Any]) -> list[Any]:
         result: Any = None
         match method:
             case "reload_weights":
@@ -188,6 +215,15 @@ class FakeVllm:
                 self.loaded.append(folder)
                 if self.loads:
                     self._load(folder)
+            case "aropd_keep_sender":
+                if self.senders is None or self.senders[0] != arguments["name"]:
+                    self.senders = (arguments["name"], {})
+                self.senders[1][arguments["sender"]] = self._links
+            case "aropd_choose_sender":
+                assert self.senders is not None
+                self._links = self.senders[1][arguments["sender"]]
+            case "aropd_senders_name":
+                result = self.senders and self.senders[0]
             case "aropd_note_digests":
                 self.digests = {}
             case "aropd_noted_digests":
@@ -202,7 +238,7 @@ class FakeVllm:
         import torch
         from safetensors.torch import load_file
 
-        from aropd_mcore.rollout.vllm_side.aropd_digests import digest
+        from aropd_mcore.rollout.vllm_side.aropd_worker import digest
 
         tensors = {} if folder else {"value": torch.tensor([self.value])}
         for path in folder.glob("*.safetensors") if folder else ():
@@ -211,6 +247,67 @@ class FakeVllm:
         if self.damaged in tensors:
             tensors[self.damaged].view(torch.uint8).view(-1)[-1] ^= 1
         self.digests |= {name: digest(tensor) for name, tensor in tensors.items()}
+
+    def _join(self, info: dict[str, Any]) -> None:
+        """Connect each worker with a sender, if the id is the address of one (`SocketLink`)."""
+        self.joined.append(info)
+        self._links: list[socket.socket] = []
+        address = info["nccl_unique_id_b64"]
+        if address == "an id":
+            return
+        host, port = base64.b64decode(address).decode().split(":")
+        for worker in range(self.num_workers):
+            link = socket.create_connection((host, int(port)))
+            link.sendall(struct.pack("<I", info["rank_offset"] + worker))
+            self._links.append(link)
+
+    def _receive(self, info: dict[str, Any]) -> None:
+        """Receive tensors in buckets, which are cut as by vLLM's packed_nccl_broadcast_consumer."""
+        assert self.is_paused
+        if not self._links:
+            return
+        import torch
+
+        limit = self.joined[-1]["packed_buffer_size_bytes"]
+        entries = list(zip(info["names"], info["dtype_names"], info["shapes"], strict=True))
+        while entries:
+            bucket, size = [], 0
+            while entries and size <= limit:
+                name, dtype, shape = entries.pop(0)
+                num_bytes = math.prod(shape) * getattr(torch, dtype).itemsize
+                bucket.append((name, getattr(torch, dtype), shape, num_bytes))
+                size += num_bytes
+            if self.received_buckets == self.fails_after:
+                self.fails_after = -1
+                raise RuntimeError("EngineCore died")
+            self.received_buckets += 1
+            for link in self._links:
+                data = _read_bucket(link)
+                assert len(data) == size, (len(data), size)
+                start = 0
+                for name, dtype, shape, num_bytes in bucket:
+                    part = torch.frombuffer(data[start : start + num_bytes], dtype=dtype)
+                    self.received[name], start = part.view(shape).clone(), start + num_bytes
+
+    def _load_received(self) -> None:
+        if not self.received:
+            self.value = self.sent_value
+            return self._note()
+        import torch
+        from safetensors.torch import save_file
+        from transformers import AutoModelForCausalLM
+
+        from aropd_mcore.rollout.vllm_side.aropd_worker import digest
+
+        assert self.architecture
+        if self.digests is not None:
+            self.digests |= {name: digest(tensor) for name, tensor in self.received.items()}
+        folder = self.architecture.with_name(f"received-{self.port}")
+        shutil.copytree(self.architecture, folder, dirs_exist_ok=True)
+        save_file(self.received, folder / "model.safetensors", {"format": "pt"})
+        with _LOADING:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return None
 
     def _load(self, folder: Path) -> None:
         if (folder / "value").exists():
@@ -225,7 +322,7 @@ class FakeVllm:
                 self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        assert not self.is_paused
+        assert not self.is_paused and not self.is_asleep
         with self._lock:
             if self._is_dying:
                 return self._hang_up(handler)
@@ -238,7 +335,7 @@ class FakeVllm:
         params = body["sampling_params"]
         limit, stop_ids = params["max_tokens"], params["stop_token_ids"]
         # A faulty response has other tokens, so a test fails if it is used.
-        seed = params["seed"] + bool(fault)
+        seed = params.get("seed", UNSEEDED) + bool(fault)
         if self.greedy:
             assert params["temperature"] == 0
             ids, logprobs = self._likeliest(body["token_ids"], limit, stop_ids)
@@ -335,6 +432,58 @@ class FakeVllm:
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         handler.wfile.write(data)
+
+
+def _read_bucket(link: socket.socket) -> bytearray:
+    """Read a message of SocketLink: its length, then its bytes."""
+
+    def read(size: int) -> bytearray:
+        data = bytearray()
+        while len(data) < size:
+            part = link.recv(size - len(data))
+            assert part, "the sender has ended"
+            data += part
+        return data
+
+    return read(struct.unpack("<Q", read(8))[0])
+
+
+class SocketLink:
+    """Link of rollout/vllm_nccl.py over TCP, for tests without a GPU. The id is an address."""
+
+    _listeners: ClassVar[dict[bytes, socket.socket]] = {}
+
+    @classmethod
+    def new_id(cls) -> bytes:
+        listener = socket.create_server(("127.0.0.1", 0))
+        unique_id = f"127.0.0.1:{listener.getsockname()[1]}".encode()
+        cls._listeners[unique_id] = listener
+        return unique_id
+
+    def __init__(self, unique_id: bytes, num_ranks: int, _device: Any):
+        listener = self._listeners.pop(unique_id)
+        self._peers: dict[int, socket.socket] = {}
+        self._last: threading.Thread | None = None
+        while len(self._peers) < num_ranks - 1:
+            peer, _ = listener.accept()
+            (rank,) = struct.unpack("<I", peer.recv(4))
+            self._peers[rank] = peer
+        assert sorted(self._peers) == list(range(1, num_ranks))
+
+    def broadcast(self, flat: Any) -> Any:
+        data = flat.numpy().tobytes()
+        future: Future[None] = Future()
+
+        def send() -> None:
+            for peer in self._peers.values():
+                peer.sendall(struct.pack("<Q", len(data)) + data)
+            future.set_result(None)
+
+        previous, self._last = self._last, threading.Thread(target=send, daemon=True)
+        if previous is not None:
+            previous.join()
+        self._last.start()
+        return future.done
 
 
 def main() -> None:

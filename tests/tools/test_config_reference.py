@@ -26,4 +26,4 @@ def test_page_states_type_bounds_and_default_of_a_setting():
     page = load_tool().render()
     entry = page.split("### `objective.jsd_weight`\n", 1)[1].split("###", 1)[0]
     assert "Type: number above 0 and below 1. Default: `0.5`." in entry
-    assert "### `rollout.vllm.sync`\n\nType: `disk`, `nccl`. Default: `disk`." in page
+    assert "### `rollout.vllm.sync`\n\nType: `disk`, `nccl`, `null`. Default: `null`." in page

@@ -172,10 +172,10 @@ def list_processes(engine: Any) -> list[psutil.Process]:
 
 
 def build_damaged_load(load_weights: Any) -> Any:
-    """Build a method that changes the last bit of the exported file before load_weights."""
+    """Build a method that changes the last bit of the second rank's file before load_weights."""
 
     async def load(self: vllm_api.Api, folder: Path) -> None:
-        with (folder / "model.safetensors").open("r+b") as file:
+        with (folder / "model-00002-of-00002.safetensors").open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             last = file.read(1)[0]
             file.seek(-1, os.SEEK_END)

@@ -1,4 +1,6 @@
-"""usage: aropd_watchdog.py PARENT COMMAND...: run a command that ends when process PARENT does.
+"""usage: aropd_watchdog.py PARENT SCRATCH COMMAND...: run a command that ends when PARENT does.
+
+PARENT is a process. If it ends first, the folder SCRATCH is removed ("": none).
 
 Two watchdogs, so that SIGKILL of any one process leaves nothing behind:
 
@@ -15,6 +17,7 @@ Needs only the standard library.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +32,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main() -> int:
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+    parent, scratch, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     for number in _SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))
     first = os.getpid()
@@ -37,7 +40,7 @@ def main() -> int:
     if second == 0:
         os.setsid()
         return run(command, first)
-    return guard(second, parent)
+    return guard(second, parent, scratch)
 
 
 def run(command: list[str], first: int) -> int:
@@ -58,7 +61,7 @@ def run(command: list[str], first: int) -> int:
         child.wait()
 
 
-def guard(second: int, parent: int) -> int:
+def guard(second: int, parent: int, scratch: str) -> int:
     """Be the first watchdog; return the exit code of the second one."""
     code = None
     try:
@@ -73,6 +76,8 @@ def guard(second: int, parent: int) -> int:
         kill_session(second)
         if code is None:
             os.waitpid(second, 0)
+        if scratch and os.getppid() != parent:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _wait(process: int, seconds: float) -> int | None:

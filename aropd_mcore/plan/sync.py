@@ -1,0 +1,180 @@
+"""Bytes, calls and time of handing the weights to vLLM servers after a step."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from aropd_mcore.convert.architecture import Weight
+from aropd_mcore.convert.buckets import (
+    count_elements,
+    packed_sizes,
+    runs,
+    shares,
+    without_tied_head,
+)
+from aropd_mcore.convert.mapping import EMBEDDING
+from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
+from aropd_mcore.plan.cost import H100, Rates
+from aropd_mcore.plan.setup import Setup
+
+CALL_SECONDS = (0.1e-3, 1e-3)
+"""Least and longest assumed time of a collective or a send, besides its bytes."""
+WRITE_BYTES = (0.5e9, 2e9)
+"""Bytes per second that a rank writes into files: least and most. Assumed."""
+READ_BYTES = (1e9, 4e9)
+"""Bytes per second at which a server loads files: least and most. Assumed."""
+
+
+@dataclass(frozen=True)
+class SyncCost:
+    """Work of one sync. Calls are counted on the busiest rank."""
+
+    num_bytes: int
+    """Bytes of the model's HF tensors."""
+    busiest_bytes: int
+    """Bytes that the busiest rank writes or sends."""
+    num_owners: int
+    """Ranks that write a file, or that send."""
+    gathers: int
+    """Gathers over tensor ranks."""
+    sends: int
+    """Sends and receives within a stage or between stages."""
+    broadcasts: int
+    """Broadcasts to the servers by all senders. 0 for files."""
+    shortest: float
+    """Seconds, if gathers overlap with the rest and rates are the highest assumed."""
+    longest: float
+    """Seconds, if nothing overlaps and rates are the lowest assumed."""
+
+
+def sync_cost(
+    setup: Setup, path: Literal["disk", "nccl"], rates: Rates = H100, limit: int = BUCKET_BYTES
+) -> SyncCost:
+    """Count and estimate a sync by files that all ranks write, or by broadcasts of each stage.
+
+    Args:
+        limit: size of a bucket in bytes.
+    """
+    return _files(setup, rates, limit) if path == "disk" else _broadcasts(setup, rates, limit)
+
+
+def tensor_by_tensor(setup: Setup) -> SyncCost:
+    """Count a sync in which rank 0 gets and hands over one HF tensor after another.
+
+    Its time is not estimated.
+    """
+    gathers, from_experts, tensors = [], [], []
+    for stage in range(setup.pipeline):
+        weights = _stage(setup, stage)
+        dense = [w for w in weights if w.expert is None and w.kind.split_dim is not None]
+        own = [w for w in weights if w.expert is not None and _expert_rank(setup, w) == 0]
+        others = [w for w in weights if w.expert is not None and _expert_rank(setup, w)]
+        gathers.append((setup.tensor > 1) * _count_tensors(dense))
+        gathers[-1] += (setup.expert_tensor > 1) * _count_tensors(own)
+        from_experts.append(_count_tensors(others))
+        tensors.append(_count_tensors(weights))
+    # The first rank of a stage gets the experts and passes everything on. Rank 0 gets it.
+    passed_on = map(sum, zip(from_experts[1:], tensors[1:], strict=True))
+    sends = max(from_experts[0] + sum(tensors[1:]), *passed_on, 0)
+    num_bytes = count_elements(without_tied_head(setup.architecture)) * setup.dtype_bytes
+    return SyncCost(num_bytes, num_bytes, 1, max(gathers), sends, sum(tensors), math.nan, math.nan)
+
+
+def _files(setup: Setup, rates: Rates, limit: int) -> SyncCost:
+    width, replicas = setup.dtype_bytes, setup.data * setup.context
+    loads: list[int] = []
+    gathers = 0
+    for stage in range(setup.pipeline):
+        weights = _stage(setup, stage)
+        dense = [0] * (setup.tensor * replicas)
+        calls = [0] * replicas
+        for run, owner in shares(
+            [w for w in weights if w.expert is None], width, len(dense), limit
+        ):
+            dense[owner] += count_elements(run) * width
+            calls[owner // setup.tensor] += setup.tensor > 1 and _is_cut(run)
+        of_experts = [0] * (setup.tensor * replicas)
+        expert_calls = 0
+        copies = len(dense) // setup.expert_ranks
+        for rank in range(setup.expert if setup.architecture.routing else 0):
+            own = [w for w in weights if w.expert is not None and _expert_rank(setup, w) == rank]
+            counts = [0] * copies
+            part = [0] * (setup.expert_tensor * copies)
+            for run, owner in shares(own, width, len(part), limit):
+                part[owner] += count_elements(run) * width
+                counts[owner // setup.expert_tensor] += setup.expert_tensor > 1 and _is_cut(run)
+            expert_calls = max(expert_calls, *counts)
+            start = rank * len(part)
+            of_experts[start : start + len(part)] = part
+        # Which dense part shares a rank with which experts does not matter for the largest sum,
+        # except by the size of one bucket.
+        loads += [a + b for a, b in zip(dense, of_experts, strict=True)]
+        gathers = max(gathers, max(calls) + expert_calls)
+    total, busiest = sum(loads), max(loads)
+    gathering = busiest / _bandwidth(setup, setup.tensor, rates)
+    shortest = max(busiest / WRITE_BYTES[1], gathering) + total / READ_BYTES[1]
+    longest = busiest / WRITE_BYTES[0] + gathering + total / READ_BYTES[0]
+    longest += gathers * CALL_SECONDS[1]
+    owners = sum(load > 0 for load in loads)
+    return SyncCost(total, busiest, owners, gathers, 0, 0, shortest, longest)
+
+
+def _broadcasts(setup: Setup, rates: Rates, limit: int) -> SyncCost:
+    width = setup.dtype_bytes
+    total = busiest = gathers = sends = broadcasts = 0
+    for stage in range(setup.pipeline):
+        weights = _stage(setup, stage)
+        own_gathers = own_sends = 0
+        for run in runs(weights, width, limit, lambda weight: _expert_rank(setup, weight)):
+            rank = _expert_rank(setup, run[0])
+            ranks = setup.tensor if rank is None else setup.expert_tensor
+            own_gathers += ranks > 1 and _is_cut(run) and not rank
+            own_sends += bool(rank)
+        sizes = packed_sizes(_tensor_bytes(weights, width), limit)
+        total, broadcasts = total + sum(sizes), broadcasts + len(sizes)
+        busiest = max(busiest, sum(sizes))
+        gathers, sends = max(gathers, own_gathers), max(sends, own_sends)
+    # Each byte passes the sender's link once, and each server's. Stages send in turn.
+    sending = total / (rates.network_bytes * rates.network_efficiency)
+    gathering = total / _bandwidth(setup, max(setup.tensor, setup.expert_ranks), rates)
+    calls = setup.pipeline * (gathers + sends) + broadcasts
+    shortest = sending + broadcasts * CALL_SECONDS[0]
+    longest = sending + gathering + calls * CALL_SECONDS[1]
+    return SyncCost(total, busiest, setup.pipeline, gathers, sends, broadcasts, shortest, longest)
+
+
+def _stage(setup: Setup, stage: int) -> list[Weight]:
+    """Return the weights of a pipeline stage. Chunks of an interleaved stage count as one."""
+
+    def place(weight: Weight) -> int:
+        if weight.layer is not None:
+            return weight.layer * setup.pipeline // setup.architecture.num_layers
+        return 0 if weight.name == EMBEDDING.name else setup.pipeline - 1
+
+    return [w for w in without_tied_head(setup.architecture) if place(w) == stage]
+
+
+def _expert_rank(setup: Setup, weight: Weight) -> int | None:
+    """Return the expert-parallel rank that holds a weight, None for dense weights."""
+    if weight.expert is None:
+        return None
+    return weight.expert * setup.expert // setup.architecture.sizes["experts"]
+
+
+def _count_tensors(weights: Iterable[Weight]) -> int:
+    return sum(len(weight.hf) for weight in weights)
+
+
+def _is_cut(run: Iterable[Weight]) -> bool:
+    return any(weight.kind.split_dim is not None for weight in run)
+
+
+def _tensor_bytes(weights: Iterable[Weight], width: int) -> list[int]:
+    return [math.prod(shape) * width for weight in weights for shape in weight.hf.values()]
+
+
+def _bandwidth(setup: Setup, span: int, rates: Rates) -> float:
+    if span <= setup.gpus_per_node:
+        return rates.nvlink_bytes * rates.nvlink_efficiency
+    return rates.network_bytes * rates.network_efficiency
