@@ -24,8 +24,9 @@ from aropd_mcore.convert.mapping import (
     Kind,
     TableRow,
 )
-from aropd_mcore.convert.rope import read_rope
+from aropd_mcore.convert.rope import Rope, read_rope
 from aropd_mcore.convert.settings import check_passed_on, check_settings, check_types
+from aropd_mcore.convert.windows import Windows, read_windows
 from aropd_mcore.stages import ONE_STAGE, Stages
 
 
@@ -68,16 +69,25 @@ class Architecture:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
-    """Maximum sequence length, limited to the sliding window if there is one. Up to this length,
-    the Megatron model's full attention equals sliding-window attention."""
+    """Maximum sequence length, with the positions that YaRN adds."""
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling_factor: float | None
-    """Factor of Llama 3's rope scaling. None if positions are not scaled."""
+    rope: Rope
+    windows: Windows | None
+    """Sliding windows. None if every layer attends to all previous tokens."""
     tied_embeddings: bool
     """Whether the output head shares the input embedding's weight."""
     routing: Routing | None
     """Experts and router. None for a dense model."""
+
+    def max_tokens(self, context: int = 1) -> int:
+        """Return the maximum sequence length on `context` context-parallel ranks.
+
+        Context parallelism computes full attention, which equals sliding-window attention up to the
+        window (Transformer Engine's ring of context ranks has no windows).
+        """
+        if self.windows is None or context == 1:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.windows.size)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -133,8 +143,6 @@ class HFConfig:
     """The validated contents of a config.json."""
 
     architecture: Architecture
-    sliding_window: int | None
-    """Number of tokens that each token attends to, including itself. None: all previous tokens."""
     dtype: str | None
     """Dtype in which transformers loads the weights. None: the dtype of the files."""
     unread: dict[str, Any]
@@ -230,18 +238,19 @@ class _Reader(JsonObject):
     def read(self) -> HFConfig:
         check_types(self)
         family = self.family()
+        check_settings(self, family)
         architecture = self.architecture(family)
-        check_settings(self, family, architecture.num_layers)
         check_passed_on(self, architecture.vocab_size)
         dtype = self.dtype()
         unread = {k: v for k, v in self.values.items() if k not in self.keys_read}
-        return HFConfig(architecture, self.sliding_window(family), dtype, unread)
+        return HFConfig(architecture, dtype, unread)
 
     def architecture(self, family: Family) -> Architecture:
         hidden, heads, num_layers = map(
             self.size, ("hidden_size", "num_attention_heads", "num_hidden_layers")
         )
-        theta, factor = read_rope(self, family.defaults.rope_theta)
+        head_dim, defaults = self.head_dim(family, hidden, heads), family.defaults
+        rope = read_rope(self, head_dim, defaults.rope_theta, defaults.partial_rotary_factor)
         positions = self.size("max_position_embeddings")
         routing = self.routing(family.experts) if family.experts else None
         if num_layers * (routing.num_experts if routing else 1) > _MAX_BLOCKS:
@@ -253,13 +262,13 @@ class _Reader(JsonObject):
             ffn_hidden_size=self.size("intermediate_size"),
             num_heads=heads,
             num_kv_heads=self.num_kv_heads(family, heads),
-            head_dim=self.head_dim(family, hidden, heads),
+            head_dim=head_dim,
             vocab_size=self.size("vocab_size"),
-            max_position_embeddings=min(positions, self.sliding_window(family) or positions),
+            max_position_embeddings=max(positions, rope.scaled_positions),
             rms_norm_eps=self.epsilon(),
-            rope_theta=theta,
-            rope_scaling_factor=factor,
-            tied_embeddings=self.is_set("tie_word_embeddings", family.defaults.tie_word_embeddings),
+            rope=rope,
+            windows=read_windows(self, family, num_layers),
+            tied_embeddings=self.is_set("tie_word_embeddings", defaults.tie_word_embeddings),
             routing=routing,
         )
 
@@ -319,12 +328,6 @@ class _Reader(JsonObject):
         if head_dim % 2:
             raise self.wrong("head_dim", head_dim, "an even number, since rope rotates pairs")
         return head_dim
-
-    def sliding_window(self, family: Family) -> int | None:
-        window = self.get("sliding_window", family.defaults.sliding_window)
-        if window is not None:
-            window = self.size("sliding_window", default=window)
-        return window if family.has_sliding_window else None
 
     def routing(self, keys: Experts) -> Routing:
         counts = {key: self.get(key) for key in keys.count if key in self.values}

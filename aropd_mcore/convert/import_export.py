@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from aropd_mcore.convert.global_tensors import (
     stored_weights,
 )
 from aropd_mcore.convert.hf_write import SafetensorsWriter
+from aropd_mcore.convert.megatron_lm import megatron_lm_args
 from aropd_mcore.convert.progress import progress
 from aropd_mcore.convert.source import HF_FOLDER, TRACKER, HFSource, MegatronSource
 from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, Buffer, TensorInfo
-from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
 from aropd_mcore.convert.threads import in_threads, share_out
 from aropd_mcore.convert.torch_dist_write import TorchDistWriter
 
@@ -159,56 +158,7 @@ def _common_state(architecture: Architecture, infos: dict[str, TensorInfo]) -> d
     return {
         "iteration": 0,
         "checkpoint_version": 3.0,
-        "args": _megatron_lm_args(architecture, next(iter(infos.values())).dtype),
+        "args": megatron_lm_args(architecture, next(iter(infos.values())).dtype),
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
         "num_floating_point_operations_so_far": 0,
     }
-
-
-def _megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespace:
-    """Build Megatron-LM's arguments for this model, which --use-checkpoint-args reads."""
-    args: dict[str, Any] = {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_heads,
-        "group_query_attention": architecture.num_kv_heads != architecture.num_heads,
-        "num_query_groups": architecture.num_kv_heads,
-        "kv_channels": architecture.head_dim,
-        "max_position_embeddings": architecture.max_position_embeddings,
-        "seq_length": architecture.max_position_embeddings,
-        "position_embedding_type": "rope",
-        "add_position_embedding": False,
-        "rotary_base": architecture.rope_theta,
-        "rotary_percent": 1.0,
-        "use_rope_scaling": architecture.rope_scaling_factor is not None,
-        "rope_scaling_factor": architecture.rope_scaling_factor or 8.0,
-        "normalization": "RMSNorm",
-        "norm_epsilon": architecture.rms_norm_eps,
-        "swiglu": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": architecture.family.has_qkv_bias,
-        "qk_layernorm": architecture.family.has_qk_norm,
-        "untie_embeddings_and_output_weights": not architecture.tied_embeddings,
-        "vocab_size": architecture.vocab_size,
-        "padded_vocab_size": padded_vocab_size(architecture.vocab_size, 1),
-        "make_vocab_size_divisible_by": VOCAB_ALIGNMENT,
-        "tokenizer_type": "HuggingFaceTokenizer",
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-        "no_save_optim": True,
-        "no_save_rng": True,
-    }
-    if routing := architecture.routing:
-        args |= {
-            "num_experts": routing.num_experts,
-            "moe_router_topk": routing.experts_per_token,
-            "moe_ffn_hidden_size": routing.ffn_hidden_size,
-            "moe_router_pre_softmax": not routing.normalized,
-        }
-    return Namespace(**args)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_MAX_SIZE = 2**31 - 1  # kernels and other readers use 32-bit integers for sizes
+MAX_SIZE = 2**31 - 1
+"""Largest size in a config.json: kernels and other readers use 32-bit integers."""
 _NAMES = {
     bool: "true or false",
     dict: "an object",
@@ -144,8 +145,8 @@ class JsonObject:
             value = if_null
         if value is None and key not in self.values:
             raise self.error(f"{self.prefix}{key} is missing")
-        if type(value) is not int or not 1 <= value <= _MAX_SIZE:
-            raise self.wrong(key, value, f"a positive integer up to {_MAX_SIZE}")
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise self.wrong(key, value, f"a positive integer up to {MAX_SIZE}")
         return value
 
     def positive(self, name: str, value: Any) -> float:

@@ -171,6 +171,17 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class WindowKeys:
+    """Keys of a family's config.json that describe sliding windows, beside `sliding_window`."""
+
+    has_switch: bool
+    """Whether `use_sliding_window` must be true for a window."""
+    per_layer: bool
+    """Whether `layer_types`, or without it `max_window_layers`, selects the layers with windows.
+    Otherwise all layers have windows."""
+
+
+@dataclass(frozen=True)
 class Defaults:
     """Values that transformers uses for missing keys of one family's config.json.
 
@@ -183,6 +194,8 @@ class Defaults:
     head_dim: int | None = None
     """Size of a head. None: hidden_size / num_attention_heads."""
     rope_theta: float = 10000.0
+    partial_rotary_factor: float | None = None
+    """Share of each head that rotates. None: only 1.0 is supported."""
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
 
@@ -201,9 +214,9 @@ class Family:
     nullable: tuple[str, ...] = ()
     """Keys among `num_key_value_heads` and `head_dim` that may be null. Null means
     num_attention_heads, or hidden_size / num_attention_heads."""
-    has_sliding_window: bool = False
-    """Whether `sliding_window` limits attention. False for families with `use_sliding_window`, of
-    which only false is supported."""
+    windows: WindowKeys | None = None
+    """Keys of sliding windows. None: the family has none, and `use_sliding_window` must be false.
+    """
     divides_hidden_size: bool = False
     """Whether num_attention_heads must divide hidden_size even if there is a `head_dim`."""
     refused_keys: Mapping[str, str] = field(default_factory=dict)
@@ -233,21 +246,23 @@ FAMILIES = (
         (*ATTENTION, *DENSE_MLP),
         defaults=Defaults(num_key_value_heads=8, sliding_window=4096),
         nullable=("head_dim",),
-        has_sliding_window=True,
+        windows=WindowKeys(has_switch=False, per_layer=False),
         refused_keys={"layer_types": "makes transformers 5 build a Ministral model"},
     ),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
         (*ATTENTION, *QKV_BIAS, *DENSE_MLP),
-        defaults=Defaults(num_key_value_heads=32),
+        defaults=Defaults(num_key_value_heads=32, sliding_window=4096),
+        windows=WindowKeys(has_switch=True, per_layer=True),
         nullable=("num_key_value_heads",),
     ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         (*ATTENTION, *QK_NORM, *DENSE_MLP),
-        defaults=Defaults(num_key_value_heads=32, head_dim=128),
+        defaults=Defaults(num_key_value_heads=32, head_dim=128, sliding_window=4096),
+        windows=WindowKeys(has_switch=True, per_layer=True),
         nullable=("num_key_value_heads",),
     ),
     Family(
@@ -263,7 +278,8 @@ FAMILIES = (
                 down="mlp.experts.{expert}.down_proj.weight",
             ),
         ),
-        defaults=Defaults(num_key_value_heads=4),
+        defaults=Defaults(num_key_value_heads=4, sliding_window=4096),
+        windows=WindowKeys(has_switch=True, per_layer=False),
         # Published configs have the first key. transformers 5 writes the second one.
         experts=Experts(count=("num_experts", "num_local_experts"), ffn="moe_intermediate_size"),
     ),
@@ -281,7 +297,7 @@ FAMILIES = (
         ),
         defaults=Defaults(num_key_value_heads=8, rope_theta=1000000.0),
         nullable=("head_dim",),
-        has_sliding_window=True,
+        windows=WindowKeys(has_switch=False, per_layer=False),
         experts=Experts(
             count=("num_local_experts", "num_experts"), ffn="intermediate_size", normalized=True
         ),

@@ -1,60 +1,270 @@
-"""Rotary position embedding as config.json describes it.
+"""Rotary position embedding as config.json describes it, and its frequencies.
 
-transformers 4 writes `rope_theta` and `rope_scaling`. transformers 5 writes both into
-`rope_parameters`. transformers 5 prefers `rope_scaling` to `rope_parameters`, and the theta in
-either object to `rope_theta` (transformers 5.23 modeling_rope_utils.py,
-convert_rope_params_to_dict). transformers 4 does not read `rope_parameters`. Keys that disagree are
-therefore refused.
+transformers 4 writes `rope_theta`, `rope_scaling` and `partial_rotary_factor`. transformers 5
+writes all of them into `rope_parameters`. transformers 5 prefers `rope_scaling` to
+`rope_parameters`, and the theta in either object to `rope_theta` (transformers 5.23
+modeling_rope_utils.py, convert_rope_params_to_dict). transformers 4 does not read
+`rope_parameters`. Keys that disagree are therefore refused.
 """
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from aropd_mcore.convert.json_file import JsonObject, brief, same_value
+import torch
+from torch import Tensor
+
+from aropd_mcore.convert.json_file import MAX_SIZE, JsonObject, brief, same_value
 
 _OBJECTS = ("rope_scaling", "rope_parameters")
+_COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
+_ORIGINAL = "original_max_position_embeddings"
 # Constants of Megatron's Llama 3 rope scaling
 # (megatron-core 0.16.1 models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
-_LLAMA3_SCALING = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _ORIGINAL: 8192}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a model."""
+
+    theta: float
+    dim: int
+    """Number of rotated dimensions of each head, from the first one."""
+    scaling: str = "default"
+    """Value of `rope_type`: default, linear, llama3 or yarn."""
+    factor: float | None = None
+    """Factor by which the scaling extends positions. None with the default rope."""
+    original_positions: int | None = None
+    """Number of positions that YaRN or Llama 3's scaling extends. None for other ropes."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    """Rotations within the original positions between which YaRN interpolates less and less."""
+    truncate: bool = True
+    """Whether YaRN rounds the bounds of this range to whole dimensions."""
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of rotated queries and keys, which YaRN's scaling has."""
+        assert self.scaling != "yarn" or self.factor is not None
+        return 0.1 * math.log(max(self.factor or 1.0, 1.0)) + 1.0 if self.scaling == "yarn" else 1.0
+
+    @property
+    def scaled_positions(self) -> int:
+        """Number of positions that YaRN reaches; 0 with other ropes."""
+        if self.scaling != "yarn":
+            return 0
+        return int((self.original_positions or 0) * (self.factor or 1.0))
+
+    def frequencies(self) -> Tensor:
+        """Return the angle per position of each rotated pair, fp32 [dim / 2].
+
+        Source: transformers 5.23 modeling_rope_utils.py, whose arithmetic this repeats.
+        """
+        powers = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
+        return _SCALINGS[self.scaling].frequencies(self, self.theta**powers)
+
+
+def _default(rope: Rope, wavelengths: Tensor) -> Tensor:
+    return 1.0 / wavelengths
+
+
+def _linear(rope: Rope, wavelengths: Tensor) -> Tensor:
+    assert rope.factor is not None
+    return 1.0 / wavelengths / rope.factor
+
+
+def _llama3(rope: Rope, wavelengths: Tensor) -> Tensor:
+    """Divide low frequencies by the factor, and interpolate medium ones."""
+    assert rope.factor is not None and rope.original_positions is not None
+    plain = 1.0 / wavelengths
+    low, high = _LLAMA3_SCALING["low_freq_factor"], _LLAMA3_SCALING["high_freq_factor"]
+    rotations = rope.original_positions / (2 * math.pi / plain)
+    share = ((rotations - low) / (high - low)).clamp(0, 1)  # of the unscaled frequency
+    return (1 - share) * plain / rope.factor + share * plain
+
+
+def _yarn(rope: Rope, wavelengths: Tensor) -> Tensor:
+    """Interpolate between scaled and unscaled frequencies by parts (YaRN, arXiv:2309.00071)."""
+    assert rope.factor is not None and rope.original_positions is not None
+
+    def dimension(rotations: float) -> float:
+        """Return the dimension that rotates so often within the original positions."""
+        assert rope.original_positions is not None
+        ratio = math.log(rope.original_positions / (rotations * 2 * math.pi))
+        return rope.dim * ratio / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    width = high - low if high != low else 0.001
+    ramp = torch.arange(rope.dim // 2, dtype=torch.float32) - low
+    unscaled = 1 - (ramp / width).clamp(0, 1)
+    return 1.0 / (rope.factor * wavelengths) * (1 - unscaled) + 1.0 / wavelengths * unscaled
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """A value of `rope_type`: its keys in config.json, and its frequencies."""
+
+    frequencies: Callable[[Rope, Tensor], Tensor]
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    fixed: Mapping[str, float] | None = None
+    """Values that keys must have."""
+
+    @property
+    def keys(self) -> set[str]:
+        return _COMMON | {*self.required, *self.optional, *(self.fixed or {})}
+
+
+_SCALINGS = {
+    "default": _Scaling(_default),
+    "linear": _Scaling(_linear, required=("factor",)),
+    "llama3": _Scaling(_llama3, required=("factor",), fixed=_LLAMA3_SCALING),
+    "yarn": _Scaling(
+        _yarn,
+        required=("factor", _ORIGINAL),
+        optional=("beta_fast", "beta_slow", "truncate", "attention_factor"),
+    ),
 }
-_KEYS = {
-    "default": {"rope_type", "rope_theta", "partial_rotary_factor"},
-    "llama3": {"rope_type", "rope_theta", "partial_rotary_factor", "factor", *_LLAMA3_SCALING},
+_REFUSED = {
+    "dynamic": "its frequencies depend on the length of the longest sequence of a batch",
+    "longrope": "it has other frequencies for long sequences than for short ones",
 }
 
 
-def read_rope(config: JsonObject, default_theta: float) -> tuple[float, float | None]:
-    """Read theta, and the factor of Llama 3's scaling or None.
+def read_rope(
+    config: JsonObject, head_dim: int, default_theta: float, default_partial: float | None
+) -> Rope:
+    """Read the rotary position embedding.
 
     Args:
         default_theta: theta of the family, for a config.json without one.
+        default_partial: share of each head that the family rotates, for a config.json without it.
+            None: the family rotates whole heads only.
     Raises:
         CheckpointError: two keys disagree, or the Megatron model does not support the rope.
     """
     given = {key: _normal(config, key, default_theta) for key in _OBJECTS if config.get(key)}
     rope = config.agree(given, "transformers 4 and 5 read only rope_scaling")
+    dim = _rotated_dim(config, given, head_dim, default_partial)
     if rope is None:
-        return config.positive("rope_theta", config.get("rope_theta", default_theta)), None
+        return Rope(config.positive("rope_theta", config.get("rope_theta", default_theta)), dim)
     key = next(iter(given))
-    kind = rope["rope_type"]
-    if kind not in ("default", "llama3"):
+    scaling = rope["rope_type"]
+    if not isinstance(scaling, str) or scaling not in _SCALINGS:
+        supported = ", ".join(map(repr, _SCALINGS))
+        reason = _REFUSED.get(scaling) if isinstance(scaling, str) else None
         raise config.error(
-            f"{key} has rope_type {brief(kind)}; only 'default' and 'llama3' are supported"
+            f"{key} has rope_type {brief(scaling)}{f', but {reason}' if reason else ''}; only "
+            f"{supported} are supported"
         )
-    if unknown := rope.keys() - _KEYS[kind]:
+    expected = _SCALINGS[scaling]
+    if unknown := rope.keys() - expected.keys:
         raise config.error(
-            f"{key} has the key {brief(min(unknown))}, which rope_type {kind!r} does not use; "
-            f"expected some of {', '.join(sorted(_KEYS[kind]))}"
-        )
-    if not same_value(rope.get("partial_rotary_factor", 1), 1):
-        raise config.error(
-            f"{key}.partial_rotary_factor is {brief(rope['partial_rotary_factor'])}; "
-            "only 1.0 is supported"
+            f"{key} has the key {brief(min(unknown))}, which is not supported with rope_type "
+            f"{scaling!r}; expected some of {', '.join(sorted(expected.keys))}"
         )
     theta = config.positive(_theta_place(config, key), rope["rope_theta"])
-    return theta, None if kind == "default" else _llama3_factor(config, key, rope)
+    if scaling == "default":
+        return Rope(theta, dim)
+    return _scaled(config, key, rope, Rope(theta, dim, scaling), head_dim)
+
+
+def _scaled(
+    config: JsonObject, key: str, values: dict[str, Any], rope: Rope, head_dim: int
+) -> Rope:
+    """Fill in the values of a rope that is scaled."""
+    expected = _SCALINGS[rope.scaling]
+    for name in expected.required:
+        if values.get(name) is None:
+            raise config.error(
+                f"{key} has rope_type {rope.scaling!r} and no {name}; expected a {name}"
+            )
+    if _ORIGINAL in expected.keys and _ORIGINAL in config.values:
+        config.agree(
+            {_ORIGINAL: config.get(_ORIGINAL), f"{key}.{_ORIGINAL}": values.get(_ORIGINAL)},
+            "transformers 5 reads the former, 4 the latter",
+        )
+    for name, needed in (expected.fixed or {}).items():
+        value = values.get(name)
+        if not same_value(value, needed):
+            raise config.error(
+                f"{key}.{name} is {brief(value)}; expected {needed}, which Megatron's Llama 3 "
+                "scaling has built in"
+            )
+    inner = JsonObject(values, config.where, f"{key}.")
+
+    def number(name: str, default: float) -> float:
+        value = inner.get(name)
+        return default if value is None else config.positive(f"{key}.{name}", value)
+
+    rope = Rope(
+        rope.theta,
+        rope.dim,
+        rope.scaling,
+        number("factor", 1.0),
+        inner.size(_ORIGINAL) if _ORIGINAL in expected.keys else None,
+        number("beta_fast", 32.0),
+        number("beta_slow", 1.0),
+        inner.is_set("truncate", True),
+    )
+    if rope.scaling == "yarn":
+        _check_yarn(config, key, inner, rope, head_dim)
+    return rope
+
+
+def _check_yarn(
+    config: JsonObject, key: str, values: JsonObject, rope: Rope, head_dim: int
+) -> None:
+    assert rope.factor is not None and rope.original_positions is not None
+    if rope.factor * rope.original_positions > MAX_SIZE:
+        raise values.wrong("factor", rope.factor, f"less than {MAX_SIZE} positions in all")
+    if rope.dim != head_dim:
+        raise config.error(
+            f"{key} has rope_type 'yarn' and {rope.dim} of {head_dim} dimensions of a head rotate; "
+            "expected partial_rotary_factor 1.0, since YaRN scales the rotated dimensions only"
+        )
+    if rope.theta <= 1.0:
+        raise config.wrong(_theta_place(config, key), rope.theta, "more than 1 with YaRN")
+    factor = values.get("attention_factor")
+    if factor is not None and not (
+        isinstance(factor, float) and math.isclose(factor, rope.attention_factor, rel_tol=1e-6)
+    ):
+        raise values.wrong(
+            "attention_factor",
+            factor,
+            f"{rope.attention_factor:.9g}, which vLLM computes from the factor",
+        )
+
+
+def _rotated_dim(
+    config: JsonObject, given: Mapping[str, Any], head_dim: int, default: float | None
+) -> int:
+    """Return the number of dimensions of a head that rotate."""
+    name = "partial_rotary_factor"
+    places = {f"{key}.{name}": rope[name] for key, rope in given.items() if name in rope}
+    # transformers reads null as 1.0, also for families with another default.
+    if config.get(name) is not None or (name in config.values and default is not None):
+        places[name] = config.get(name)
+    share = config.agree(places, f"transformers 5 reads the one in {' or '.join(given) or 'rope'}")
+    if not places:
+        share = 1.0 if default is None else default
+    place = next(iter(places), name)
+    if default is None and not same_value(share, 1):
+        raise config.error(f"{place} is {brief(share)}; only 1.0 is supported")
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise config.error(f"{place} is {brief(share)}; expected more than 0.0, at most 1.0")
+    dim = int(head_dim * share)
+    if dim < 2 or dim % 2:
+        raise config.error(
+            f"{place} {brief(share)} of head_dim {head_dim} gives {dim} rotated dimensions; "
+            "expected an even number, since rope rotates pairs"
+        )
+    return dim
 
 
 def _normal(config: JsonObject, key: str, default_theta: float) -> dict[str, Any]:
@@ -75,22 +285,3 @@ def _normal(config: JsonObject, key: str, default_theta: float) -> dict[str, Any
 
 def _theta_place(config: JsonObject, key: str) -> str:
     return f"{key}.rope_theta" if "rope_theta" in config.get(key) else "rope_theta"
-
-
-def _llama3_factor(config: JsonObject, key: str, rope: dict[str, Any]) -> float:
-    if "factor" not in rope:
-        raise config.error(f"{key} has rope_type 'llama3' and no factor; expected a factor")
-    if "original_max_position_embeddings" in config.values:
-        name = "original_max_position_embeddings"
-        config.agree(
-            {name: config.get(name), f"{key}.{name}": rope.get(name)},
-            "transformers 5 reads the former, 4 the latter",
-        )
-    for name, needed in _LLAMA3_SCALING.items():
-        value = rope.get(name)
-        if not same_value(value, needed):
-            raise config.error(
-                f"{key}.{name} is {brief(value)}; expected {needed}, which Megatron's Llama 3 "
-                "scaling has built in"
-            )
-    return config.positive(f"{key}.factor", rope["factor"])

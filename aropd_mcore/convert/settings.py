@@ -11,12 +11,10 @@ _SETTINGS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "is_causal": True,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }
-_NULLABLE_SETTINGS = ("partial_rotary_factor", "mlp_only_layers")
+_NULLABLE_SETTINGS = ("mlp_only_layers",)
 # Keys that make transformers read parts of the model from another place.
 _ELSEWHERE = {
     "text_config": "describes a model inside the model",
@@ -55,9 +53,10 @@ def check_types(config: JsonObject) -> None:
     config.check_types(_TYPES)
 
 
-def check_settings(config: JsonObject, family: Family, num_layers: int) -> None:
+def check_settings(config: JsonObject, family: Family) -> None:
     """Raise CheckpointError for a setting that the Megatron model does not support."""
-    for key, needed in _SETTINGS.items():
+    settings = _SETTINGS if family.windows else _SETTINGS | {"use_sliding_window": False}
+    for key, needed in settings.items():
         value = config.get(key, needed)
         types = (int, float) if type(needed) is float else (type(needed),)
         same = value == needed and type(value) in types
@@ -76,14 +75,6 @@ def check_settings(config: JsonObject, family: Family, num_layers: int) -> None:
                 f"{key} declares quantized weights ({method}); expected fp32, bf16 or fp16 "
                 "weights: use the checkpoint before quantization"
             )
-    layer_types = config.get("layer_types")
-    if layer_types is not None and layer_types != ["full_attention"] * num_layers:
-        other = [str(kind) for kind in layer_types if kind != "full_attention"]
-        raise config.error(
-            f"layer_types has {', '.join(other[:3]) or f'{len(layer_types)} entries'}; only "
-            f"full_attention is supported, with one entry per layer (num_hidden_layers "
-            f"{num_layers})"
-        )
 
 
 def check_passed_on(config: JsonObject, vocab_size: int) -> None:

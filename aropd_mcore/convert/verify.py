@@ -102,11 +102,12 @@ def _facts(source: Source) -> dict[str, Any]:
     architecture = source.architecture
     facts = {f.name: getattr(architecture, f.name) for f in fields(architecture)}
     facts["family"] = architecture.family.architecture
-    if routing := facts.pop("routing"):
-        facts |= {f"routing.{name}": value for name, value in asdict(routing).items()}
+    for part in ("rope", "windows", "routing"):
+        if values := facts.pop(part):
+            facts |= {f"{part}.{name}": value for name, value in asdict(values).items()}
     dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in source.tensors.values()})
     loaded_in = source.config.dtype or "/".join(dtypes)
-    return facts | {"sliding_window": source.config.sliding_window, "dtype": loaded_in}
+    return facts | {"dtype": loaded_in}
 
 
 def _notes(a: Source, b: Source) -> list[str]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aropd_mcore.mcore.patches.local_attention import causal_mask
+
 BUCKET_SPREAD = 4 / 3
 """Largest ratio of prompt lengths in one call of the attention kernel, in which prompts are padded
 to the longest."""
@@ -62,6 +64,10 @@ class Places:
     mask_B11L: Tensor | None = None
     """For one token of every row: 0 for the keys that it sees, -inf for the others. None: the
     tokens are whole prompts."""
+    window: int | None = None
+    """Number of keys that a token sees in layers with a sliding window. None: no layer has one."""
+    window_mask_B11L: Tensor | None = None
+    """The mask of layers with a sliding window. None if there are none, and with whole prompts."""
     buckets: list[PromptBucket] = field(default_factory=list)
     """The prompts, if the tokens are prompts."""
 
@@ -86,7 +92,8 @@ class Places:
             ]
         )
         tokens_N, self.rows_N, self.positions_N, bucket_rows_N = places.to(device)
-        self.mask_B11L, self.buckets, end = None, [], 0
+        self.mask_B11L = self.window_mask_B11L = None
+        self.buckets, end = [], 0
         for run in buckets:
             in_bucket = lengths[run.start : run.stop]
             tokens = slice(end, end := end + sum(in_bucket))
@@ -103,9 +110,13 @@ class Places:
         """
         device = positions_B.device
         self.rows_N, self.positions_N = torch.arange(len(positions_B), device=device), positions_B
-        is_later_BL = torch.arange(num_keys, device=device) > positions_B[:, None]
-        mask_BL = torch.zeros(is_later_BL.shape, dtype=dtype, device=device)
-        self.mask_B11L = mask_BL.masked_fill_(is_later_BL, -torch.inf)[:, None, None]
+        keys_1L, positions_B1 = torch.arange(num_keys, device=device)[None], positions_B[:, None]
+        mask_BL = torch.zeros(len(positions_B), num_keys, dtype=dtype, device=device)
+        mask_BL.masked_fill_(keys_1L > positions_B1, -torch.inf)
+        self.mask_B11L = mask_BL[:, None, None]
+        if self.window is not None:
+            is_before_BL = keys_1L <= positions_B1 - self.window
+            self.window_mask_B11L = mask_BL.masked_fill(is_before_BL, -torch.inf)[:, None, None]
 
 
 def runs_of_similar(lengths: Sequence[int]) -> Iterator[range]:
@@ -125,9 +136,21 @@ class CachedAttention(torch.nn.Module):
     result is [N, 1, M x D], with zeros for the padding.
     """
 
-    def __init__(self, places: Places, cache_2BGLD: Tensor, scale: float | None):
+    def __init__(
+        self,
+        places: Places,
+        cache_2BGLD: Tensor,
+        scale: float | None,
+        *,
+        has_window: bool = False,
+    ):
+        """
+        Args:
+            has_window: a token sees the last Places.window keys only.
+        """
         super().__init__()
         self.places = places
+        self.has_window = has_window
         self.keys_BGLD, self.values_BGLD = cache_2BGLD
         self.scale = scale
 
@@ -140,10 +163,11 @@ class CachedAttention(torch.nn.Module):
         place = (places.rows_N, slice(None), places.positions_N)
         self.keys_BGLD[place] = key_NGD
         self.values_BGLD[place] = value_NGD
-        if places.mask_B11L is None:
+        mask_B11L = places.window_mask_B11L if self.has_window else places.mask_B11L
+        if mask_B11L is None:
             context_NMD = self._prompts(query_NMD, key_NGD, value_NGD)
         else:
-            context_NMD = self._next(query_NMD, places.mask_B11L)
+            context_NMD = self._next(query_NMD, mask_B11L)
         context = context_NMD.reshape(num_tokens, 1, -1)
         return functional.pad(context, (0, 0, 0, 0, 0, num_padded - num_tokens))
 
@@ -175,11 +199,15 @@ class CachedAttention(torch.nn.Module):
                 .transpose(1, 2)
                 for part in parts
             )
+            window = self.places.window if self.has_window else None
+            length = bucket.shape[1]
+            visible = causal_mask(length, length, window, query.device)
             context_BMSD = functional.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                is_causal=True,
+                attn_mask=visible,
+                is_causal=visible is None,
                 scale=self.scale,
                 enable_gqa=query.size(1) > key.size(1),
             )

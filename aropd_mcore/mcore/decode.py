@@ -36,7 +36,7 @@ from torch.nn.attention import sdpa_kernel
 
 from aropd_mcore.mcore.cached_attention import CachedAttention, KVCache, Places
 from aropd_mcore.mcore.model import StageModel
-from aropd_mcore.mcore.patches.local_attention import ATTENTION_KERNELS
+from aropd_mcore.mcore.patches.local_attention import ATTENTION_KERNELS, window_of_layer
 from aropd_mcore.mcore.runtime import Runtime
 
 
@@ -77,11 +77,14 @@ def decoding(
     )
     dtype = model.config.params_dtype
     cache_K2BGLD = (cache or KVCache()).view(shape, dtype=dtype, device=runtime.device)
-    places = Places()
+    config = model.config
+    windows = [window_of_layer(config, attention.layer_number) for attention in attentions]
+    places = Places(window=next((size for size in windows if size is not None), None))
     try:
-        for attention, cache_2BGLD in zip(attentions, cache_K2BGLD, strict=True):
-            scale = model.config.softmax_scale
-            attention.core_attention = CachedAttention(places, cache_2BGLD, scale)
+        for attention, cache_2BGLD, window in zip(attentions, cache_K2BGLD, windows, strict=True):
+            attention.core_attention = CachedAttention(
+                places, cache_2BGLD, config.softmax_scale, has_window=window is not None
+            )
         for chunk in model:
             # Transformer Engine caches FP8 copies of the weights. This makes it cast them again.
             chunk.set_is_first_microbatch()

@@ -78,16 +78,15 @@ class HiddenStateGPT(GPTModel):
             config,
             _layer_spec(config, runtime, vp_stage),  # type: ignore[arg-type] # block specs too
             vocab_size=padded,
-            max_sequence_length=architecture.max_position_embeddings,
+            max_sequence_length=architecture.max_tokens(runtime.cp_size),
             pre_process=runtime.is_first_stage and vp_stage in (None, 0),
             post_process=runtime.is_last_stage and vp_stage in (None, runtime.vp_size - 1),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,  # type: ignore[arg-type] # floats work too
-            rope_scaling=architecture.rope_scaling_factor is not None,
-            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        # Megatron computes the frequencies of some ropes itself, in another way than transformers.
+        self.rotary_pos_emb.inv_freq = architecture.rope.frequencies().to(runtime.device)
         self.architecture = architecture
         self.vocab_size = architecture.vocab_size
         self.padded_vocab_size = padded
@@ -130,7 +129,7 @@ class StageModel(torch.nn.ModuleList):
         self.architecture = architecture
         self.config = config
         self.vocab_size = architecture.vocab_size
-        self.max_sequence_length = architecture.max_position_embeddings
+        self.max_sequence_length = architecture.max_tokens(config.context_parallel_size)
 
     def __iter__(self) -> Iterator[HiddenStateGPT]:
         return cast(Iterator[HiddenStateGPT], super().__iter__())
@@ -183,6 +182,7 @@ def model_config(
         add_bias_linear=False,
         add_qkv_bias=architecture.family.has_qkv_bias,
         qk_layernorm=architecture.family.has_qk_norm,
+        **_attention_settings(architecture, runtime),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=runtime.tp_size,
@@ -236,6 +236,20 @@ def _pipeline_layout(architecture: Architecture, runtime: Runtime) -> list[list[
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
+
+
+def _attention_settings(architecture: Architecture, runtime: Runtime) -> dict[str, Any]:
+    """Return the scale and the windows of attention."""
+    settings: dict[str, Any] = {}
+    if architecture.rope.scaling == "yarn":
+        # YaRN multiplies queries and keys by this factor. Both are rotated as a whole.
+        factor = architecture.rope.attention_factor
+        settings["softmax_scale"] = factor**2 / architecture.head_dim**0.5
+    windows = architecture.windows
+    if windows is not None and runtime.cp_size == 1:  # else see Architecture.max_tokens
+        settings["window_size"] = (windows.size - 1, 0)
+        settings["window_attn_skip_freq"] = [int(has_window) for has_window in windows.layers]
+    return settings
 
 
 _FUSED_PERMUTATIONS = (

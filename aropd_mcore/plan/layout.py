@@ -200,12 +200,19 @@ def _check_fp8(config: Config, architecture: Architecture) -> None:
 def _check_lengths(config: Config, architecture: Architecture) -> None:
     """Check the length of the longest sequence: the longest prompt of any view, and a response."""
     prompt, response = config.views.max_prompt_tokens, config.rollout.max_response_tokens
-    if prompt + response > architecture.max_position_embeddings:
+    context = config.parallel.context
+    most = architecture.max_tokens(context)
+    if prompt + response > most:
+        is_window = most < architecture.max_position_embeddings
         raise ConfigError(
             f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response} = "
-            f"{prompt + response} tokens: expected at most {architecture.max_position_embeddings}, "
-            "the model's max_position_embeddings or sliding_window in its config.json; lower one "
-            "of the two settings"
+            f"{prompt + response} tokens: expected at most {most}, the model's "
+            + (
+                f"sliding_window in its config.json, since parallel.context {context} computes "
+                "full attention; lower one of the two settings, or set parallel.context to 1"
+                if is_window
+                else "max_position_embeddings in its config.json; lower one of the two settings"
+            )
         )
     cached = config.rollout.kv_cache_tokens
     if cached is not None and prompt + response > cached:

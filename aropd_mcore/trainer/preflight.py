@@ -79,7 +79,7 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         config.data.paths,
     )
     dataset, notes = _usable_rows(rows, builder, config, ranks)
-    max_positions = source.architecture.max_position_embeddings
+    max_positions = source.architecture.max_tokens(config.parallel.context)
     problems, more_notes = read_validation_set(config, builder, max_positions, ranks)
     return Inputs(
         source,

@@ -14,8 +14,15 @@ from aropd_mcore.convert.architecture import (
     read_architecture,
 )
 from aropd_mcore.convert.mapping import FAMILIES as TABLES
+from aropd_mcore.convert.windows import Windows
 from aropd_mcore.stages import Stages
-from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, MOE_FAMILIES, save_tiny_model
+from tests.support.tiny_models import (
+    FAMILIES,
+    LLAMA31_ROPE,
+    MOE_FAMILIES,
+    YARN_ROPE,
+    save_tiny_model,
+)
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -130,13 +137,15 @@ def test_published_configs_have_the_published_number_of_parameters(
 
 def test_published_configs_have_the_published_settings():
     qwen = read_architecture(QWEN25_7B)
-    assert (qwen.head_dim, qwen.rope_theta, qwen.rope_scaling_factor) == (128, 1e6, None)
+    assert (qwen.head_dim, qwen.rope.theta, qwen.rope.factor) == (128, 1e6, None)
     assert qwen.family.has_qkv_bias and not qwen.family.has_qk_norm
     assert qwen.max_position_embeddings == 32768  # the sliding window is disabled
     assert qwen.routing is None
-    assert read_architecture(LLAMA).rope_theta == 10000.0
+    assert read_architecture(LLAMA).rope.theta == 10000.0
     assert read_architecture(LLAMA2_7B).num_kv_heads == 32
-    assert read_architecture(MISTRAL_7B).max_position_embeddings == 4096
+    mistral = read_architecture(MISTRAL_7B)
+    assert mistral.windows == Windows(4096, (True,) * 32)
+    assert (mistral.max_tokens(), mistral.max_tokens(context=2)) == (32768, 4096)
     assert read_architecture(MIXTRAL_8X7B).routing == Routing(8, 2, 14336, normalized=True)
     moe = read_architecture(QWEN3_30B_A3B)
     assert moe.routing == Routing(128, 8, 768, normalized=True)
@@ -154,7 +163,7 @@ def test_rope_of_transformers_4_and_5_is_read_alike():
     four = read_architecture({**LLAMA, "rope_theta": 500000.0, "rope_scaling": scaling})
     five = read_architecture({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 500000.0}})
     assert four == five
-    assert (four.rope_theta, four.rope_scaling_factor) == (500000.0, 32.0)
+    assert (four.rope.theta, four.rope.factor) == (500000.0, 32.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -204,7 +213,19 @@ def test_every_registered_family_has_a_tiny_model():
         ({"use_sliding_window": True}, "use_sliding_window is True; only False is supported"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types has sliding_attention; only full_attention is supported",
+            "layer_types has sliding_attention; expected full_attention, with one entry per layer",
+        ),
+        (
+            {**QWEN25_7B, "layer_types": ["sliding_attention"] * 28},
+            "no window is set by use_sliding_window",
+        ),
+        (
+            {**QWEN25_7B, "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "layer_types has 1 entries; expected full_attention or sliding_attention",
+        ),
+        (
+            {**MIXTRAL_8X7B, "sliding_window": 16, "layer_types": ["full_attention"] * 32},
+            "layer_types has full_attention, full_attention, full_attention; expected sliding",
         ),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -212,9 +233,23 @@ def test_every_registered_family_has_a_tiny_model():
         ),
         ({"quantization_config": {"bits": 4}}, "declares quantized weights (an unnamed method)"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling has rope_type 'yarn'; only 'default' and 'llama3' are supported",
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_scaling has rope_type 'dynamic', but its frequencies depend on the length of the "
+            "longest sequence of a batch; only 'default', 'linear', 'llama3', 'yarn' are supported",
         ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling has rope_type 'yarn' and no original_max_position_embeddings",
+        ),
+        (
+            {"rope_scaling": {**YARN_ROPE, "attention_factor": 1.0}},
+            "rope_scaling.attention_factor is 1.0; expected 1.13862944, which vLLM computes",
+        ),
+        (
+            {"rope_scaling": {**YARN_ROPE, "mscale": 0.7}},
+            "rope_scaling has the key 'mscale', which is not supported with rope_type 'yarn'",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 is supported"),
         (
             {"rope_scaling": {**LLAMA31_ROPE, "high_freq_factor": 8.0}},
             "rope_scaling.high_freq_factor is 8.0; expected 4.0, which Megatron's Llama 3 scaling",

@@ -133,14 +133,26 @@ def test_other_architectures_differ_by_their_tensors(hf: Path, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
-        ({"rope_theta": 500.0}, {"rope_theta": [10000.0, 500.0]}),
-        ({"rope_parameters": LLAMA31_ROPE}, {"rope_scaling_factor": [None, 8.0]}),
+        ({"rope_theta": 500.0}, {"rope.theta": [10000.0, 500.0]}),
+        (
+            {"rope_parameters": LLAMA31_ROPE},
+            {
+                "rope.scaling": ["default", "llama3"],
+                "rope.factor": [None, 8.0],
+                "rope.original_positions": [None, 8192],
+            },
+        ),
         ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": [1e-6, 1e-5]}),
         ({"max_position_embeddings": 256}, {"max_position_embeddings": [512, 256]}),
         ({"dtype": "bfloat16"}, {"dtype": ["float32", "bfloat16"]}),
         (
             {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-            {"num_heads": [8, 4], "num_kv_heads": [4, 2], "head_dim": [8, 16]},
+            {
+                "num_heads": [8, 4],
+                "num_kv_heads": [4, 2],
+                "head_dim": [8, 16],
+                "rope.dim": [8, 16],
+            },
         ),
     ],
 )
@@ -165,8 +177,7 @@ def test_verify_lists_facts_that_differ_though_all_tensors_are_equal(
 
 def test_verify_lists_sliding_windows_and_routing_that_differ(tmp_path: Path, capsys):
     for family, key, value, line in (
-        # The longest prompt is the same for both, but only one of them has a sliding window.
-        ("mistral", "sliding_window", None, "sliding_window differs: 48 in"),
+        ("mistral", "sliding_window", None, "windows.size differs: 10 in"),
         ("qwen3_moe", "norm_topk_prob", False, "routing.normalized differs: True in"),
         ("qwen3_moe", "num_experts_per_tok", 1, "routing.experts_per_token differs: 2 in"),
     ):

@@ -17,12 +17,13 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from aropd_mcore.convert.architecture import CheckpointError, HFConfig, read_config
 from aropd_mcore.convert.mapping import FAMILIES as TABLES
 from aropd_mcore.convert.mapping import Family
-from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, tiny_config
+from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, YARN_ROPE, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +152,8 @@ ROPES = (
     *({}, None, {"rope_type": "default"}, {"type": "default", "rope_theta": 1e4}),
     *({"rope_theta": 5e5}, {"rope_theta": 1e6, "partial_rotary_factor": 1}),
     *(LLAMA31_ROPE, LLAMA3, {**LLAMA3, "type": "llama3"}),
+    *(YARN_ROPE, {**YARN_ROPE, "rope_theta": 1e6, "beta_fast": 16, "truncate": False}),
+    {"type": "linear", "factor": 2},
     {"full_attention": {"rope_type": "default", "rope_theta": 5.0}},
 )
 PLAUSIBLE: dict[str, tuple[Any, ...]] = {
@@ -158,7 +161,11 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16", None),
     "head_dim": (4, 24, None),
     "hidden_size": (64, 96, 100),
-    "layer_types": (None, ["full_attention"], ["full_attention"] * 2),
+    "layer_types": (
+        *(None, ["full_attention"], ["full_attention"] * 2),
+        *(["sliding_attention"], ["sliding_attention", "full_attention"]),
+    ),
+    "max_window_layers": (0, 1),
     "max_position_embeddings": (16, 64, 16384),
     "mlp_only_layers": (None, []),
     "norm_topk_prob": (True, False),
@@ -177,7 +184,7 @@ PLAUSIBLE: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None, 48, 4096),
     "tie_word_embeddings": (True, False),
     "torch_dtype": ("float32", "bfloat16", None),
-    "use_sliding_window": (False,),
+    "use_sliding_window": (False, True),
 }
 
 
@@ -227,6 +234,7 @@ def facts_of_transformers():
 def facts(config: HFConfig) -> dict[str, Any]:
     """Return the facts of `facts_of_model` from our reader."""
     a = config.architecture
+    windows = a.windows.layers if a.windows else [False] * a.num_layers
     return {
         "model": a.family.architecture,
         "parameters": a.num_parameters,
@@ -236,13 +244,11 @@ def facts(config: HFConfig) -> dict[str, Any]:
         "queries per key": a.num_heads // a.num_kv_heads,
         "embedding": (a.vocab_size, a.hidden_size),
         "eps": a.rms_norm_eps,
-        "rope": (
-            a.rope_theta,
-            "default" if a.rope_scaling_factor is None else "llama3",
-            a.rope_scaling_factor,
-        ),
+        "rope": (a.rope.theta, a.rope.scaling, a.rope.factor),
+        "frequencies": [round(number, 9) for number in a.rope.frequencies().tolist()],
+        "attention factor": round(a.rope.attention_factor, 9),
         "tied": a.tied_embeddings,
-        "window": config.sliding_window,
+        "windows": [a.windows.size if w and a.windows else None for w in windows],
         "positions": a.max_position_embeddings,
         "biases": a.family.has_qkv_bias,
         "experts": a.routing
@@ -254,7 +260,7 @@ def facts(config: HFConfig) -> dict[str, Any]:
         ),
         "ffn": a.ffn_hidden_size,
         "dtype": config.dtype,
-        "causal silu": (True, "silu", "full_attention"),
+        "causal silu": (True, "silu"),
     }
 
 
@@ -263,15 +269,19 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
     body: Any = model.model
     attention, mlp = body.layers[0].self_attn, body.layers[0].mlp
     rope = config.rope_parameters
-    window = getattr(attention, "sliding_window", None)
     if config.model_type in ("mistral", "mixtral"):  # these models read the config in forward
-        window = config.sliding_window
+        windows = [config.sliding_window] * len(body.layers)
+    else:
+        windows = [getattr(layer.self_attn, "sliding_window", None) for layer in body.layers]
     experts = hasattr(mlp, "gate") and (
         mlp.gate.num_experts,
         mlp.gate.top_k,
         mlp.experts.intermediate_dim,
         getattr(mlp.gate, "norm_topk_prob", True),
     )
+    extended = 0
+    if rope["rope_type"] == "yarn":
+        extended = int(rope["factor"] * rope["original_max_position_embeddings"])
     biases = {module.bias is not None for module in model.modules() if hasattr(module, "bias")}
     return {
         "model": type(model).__name__,
@@ -283,9 +293,11 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
         "embedding": tuple(body.embed_tokens.weight.shape),
         "eps": body.norm.variance_epsilon,
         "rope": (rope["rope_theta"], body.rotary_emb.rope_type, rope.get("factor")),
+        "frequencies": [round(number, 9) for number in _frequencies(model).tolist()],
+        "attention factor": round(body.rotary_emb.attention_scaling, 9),
         "tied": model.lm_head.weight is body.embed_tokens.weight,
-        "window": window,
-        "positions": min(config.max_position_embeddings, window or math.inf),
+        "windows": windows,
+        "positions": max(config.max_position_embeddings, extended),
         "biases": True in biases,
         "experts": experts or None,
         "ffn": config.intermediate_size,
@@ -293,17 +305,30 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
         "causal silu": (
             attention.is_causal and getattr(config, "is_causal", True),
             config.hidden_act,
-            *(set(getattr(config, "layer_types", None) or ()) or {"full_attention"}),
         ),
     }
 
 
+def _frequencies(model: PreTrainedModel) -> torch.Tensor:
+    """Compute the frequencies again, because the model is on the meta device."""
+    rotary: Any = model.model.rotary_emb
+    init = rotary.compute_default_rope_parameters
+    if rotary.rope_type != "default":
+        init = ROPE_INIT_FUNCTIONS[rotary.rope_type]
+    return init(model.config)[0]
+
+
 @pytest.mark.parametrize("family", TABLES, ids=lambda family: family.name)
 def test_defaults_equal_transformers(family: Family):
-    config = AutoConfig.for_model(family.name, num_attention_heads=24, hidden_size=24 * 40)
+    switch = {"use_sliding_window": True} if family.windows and family.windows.has_switch else {}
+    config = AutoConfig.for_model(
+        family.name, num_attention_heads=24, hidden_size=24 * 40, **switch
+    )
     ours = {field.name: getattr(family.defaults, field.name) for field in fields(family.defaults)}
     assert ours.pop("rope_theta") == config.rope_parameters["rope_theta"]
-    if not family.has_sliding_window:
+    partial = config.rope_parameters.get("partial_rotary_factor")
+    assert ours.pop("partial_rotary_factor") == partial
+    if family.windows is None:
         assert ours.pop("sliding_window") is None
     if ours["head_dim"] is None and not getattr(config, "head_dim", None):
         ours.pop("head_dim")  # the model derives this value

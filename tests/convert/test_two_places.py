@@ -15,7 +15,14 @@ from aropd_mcore.convert.architecture import CheckpointError, read_architecture
 from aropd_mcore.convert.folders import copy_companions
 from aropd_mcore.convert.hf_io import INDEX, PICKLE_SINGLE, SINGLE
 from aropd_mcore.convert.source import HFSource
-from tests.convert.test_architecture import LLAMA, MISTRAL_7B, MIXTRAL_8X7B, QWEN3_30B_A3B
+from aropd_mcore.convert.windows import Windows
+from tests.convert.test_architecture import (
+    LLAMA,
+    MISTRAL_7B,
+    MIXTRAL_8X7B,
+    QWEN3_30B_A3B,
+    QWEN25_7B,
+)
 from tests.support.tiny_models import LLAMA31_ROPE, save_tiny_model
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -61,7 +68,9 @@ LLAMA31 = {**LLAMA31_ROPE, "rope_theta": 500000.0}
         ({**LLAMA, "rope_theta": None}, ("rope_theta is None; expected a positive number",)),
         (
             {**LLAMA, "rope_parameters": {**DEFAULT_ROPE, "factor": 4.0}},
-            ("rope_parameters has the key 'factor', which rope_type 'default' does not use",),
+            (
+                "rope_parameters has the key 'factor', which is not supported with rope_type 'default'",
+            ),
         ),
         (
             {**LLAMA, "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
@@ -122,7 +131,7 @@ def test_places_of_config_json_that_agree_are_read():
     ):
         assert read_architecture({**LLAMA, **more}) == plain
     scaled = read_architecture({**LLAMA, "rope_parameters": LLAMA31, "rope_scaling": LLAMA31})
-    assert (scaled.rope_theta, scaled.rope_scaling_factor) == (500000.0, 8.0)
+    assert (scaled.rope.theta, scaled.rope.factor) == (500000.0, 8.0)
     both = read_architecture({**QWEN3_30B_A3B, "num_local_experts": 128})
     assert both == read_architecture(QWEN3_30B_A3B)
 
@@ -130,14 +139,20 @@ def test_places_of_config_json_that_agree_are_read():
 def test_a_sliding_window_is_read_by_the_rules_of_the_family():
     """Qwen enables the window by use_sliding_window. Mistral always has one, with a default."""
     config = {**MISTRAL_7B, "use_sliding_window": False}
-    assert read_architecture(config).max_position_embeddings == 4096
+    assert read_architecture(config).windows == Windows(4096, (True,) * 32)
     del config["sliding_window"]
-    assert read_architecture(config).max_position_embeddings == 4096
+    assert read_architecture(config).windows == Windows(4096, (True,) * 32)
     config["sliding_window"] = None
-    assert read_architecture(config).max_position_embeddings == 32768
-    assert (
-        read_architecture({**QWEN3_30B_A3B, "sliding_window": 16}).max_position_embeddings == 40960
-    )
+    assert read_architecture(config).windows is None
+    moe = {**QWEN3_30B_A3B, "sliding_window": 16}
+    assert read_architecture(moe).windows is None
+    on = {"use_sliding_window": True}
+    assert read_architecture({**moe, **on}).windows == Windows(16, (True,) * 48)
+    qwen = {**QWEN25_7B, **on, "max_window_layers": 26}
+    expected = Windows(131072, (False,) * 26 + (True,) * 2)
+    assert read_architecture(qwen).windows == expected
+    types = ["full_attention"] * 26 + ["sliding_attention"] * 2
+    assert read_architecture({**QWEN25_7B, **on, "layer_types": types}).windows == expected
 
 
 def test_a_key_with_two_values_is_refused(tmp_path: Path):

@@ -50,6 +50,8 @@ LLAMA31_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
 QWEN3_MOE: dict[str, Any] = {
     "head_dim": 24,
     "num_experts": 4,
@@ -71,8 +73,23 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
             "head_dim": 64,  # wavelengths long enough to be scaled
         },
     ),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 48}),
+    "llama_linear": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 10}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2_yarn": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {
+            "rope_scaling": YARN_ROPE,
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "max_window_layers": 1,  # the first layer has no window
+        },
+    ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),  # not hidden_size / heads
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, QWEN3_MOE),
     "qwen3_moe_unnormalized": (

@@ -279,6 +279,14 @@ CASES = [
         ],
     ),
     Case(
+        # YaRN, and a window that is shorter than the prompts in all layers but the first.
+        "windows",
+        {"objective": AROPD, "training": PACKED},
+        family="qwen2_yarn",
+        num_steps=2,
+        layouts=[Layout(2, 2, sequence=True), Layout(1, 2, virtual_pipeline=2), Layout(2, 1)],
+    ),
+    Case(
         "packed-experts",
         {
             "objective": AROPD | {"reduction": "token_mean"},

@@ -8,6 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +22,32 @@ ATTENTION_KERNELS = [
 ]
 """Kernels of torch's attention: all but cuDNN's, which builds a plan for every new shape. Shapes
 change with each batch, and torch 2.11 prefers cuDNN on Hopper."""
+
+
+def window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:
+    """Return the number of tokens that a layer's tokens attend to. None: all previous tokens."""
+    window, layers = config.window_size, config.window_attn_skip_freq
+    if window is None or layers is None:
+        return None
+    if not is_layer_window_attention(window, layers, layer_number):
+        return None
+    return window[0] + 1
+
+
+def causal_mask(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Return the mask of the last queries of a sequence, bool [num_queries, num_keys].
+
+    Returns:
+        True for visible keys. None if all queries see all previous keys, from the first one on.
+    """
+    is_cut = window is not None and num_keys > window
+    if num_queries == num_keys and not is_cut:
+        return None
+    num_cached = num_keys - num_queries  # with a KV cache: keys before the first query
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_cached)
+    return visible if window is None else visible.triu(num_cached + 1 - window)
 
 
 class LocalCoreAttention(torch.nn.Module):
@@ -40,6 +67,7 @@ class LocalCoreAttention(torch.nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int,
         *_layer: Any,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection,
@@ -47,6 +75,7 @@ class LocalCoreAttention(torch.nn.Module):
     ):
         super().__init__()
         self.scale = softmax_scale
+        self.window = window_of_layer(config, layer_number)
         self.group = pg_collection.cp
 
     def forward(
@@ -68,10 +97,8 @@ class LocalCoreAttention(torch.nn.Module):
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
         num_positions = query.size(0)
         visible = None if attention_mask is None else ~attention_mask
-        num_cached = key.size(0) - num_positions  # with a KV cache: keys before the first query
-        if visible is None and num_cached > 0:
-            visible = torch.ones(num_positions, key.size(0), dtype=torch.bool, device=query.device)
-            visible = visible.tril(num_cached)
+        if visible is None and self.group.size() == 1:
+            visible = causal_mask(num_positions, key.size(0), self.window, query.device)
         if self.group.size() > 1:
             assert attention_mask is None, "context parallelism supports causal attention only"
             visible = self._visible([0, num_positions * self.group.size()], query.device)
@@ -85,7 +112,12 @@ class LocalCoreAttention(torch.nn.Module):
             key, value = self._gathered(key), self._gathered(value)
             return self._attend(query, key, value, visible).squeeze(1)
         sequences = [
-            self._attend(query[start:end], key[start:end], value[start:end], None)
+            self._attend(
+                query[start:end],
+                key[start:end],
+                value[start:end],
+                causal_mask(end - start, end - start, self.window, query.device),
+            )
             for start, end in pairwise(bounds)
         ]
         return torch.cat(sequences).squeeze(1)

@@ -1,0 +1,79 @@
+"""Arguments of Megatron-LM that describe a model."""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from aropd_mcore.convert.architecture import Architecture
+from aropd_mcore.convert.rope import Rope
+from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
+
+
+def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespace:
+    """Build Megatron-LM's arguments for this model, which --use-checkpoint-args reads."""
+    args: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_heads,
+        "group_query_attention": architecture.num_kv_heads != architecture.num_heads,
+        "num_query_groups": architecture.num_kv_heads,
+        "kv_channels": architecture.head_dim,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "seq_length": architecture.max_position_embeddings,
+        "add_position_embedding": False,
+        **_rope_args(architecture.rope),
+        "rotary_percent": architecture.rope.dim / architecture.head_dim,
+        "normalization": "RMSNorm",
+        "norm_epsilon": architecture.rms_norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.family.has_qkv_bias,
+        "qk_layernorm": architecture.family.has_qk_norm,
+        "untie_embeddings_and_output_weights": not architecture.tied_embeddings,
+        "vocab_size": architecture.vocab_size,
+        "padded_vocab_size": padded_vocab_size(architecture.vocab_size, 1),
+        "make_vocab_size_divisible_by": VOCAB_ALIGNMENT,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "no_save_optim": True,
+        "no_save_rng": True,
+    }
+    if windows := architecture.windows:
+        args["window_size"] = (windows.size - 1, 0)
+        args["window_attn_skip_freq"] = [int(has_window) for has_window in windows.layers]
+    if routing := architecture.routing:
+        args |= {
+            "num_experts": routing.num_experts,
+            "moe_router_topk": routing.experts_per_token,
+            "moe_ffn_hidden_size": routing.ffn_hidden_size,
+            "moe_router_pre_softmax": not routing.normalized,
+        }
+    return Namespace(**args)
+
+
+def _rope_args(rope: Rope) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "position_embedding_type": "yarn" if rope.scaling == "yarn" else "rope",
+        "rotary_base": rope.theta,
+        "use_rope_scaling": rope.scaling == "llama3",
+        "rope_scaling_factor": rope.factor if rope.scaling == "llama3" else 8.0,
+    }
+    if rope.scaling == "linear":
+        args["rotary_seq_len_interpolation_factor"] = rope.factor
+    if rope.scaling == "yarn":
+        args |= {
+            "yarn_rotary_scaling_factor": rope.factor,
+            "yarn_original_max_position_embeddings": rope.original_positions,
+            "yarn_beta_fast": rope.beta_fast,
+            "yarn_beta_slow": rope.beta_slow,
+            "yarn_correction_range_round_to_int": rope.truncate,
+        }
+    return args
