@@ -4,6 +4,7 @@
     python tools/gpu_check.py --list
     python tools/gpu_check.py --parts loss memory --again loss
     python tools/gpu_check.py --dry-run           # tiny shapes, also without a GPU
+    python tools/gpu_check.py --constants         # measured values for plan/constants.yaml
 
 Every part is a process of its own with a time budget. Its result is written when it ends, so that
 an interrupted check continues. A part that fails or takes too long is recorded, and the next one
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_checks.parts import PARTS, REPO, Part
-from gpu_checks.report import write_atomically, write_report
+from gpu_checks.report import render_constants, report_path, write_atomically, write_report
 
 from aropd_mcore import lifetime
 
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     if args.list:
         for part in parts:
             print(f"{part.name:20}at most {part.seconds:4.0f} s")
+        return 0
+    if args.constants:
+        print(render_constants(json.loads(report_path(args.out, dry=args.dry_run).read_text())))
         return 0
     chosen = [part for part in parts if not args.parts or part.name in args.parts]
     factor = DRY_FACTOR if args.dry_run else 1.0
@@ -103,10 +107,16 @@ def parse(argv: Sequence[str] | None, parts: Sequence[Part]) -> argparse.Namespa
         "--dry-run", action="store_true", help="run every part with tiny shapes, without a GPU"
     )
     parser.add_argument("--list", action="store_true", help="print the parts and their budgets")
+    parser.add_argument(
+        "--constants", action="store_true", help="print the constants of the last check as YAML"
+    )
     args = parser.parse_args(argv)
+    if args.constants and not report_path(args.out, dry=args.dry_run).exists():
+        parser.error(f"--constants: {args.out} has no results, run the check first")
     if args.parts:
         args.parts += [name for name in args.again if name not in args.parts]
-    if not args.dry_run and not args.list and not _gpu_name():
+    reads_only = args.list or args.constants
+    if not args.dry_run and not reads_only and not _gpu_name():
         parser.error("no GPU was found, expected one; add --dry-run to try the parts without a GPU")
     return args
 

@@ -5,8 +5,9 @@
 Each layout is a separate job, with a random model and responses of full length. A rank's baseline
 is its memory after its imports and a tiny run. On CPU ranks, over gloo, its peak is the kernel's
 figure (VmHWM) over whole steps, without the construction of the model. On GPUs it is torch's
-allocated memory, for a larger model in bf16. The plan's fixed overhead (CUDA context, NCCL) and its
-checkpoint phase are then left out.
+allocated memory, for a larger model in bf16. Phase `context` is then the GPU's memory outside of
+torch's, if no other process uses the GPU, against the plan's fixed overhead, which the other phases
+leave out.
 """
 
 import argparse
@@ -167,7 +168,9 @@ def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict
 def _planned(memory: Memory, phase: str, phases: Iterable[str]) -> float:
     """Return the planned bytes of `state`, of one phase, or of the peak over `phases`."""
     if phase == "peak":
-        return max(_planned(memory, each, ()) for each in phases if each != "peak")
+        return max(_planned(memory, each, ()) for each in phases if each not in ("peak", "context"))
+    if phase == "context":
+        return memory.state["fixed overhead"]
     whole = sum(memory.state.values()) if phase == "state" else memory.at(phase)
     return whole - memory.state.get("fixed overhead", 0.0)
 
@@ -200,6 +203,9 @@ def _rank(folder: str, name: str, responses: int) -> None:
     # A first step, since its leftovers in the process do not belong to the run.
     train_step(build_run(config, runtime, _hf(layout.model) | WARM_UP), 0)
     peaks = measure_step_peaks(config, runtime, _hf(layout.model))
+    if ON_GPU:
+        free, total = torch.cuda.mem_get_info()
+        peaks["context"] = total - free - torch.cuda.memory_reserved()
     result = {"stage": runtime.pp_rank, "bytes": peaks}
     Path(folder, f"rank{runtime.rank}.json").write_text(json.dumps(result))
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from aropd_mcore.plan.devices import peak_bf16_flops
+
 REPO = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPO / "tools" / "benchmarks"
 
@@ -28,6 +30,8 @@ class Check:
     note: str = ""
     value: float | None = None
     """The measured number, in SI units; None for tests."""
+    constant: str = ""
+    """Name of the plan's constant that it measures."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ def bound(
     scale: float = 1.0,
     least: bool = False,
     note: str = "",
+    constant: str = "",
 ) -> Check:
     """Return a check of a number against its goal.
 
@@ -66,7 +71,7 @@ def bound(
     if limit is not None:
         goal = f"{'≥' if least else '≤'} {limit * scale:.4g}{unit}"
         verdict = "met" if (value >= limit if least else value <= limit) else "not met"
-    return Check(what, f"{value * scale:.4g}{unit}", goal, verdict, note, value)
+    return Check(what, f"{value * scale:.4g}{unit}", goal, verdict, note, value, constant)
 
 
 # --- tests ---------------------------------------------------------------------------------------
@@ -158,12 +163,21 @@ def _read_loss(folder: Path) -> Iterator[Check]:
         from loss_results import cuda_goals  # type: ignore[reportMissingImports]
     finally:
         sys.path.remove(str(BENCHMARKS))
-    for goal in cuda_goals(_figures(folder, "loss.json")["points"][0]):
+    figures = _figures(folder, "loss.json")
+    point = figures["points"][0]
+    for goal in cuda_goals(point):
         what = f"loss, {goal['name']}"
         if goal["value"] is None:
             yield Check(what, "–", "–", "skipped", "liger-kernel is not installed")
         else:
             yield bound(what, goal["value"], goal["limit"], least=goal["least"])
+    rates = dict(point["rates"])
+    copies, products = rates.pop("copy_bytes_per_second"), max(rates.values())
+    yield bound("copies in GPU memory", copies, None, " TB/s", scale=1e-12)
+    yield bound("products of the loss", products, None, " TFLOP/s", scale=1e-12)
+    if peak := peak_bf16_flops(figures["machine"]["name"]):
+        what = "products of the loss, share of the peak"
+        yield bound(what, products / peak, None, constant="matmul_efficiency")
 
 
 VLLM_SECONDS_PER_TOKEN = 6.59e-3
@@ -184,14 +198,19 @@ def _read_decoding(figures: dict[str, Any]) -> Iterator[Check]:
     yield from _read_tokens(figures, what, limit)
 
 
-def _read_tokens(figures: dict[str, Any], what: str, limit: float | None) -> Iterator[Check]:
+def _read_tokens(
+    figures: dict[str, Any], what: str, limit: float | None, constants: tuple[str, str] = ("", "")
+) -> Iterator[Check]:
+    """Check the seconds per token with and without CUDA graphs, which measure two constants."""
     seconds = figures["seconds_per_token"]
     if not figures["is_captured"]:
         reason = "no CUDA graph captured these layers"
         yield Check(f"{what}, CUDA graphs", "–", "–", "skipped", reason)
     else:
-        yield bound(f"{what}, CUDA graphs", seconds["graphs"][0], limit, " ms", scale=1e3)
-    yield bound(f"{what}, without graphs", seconds["plain"][0], None, " ms", scale=1e3)
+        captured = seconds["graphs"][0], limit, " ms"
+        yield bound(f"{what}, CUDA graphs", *captured, scale=1e3, constant=constants[0])
+    plain = seconds["plain"][0], None, " ms"
+    yield bound(f"{what}, without graphs", *plain, scale=1e3, constant=constants[1])
 
 
 def _read_launches(figures: dict[str, Any]) -> Iterator[Check]:
@@ -202,11 +221,17 @@ def _read_launches(figures: dict[str, Any]) -> Iterator[Check]:
         for name, seconds in figures["seconds_per_token"].items()
     }
     what = f"launches of a decoded token, per {kind} layer"
-    yield from _read_tokens(figures | {"seconds_per_token": per_layer}, what, None)
+    constants = ("captured_launch_seconds", "launch_seconds") if kind == "dense" else ("", "")
+    yield from _read_tokens(figures | {"seconds_per_token": per_layer}, what, None, constants)
 
 
 def _read_memory(rows: list[dict[str, Any]]) -> Iterator[Check]:
     for row in rows:
+        if row["phase"] == "context":
+            what = "memory outside of torch's: context, kernels, workspaces"
+            limits = row["measured"], row["planned"], " GB"
+            yield bound(what, *limits, scale=1e-9, constant="gpu_overhead_bytes")
+            continue
         ratio = row["planned"] / row["measured"]
         what = f"memory, {row['layout']}, {row['phase']}: planned / measured"
         note = f"measured {row['measured'] / 1e6:,.0f} MB"
@@ -223,7 +248,8 @@ def _read_pinned(figures: dict[str, Any]) -> Iterator[Check]:
     if figures["pinned"] is None:
         yield Check(f"{what}: pinned", "–", "≤ 2", "skipped", "nothing is pinned without a GPU")
     else:
-        yield bound(f"{what}: pinned", figures["pinned"] / size, 2.0, note=note)
+        ratio = figures["pinned"] / size
+        yield bound(f"{what}: pinned", ratio, 2.0, note=note, constant="pinned_bytes")
 
 
 def _decoding(

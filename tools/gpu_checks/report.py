@@ -17,9 +17,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """Write gpu_check.json and gpu_check.md, for a dry run gpu_check.dry.json and .dry.md."""
-    stem = "gpu_check.dry" if results["dry"] else "gpu_check"
-    write_atomically(folder / f"{stem}.json", json.dumps(results, indent=2) + "\n")
-    write_atomically(folder / f"{stem}.md", render(results))
+    path = report_path(folder, dry=results["dry"])
+    write_atomically(path, json.dumps(results, indent=2) + "\n")
+    write_atomically(path.with_suffix(".md"), render(results))
+
+
+def report_path(folder: Path, *, dry: bool) -> Path:
+    return folder / ("gpu_check.dry.json" if dry else "gpu_check.json")
 
 
 def render(results: dict[str, Any]) -> str:
@@ -46,6 +50,30 @@ def render(results: dict[str, Any]) -> str:
             cells = "the part", "–", "–", f"{part['status']}: {part['reason']}"
             lines.append(_row(part["name"], cells, results["dry"]))
     return "\n".join(lines) + "\n"
+
+
+def render_constants(results: dict[str, Any]) -> str:
+    """Return the measured values of the plan's constants as YAML for constants.yaml.
+
+    Each replaces an end of a range, or `used`. Which one it is depends on the measured case.
+    """
+    if results["dry"]:
+        return "a dry run measures no constants\n"
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = []
+    for part in results["parts"]:
+        for check in part["checks"]:
+            if check["constant"] and check["value"] is not None:
+                lines += [
+                    f"{check['constant']}:",
+                    f"    value: {check['value']:.4g}",
+                    f"    measured: {json.dumps(check['what'])}",
+                    f"    machine: {json.dumps(results['machine']['gpu'])}",
+                    f"    versions: {json.dumps(versions)}",
+                    f"    date: {part['finished'][:10]}",
+                    f"    command: {json.dumps(part['command'])}",
+                ]
+    return "\n".join(lines or ["no part that measures a constant has a result"]) + "\n"
 
 
 def _row(name: str, cells: tuple[str, ...], is_dry: bool) -> str:
