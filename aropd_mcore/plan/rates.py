@@ -33,6 +33,9 @@ class Rates:
     router_launch_seconds: float
     expert_launch_seconds: float
     collective_seconds: float
+    sync_call_seconds: float
+    sync_write_bytes: float
+    sync_read_bytes: float
 
 
 def _rates(*, fast: bool) -> Rates:

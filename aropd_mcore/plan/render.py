@@ -14,7 +14,7 @@ from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.rates import FASTEST, SLOWEST
 from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup
-from aropd_mcore.plan.sync import CALL_SECONDS, READ_BYTES, WRITE_BYTES, sync_cost
+from aropd_mcore.plan.sync import sync_cost
 
 GB = 1e9
 SWEEP_ROWS = 20
@@ -208,17 +208,11 @@ def _sync_text(setup: Setup, path: Literal["disk", "nccl"]) -> str:
     if path == "disk":
         writers = f"{cost.num_owners} ranks, up to {cost.busiest_bytes / GB:.1f} GB each"
         work = f"written by {writers}, after {gathers}, and read by every server"
-        rates = (
-            f"{WRITE_BYTES[0] / GB:g} to {WRITE_BYTES[1] / GB:g} GB/s per writing rank, "
-            f"{READ_BYTES[0] / GB:g} to {READ_BYTES[1] / GB:g} GB/s per server"
-        )
     else:
         work = f"in {cost.broadcasts} broadcasts by {cost.num_owners} ranks, after {gathers}"
-        rates = f"{CALL_SECONDS[0] * 1e3:g} to {CALL_SECONDS[1] * 1e3:g} ms per call"
     return (
         f"Weights to the servers ({path}), after each step and not in its time: "
-        f"{cost.num_bytes / GB:.1f} GB {work}; {cost.shortest:.1f} – {cost.longest:.1f} s "
-        f"(assumed: {rates})."
+        f"{cost.num_bytes / GB:.1f} GB {work}; {cost.shortest:.1f} – {cost.longest:.1f} s."
     )
 
 

@@ -15,15 +15,8 @@ from aropd_mcore.convert.buckets import (
 )
 from aropd_mcore.convert.mapping import EMBEDDING
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
-from aropd_mcore.plan.cost import H100, Rates
+from aropd_mcore.plan.rates import FASTEST, SLOWEST, Rates
 from aropd_mcore.plan.setup import Setup
-
-CALL_SECONDS = (0.1e-3, 1e-3)
-"""Least and longest assumed time of a collective or a send, besides its bytes."""
-WRITE_BYTES = (0.5e9, 2e9)
-"""Bytes per second that a rank writes into files: least and most. Assumed."""
-READ_BYTES = (1e9, 4e9)
-"""Bytes per second at which a server loads files: least and most. Assumed."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +41,13 @@ class SyncCost:
     """Seconds, if nothing overlaps and rates are the lowest assumed."""
 
 
-def sync_cost(
-    setup: Setup, path: Literal["disk", "nccl"], rates: Rates = H100, limit: int = BUCKET_BYTES
-) -> SyncCost:
+def sync_cost(setup: Setup, path: Literal["disk", "nccl"], limit: int = BUCKET_BYTES) -> SyncCost:
     """Count and estimate a sync by files that all ranks write, or by broadcasts of each stage.
 
     Args:
         limit: size of a bucket in bytes.
     """
-    return _files(setup, rates, limit) if path == "disk" else _broadcasts(setup, rates, limit)
+    return _files(setup, limit) if path == "disk" else _broadcasts(setup, limit)
 
 
 def tensor_by_tensor(setup: Setup) -> SyncCost:
@@ -81,7 +72,7 @@ def tensor_by_tensor(setup: Setup) -> SyncCost:
     return SyncCost(num_bytes, num_bytes, 1, max(gathers), sends, sum(tensors), math.nan, math.nan)
 
 
-def _files(setup: Setup, rates: Rates, limit: int) -> SyncCost:
+def _files(setup: Setup, limit: int) -> SyncCost:
     width, replicas = setup.dtype_bytes, setup.data * setup.context
     loads: list[int] = []
     gathers = 0
@@ -112,15 +103,19 @@ def _files(setup: Setup, rates: Rates, limit: int) -> SyncCost:
         loads += [a + b for a, b in zip(dense, of_experts, strict=True)]
         gathers = max(gathers, max(calls) + expert_calls)
     total, busiest = sum(loads), max(loads)
-    gathering = busiest / _bandwidth(setup, setup.tensor, rates)
-    shortest = max(busiest / WRITE_BYTES[1], gathering) + total / READ_BYTES[1]
-    longest = busiest / WRITE_BYTES[0] + gathering + total / READ_BYTES[0]
-    longest += gathers * CALL_SECONDS[1]
+
+    def parts(rates: Rates) -> tuple[float, float, float]:
+        gathering = busiest / _bandwidth(setup, setup.tensor, rates)
+        return gathering, busiest / rates.sync_write_bytes, total / rates.sync_read_bytes
+
+    gathering, writing, reading = parts(FASTEST)
+    shortest = max(writing, gathering) + reading
+    longest = sum(parts(SLOWEST)) + gathers * SLOWEST.sync_call_seconds
     owners = sum(load > 0 for load in loads)
     return SyncCost(total, busiest, owners, gathers, 0, 0, shortest, longest)
 
 
-def _broadcasts(setup: Setup, rates: Rates, limit: int) -> SyncCost:
+def _broadcasts(setup: Setup, limit: int) -> SyncCost:
     width = setup.dtype_bytes
     total = busiest = gathers = sends = broadcasts = 0
     for stage in range(setup.pipeline):
@@ -135,21 +130,24 @@ def _broadcasts(setup: Setup, rates: Rates, limit: int) -> SyncCost:
         total, broadcasts = total + sum(sizes), broadcasts + len(sizes)
         busiest = max(busiest, sum(sizes))
         gathers, sends = max(gathers, own_gathers), max(sends, own_sends)
+
     # Each byte passes the sender's link once, and each server's. Stages send in turn.
-    sending = total / (rates.network_bytes * rates.network_efficiency)
-    gathering = total / _bandwidth(setup, max(setup.tensor, setup.expert_ranks), rates)
+    def sending(rates: Rates) -> float:
+        return total / (rates.network_bytes * rates.network_efficiency)
+
+    gathering = total / _bandwidth(setup, max(setup.tensor, setup.expert_ranks), SLOWEST)
     calls = setup.pipeline * (gathers + sends) + broadcasts
-    shortest = sending + broadcasts * CALL_SECONDS[0]
-    longest = sending + gathering + calls * CALL_SECONDS[1]
+    shortest = sending(FASTEST) + broadcasts * FASTEST.sync_call_seconds
+    longest = sending(SLOWEST) + gathering + calls * SLOWEST.sync_call_seconds
     return SyncCost(total, busiest, setup.pipeline, gathers, sends, broadcasts, shortest, longest)
 
 
 def _stage(setup: Setup, stage: int) -> list[Weight]:
-    """Return the weights of a pipeline stage. Chunks of an interleaved stage count as one."""
+    """Return the weights of a pipeline stage."""
 
     def place(weight: Weight) -> int:
         if weight.layer is not None:
-            return weight.layer * setup.pipeline // setup.architecture.num_layers
+            return setup.stages.stage_of(weight.layer, setup.architecture.num_layers)
         return 0 if weight.name == EMBEDDING.name else setup.pipeline - 1
 
     return [w for w in without_tied_head(setup.architecture) if place(w) == stage]
