@@ -19,6 +19,7 @@ from aropd_mcore.config import Config, SamplingConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.rollout import vllm_api
 from aropd_mcore.rollout.engine import Progress, RolloutFailed, ignore, rollout_seed
+from aropd_mcore.rollout.vllm import MEMORY
 from tests.support.ranks import run_ranks
 from tests.support.rollouts import sample
 from tests.support.tiny_runs import write_model, write_run
@@ -82,6 +83,15 @@ def check_run(path: Path) -> None:
             assert log.count("Started server process") == 2, "expected one restart"
             check_key_is_required(engine)
 
+        # Sleep releases no memory on a CPU, but the calls and their order are those of a GPU.
+        if run.runtime.rank == 0:
+            servers, separate = engine._servers, engine._servers._config
+            servers._config = separate.model_copy(update={"placement": "colocated"})
+            servers.sleep()
+        check_same_as_native(config, run, NUM_STEPS)
+        if run.runtime.rank == 0:
+            servers._config = separate
+
         # One bit of the exported file changes before the server loads it.
         load_weights = vllm_api.Api.load_weights
         with pytest.MonkeyPatch.context() as patch:
@@ -108,6 +118,7 @@ def check_run(path: Path) -> None:
     finally:
         processes = list_processes(engine)
         engine.close()
+    assert engine._scratch.parent == MEMORY and not engine._scratch.exists()
     deadline = time.monotonic() + 20
     while alive := [process for process in processes if is_alive(process)]:
         assert time.monotonic() < deadline, alive
