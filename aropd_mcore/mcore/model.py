@@ -202,9 +202,10 @@ def model_config(
         # exchange, silently gives wrong data on gloo in that layout.
         overlap_p2p_comm=runtime.vp_size > 1,
         batch_p2p_comm=runtime.vp_size == 1,
+        batch_p2p_sync=False,  # a synchronization of the device, for old versions of torch
         bf16=dtype == torch.bfloat16,
-        # Microbatches differ in length. Megatron then requires this dispatcher, even for dense
-        # models.
+        # Microbatches differ in length (see pipeline_hops). Megatron then requires this dispatcher,
+        # even for dense models.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         # The loss is a sum. numerics.reduce divides it.

@@ -7,11 +7,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from aropd_mcore.heartbeat import beat
+from aropd_mcore.mcore.pipeline_hops import KnownShapes
 from aropd_mcore.types import ViewBatch
+
+_GROUPS = ["tp", "cp", "pp", "embd", "pos_embd", "dp", "dp_cp", "tp_dp_cp"]
+"""Groups that Megatron's schedules read if they get a communicator."""
 
 
 def run_schedule(
@@ -78,6 +84,12 @@ def run_schedule(
 
         return hidden_SBH, finish
 
+    config, pipeline = chunks[0].config, {}
+    if config.pipeline_model_parallel_size > 1:
+        groups = ProcessGroupCollection.use_mpu_process_groups(_GROUPS)
+        shapes = [_stage_output(view_of(item), config) for item in inputs]
+        hops = KnownShapes(groups.pp, config, shapes)
+        pipeline = {"p2p_communicator": hops, "pg_collection": groups}
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -85,13 +97,23 @@ def run_schedule(
             data_iterator=[iter(inputs) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(inputs),
-            # Stages send the shapes to each other (variable_seq_lengths). Megatron requires these
-            # two sizes but does not use them.
+            # Megatron requires these two sizes but does not use them with variable_seq_lengths.
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            **pipeline,
         )
+
+
+def _stage_output(view: ViewBatch, config: TransformerConfig) -> tuple[int, int, int]:
+    """Return the shape of a stage's output, [S, B, H], or [S / tp, B, H] with sequence parallelism.
+
+    Only shapes are read, so the host does not wait for the device.
+    """
+    num_rows, length = view.tokens_BS.shape
+    ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return length // ranks, num_rows, config.hidden_size
 
 
 def _packed_seq_params(view: ViewBatch) -> PackedSeqParams | None:

@@ -51,7 +51,7 @@ def render_sweep(run: PlannedRun) -> RenderableType:
         "TP": [setup.tensor for setup in setups],
         "PP": [setup.pipeline for setup in setups],
         "VPP": [setup.virtual_pipeline for setup in setups],
-        "layers": [_split(setup) for setup in setups],
+        "layers\nfirst\n/last": [_ends(setup) for setup in setups],
         "CP": [setup.context for setup in setups],
         "EP": [setup.expert for setup in setups],
         "DP": [setup.data for setup in setups],
@@ -62,7 +62,7 @@ def render_sweep(run: PlannedRun) -> RenderableType:
         "peak\nphase": [estimate.memory.peak_phase for estimate in shown],
         "step\ns": [f"{e.shortest.total:.1f} – {e.time.total:.1f}" for e in shown],
     }
-    for name, usual in (("VPP", 1), ("EP", 1), ("layers", "")):
+    for name, usual in (("VPP", 1), ("EP", 1), ("layers\nfirst\n/last", "")):
         if set(columns[name]) == {usual}:
             del columns[name]
     for name in columns:
@@ -70,6 +70,13 @@ def render_sweep(run: PlannedRun) -> RenderableType:
     for row in zip(*columns.values(), strict=True):
         table.add_row(*map(str, row))
     return Group(table, _assumptions(fitting[0].setup))
+
+
+def _ends(setup: Setup) -> str:
+    """Format the layers of the first and the last stage, such as `11/11`. Even stages: an empty
+    text."""
+    layers = setup.stage_layers
+    return f"{layers[0]}/{layers[-1]}" if len(set(layers)) > 1 else ""
 
 
 def _split(setup: Setup) -> str:

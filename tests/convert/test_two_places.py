@@ -69,7 +69,8 @@ LLAMA31 = {**LLAMA31_ROPE, "rope_theta": 500000.0}
         (
             {**LLAMA, "rope_parameters": {**DEFAULT_ROPE, "factor": 4.0}},
             (
-                "rope_parameters has the key 'factor', which is not supported with rope_type 'default'",
+                "rope_parameters has the key 'factor', which is not supported with rope_type "
+                "'default'",
             ),
         ),
         (

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from pydantic import ValidationError
 from aropd_mcore.cli import main
 from aropd_mcore.config import Config
 from aropd_mcore.config_file import load_config
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.convert.tensors import padded_vocab_size
+from aropd_mcore.plan.cost import step_time
 from aropd_mcore.plan.fit import build_planned_run, remedies, sweep
 from aropd_mcore.plan.layout import plan
-from aropd_mcore.plan.memory import worst_stage
+from aropd_mcore.plan.memory import stage_memory, worst_stage
+from aropd_mcore.plan.parameters import rank_parameters
 from aropd_mcore.plan.setup import Setup, build_setup
 from tests.conftest import REPO
 from tests.support.tiny_models import save_tiny_model
@@ -95,6 +100,7 @@ def test_sweep_is_sorted_and_fits(monkeypatch: pytest.MonkeyPatch, capsys):
 
 
 PARALLEL = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "sequence")
+SPLIT = ("layers_in_first_stage", "layers_in_last_stage", "pipeline_layout")
 TRAINING = ("recompute", "micro_batch_size")
 
 
@@ -135,39 +141,75 @@ def _settings(setup: Setup) -> tuple:
     return tuple(getattr(setup, name) for name in PARALLEL + TRAINING)
 
 
+@pytest.mark.parametrize(
+    "pipeline, split, layers",
+    [
+        (4, {"layers_in_first_stage": 23, "layers_in_last_stage": 23}, (23, 24, 24, 23)),
+        (8, {"layers_in_last_stage": 10}, (12,) * 7 + (10,)),
+        (16, {"pipeline_layout": "Et*5|(t*6|)*14t*5L"}, (5, *(6,) * 14, 5)),
+    ],
+)
+def test_plan_counts_the_layers_of_uneven_stages(pipeline: int, split: dict, layers: tuple):
+    """94 layers on 4, 8 and 16 stages. All stages together have the model's parameters."""
+    model = read_architecture(CLUSTERS / "Qwen3-235B-A22B")
+    setup = Setup(model, pipeline=pipeline, num_microbatches=2 * pipeline, **split)
+    assert setup.stage_layers == layers
+    parts = [rank_parameters(setup, stage).total for stage in range(pipeline)]
+    padding = padded_vocab_size(model.vocab_size, 1) - model.vocab_size
+    assert sum(parts) == model.num_parameters + 2 * padding * model.hidden_size
+    # The compared stages have the largest peak of all, and a step waits for the most layers.
+    peaks = [stage_memory(setup, stage).peak for stage in range(pipeline)]
+    assert worst_stage(setup).peak == max(peaks)
+    one_stage = replace(setup, pipeline=1, **dict.fromkeys(SPLIT))
+    share = step_time(setup).teacher * (1 - step_time(setup).teacher_bubble)
+    assert share == pytest.approx(step_time(one_stage).teacher * max(layers) / 94)
+
+
+def test_more_stages_with_an_uneven_split_are_a_remedy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPO)
+    path = CLUSTERS / "qwen3-235b-a22b-256xh100.yaml"
+    split = ["parallel.layers_in_first_stage=null", "parallel.layers_in_last_stage=null"]
+    config = load_config(path, ["parallel.pipeline=2", "parallel.expert=8", *split])
+    run = build_planned_run(config, 256, gpus_per_node=8, memory_bytes=80e9)
+    assert not run.fits(run.estimate().memory)
+    changes = [remedy.change for remedy in remedies(run) if "pipeline" in remedy.change]
+    assert changes == ["parallel.pipeline=8 parallel.layers_in_last_stage=10"]
+    config = load_config(path, ["parallel.expert=8", *split, *changes[0].split()])
+    run = build_planned_run(config, 256, gpus_per_node=8, memory_bytes=80e9)
+    assert run.fits(run.estimate().memory)
+
+
 @pytest.mark.slow
 def test_expert_parallelism_is_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     """227B of 235B parameters are experts. Without expert parallelism, on two stages, the weights
     of a rank take more than 100 GB."""
     monkeypatch.chdir(REPO)
     path = CLUSTERS / "qwen3-235b-a22b-256xh100.yaml"
-    machines = {"gpus_per_node": 8, "memory_bytes": 60e9}
-    whole = build_planned_run(load_config(path, ["parallel.expert=1"]), 256, **machines)
+    machines = {"gpus_per_node": 8, "memory_bytes": 80e9}
+    two_stages = ["parallel.pipeline=2", *(f"parallel.{name}=null" for name in SPLIT)]
+    config = load_config(path, ["parallel.expert=1", *two_stages])
+    whole = build_planned_run(config, 256, **machines)
     assert whole.estimate().memory.state["weights"] > 100e9
     assert "parallel.expert=64" in [remedy.change for remedy in remedies(whole)]
 
     best = sweep(whole)[0].setup
     assert best.expert > 1
-    values = [f"parallel.{name}={str(getattr(best, name)).lower()}" for name in PARALLEL]
-    values += [f"training.{name}={getattr(best, name)}" for name in TRAINING]
-    plan(load_config(path, values), 256)
     # The suggested overrides are exactly the settings that differ from this configuration.
-    no_remedy = [f"parallel.{size}=1" for size in ("expert", "pipeline", "tensor")]
-    no_remedy += ["parallel.sequence=false"]
-    config = load_config(path, no_remedy)
-    expected = {
-        f"{section}.{name}={str(getattr(best, name)).lower()}"
-        for section, names in (("parallel", PARALLEL), ("training", TRAINING))
-        for name in names
-        if getattr(best, name) != getattr(getattr(config, section), name)
-    }
-    words = ["plan", str(path), "--gpus", "256", "--memory", "60", *no_remedy]
-    assert main(words) == 0
-    suggestion = capsys.readouterr().out.splitlines()[-1]
+    one_stage = [*two_stages, "parallel.pipeline=1", "training.micro_batch_size=2"]
+    no_remedy = ["parallel.expert=1", *one_stage]
+    assert main(["plan", str(path), "--gpus", "256", *no_remedy]) == 0
+    suggestion = capsys.readouterr().out.split("with the shortest step:")[1]
+    given = load_config(path, no_remedy)
+    expected = set()
+    for section, names in (("parallel", PARALLEL + SPLIT), ("training", TRAINING)):
+        for name in names:
+            value = getattr(best, name)
+            if value != getattr(getattr(given, section), name):
+                expected.add(f"{section}.{name}={str(value).lower()}")
     overrides = suggestion.split("(")[0].split()
     assert set(overrides) == expected
-    assert main([*words, *overrides]) == 0
-    assert "\nfits into 60 GB" in capsys.readouterr().out
+    assert main(["plan", str(path), "--gpus", "256", *no_remedy, *overrides]) == 0
+    assert "\nfits into 80 GB" in capsys.readouterr().out
 
 
 @pytest.mark.slow
