@@ -25,7 +25,7 @@ from aropd_mcore.numerics.kl import (
     token_losses,
 )
 from aropd_mcore.numerics.loss_settings import LossSettings
-from aropd_mcore.numerics.passes import TorchPasses, ViewLogits
+from aropd_mcore.numerics.passes import ViewLogits
 from aropd_mcore.numerics.threads import on_threads
 from aropd_mcore.numerics.vocab_shard import vocab_shard
 
@@ -124,7 +124,7 @@ def fused_linear_anchored_residual_kl(
     ) -> dict[str, Tensor]:
         # With one privileged view, it takes both places: the target reads the same from either.
         views = ViewLogits(logits[0], logits[1], logits[-1])
-        run = passes_for(views)
+        run = passes_for(views.student)
         wanted = Wanted(ids_T, with_metrics, with_metrics and with_topk)
 
         def compute(group: slice) -> TokenLosses:
@@ -192,7 +192,7 @@ def fused_linear_cross_entropy(
     ) -> dict[str, Tensor]:
         assert ids_T is not None
         (student_TV,) = logits
-        run = TorchPasses(student_TV)
+        run = passes_for(student_TV)
         losses = cross_entropies(run, student_TV, ids_T, shard)
         if gradient is not None:
             numbers = (ids_T, losses.softmax, shard, gradient.weights_C)

@@ -44,6 +44,7 @@ from aropd_mcore.numerics.kernel_blocks import (
     exp,
     expectation,
     lane_sums,
+    load,
     load_views,
     log_mixture,
     log_softmax,
@@ -73,10 +74,20 @@ class Matrix(NamedTuple):
 
 def view_statistics(views: ViewLogits, moments: Sequence[tuple[int, int]]) -> Tensor:
     assert tuple(moments) in ((), MOMENTS), moments
-    out_KT = _empty_numbers(6 + len(moments), views)
+    out_KT = _empty_numbers(6 + len(moments), views.student)
     with torch.cuda.device_of(out_KT):
         _view_statistics[(out_KT.size(1),)](
             out_KT, *_sizes(views), WITH_MOMENTS=bool(moments), num_warps=NUM_WARPS
+        )
+    return out_KT
+
+
+def student_statistics(student_TV: Tensor) -> Tensor:
+    num_tokens, num_columns = student_TV.shape
+    out_KT = _empty_numbers(3, student_TV)
+    with torch.cuda.device_of(out_KT):
+        _student_statistics[(num_tokens,)](
+            out_KT, _matrix(student_TV), num_tokens, num_columns, num_warps=NUM_WARPS
         )
     return out_KT
 
@@ -89,7 +100,7 @@ def target_statistics(
     with_metrics: bool,
     least_top_2T: Tensor | None,
 ) -> Tensor:
-    out_KT = _empty_numbers(6, views)
+    out_KT = _empty_numbers(6, views.student)
     with torch.cuda.device_of(out_KT):
         _target_statistics[(out_KT.size(1),)](
             out_KT,
@@ -106,7 +117,7 @@ def target_statistics(
 
 
 def mixture_statistics(views: ViewLogits, softmax: Softmax, objective: LossSettings) -> Tensor:
-    out_KT = _empty_numbers(2, views)
+    out_KT = _empty_numbers(2, views.student)
     with torch.cuda.device_of(out_KT):
         _mixture_statistics[(out_KT.size(1),)](
             out_KT,
@@ -143,10 +154,26 @@ def write_gradient(
         )
 
 
-def _empty_numbers(num_numbers: int, views: ViewLogits) -> Tensor:
-    assert views.student.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    shape = (num_numbers, views.student.size(0))
-    return views.student.new_empty(shape, dtype=torch.float32)
+def write_cross_entropy_gradient(
+    out_TV: Tensor, student_TV: Tensor, softmax: Softmax, columns_T: Tensor, weights_T: Tensor
+) -> None:
+    num_tokens, num_columns = out_TV.shape
+    with torch.cuda.device_of(out_TV):
+        _write_cross_entropy_gradient[(num_tokens, triton.cdiv(num_columns, BLOCK.value))](
+            _matrix(out_TV),
+            _matrix(student_TV),
+            num_tokens,
+            num_columns,
+            _contiguous(softmax),
+            columns_T.contiguous(),
+            weights_T.contiguous(),
+            num_warps=NUM_WARPS,
+        )
+
+
+def _empty_numbers(num_numbers: int, logits_TV: Tensor) -> Tensor:
+    assert logits_TV.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return logits_TV.new_empty((num_numbers, logits_TV.size(0)), dtype=torch.float32)
 
 
 def _matrix(tensor_TV: Tensor) -> Matrix:
@@ -226,6 +253,34 @@ def _view_statistics(out_KT, views, num_tokens, num_columns, WITH_MOMENTS: tl.co
         tl.store(out + 9 * num_tokens, tl.sum(move(ps, sum_p, d_p, d_s, True), 0))
         tl.store(out + 10 * num_tokens, tl.sum(move(fs, sum_f, d_f, d_s, True), 0))
         tl.store(out + 11 * num_tokens, tl.sum(move(fp, sum_f, d_f, d_p, True), 0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _student_statistics(out_KT, student, num_tokens, num_columns):
+    """The part of `_view_statistics` that is about one view."""
+    row = tl.program_id(0).to(tl.int64)
+    block = block_columns()
+    low, zero = tl.full((LANES,), LOWEST, tl.float32), tl.full((LANES,), 0.0, tl.float32)
+    max_s, sum_s, moment = low, zero, zero
+    begin, end = 0, num_columns // BLOCK * BLOCK
+    for CAREFUL in tl.static_range(2):
+        if CAREFUL:
+            begin, end = end, num_columns
+            if not are_finite(sum_s + moment):
+                begin *= 0
+                max_s, sum_s, moment = low, zero, zero
+        for start in range(begin, end, BLOCK):
+            x = load(student, row, start + block, num_columns, CAREFUL)
+            max_s, growth, x, e = shift(x, max_s)
+            moment = move(moment, sum_s, growth, growth, CAREFUL) + expectation(e, x, CAREFUL)
+            sum_s = sum_s * exp(-growth) + lane_sums(e)
+
+    out = out_KT + row
+    row_max = tl.max(max_s, 0)
+    growth = row_max - max_s
+    tl.store(out, row_max)
+    tl.store(out + 1 * num_tokens, tl.sum(sum_s * exp(-growth), 0))
+    tl.store(out + 2 * num_tokens, tl.sum(move(moment, sum_s, growth, growth, True), 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -372,4 +427,25 @@ def _write_gradient(
     if start + BLOCK <= num_columns:
         tl.store(pointers(out, row, columns), gradient)
     else:
+        tl.store(pointers(out, row, columns), gradient, mask=columns < num_columns)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _write_cross_entropy_gradient(
+    out, student, num_tokens, num_columns, softmax, columns_T, weights_T
+):
+    """Write the gradient. One program per block, not per row."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    columns = start + block_columns()
+    norm = normalizer(softmax, 0, row, num_tokens)
+    target = tl.load(columns_T + row)
+    weight = tl.load(weights_T + row).to(tl.float32)
+    if start + BLOCK <= num_columns:
+        s = exp(log_softmax(load(student, row, columns, num_columns, False), norm))
+        gradient = weight * (s - (columns == target).to(tl.float32))
+        tl.store(pointers(out, row, columns), gradient)
+    else:
+        s = exp(log_softmax(load(student, row, columns, num_columns, True), norm))
+        gradient = weight * (s - (columns == target).to(tl.float32))
         tl.store(pointers(out, row, columns), gradient, mask=columns < num_columns)

@@ -121,7 +121,7 @@ def vocab_parallel_anchored_residual_kl(
     wanted = Wanted(sampled_ids_T, with_metrics, with_metrics and with_topk)
     with torch.no_grad():
         views = ViewLogits(*(logits_TV[:, : shard.num_columns] for logits_TV in logits.values()))
-        run = passes_for(views)
+        run = passes_for(views.student)
         groups = token_groups(run, num_tokens, shard)
         parts = on_threads(
             lambda g: token_losses(run, views.rows(g), objective, shard, wanted.rows(g)),
@@ -169,6 +169,8 @@ class Passes(Protocol):
         self, views: ViewLogits, moments: Sequence[tuple[int, int]], /
     ) -> Tensor: ...
 
+    def student_statistics(self, student_TV: Tensor, /) -> Tensor: ...
+
     def target_statistics(
         self,
         views: ViewLogits,
@@ -195,14 +197,24 @@ class Passes(Protocol):
         /,
     ) -> None: ...
 
+    def write_cross_entropy_gradient(
+        self,
+        out_TV: Tensor,
+        student_TV: Tensor,
+        softmax: Softmax,
+        columns_T: Tensor,
+        weights_T: Tensor,
+        /,
+    ) -> None: ...
 
-def passes_for(views: ViewLogits) -> Passes:
+
+def passes_for(logits_TV: Tensor) -> Passes:
     """Choose the passes for logits like these: Triton on a GPU except in fp64, else torch."""
-    if views.student.is_cuda and views.student.dtype != torch.float64:
+    if logits_TV.is_cuda and logits_TV.dtype != torch.float64:
         from aropd_mcore.numerics import kernels  # Triton comes with the CUDA builds of torch
 
         return kernels
-    return TorchPasses(views.student)
+    return TorchPasses(logits_TV)
 
 
 def token_groups(run: Passes, num_tokens: int, shard: VocabShard) -> list[slice]:
@@ -412,7 +424,7 @@ class _LogitsLoss(torch.autograd.Function):
         softmax = Softmax(max_KT, log_sum_KT)
         gradient_TV = torch.empty_like(logits[0])
         gradient_TV[:, ctx.num_columns :] = 0
-        passes_for(views).write_gradient(
+        passes_for(views.student).write_gradient(
             gradient_TV[:, : ctx.num_columns],
             views,
             softmax,

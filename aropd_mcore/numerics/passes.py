@@ -5,6 +5,11 @@
     mixture_statistics  the two halves of the Jensen-Shannon divergence, given the target
     write_gradient      d loss / d student logits, given all of these
 
+Cross-entropy has two of its own:
+
+    student_statistics              the softmax of one view, and its entropy
+    write_cross_entropy_gradient    d loss / d logits
+
 `kl` calls them in this order and combines the shards' numbers in between. `kernels` holds the same
 functions in Triton. No tensor as large as the logits is allocated.
 
@@ -25,8 +30,8 @@ from aropd_mcore.numerics.threads import on_threads
 
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
 """Number of logits of one view that are processed at once. On a CPU the threads share them out, and
-they stay in the cache with their temporaries. On a GPU, which runs only fp64 and cross-entropy
-here, a block must be large enough to keep it busy."""
+they stay in the cache with their temporaries. On a GPU, which runs only fp64 here, a block must be
+large enough to keep it busy."""
 
 MOMENTS = ((0, 0), (1, 1), (2, 2), (1, 0), (2, 0), (2, 1))
 """Pairs (a, b) of views whose E_a[log b] give the entropies and the divergences between views."""
@@ -135,6 +140,13 @@ class TorchPasses:
             return maxima + sums + means
 
         return self._in_blocks(views, 2 * len(views) + len(moments), statistics)
+
+    def student_statistics(self, student_TV: Tensor) -> Tensor:
+        """Compute maxima, sums and moment of one view, [3, T], over this shard only.
+
+        These are the numbers of `view_statistics` with the moment (0, 0).
+        """
+        return self.view_statistics([student_TV], ((0, 0),))
 
     def target_statistics(
         self,
@@ -255,6 +267,33 @@ class TorchPasses:
             out_TV[tokens] = gradient_TV
 
         self.over_blocks(views.student.size(0), write)
+
+    def write_cross_entropy_gradient(
+        self,
+        out_TV: Tensor,
+        student_TV: Tensor,
+        softmax: Softmax,
+        columns_T: Tensor,
+        weights_T: Tensor,
+    ) -> None:
+        """Write weights_t (s - onehot(target)) to `out_TV`, rounded once to its dtype.
+
+        Args:
+            out_TV: [T, V], any floating dtype; it may be the logits themselves.
+            columns_T: int64 [T], the target's column, or -1 if another shard has it.
+        """
+
+        def write(tokens: slice, buffers: Sequence[Tensor]) -> None:
+            log_s = softmax.log_probs(0, student_TV[tokens], tokens, out=buffers[0])
+            s, scale_T = exp_rows(log_s, careful=False, out=buffers[1])
+            weights, columns = weights_T[tokens], columns_T[tokens]
+            s.mul_((scale_T * weights)[:, None])
+            if self._num_columns:
+                subtracted = (columns >= 0) * -weights
+                s.scatter_add_(1, columns.clamp(min=0)[:, None], subtracted[:, None])
+            out_TV[tokens] = s
+
+        self.over_blocks(student_TV.size(0), write)
 
     def _in_blocks(
         self,

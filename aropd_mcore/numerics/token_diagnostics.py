@@ -111,7 +111,9 @@ def fused_linear_scores(
         logits: list[Tensor], ids_T: Tensor | None, _: Gradient | None
     ) -> dict[str, Tensor]:
         views = ViewLogits(*logits)
-        losses = token_losses(passes_for(views), views, objective, shard, Wanted(ids_T, True, True))
+        losses = token_losses(
+            passes_for(views.student), views, objective, shard, Wanted(ids_T, True, True)
+        )
         loss_scores = {"loss_T": losses.loss_T} | losses.metrics
         distributions = _Distributions(views, losses.softmax, objective, shard)
         return loss_scores | distributions.scores(thresholds, num_top)

@@ -56,6 +56,12 @@ def compile_all() -> list[tuple[str, Any]]:
         numbers, tops = torch.zeros(num_tokens), torch.zeros(2, num_tokens)
         kernels.view_statistics(views, MOMENTS)
         kernels.view_statistics(views, ())
+        kernels.student_statistics(views.student)
+        ids_T = torch.zeros(num_tokens, dtype=torch.int64)
+        for out_TV in {views.student.dtype: views.student, torch.bfloat16: half_TV}.values():
+            kernels.write_cross_entropy_gradient(
+                out_TV, views.student, views_softmax, ids_T, numbers
+            )
         for divergence in ("kl_target_student", "kl_student_target", "jsd"):
             objective = LossSettings(0.8, 5.0, divergence, 0.5)
             for with_metrics, least in ((True, tops), (False, None)):

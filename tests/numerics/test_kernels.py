@@ -80,8 +80,43 @@ def compare(views: ViewLogits, settings: Settings, with_metrics: bool = True) ->
         assert_close(result, torch_result, **CLOSE)
 
 
+def cross_entropy_passes(run, student_TV: Tensor) -> list[Tensor]:
+    """Return the results of the passes of cross-entropy, whose targets are on this shard or not."""
+    numbers_KT = run.student_statistics(student_TV)
+    softmax, _ = add_up_views(numbers_KT[None], ((0, 0),))
+    num_tokens, num_columns = student_TV.shape
+    columns_T = torch.arange(num_tokens, device=student_TV.device) * 997 % (num_columns + 1) - 1
+    weights_T = torch.linspace(0.5, 1, num_tokens, device=student_TV.device)
+    gradient_TV = torch.full_like(student_TV, torch.nan, dtype=torch.float32)
+    over_TV = student_TV.clone()
+    for out_TV, own_TV in ((gradient_TV, student_TV), (over_TV, over_TV)):
+        run.write_cross_entropy_gradient(out_TV, own_TV, softmax, columns_T, weights_T)
+    assert_close(over_TV.float(), gradient_TV, rtol=2**-7, atol=1e-7, equal_nan=True)
+    return [numbers_KT, gradient_TV]
+
+
+def compare_cross_entropy(student_TV: Tensor) -> None:
+    from aropd_mcore.numerics import kernels
+
+    expected = cross_entropy_passes(TorchPasses(student_TV), student_TV)
+    for result, torch_result in zip(
+        cross_entropy_passes(kernels, student_TV), expected, strict=True
+    ):
+        assert_close(result, torch_result, **CLOSE)
+
+
 @pytest.mark.usefixtures("by_kernels")
 class TestInterpreted:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_passes_of_cross_entropy_equal_torch(self, dtype):
+        for num_tokens, num_columns in ((3, 45), (2, 1024), (3, 2 * 1024 + 37), (0, 45), (3, 0)):
+            compare_cross_entropy(random_views(num_tokens, num_columns, dtype).student)
+        student_TV = random_views(4, 1024 + 100, dtype).student
+        student_TV[0, [3, 1100]] = -torch.inf
+        student_TV[1, :1024] = -torch.inf
+        student_TV[2, 1024:] = -torch.inf
+        compare_cross_entropy(student_TV)
+
     @pytest.mark.parametrize("settings", EVERY_SETTING, ids=str)
     def test_every_pass_equals_torch(self, settings):
         compare(random_views(3, 45), settings)
@@ -149,6 +184,8 @@ def test_kernels_compile_for_an_h100_without_spilling():
         "_target_statistics",
         "_mixture_statistics",
         "_write_gradient",
+        "_student_statistics",
+        "_write_cross_entropy_gradient",
     }
     for line in lines:
         assert line["spilled_bytes"] == 0, line
@@ -165,6 +202,11 @@ class TestOnGPU:
         for divergence in ("kl_target_student", "kl_student_target", "jsd"):
             for with_metrics in (True, False):
                 compare(views, Settings(divergence=divergence), with_metrics)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("num_columns", [45, 50_257, 128_256])
+    def test_passes_of_cross_entropy_equal_torch(self, num_columns, dtype):
+        compare_cross_entropy(random_views(64, num_columns, dtype, "cuda").student)
 
     @pytest.mark.parametrize("run", [run_logits_form, run_fused])
     def test_loss_equals_the_oracle(self, run):
