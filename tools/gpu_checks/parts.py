@@ -84,10 +84,11 @@ def _tests(name: str, seconds: float, path: str, only: str = "") -> Part:
         words += ["-p", "no:cacheprovider", f"--basetemp={folder / 'tmp'}"]
         return [*words, f"--junitxml={folder / 'junit.xml'}"]
 
-    return Part(name, seconds, command, lambda folder: _read_tests(folder, path), may_fail=True)
+    what = f"{path}{f' ({only})' if only else ''}"
+    return Part(name, seconds, command, lambda folder: _read_tests(folder, what), may_fail=True)
 
 
-def _read_tests(folder: Path, path: str) -> Iterator[Check]:
+def _read_tests(folder: Path, what: str) -> Iterator[Check]:
     """Count the tests of a JUnit file. A part whose tests were all skipped is skipped."""
     failed, reasons, num_passed, num_skipped = [], [], 0, 0
     for case in ElementTree.parse(folder / "junit.xml").iter("testcase"):
@@ -104,8 +105,8 @@ def _read_tests(folder: Path, path: str) -> Iterator[Check]:
     measured = ", ".join(f"{number} {name}" for name, number in parts.items() if number)
     verdict: Verdict = "failed" if failed else "met" if num_passed else "skipped"
     notes = [f"failed: {', '.join(failed)}"] if failed else []
-    notes += [f"skipped: {reason}" for reason in dict.fromkeys(reasons)]
-    yield Check(f"tests of {path}", measured, "all pass", verdict, "; ".join(notes))
+    notes += [f"{'' if verdict == 'skipped' else 'skipped: '}{r}" for r in dict.fromkeys(reasons)]
+    yield Check(f"tests of {what}", measured, "all pass", verdict, "; ".join(notes))
 
 
 # --- benchmarks ----------------------------------------------------------------------------------
