@@ -1,141 +1,24 @@
 """The model that an HF config.json describes, and the parallel layouts that divide it.
 
-Every fact has one value, with the defaults of its family (mapping.Family) and the precedence of
+Every fact has one value, with the defaults of its family (families.Family) and the precedence of
 transformers. If two keys for the same fact disagree, config.json is refused, since transformers 4,
 transformers 5 and vLLM would read different models.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aropd_mcore.convert.families import FAMILIES, Family
 from aropd_mcore.convert.json_file import CheckpointError, JsonObject, brief, read_json
-from aropd_mcore.convert.mapping import (
-    EMBEDDING,
-    FAMILIES,
-    FINAL_NORM,
-    HEAD,
-    Experts,
-    Family,
-    Kind,
-    TableRow,
-)
-from aropd_mcore.convert.rope import Rope, read_rope
+from aropd_mcore.convert.model import Architecture
+from aropd_mcore.convert.rope import read_rope
+from aropd_mcore.convert.routing import read_routing
 from aropd_mcore.convert.settings import check_passed_on, check_settings, check_types
-from aropd_mcore.convert.windows import Windows, read_windows
+from aropd_mcore.convert.windows import read_windows
 from aropd_mcore.stages import ONE_STAGE, Stages
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A table row filled in for one model, one layer and one expert."""
-
-    name: str
-    kind: Kind
-    hf: dict[str, tuple[int, ...]]
-    """Full shapes by HF name, in merging order."""
-    fused_name: str | None = None
-    """Name in Megatron's checkpoints, if different; see `TableRow.fused_name`."""
-    layer: int | None = None
-    expert: int | None = None
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Experts of a mixture-of-experts model, and settings of the router."""
-
-    num_experts: int
-    experts_per_token: int
-    ffn_hidden_size: int
-    """Hidden size of one expert's MLP."""
-    normalized: bool
-    """Whether the weights of a token's chosen experts sum to one."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A decoder-only model as config.json describes it."""
-
-    family: Family
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    """Maximum sequence length, with the positions that YaRN adds."""
-    rms_norm_eps: float
-    rope: Rope
-    windows: Windows | None
-    """Sliding windows. None if every layer attends to all previous tokens."""
-    tied_embeddings: bool
-    """Whether the output head shares the input embedding's weight."""
-    routing: Routing | None
-    """Experts and router. None for a dense model."""
-
-    def max_tokens(self, context: int = 1) -> int:
-        """Return the maximum sequence length on `context` context-parallel ranks.
-
-        Context parallelism computes full attention, which equals sliding-window attention up to the
-        window (Transformer Engine's ring of context ranks has no windows).
-        """
-        if self.windows is None or context == 1:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.windows.size)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Sizes by the names that the tables use."""
-        return {
-            "vocab": self.vocab_size,
-            "hidden": self.hidden_size,
-            "ffn": self.ffn_hidden_size,
-            "head": self.head_dim,
-            "q": self.num_heads * self.head_dim,
-            "kv": self.num_kv_heads * self.head_dim,
-            "experts": self.routing.num_experts if self.routing else 0,
-            "expert_ffn": self.routing.ffn_hidden_size if self.routing else 0,
-        }
-
-    def weights(self) -> Iterator[Weight]:
-        """Yield every Megatron weight of the whole model, in the order of the computation.
-
-        A tied head is yielded as a separate weight that consists of the embedding's HF tensor,
-        since the last pipeline stage holds a copy of the embedding.
-        """
-        sizes = self.sizes
-
-        def fill(row: TableRow, layer: int | None = None, expert: int | None = None) -> Weight:
-            def number(name: str) -> str:
-                return name.format(layer=layer, expert=expert)
-
-            hf = {number(name): tuple(sizes[s] for s in shape) for name, shape in row.hf.items()}
-            fused = number(row.fused_name) if row.fused_name else None
-            return Weight(number(row.name), row.kind, hf, fused, layer, expert)
-
-        yield fill(EMBEDDING)
-        for layer in range(self.num_layers):
-            for one_expert, rows in groupby(self.family.layer_rows, lambda r: "{expert}" in r.name):
-                rows = list(rows)
-                for expert in range(sizes["experts"]) if one_expert else [None]:
-                    yield from (fill(row, layer, expert) for row in rows)
-        yield fill(FINAL_NORM)
-        yield fill(replace(HEAD, hf=EMBEDDING.hf) if self.tied_embeddings else HEAD)
-
-    @cached_property
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the HF checkpoint's tensors, each tensor once."""
-        return {name: shape for weight in self.weights() for name, shape in weight.hf.items()}
-
-    @cached_property
-    def num_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.hf_shapes.values())
 
 
 @dataclass(frozen=True)
@@ -194,12 +77,7 @@ def check_layout(
         ValueError: a size does not divide the model. The message lists the sizes that do, and an
             uneven split of the layers that works.
     """
-    cut = {
-        "key/value heads": architecture.num_kv_heads,
-        "attention heads": architecture.num_heads,
-    }
-    if architecture.routing is None:
-        cut["MLP columns (intermediate_size)"] = architecture.ffn_hidden_size
+    cut = divided_parts(architecture)
     for part, number in cut.items():
         if number % tensor:
             choices = _divisors(math.gcd(*cut.values()))
@@ -224,11 +102,26 @@ def check_layout(
         )
 
 
+def divided_parts(architecture: Architecture) -> dict[str, int]:
+    """Return the sizes that tensor-parallel ranks divide, by name."""
+    cut = {
+        "key/value heads": architecture.num_kv_heads,
+        "attention heads": architecture.num_heads,
+    }
+    routing = architecture.routing
+    if architecture.num_expert_layers < architecture.num_layers:
+        cut["MLP columns (intermediate_size)"] = architecture.ffn_hidden_size
+    if routing and routing.shared_ffn_hidden_size:
+        cut["columns of shared experts"] = routing.shared_ffn_hidden_size
+    return cut
+
+
 def _divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_MAX_PREDICTION_LAYERS = 100
 _MAX_BLOCKS = 100_000  # limit on layers times experts, since the names of all tensors are listed
 
 
@@ -252,7 +145,8 @@ class _Reader(JsonObject):
         head_dim, defaults = self.head_dim(family, hidden, heads), family.defaults
         rope = read_rope(self, head_dim, defaults.rope_theta, defaults.partial_rotary_factor)
         positions = self.size("max_position_embeddings")
-        routing = self.routing(family.experts) if family.experts else None
+        routing = read_routing(self, family.experts, num_layers) if family.experts else None
+        switches = family.switches.items()
         if num_layers * (routing.num_experts if routing else 1) > _MAX_BLOCKS:
             raise self.wrong("num_hidden_layers", num_layers, f"at most {_MAX_BLOCKS} blocks")
         return Architecture(
@@ -270,6 +164,8 @@ class _Reader(JsonObject):
             windows=read_windows(self, family, num_layers),
             tied_embeddings=self.is_set("tie_word_embeddings", defaults.tie_word_embeddings),
             routing=routing,
+            switches=tuple(n for n, switch in switches if self.is_set(switch.key, switch.default)),
+            prediction_layers=self.prediction_layers() if family.has_prediction_layers else 0,
         )
 
     def family(self) -> Family:
@@ -329,27 +225,13 @@ class _Reader(JsonObject):
             raise self.wrong("head_dim", head_dim, "an even number, since rope rotates pairs")
         return head_dim
 
-    def routing(self, keys: Experts) -> Routing:
-        counts = {key: self.get(key) for key in keys.count if key in self.values}
-        self.agree(counts, "transformers 4 and 5 read different ones")
-        if not counts:
-            raise self.error(f"{keys.count[0]} is missing (or {keys.count[1]})")
-        count = next(iter(counts))
-        num_experts, chosen = self.size(count), self.size("num_experts_per_tok")
-        if chosen > num_experts:
-            raise self.error(
-                f"num_experts_per_tok is {chosen}; expected at most {num_experts} ({count})"
-            )
-        normalized = keys.normalized
-        if normalized is None:
-            normalized = self.is_set("norm_topk_prob", False)
-        if normalized and chosen == 1:
-            raise self.error(
-                "num_experts_per_tok is 1 and the weights of the chosen experts sum to one; "
-                "expected at least 2, since every weight would be 1 and Megatron refuses a router "
-                "that learns nothing"
-            )
-        return Routing(num_experts, chosen, self.size(keys.ffn), normalized)
+    def prediction_layers(self) -> int:
+        keys = ("num_nextn_predict_layers", "num_mtp_layers")
+        places = {key: self.get(key) for key in keys if key in self.values}
+        number = self.agree(places, "transformers 5 reads both")
+        if places and (type(number) is not int or not 0 <= number <= _MAX_PREDICTION_LAYERS):
+            raise self.wrong(next(iter(places)), number, f"0 to {_MAX_PREDICTION_LAYERS}")
+        return number or 0
 
     def epsilon(self) -> float:
         epsilon = self.get("rms_norm_eps")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from aropd_mcore.convert.architecture import Architecture, Weight
+from aropd_mcore.convert.model import Architecture, Weight
 from aropd_mcore.convert.mapping import HEAD
 
 

@@ -1,7 +1,8 @@
 """Mapping of a weight to a slice of a global tensor in a Megatron checkpoint.
 
 A checkpoint has no numbering by rank. The weights of one name in all layers form one tensor with a
-leading layer axis. Weights of experts have an expert axis after the layer axis:
+leading layer axis, unless some layers have experts and others have none. Weights of experts have an
+expert axis after the layer axis:
 
     decoder.layers.mlp.experts.experts.linear_fc1.weight    [layers, experts, 2 x ffn, hidden]
 
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import Architecture, Weight
+from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.hf_io import HFWeights
 from aropd_mcore.convert.mapping import HEAD, Kind
+from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.tensor_bytes import Buffer
 from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, shard_bounds
 
-ANY_LAYER = "decoder.layers.self_attention.linear_proj.weight"
+_PROJECTION = "self_attention.linear_proj.weight"
+ANY_LAYER = f"decoder.layers.{_PROJECTION}"
 """Key that exists in every checkpoint with stacked layers. Other checkpoints have layer numbers in
 their keys."""
 
@@ -50,13 +53,16 @@ def stored_weights(architecture: Architecture) -> Iterator[Weight]:
 
 
 def global_slice(
-    weight: Weight, architecture: Architecture, *, stacked: bool = True
+    weight: Weight, architecture: Architecture, *, stacked: bool | None = None
 ) -> GlobalSlice:
     """Locate a weight in a checkpoint.
 
     Args:
-        stacked: True if layers are an axis, False if the key contains the layer number.
+        stacked: True if layers are an axis, False if the key contains the layer number. None: as
+            Megatron writes the model.
     """
+    if stacked is None:
+        stacked = not architecture.has_mixed_layers
     key, lead, lead_shape = weight.fused_name or weight.name, (), ()
     if weight.layer is not None and stacked:
         key = key.replace(f".layers.{weight.layer}.", ".layers.")
@@ -146,8 +152,8 @@ def extra_state_keys(architecture: Architecture) -> Iterable[str]:
         where = global_slice(weight, architecture)
         lead, shape = where.lead or (0,), where.lead_shape or (1,)
         modules = [where.key.rpartition(".")[0]]
-        if weight.layer is not None and weight.expert is None:
-            modules.append("decoder.layers.self_attention.core_attention")
+        if where.key.endswith(_PROJECTION):
+            modules.append(where.key.removesuffix(_PROJECTION) + "self_attention.core_attention")
         for module in modules:
             keys[f"{module}._extra_state/shard_{_dots(lead)}_{_dots(shape)}"] = None
     return keys

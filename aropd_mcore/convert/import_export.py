@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-from aropd_mcore.convert.architecture import Architecture, CheckpointError, Weight, check_layout
+from aropd_mcore.convert.architecture import (
+    Architecture,
+    CheckpointError,
+    check_layout,
+    divided_parts,
+)
 from aropd_mcore.convert.folders import ORDER, copy_companions, new_folder
 from aropd_mcore.convert.global_tensors import (
     chunks,
@@ -18,6 +23,7 @@ from aropd_mcore.convert.global_tensors import (
 )
 from aropd_mcore.convert.hf_write import SafetensorsWriter
 from aropd_mcore.convert.megatron_lm import megatron_lm_args
+from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.progress import progress
 from aropd_mcore.convert.source import HF_FOLDER, TRACKER, HFSource, MegatronSource
 from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, Buffer, TensorInfo
@@ -49,8 +55,7 @@ def import_hf(
     """
     architecture = source.architecture
     if tensor_parallel is None:
-        heads = math.gcd(architecture.num_heads, architecture.num_kv_heads)
-        tensor_parallel = math.gcd(heads, architecture.ffn_hidden_size, _DEFAULT_TENSOR_PARALLEL)
+        tensor_parallel = math.gcd(*divided_parts(architecture).values(), _DEFAULT_TENSOR_PARALLEL)
     check_layout(architecture, tensor=tensor_parallel)
     infos = _global_infos(source)
     total = sum(info.num_bytes for info in infos.values())
@@ -91,16 +96,20 @@ def export_hf(
     """Write the weights of a Megatron checkpoint as an HF folder in the layout of transformers.
 
     Args:
-        dtype: dtype of all tensors in the folder. None: each tensor keeps its dtype.
+        dtype: dtype of all parameters in the folder. None: each tensor keeps its dtype.
         max_shard_bytes: maximum size of a safetensors file.
         overwrite: replace an existing folder.
     Raises:
         CheckpointError: the target exists or does not fit on the disk, or the checkpoint is
             damaged.
     """
-    infos = {n: TensorInfo(dtype or info.dtype, info.shape) for n, info in source.tensors.items()}
+    kept = source.architecture.buffers  # in fp32 with every dtype
+    infos = {
+        name: info if dtype is None or name in kept else TensorInfo(dtype, info.shape)
+        for name, info in source.tensors.items()
+    }
     total = sum(info.num_bytes for info in infos.values())
-    dtypes = {info.dtype for info in infos.values()}
+    dtypes = {info.dtype for name, info in infos.items() if name not in kept}
     keep = (source.path, source.iteration, source.hf_folder)
     with (
         new_folder(target, num_bytes=total, overwrite=overwrite, keep=keep) as folder,
@@ -159,6 +168,9 @@ def _common_state(architecture: Architecture, infos: dict[str, TensorInfo]) -> d
         "iteration": 0,
         "checkpoint_version": 3.0,
         "args": megatron_lm_args(architecture, next(iter(infos.values())).dtype),
-        "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
+        "content_metadata": {
+            "singleton_local_shards": False,
+            "non_homogeneous_layers": architecture.has_mixed_layers,
+        },
         "num_floating_point_operations_so_far": 0,
     }

@@ -1,15 +1,14 @@
-"""Weight names: one table per model family, which maps Megatron-Core weights to HF tensors.
+"""Weight names: rows that map Megatron-Core weights to HF tensors.
 
-Training, import, export and verification all use these tables. A family consists of its table of
-layer rows and the settings in `Family`. architecture.py reads its config.json, and tensors.py cuts
-and merges tensors.
+Training, import, export and verification all use tables of these rows. families.py has a table per
+model family, architecture.py reads config.json, and tensors.py cuts and merges tensors.
 
 Megatron names follow the local layer spec, with layers and experts numbered over the whole model.
 `{layer}` and `{expert}` are placeholders for these numbers on both sides.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -22,6 +21,8 @@ class Kind(Enum):
 
     REPLICATED = "replicated"
     """Weight that is equal on every rank."""
+    COLUMN = "column"
+    """Weight cut by rows, since the output of the linear layer is sharded."""
     ROW = "row"
     """Weight cut by columns, since the input of the linear layer is sharded."""
     VOCAB = "vocab"
@@ -36,12 +37,22 @@ class Kind(Enum):
         return {Kind.REPLICATED: None, Kind.ROW: 1}.get(self, 0)
 
 
+class Layers(Enum):
+    """Layers that have a weight."""
+
+    ALL = "all"
+    DENSE = "dense"
+    """Layers with a dense MLP: all layers of a family without experts."""
+    EXPERTS = "experts"
+    """Layers with experts."""
+
+
 @dataclass(frozen=True)
 class TableRow:
     """One Megatron weight, and its HF tensors in merging order with their shapes.
 
     Names of sizes: `vocab`, `hidden`, `ffn`, `head` (one head), `q` and `kv` (all heads),
-    `experts` and `expert_ffn`.
+    `experts`, `expert_ffn`, `shared_ffn` and `one`.
     """
 
     name: str
@@ -50,6 +61,12 @@ class TableRow:
     fused_name: str | None = None
     """Name of a norm that Transformer Engine's layer spec fuses into the next linear layer.
     Megatron's checkpoints use this name with every layer spec."""
+    layers: Layers = Layers.ALL
+    switch: str | None = None
+    """Name in `Family.switches` of the setting that the weight depends on. None: it is always
+    there."""
+    is_buffer: bool = False
+    """Whether the weight is a buffer, which is not trained, and in fp32 with every model dtype."""
 
 
 EMBEDDING = TableRow(
@@ -98,24 +115,35 @@ QKV_BIAS = (
         },
     ),
 )
-QK_NORM = (
-    TableRow(
-        _MEGATRON + "self_attention.q_layernorm.weight",
-        Kind.REPLICATED,
-        {_HF + "self_attn.q_norm.weight": ("head",)},
-    ),
-    TableRow(
-        _MEGATRON + "self_attention.k_layernorm.weight",
-        Kind.REPLICATED,
-        {_HF + "self_attn.k_norm.weight": ("head",)},
-    ),
-)
+
+
+def qk_norm(kind: Kind, q: str, k: str) -> tuple[TableRow, ...]:
+    """Build the rows of the norms of queries and keys, with the sizes of their weights."""
+    return (
+        TableRow(
+            _MEGATRON + "self_attention.q_layernorm.weight",
+            kind,
+            {_HF + "self_attn.q_norm.weight": (q,)},
+        ),
+        TableRow(
+            _MEGATRON + "self_attention.k_layernorm.weight",
+            kind,
+            {_HF + "self_attn.k_norm.weight": (k,)},
+        ),
+    )
+
+
+QK_NORM = qk_norm(Kind.REPLICATED, "head", "head")
+"""One norm for each head."""
+WHOLE_QK_NORM = qk_norm(Kind.COLUMN, "q", "kv")
+"""One norm for all heads together."""
 DENSE_MLP = (
     TableRow(
         _MEGATRON + "pre_mlp_layernorm.weight",
         Kind.REPLICATED,
         {_HF + "post_attention_layernorm.weight": ("hidden",)},
         fused_name=_MEGATRON + "mlp.linear_fc1.layer_norm_weight",
+        layers=Layers.DENSE,
     ),
     TableRow(
         _MEGATRON + "mlp.linear_fc1.weight",
@@ -124,19 +152,26 @@ DENSE_MLP = (
             _HF + "mlp.gate_proj.weight": ("ffn", "hidden"),
             _HF + "mlp.up_proj.weight": ("ffn", "hidden"),
         },
+        layers=Layers.DENSE,
     ),
     TableRow(
         _MEGATRON + "mlp.linear_fc2.weight",
         Kind.ROW,
         {_HF + "mlp.down_proj.weight": ("hidden", "ffn")},
+        layers=Layers.DENSE,
     ),
 )
+
+
+def if_set(switch: str, rows: tuple[TableRow, ...]) -> tuple[TableRow, ...]:
+    """Make rows depend on a setting of config.json, by its name in `Family.switches`."""
+    return tuple(replace(row, switch=switch) for row in rows)
 
 
 def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
     """Build the rows of a mixture-of-experts MLP, whose HF names differ between families."""
     expert = _MEGATRON + "mlp.experts.local_experts.{expert}."
-    return (
+    rows = (
         TableRow(
             _MEGATRON + "pre_mlp_layernorm.weight",
             Kind.REPLICATED,
@@ -152,154 +187,58 @@ def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
         ),
         TableRow(expert + "linear_fc2.weight", Kind.ROW, {_HF + down: ("hidden", "expert_ffn")}),
     )
+    return tuple(replace(row, layers=Layers.EXPERTS) for row in rows)
+
+
+SHARED_GATE = "gate_weight"
+"""End of the name of the weight of the shared experts' gate."""
+
+
+def shared_experts(prefix: str, gate: str | None = None) -> tuple[TableRow, ...]:
+    """Build the rows of the experts that process every token.
+
+    Args:
+        prefix: HF name of the MLP of these experts, within the layer.
+        gate: HF name of the weight of their sigmoid gate. None: they have none.
+    """
+    ours, theirs = _MEGATRON + "mlp.shared_experts.", _HF + prefix
+    rows = (
+        TableRow(
+            ours + "linear_fc1.weight",
+            Kind.GATE_UP,
+            {
+                theirs + "gate_proj.weight": ("shared_ffn", "hidden"),
+                theirs + "up_proj.weight": ("shared_ffn", "hidden"),
+            },
+        ),
+        TableRow(
+            ours + "linear_fc2.weight",
+            Kind.ROW,
+            {theirs + "down_proj.weight": ("hidden", "shared_ffn")},
+        ),
+    )
+    if gate:
+        rows += (TableRow(ours + SHARED_GATE, Kind.REPLICATED, {_HF + gate: ("one", "hidden")}),)
+    return tuple(replace(row, layers=Layers.EXPERTS) for row in rows)
+
+
+EXPERTS_BY_NUMBER = moe_mlp(
+    router="mlp.gate.weight",
+    gate="mlp.experts.{expert}.gate_proj.weight",
+    up="mlp.experts.{expert}.up_proj.weight",
+    down="mlp.experts.{expert}.down_proj.weight",
+)
+SCORE_CORRECTION = (
+    TableRow(
+        _MEGATRON + "mlp.router.expert_bias",
+        Kind.REPLICATED,
+        {_HF + "mlp.gate.e_score_correction_bias": ("experts",)},
+        layers=Layers.EXPERTS,
+        is_buffer=True,
+    ),
+)
+"""Bias of the experts' scores, which affects the choice of experts only."""
 
 
 IGNORED_HF_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 """Pattern of buffers that old checkpoints contain and transformers recomputes."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Keys of a mixture-of-experts family's config.json that describe the experts."""
-
-    count: tuple[str, ...]
-    """Keys of the number of experts per layer. The values of present keys must agree."""
-    ffn: str
-    """Key of an expert's intermediate size."""
-    normalized: bool | None = None
-    """Whether the weights of the chosen experts sum to one. None: as `norm_topk_prob` specifies."""
-
-
-@dataclass(frozen=True)
-class WindowKeys:
-    """Keys of a family's config.json that describe sliding windows, beside `sliding_window`."""
-
-    has_switch: bool
-    """Whether `use_sliding_window` must be true for a window."""
-    per_layer: bool
-    """Whether `layer_types`, or without it `max_window_layers`, selects the layers with windows.
-    Otherwise all layers have windows."""
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """Values that transformers uses for missing keys of one family's config.json.
-
-    tests/convert/test_config_keys.py compares the values with transformers. A key that is not
-    listed, such as hidden_size, is required.
-    """
-
-    num_key_value_heads: int | None = None
-    """Number of key/value heads. None: num_attention_heads."""
-    head_dim: int | None = None
-    """Size of a head. None: hidden_size / num_attention_heads."""
-    rope_theta: float = 10000.0
-    partial_rotary_factor: float | None = None
-    """Share of each head that rotates. None: only 1.0 is supported."""
-    sliding_window: int | None = None
-    tie_word_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model family: its name, settings and table."""
-
-    name: str
-    """Value of `model_type` in config.json."""
-    architecture: str
-    """First value of `architectures` in config.json."""
-    layer_rows: tuple[TableRow, ...]
-    """Table of one transformer layer, in the order of the computation."""
-    defaults: Defaults = Defaults()
-    nullable: tuple[str, ...] = ()
-    """Keys among `num_key_value_heads` and `head_dim` that may be null. Null means
-    num_attention_heads, or hidden_size / num_attention_heads."""
-    windows: WindowKeys | None = None
-    """Keys of sliding windows. None: the family has none, and `use_sliding_window` must be false.
-    """
-    divides_hidden_size: bool = False
-    """Whether num_attention_heads must divide hidden_size even if there is a `head_dim`."""
-    refused_keys: Mapping[str, str] = field(default_factory=dict)
-    """Effects of keys that make transformers build a model of another family, by key."""
-    experts: Experts | None = None
-
-    @property
-    def has_qkv_bias(self) -> bool:
-        return any(row in QKV_BIAS for row in self.layer_rows)
-
-    @property
-    def has_qk_norm(self) -> bool:
-        return any(row in QK_NORM for row in self.layer_rows)
-
-
-FAMILIES = (
-    Family(
-        "llama",
-        "LlamaForCausalLM",
-        (*ATTENTION, *DENSE_MLP),
-        nullable=("num_key_value_heads", "head_dim"),
-        divides_hidden_size=True,
-    ),
-    Family(
-        "mistral",
-        "MistralForCausalLM",
-        (*ATTENTION, *DENSE_MLP),
-        defaults=Defaults(num_key_value_heads=8, sliding_window=4096),
-        nullable=("head_dim",),
-        windows=WindowKeys(has_switch=False, per_layer=False),
-        refused_keys={"layer_types": "makes transformers 5 build a Ministral model"},
-    ),
-    Family(
-        "qwen2",
-        "Qwen2ForCausalLM",
-        (*ATTENTION, *QKV_BIAS, *DENSE_MLP),
-        defaults=Defaults(num_key_value_heads=32, sliding_window=4096),
-        windows=WindowKeys(has_switch=True, per_layer=True),
-        nullable=("num_key_value_heads",),
-    ),
-    Family(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        (*ATTENTION, *QK_NORM, *DENSE_MLP),
-        defaults=Defaults(num_key_value_heads=32, head_dim=128, sliding_window=4096),
-        windows=WindowKeys(has_switch=True, per_layer=True),
-        nullable=("num_key_value_heads",),
-    ),
-    Family(
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        (
-            *ATTENTION,
-            *QK_NORM,
-            *moe_mlp(
-                router="mlp.gate.weight",
-                gate="mlp.experts.{expert}.gate_proj.weight",
-                up="mlp.experts.{expert}.up_proj.weight",
-                down="mlp.experts.{expert}.down_proj.weight",
-            ),
-        ),
-        defaults=Defaults(num_key_value_heads=4, sliding_window=4096),
-        windows=WindowKeys(has_switch=True, per_layer=False),
-        # Published configs have the first key. transformers 5 writes the second one.
-        experts=Experts(count=("num_experts", "num_local_experts"), ffn="moe_intermediate_size"),
-    ),
-    Family(
-        "mixtral",
-        "MixtralForCausalLM",
-        (
-            *ATTENTION,
-            *moe_mlp(
-                router="block_sparse_moe.gate.weight",
-                gate="block_sparse_moe.experts.{expert}.w1.weight",
-                up="block_sparse_moe.experts.{expert}.w3.weight",
-                down="block_sparse_moe.experts.{expert}.w2.weight",
-            ),
-        ),
-        defaults=Defaults(num_key_value_heads=8, rope_theta=1000000.0),
-        nullable=("head_dim",),
-        windows=WindowKeys(has_switch=False, per_layer=False),
-        experts=Experts(
-            count=("num_local_experts", "num_experts"), ffn="intermediate_size", normalized=True
-        ),
-    ),
-)

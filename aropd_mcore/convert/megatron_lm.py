@@ -29,8 +29,8 @@ def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespac
         "norm_epsilon": architecture.rms_norm_eps,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": architecture.family.has_qkv_bias,
-        "qk_layernorm": architecture.family.has_qk_norm,
+        "add_qkv_bias": architecture.has_qkv_bias,
+        "qk_layernorm": architecture.has_qk_norm,
         "untie_embeddings_and_output_weights": not architecture.tied_embeddings,
         "vocab_size": architecture.vocab_size,
         "padded_vocab_size": padded_vocab_size(architecture.vocab_size, 1),
@@ -55,7 +55,17 @@ def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespac
             "moe_router_topk": routing.experts_per_token,
             "moe_ffn_hidden_size": routing.ffn_hidden_size,
             "moe_router_pre_softmax": not routing.normalized,
+            "moe_router_score_function": routing.scores,
+            "moe_router_enable_expert_bias": routing.scores == "sigmoid",
+            "moe_router_topk_scaling_factor": routing.scaling,
+            "moe_router_num_groups": routing.groups[0] if routing.groups else None,
+            "moe_router_group_topk": routing.groups[1] if routing.groups else None,
+            "moe_shared_expert_intermediate_size": routing.shared_ffn_hidden_size or None,
+            "moe_shared_expert_gate": architecture.has_shared_gate,
         }
+        if architecture.has_mixed_layers:
+            layers = range(architecture.num_layers)
+            args["moe_layer_freq"] = [int(architecture.has_experts(layer)) for layer in layers]
     return Namespace(**args)
 
 

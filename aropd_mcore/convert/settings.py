@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from aropd_mcore.convert.families import Family
 from aropd_mcore.convert.json_file import JsonObject, brief
-from aropd_mcore.convert.mapping import Family
 
 # The only values that the Megatron model is built for.
 _SETTINGS: dict[str, Any] = {
@@ -11,8 +11,7 @@ _SETTINGS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "is_causal": True,
-    "mlp_only_layers": [],
-    "decoder_sparse_step": 1,
+    "clip_qkv": None,
 }
 _NULLABLE_SETTINGS = ("mlp_only_layers",)
 # Keys that make transformers read parts of the model from another place.
@@ -56,7 +55,12 @@ def check_types(config: JsonObject) -> None:
 def check_settings(config: JsonObject, family: Family) -> None:
     """Raise CheckpointError for a setting that the Megatron model does not support."""
     settings = _SETTINGS if family.windows else _SETTINGS | {"use_sliding_window": False}
+    if family.experts is None or family.experts.dense_layers != "listed":
+        settings = settings | {"mlp_only_layers": [], "decoder_sparse_step": 1}
+    free = {switch.key for switch in family.switches.values()}
     for key, needed in settings.items():
+        if key in free:
+            continue
         value = config.get(key, needed)
         types = (int, float) if type(needed) is float else (type(needed),)
         same = value == needed and type(value) in types

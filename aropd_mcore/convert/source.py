@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import Weight, read_config
+from aropd_mcore.convert.architecture import read_config
 from aropd_mcore.convert.folders import ORDER
 from aropd_mcore.convert.global_tensors import (
     ANY_LAYER,
@@ -20,6 +20,7 @@ from aropd_mcore.convert.hf_io import DTYPES, HFWeights, refuse_adapter
 from aropd_mcore.convert.json_file import CheckpointError, read_json
 from aropd_mcore.convert.manifest import MANIFEST, newest, problems
 from aropd_mcore.convert.mapping import EMBEDDING, Kind
+from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import (
     merge,

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from aropd_mcore.convert.families import Family
 from aropd_mcore.convert.json_file import JsonObject
-from aropd_mcore.convert.mapping import Family
 
 _KINDS = {"full_attention": False, "sliding_attention": True}
 
@@ -25,9 +25,10 @@ def read_windows(config: JsonObject, family: Family, num_layers: int) -> Windows
         CheckpointError: a value is out of range, or of a type that the family does not have.
     """
     size = config.get("sliding_window", family.defaults.sliding_window)
-    if size is not None:
-        size = config.size("sliding_window", default=size)
     rule = family.windows
+    if size is not None and not (rule is None and type(size) is int and size == 0):
+        # transformers 5 writes 0 for families without windows.
+        size = config.size("sliding_window", default=size)
     if rule is None or (rule.has_switch and not config.is_set("use_sliding_window", False)):
         size = None
     layers = [size is not None] * num_layers

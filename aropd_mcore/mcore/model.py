@@ -16,25 +16,28 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn import functional
 
 from aropd_mcore.config import PrecisionConfig, Recompute
 from aropd_mcore.convert.architecture import (
     Architecture,
-    Routing,
     check_layout,
     read_architecture,
 )
+from aropd_mcore.convert.routing import Routing
 from aropd_mcore.convert.tensors import padded_vocab_size
 from aropd_mcore.mcore.fp8 import fp8_settings
 from aropd_mcore.mcore.patches.local_attention import LocalCoreAttention
 from aropd_mcore.mcore.patches.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.whole_norm import WholeRMSNorm
 
 BF16 = PrecisionConfig()
 """Precision settings without FP8."""
@@ -76,7 +79,7 @@ class HiddenStateGPT(GPTModel):
         padded = padded_vocab_size(architecture.vocab_size, runtime.tp_size)
         super().__init__(
             config,
-            _layer_spec(config, runtime, vp_stage),  # type: ignore[arg-type] # block specs too
+            _block_spec(architecture, config, runtime, vp_stage),  # type: ignore[arg-type] # this too
             vocab_size=padded,
             max_sequence_length=architecture.max_tokens(runtime.cp_size),
             pre_process=runtime.is_first_stage and vp_stage in (None, 0),
@@ -180,8 +183,8 @@ def model_config(
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=architecture.family.has_qkv_bias,
-        qk_layernorm=architecture.family.has_qk_norm,
+        add_qkv_bias=architecture.has_qkv_bias,
+        qk_layernorm=architecture.has_qk_norm,
         **_attention_settings(architecture, runtime),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -195,7 +198,11 @@ def model_config(
         context_parallel_size=runtime.cp_size,
         **_RECOMPUTE[recompute],
         **fp8_settings(precision),
-        **(_routing_settings(architecture.routing, fused) if architecture.routing else {}),
+        **(
+            _routing_settings(architecture, routing, fused)
+            if (routing := architecture.routing)
+            else {}
+        ),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # Interleaved stages send each tensor as soon as it is ready. Megatron's default, batched
@@ -260,7 +267,7 @@ _FUSED_PERMUTATIONS = (
 """Names in moe_utils, which are None where Transformer Engine is missing or too old."""
 
 
-def _routing_settings(routing: Routing, fused: bool) -> dict[str, Any]:
+def _routing_settings(architecture: Architecture, routing: Routing, fused: bool) -> dict[str, Any]:
     """Return the settings of experts.
 
     Args:
@@ -268,13 +275,28 @@ def _routing_settings(routing: Routing, fused: bool) -> dict[str, Any]:
             all experts of a rank, and a fused permutation of their tokens.
     """
     permutations = [getattr(moe_utils, name, None) for name in _FUSED_PERMUTATIONS]
-    return {
+    settings: dict[str, Any] = {}
+    if architecture.has_mixed_layers:
+        layers = range(architecture.num_layers)
+        settings["moe_layer_freq"] = [int(architecture.has_experts(layer)) for layer in layers]
+    if routing.shared_ffn_hidden_size:
+        settings["moe_shared_expert_intermediate_size"] = routing.shared_ffn_hidden_size
+        settings["moe_shared_expert_gate"] = architecture.has_shared_gate
+    if routing.scores == "sigmoid":
+        # The scores' bias stays as it is in the checkpoint.
+        settings["moe_router_enable_expert_bias"] = True
+        settings["moe_router_bias_update_rate"] = 0.0
+    if routing.groups:
+        settings["moe_router_num_groups"], settings["moe_router_group_topk"] = routing.groups
+    return settings | {
         "num_moe_experts": routing.num_experts,
         "moe_router_topk": routing.experts_per_token,
         "moe_ffn_hidden_size": routing.ffn_hidden_size,
         # A softmax over the chosen experts only equals a softmax over all experts that is
         # normalized after the choice.
         "moe_router_pre_softmax": not routing.normalized,
+        "moe_router_score_function": routing.scores,
+        "moe_router_topk_scaling_factor": routing.scaling if routing.scaling != 1.0 else None,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",  # in bf16, near ties between experts would be rounded
         "moe_grouped_gemm": fused and TEColumnParallelGroupedLinear is not None,
@@ -324,7 +346,11 @@ def build_model(
     model = StageModel(architecture, config, chunks)
     _mark_experts(model, runtime)
     # The local spec creates its norms in fp32 and on the CPU, regardless of params_dtype.
-    return model.to(device=runtime.device, dtype=dtype)
+    model.to(device=runtime.device, dtype=dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith(".expert_bias"):  # rounded scores would change the choice of experts
+            buffer.data = buffer.data.float()
+    return model
 
 
 def _mark_experts(model: StageModel, runtime: Runtime) -> None:
@@ -357,35 +383,53 @@ def _use_transformer_engine(runtime: Runtime) -> bool:
     return HAVE_TE and runtime.device.type == "cuda"
 
 
-def _layer_spec(
-    config: TransformerConfig, runtime: Runtime, vp_stage: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
-    if _use_transformer_engine(runtime):
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
+def _block_spec(
+    architecture: Architecture, config: TransformerConfig, runtime: Runtime, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Return the specs of the layers of this rank's chunk, with experts or with a dense MLP."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    specs = [
+        _layer_spec(architecture, config, runtime, experts=architecture.has_experts(layer))
+        for layer in layers
+    ]
+    norm = LayerNormImpl if _use_transformer_engine(runtime) else LocalRMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=specs,
+        layer_norm=norm,  # type: ignore[arg-type] # a class, as everywhere in specs
     )
+
+
+def _layer_spec(
+    architecture: Architecture, config: TransformerConfig, runtime: Runtime, *, experts: bool
+) -> ModuleSpec:
+    kwargs: dict[str, Any] = {
+        "num_experts": config.num_moe_experts if experts else None,
+        "moe_grouped_gemm": config.moe_grouped_gemm if experts else False,
+        "qk_layernorm": config.qk_layernorm,
+    }
+    is_local = not _use_transformer_engine(runtime)
+    if is_local:
+        spec = get_gpt_layer_local_spec(**kwargs, normalization=config.normalization)
+    else:
+        spec = get_gpt_layer_with_transformer_engine_spec(**kwargs)
     layer: Any = spec.submodules
     attention: Any = layer.self_attention.submodules
+    if architecture.has_whole_qk_norm:
+        heads = {"q": architecture.num_heads, "k": architecture.num_kv_heads}
+        for name, number in heads.items():
+            norm = ModuleSpec(WholeRMSNorm, params={"num_heads": number})
+            setattr(attention, f"{name}_layernorm", norm)
+    elif is_local and config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    if not is_local:
+        return spec
     layer.input_layernorm = layer.pre_mlp_layernorm = LocalRMSNorm
     attention.core_attention = LocalCoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
-    if config.num_moe_experts:
+    if experts:
         # In checkpoints, the local spec gives norms the names of Transformer Engine's spec, which
         # fuses them into the next linear layer. Before experts Transformer Engine's spec fuses
         # nothing and keeps the plain name, but the local spec renames that norm too. Undo this, so
         # that both specs read the same checkpoints.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * num_layers,
-        layer_norm=LocalRMSNorm,  # type: ignore[arg-type] # a class, as everywhere in specs
-    )
+    return spec

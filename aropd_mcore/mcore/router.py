@@ -44,15 +44,16 @@ class RouterLosses:
         routing = model.architecture.routing
         assert routing is not None and objective.has_router_losses
         self._num_chosen = routing.experts_per_token
-        self._num_layers = model.architecture.num_layers
+        self._num_layers = model.architecture.num_expert_layers
         self._runtime = runtime
         self._coefficients = torch.tensor(coefficients, device=runtime.device)
         self._reported = [name for name, c in zip(self.NAMES, coefficients, strict=True) if c > 0]
         self._num_tokens = torch.ones((), device=runtime.device)
         self._totals = torch.zeros(len(self.NAMES), dtype=torch.float64, device=runtime.device)
         for layer in model.layers:
-            # Here the router has the logits and the mask of its tokens in matching shapes.
-            layer.mlp.router.apply_z_loss = self._attach
+            if hasattr(layer.mlp, "router"):
+                # Here the router has the logits and the mask of its tokens in matching shapes.
+                layer.mlp.router.apply_z_loss = self._attach
 
     def start_step(self, views: Sequence[ViewBatch]) -> None:
         """Count the global batch's real tokens.

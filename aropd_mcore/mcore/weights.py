@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import Architecture, CheckpointError, Weight
+from aropd_mcore.convert.architecture import Architecture, CheckpointError
 from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
 from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
+from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.source import HFSource, Source
-from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.heartbeat import beat
 from aropd_mcore.mcore.model import StageModel
@@ -56,12 +56,12 @@ def load_weights(model: StageModel, source: Source, runtime: Runtime) -> None:
             "one that was built; use a checkpoint of the same model"
         )
     own_names = _own_names(model, runtime)
-    parameters = dict(model.named_parameters())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for weight in model.architecture.weights():
         if weight.name in own_names:  # other weights are on other ranks
             group = _tensor_group(weight, runtime)
             shard = source.shard(weight, group.size(), group.rank())
-            parameters[own_names[weight.name]].copy_(shard)
+            tensors[own_names[weight.name]].copy_(shard)
 
 
 def iter_hf_tensors(
@@ -71,7 +71,8 @@ def iter_hf_tensors(
 
     Args:
         values: tensors to read instead of the parameters, such as the teacher's moving average. The
-            keys are those of model.named_parameters(), and all dtypes are equal.
+            keys are those of model.named_parameters(), and all dtypes are equal. Buffers are always
+            those of the model.
     Yields:
         (HF name, tensor). The tensor is on runtime.device of the first rank in tp_group, ep_group
             and etp_group of the first stage. It is None on other ranks. A tied head is omitted.
@@ -84,12 +85,13 @@ def iter_hf_tensors(
     own_names = _own_names(model, runtime)
     if values is None:
         values = dict(model.named_parameters())
-    dtype, device = next(iter(values.values())).dtype, runtime.device
+    dtypes, device = (next(iter(values.values())).dtype, torch.float32), runtime.device
+    values = dict(model.named_buffers()) | dict(values)
     for weight in architecture.weights():
         beat()  # rank 0 may take long to write the last tensor
         if weight.name == HEAD.name and architecture.tied_embeddings:
             continue
-        stage = _stage(weight, architecture, runtime)
+        stage, dtype = _stage(weight, architecture, runtime), dtypes[weight.is_buffer]
         parts: list[Tensor | None] = [None] * len(weight.hf)
         if runtime.pp_rank == stage and weight.name in own_names:
             parts[:] = split(
@@ -173,8 +175,7 @@ def export_model(
 
     def write(tensors: Iterator[tuple[str, Tensor]]) -> None:
         with new_folder(target) as folder:
-            shapes = model.architecture.hf_shapes
-            infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
+            infos = model.architecture.hf_infos(dtype)
             write_safetensors(folder, infos, tensors)
             copy_companions(source, folder, dtype)
 
@@ -193,6 +194,7 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
     The table numbers layers and experts over the whole model and has no chunks and no fused norms.
     """
     table = list(model.architecture.weights())
+    buffers = {weight.name for weight in table if weight.is_buffer}
     unfused = {weight.fused_name: weight.name for weight in table if weight.fused_name}
     first_expert = runtime.ep_rank * _num_own_experts(model.architecture, runtime)
 
@@ -209,6 +211,10 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
             name = _GROUPED.sub(r".local_experts.\g<expert>.\g<linear>.weight", own)
             name = _NUMBERED.sub(number, name)
             names[unfused.get(name, name)] = f"{index}.{own}"
+        for own, _ in chunk.named_buffers():
+            name = _NUMBERED.sub(number, own)
+            if name in buffers:
+                names[name] = f"{index}.{own}"
     unknown = names.keys() - {weight.name for weight in table}
     assert not unknown, f"parameters without a table row: {sorted(unknown)}"
     return names

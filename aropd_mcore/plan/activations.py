@@ -5,8 +5,9 @@ tensor by tensor. `cpu` is Megatron's local layer spec with this package's core 
 by `torch.autograd.graph.saved_tensors_hooks`. `gpu` is Transformer Engine's spec, counted after
 Korthikanti et al., arXiv:2205.05198, for RMSNorm without dropout, flash attention, a fused SwiGLU,
 and norms fused into the linear layer that follows (which keeps the norm's output for the gradient
-of its weight). In FP8 a matrix product keeps one byte per number of its input, in addition to the
-copies that other operations keep.
+of its weight). In a model with experts, every layer is counted as one with experts. In FP8 a matrix
+product keeps one byte per number of its input, in addition to the copies that other operations
+keep.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Sizes:
     experts_per_token: int
     expert_ffn: int
     """Columns of one expert."""
+    shared_ffn: int
+    """Columns of the shared experts on the rank."""
     tokens: float
     """Tokens within attention and a dense MLP."""
     local_tokens: float
@@ -51,6 +54,7 @@ def build_sizes(setup: Setup, tokens: float) -> Sizes:
         kv_heads=architecture.num_kv_heads // setup.tensor,
         experts_per_token=routing.experts_per_token if routing else 0,
         expert_ffn=routing.ffn_hidden_size if routing else 0,
+        shared_ffn=named["shared_ffn"] // setup.tensor,
         tokens=tokens,
         local_tokens=tokens / setup.sequence_size,
     )
@@ -84,7 +88,7 @@ def saved_without_recompute(setup: Setup) -> dict[str, float]:
         "rotated queries and keys": s.tokens * (s.q + s.kv) * width,
         "attention output": s.tokens * s.q * (width + (FP8 if setup.fp8 else 0)),
     }
-    if setup.architecture.family.has_qk_norm:
+    if setup.architecture.has_qk_norm:
         # A copy of the queries; the keys are a view, which needs none. Without fusion also both
         # normalized, with fusion one tensor of the keys' size. The statistics are in fp32.
         elements = s.q + (s.q + s.kv if local else s.kv)
@@ -108,7 +112,7 @@ def _gathered_attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
     It gathers all keys and values. The rank's own are then read only by norms of keys. A mask in
     the activations' dtype replaces the causal flag.
     """
-    own = s.q + 2 * s.kv if setup.architecture.family.has_qk_norm else 0
+    own = s.q + 2 * s.kv if setup.architecture.has_qk_norm else 0
     mask = s.tokens / setup.microbatch_sequences * setup.sequence_tokens
     return {
         "queries, keys, values": s.tokens * own * width,
@@ -135,6 +139,8 @@ def _experts(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
         # An expert that is split over ranks gets the tokens of all of them.
         "expert inputs": chosen * setup.expert_tensor * s.hidden * width,
         "experts": chosen * columns * s.expert_ffn * width,
+        # A dense MLP, whose input and output are each tensor rank's part of the tokens.
+        **({"shared experts": s.tokens * columns * s.shared_ffn * width} if s.shared_ffn else {}),
     }
 
 

@@ -47,14 +47,14 @@ def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int
     sizes, routing = architecture.sizes, architecture.routing
     hidden, q, kv = sizes["hidden"], sizes["q"], sizes["kv"]
     weights = hidden * (q + 2 * kv) + q * hidden
+    layers, num_experts = architecture.num_layers, architecture.num_expert_layers
+    weights *= layers
+    weights += (layers - num_experts) * 3 * hidden * sizes["ffn"]
     if routing:
-        weights += hidden * routing.num_experts
-        weights += routing.experts_per_token * 3 * hidden * routing.ffn_hidden_size
-    else:
-        weights += 3 * hidden * sizes["ffn"]
+        columns = routing.experts_per_token * routing.ffn_hidden_size + sizes["shared_ffn"]
+        weights += num_experts * hidden * (routing.num_experts + 3 * columns)
     attention = 2 * q * num_tokens * (num_tokens + 1)
-    layers = architecture.num_layers
-    return layers * 2 * weights * num_tokens, layers * attention
+    return 2 * weights * num_tokens, layers * attention
 
 
 def layers_flops(
@@ -194,7 +194,8 @@ def _touched_parameters(setup: Setup, stage: int, rows: int) -> float:
     parameters, routing = rank_parameters(setup, stage), setup.architecture.routing
     if routing is None:
         return parameters.total
-    per_expert = 3 * routing.ffn_hidden_size * setup.architecture.hidden_size
+    share = setup.architecture.num_expert_layers / setup.architecture.num_layers
+    per_expert = 3 * share * routing.ffn_hidden_size * setup.architecture.hidden_size
     on_rank = setup.stage_layers[stage] * per_expert * routing.num_experts // setup.expert_ranks
     untouched = (1 - routing.experts_per_token / routing.num_experts) ** rows
     return parameters.total - on_rank * untouched

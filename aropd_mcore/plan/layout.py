@@ -155,6 +155,20 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
             f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
             f"for a model without experts ({architecture.family.architecture}); set both to 0"
         )
+    routing = architecture.routing
+    if objective.has_router_losses and routing and routing.scores == "sigmoid":
+        raise ConfigError(
+            f"objective.router_aux_loss_coeff {objective.router_aux_loss_coeff:g} and "
+            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
+            f"for a router with sigmoid scores ({architecture.family.architecture}), since both "
+            "losses are defined for the softmax of its logits; set both to 0"
+        )
+    if architecture.buffers and config.rollout.engine == "vllm":
+        raise ConfigError(
+            "rollout.engine vllm: expected native for "
+            f"{architecture.family.architecture}, whose routers have a bias in fp32 that the "
+            "weight updates of vLLM servers do not support yet; set rollout.engine to native"
+        )
     # On several tensor ranks, Megatron trains experts only with sequence parallelism
     # (transformer/moe/moe_layer.py, MoELayer.forward).
     if architecture.routing and config.parallel.tensor > 1 and not config.parallel.sequence:
@@ -179,7 +193,9 @@ def _check_fp8(config: Config, architecture: Architecture) -> None:
         cut = config.parallel.expert_tensor
         name = f"columns of an expert / parallel.expert_tensor {cut}"
         sizes[name] = routing.ffn_hidden_size // cut
-    else:
+        shared = f"columns of shared experts / parallel.tensor {tensor}"
+        sizes[shared] = named["shared_ffn"] // tensor
+    if architecture.num_expert_layers < architecture.num_layers:
         sizes[f"intermediate_size / parallel.tensor {tensor}"] = named["ffn"] // tensor
     for name, size in sizes.items():
         if size % multiple:

@@ -35,7 +35,9 @@ def rank_parameters(setup: Setup, stage: int) -> Parameters:
     The vocabulary is padded. A tied embedding is on the first stage and again on the last.
     """
     architecture, is_last = setup.architecture, stage == setup.pipeline - 1
-    parameters = layer_parameters(setup).times(setup.stage_layers[stage])
+    num_dense = _num_dense_layers(setup, stage)
+    parameters = layer_parameters(setup).times(setup.stage_layers[stage] - num_dense)
+    parameters += layer_parameters(setup, experts=False).times(num_dense)
     vocabulary = Parameters(vocabulary_parameters(setup))
     if stage == 0:
         parameters += vocabulary
@@ -46,10 +48,23 @@ def rank_parameters(setup: Setup, stage: int) -> Parameters:
     return parameters
 
 
-def layer_parameters(setup: Setup) -> Parameters:
-    """Count the parameters of one layer on one rank."""
+def _num_dense_layers(setup: Setup, stage: int) -> int:
+    """Count the layers of a stage that have a dense MLP, in a model with experts."""
+    routing, num_layers = setup.architecture.routing, setup.architecture.num_layers
+    dense = routing.dense_layers if routing else ()
+    return sum(setup.stages.stage_of(layer, num_layers) == stage for layer in dense)
+
+
+def layer_parameters(setup: Setup, *, experts: bool | None = None) -> Parameters:
+    """Count the parameters of one layer on one rank.
+
+    Args:
+        experts: whether it is a layer with experts. None: it is, if the model has experts.
+    """
     parameters, num_experts = Parameters(0), setup.architecture.sizes["experts"]
-    for row in setup.architecture.family.layer_rows:
+    for row in setup.architecture.rows(experts=num_experts > 0 if experts is None else experts):
+        if row.is_buffer:
+            continue
         size = _size(row, setup.architecture)
         if "{expert}" in row.name:
             parameters += Parameters(0, size * num_experts // setup.expert_ranks)
@@ -72,7 +87,9 @@ def vocabulary_columns(setup: Setup) -> int:
 def largest_weight(setup: Setup, stage: int) -> int:
     """Count the parameters of the largest tensor of a rank."""
     rows = []
-    for row in setup.architecture.family.layer_rows:
+    architecture = setup.architecture
+    kinds = {architecture.has_experts(layer) for layer in range(architecture.num_layers)}
+    for row in (row for experts in kinds for row in architecture.rows(experts=experts)):
         ranks = setup.expert_tensor if "{expert}" in row.name else setup.tensor
         cut = 1 if row.kind is Kind.REPLICATED else ranks
         rows.append(_size(row, setup.architecture) // cut)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from aropd_mcore.convert.architecture import Weight
+from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.buckets import (
     count_elements,
     packed_sizes,

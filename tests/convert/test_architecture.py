@@ -9,11 +9,11 @@ from safetensors import safe_open
 
 from aropd_mcore.convert.architecture import (
     CheckpointError,
-    Routing,
     check_layout,
     read_architecture,
 )
-from aropd_mcore.convert.mapping import FAMILIES as TABLES
+from aropd_mcore.convert.families import FAMILIES as TABLES
+from aropd_mcore.convert.routing import Routing
 from aropd_mcore.convert.windows import Windows
 from aropd_mcore.stages import Stages
 from tests.support.tiny_models import (
@@ -138,7 +138,7 @@ def test_published_configs_have_the_published_number_of_parameters(
 def test_published_configs_have_the_published_settings():
     qwen = read_architecture(QWEN25_7B)
     assert (qwen.head_dim, qwen.rope.theta, qwen.rope.factor) == (128, 1e6, None)
-    assert qwen.family.has_qkv_bias and not qwen.family.has_qk_norm
+    assert qwen.has_qkv_bias and not qwen.has_qk_norm
     assert qwen.max_position_embeddings == 32768  # the sliding window is disabled
     assert qwen.routing is None
     assert read_architecture(LLAMA).rope.theta == 10000.0
@@ -149,7 +149,7 @@ def test_published_configs_have_the_published_settings():
     assert read_architecture(MIXTRAL_8X7B).routing == Routing(8, 2, 14336, normalized=True)
     moe = read_architecture(QWEN3_30B_A3B)
     assert moe.routing == Routing(128, 8, 768, normalized=True)
-    assert moe.family.has_qk_norm
+    assert moe.has_qk_norm
 
 
 def test_the_number_of_experts_is_read_from_the_key_of_transformers_5():

@@ -21,8 +21,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from aropd_mcore.convert.architecture import CheckpointError, HFConfig, read_config
-from aropd_mcore.convert.mapping import FAMILIES as TABLES
-from aropd_mcore.convert.mapping import Family
+from aropd_mcore.convert.families import FAMILIES as TABLES
+from aropd_mcore.convert.families import Family
 from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, YARN_ROPE, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -250,7 +250,7 @@ def facts(config: HFConfig) -> dict[str, Any]:
         "tied": a.tied_embeddings,
         "windows": [a.windows.size if w and a.windows else None for w in windows],
         "positions": a.max_position_embeddings,
-        "biases": a.family.has_qkv_bias,
+        "biases": a.has_qkv_bias,
         "experts": a.routing
         and (
             a.routing.num_experts,

@@ -68,10 +68,7 @@ LLAMA31 = {**LLAMA31_ROPE, "rope_theta": 500000.0}
         ({**LLAMA, "rope_theta": None}, ("rope_theta is None; expected a positive number",)),
         (
             {**LLAMA, "rope_parameters": {**DEFAULT_ROPE, "factor": 4.0}},
-            (
-                "rope_parameters has the key 'factor', which is not supported with rope_type "
-                "'default'",
-            ),
+            ("rope_parameters has the key 'factor', which is not supported with rope_type ",),
         ),
         (
             {**LLAMA, "rope_parameters": {**DEFAULT_ROPE, "partial_rotary_factor": 0.5}},

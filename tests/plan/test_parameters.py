@@ -69,7 +69,7 @@ def test_parameters_of_all_ranks_add_up_to_the_model(name: str):
         expert_weights = 4 * 3 * sizes["hidden"] * sizes["expert_ffn"] * sizes["experts"]
         own_experts = expert_weights // expert
         repeated = sizes["hidden"] * (2 * 4 + 1)
-        repeated += 2 * 4 * sizes["head"] if architecture.family.has_qk_norm else 0
+        repeated += 2 * 4 * sizes["head"] if architecture.has_qk_norm else 0
         repeated += 4 * sizes["hidden"] * sizes["experts"] if routing else 0
         split = sum(p.total for p in stages) - repeated - own_experts
         padding = vocabulary_columns(setup) * tensor - sizes["vocab"]

@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -102,8 +108,58 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
         MixtralForCausalLM,
         {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+            "mlp_only_layers": [2],
+        },
+    ),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 4, "num_experts_per_tok": 2}),
+    # GLM-4.5: no norms of queries and keys, one dense layer. GLM-4.5-Air is alike.
+    "glm4_moe": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        {
+            "head_dim": 24,
+            "attention_bias": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "glm4_moe_groups": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        {
+            "head_dim": 24,
+            "use_qk_norm": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 2,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
 }
-MOE_FAMILIES = ("qwen3_moe", "qwen3_moe_unnormalized", "mixtral")
+MOE_FAMILIES = (
+    *("qwen3_moe", "qwen3_moe_unnormalized", "mixtral", "qwen2_moe", "olmoe"),
+    *("glm4_moe", "glm4_moe_groups"),
+)
+
+
+FP32_BUFFER = "e_score_correction_bias"
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
@@ -142,6 +198,11 @@ def save_tiny_model(
             for name, parameter in model.named_parameters():
                 if "norm" in name or name.endswith("bias"):
                     parameter.add_(0.2 * torch.randn_like(parameter))
+            biases = {n: b for n, b in model.named_buffers() if n.endswith(FP32_BUFFER)}
+            for bias in biases.values():
+                bias.add_(0.2 * torch.randn_like(bias))
     model = model.to(dtype).eval()
+    for name, bias in biases.items():  # published checkpoints have it in fp32
+        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias.float()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model

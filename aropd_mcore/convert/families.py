@@ -1,0 +1,237 @@
+"""Model families: the table of each one, and the meaning of its keys in config.json.
+
+docs/new-models.md explains how to add a family.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aropd_mcore.convert.mapping import (
+    ATTENTION,
+    DENSE_MLP,
+    EXPERTS_BY_NUMBER,
+    QK_NORM,
+    QKV_BIAS,
+    SCORE_CORRECTION,
+    WHOLE_QK_NORM,
+    TableRow,
+    if_set,
+    moe_mlp,
+    shared_experts,
+)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Keys of a mixture-of-experts family's config.json that describe the experts."""
+
+    count: tuple[str, ...]
+    """Keys of the number of experts per layer. The values of present keys must agree."""
+    ffn: str
+    """Key of an expert's intermediate size."""
+    normalized: bool | None = None
+    """Whether the weights of the chosen experts sum to one. None: as `norm_topk_prob` specifies."""
+    default_normalized: bool = False
+    """Value of a missing `norm_topk_prob`."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """Function from the router's logits to scores."""
+    shared_ffn: tuple[str, ...] = ()
+    """Keys whose product is the intermediate size of the shared experts. Empty: there are none."""
+    dense_layers: Literal["none", "first", "listed"] = "none"
+    """Layers without experts. `first`: as many as `first_k_dense_replace`. `listed`: those of
+    `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    has_groups: bool = False
+    """Whether `n_group`, `topk_group` and `routed_scaling_factor` determine the choice of experts
+    and their weights."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A key of config.json that adds weights to the model if it is true."""
+
+    key: str
+    default: bool
+
+
+@dataclass(frozen=True)
+class WindowKeys:
+    """Keys of a family's config.json that describe sliding windows, beside `sliding_window`."""
+
+    has_switch: bool
+    """Whether `use_sliding_window` must be true for a window."""
+    per_layer: bool
+    """Whether `layer_types`, or without it `max_window_layers`, selects the layers with windows.
+    Otherwise all layers have windows."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Values that transformers uses for missing keys of one family's config.json.
+
+    tests/convert/test_config_keys.py compares the values with transformers. A key that is not
+    listed, such as hidden_size, is required.
+    """
+
+    num_key_value_heads: int | None = None
+    """Number of key/value heads. None: num_attention_heads."""
+    head_dim: int | None = None
+    """Size of a head. None: hidden_size / num_attention_heads."""
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float | None = None
+    """Share of each head that rotates. None: only 1.0 is supported."""
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its name, settings and table."""
+
+    name: str
+    """Value of `model_type` in config.json."""
+    architecture: str
+    """First value of `architectures` in config.json."""
+    layer_rows: tuple[TableRow, ...]
+    """Table of one transformer layer, in the order of the computation."""
+    defaults: Defaults = Defaults()
+    nullable: tuple[str, ...] = ()
+    """Keys among `num_key_value_heads` and `head_dim` that may be null. Null means
+    num_attention_heads, or hidden_size / num_attention_heads."""
+    windows: WindowKeys | None = None
+    """Keys of sliding windows. None: the family has none, and `use_sliding_window` must be false.
+    """
+    divides_hidden_size: bool = False
+    """Whether num_attention_heads must divide hidden_size even if there is a `head_dim`."""
+    refused_keys: Mapping[str, str] = field(default_factory=dict)
+    """Effects of keys that make transformers build a model of another family, by key."""
+    experts: Experts | None = None
+    switches: Mapping[str, Switch] = field(default_factory=dict)
+    """Keys that rows depend on, by the name of `TableRow.switch`."""
+    has_prediction_layers: bool = False
+    """Whether checkpoints have `num_nextn_predict_layers` more layers, which predict further
+    tokens. They are kept through a conversion and are not trained."""
+
+
+FAMILIES = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        (*ATTENTION, *DENSE_MLP),
+        nullable=("num_key_value_heads", "head_dim"),
+        divides_hidden_size=True,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        (*ATTENTION, *DENSE_MLP),
+        defaults=Defaults(num_key_value_heads=8, sliding_window=4096),
+        nullable=("head_dim",),
+        windows=WindowKeys(has_switch=False, per_layer=False),
+        refused_keys={"layer_types": "makes transformers 5 build a Ministral model"},
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        (*ATTENTION, *QKV_BIAS, *DENSE_MLP),
+        defaults=Defaults(num_key_value_heads=32, sliding_window=4096),
+        windows=WindowKeys(has_switch=True, per_layer=True),
+        nullable=("num_key_value_heads",),
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        (*ATTENTION, *QK_NORM, *DENSE_MLP),
+        defaults=Defaults(num_key_value_heads=32, head_dim=128, sliding_window=4096),
+        windows=WindowKeys(has_switch=True, per_layer=True),
+        nullable=("num_key_value_heads",),
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        (*ATTENTION, *QK_NORM, *DENSE_MLP, *EXPERTS_BY_NUMBER),
+        defaults=Defaults(num_key_value_heads=4, sliding_window=4096),
+        windows=WindowKeys(has_switch=True, per_layer=False),
+        # Published configs have the first key. transformers 5 writes the second one.
+        experts=Experts(
+            count=("num_experts", "num_local_experts"),
+            ffn="moe_intermediate_size",
+            dense_layers="listed",
+        ),
+    ),
+    Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        (
+            *ATTENTION,
+            *if_set("qkv_bias", QKV_BIAS),
+            *DENSE_MLP,
+            *EXPERTS_BY_NUMBER,
+            *shared_experts("mlp.shared_expert.", gate="mlp.shared_expert_gate.weight"),
+        ),
+        defaults=Defaults(num_key_value_heads=16),
+        experts=Experts(
+            count=("num_experts",),
+            ffn="moe_intermediate_size",
+            shared_ffn=("shared_expert_intermediate_size",),
+            dense_layers="listed",
+        ),
+        switches={"qkv_bias": Switch("qkv_bias", default=True)},
+    ),
+    Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        (*ATTENTION, *WHOLE_QK_NORM, *EXPERTS_BY_NUMBER),
+        nullable=("num_key_value_heads",),
+        divides_hidden_size=True,
+        refused_keys={"head_dim": "transformers does not apply to the norms of OLMoE"},
+        experts=Experts(count=("num_experts", "num_local_experts"), ffn="intermediate_size"),
+    ),
+    Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        (
+            *ATTENTION,
+            *if_set("attention_bias", QKV_BIAS),
+            *if_set("use_qk_norm", QK_NORM),
+            *DENSE_MLP,
+            *EXPERTS_BY_NUMBER,
+            *SCORE_CORRECTION,
+            *shared_experts("mlp.shared_experts."),
+        ),
+        defaults=Defaults(num_key_value_heads=8, partial_rotary_factor=0.5),
+        experts=Experts(
+            count=("n_routed_experts", "num_local_experts"),
+            ffn="moe_intermediate_size",
+            default_normalized=True,
+            scores="sigmoid",
+            shared_ffn=("moe_intermediate_size", "n_shared_experts"),
+            dense_layers="first",
+            has_groups=True,
+        ),
+        switches={
+            "attention_bias": Switch("attention_bias", default=False),
+            "use_qk_norm": Switch("use_qk_norm", default=False),
+        },
+        has_prediction_layers=True,
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        (
+            *ATTENTION,
+            *moe_mlp(
+                router="block_sparse_moe.gate.weight",
+                gate="block_sparse_moe.experts.{expert}.w1.weight",
+                up="block_sparse_moe.experts.{expert}.w3.weight",
+                down="block_sparse_moe.experts.{expert}.w2.weight",
+            ),
+        ),
+        defaults=Defaults(num_key_value_heads=8, rope_theta=1000000.0),
+        nullable=("head_dim",),
+        windows=WindowKeys(has_switch=False, per_layer=False),
+        experts=Experts(
+            count=("num_local_experts", "num_experts"), ffn="intermediate_size", normalized=True
+        ),
+    ),
+)

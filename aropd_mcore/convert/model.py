@@ -1,0 +1,194 @@
+"""A decoder-only model: its sizes and settings, and its weights from the table of its family."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+
+import torch
+
+from aropd_mcore.convert.families import Family
+from aropd_mcore.convert.mapping import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    QK_NORM,
+    QKV_BIAS,
+    SHARED_GATE,
+    WHOLE_QK_NORM,
+    Kind,
+    Layers,
+    TableRow,
+)
+from aropd_mcore.convert.rope import Rope
+from aropd_mcore.convert.routing import Routing
+from aropd_mcore.convert.tensor_bytes import TensorInfo
+from aropd_mcore.convert.windows import Windows
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A table row filled in for one model, one layer and one expert."""
+
+    name: str
+    kind: Kind
+    hf: dict[str, tuple[int, ...]]
+    """Full shapes by HF name, in merging order."""
+    fused_name: str | None = None
+    """Name in Megatron's checkpoints, if different; see `TableRow.fused_name`."""
+    layer: int | None = None
+    expert: int | None = None
+    is_buffer: bool = False
+    """Whether it is a buffer in fp32, which is not trained; see `TableRow.is_buffer`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only model as config.json describes it."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    """Maximum sequence length, with the positions that YaRN adds."""
+    rms_norm_eps: float
+    rope: Rope
+    windows: Windows | None
+    """Sliding windows. None if every layer attends to all previous tokens."""
+    tied_embeddings: bool
+    """Whether the output head shares the input embedding's weight."""
+    routing: Routing | None
+    """Experts and router. None for a dense model."""
+    switches: tuple[str, ...] = ()
+    """Names in `Family.switches` of the settings that are true."""
+    prediction_layers: int = 0
+    """Number of layers that predict further tokens, after the last layer. They are kept through a
+    conversion and are not trained."""
+
+    def max_tokens(self, context: int = 1) -> int:
+        """Return the maximum sequence length on `context` context-parallel ranks.
+
+        Context parallelism computes full attention, which equals sliding-window attention up to the
+        window (Transformer Engine's ring of context ranks has no windows).
+        """
+        if self.windows is None or context == 1:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.windows.size)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by the names that the tables use."""
+        return {
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "head": self.head_dim,
+            "q": self.num_heads * self.head_dim,
+            "kv": self.num_kv_heads * self.head_dim,
+            "experts": self.routing.num_experts if self.routing else 0,
+            "expert_ffn": self.routing.ffn_hidden_size if self.routing else 0,
+            "shared_ffn": self.routing.shared_ffn_hidden_size if self.routing else 0,
+            "one": 1,
+        }
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return self.num_layers - len(self.routing.dense_layers) if self.routing else 0
+
+    @property
+    def has_mixed_layers(self) -> bool:
+        """Whether some layers have experts and others a dense MLP. Checkpoints then have the number
+        of the layer in each key."""
+        return 0 < self.num_expert_layers < self.num_layers
+
+    def has_experts(self, layer: int) -> bool:
+        return self.routing is not None and layer not in self.routing.dense_layers
+
+    def rows(self, *, experts: bool) -> tuple[TableRow, ...]:
+        """Return the table of a layer with experts, or of one with a dense MLP."""
+        without = Layers.DENSE if experts else Layers.EXPERTS
+        return tuple(
+            row
+            for row in self.family.layer_rows
+            if row.layers is not without and (row.switch is None or row.switch in self.switches)
+        )
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self._has(QKV_BIAS)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self._has(QK_NORM) or self.has_whole_qk_norm
+
+    @property
+    def has_whole_qk_norm(self) -> bool:
+        """Whether the norm of queries and keys is over all heads together."""
+        return self._has(WHOLE_QK_NORM)
+
+    @property
+    def has_shared_gate(self) -> bool:
+        """Whether a sigmoid gate multiplies the output of the shared experts."""
+        return any(row.name.endswith(SHARED_GATE) for row in self.rows(experts=True))
+
+    def _has(self, rows: tuple[TableRow, ...]) -> bool:
+        wanted = {(row.name, row.kind) for row in rows}
+        return any((row.name, row.kind) in wanted for row in self.rows(experts=True))
+
+    def weights(self) -> Iterator[Weight]:
+        """Yield every Megatron weight of the whole model, in the order of the computation.
+
+        A tied head is yielded as a separate weight that consists of the embedding's HF tensor,
+        since the last pipeline stage holds a copy of the embedding.
+        """
+        sizes = self.sizes
+
+        def fill(row: TableRow, layer: int | None = None, expert: int | None = None) -> Weight:
+            def number(name: str) -> str:
+                return name.format(layer=layer, expert=expert)
+
+            hf = {number(name): tuple(sizes[s] for s in shape) for name, shape in row.hf.items()}
+            fused = number(row.fused_name) if row.fused_name else None
+            return Weight(number(row.name), row.kind, hf, fused, layer, expert, row.is_buffer)
+
+        yield fill(EMBEDDING)
+        for layer in range(self.num_layers):
+            table = self.rows(experts=self.has_experts(layer))
+            for one_expert, rows in groupby(table, lambda row: "{expert}" in row.name):
+                rows = list(rows)
+                for expert in range(sizes["experts"]) if one_expert else [None]:
+                    yield from (fill(row, layer, expert) for row in rows)
+        yield fill(FINAL_NORM)
+        yield fill(replace(HEAD, hf=EMBEDDING.hf) if self.tied_embeddings else HEAD)
+
+    @cached_property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the HF checkpoint's tensors, each tensor once."""
+        return {name: shape for weight in self.weights() for name, shape in weight.hf.items()}
+
+    def hf_infos(self, dtype: torch.dtype) -> dict[str, TensorInfo]:
+        """Return the tensors of an HF folder whose parameters have this dtype, by name."""
+        return {
+            name: TensorInfo(torch.float32 if name in self.buffers else dtype, shape)
+            for name, shape in self.hf_shapes.items()
+        }
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(
+            math.prod(shape) for name, shape in self.hf_shapes.items() if name not in self.buffers
+        )
+
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """HF names of the buffers in fp32, which are not trained."""
+        return frozenset(
+            name for weight in self.weights() if weight.is_buffer for name in weight.hf
+        )

@@ -1,0 +1,127 @@
+"""Experts and routers as config.json describes them."""
+
+import math
+from dataclasses import dataclass
+
+from aropd_mcore.convert.families import Experts
+from aropd_mcore.convert.json_file import JsonObject, brief
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Experts of a mixture-of-experts model, and settings of the router."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int
+    """Hidden size of one expert's MLP."""
+    normalized: bool
+    """Whether the weights of a token's chosen experts sum to one, before `scaling`."""
+    scores: str = "softmax"
+    """Function from the router's logits to scores: softmax or sigmoid."""
+    scaling: float = 1.0
+    """Factor of the weights of the chosen experts."""
+    groups: tuple[int, int] | None = None
+    """Number of groups of experts, and number of groups that a token's experts are in. None: any
+    expert can be chosen."""
+    shared_ffn_hidden_size: int = 0
+    """Hidden size of the MLP that processes every token; 0 without one."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a dense MLP instead of experts."""
+
+
+def read_routing(config: JsonObject, keys: Experts, num_layers: int) -> Routing:
+    """Read experts and router.
+
+    Raises:
+        CheckpointError: a key is missing, out of range, or not supported by Megatron's router.
+    """
+    counts = {key: config.get(key) for key in keys.count if key in config.values}
+    config.agree(counts, "transformers 4 and 5 read different ones")
+    if not counts:
+        others = "".join(f" (or {key})" for key in keys.count[1:])
+        raise config.error(f"{keys.count[0]} is missing{others}")
+    count = next(iter(counts))
+    num_experts, chosen = config.size(count), config.size("num_experts_per_tok")
+    if chosen > num_experts:
+        raise config.error(
+            f"num_experts_per_tok is {chosen}; expected at most {num_experts} ({count})"
+        )
+    normalized = keys.normalized
+    if normalized is None:
+        normalized = config.is_set("norm_topk_prob", keys.default_normalized)
+    if normalized and chosen == 1:
+        raise config.error(
+            "num_experts_per_tok is 1 and the weights of the chosen experts sum to one; expected "
+            "at least 2, since every weight would be 1 and Megatron refuses a router that learns "
+            "nothing"
+        )
+    if keys.scores == "sigmoid" and not normalized:
+        raise config.error(
+            "norm_topk_prob is False; expected true, since Megatron normalizes sigmoid scores"
+        )
+    has_shared = bool(keys.shared_ffn)
+    return Routing(
+        num_experts,
+        chosen,
+        config.size(keys.ffn),
+        normalized,
+        keys.scores,
+        _scaling(config) if keys.has_groups else 1.0,
+        _groups(config, num_experts, chosen) if keys.has_groups else None,
+        math.prod(config.size(key) for key in keys.shared_ffn) if has_shared else 0,
+        _dense_layers(config, keys, num_layers),
+    )
+
+
+def _scaling(config: JsonObject) -> float:
+    key = "routed_scaling_factor"
+    value = config.get(key, 1.0)
+    if type(value) is not float:  # transformers refuses an integer
+        raise config.wrong(key, value, "a number with a decimal point")
+    return config.positive(key, value)
+
+
+def _groups(config: JsonObject, num_experts: int, chosen: int) -> tuple[int, int] | None:
+    """Read the groups of experts that a token's experts are limited to."""
+    groups, kept = config.size("n_group", default=1), config.size("topk_group", default=1)
+    if num_experts % groups or num_experts // groups < 2:
+        raise config.wrong(
+            "n_group", groups, f"a divisor of the {num_experts} experts, with two per group"
+        )
+    if kept > groups:
+        raise config.wrong("topk_group", kept, f"at most n_group, {groups}")
+    if kept == groups:
+        return None
+    if chosen // kept != 2 or chosen % kept:
+        raise config.wrong(
+            "topk_group",
+            kept,
+            f"half of num_experts_per_tok, {chosen}: transformers ranks a group by its two best "
+            "experts, and Megatron by its num_experts_per_tok / topk_group best ones",
+        )
+    return groups, kept
+
+
+def _dense_layers(config: JsonObject, keys: Experts, num_layers: int) -> tuple[int, ...]:
+    """Read the layers without experts. At least one layer must have experts."""
+    if keys.dense_layers == "none":
+        return ()
+    if keys.dense_layers == "first":
+        name = "first_k_dense_replace"
+        first = config.get(name, 1)
+        if type(first) is not int or not 0 <= first < num_layers:
+            raise config.wrong(name, first, f"less than num_hidden_layers, {num_layers}")
+        return tuple(range(first))
+    name = "mlp_only_layers"
+    listed, step = config.get(name), config.size("decoder_sparse_step", default=1)
+    listed = [] if listed is None else listed
+    if not isinstance(listed, list) or any(type(n) is not int for n in listed):
+        raise config.wrong(name, listed, "a list of numbers of layers")
+    dense = tuple(n for n in range(num_layers) if n in listed or (n + 1) % step)
+    if len(dense) == num_layers:
+        raise config.error(
+            f"{name} {brief(listed)} and decoder_sparse_step {step} leave no layer with experts; "
+            "expected at least one"
+        )
+    return dense

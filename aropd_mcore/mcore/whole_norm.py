@@ -1,0 +1,69 @@
+"""RMSNorm of all query heads, or of all key heads, together."""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+
+class WholeRMSNorm(torch.nn.Module):
+    """RMSNorm whose mean is over all heads of a token, which tensor ranks divide (OLMoE).
+
+    Megatron's norms of queries and keys are over one head. Input and output are [..., heads, D]
+    with this rank's heads, and the weight is [heads x D].
+
+    Collectives: an all-reduce over the tensor-parallel group in forward and backward.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        num_heads: int,
+        **_unused: Any,
+    ):
+        """
+        Args:
+            hidden_size: size of one head.
+            num_heads: number of heads of all tensor ranks.
+        """
+        super().__init__()
+        self.size = num_heads * hidden_size
+        self.eps = eps
+        own = self.size // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.ones(own, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        numbers = heads.float()
+        squares = reduce_from_tensor_model_parallel_region(numbers.square().sum((-2, -1)))
+        # Each rank's output depends on the sum, so its gradient is a sum over ranks.
+        mean = copy_to_tensor_model_parallel_region(squares) / self.size
+        normalized = numbers * torch.rsqrt(mean + self.eps)[..., None, None]
+        return self.weight.view(heads.shape[-2:]) * normalized.to(heads.dtype)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Return the weight for dist_checkpointing, cut over the tensor ranks."""
+        groups = {"dp_cp_group": metadata["dp_cp_group"]} if metadata else {}
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            **groups,
+        )
