@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from aropd_mcore.convert.model import Architecture, Weight
 from aropd_mcore.convert.mapping import HEAD
+from aropd_mcore.convert.model import Architecture, Weight
 
 
 def without_tied_head(architecture: Architecture) -> list[Weight]:

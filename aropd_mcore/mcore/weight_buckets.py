@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aropd_mcore.convert.model import Architecture, Weight
 from aropd_mcore.convert.buckets import runs, shares, without_tied_head
+from aropd_mcore.convert.model import Architecture, Weight
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.mcore.model import StageModel

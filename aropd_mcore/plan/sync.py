@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.buckets import (
     count_elements,
     packed_sizes,
@@ -14,6 +13,7 @@ from aropd_mcore.convert.buckets import (
     without_tied_head,
 )
 from aropd_mcore.convert.mapping import EMBEDDING
+from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.plan.rates import FASTEST, SLOWEST, Rates
 from aropd_mcore.plan.setup import Setup
