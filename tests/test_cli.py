@@ -129,7 +129,8 @@ def test_serve_starts_the_server_that_a_run_would_start(tmp_path):
     headline, arguments, variables = done.stdout.splitlines()
     assert headline.endswith("at http://127.0.0.1:8123")
     assert "--max-model-len 144 --tokens-only --logprobs-mode raw_logprobs" in arguments
-    assert "--host 127.0.0.1 --port 8123 --middleware aropd_guard.Guard --some=flag" in arguments
+    assert "--host 127.0.0.1 --port 8123 --middleware aropd_guard.Guard" in arguments
+    assert arguments.endswith("--worker-extension-cls aropd_worker.Extension --some=flag")
     assert variables == "6,7 "
     assert "a key" not in done.stdout
 

@@ -272,6 +272,7 @@ PARTS = [
     _benchmark("loss_precision", 45, "loss_precision.py", _read_precision, dry=_TINY_LOSS),
     _tests("fp8_teacher", 60, _TRAINING, "fp8_teacher"),
     _tests("fp8_rollouts", 60, _TRAINING, "fp8_rollouts"),
+    _tests("experts", 60, _TRAINING, "grouped_experts"),
     _tests("host_teacher", 90, _TRAINING, "teacher_on_the_host"),
     _benchmark("pinned", 60, "pinned.py", _read_pinned, dry=["--layers", "1"]),
     _benchmark("memory", 90, "memory.py", _read_memory, full=_ONE_RANK, dry=_ONE_RANK),
@@ -288,5 +289,6 @@ PARTS = [
     _tests("layers", 90, _TRAINING, "layers or packed"),
     _tests("fp8", 120, _TRAINING, "fp8_is_near_bf16"),
     _tests("nccl", 120, "tests/vllm/test_nccl.py"),
+    _tests("colocated", 180, "tests/vllm/test_colocated.py"),
 ]
 """The parts in the order in which they run: first those that have never run on a GPU."""
