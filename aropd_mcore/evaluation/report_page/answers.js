@@ -41,7 +41,11 @@ function answersSection(all) {
       h(
         "p",
         { class: "facts" },
-        h("b", {}, isTraining ? `step ${one.step}` : `after ${one.step} update${one.step === 1 ? "" : "s"}`),
+        h(
+          "b",
+          {},
+          isTraining ? `step ${one.step}` : `after ${one.step} update${one.step === 1 ? "" : "s"}`,
+        ),
         h("span", { class: `badge ${kind}` }, verdict),
         h("span", { class: "badge" }, `${format(one.num_tokens, "tokens")} tokens`),
         one.finished ? null : h("span", { class: "badge bad" }, "cut off"),
