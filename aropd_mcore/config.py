@@ -725,14 +725,15 @@ class TrainingConfig(Section):
     global_batch_size: Positive = 32
     """Number of responses per optimizer update, over all ranks."""
     micro_batch_size: Positive = 1
-    """Number of responses per microbatch, padded to the longest of them. It is ignored with
-    packing."""
+    """Number of responses per microbatch, padded to the longest of them. With packing it determines
+    the default of max_tokens_per_microbatch."""
     packing: bool = False
     """Packing of responses without padding: a microbatch takes as many as fit into
     max_tokens_per_microbatch. Data-parallel ranks are balanced by tokens."""
     max_tokens_per_microbatch: Positive | None = None
-    """Largest number of tokens that a packed microbatch has in any of the three views. It is
-    required with packing, and must be null without."""
+    """Largest number of tokens that a packed microbatch has in any of the three views. It must be
+    null without packing. null with packing: room for micro_batch_size sequences of full length,
+    which takes as much memory as a microbatch without packing."""
     recompute: Recompute = "none"
     """Activations that the backward pass recomputes instead of storing. `none`: none. `selective`:
     those of core attention. `full`: all except the input of each layer."""
@@ -746,10 +747,11 @@ class TrainingConfig(Section):
         if (self.num_steps is None) == (self.num_epochs is None):
             given = "neither" if self.num_steps is None else "both"
             raise ValueError(f"found {given} of num_steps and num_epochs: set exactly one of them")
-        if self.packing == (self.max_tokens_per_microbatch is None):
+        if not self.packing and self.max_tokens_per_microbatch is not None:
             raise ValueError(
-                f"packing is {str(self.packing).lower()}: max_tokens_per_microbatch is required "
-                "with packing and must be null without; set both or neither"
+                "packing is false and max_tokens_per_microbatch is "
+                f"{self.max_tokens_per_microbatch}: expected null without packing; set packing to "
+                "true, or max_tokens_per_microbatch to null"
             )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
@@ -1018,6 +1020,28 @@ class Config(Section):
     def num_logged_samples(self) -> int:
         """Number of responses of a step that are written as samples, at most all of them."""
         return min(self.logging.samples, self.training.global_batch_size)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Largest number of tokens of a prompt with its response."""
+        return self.views.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def packed_padding(self) -> int:
+        """Upper bound of the tokens of padding with one packed sequence.
+
+        Context and tensor ranks split the tokens, and FP8 needs multiples.
+        """
+        parallel = self.parallel
+        return 2 * parallel.context * (parallel.tensor + 1) * self.precision.size_multiple
+
+    @property
+    def packed_tokens(self) -> int | None:
+        """Largest number of tokens of a packed microbatch in any view. None without packing."""
+        if not self.training.packing:
+            return None
+        full = self.training.micro_batch_size * (self.longest_sequence + self.packed_padding)
+        return self.training.max_tokens_per_microbatch or full
 
     @property
     def prompts_per_step(self) -> int:

@@ -132,7 +132,7 @@ def _print_plan(config: Config, layout: "Layout") -> None:
     training = config.training
     microbatches = f"{layout.microbatches_per_step} microbatches of {training.micro_batch_size}"
     if training.packing:
-        microbatches = f"microbatches of up to {training.max_tokens_per_microbatch} tokens per view"
+        microbatches = f"microbatches of up to {config.packed_tokens} tokens per view"
     print(dump_config(config))
     print(
         f"# {layout.world_size} processes: {describe(config.parallel, layout.data)}; "

@@ -131,7 +131,8 @@ def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
         yield changes("parallel", "sequence", [True])
     if training.recompute != "full":
         yield changes("training", "recompute", ["full"])
-    size = "max_tokens_per_microbatch" if training.packing else "micro_batch_size"
+    has_budget = training.max_tokens_per_microbatch is not None
+    size = "max_tokens_per_microbatch" if has_budget else "micro_batch_size"
     yield changes("training", size, _halvings(getattr(training, size)))
     if config.objective.name == "aropd":
         kinds = {"ema": ["frozen", "live"], "frozen": ["live"], "live": []}
@@ -233,9 +234,9 @@ def _expert_sizes(run: PlannedRun) -> list[int]:
 
 
 def _micro_batch_sizes(config: Config) -> list[int]:
-    """Return the sizes that the sweep tries; with packing, only the configured one."""
+    """Return the sizes that the sweep tries; with a budget of tokens, only the configured one."""
     training = config.training
-    if training.packing:
+    if training.max_tokens_per_microbatch is not None:
         return [training.micro_batch_size]
     responses = training.global_batch_size
     return [n for n in _powers(min(responses, 32)) if responses % n == 0]

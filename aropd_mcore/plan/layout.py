@@ -237,10 +237,7 @@ def _check_lengths(config: Config, architecture: Architecture) -> None:
             f"views.max_prompt_tokens {prompt} + rollout.max_response_tokens {response}; raise it "
             "or lower one of the two"
         )
-    budget = config.training.max_tokens_per_microbatch
-    # Context and tensor ranks split the tokens, so a packed sequence is padded for them.
-    rounding = 2 * config.parallel.context * (config.parallel.tensor + 1)
-    rounding *= config.precision.size_multiple
+    budget, rounding = config.packed_tokens, config.packed_padding
     if budget is not None and prompt + response + rounding > budget:
         raise ConfigError(
             f"training.max_tokens_per_microbatch {budget}: expected at least the longest sequence, "

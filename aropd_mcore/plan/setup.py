@@ -238,7 +238,7 @@ def build_setup(
         sequence=parallel.sequence,
         recompute=training.recompute,
         micro_batch_size=training.micro_batch_size,
-        max_tokens_per_microbatch=training.max_tokens_per_microbatch,
+        max_tokens_per_microbatch=config.packed_tokens,
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
         teacher=config.teacher.kind if num_views else None,
         num_views=num_views,
@@ -297,8 +297,7 @@ def _count_records(path: Path, limit: int | None) -> int:
 
 def _num_packed(config: Config, layout: Layout) -> int:
     """Return the number of packed microbatches per data-parallel rank, at full length."""
-    budget = config.training.max_tokens_per_microbatch
-    longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
+    budget, longest = config.packed_tokens, config.longest_sequence
     assert budget is not None and longest <= budget
     responses = config.training.global_batch_size // layout.data
     count = -(-responses // (budget // longest))

@@ -87,14 +87,13 @@ def form_batch(
             zip(views, rollouts, weights.tolist(), loss_ranges, thinking, strict=True)
         )
     ]
-    if training.packing:
-        assert training.max_tokens_per_microbatch is not None
+    if config.packed_tokens is not None:
         samples = runtime.concatenate_over_data(samples)
         groups = packed(
             [_lengths(s, objective.views, runtime.segment_multiple) for s in samples],
             num_ranks=runtime.dp_size,
             # Padding at the end of a microbatch may add up to length_multiple - 1 tokens.
-            budget=training.max_tokens_per_microbatch - runtime.length_multiple + 1,
+            budget=config.packed_tokens - runtime.length_multiple + 1,
             count_multiple=runtime.pp_size if runtime.vp_size > 1 else 1,
         )[runtime.dp_rank]
     else:

@@ -250,6 +250,12 @@ def test_plan_with_packing_uses_the_token_budget(monkeypatch: pytest.MonkeyPatch
     job = build_planned_run(load_config(path, packed), 8, gpus_per_node=8, memory_bytes=80e9)
     setup = job.estimate().setup
     assert (setup.num_microbatches, setup.microbatch_tokens) == (4, 4500)
+    # Without a budget, a microbatch has room for micro_batch_size sequences, and little more.
+    by_size = ["training.packing=true", "training.micro_batch_size=2"]
+    job = build_planned_run(load_config(path, by_size), 8, gpus_per_node=8, memory_bytes=80e9)
+    setup = job.estimate().setup
+    assert setup.num_microbatches == 4 and 4096 < setup.microbatch_tokens < 4120
+    assert len({estimate.setup.micro_batch_size for estimate in sweep(job)}) > 1
 
 
 def test_plan_needs_neither_megatron_nor_a_process_group(monkeypatch: pytest.MonkeyPatch):

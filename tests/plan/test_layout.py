@@ -28,17 +28,17 @@ def test_plan_returns_the_layout(tmp_path: Path):
 
 
 def test_plan_of_sequences_beyond_the_positions_is_refused(tmp_path: Path):
-    """Dense models have 512 positions, and Mistral a sliding window of 48."""
+    """The models have 512 positions. Context ranks limit Mistral to its sliding window of 48."""
     lengths = {"views": {"max_prompt_tokens": 500}, "rollout": {"max_response_tokens": 12}}
     plan(config(tmp_path, "llama", **lengths), 1)
-    for family, positions in (("llama", 512), ("mistral", 48)):
+    for family, context, positions in (("llama", 1, 512), ("mistral", 1, 512), ("mistral", 2, 48)):
         lengths["rollout"] = {"max_response_tokens": 13}
         message = (
             r"max_prompt_tokens 500 \+ rollout\.max_response_tokens 13 = 513 tokens: expected at "
             rf"most {positions},"
         )
         with pytest.raises(ConfigError, match=message):
-            plan(config(tmp_path, family, **lengths), 1)
+            plan(config(tmp_path, family, parallel={"context": context}, **lengths), context)
 
 
 def test_plan_of_experts_with_tensor_but_not_sequence_parallelism_is_refused(tmp_path: Path):

@@ -46,6 +46,7 @@ def compute_padded_and_packed(path: Path) -> list[dict]:
         ["training.micro_batch_size=4"],
         ["training.packing=true", f"training.max_tokens_per_microbatch={BUDGET}"],
         ["training.packing=true", "training.max_tokens_per_microbatch=2000"],
+        ["training.packing=true", "training.micro_batch_size=2"],
     ):
         config = load_config(path, overrides)
         run = build_run(config, start_runtime(config))
@@ -94,13 +95,13 @@ def forward_and_backward(run) -> dict:
 
 
 def test_packing_with_one_sample_per_microbatch_equals_padding_bitwise(results):
-    single, _, packed, _ = results
+    single, _, packed, *_ = results
     assert single["sizes"] == packed["sizes"] == [1] * len(LENGTHS)
     for token, states in single["hidden"].items():
         assert torch.equal(packed["hidden"][token], states)
 
 
-@pytest.mark.parametrize("index", [1, 2, 3])
+@pytest.mark.parametrize("index", [1, 2, 3, 4])
 def test_packing_equals_padding_up_to_rounding(results, index):
     expected, other = results[0], results[index]
     assert other["hidden"].keys() == expected["hidden"].keys()
@@ -115,7 +116,8 @@ def test_packing_equals_padding_up_to_rounding(results, index):
 
 
 def test_padding_fraction_is_zero_except_with_several_padded_samples(results):
-    single, by_four, packed, in_one = results
-    assert single["padding"] == packed["padding"] == in_one["padding"] == 0
+    single, by_four, packed, in_one, by_size = results
+    assert [r["padding"] for r in (single, packed, in_one, by_size)] == [0] * 4
     assert by_four["padding"] > 0.1
     assert in_one["sizes"] == [len(LENGTHS)]
+    assert max(by_size["sizes"]) >= 2 and len(by_size["sizes"]) > 1
