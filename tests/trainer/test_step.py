@@ -280,7 +280,11 @@ CASES = [
     ),
     Case(
         "shared-experts",
-        {"objective": AROPD | ROUTERS, "training": {"micro_batch_size": 1}},
+        # Without metrics: a token's residual is at the clip within fp32 rounding.
+        {
+            "objective": AROPD | ROUTERS | {"metrics": False},
+            "training": {"micro_batch_size": 1},
+        },
         family="qwen2_moe",
         num_steps=2,
         groups=tuple((sample,) for sample in range(8)),
