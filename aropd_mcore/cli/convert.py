@@ -236,6 +236,8 @@ def _import(args: argparse.Namespace) -> None:
     import_hf(source, args.mcore_dir, tensor_parallel=args.tensor, overwrite=args.overwrite)
     for name in source.left_aside:
         print(f"ignored, as in transformers: {name}")
+    if source.untrained:
+        print(f"kept for exports, not trained: {untrained_text(list(source.untrained))}")
     print(f"{args.hf_dir} -> {args.mcore_dir}")
 
 
@@ -344,7 +346,15 @@ def _lines(summary: "Summary") -> list[tuple[str, str]]:
         ]
     if summary.left_aside:
         lines.append(("ignored", ", ".join(summary.left_aside)))
+    if summary.untrained:
+        lines.append(("not trained", untrained_text(summary.untrained)))
     return lines
+
+
+def untrained_text(names: list[str]) -> str:
+    """Describe tensors that conversions only keep."""
+    layers = sorted({name.split(".")[2] for name in names})
+    return f"{len(names)} tensors that predict further tokens (model.layers.{', '.join(layers)})"
 
 
 def _describe(parser: argparse.ArgumentParser, first: str, text: str, examples: str) -> None:

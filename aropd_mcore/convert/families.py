@@ -147,6 +147,14 @@ FAMILIES = (
         nullable=("num_key_value_heads",),
     ),
     Family(
+        "seed_oss",
+        "SeedOssForCausalLM",
+        (*ATTENTION, *if_set("attention_bias", QKV_BIAS), *DENSE_MLP),
+        defaults=Defaults(num_key_value_heads=8, head_dim=128),
+        nullable=("num_key_value_heads", "head_dim"),
+        switches={"attention_bias": Switch("attention_bias", default=True)},
+    ),
+    Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         (*ATTENTION, *QK_NORM, *DENSE_MLP, *EXPERTS_BY_NUMBER),

@@ -17,6 +17,10 @@ from aropd_mcore.locks import try_lock
 ORDER = "tensors.json"
 """Name of a file among a Megatron checkpoint's HF files: tensor names in the original's order."""
 
+UNTRAINED = "untrained"
+"""Name of a folder among a Megatron checkpoint's HF files: tensors that are kept for exports and
+are not trained."""
+
 _COMPANION_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 _COMPANION_FOLDERS = {"additional_chat_templates"}
 _CHECKPOINT_FILES = (

@@ -77,8 +77,8 @@ class HFWeights:
         """Check that the folder has the architecture's tensors and no others.
 
         Returns:
-            Names of the ignored tensors: buffers that transformers recomputes, and a tied head that
-            repeats the embedding.
+            Names of the other tensors: buffers that transformers recomputes, a tied head that
+            repeats the embedding, and layers that predict further tokens.
         Raises:
             CheckpointError: a tensor is missing, unexpected or quantized, or has another shape, or
                 a head that config.json ties to the embedding has other values.
@@ -98,7 +98,8 @@ class HFWeights:
             )
         extra = [tensor for tensor in self._location if tensor not in expected]
         for tensor in extra:
-            if tensor not in HEAD.hf and not _IGNORED.fullmatch(tensor):
+            is_known = architecture.is_untrained(tensor) or tensor in HEAD.hf
+            if not is_known and not _IGNORED.fullmatch(tensor):
                 raise CheckpointError(
                     f"{self.folder / self._location[tensor]}: unexpected tensor {tensor}; "
                     f"{name} with the sizes in config.json has no tensor of this name"

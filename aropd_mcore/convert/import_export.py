@@ -14,14 +14,14 @@ from aropd_mcore.convert.architecture import (
     check_layout,
     divided_parts,
 )
-from aropd_mcore.convert.folders import ORDER, copy_companions, new_folder
+from aropd_mcore.convert.folders import ORDER, UNTRAINED, copy_companions, new_folder
 from aropd_mcore.convert.global_tensors import (
     chunks,
     extra_state_keys,
     global_slice,
     stored_weights,
 )
-from aropd_mcore.convert.hf_write import SafetensorsWriter
+from aropd_mcore.convert.hf_write import SafetensorsWriter, write_safetensors
 from aropd_mcore.convert.megatron_lm import megatron_lm_args
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.progress import progress
@@ -108,8 +108,10 @@ def export_hf(
         name: info if dtype is None or name in kept else TensorInfo(dtype, info.shape)
         for name, info in source.tensors.items()
     }
-    total = sum(info.num_bytes for info in infos.values())
     dtypes = {info.dtype for name, info in infos.items() if name not in kept}
+    infos |= source.untrained
+    infos = {name: infos[name] for name in source.order}
+    total = sum(info.num_bytes for info in infos.values())
     keep = (source.path, source.iteration, source.hf_folder)
     with (
         new_folder(target, num_bytes=total, overwrite=overwrite, keep=keep) as folder,
@@ -124,6 +126,9 @@ def export_hf(
                         advance(infos[name].num_bytes)
 
             in_threads(share_out(stored_weights(source.architecture), _num_parameters), write)
+            for name, info in source.untrained.items():
+                writer.write(name, source.read_untrained(name))
+                advance(info.num_bytes)
         copy_companions(source.hf_folder, folder, dtypes.pop() if len(dtypes) == 1 else None)
 
 
@@ -132,7 +137,8 @@ def _num_parameters(weight: Weight) -> int:
 
 
 def keep_companions(source: HFSource, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Store the files that an export needs with a checkpoint: config, tokenizer, tensor names.
+    """Store the files that an export needs with a checkpoint: config, tokenizer, tensor names, and
+    the tensors that are not trained.
 
     Args:
         folder: HF_FOLDER next to the iterations or to their parent. Created if it is missing.
@@ -140,7 +146,12 @@ def keep_companions(source: HFSource, folder: Path, dtype: torch.dtype | None = 
     """
     folder.mkdir(exist_ok=True)
     copy_companions(source.hf_folder, folder, dtype)
-    (folder / ORDER).write_text(json.dumps(list(source.tensors), indent=0))
+    (folder / ORDER).write_text(json.dumps(source.order, indent=0))
+    if source.untrained and not (folder / UNTRAINED).exists():
+        size = sum(info.num_bytes for info in source.untrained.values())
+        with new_folder(folder / UNTRAINED, num_bytes=size) as kept:
+            tensors = ((name, source.read_untrained(name)) for name in source.untrained)
+            write_safetensors(kept, source.untrained, tensors)
 
 
 def _global_infos(source: HFSource) -> dict[str, TensorInfo]:

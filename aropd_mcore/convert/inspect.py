@@ -32,6 +32,8 @@ class Summary:
     """Shapes by HF name, in the order of the files."""
     left_aside: list[str]
     """Tensors of an HF folder that are not weights of the model."""
+    untrained: list[str]
+    """Tensors that are kept through conversions and are not trained."""
     step: int | None
     """Number of optimizer steps. None for an HF folder."""
     layout: dict[str, int] | None
@@ -66,6 +68,7 @@ def inspect(path: Path, *, hf: Path | None = None, allow_pickle: bool = False) -
         num_bytes=sum(info.num_bytes for info in source.tensors.values()),
         shapes={name: info.shape for name, info in source.tensors.items()},
         left_aside=source.left_aside if isinstance(source, HFSource) else [],
+        untrained=list(source.untrained),
         step=_step(megatron) if megatron else None,
         layout=_layout(megatron) if megatron else None,
         has_teacher=any(key.startswith(TEACHER_PREFIX) for key in keys),

@@ -1,6 +1,7 @@
 """A decoder-only model: its sizes and settings, and its weights from the table of its family."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,8 @@ from aropd_mcore.convert.rope import Rope
 from aropd_mcore.convert.routing import Routing
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.windows import Windows
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class Architecture:
             "shared_ffn": self.routing.shared_ffn_hidden_size if self.routing else 0,
             "one": 1,
         }
+
+    def is_untrained(self, name: str) -> bool:
+        """Return whether an HF tensor belongs to a layer that predicts further tokens."""
+        layer = _LAYER.match(name)
+        first = self.num_layers
+        return layer is not None and int(layer[1]) in range(first, first + self.prediction_layers)
 
     @property
     def num_expert_layers(self) -> int:

@@ -36,13 +36,13 @@ def read_routing(config: JsonObject, keys: Experts, num_layers: int) -> Routing:
     Raises:
         CheckpointError: a key is missing, out of range, or not supported by Megatron's router.
     """
-    counts = {key: config.get(key) for key in keys.count if key in config.values}
+    counts = {key: config.size(key) for key in keys.count if key in config.values}
     config.agree(counts, "transformers 4 and 5 read different ones")
     if not counts:
         others = "".join(f" (or {key})" for key in keys.count[1:])
         raise config.error(f"{keys.count[0]} is missing{others}")
-    count = next(iter(counts))
-    num_experts, chosen = config.size(count), config.size("num_experts_per_tok")
+    count, num_experts = next(iter(counts.items()))
+    chosen = config.size("num_experts_per_tok")
     if chosen > num_experts:
         raise config.error(
             f"num_experts_per_tok is {chosen}; expected at most {num_experts} ({count})"

@@ -9,6 +9,7 @@ from aropd_mcore.convert.json_file import JsonObject, brief
 _SETTINGS: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
+    "attention_out_bias": False,
     "mlp_bias": False,
     "is_causal": True,
     "clip_qkv": None,
@@ -39,7 +40,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_window_layers": (int,),
     "output_router_logits": (bool,),
     "pad_token_id": (int, _NULL),
-    "pretraining_tp": (int, _NULL),
+    "pretraining_tp": (int,),
+    "residual_dropout": (float, int),
     "router_aux_loss_coef": (float,),
     "router_jitter_noise": (float,),
     "transformers_version": (str, _NULL),

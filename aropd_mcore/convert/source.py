@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import read_config
-from aropd_mcore.convert.folders import ORDER
+from aropd_mcore.convert.folders import ORDER, UNTRAINED
 from aropd_mcore.convert.global_tensors import (
     ANY_LAYER,
     GlobalSlice,
@@ -52,11 +52,19 @@ class HFSource:
         self.config = read_config(path)
         self.architecture = self.config.architecture
         self.files = HFWeights(path, allow_pickle=allow_pickle)
-        self.left_aside = self.files.check(self.architecture)
-        """Tensors of the files that are not weights of the model."""
-        expected = self.architecture.hf_shapes
+        others = self.files.check(self.architecture)
+        self.left_aside = [name for name in others if not self.architecture.is_untrained(name)]
+        """Tensors of the files that are ignored, as in transformers."""
+        expected, files = self.architecture.hf_shapes, self.files.tensors
+        self.untrained = {n: i for n, i in files.items() if self.architecture.is_untrained(n)}
+        """Dtypes and shapes of tensors that are only kept: layers that predict further tokens."""
+        self.order = [name for name in files if name in expected or name in self.untrained]
+        """Names of all tensors but the ignored ones, in the order of the files."""
         self.tensors = {n: info for n, info in self.files.tensors.items() if n in expected}
         """Dtypes and shapes of all weights by HF name, in the order of the files."""
+
+    def read_untrained(self, name: str) -> Tensor:
+        return self.files.read(name)
 
     def parts(self, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         """Yield the HF tensors of one Megatron weight, one at a time."""
@@ -84,9 +92,17 @@ class MegatronSource:
         self.architecture = self.config.architecture
         self._prefix = TEACHER_PREFIX if role == "teacher" else ""
         self._places = self._check()
+        kept = self.hf_folder / UNTRAINED
+        self._kept = HFWeights(kept) if kept.is_dir() else None
+        self.untrained = self._kept.tensors if self._kept else {}
+        """As HFSource.untrained, from the folder in which they are kept."""
         self.tensors = self._hf_tensors()
         """Dtypes and shapes of all weights by HF name, in the order of the original's files if
         known."""
+
+    def read_untrained(self, name: str) -> Tensor:
+        assert self._kept is not None
+        return self._kept.read(name)
 
     @property
     def has_teacher(self) -> bool:
@@ -186,12 +202,14 @@ class MegatronSource:
             dtype = self.reader.tensors[self._prefix + self._places[weight.name].key].dtype
             infos |= {name: TensorInfo(dtype, shape) for name, shape in weight.hf.items()}
         order = self.hf_folder / ORDER
+        self.order = [*infos, *self.untrained]
         if not order.exists():
             return infos
         names = read_json(order)
-        if not isinstance(names, list) or sorted(map(str, names)) != sorted(infos):
+        if not isinstance(names, list) or sorted(map(str, names)) != sorted(self.order):
             raise CheckpointError(f"{order}: does not list the tensors that config.json describes")
-        return {name: infos[name] for name in names}
+        self.order = names
+        return {name: infos[name] for name in names if name in infos}
 
 
 Source = HFSource | MegatronSource

@@ -83,9 +83,9 @@ def verify(a: Source, b: Source, *, logits: bool = False) -> Report:
         if facts[0].get(name) != facts[1].get(name)
     }
     report.notes = _notes(a, b)
-    names = {"a": set(a.tensors), "b": set(b.tensors)}
+    names = {"a": set(a.order), "b": set(b.order)}
     report.only_a, report.only_b = sorted(names["a"] - names["b"]), sorted(names["b"] - names["a"])
-    total = sum(info.num_bytes for info in a.tensors.values())
+    total = sum(info.num_bytes for info in (a.tensors | a.untrained).values())
     with progress("verify", total) as advance:
         for name, one, other in _pairs(a, b):
             report.tensors.append(_compare(name, one, other))
@@ -133,6 +133,9 @@ def _notes(a: Source, b: Source) -> list[str]:
 def _pairs(a: Source, b: Source) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield name and both values of every tensor that exists in both checkpoints."""
     in_b = {tuple(weight.hf): weight for weight in stored_weights(b.architecture)}
+    for name in a.untrained:
+        if name in b.untrained:
+            yield name, a.read_untrained(name), b.read_untrained(name)
     for weight in stored_weights(a.architecture):
         if other := in_b.get(tuple(weight.hf)):
             for (name, one), (_, two) in zip(a.parts(weight), b.parts(other), strict=True):

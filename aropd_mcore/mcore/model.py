@@ -184,7 +184,9 @@ def model_config(
         activation_func=functional.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.has_qkv_bias,
-        qk_layernorm=architecture.has_qk_norm,
+        # With this setting, Megatron sums the gradients of the norms over tensor ranks
+        # (distributed/finalize_model_grads.py), which divide the weight of a norm over all heads.
+        qk_layernorm=architecture.has_qk_norm and not architecture.has_whole_qk_norm,
         **_attention_settings(architecture, runtime),
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -5,9 +5,9 @@ tensor by tensor. `cpu` is Megatron's local layer spec with this package's core 
 by `torch.autograd.graph.saved_tensors_hooks`. `gpu` is Transformer Engine's spec, counted after
 Korthikanti et al., arXiv:2205.05198, for RMSNorm without dropout, flash attention, a fused SwiGLU,
 and norms fused into the linear layer that follows (which keeps the norm's output for the gradient
-of its weight). In a model with experts, every layer is counted as one with experts. In FP8 a matrix
-product keeps one byte per number of its input, in addition to the copies that other operations
-keep.
+of its weight). In FP8 a matrix product keeps one byte per number of its input, in addition to the
+copies that other operations keep. In a model with experts, every layer is counted as one with
+experts.
 """
 
 from dataclasses import dataclass

@@ -117,6 +117,37 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
+GLM45_AIR: dict[str, Any] = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
+
 
 @pytest.mark.parametrize(
     ("config", "num_parameters"),
@@ -127,6 +158,7 @@ QWEN3_30B_A3B: dict[str, Any] = {
         (MISTRAL_7B, 7_241_732_096),
         (MIXTRAL_8X7B, 46_702_792_704),
         (QWEN3_30B_A3B, 30_532_122_624),
+        (GLM45_AIR, 106_852_245_504),  # of 110 billion with the layer that predicts further tokens
     ],
 )
 def test_published_configs_have_the_published_number_of_parameters(
@@ -150,6 +182,9 @@ def test_published_configs_have_the_published_settings():
     moe = read_architecture(QWEN3_30B_A3B)
     assert moe.routing == Routing(128, 8, 768, normalized=True)
     assert moe.has_qk_norm
+    glm = read_architecture(GLM45_AIR)
+    assert glm.routing == Routing(128, 8, 1408, True, "sigmoid", 1.0, None, 1408, (0,))
+    assert (glm.rope.dim, glm.prediction_layers, glm.num_expert_layers) == (64, 1, 45)
 
 
 def test_the_number_of_experts_is_read_from_the_key_of_transformers_5():
@@ -169,7 +204,7 @@ def test_rope_of_transformers_4_and_5_is_read_alike():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tie", [False, True])
 def test_names_shapes_and_count_equal_transformers(family: str, tie: bool, tmp_path: Path):
-    model = save_tiny_model(family, tmp_path, tie=tie, num_hidden_layers=2)
+    model = save_tiny_model(family, tmp_path, tie=tie, num_hidden_layers=3)
     architecture = read_architecture(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -191,7 +226,8 @@ def test_every_registered_family_has_a_tiny_model():
         (
             {"architectures": ["MambaForCausalLM"]},
             "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, "
-            "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, "
+            "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SeedOssForCausalLM, "
+            "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, OlmoeForCausalLM, Glm4MoeForCausalLM, "
             "MixtralForCausalLM",
         ),
         (
@@ -255,8 +291,22 @@ def test_every_registered_family_has_a_tiny_model():
             "rope_scaling.high_freq_factor is 8.0; expected 4.0, which Megatron's Llama 3 scaling",
         ),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' and no factor"),
-        ({**QWEN3_30B_A3B, "mlp_only_layers": [0]}, "mlp_only_layers is [0]; only [] is supported"),
-        ({**QWEN3_30B_A3B, "decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is"),
+        ({**QWEN3_30B_A3B, "mlp_only_layers": ["0"]}, "mlp_only_layers is ['0']; expected a list"),
+        (
+            {**QWEN3_30B_A3B, "decoder_sparse_step": 49},
+            "mlp_only_layers [] and decoder_sparse_step 49 leave no layer with experts",
+        ),
+        ({**GLM45_AIR, "norm_topk_prob": False}, "norm_topk_prob is False; expected true, since"),
+        ({**GLM45_AIR, "first_k_dense_replace": 46}, "first_k_dense_replace is 46; expected less"),
+        ({**GLM45_AIR, "n_group": 3}, "n_group is 3; expected a divisor of the 128 experts"),
+        (
+            {**GLM45_AIR, "n_group": 8, "topk_group": 2},
+            "topk_group is 2; expected half of num_experts_per_tok, 8",
+        ),
+        (
+            {**GLM45_AIR, "rope_scaling": YARN_ROPE},
+            "rope_scaling has rope_type 'yarn' and 64 of 128 dimensions of a head rotate",
+        ),
         ({**QWEN3_30B_A3B, "num_experts": None}, "num_experts is missing"),
         (
             {**QWEN3_30B_A3B, "num_experts_per_tok": 129},

@@ -152,7 +152,7 @@ def test_folders_of_another_kind_are_refused(hf, mcore, tmp_path, refused):
         (edit_config(hidden_size=128), "] by config.json"),
         (edit_config(architectures=5), "config.json: architectures is 5; expected a list"),
         (edit_config(quantization_config="fp8"), "quantization_config is 'fp8'; expected an obj"),
-        (edit_config(layer_types=[["x"]]), "only full_attention is supported"),
+        (edit_config(layer_types=[["x"]]), "expected full_attention, with one entry per layer"),
         (edit_config(rope_parameters=[1]), "rope_parameters is [1]; expected an object"),
         (edit_tensors(lambda t: t.update(x=torch.ones(1))), "model.safetensors: unexpected tens"),
         (

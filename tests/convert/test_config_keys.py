@@ -27,7 +27,8 @@ from tests.support.tiny_models import FAMILIES, LLAMA31_ROPE, YARN_ROPE, tiny_co
 
 pytestmark = pytest.mark.slow
 
-VARIANTS = tuple(name for name in FAMILIES if name not in ("llama2", "qwen3_moe_unnormalized"))
+REPEATED = ("llama2", "qwen3_moe_unnormalized", "glm4_moe_groups")
+VARIANTS = tuple(name for name in FAMILIES if name not in REPEATED)
 STYLES = ("transformers 4", "transformers 5")
 # The numbers of heads are multiples of the default numbers of key/value heads.
 SIZES = {
@@ -46,7 +47,9 @@ MORE_KEYS = (
     *("head_dim", "num_key_value_heads", "tie_word_embeddings", "rms_norm_eps"),
     *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-    *("num_experts", "num_local_experts", "norm_topk_prob", "mlp_only_layers"),
+    *("num_experts", "num_local_experts", "norm_topk_prob", "mlp_only_layers", "clip_qkv"),
+    *("decoder_sparse_step", "first_k_dense_replace", "n_group", "topk_group", "use_qk_norm"),
+    *("routed_scaling_factor", "qkv_bias", "num_nextn_predict_layers"),
     *("dtype", "torch_dtype", "text_config", "per_layer_config", "transformers_weights"),
     *("quantization_config", "configuration_files"),
 )
@@ -54,7 +57,8 @@ MORE_KEYS = (
 REQUIRED = {
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps"),
-    *("num_experts", "num_local_experts", "num_experts_per_tok"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "n_routed_experts"),
+    *("n_shared_experts", "first_k_dense_replace", "shared_expert_intermediate_size"),
     # of Llama 3's rope
     *("rope_type", "factor", "low_freq_factor", "high_freq_factor"),
     "original_max_position_embeddings",
@@ -79,6 +83,8 @@ def base_config(variant: str, style: str) -> dict[str, Any]:
     config = json.loads(tiny_config(variant, **SIZES).to_json_string())
     config["architectures"] = [FAMILIES[variant][1].__name__]
     config["dtype"] = "float32"
+    if "first_k_dense_replace" in config:
+        config["first_k_dense_replace"] = 0  # the only layer has experts
     if style == "transformers 4":
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")
@@ -257,6 +263,10 @@ def facts(config: HFConfig) -> dict[str, Any]:
             a.routing.experts_per_token,
             a.routing.ffn_hidden_size,
             a.routing.normalized,
+            a.routing.shared_ffn_hidden_size,
+            a.routing.scaling,
+            a.routing.groups,
+            a.num_expert_layers,
         ),
         "ffn": a.ffn_hidden_size,
         "dtype": config.dtype,
@@ -267,18 +277,14 @@ def facts(config: HFConfig) -> dict[str, Any]:
 def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
     config: Any = model.config
     body: Any = model.model
-    attention, mlp = body.layers[0].self_attn, body.layers[0].mlp
+    attention = body.layers[0].self_attn
     rope = config.rope_parameters
     if config.model_type in ("mistral", "mixtral"):  # these models read the config in forward
         windows = [config.sliding_window] * len(body.layers)
     else:
         windows = [getattr(layer.self_attn, "sliding_window", None) for layer in body.layers]
-    experts = hasattr(mlp, "gate") and (
-        mlp.gate.num_experts,
-        mlp.gate.top_k,
-        mlp.experts.intermediate_dim,
-        getattr(mlp.gate, "norm_topk_prob", True),
-    )
+    blocks = [layer.mlp for layer in body.layers if hasattr(layer.mlp, "gate")]
+    experts = blocks and expert_facts(blocks)
     extended = 0
     if rope["rope_type"] == "yarn":
         extended = int(rope["factor"] * rope["original_max_position_embeddings"])
@@ -307,6 +313,22 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
             config.hidden_act,
         ),
     }
+
+
+def expert_facts(blocks: list[Any]) -> tuple[Any, ...]:
+    mlp, gate = blocks[0], blocks[0].gate
+    shared = getattr(mlp, "shared_expert", getattr(mlp, "shared_experts", None))
+    groups = getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1)
+    return (
+        gate.num_experts,
+        gate.top_k,
+        mlp.experts.intermediate_dim,
+        getattr(gate, "norm_topk_prob", True),
+        shared.intermediate_size if shared else 0,
+        getattr(gate, "routed_scaling_factor", 1.0),
+        groups if groups[0] != groups[1] else None,
+        len(blocks),
+    )
 
 
 def _frequencies(model: PreTrainedModel) -> torch.Tensor:

@@ -28,10 +28,10 @@ def test_plan_returns_the_layout(tmp_path: Path):
 
 
 def test_plan_of_sequences_beyond_the_positions_is_refused(tmp_path: Path):
-    """The models have 512 positions. Context ranks limit Mistral to its sliding window of 48."""
+    """The models have 512 positions. Context ranks limit Mistral to its sliding window of 10."""
     lengths = {"views": {"max_prompt_tokens": 500}, "rollout": {"max_response_tokens": 12}}
     plan(config(tmp_path, "llama", **lengths), 1)
-    for family, context, positions in (("llama", 1, 512), ("mistral", 1, 512), ("mistral", 2, 48)):
+    for family, context, positions in (("llama", 1, 512), ("mistral", 1, 512), ("mistral", 2, 10)):
         lengths["rollout"] = {"max_response_tokens": 13}
         message = (
             r"max_prompt_tokens 500 \+ rollout\.max_response_tokens 13 = 513 tokens: expected at "

@@ -352,7 +352,9 @@ _MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up
 
 def _weights(model) -> dict[str, Tensor]:
     weights = {}
-    for name, weight in model.named_parameters():
+    # The bias of a sigmoid router is a buffer, which training must not change.
+    biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    for name, weight in [*model.named_parameters(), *biases]:
         layer, _, fused = name.partition(".experts.")
         if not fused:
             weights[name] = weight.detach().clone()

@@ -29,6 +29,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 from transformers.utils import logging
 
@@ -97,6 +99,7 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
         },
     ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),  # not hidden_size / heads
+    "seed_oss": (SeedOssConfig, SeedOssForCausalLM, {"head_dim": 24}),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, QWEN3_MOE),
     "qwen3_moe_unnormalized": (
         Qwen3MoeConfig,

@@ -31,6 +31,7 @@ from tests.support import oracles
 from tests.support.pairwise import covering_rows
 from tests.support.ranks import run_ranks
 from tests.support.step_oracle import Method, Oracle, OracleStep, Sample
+from tests.support.tiny_models import MOE_FAMILIES
 from tests.support.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
 from tests.support.tiny_tokenizer import TAGS, VOCAB_SIZE
 
@@ -297,6 +298,39 @@ CASES = [
         layouts=every_layout(experts=True),
     ),
     Case(
+        # Shared experts, a sigmoid router with a bias, a dense layer, partial rotation.
+        "glm",
+        {"objective": AROPD, "training": PACKED},
+        family="glm4_moe",
+        num_steps=2,
+        layouts=[
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 2, virtual_pipeline=2, expert=2),
+            Layout(1, 2, context=2),
+        ],
+    ),
+    Case(
+        "shared-experts",
+        # Without metrics: a token's residual is at the clip within fp32 rounding.
+        {
+            "objective": AROPD | ROUTERS | {"metrics": False},
+            "training": {"micro_batch_size": 1},
+        },
+        family="qwen2_moe",
+        num_steps=2,
+        groups=tuple((sample,) for sample in range(8)),
+        layouts=[Layout(2, 1, sequence=True, expert=2), Layout(1, 2, context=2)],
+    ),
+    Case(
+        # Norms over all heads, which tensor ranks divide.
+        "whole-norms",
+        {"objective": AROPD},
+        family="olmoe",
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[Layout(4, 1, sequence=True, expert=2), Layout(2, 1, sequence=True)],
+    ),
+    Case(
         # Pairs of samples of different lengths, so there is padding.
         "routers",
         {
@@ -495,7 +529,7 @@ def choose_first() -> list[tuple[str, Layout]]:
     rows = [
         layout._asdict()
         | {
-            "experts": case.family in ("qwen3_moe", "mixtral"),
+            "experts": case.family in MOE_FAMILIES,
             "packing": case.sections.get("training", {}).get("packing", False),
         }
         for case, layout in runs
