@@ -14,7 +14,7 @@ from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.rates import FASTEST, SLOWEST
 from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup
-from aropd_mcore.plan.sync import sync_cost
+from aropd_mcore.plan.sync import sync_cost, sync_seconds
 
 GB = 1e9
 SWEEP_ROWS = 20
@@ -211,6 +211,7 @@ def _constant_lines() -> list[str]:
 
 def _sync_text(setup: Setup, path: Literal["disk", "nccl"]) -> str:
     cost = sync_cost(setup, path)
+    low, high = (sync_seconds(setup, path, rates) for rates in (FASTEST, SLOWEST))
     gathers = f"{cost.gathers + cost.sends} gathers and sends on the busiest rank"
     if path == "disk":
         writers = f"{cost.num_owners} ranks, up to {cost.busiest_bytes / GB:.1f} GB each"
@@ -219,7 +220,7 @@ def _sync_text(setup: Setup, path: Literal["disk", "nccl"]) -> str:
         work = f"in {cost.broadcasts} broadcasts by {cost.num_owners} ranks, after {gathers}"
     return (
         f"Weights to the servers ({path}), after each step and not in its time: "
-        f"{cost.num_bytes / GB:.1f} GB {work}; {cost.shortest:.1f} – {cost.longest:.1f} s."
+        f"{cost.num_bytes / GB:.1f} GB {work}; {low:.1f} – {high:.1f} s."
     )
 
 

@@ -15,7 +15,7 @@ from aropd_mcore.convert.buckets import (
 from aropd_mcore.convert.mapping import EMBEDDING
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
-from aropd_mcore.plan.rates import FASTEST, SLOWEST, Rates
+from aropd_mcore.plan.rates import Rates
 from aropd_mcore.plan.setup import Setup
 
 
@@ -35,14 +35,10 @@ class SyncCost:
     """Sends and receives within a stage or between stages."""
     broadcasts: int
     """Broadcasts to the servers by all senders. 0 for files."""
-    shortest: float
-    """Seconds, if gathers overlap with the rest and rates are the highest assumed."""
-    longest: float
-    """Seconds, if nothing overlaps and rates are the lowest assumed."""
 
 
 def sync_cost(setup: Setup, path: Literal["disk", "nccl"], limit: int = BUCKET_BYTES) -> SyncCost:
-    """Count and estimate a sync by files that all ranks write, or by broadcasts of each stage.
+    """Count a sync by files that all ranks write, or by broadcasts of each stage.
 
     Args:
         limit: size of a bucket in bytes.
@@ -50,11 +46,26 @@ def sync_cost(setup: Setup, path: Literal["disk", "nccl"], limit: int = BUCKET_B
     return _files(setup, limit) if path == "disk" else _broadcasts(setup, limit)
 
 
-def tensor_by_tensor(setup: Setup) -> SyncCost:
-    """Count a sync in which rank 0 gets and hands over one HF tensor after another.
+def sync_seconds(setup: Setup, path: Literal["disk", "nccl"], rates: Rates) -> float:
+    """Return the seconds of a sync whose parts follow one another.
 
-    Its time is not estimated.
+    Files are gathered, written by all ranks at once, and read by every server. With NCCL the stages
+    send in turn, and each byte passes the sender's link once.
     """
+    cost = sync_cost(setup, path)
+    if path == "disk":
+        span, gathered, calls = setup.tensor, cost.busiest_bytes, cost.gathers
+        seconds = cost.busiest_bytes / rates.sync_write_bytes
+        seconds += cost.num_bytes / rates.sync_read_bytes
+    else:
+        span, gathered = max(setup.tensor, setup.expert_ranks), cost.num_bytes
+        calls = setup.pipeline * (cost.gathers + cost.sends) + cost.broadcasts
+        seconds = cost.num_bytes / (rates.network_bytes * rates.network_efficiency)
+    return seconds + gathered / _bandwidth(setup, span, rates) + calls * rates.sync_call_seconds
+
+
+def tensor_by_tensor(setup: Setup) -> SyncCost:
+    """Count a sync in which rank 0 gets and hands over one HF tensor after another."""
     gathers, from_experts, tensors = [], [], []
     for stage in range(setup.pipeline):
         weights = _stage(setup, stage)
@@ -69,7 +80,7 @@ def tensor_by_tensor(setup: Setup) -> SyncCost:
     passed_on = map(sum, zip(from_experts[1:], tensors[1:], strict=True))
     sends = max(from_experts[0] + sum(tensors[1:]), *passed_on, 0)
     num_bytes = count_elements(without_tied_head(setup.architecture)) * setup.dtype_bytes
-    return SyncCost(num_bytes, num_bytes, 1, max(gathers), sends, sum(tensors), math.nan, math.nan)
+    return SyncCost(num_bytes, num_bytes, 1, max(gathers), sends, sum(tensors))
 
 
 def _files(setup: Setup, limit: int) -> SyncCost:
@@ -102,17 +113,8 @@ def _files(setup: Setup, limit: int) -> SyncCost:
         # except by the size of one bucket.
         loads += [a + b for a, b in zip(dense, of_experts, strict=True)]
         gathers = max(gathers, max(calls) + expert_calls)
-    total, busiest = sum(loads), max(loads)
-
-    def parts(rates: Rates) -> tuple[float, float, float]:
-        gathering = busiest / _bandwidth(setup, setup.tensor, rates)
-        return gathering, busiest / rates.sync_write_bytes, total / rates.sync_read_bytes
-
-    gathering, writing, reading = parts(FASTEST)
-    shortest = max(writing, gathering) + reading
-    longest = sum(parts(SLOWEST)) + gathers * SLOWEST.sync_call_seconds
     owners = sum(load > 0 for load in loads)
-    return SyncCost(total, busiest, owners, gathers, 0, 0, shortest, longest)
+    return SyncCost(sum(loads), max(loads), owners, gathers, 0, 0)
 
 
 def _broadcasts(setup: Setup, limit: int) -> SyncCost:
@@ -130,16 +132,7 @@ def _broadcasts(setup: Setup, limit: int) -> SyncCost:
         total, broadcasts = total + sum(sizes), broadcasts + len(sizes)
         busiest = max(busiest, sum(sizes))
         gathers, sends = max(gathers, own_gathers), max(sends, own_sends)
-
-    # Each byte passes the sender's link once, and each server's. Stages send in turn.
-    def sending(rates: Rates) -> float:
-        return total / (rates.network_bytes * rates.network_efficiency)
-
-    gathering = total / _bandwidth(setup, max(setup.tensor, setup.expert_ranks), SLOWEST)
-    calls = setup.pipeline * (gathers + sends) + broadcasts
-    shortest = sending(FASTEST) + broadcasts * FASTEST.sync_call_seconds
-    longest = sending(SLOWEST) + gathering + calls * SLOWEST.sync_call_seconds
-    return SyncCost(total, busiest, setup.pipeline, gathers, sends, broadcasts, shortest, longest)
+    return SyncCost(total, busiest, setup.pipeline, gathers, sends, broadcasts)
 
 
 def _stage(setup: Setup, stage: int) -> list[Weight]:

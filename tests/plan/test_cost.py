@@ -13,6 +13,7 @@ from aropd_mcore.plan.parameters import rank_parameters
 from aropd_mcore.plan.rates import FASTEST, SLOWEST, Rates
 from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup, build_setup
+from aropd_mcore.plan.sync import sync_seconds
 from tests.plan.test_parameters import MODELS
 from tests.support.tiny_runs import write_run
 
@@ -123,7 +124,8 @@ def test_longest_time_is_at_the_slow_end_of_every_constant():
     alone = Setup(read_architecture(MODELS["qwen2"]), cuda_graphs=True)
 
     def seconds(rates: Rates) -> float:
-        return sum(step_time(s, rates).total + sum(save_time(s, rates)) for s in (setup, alone))
+        steps = sum(step_time(s, rates).total + sum(save_time(s, rates)) for s in (setup, alone))
+        return steps + sync_seconds(setup, "disk", rates) + sync_seconds(setup, "nccl", rates)
 
     names = {field.name for field in fields(Rates)} & constants().keys()
     assert constants().keys() - names == {"pinned_bytes", "gpu_overhead_bytes"}

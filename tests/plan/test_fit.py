@@ -190,7 +190,7 @@ def test_expert_parallelism_is_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     config = load_config(path, ["parallel.expert=1", *two_stages])
     whole = build_planned_run(config, 256, **machines)
     assert whole.estimate().memory.state["weights"] > 100e9
-    assert "parallel.expert=64" in [remedy.change for remedy in remedies(whole)]
+    assert "parallel.expert=32" in [remedy.change for remedy in remedies(whole)]
 
     best = sweep(whole)[0].setup
     assert best.expert > 1

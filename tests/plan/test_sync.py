@@ -28,5 +28,3 @@ def test_sync_cost_counts_each_byte_once_and_few_calls(family: str, layout: dict
     assert num_bytes / setup.world_size <= disk.busiest_bytes < num_bytes / 3
     assert -(-num_bytes // 20_000) / 4 < nccl.broadcasts < before.broadcasts / 2
     assert nccl.gathers + nccl.sends < (before.gathers + before.sends) / 2
-    for cost in (disk, nccl):
-        assert 0 < cost.shortest < cost.longest

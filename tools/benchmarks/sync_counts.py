@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.rates import FASTEST, SLOWEST
 from aropd_mcore.plan.setup import Setup
-from aropd_mcore.plan.sync import sync_cost, tensor_by_tensor
+from aropd_mcore.plan.sync import sync_cost, sync_seconds, tensor_by_tensor
 
 EXPERTS = DENSE | {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -79,13 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = _table("Computed")
     for folder, layout in LARGE:
         setup = Setup(read_architecture(CLUSTERS / folder), **layout)
-        costs = {
-            "before": tensor_by_tensor(setup),
-            "disk": sync_cost(setup, "disk"),
-            "nccl": sync_cost(setup, "nccl"),
-        }
-        for path, cost in costs.items():
-            _add_row(table, f"{folder}, {_text(layout)}", path, vars(cost))
+        name = f"{folder}, {_text(layout)}"
+        _add_row(table, name, "before", vars(tensor_by_tensor(setup)))
+        for path in ("disk", "nccl"):
+            low, high = (sync_seconds(setup, path, rates) for rates in (FASTEST, SLOWEST))
+            cost = vars(sync_cost(setup, path))
+            _add_row(table, name, path, cost, f"{low:.1f} – {high:.1f}")
     console.print(table)
     return 0
 
@@ -211,15 +211,13 @@ def _table(title: str) -> Table:
     return table
 
 
-def _add_row(table: Table, name: str, path: str, cost: dict[str, Any]) -> None:
-    shortest, longest = cost.get("shortest"), cost.get("longest")
-    is_estimated = shortest is not None and shortest == shortest
+def _add_row(table: Table, name: str, path: str, cost: dict[str, Any], seconds: str = "") -> None:
     table.add_row(
         name,
         path,
         *(f"{cost[key] / 1e9:.3g}" for key in ("num_bytes", "busiest_bytes")),
         *(str(cost[key]) for key in ("num_owners", "gathers", "sends", "broadcasts")),
-        f"{shortest:.1f} – {longest:.1f}" if is_estimated else "",
+        seconds,
     )
 
 
