@@ -147,7 +147,7 @@ def test_token_of_experts_launches_the_router_and_each_expert_on_the_rank():
     )
     dense = Setup(read_architecture(MODELS["qwen2"]))
     experts = replace(dense, architecture=read_architecture(MODELS["qwen3_moe"]))
-    num_experts = experts.architecture.routing.num_experts
+    num_experts = experts.architecture.sizes["experts"]
     assert launch_seconds(dense, rates) == 4
     assert launch_seconds(replace(dense, cuda_graphs=True), rates) == 2
     assert launch_seconds(replace(dense, cuda_graphs=True, tensor=2), rates) == 4
