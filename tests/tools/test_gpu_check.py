@@ -158,5 +158,6 @@ def test_dry_run_of_every_part_succeeds(tmp_path):
         for part in results["parts"]
         if {check["verdict"] for check in part["checks"]} == {"skipped"}
     }
-    needs_gpu = {"graphs", "fp8", "fp8_teacher", "fp8_rollouts", "precision", "kernels", "nccl"}
+    needs_gpu = {"graphs", "fp8", "fp8_teacher", "fp8_rollouts", "precision", "kernels"}
+    needs_gpu |= {"experts", "nccl", "colocated"}
     assert skipped == needs_gpu
