@@ -195,8 +195,8 @@ def test_expert_parallelism_is_a_remedy_and_in_the_sweep(monkeypatch, capsys):
     best = sweep(whole)[0].setup
     assert best.expert > 1
     # The suggested overrides are exactly the settings that differ from this configuration.
-    one_stage = [*two_stages, "parallel.pipeline=1", "training.micro_batch_size=2"]
-    no_remedy = ["parallel.expert=1", *one_stage]
+    no_remedy = [f"parallel.{size}=1" for size in ("expert", "pipeline", "tensor")]
+    no_remedy += [*two_stages[1:], "parallel.sequence=false"]
     assert main(["plan", str(path), "--gpus", "256", *no_remedy]) == 0
     suggestion = capsys.readouterr().out.split("with the shortest step:")[1]
     given = load_config(path, no_remedy)
