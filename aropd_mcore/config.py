@@ -273,13 +273,7 @@ class ParallelConfig(Section):
         Raises:
             ValueError: the settings contradict each other.
         """
-        return Stages(
-            self.pipeline,
-            self.virtual_pipeline,
-            self.layers_in_first_stage,
-            self.layers_in_last_stage,
-            self.pipeline_layout,
-        )
+        return Stages.of(self)
 
 
 class WeightedSource(Section):

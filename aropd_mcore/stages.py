@@ -5,7 +5,7 @@ which a token passes them, so chunk c is on stage c % pipeline.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import groupby
 
@@ -28,6 +28,15 @@ class Stages:
     layers_in_first_stage: int | None = None
     layers_in_last_stage: int | None = None
     pipeline_layout: str | None = None
+
+    @classmethod
+    def of(cls, settings: object) -> "Stages":
+        """Read the fields from an object that has all of them.
+
+        Raises:
+            ValueError: see `Stages`.
+        """
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
         """Check what does not depend on the model.

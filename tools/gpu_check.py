@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_checks.parts import PARTS, REPO, Part
-from gpu_checks.report import render_constants, report_path, write_atomically, write_report
+from gpu_checks.report import render_constants, report_path, write_report
 
 from aropd_mcore import lifetime
+from aropd_mcore.data.prepare import write_atomically
 
 PACKAGES = ("torch", "triton", "transformer_engine", "megatron-core", "flash-attn", "liger-kernel")
 _LEAST_SECONDS = 5.0
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
             print(f"{part.name:20}not run: no time is left; run the command again", flush=True)
             continue
         record = run_part(part, args.out, min(factor * part.seconds, left), dry=args.dry_run)
-        write_atomically(path, json.dumps(record | {"context": context}, indent=2))
+        write_atomically(path, [json.dumps(record | {"context": context}, indent=2)])
         print(f"{part.name:20}{_summary(record)}", flush=True)
         _report(args.out, parts, context)
     return 0 if _report(args.out, parts, context, chosen) else 1

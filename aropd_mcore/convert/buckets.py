@@ -2,15 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from aropd_mcore.convert.mapping import HEAD
-from aropd_mcore.convert.model import Architecture, Weight
+from aropd_mcore.convert.model import Weight
 
-
-def without_tied_head(architecture: Architecture) -> list[Weight]:
-    """Return the table's weights without a tied head, which repeats the embedding."""
-    is_repeated = architecture.tied_embeddings
-    return [w for w in architecture.weights() if not (is_repeated and w.name == HEAD.name)]
+T = TypeVar("T")
 
 
 def count_elements(weights: Iterable[Weight]) -> int:
@@ -50,15 +46,20 @@ def shares(
         yield run, owner
 
 
-def packed_sizes(tensor_bytes: Iterable[int], limit: int) -> list[int]:
-    """Return the sizes of the buckets that vLLM's receiver expects for tensors of these sizes.
+def receiver_buckets(
+    items: Iterable[T], num_bytes: Callable[[T], int], limit: int
+) -> Iterator[list[T]]:
+    """Yield the buckets that vLLM's receiver expects.
 
-    A bucket ends with the first tensor that makes it larger than `limit`.
+    A bucket ends with the first item that makes it larger than `limit` bytes.
     """
-    sizes, size = [], 0
-    for num_bytes in tensor_bytes:
-        size += num_bytes
+    bucket: list[T] = []
+    size = 0
+    for item in items:
+        bucket.append(item)
+        size += num_bytes(item)
         if size > limit:
-            sizes.append(size)
-            size = 0
-    return sizes + [size] * (size > 0)
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket

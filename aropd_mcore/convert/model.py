@@ -26,6 +26,7 @@ from aropd_mcore.convert.rope import Rope
 from aropd_mcore.convert.routing import Routing
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.windows import Windows
+from aropd_mcore.stages import Stages
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
@@ -176,6 +177,12 @@ class Architecture:
                     yield from (fill(row, layer, expert) for row in rows)
         yield fill(FINAL_NORM)
         yield fill(replace(HEAD, hf=EMBEDDING.hf) if self.tied_embeddings else HEAD)
+
+    def stage_of(self, weight: Weight, stages: Stages) -> int:
+        """Return the pipeline stage of a weight. A tied embedding is on the last one, too."""
+        if weight.layer is not None:
+            return stages.stage_of(weight.layer, self.num_layers)
+        return 0 if weight.name == EMBEDDING.name else stages.pipeline - 1
 
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aropd_mcore.convert.buckets import runs, shares, without_tied_head
+from aropd_mcore.convert.buckets import runs, shares
+from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.model import Architecture, Weight
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.convert.tensors import split
@@ -71,7 +72,7 @@ class WeightBuckets:
         self._architecture = architecture
         self._runtime = runtime
         self._own = own_parameters(model, runtime)
-        self._weights = without_tied_head(architecture)
+        self._weights = list(stored_weights(architecture))
         self.held = frozenset(_part(weight) for weight in self._weights if weight.name in self._own)
         """Parts of the model on this stage; see `stage_shapes`."""
 
@@ -203,7 +204,7 @@ def stage_shapes(
 
 def stage_weights(architecture: Architecture, held: frozenset[int | str]) -> list[Weight]:
     """Return the weights of a stage, with all experts of its layers; see `stage_shapes`."""
-    return [weight for weight in without_tied_head(architecture) if _part(weight) in held]
+    return [weight for weight in stored_weights(architecture) if _part(weight) in held]
 
 
 def _part(weight: Weight) -> int | str:

@@ -125,8 +125,6 @@ def _write_own(
 def _write_index(model: StageModel, partial: Path, written: list[_Written]) -> None:
     """Write the index of all ranks' files. On rank 0."""
     files = {name: result.file for result in written for name in result.names}
-    shapes = model.architecture.hf_shapes
-    assert sorted(files) == sorted(shapes) and len(files) == sum(len(r.names) for r in written)
-    dtype = model.config.params_dtype
-    infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
-    write_index(partial, infos, {name: files[name] for name in shapes})
+    infos = model.architecture.hf_infos(model.config.params_dtype)
+    assert sorted(files) == sorted(infos) and len(files) == sum(len(r.names) for r in written)
+    write_index(partial, infos, {name: files[name] for name in infos})

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, CheckpointError
 from aropd_mcore.convert.folders import copy_companions, new_folder, refuse_existing
+from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.hf_write import write_safetensors
-from aropd_mcore.convert.mapping import EMBEDDING, HEAD, Kind
+from aropd_mcore.convert.mapping import Kind
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.source import HFSource, Source
 from aropd_mcore.convert.tensors import split
@@ -87,11 +88,10 @@ def iter_hf_tensors(
         values = dict(model.named_parameters())
     dtypes, device = (next(iter(values.values())).dtype, torch.float32), runtime.device
     values = dict(model.named_buffers()) | dict(values)
-    for weight in architecture.weights():
+    for weight in stored_weights(architecture):
         beat()  # rank 0 may take long to write the last tensor
-        if weight.name == HEAD.name and architecture.tied_embeddings:
-            continue
-        stage, dtype = _stage(weight, architecture, runtime), dtypes[weight.is_buffer]
+        stage = architecture.stage_of(weight, runtime.stages)
+        dtype = dtypes[weight.is_buffer]
         parts: list[Tensor | None] = [None] * len(weight.hf)
         if runtime.pp_rank == stage and weight.name in own_names:
             parts[:] = split(
@@ -218,13 +218,6 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
     unknown = names.keys() - {weight.name for weight in table}
     assert not unknown, f"parameters without a table row: {sorted(unknown)}"
     return names
-
-
-def _stage(weight: Weight, architecture: Architecture, runtime: Runtime) -> int:
-    """Return the pipeline stage that a weight is read from. A tied embedding is on two stages."""
-    if weight.layer is not None:
-        return runtime.stages.stage_of(weight.layer, architecture.num_layers)
-    return 0 if weight.name == EMBEDDING.name else runtime.pp_size - 1
 
 
 def _tensor_group(weight: Weight, runtime: Runtime) -> dist.ProcessGroup:

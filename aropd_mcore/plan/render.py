@@ -211,7 +211,7 @@ def _constant_lines() -> list[str]:
 
 def _sync_text(setup: Setup, path: Literal["disk", "nccl"]) -> str:
     cost = sync_cost(setup, path)
-    low, high = (sync_seconds(setup, path, rates) for rates in (FASTEST, SLOWEST))
+    low, high = (sync_seconds(setup, cost, rates) for rates in (FASTEST, SLOWEST))
     gathers = f"{cost.gathers + cost.sends} gathers and sends on the busiest rank"
     if path == "disk":
         writers = f"{cost.num_owners} ranks, up to {cost.busiest_bytes / GB:.1f} GB each"

@@ -105,13 +105,7 @@ class Setup:
 
     @cached_property
     def stages(self) -> Stages:
-        return Stages(
-            self.pipeline,
-            self.virtual_pipeline,
-            self.layers_in_first_stage,
-            self.layers_in_last_stage,
-            self.pipeline_layout,
-        )
+        return Stages.of(self)
 
     @cached_property
     def stage_layers(self) -> tuple[int, ...]:

@@ -7,12 +7,11 @@ from typing import Literal
 
 from aropd_mcore.convert.buckets import (
     count_elements,
-    packed_sizes,
+    receiver_buckets,
     runs,
     shares,
-    without_tied_head,
 )
-from aropd_mcore.convert.mapping import EMBEDDING
+from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.plan.rates import Rates
@@ -46,14 +45,13 @@ def sync_cost(setup: Setup, path: Literal["disk", "nccl"], limit: int = BUCKET_B
     return _files(setup, limit) if path == "disk" else _broadcasts(setup, limit)
 
 
-def sync_seconds(setup: Setup, path: Literal["disk", "nccl"], rates: Rates) -> float:
-    """Return the seconds of a sync whose parts follow one another.
+def sync_seconds(setup: Setup, cost: SyncCost, rates: Rates) -> float:
+    """Return the seconds of a sync of `sync_cost`, whose parts follow one another.
 
     Files are gathered, written by all ranks at once, and read by every server. With NCCL the stages
     send in turn, and each byte passes the sender's link once.
     """
-    cost = sync_cost(setup, path)
-    if path == "disk":
+    if not cost.broadcasts:
         span, gathered, calls = setup.tensor, cost.busiest_bytes, cost.gathers
         seconds = cost.busiest_bytes / rates.sync_write_bytes
         seconds += cost.num_bytes / rates.sync_read_bytes
@@ -79,7 +77,7 @@ def tensor_by_tensor(setup: Setup) -> SyncCost:
     # The first rank of a stage gets the experts and passes everything on. Rank 0 gets it.
     passed_on = map(sum, zip(from_experts[1:], tensors[1:], strict=True))
     sends = max(from_experts[0] + sum(tensors[1:]), *passed_on, 0)
-    num_bytes = count_elements(without_tied_head(setup.architecture)) * setup.dtype_bytes
+    num_bytes = count_elements(stored_weights(setup.architecture)) * setup.dtype_bytes
     return SyncCost(num_bytes, num_bytes, 1, max(gathers), sends, sum(tensors))
 
 
@@ -128,7 +126,8 @@ def _broadcasts(setup: Setup, limit: int) -> SyncCost:
             ranks = setup.tensor if rank is None else setup.expert_tensor
             own_gathers += ranks > 1 and _is_cut(run) and not rank
             own_sends += bool(rank)
-        sizes = packed_sizes(_tensor_bytes(weights, width), limit)
+        buckets = receiver_buckets(_tensor_bytes(weights, width), int, limit)
+        sizes = [sum(bucket) for bucket in buckets]
         total, broadcasts = total + sum(sizes), broadcasts + len(sizes)
         busiest = max(busiest, sum(sizes))
         gathers, sends = max(gathers, own_gathers), max(sends, own_sends)
@@ -137,13 +136,9 @@ def _broadcasts(setup: Setup, limit: int) -> SyncCost:
 
 def _stage(setup: Setup, stage: int) -> list[Weight]:
     """Return the weights of a pipeline stage."""
-
-    def place(weight: Weight) -> int:
-        if weight.layer is not None:
-            return setup.stages.stage_of(weight.layer, setup.architecture.num_layers)
-        return 0 if weight.name == EMBEDDING.name else setup.pipeline - 1
-
-    return [w for w in without_tied_head(setup.architecture) if place(w) == stage]
+    architecture = setup.architecture
+    weights = stored_weights(architecture)
+    return [w for w in weights if architecture.stage_of(w, setup.stages) == stage]
 
 
 def _expert_rank(setup: Setup, weight: Weight) -> int | None:

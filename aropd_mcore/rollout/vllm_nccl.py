@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.cuda import nccl
 from torch.distributed.distributed_c10d import _get_default_store
 
+from aropd_mcore.convert.buckets import receiver_buckets
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.rank0 import in_background, run_on_rank0
@@ -239,16 +240,9 @@ def packed(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Tensor
         tensors: in the order of the names that the receiver knows.
         limit: a bucket ends with the first tensor that makes it larger than this number of bytes.
     """
-    parts: list[Tensor] = []
-    size = 0
-    for _, tensor in tensors:
-        parts.append(tensor.reshape(-1).view(torch.uint8))
-        size += parts[-1].numel()
-        if size > limit:
-            yield torch.cat(parts)
-            parts, size = [], 0
-    if parts:
-        yield torch.cat(parts)
+    parts = (tensor.reshape(-1).view(torch.uint8) for _, tensor in tensors)
+    for bucket in receiver_buckets(parts, Tensor.numel, limit):
+        yield torch.cat(bucket)
 
 
 def _tensors(buckets: WeightBuckets) -> Iterator[tuple[str, Tensor]]:

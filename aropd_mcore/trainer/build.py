@@ -83,13 +83,12 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         teacher = Teacher(
             config.teacher, runtime, student=model, model=teacher_model, optimizer=optimizer
         )
-        longest = config.views.max_prompt_tokens + config.rollout.max_response_tokens
         engine = build_engine(
             Serving.from_config(config, runtime.world_size),
             model,
             runtime,
             eos_token_ids=ends,
-            probe_ids=probe_ids(dataset, view_builder, min(longest, PROBE_TOKENS)),
+            probe_ids=probe_ids(dataset, view_builder, min(config.longest_sequence, PROBE_TOKENS)),
             cache=cache,
             should_stop=stops.is_wanted,
         )

@@ -13,7 +13,7 @@ from aropd_mcore.plan.parameters import rank_parameters
 from aropd_mcore.plan.rates import FASTEST, SLOWEST, Rates
 from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup, build_setup
-from aropd_mcore.plan.sync import sync_seconds
+from aropd_mcore.plan.sync import sync_cost, sync_seconds
 from tests.plan.test_parameters import MODELS
 from tests.support.tiny_runs import write_run
 
@@ -122,10 +122,11 @@ def test_longest_time_is_at_the_slow_end_of_every_constant():
         gpus_per_node=4,
     )
     alone = Setup(read_architecture(MODELS["qwen2"]), cuda_graphs=True)
+    syncs = sync_cost(setup, "disk"), sync_cost(setup, "nccl")
 
     def seconds(rates: Rates) -> float:
         steps = sum(step_time(s, rates).total + sum(save_time(s, rates)) for s in (setup, alone))
-        return steps + sync_seconds(setup, "disk", rates) + sync_seconds(setup, "nccl", rates)
+        return steps + sum(sync_seconds(setup, cost, rates) for cost in syncs)
 
     names = {field.name for field in fields(Rates)} & constants().keys()
     assert constants().keys() - names == {"pinned_bytes", "gpu_overhead_bytes"}

@@ -1,15 +1,11 @@
 """Transfer of weights from the trainer's GPU to a vLLM server's GPU by NCCL."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import REPO
-from tests.support.tiny_runs import write_model, write_run
+from tests.support.vllm_runs import train_on_gpu
 
 
 @pytest.mark.gpu
@@ -18,21 +14,5 @@ from tests.support.tiny_runs import write_model, write_run
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_train_with_nccl_sync_completes(tmp_path: Path):
     """The run stops if the server's log-probs differ from the trainer's after a step."""
-    vllm = {"python": os.environ.get("AROPD_VLLM_PYTHON"), "devices": ["1"], "sync": "nccl"}
-    path = write_run(
-        tmp_path,
-        model={"dtype": "bf16"},
-        training={"num_steps": 3, "global_batch_size": 4, "micro_batch_size": 2},
-        rollout={"engine": "vllm", "max_response_tokens": 16, "vllm": vllm},
-    )
-    write_model(tmp_path / "model", hidden_size=512, num_attention_heads=8)  # heads of 64
-    done = subprocess.run(
-        [sys.executable, "-m", "aropd_mcore.cli", "train", str(path)],
-        env=os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "0"},
-        capture_output=True,
-        text=True,
-        timeout=850,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
-    assert not list((tmp_path / "out").glob("vllm-weights/*")), "expected no weight files"
+    out = train_on_gpu(tmp_path, devices=["1"], sync="nccl")
+    assert not list(out.glob("vllm-weights/*")), "expected no weight files"

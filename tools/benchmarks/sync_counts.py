@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"{folder}, {_text(layout)}"
         _add_row(table, name, "before", vars(tensor_by_tensor(setup)))
         for path in ("disk", "nccl"):
-            low, high = (sync_seconds(setup, path, rates) for rates in (FASTEST, SLOWEST))
-            cost = vars(sync_cost(setup, path))
-            _add_row(table, name, path, cost, f"{low:.1f} – {high:.1f}")
+            cost = sync_cost(setup, path)
+            low, high = (sync_seconds(setup, cost, rates) for rates in (FASTEST, SLOWEST))
+            _add_row(table, name, path, vars(cost), f"{low:.1f} – {high:.1f}")
     console.print(table)
     return 0
 

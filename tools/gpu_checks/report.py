@@ -1,25 +1,19 @@
 """Results of the check as JSON and as a Markdown section for docs/benchmarks.md."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from aropd_mcore.data.prepare import write_atomically
+
 DRY = "DRY RUN, NOT A MEASUREMENT"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is complete whenever it exists."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """Write gpu_check.json and gpu_check.md, for a dry run gpu_check.dry.json and .dry.md."""
     path = report_path(folder, dry=results["dry"])
-    write_atomically(path, json.dumps(results, indent=2) + "\n")
-    write_atomically(path.with_suffix(".md"), render(results))
+    write_atomically(path, [json.dumps(results, indent=2), "\n"])
+    write_atomically(path.with_suffix(".md"), [render(results)])
 
 
 def report_path(folder: Path, *, dry: bool) -> Path:
