@@ -27,6 +27,8 @@ import torch.distributed as dist
 
 GROUP_TIMEOUT = timedelta(seconds=60)
 """Timeout of collectives, after which a rank that waits for a missing peer raises an error."""
+IMPORT_TIMEOUT = timedelta(seconds=600)
+"""Time for a peer to import a test module."""
 GRACE_SECONDS = 5.0
 """Time to wait for the other ranks' tracebacks after the first failure."""
 
@@ -180,6 +182,10 @@ def _serve(pipe: connection.Connection, stack_path: str) -> None:
 
 def _in_world(port: int, rank: int, world_size: int, fn: Callable, args: tuple) -> Any:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    # A rank arrives after it has imported the modules of `fn`. On a busy machine that takes longer
+    # than the timeout of the group.
+    store.set(f"arrived/{rank}", "")
+    store.wait([f"arrived/{peer}" for peer in range(world_size)], IMPORT_TIMEOUT)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT
     )
