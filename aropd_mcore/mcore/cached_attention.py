@@ -61,8 +61,10 @@ class Places:
     rows_N: Tensor = field(default_factory=lambda: torch.empty(0))
     positions_N: Tensor = field(default_factory=lambda: torch.empty(0))
     """Row and position of each token, int64, without padding."""
+    next_rows: slice = field(default_factory=lambda: slice(0))
+    """Rows of the tokens, if they are one token of each."""
     mask_B11L: Tensor | None = None
-    """For one token of every row: 0 for the keys that it sees, -inf for the others. None: the
+    """For one token of each row: 0 for the keys that it sees, -inf for the others. None: the
     tokens are whole prompts."""
     window: int | None = None
     """Number of keys that a token sees in layers with a sliding window. None: no layer has one."""
@@ -101,15 +103,20 @@ class Places:
             self.buckets.append(PromptBucket(tokens, bucket_rows_N[tokens], shape))
         return tokens_N
 
-    def place_next(self, positions_B: Tensor, num_keys: int, dtype: torch.dtype) -> None:
-        """Set the places of one token of every row, which sees at most num_keys keys.
+    def place_next(
+        self, rows: slice, positions_B: Tensor, num_keys: int, dtype: torch.dtype
+    ) -> None:
+        """Set the places of one token of each of the B rows, which sees at most num_keys keys.
 
         Args:
+            rows: consecutive rows, from its start to its stop.
             positions_B: int64 on the device. Nothing of it is read on the host.
             dtype: dtype of the attention's query.
         """
         device = positions_B.device
-        self.rows_N, self.positions_N = torch.arange(len(positions_B), device=device), positions_B
+        self.next_rows = rows
+        self.rows_N = torch.arange(rows.start, rows.stop, device=device)
+        self.positions_N = positions_B
         keys_1L, positions_B1 = torch.arange(num_keys, device=device)[None], positions_B[:, None]
         mask_BL = torch.zeros(len(positions_B), num_keys, dtype=dtype, device=device)
         mask_BL.masked_fill_(keys_1L > positions_B1, -torch.inf)
@@ -173,8 +180,8 @@ class CachedAttention(torch.nn.Module):
 
     def _next(self, query_BMD: Tensor, mask_B11L: Tensor) -> Tensor:
         """Attend with one token per row. Query heads that share a KV head are its R queries."""
-        num_rows, num_keys = mask_B11L.size(0), mask_B11L.size(-1)
-        keys, values = (c[:num_rows, :, :num_keys] for c in (self.keys_BGLD, self.values_BGLD))
+        rows, num_keys = self.places.next_rows, mask_B11L.size(-1)
+        keys, values = (c[rows, :, :num_keys] for c in (self.keys_BGLD, self.values_BGLD))
         context_BGRD = functional.scaled_dot_product_attention(
             query_BMD.unflatten(1, (keys.size(1), -1)),
             keys,

@@ -10,7 +10,7 @@ This has two effects:
 - No padding passes the model, except to round N up.
 - Each row counts its positions from 0, as in training.
 
-`Decoder.prefill` passes whole prompts, and `Decoder.next_logits` one token of every row. The shapes
+`Decoder.prefill` passes whole prompts, and `Decoder.next_logits` one token of each row. The shapes
 of the latter depend only on the number of rows and of keys. It reads and writes tensors that keep
 their addresses, and it neither reads values on the host nor copies any from there. Therefore a CUDA
 graph can capture it, and attention kernels meet few shapes.
@@ -23,7 +23,7 @@ Shape letters: N tokens of a forward, B rows, G KV heads, L keys of a row, H hid
 dimension, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,9 +112,12 @@ class Decoder:
         self.runtime = runtime
         self._places = places
         self._cache_K2BGLD = cache_K2BGLD
+        self.chunks = list(model)
+        """Chunks of layers of this stage: more than one with a virtual pipeline."""
         # `packed_seq`: angles of all positions, not only of this context rank's.
-        rotary = next(iter(model)).rotary_pos_emb
+        rotary = self.chunks[0].rotary_pos_emb
         self._angles = rotary(cache_K2BGLD.size(-2), packed_seq=True)
+        self._outgoing_N1H: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -124,82 +127,109 @@ class Decoder:
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Cache the keys and values of whole prompts, from position 0 of these rows.
 
+        The stages work one after another.
+
         Args:
             rows: one per prompt.
             prompts: at least one token each. Sort them by length for speed: neighbours of similar
                 length share a call of the attention kernel.
         Collectives: the model's own over tp_group, and sends of hidden states between stages.
         """
-        self._forward(self._places.place_prompts(rows, prompts, self.runtime.device))
+        tokens_N = self._places.place_prompts(rows, prompts, self.runtime.device)
+        for chunk in range(len(self.chunks)):
+            self._forward(chunk, tokens_N)
+            self.send()
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_keys: int) -> None:
         """Copy the first num_keys keys and values of rows to other rows."""
         for cache_2BGLD in self._cache_K2BGLD[..., :num_keys, :]:
             cache_2BGLD[:, targets] = cache_2BGLD[:, sources]
 
-    def next_logits(self, tokens_B: Tensor, positions_B: Tensor, num_keys: int) -> Tensor | None:
-        """Append a token to each of the first B rows and compute logits of the next one.
+    def next_logits(
+        self, chunk: int, rows: slice, tokens_B: Tensor, positions_B: Tensor, num_keys: int
+    ) -> Tensor | None:
+        """Pass one token of each of the B rows through one of this stage's chunks of layers.
+
+        A chunk that is not the model's first one receives the hidden states of the chunk before it.
+        Those of this chunk are sent at the next call of this method or of `send`.
 
         Args:
+            chunk: index in `chunks`.
             tokens_B: int64, on the device, the same on every rank of the replica.
             positions_B: position of each token in its row, int64 on the device. Keys of later
                 positions are not visible.
             num_keys: number of keys that attention reads, at most: more than every position.
         Returns:
-            Logits of the token after each: [B, vocab_size] fp32 on the sampling rank, None on the
-            others.
-        Collectives: the model's own over tp_group, sends of hidden states between stages, and a
-            gather of [B, V / tp] over the last stage's tp_group.
+            Logits of the token after each: [B, vocab_size] fp32 on the sampling rank after the
+            model's last chunk, else None.
+        Collectives: the model's own over tp_group, a send to the next stage, a receive from the
+            previous one, and a gather of [B, V / tp] over the last stage's tp_group.
         """
         num_keys = min(num_keys, self._cache_K2BGLD.size(-2))
-        self._places.place_next(positions_B, num_keys, self._cache_K2BGLD.dtype)
-        return _next_token_logits(self.model, self.runtime, self._forward(tokens_B))
+        self._places.place_next(rows, positions_B, num_keys, self._cache_K2BGLD.dtype)
+        hidden_BH = self._forward(chunk, tokens_B)
+        return _next_token_logits(self.model, self.runtime, hidden_BH)
 
-    def _forward(self, tokens_N: Tensor) -> Tensor | None:
-        """Return final hidden states [N, H] on the last stage, None on other stages.
+    def send(self) -> None:
+        """Send the hidden states of the last pass to the next stage, unless they have been sent."""
+        self._exchange(None)
 
-        Waits for the previous stage. N is padded to the multiple that FP8 matrix products and
-        sequence parallelism need. Under sequence parallelism each tensor rank holds its part of the
-        tokens between matrix products and between stages.
+    def _forward(self, chunk_index: int, tokens_N: Tensor) -> Tensor | None:
+        """Return final hidden states [N, H] of the model's last chunk, None of other chunks.
+
+        N is padded to the multiple that FP8 matrix products and sequence parallelism need. Under
+        sequence parallelism each tensor rank holds its part of the tokens between matrix products
+        and between stages.
         """
-        runtime, num_tokens = self.runtime, tokens_N.numel()
+        runtime, num_tokens, chunk = self.runtime, tokens_N.numel(), self.chunks[chunk_index]
         padding = (0, -num_tokens % (runtime.token_multiple * runtime.sequence_size))
         tokens_N = functional.pad(tokens_N, padding)
         positions_N = functional.pad(self._places.positions_N, padding)
         hidden_N1H = None
-        for chunk in self.model:
-            if chunk.pre_process:
-                hidden_N1H = chunk.embedding(tokens_N[None], positions_N[None])
-            else:
-                chunk.decoder.set_input_tensor(self._receive(tokens_N.numel()))
-            hidden_N1H = chunk.decoder(
-                hidden_states=hidden_N1H,
-                attention_mask=None,
-                rotary_pos_emb=self._angles[positions_N],
-            )
-            if not chunk.post_process:
-                next_stage = (runtime.pp_rank + 1) % runtime.pp_size
-                next_rank = dist.get_global_rank(runtime.pp_group, next_stage)
-                dist.send(hidden_N1H, next_rank, group=runtime.pp_group)
-        if not runtime.is_last_stage:
+        received_N1H = self._exchange(None if chunk.pre_process else tokens_N.numel())
+        if received_N1H is None:
+            hidden_N1H = chunk.embedding(tokens_N[None], positions_N[None])
+        else:
+            chunk.decoder.set_input_tensor(received_N1H)
+        hidden_N1H = chunk.decoder(
+            hidden_states=hidden_N1H,
+            attention_mask=None,
+            rotary_pos_emb=self._angles[positions_N],
+        )
+        if not chunk.post_process:
+            self._outgoing_N1H = hidden_N1H
             return None
-        assert hidden_N1H is not None
         if runtime.sequence_parallel:
             hidden_N1H = gather_from_sequence_parallel_region(hidden_N1H)
         return hidden_N1H[:num_tokens].squeeze(1)
 
-    def _receive(self, num_tokens: int) -> Tensor:
-        """Receive the previous stage's hidden states of `num_tokens` tokens."""
-        runtime, config = self.runtime, self.model.config
-        hidden_N1H = torch.empty(
-            (num_tokens // runtime.sequence_size, 1, config.hidden_size),
-            dtype=config.pipeline_dtype,
-            device=runtime.device,
-        )
-        previous_stage = (runtime.pp_rank - 1) % runtime.pp_size
-        previous_rank = dist.get_global_rank(runtime.pp_group, previous_stage)
-        dist.recv(hidden_N1H, previous_rank, group=runtime.pp_group)
-        return hidden_N1H
+    def _exchange(self, num_tokens: int | None) -> Tensor | None:
+        """Send the hidden states of the last pass, and receive the previous stage's of num_tokens.
+
+        Both are one batch, since stages of a virtual pipeline may send to each other.
+        """
+        runtime, config, received = self.runtime, self.model.config, None
+        transfers = []
+
+        def add(transfer: Callable, tensor: Tensor, distance: int) -> None:
+            stage = (runtime.pp_rank + distance) % runtime.pp_size
+            rank = dist.get_global_rank(runtime.pp_group, stage)
+            transfers.append(dist.P2POp(transfer, tensor, rank, group=runtime.pp_group))
+
+        if self._outgoing_N1H is not None:
+            add(dist.isend, self._outgoing_N1H, 1)
+        if num_tokens is not None:
+            received = torch.empty(
+                (num_tokens // runtime.sequence_size, 1, config.hidden_size),
+                dtype=config.pipeline_dtype,
+                device=runtime.device,
+            )
+            add(dist.irecv, received, -1)
+        if transfers:
+            for request in dist.batch_isend_irecv(transfers):
+                request.wait()
+        self._outgoing_N1H = None
+        return received
 
 
 def _next_token_logits(

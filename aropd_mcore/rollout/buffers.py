@@ -81,27 +81,26 @@ class RowState:
         self.counts_B[indices_B], self.limits_B[indices_B] = 0, limit
         self.is_done_B[indices_B] = False
 
-    def next_uniforms(self, num_rows: int) -> Tensor:
-        """Return the uniform number of the next token of each of the first rows, fp64 [B]."""
-        columns_B1 = self.counts_B[:num_rows, None]
-        return self.uniforms_BT[:num_rows].gather(1, columns_B1).squeeze(1)
+    def next_uniforms(self, rows: slice) -> Tensor:
+        """Return the uniform number of the next token of each of the rows, fp64 [B]."""
+        columns_B1 = self.counts_B[rows, None]
+        return self.uniforms_BT[rows].gather(1, columns_B1).squeeze(1)
 
-    def append(self, tokens_B: Tensor, logprobs_B: Tensor, is_end_V: Tensor) -> None:
-        """Append a token to each of the first B rows that are not done.
+    def append(self, rows: slice, tokens_B: Tensor, logprobs_B: Tensor, is_end_V: Tensor) -> None:
+        """Append a token to each of the B rows that is not done.
 
         Args:
             tokens_B, logprobs_B: int64 and fp32, on the device.
             is_end_V: bool, whether each token of the vocabulary ends a response.
         """
-        first = slice(len(tokens_B))
-        counts_B, is_done_B = self.counts_B[first], self.is_done_B[first]
+        counts_B, is_done_B = self.counts_B[rows], self.is_done_B[rows]
         columns_B1 = counts_B[:, None]
-        self.tokens_BT[first].scatter_(1, columns_B1, tokens_B[:, None])
-        self.logprobs_BT[first].scatter_(1, columns_B1, logprobs_B[:, None])
-        self.last_B[first].copy_(tokens_B)
-        self.positions_B[first] += ~is_done_B
+        self.tokens_BT[rows].scatter_(1, columns_B1, tokens_B[:, None])
+        self.logprobs_BT[rows].scatter_(1, columns_B1, logprobs_B[:, None])
+        self.last_B[rows].copy_(tokens_B)
+        self.positions_B[rows] += ~is_done_B
         counts_B += ~is_done_B
-        is_done_B |= is_end_V[tokens_B] | (counts_B >= self.limits_B[first])
+        is_done_B |= is_end_V[tokens_B] | (counts_B >= self.limits_B[rows])
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Move rows. The sources are done afterwards."""

@@ -6,6 +6,7 @@ them. At a read, finished responses leave their rows, and waiting ones take thei
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from aropd_mcore.rollout.engine import Progress
 from aropd_mcore.rollout.graphs import StepGraphs
 from aropd_mcore.rollout.sampling import sample
 from aropd_mcore.rollout.schedule import Fill, Schedule
+from aropd_mcore.rollout.turns import Turn, turns
 from aropd_mcore.types import Rollout
 
 TOKENS_PER_READ = 16
@@ -78,14 +80,13 @@ class DecodeBatch:
             fill = schedule.fill()
             num_tokens = min(schedule.num_missing, TOKENS_PER_READ)
             # Replicas that share experts decode in step: their forwards are collectives.
-            has_prefill, num_tokens = self._largest([bool(fill.prefills), num_tokens])
+            has_prefill, num_tokens, spare_rows = self._largest(
+                [bool(fill.prefills), num_tokens, -schedule.num_rows]
+            )
             if not num_tokens:
                 break
             self._begin(fill, bool(has_prefill))
-            num_keys = schedule.num_keys
-            for index in range(num_tokens):
-                beat()
-                self._decode(schedule.num_rows, num_keys + index)
+            self._decode(num_tokens, min(self._runtime.pp_size, -spare_rows))
             if self._keep_finished():
                 on_progress(len(self._prompts) - schedule.num_unfinished, len(self._prompts))
             if moves := schedule.shrink():
@@ -106,7 +107,13 @@ class DecodeBatch:
             self._decoder.prefill(list(fill.prefills), prompts)
         elif has_prefill:
             # A forward for the experts of this rank. It writes the keys of the next step.
-            self._next_logits(self._schedule.num_rows, self._schedule.num_keys)
+            rows, decoder = self._rows, self._decoder
+            every, num_keys = slice(0, self._schedule.num_rows), self._schedule.num_keys
+            for chunk in range(len(decoder.chunks)):
+                decoder.next_logits(
+                    chunk, every, rows.last_B[every], rows.positions_B[every], num_keys
+                )
+                decoder.send()
         if fill.copies:
             num_keys = max(len(self._prompts[fill.started[row]]) for row in fill.copies)
             self._decoder.copy(list(fill.copies.values()), list(fill.copies), num_keys)
@@ -116,33 +123,53 @@ class DecodeBatch:
             uniforms_BT = self._responses.uniforms_RT[responses]
             self._rows.start(list(fill.started), prompts, uniforms_BT)
 
-    def _decode(self, num_rows: int, num_keys: int) -> None:
-        """Decode one token of each row."""
-        bucket = -(-num_keys // KEYS_PER_BUCKET) * KEYS_PER_BUCKET
+    def _decode(self, num_tokens: int, num_groups: int) -> None:
+        """Decode num_tokens tokens of each row, in groups that take turns on the stages."""
+        decoder, runtime, sampling = self._decoder, self._runtime, self._sampling
+        num_rows, first_keys = self._schedule.num_rows, self._schedule.num_keys
+        bounds = [num_rows * group // num_groups for group in range(num_groups + 1)]
+        groups = [slice(*bounds[group : group + 2]) for group in range(num_groups)]
+        settings = sampling.temperature, sampling.top_p, sampling.top_k
+        for turn in turns(
+            runtime.pp_rank,
+            runtime.pp_size,
+            len(decoder.chunks),
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+        ):
+            beat()
+            keys = first_keys + (turn.work.token if turn.work else 0)
+            num_keys = -(-keys // KEYS_PER_BUCKET) * KEYS_PER_BUCKET
+            step = partial(self._take, turn, groups, num_keys)
+            if self._graphs is None:
+                step()
+            else:  # one stage, so all turns do the same
+                self._graphs.run((num_rows, num_keys, settings), step)
 
-        def step() -> None:
-            logits_BV = self._next_logits(num_rows, bucket)
+    def _take(self, turn: Turn, groups: Sequence[slice], num_keys: int) -> None:
+        """Take a turn: pass a group of rows through layers, and add the tokens of one to the rows.
+
+        Hidden states are sent to the next stage at the beginning of the next turn. So the sends,
+        receives and broadcasts of two stages have the same order on both.
+        """
+        rows, logits_BV = self._rows, None
+        if turn.work is None:
+            self._decoder.send()
+        else:
+            group = groups[turn.work.group]
+            logits_BV = self._decoder.next_logits(
+                turn.work.chunk, group, rows.last_B[group], rows.positions_B[group], num_keys
+            )
+        if turn.ended:
+            group = groups[turn.ended.group]
             if logits_BV is None:
-                tokens_B = torch.zeros_like(self._rows.last_B[:num_rows])
-                logprobs_B = torch.zeros_like(self._rows.logprobs_BT[:num_rows, 0])
+                tokens_B = torch.zeros_like(rows.last_B[group])
+                logprobs_B = torch.zeros_like(rows.logprobs_BT[group, 0])
             else:
-                uniforms_B = self._rows.next_uniforms(num_rows)
+                uniforms_B = rows.next_uniforms(group)
                 tokens_B, logprobs_B = sample(logits_BV, uniforms_B, self._sampling)
             share(tokens_B, self._runtime)
-            self._rows.append(tokens_B, logprobs_B, self._is_end_V)
-
-        if self._graphs is None:
-            step()
-        else:
-            sampling = self._sampling
-            settings = sampling.temperature, sampling.top_p, sampling.top_k
-            self._graphs.run((num_rows, bucket, settings), step)
-
-    def _next_logits(self, num_rows: int, num_keys: int) -> Tensor | None:
-        rows = self._rows
-        return self._decoder.next_logits(
-            rows.last_B[:num_rows], rows.positions_B[:num_rows], num_keys
-        )
+            rows.append(group, tokens_B, logprobs_B, self._is_end_V)
 
     def _keep_finished(self) -> bool:
         """Read the state of the rows, keep the responses that have ended and free their rows.

@@ -25,8 +25,8 @@ def test_places_of_prompts_and_of_next_tokens_fit_their_rows():
     [bucket] = places.buckets
     assert (bucket.rows_N.tolist(), bucket.shape) == ([0, 0, 0, 0, 1, 1, 1], (2, 4))
 
-    places.place_next(torch.tensor([3, 2]), 5, torch.float32)
-    assert places.rows_N.tolist() == [0, 1]
+    places.place_next(slice(1, 3), torch.tensor([3, 2]), 5, torch.float32)
+    assert places.rows_N.tolist() == [1, 2]
     assert places.positions_N.tolist() == [3, 2]
     assert places.mask_B11L is not None
     hidden = -torch.inf
