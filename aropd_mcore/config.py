@@ -719,11 +719,12 @@ class TrainingConfig(Section):
     global_batch_size: Positive = 32
     """Number of responses per optimizer update, over all ranks."""
     micro_batch_size: Positive = 1
-    """Number of responses per microbatch, padded to the longest of them. With packing it determines
-    the default of max_tokens_per_microbatch."""
-    packing: bool = False
+    """Number of responses per microbatch without packing. With packing it determines the default of
+    max_tokens_per_microbatch."""
+    packing: bool = True
     """Packing of responses without padding: a microbatch takes as many as fit into
-    max_tokens_per_microbatch. Data-parallel ranks are balanced by tokens."""
+    max_tokens_per_microbatch. Data-parallel ranks are balanced by tokens. false: every microbatch
+    has micro_batch_size responses, padded to the longest."""
     max_tokens_per_microbatch: Positive | None = None
     """Largest number of tokens that a packed microbatch has in any of the three views. It must be
     null without packing. null with packing: room for micro_batch_size sequences of full length,

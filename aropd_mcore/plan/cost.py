@@ -160,9 +160,9 @@ def _sampling_seconds(
     """Return the seconds in which the native engine samples responses on a data-parallel rank.
 
     Batches follow one another. A batch's prompts take one forward, and then every row decodes one
-    token at a time. Stages work one after another, so a token passes all layers of the model. A
-    token takes the longer of two times, reading the touched weights and the KV cache, or launching
-    the kernels, and the exchanges between ranks.
+    token at a time. Groups of rows take turns on the stages, as many as there are stages: in each
+    turn a stage reads its touched weights and the KV cache of one group, or launches its kernels,
+    whichever takes longer, and all stages wait for the slowest. Exchanges between ranks add to it.
     """
     if not num_responses:
         return 0.0
@@ -173,15 +173,16 @@ def _sampling_seconds(
         products / (rates.bf16_flops * rates.matmul_efficiency)
         + attention / (rates.bf16_flops * rates.attention_efficiency)
     )
-    sizes = architecture.sizes
-    read = sum(
-        number * _touched_parameters(setup, stage, rows)
-        for stage, number in setup.distinct_stages.items()
+    groups = min(setup.pipeline, rows)
+    in_group = -(-rows // groups)
+    cached = in_group * (setup.prompt_tokens + response_tokens / 2)
+    keys_values = 2 * cached * architecture.sizes["kv"] / setup.tensor
+    read = max(
+        _touched_parameters(setup, stage, in_group) + setup.stage_layers[stage] * keys_values
+        for stage in setup.distinct_stages
     )
-    cached = rows * (setup.prompt_tokens + response_tokens / 2)
-    keys_values = 2 * cached * sizes["kv"] / setup.tensor * architecture.num_layers
-    bandwidth = rates.memory_bytes * rates.memory_efficiency
-    reading = (read + keys_values) * setup.dtype_bytes / bandwidth
+    reading = setup.pipeline * read * setup.dtype_bytes
+    reading /= rates.memory_bytes * rates.memory_efficiency
     token_time = max(reading, launch_seconds(setup, rates)) + exchange_seconds(setup, rates)
     return batches * (prompts / setup.tensor + response_tokens * token_time)
 

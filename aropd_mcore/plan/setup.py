@@ -1,7 +1,6 @@
 """The planner's description of a job, from which memory and time are computed."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -113,14 +112,12 @@ class Setup:
         return self.stages.stage_layers(self.architecture.num_layers)
 
     @cached_property
-    def distinct_stages(self) -> dict[int, int]:
-        """The first stage, the last one, and the earliest of the others with the same chunks, with
-        the number of stages like it. The earliest one has the most activations in flight."""
+    def distinct_stages(self) -> list[int]:
+        """The first stage, the last one, and the earliest of the others with the same chunks, which
+        has the most activations in flight."""
         last = self.pipeline - 1
-        inner = range(1, last)
-        chunks = Counter(self.chunks_of(stage) for stage in inner)
-        earliest = {self.chunks_of(stage): stage for stage in reversed(inner)}
-        return {0: 1, last: 1} | {stage: chunks[layers] for layers, stage in earliest.items()}
+        earliest = {self.chunks_of(stage): stage for stage in reversed(range(1, last))}
+        return list(dict.fromkeys([0, last, *earliest.values()]))
 
     def chunks_of(self, stage: int) -> tuple[int, ...]:
         """Return the number of layers of each chunk of a stage."""

@@ -195,7 +195,6 @@ optimizer: # AdamW
 training:
   num_epochs: 1
   global_batch_size: $global_batch_size
-  packing: true
   max_tokens_per_microbatch: 12288 # two prompts and responses of full length
   seed: 42
 

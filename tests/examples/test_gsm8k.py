@@ -277,6 +277,6 @@ def test_qwen25_7b_dry_run_on_eight_gpus(tmp_path, monkeypatch, capsys):
     assert "holds no weights" in capsys.readouterr().err
     planned = output.getvalue()
     assert "# 8 processes: TP 4 x PP 1 x DP 2; 7,615,616,512 parameters" in planned
-    assert "32 prompts, 32 responses, 8 microbatches of 2" in planned
+    assert "32 prompts, 32 responses, microbatches of up to 4116 tokens" in planned
     config = load_config(Path(train[-1]))
     assert {key: attrgetter(key)(config) for key in REFERENCE} == REFERENCE

@@ -28,7 +28,12 @@ PROMPTS = [[(31 * i + 7 * j * j) % 509 for j in range(n)] for i, n in enumerate(
 SEEDS = [rollout_seed(1, position, 0) for position in range(len(PROMPTS))]
 EOS = (2, 77)
 LAYOUTS = {  # by number of ranks
-    2: [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "layers_in_first_stage": 3}],
+    2: [
+        {"tensor": 2},
+        {"pipeline": 2},
+        {"pipeline": 2, "layers_in_first_stage": 3},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ],
     4: [{"tensor": 2, "pipeline": 2}, {"pipeline": 4, "pipeline_layout": "E|t*3|t|L"}],
 }
 GREEDY = SamplingConfig(temperature=0, max_response_tokens=24)

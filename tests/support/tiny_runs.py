@@ -65,7 +65,13 @@ def tiny_config(model: Path, rows: Path, output_dir: Path, **sections: dict[str,
     base: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "fp32"},
         "data": {"train": [str(rows)]},
-        "training": {"num_steps": 4, "global_batch_size": 8, "micro_batch_size": 2},
+        # Without packing the number of microbatches does not depend on the responses.
+        "training": {
+            "num_steps": 4,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "packing": False,
+        },
         "views": {
             "system_prompt": None,
             "max_prompt_tokens": 128,

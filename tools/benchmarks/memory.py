@@ -91,7 +91,7 @@ CONFIG: dict[str, Any] = {
     "output_dir": "unused",
     "model": {"path": "unused", "dtype": "fp32"},
     "data": {"train": ["unused"]},
-    "training": {"num_steps": 8, "global_batch_size": 8, "micro_batch_size": 2},
+    "training": {"num_steps": 8, "global_batch_size": 8, "micro_batch_size": 2, "packing": False},
     "views": {"max_prompt_tokens": 448},
     "rollout": {"max_response_tokens": 64, "batch_size": 8},
 }

@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "output_dir": "unused",
     "model": {"path": "unused"},
     "data": {"train": ["unused"]},
-    "training": {"num_steps": 1, "global_batch_size": 4, "micro_batch_size": 2},
+    "training": {"num_steps": 1, "global_batch_size": 4, "micro_batch_size": 2, "packing": False},
     "views": {"max_prompt_tokens": 64},
     "rollout": {"max_response_tokens": 16, "batch_size": 4},
 }

@@ -53,7 +53,7 @@ CONFIG: dict[str, Any] = {
     "output_dir": "unused",
     "model": {"path": "unused"},
     "data": {"train": ["unused"]},
-    "training": {"num_steps": 1, "global_batch_size": 8, "micro_batch_size": 2},
+    "training": {"num_steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "packing": False},
     "views": {"max_prompt_tokens": 128},
     "rollout": {"max_response_tokens": 32, "batch_size": 8},
 }
