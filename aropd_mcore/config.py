@@ -421,7 +421,8 @@ class VllmConfig(Section):
     placement: Literal["separate", "colocated"] = "separate"
     """Location of started servers. `separate`: on the GPUs in devices, which training does not use.
     `colocated`: on the GPUs of training, on one machine. The servers release their memory while the
-    model trains. While they sample, model, gradients and optimizer stay on the GPUs."""
+    model trains. While they sample, model and optimizer stay on the GPUs, and the gradients have no
+    memory."""
     sync: Literal["disk", "nccl"] | None = None
     """Path of the weights to the servers after each step. `disk`: through files in weights_dir,
     which all ranks write together. `nccl`: from GPU to GPU; a restarted server rejoins at the next
@@ -529,7 +530,7 @@ class RolloutConfig(SamplingConfig):
                 "since the training model cannot sample while it trains; set async_steps to 0 or "
                 "engine to vllm"
             )
-        if self.async_steps and self.vllm.placement == "colocated":
+        if self.async_steps and self.is_colocated:
             raise ValueError(
                 f"async_steps {self.async_steps} and vllm.placement colocated: expected "
                 "async_steps 0, since colocated servers sleep while the model trains"
@@ -540,6 +541,11 @@ class RolloutConfig(SamplingConfig):
     def model_samples(self) -> bool:
         """Whether the training model itself samples."""
         return self.engine != "vllm"
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether vLLM servers run on the GPUs of training."""
+        return self.engine == "vllm" and self.vllm.placement == "colocated"
 
     @property
     def importance_level(self) -> ImportanceLevel | None:

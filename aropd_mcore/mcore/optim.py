@@ -57,12 +57,15 @@ class Optimizer:
         *,
         num_steps: int,
         overlap_grad_reduce: bool = False,
+        shares_gpu: bool = False,
     ):
         """
         Args:
             model: the student; its parameters become views into DDP's buffers.
             num_steps: number of updates of the whole run, for the schedule.
             overlap_grad_reduce: reduce gradients during the last microbatch's backward.
+            shares_gpu: another process uses the GPU between the steps. The gradients have no memory
+                from `step` to the next `zero_grad`.
         """
         self.clip_grad = config.clip_grad
         self.ddp_chunks = [
@@ -135,6 +138,8 @@ class Optimizer:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
+        self._shares_gpu = shares_gpu
+        self._release_gradients()
 
     @contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -144,8 +149,16 @@ class Optimizer:
                 stack.enter_context(chunk.no_sync())
             yield
 
+    def _release_gradients(self) -> None:
+        if self._shares_gpu:
+            on_gpu = torch.cuda.is_available()
+            for chunk in self.ddp_chunks:
+                chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=on_gpu)
+
     def zero_grad(self) -> None:
         for chunk in self.ddp_chunks:
+            if self._shares_gpu:
+                chunk.restore_grad_buffers(synchronize=False)
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
@@ -176,6 +189,7 @@ class Optimizer:
                     clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
             self.inner.step_with_ready_grads()
             self.scheduler.step(increment=1)
+        self._release_gradients()
         return UpdateResult(grad_norm, apply, lr)
 
     @property

@@ -17,7 +17,7 @@ def server_gpus(rollout: RolloutConfig) -> list[str]:
 
     Empty if the run starts no servers on given GPUs, or they share the GPUs of training.
     """
-    if rollout.engine != "vllm" or rollout.vllm.placement == "colocated":
+    if rollout.engine != "vllm" or rollout.is_colocated:
         return []
     return [gpu.strip() for devices in rollout.vllm.devices for gpu in devices.split(",")]
 
@@ -86,15 +86,16 @@ def suggest_share(config: Config, visible: Sequence[str]) -> str | None:
 def server_memory_share(config: Config, world_size: int, memory_bytes: int) -> float:
     """Return the share of a GPU's memory that servers on the GPUs of training may use.
 
-    It is what the training state leaves: weights, gradients, optimizer and teacher. Activations do
-    not count, since the servers sleep while the model trains.
+    It is what the training state leaves: weights, optimizer and teacher. Activations and gradients
+    do not count, since the servers sleep while the model trains.
 
     Args:
         memory_bytes: memory of a GPU.
     Raises:
         ConfigError: the training state leaves less than a tenth of the GPU.
     """
-    state = sum(worst_stage(build_setup(config, world_size)).state.values())
+    parts = worst_stage(build_setup(config, world_size)).state
+    state = sum(num_bytes for name, num_bytes in parts.items() if name != "gradients")
     share = 1 - (state + _RESERVED_BYTES) / memory_bytes
     if share < _LEAST_SHARE:
         raise ConfigError(

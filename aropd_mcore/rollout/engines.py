@@ -159,7 +159,7 @@ def _serving(
 ) -> Serving:
     """Return the settings of the servers, which start with a whole HF folder of any weights."""
     path, vllm = spec.source.hf_folder, spec.rollout.vllm
-    if spec.rollout.engine == "vllm" and vllm.placement == "colocated":
+    if spec.rollout.is_colocated:
         raise ConfigError(
             "rollout.vllm.placement colocated: expected separate, since only training shares its "
             "GPUs with servers; set it, and rollout.vllm.devices to the servers' GPUs"

@@ -21,7 +21,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a stage does at a time at which every stage does as much."""
+    """Work of a stage in a period of time in which every stage can do as much."""
 
     work: Pass | None
     """None: the stage waits."""

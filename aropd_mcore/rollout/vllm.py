@@ -99,7 +99,7 @@ class VllmEngine:
         self._should_stop = should_stop
         vllm = serving.rollout.vllm
         self._sync = vllm.sync_on(runtime.device.type)
-        self._is_colocated = vllm.placement == "colocated"
+        self._is_colocated = serving.rollout.is_colocated
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
         """Reason why the servers do not have the current weights."""

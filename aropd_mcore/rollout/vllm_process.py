@@ -105,7 +105,7 @@ class Serving:
         response = max(rollout.max_response_tokens, config.validation.max_response_tokens or 0)
         longest = config.views.max_prompt_tokens + response
         share = None
-        if rollout.vllm.placement == "colocated" and world_size and torch.cuda.is_available():
+        if rollout.is_colocated and world_size and torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
             share = server_memory_share(config, world_size, memory)
         return cls(rollout, model.path, model.dtype, longest, config.output_dir, memory_share=share)

@@ -73,6 +73,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         config.optimizer,
         num_steps=inputs.num_steps,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        shares_gpu=config.rollout.is_colocated,
     )
     teacher = engine = None
     cache = KVCache()  # of all native engines, which never sample at the same time

@@ -1,4 +1,7 @@
-"""Tests of learning-rate schedules. tests/trainer/test_step.py tests the updates."""
+"""Tests of learning-rate schedules, and of gradients whose memory is released between the steps.
+
+tests/trainer/test_step.py tests the updates.
+"""
 
 import math
 from pathlib import Path
@@ -61,3 +64,39 @@ def test_learning_rate_warms_up_then_decays(learning_rates, schedule):
     ]
     assert learning_rates[schedule] == pytest.approx(expected)
     assert min(learning_rates[schedule]) > 0
+
+
+def updates_with_released_gradients(folder: Path) -> None:
+    import torch
+
+    from aropd_mcore.config import OptimizerConfig
+    from aropd_mcore.mcore import runtime
+    from aropd_mcore.mcore.model import build_model
+    from aropd_mcore.mcore.optim import Optimizer
+
+    rt = runtime.start(tensor=2)
+    config = OptimizerConfig(lr=LR)
+    weights = []
+    for shares_gpu in (False, True):
+        model = build_model(folder, rt, dtype=torch.bfloat16)
+        torch.manual_seed(rt.tp_rank)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape))
+        optimizer = Optimizer(model, config, num_steps=NUM_STEPS, shares_gpu=shares_gpu)
+        gradients = [parameter.main_grad for parameter in model.parameters()]
+        for _ in range(3):
+            released = [not gradient.untyped_storage().nbytes() for gradient in gradients]
+            assert released == [shares_gpu] * len(gradients)
+            optimizer.zero_grad()
+            assert not any(gradient.any() for gradient in gradients)
+            for gradient in gradients:
+                gradient.copy_(torch.randn(gradient.shape))
+            optimizer.step(optimizer.grad_norm(), apply=True)
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(own, other) for own, other in zip(*weights, strict=True))
+
+
+def test_gradients_without_memory_between_steps_give_the_same_updates(tmp_path):
+    save_tiny_model("llama", tmp_path, num_hidden_layers=1)
+    run_ranks(updates_with_released_gradients, 2, tmp_path)
