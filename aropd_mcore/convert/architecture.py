@@ -28,6 +28,8 @@ class HFConfig:
     architecture: Architecture
     dtype: str | None
     """Dtype in which transformers loads the weights. None: the dtype of the files."""
+    quantization: str | None
+    """Method by which the weights of the files are quantized. None: they are not."""
     unread: dict[str, Any]
     """Keys that do not describe the architecture, with their values."""
 
@@ -93,6 +95,11 @@ def check_layout(
             f"expert-parallel size {expert} does not divide {divided}; sizes that work: "
             f"{_divisors(num_experts)}"
         )
+    if expert_tensor > 1 and architecture.has_expert_bias:
+        raise ValueError(
+            f"expert tensor-parallel size {expert_tensor} with experts that have biases: expected "
+            "1, since Megatron would add a bias once per rank"
+        )
     columns = architecture.routing.ffn_hidden_size if architecture.routing else 1
     if columns % expert_tensor:
         divided = f"an expert's {columns} columns" if architecture.routing else "a dense model"
@@ -135,15 +142,23 @@ class _Reader(JsonObject):
         architecture = self.architecture(family)
         check_passed_on(self, architecture.vocab_size)
         dtype = self.dtype()
+        quantization = self.get("quantization_config")
+        method = None if quantization is None else quantization["quant_method"]
         unread = {k: v for k, v in self.values.items() if k not in self.keys_read}
-        return HFConfig(architecture, dtype, unread)
+        return HFConfig(architecture, dtype, method, unread)
 
     def architecture(self, family: Family) -> Architecture:
         hidden, heads, num_layers = map(
             self.size, ("hidden_size", "num_attention_heads", "num_hidden_layers")
         )
         head_dim, defaults = self.head_dim(family, hidden, heads), family.defaults
-        rope = read_rope(self, head_dim, defaults.rope_theta, defaults.partial_rotary_factor)
+        rope = read_rope(
+            self,
+            head_dim,
+            defaults.rope_theta,
+            defaults.partial_rotary_factor,
+            has_default=defaults.has_rope,
+        )
         positions = self.size("max_position_embeddings")
         routing = read_routing(self, family.experts, num_layers) if family.experts else None
         switches = family.switches.items()

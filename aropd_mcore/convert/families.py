@@ -5,15 +5,18 @@ docs/new-models.md explains how to add a family.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from aropd_mcore.convert.mapping import (
     ATTENTION,
     DENSE_MLP,
     EXPERTS_BY_NUMBER,
+    OUTPUT_BIAS,
     QK_NORM,
     QKV_BIAS,
     SCORE_CORRECTION,
+    SINKS,
+    STACKED_EXPERTS,
     WHOLE_QK_NORM,
     TableRow,
     if_set,
@@ -44,6 +47,8 @@ class Experts:
     has_groups: bool = False
     """Whether `n_group`, `topk_group` and `routed_scaling_factor` determine the choice of experts
     and their weights."""
+    has_clamped_glu: bool = False
+    """Whether `swiglu_limit` bounds gate and up; see `Routing.glu_limit`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class WindowKeys:
     per_layer: bool
     """Whether `layer_types`, or without it `max_window_layers`, selects the layers with windows.
     Otherwise all layers have windows."""
+    alternates: bool = False
+    """Whether without `layer_types` every second layer has a window, from the first one on."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,9 @@ class Defaults:
     head_dim: int | None = None
     """Size of a head. None: hidden_size / num_attention_heads."""
     rope_theta: float = 10000.0
+    has_rope: bool = True
+    """Whether a config.json without `rope_scaling` and `rope_parameters` has an unscaled rope.
+    False: one of them is required."""
     partial_rotary_factor: float | None = None
     """Share of each head that rotates. None: only 1.0 is supported."""
     sliding_window: int | None = None
@@ -105,6 +115,11 @@ class Family:
     """Whether num_attention_heads must divide hidden_size even if there is a `head_dim`."""
     refused_keys: Mapping[str, str] = field(default_factory=dict)
     """Effects of keys that make transformers build a model of another family, by key."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The only supported values of keys of this family, which are also transformers' defaults."""
+    dequantizes: tuple[str, ...] = ()
+    """Values of `quantization_config.quant_method` whose weights are dequantized when they are
+    read."""
     experts: Experts | None = None
     switches: Mapping[str, Switch] = field(default_factory=dict)
     """Keys that rows depend on, by the name of `TableRow.switch`."""
@@ -222,6 +237,28 @@ FAMILIES = (
             "use_qk_norm": Switch("use_qk_norm", default=False),
         },
         has_prediction_layers=True,
+    ),
+    Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        (*ATTENTION, *QKV_BIAS, *OUTPUT_BIAS, *SINKS, *STACKED_EXPERTS),
+        defaults=Defaults(
+            num_key_value_heads=8,
+            head_dim=64,
+            rope_theta=150000.0,
+            has_rope=False,
+            sliding_window=128,
+        ),
+        nullable=("num_key_value_heads", "head_dim"),
+        windows=WindowKeys(has_switch=False, per_layer=True, alternates=True),
+        settings={"attention_bias": True, "swiglu_alpha": 1.702},
+        dequantizes=("mxfp4",),
+        experts=Experts(
+            count=("num_local_experts", "num_experts"),
+            ffn="intermediate_size",
+            normalized=True,
+            has_clamped_glu=True,
+        ),
     ),
     Family(
         "mixtral",

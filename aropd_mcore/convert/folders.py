@@ -109,6 +109,9 @@ def refuse_existing(target: Path, *, overwrite: bool = False, keep: tuple[Path, 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy the files that belong to weights: configs, tokenizer, chat template, license.
 
+    The copy of config.json has no `quantization_config`, since quantized weights are dequantized
+    when they are read.
+
     Args:
         dtype: dtype to write into config.json, in which transformers loads the weights. None: keep
             the dtype of config.json.
@@ -119,8 +122,11 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     config = read_json(source / "config.json")
     keys = [key for key in ("dtype", "torch_dtype") if key in config]  # transformers 5, 4
     stated = dict.fromkeys(keys or ["dtype"], str(dtype).removeprefix("torch."))
-    if dtype is not None and any(config.get(key) != name for key, name in stated.items()):
-        (target / "config.json").write_text(json.dumps(config | stated, indent=2) + "\n")
+    is_quantized = config.pop("quantization_config", None) is not None
+    is_other = dtype is not None and any(config.get(k) != name for k, name in stated.items())
+    if is_quantized or is_other:
+        config |= stated if dtype is not None else {}
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def companions(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.hf_io import HFWeights
 from aropd_mcore.convert.mapping import HEAD, Kind
 from aropd_mcore.convert.model import Weight
+from aropd_mcore.convert.stacked_files import UnstackedFiles
 from aropd_mcore.convert.tensor_bytes import Buffer
 from aropd_mcore.convert.tensors import merge, pad_rows, padded_vocab_size, shard_bounds
 
@@ -81,7 +82,7 @@ def global_slice(
 
 def chunks(
     weight: Weight,
-    hf: HFWeights,
+    hf: HFWeights | UnstackedFiles,
     architecture: Architecture,
     tensor_parallel: int,
     buffers: tuple[Buffer, Buffer, Buffer],
@@ -118,7 +119,7 @@ def chunks(
 
 
 def read_part(
-    hf: HFWeights,
+    hf: HFWeights | UnstackedFiles,
     weight: Weight,
     name: str,
     tp_size: int,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aropd_mcore.convert import mxfp4
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.json_file import CheckpointError, brief, unique_keys
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, IGNORED_HF_TENSORS
@@ -32,6 +33,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PACKED = {"U8": torch.uint8}  # bytes of quantized weights
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # JSON
 _IGNORED = re.compile(IGNORED_HF_TENSORS)
@@ -46,10 +48,14 @@ class HFWeights:
     other files are ignored. Two different sets of files in one format are refused.
     """
 
-    def __init__(self, folder: Path | str, *, allow_pickle: bool = False):
+    def __init__(
+        self, folder: Path | str, *, allow_pickle: bool = False, quantization: str | None = None
+    ):
         """
         Args:
             allow_pickle: also read pytorch_model.bin, with torch.load(weights_only=True).
+            quantization: method by which the weights are quantized (mxfp4.METHOD). None: they are
+                not, and a quantized tensor is refused.
         Raises:
             CheckpointError: no weights, two sets of weights, an adapter in the folder, a file that
                 is missing, truncated or outside the folder, or an index that disagrees with its
@@ -57,6 +63,7 @@ class HFWeights:
         """
         self.folder = Path(folder)
         self._allow_pickle = allow_pickle
+        self._quantization = quantization
         self._files: dict[str, _File] = {}
         self._location = self._locate()
 
@@ -83,7 +90,7 @@ class HFWeights:
             CheckpointError: a tensor is missing, unexpected or quantized, or has another shape, or
                 a head that config.json ties to the embedding has other values.
         """
-        expected, name = architecture.hf_shapes, architecture.family.architecture
+        expected, name = self._expected(architecture), architecture.family.architecture
         for tensor in self._location:
             if tensor.endswith(_QUANTIZED):
                 raise CheckpointError(
@@ -111,9 +118,32 @@ class HFWeights:
                     f"{self._where(tensor)} has shape {list(actual)}; expected {list(shape)} by "
                     "config.json"
                 )
+            is_packed = tensor not in architecture.file_shapes
+            if is_packed != (self.tensors[tensor].dtype == torch.uint8):
+                raise CheckpointError(
+                    f"{self._where(tensor)} has dtype {self.tensors[tensor].dtype}; expected "
+                    f"{'bytes' if is_packed else 'fp32, bf16 or fp16 weights'}"
+                )
         if architecture.tied_embeddings:
             self._check_tied_head()
         return extra
+
+    def _expected(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that the folder must have."""
+        expected = dict(architecture.file_shapes)
+        if self._quantization is None:
+            return expected
+        elements = architecture.elements.values()
+        packed = {e.tensor: (e.number, *e.shape) for e in elements if len(e.shape) > 1}
+        odd = [name for name, shape in packed.items() if shape[-1] % mxfp4.BLOCK_SIZE]
+        if odd:
+            raise CheckpointError(
+                f"{self.folder}: {odd[0]} has {packed[odd[0]][-1]} columns by config.json; "
+                f"expected a multiple of {mxfp4.BLOCK_SIZE} for {self._quantization} weights"
+            )
+        for name in packed:
+            del expected[name]
+        return expected | mxfp4.packed_shapes(packed)
 
     def _check_tied_head(self) -> None:
         """Check that a tied head, if present, equals the embedding. Reads a few rows at a time."""
@@ -209,7 +239,8 @@ class HFWeights:
         if file not in self._files:
             path = self.folder / file
             if path.suffix == ".safetensors":
-                self._files[file] = _Safetensors(path)
+                packed = {} if self._quantization is None else _PACKED
+                self._files[file] = _Safetensors(path, DTYPES | packed)
             elif self._allow_pickle:
                 self._files[file] = _Pickle(path)
             else:
@@ -243,8 +274,13 @@ class _File(Protocol):
 class _Safetensors:
     """One safetensors file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype]):
+        """
+        Args:
+            dtypes: accepted dtypes, by their names in safetensors.
+        """
         self.path = path
+        self._dtypes = dtypes
         self.infos: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
         try:
@@ -269,14 +305,14 @@ class _Safetensors:
             if any(n is True or n is False or n < 0 for n in entry["shape"]):
                 raise self._broken(f"{name} has the shape {brief(entry['shape'])}")
             start, end = (8 + length + operator.index(o) for o in entry["data_offsets"])
-            if entry["dtype"] not in DTYPES:
+            if entry["dtype"] not in self._dtypes:
                 dtype = entry["dtype"] if isinstance(entry["dtype"], str) else brief(entry["dtype"])
                 raise CheckpointError(
                     f"{self.path}: {name} has dtype {dtype}; expected one of "
                     f"{', '.join(DTYPES)} (quantized checkpoints cannot be read)"
                 )
             shape = tuple(operator.index(n) for n in entry["shape"])
-            info = TensorInfo(DTYPES[entry["dtype"]], shape)
+            info = TensorInfo(self._dtypes[entry["dtype"]], shape)
             if end - start != info.num_bytes:
                 raise self._broken(f"{name} has {end - start} bytes for {list(info.shape)}")
             if start != ends[-1]:

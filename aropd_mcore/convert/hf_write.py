@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aropd_mcore.convert.hf_io import DTYPES, INDEX, SINGLE
+from aropd_mcore.convert.stacked import Element, stack
 from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, TensorInfo, write_at
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -26,15 +27,19 @@ class SafetensorsWriter:
         folder: Path,
         tensors: Mapping[str, TensorInfo],
         *,
+        elements: Mapping[str, Element] | None = None,
         max_shard_bytes: int = MAX_FILE_BYTES,
     ):
         """
         Args:
             tensors: dtypes and shapes of all tensors, in the order of the files.
+            elements: those tensors that are elements of stacked ones. The files have the latter.
             max_shard_bytes: maximum size of a file's tensors. A single tensor may exceed it.
         """
         self._tensors = tensors
+        self._elements = elements or {}
         self._places: dict[str, tuple[Path, int]] = {}
+        tensors = stack(tensors, self._elements)
         shards = _plan_shards(tensors, max_shard_bytes)
         names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
         for file_name, shard in zip(names, shards, strict=True):
@@ -45,6 +50,11 @@ class SafetensorsWriter:
         if len(shards) > 1:
             files = zip(names, shards, strict=True)
             write_index(folder, tensors, {name: file for file, shard in files for name in shard})
+        for name, part in self._elements.items():
+            file, start = self._places[part.tensor]
+            self._places[name] = file, start + part.index * self._tensors[name].num_bytes
+        for part in self._elements.values():
+            self._places.pop(part.tensor, None)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of the declared shape, cast to the declared dtype."""
@@ -52,6 +62,8 @@ class SafetensorsWriter:
         assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info.shape)
         file, start = self._places.pop(name)
         data = tensor.detach().to("cpu", info.dtype).contiguous()
+        if name in self._elements:
+            data = self._elements[name].to_file(data)
         # Open the file for each tensor: there may be more shards than a process may hold open.
         write_at(file, data.flatten().view(torch.uint8).numpy().data, start)
 
@@ -67,10 +79,13 @@ def write_safetensors(
     tensors: Mapping[str, TensorInfo],
     stream: Iterable[tuple[str, Tensor]],
     *,
+    elements: Mapping[str, Element] | None = None,
     max_shard_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write a stream of tensors, with one tensor in memory at a time; see SafetensorsWriter."""
-    with SafetensorsWriter(folder, tensors, max_shard_bytes=max_shard_bytes) as writer:
+    with SafetensorsWriter(
+        folder, tensors, elements=elements, max_shard_bytes=max_shard_bytes
+    ) as writer:
         for name, tensor in stream:
             writer.write(name, tensor)
 

@@ -117,7 +117,10 @@ def export_hf(
         new_folder(target, num_bytes=total, overwrite=overwrite, keep=keep) as folder,
         progress(f"export {target.name}", total) as advance,
     ):
-        with SafetensorsWriter(folder, infos, max_shard_bytes=max_shard_bytes) as writer:
+        elements = source.architecture.elements
+        with SafetensorsWriter(
+            folder, infos, elements=elements, max_shard_bytes=max_shard_bytes
+        ) as writer:
 
             def write(weights: Iterator[Weight]) -> None:
                 for weight in weights:

@@ -51,8 +51,9 @@ class Layers(Enum):
 class TableRow:
     """One Megatron weight, and its HF tensors in merging order with their shapes.
 
-    Names of sizes: `vocab`, `hidden`, `ffn`, `head` (one head), `q` and `kv` (all heads),
-    `experts`, `expert_ffn`, `shared_ffn` and `one`.
+    Names of sizes: `vocab`, `hidden`, `ffn`, `head` (one head), `heads` (number of query heads),
+    `q` and `kv` (all heads), `experts`, `expert_ffn`, `expert_gate_up`, `shared_ffn` and `one`.
+    An HF name that ends in `[{expert}]` is an element of a stacked tensor; see stacked.py.
     """
 
     name: str
@@ -67,6 +68,11 @@ class TableRow:
     there."""
     is_buffer: bool = False
     """Whether the weight is a buffer, which is not trained, and in fp32 with every model dtype."""
+    is_transposed: bool = False
+    """Whether the HF tensor has inputs as rows. Only for elements of stacked tensors."""
+    is_interleaved: bool = False
+    """Whether gate and up alternate in the HF tensor. Megatron has gate above up. Only for elements
+    of stacked tensors."""
 
 
 EMBEDDING = TableRow(
@@ -115,6 +121,23 @@ QKV_BIAS = (
         },
     ),
 )
+
+
+OUTPUT_BIAS = (
+    TableRow(
+        _MEGATRON + "self_attention.linear_proj.bias",
+        Kind.REPLICATED,
+        {_HF + "self_attn.o_proj.bias": ("hidden",)},
+    ),
+)
+SINKS = (
+    TableRow(
+        _MEGATRON + "self_attention.core_attention.softmax_offset",
+        Kind.COLUMN,
+        {_HF + "self_attn.sinks": ("heads",)},
+    ),
+)
+"""Logit per query head that takes part in the softmax of attention and has no value."""
 
 
 def qk_norm(kind: Kind, q: str, k: str) -> tuple[TableRow, ...]:
@@ -228,6 +251,45 @@ EXPERTS_BY_NUMBER = moe_mlp(
     up="mlp.experts.{expert}.up_proj.weight",
     down="mlp.experts.{expert}.down_proj.weight",
 )
+
+
+def _stacked_experts() -> tuple[TableRow, ...]:
+    """Build the rows of a router and of experts with biases, all experts in one HF tensor."""
+    expert, theirs = _MEGATRON + "mlp.experts.local_experts.{expert}.", _HF + "mlp.experts."
+    router = moe_mlp("mlp.router.weight", "", "", "")[:2]
+    rows = (
+        TableRow(
+            _MEGATRON + "mlp.router.bias", Kind.REPLICATED, {_HF + "mlp.router.bias": ("experts",)}
+        ),
+        TableRow(
+            expert + "linear_fc1.weight",
+            Kind.COLUMN,
+            {theirs + "gate_up_proj[{expert}]": ("expert_gate_up", "hidden")},
+            is_transposed=True,
+            is_interleaved=True,
+        ),
+        TableRow(
+            expert + "linear_fc1.bias",
+            Kind.COLUMN,
+            {theirs + "gate_up_proj_bias[{expert}]": ("expert_gate_up",)},
+            is_interleaved=True,
+        ),
+        TableRow(
+            expert + "linear_fc2.weight",
+            Kind.ROW,
+            {theirs + "down_proj[{expert}]": ("hidden", "expert_ffn")},
+            is_transposed=True,
+        ),
+        TableRow(
+            expert + "linear_fc2.bias",
+            Kind.REPLICATED,
+            {theirs + "down_proj_bias[{expert}]": ("hidden",)},
+        ),
+    )
+    return router + tuple(replace(row, layers=Layers.EXPERTS) for row in rows)
+
+
+STACKED_EXPERTS = _stacked_experts()
 SCORE_CORRECTION = (
     TableRow(
         _MEGATRON + "mlp.router.expert_bias",

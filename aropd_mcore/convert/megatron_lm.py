@@ -28,7 +28,8 @@ def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespac
         "normalization": "RMSNorm",
         "norm_epsilon": architecture.rms_norm_eps,
         "swiglu": True,
-        "add_bias_linear": False,
+        "add_bias_linear": architecture.has_output_bias,
+        "softmax_type": "learnable" if architecture.has_sinks else "vanilla",
         "add_qkv_bias": architecture.has_qkv_bias,
         "qk_layernorm": architecture.has_qk_norm,
         "untie_embeddings_and_output_weights": not architecture.tied_embeddings,
@@ -63,6 +64,13 @@ def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespac
             "moe_shared_expert_intermediate_size": routing.shared_ffn_hidden_size or None,
             "moe_shared_expert_gate": architecture.has_shared_gate,
         }
+        if routing.glu_limit is not None:
+            args |= {
+                "swiglu": False,
+                "quick_geglu": True,
+                "glu_linear_offset": 1.0,
+                "activation_func_clamp_value": routing.glu_limit,
+            }
         if architecture.has_mixed_layers:
             layers = range(architecture.num_layers)
             args["moe_layer_freq"] = [int(architecture.has_experts(layer)) for layer in layers]

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -14,9 +14,11 @@ from aropd_mcore.convert.mapping import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    OUTPUT_BIAS,
     QK_NORM,
     QKV_BIAS,
     SHARED_GATE,
+    SINKS,
     WHOLE_QK_NORM,
     Kind,
     Layers,
@@ -24,6 +26,7 @@ from aropd_mcore.convert.mapping import (
 )
 from aropd_mcore.convert.rope import Rope
 from aropd_mcore.convert.routing import Routing
+from aropd_mcore.convert.stacked import Element, element, stack
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.windows import Windows
 from aropd_mcore.stages import Stages
@@ -45,6 +48,8 @@ class Weight:
     expert: int | None = None
     is_buffer: bool = False
     """Whether it is a buffer in fp32, which is not trained; see `TableRow.is_buffer`."""
+    elements: Mapping[str, Element] = field(default_factory=dict)
+    """HF tensors that are elements of stacked tensors, by name."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,10 @@ class Architecture:
         """Return the maximum sequence length on `context` context-parallel ranks.
 
         Context parallelism computes full attention, which equals sliding-window attention up to the
-        window (Transformer Engine's ring of context ranks has no windows).
+        window (Transformer Engine's ring of context ranks has no windows). Attention with sinks
+        does not use the ring.
         """
-        if self.windows is None or context == 1:
+        if self.windows is None or self.has_sinks or context == 1:
             return self.max_position_embeddings
         return min(self.max_position_embeddings, self.windows.size)
 
@@ -93,10 +99,12 @@ class Architecture:
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
             "head": self.head_dim,
+            "heads": self.num_heads,
             "q": self.num_heads * self.head_dim,
             "kv": self.num_kv_heads * self.head_dim,
             "experts": self.routing.num_experts if self.routing else 0,
             "expert_ffn": self.routing.ffn_hidden_size if self.routing else 0,
+            "expert_gate_up": 2 * self.routing.ffn_hidden_size if self.routing else 0,
             "shared_ffn": self.routing.shared_ffn_hidden_size if self.routing else 0,
             "one": 1,
         }
@@ -135,6 +143,19 @@ class Architecture:
         return self._has(QKV_BIAS)
 
     @property
+    def has_output_bias(self) -> bool:
+        return self._has(OUTPUT_BIAS)
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether the softmax of attention has a learned logit without value."""
+        return self._has(SINKS)
+
+    @property
+    def has_expert_bias(self) -> bool:
+        return any(row.name.endswith("linear_fc2.bias") for row in self.rows(experts=True))
+
+    @property
     def has_qk_norm(self) -> bool:
         return self._has(QK_NORM) or self.has_whole_qk_norm
 
@@ -166,7 +187,14 @@ class Architecture:
 
             hf = {number(name): tuple(sizes[s] for s in shape) for name, shape in row.hf.items()}
             fused = number(row.fused_name) if row.fused_name else None
-            return Weight(number(row.name), row.kind, hf, fused, layer, expert, row.is_buffer)
+            elements = {
+                name: part
+                for name, shape in hf.items()
+                if (part := element(name, shape, row, sizes["experts"]))
+            }
+            return Weight(
+                number(row.name), row.kind, hf, fused, layer, expert, row.is_buffer, elements
+            )
 
         yield fill(EMBEDDING)
         for layer in range(self.num_layers):
@@ -186,8 +214,20 @@ class Architecture:
 
     @cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the HF checkpoint's tensors, each tensor once."""
+        """Shapes of the HF checkpoint's tensors, each tensor once. Of stacked tensors, which are
+        read and written element by element, the elements."""
         return {name: shape for weight in self.weights() for name, shape in weight.hf.items()}
+
+    @cached_property
+    def elements(self) -> dict[str, Element]:
+        """Elements of stacked HF tensors, by the names in `hf_shapes`."""
+        return {name: part for weight in self.weights() for name, part in weight.elements.items()}
+
+    @cached_property
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors in the files of an HF folder, by name, with stacked tensors."""
+        infos = stack(self.hf_infos(torch.float32), self.elements)
+        return {name: info.shape for name, info in infos.items()}
 
     def hf_infos(self, dtype: torch.dtype) -> dict[str, TensorInfo]:
         """Return the tensors of an HF folder whose parameters have this dtype, by name."""

@@ -137,7 +137,12 @@ _REFUSED = {
 
 
 def read_rope(
-    config: JsonObject, head_dim: int, default_theta: float, default_partial: float | None
+    config: JsonObject,
+    head_dim: int,
+    default_theta: float,
+    default_partial: float | None,
+    *,
+    has_default: bool = True,
 ) -> Rope:
     """Read the rotary position embedding.
 
@@ -145,6 +150,7 @@ def read_rope(
         default_theta: theta of the family, for a config.json without one.
         default_partial: share of each head that the family rotates, for a config.json without it.
             None: the family rotates whole heads only.
+        has_default: whether the rope is unscaled if no key specifies a scaling.
     Raises:
         CheckpointError: two keys disagree, or the Megatron model does not support the rope.
     """
@@ -152,6 +158,11 @@ def read_rope(
     rope = config.agree(given, "transformers 4 and 5 read only rope_scaling")
     dim = _rotated_dim(config, given, head_dim, default_partial)
     if rope is None:
+        if not has_default:
+            raise config.error(
+                "rope_scaling and rope_parameters are missing; expected one of them, since "
+                "transformers then builds YaRN with constants of its own"
+            )
         return Rope(config.positive("rope_theta", config.get("rope_theta", default_theta)), dim)
     key = next(iter(given))
     scaling = rope["rope_type"]

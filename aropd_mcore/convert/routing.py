@@ -28,6 +28,9 @@ class Routing:
     """Hidden size of the MLP that processes every token; 0 without one."""
     dense_layers: tuple[int, ...] = ()
     """Layers with a dense MLP instead of experts."""
+    glu_limit: float | None = None
+    """Bound of gate g and up u in experts that compute g sigmoid(1.702 g) (u + 1). The gate is
+    clamped from above, up on both sides. None: SwiGLU."""
 
 
 def read_routing(config: JsonObject, keys: Experts, num_layers: int) -> Routing:
@@ -71,12 +74,21 @@ def read_routing(config: JsonObject, keys: Experts, num_layers: int) -> Routing:
         _groups(config, num_experts, chosen) if keys.has_groups else None,
         math.prod(config.size(key) for key in keys.shared_ffn) if has_shared else 0,
         _dense_layers(config, keys, num_layers),
+        _glu_limit(config) if keys.has_clamped_glu else None,
     )
 
 
 def _scaling(config: JsonObject) -> float:
     key = "routed_scaling_factor"
     value = config.get(key, 1.0)
+    if type(value) is not float:  # transformers refuses an integer
+        raise config.wrong(key, value, "a number with a decimal point")
+    return config.positive(key, value)
+
+
+def _glu_limit(config: JsonObject) -> float:
+    key = "swiglu_limit"
+    value = config.get(key, 7.0)
     if type(value) is not float:  # transformers refuses an integer
         raise config.wrong(key, value, "a number with a decimal point")
     return config.positive(key, value)

@@ -57,6 +57,7 @@ def check_types(config: JsonObject) -> None:
 def check_settings(config: JsonObject, family: Family) -> None:
     """Raise CheckpointError for a setting that the Megatron model does not support."""
     settings = _SETTINGS if family.windows else _SETTINGS | {"use_sliding_window": False}
+    settings = settings | dict(family.settings)
     if family.experts is None or family.experts.dense_layers != "listed":
         settings = settings | {"mlp_only_layers": [], "decoder_sparse_step": 1}
     free = {switch.key for switch in family.switches.values()}
@@ -77,6 +78,8 @@ def check_settings(config: JsonObject, family: Family) -> None:
         quantization = config.get(key)
         if quantization is not None:
             method = quantization.get("quant_method", "an unnamed method")
+            if key == "quantization_config" and method in family.dequantizes:
+                continue
             raise config.error(
                 f"{key} declares quantized weights ({method}); expected fp32, bf16 or fp16 "
                 "weights: use the checkpoint before quantization"

@@ -21,6 +21,7 @@ from aropd_mcore.convert.json_file import CheckpointError, read_json
 from aropd_mcore.convert.manifest import MANIFEST, newest, problems
 from aropd_mcore.convert.mapping import EMBEDDING, Kind
 from aropd_mcore.convert.model import Weight
+from aropd_mcore.convert.stacked_files import UnstackedFiles
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.convert.tensors import (
     merge,
@@ -51,16 +52,17 @@ class HFSource:
         self.path = self.hf_folder = path
         self.config = read_config(path)
         self.architecture = self.config.architecture
-        self.files = HFWeights(path, allow_pickle=allow_pickle)
-        others = self.files.check(self.architecture)
+        files = HFWeights(path, allow_pickle=allow_pickle, quantization=self.config.quantization)
+        others, elements = files.check(self.architecture), self.architecture.elements
+        self.files = UnstackedFiles(files, elements) if elements else files
         self.left_aside = [name for name in others if not self.architecture.is_untrained(name)]
         """Tensors of the files that are ignored, as in transformers."""
-        expected, files = self.architecture.hf_shapes, self.files.tensors
-        self.untrained = {n: i for n, i in files.items() if self.architecture.is_untrained(n)}
+        expected, infos = self.architecture.hf_shapes, self.files.tensors
+        self.untrained = {n: i for n, i in infos.items() if self.architecture.is_untrained(n)}
         """Dtypes and shapes of tensors that are only kept: layers that predict further tokens."""
-        self.order = [name for name in files if name in expected or name in self.untrained]
+        self.order = [name for name in infos if name in expected or name in self.untrained]
         """Names of all tensors but the ignored ones, in the order of the files."""
-        self.tensors = {n: info for n, info in self.files.tensors.items() if n in expected}
+        self.tensors = {n: info for n, info in infos.items() if n in expected}
         """Dtypes and shapes of all weights by HF name, in the order of the files."""
 
     def read_untrained(self, name: str) -> Tensor:

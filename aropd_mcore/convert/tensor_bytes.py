@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.json_file import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
 """Maximum size of a checkpoint's file, unless a single tensor is larger."""

@@ -35,6 +35,8 @@ def read_windows(config: JsonObject, family: Family, num_layers: int) -> Windows
     if size is not None and rule is not None and rule.per_layer:
         first = config.get("max_window_layers", 28)
         layers = [number >= first for number in range(num_layers)]
+        if rule.alternates:
+            layers = [number % 2 == 0 for number in range(num_layers)]
     types = config.get("layer_types")
     if types is not None:
         listed = [_KINDS.get(kind) if isinstance(kind, str) else None for kind in types]

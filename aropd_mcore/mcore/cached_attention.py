@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aropd_mcore.mcore.patches.local_attention import causal_mask
+from aropd_mcore.mcore.patches.local_attention import attend, causal_mask
 
 BUCKET_SPREAD = 4 / 3
 """Largest ratio of prompt lengths in one call of the attention kernel, in which prompts are padded
@@ -150,16 +150,22 @@ class CachedAttention(torch.nn.Module):
         scale: float | None,
         *,
         has_window: bool = False,
+        sinks: Tensor | None = None,
     ):
         """
         Args:
+            cache_2BGLD: keys and values. With sinks, L is one more than the number of tokens: the
+                key at index 0 is zero, and a sink is its logit.
             has_window: a token sees the last Places.window keys only.
+            sinks: logits [M] that take part in the softmax and have no value. None: there are none.
         """
         super().__init__()
         self.places = places
         self.has_window = has_window
         self.keys_BGLD, self.values_BGLD = cache_2BGLD
         self.scale = scale
+        self.sinks = sinks
+        self.first = int(sinks is not None)  # index of a row's first token in the cache
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_masks: Any, **_mask_settings: Any
@@ -167,7 +173,7 @@ class CachedAttention(torch.nn.Module):
         places = self.places
         num_padded, num_tokens = len(query), len(places.positions_N)
         query_NMD, key_NGD, value_NGD = (t[:num_tokens].squeeze(1) for t in (query, key, value))
-        place = (places.rows_N, slice(None), places.positions_N)
+        place = (places.rows_N, slice(None), places.positions_N + self.first)
         self.keys_BGLD[place] = key_NGD
         self.values_BGLD[place] = value_NGD
         mask_B11L = places.window_mask_B11L if self.has_window else places.mask_B11L
@@ -180,13 +186,18 @@ class CachedAttention(torch.nn.Module):
 
     def _next(self, query_BMD: Tensor, mask_B11L: Tensor) -> Tensor:
         """Attend with one token per row. Query heads that share a KV head are its R queries."""
-        rows, num_keys = self.places.next_rows, mask_B11L.size(-1)
+        rows, num_keys = self.places.next_rows, mask_B11L.size(-1) + self.first
         keys, values = (c[rows, :, :num_keys] for c in (self.keys_BGLD, self.values_BGLD))
+        mask = mask_B11L
+        if self.sinks is not None:
+            sinks_GR1 = self.sinks.unflatten(0, (keys.size(1), -1))[..., None]
+            sizes = len(query_BMD), *sinks_GR1.shape[:2], -1
+            mask = torch.cat([sinks_GR1.expand(sizes), mask_B11L.expand(sizes)], dim=-1)
         context_BGRD = functional.scaled_dot_product_attention(
             query_BMD.unflatten(1, (keys.size(1), -1)),
             keys,
             values,
-            attn_mask=mask_B11L,
+            attn_mask=mask,
             scale=self.scale,
         )
         return context_BGRD.flatten(1, 2)
@@ -209,14 +220,8 @@ class CachedAttention(torch.nn.Module):
             window = self.places.window if self.has_window else None
             length = bucket.shape[1]
             visible = causal_mask(length, length, window, query.device)
-            context_BMSD = functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=visible,
-                is_causal=visible is None,
-                scale=self.scale,
-                enable_gqa=query.size(1) > key.size(1),
+            context_BMSD = attend(
+                query, key, value, visible_SL=visible, scale=self.scale, sinks_M=self.sinks
             )
             contexts.append(context_BMSD.transpose(1, 2)[place])
         return torch.cat(contexts)

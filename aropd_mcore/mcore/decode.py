@@ -52,7 +52,8 @@ def decoding(
     """Context that yields a Decoder and restores the model afterwards.
 
     Inside, the model is in evaluation mode, without gradient, and its core attention is replaced.
-    The KV cache has 2 x num_rows x max_length x KV heads x D numbers per layer.
+    The KV cache has 2 x num_rows x max_length x KV heads x D numbers per layer. With attention
+    sinks it has one more place per row.
 
     The mode is torch.no_grad, not inference_mode, because Megatron caches rotary tables, and its
     fused rotary embedding cannot save an inference tensor for backward.
@@ -72,7 +73,7 @@ def decoding(
         2,
         num_rows,
         model.architecture.num_kv_heads // runtime.tp_size,
-        max_length,
+        max_length + int(model.architecture.has_sinks),
         model.architecture.head_dim,
     )
     dtype = model.config.params_dtype
@@ -83,7 +84,11 @@ def decoding(
     try:
         for attention, cache_2BGLD, window in zip(attentions, cache_K2BGLD, windows, strict=True):
             attention.core_attention = CachedAttention(
-                places, cache_2BGLD, config.softmax_scale, has_window=window is not None
+                places,
+                cache_2BGLD,
+                config.softmax_scale,
+                has_window=window is not None,
+                sinks=getattr(attention.core_attention, "softmax_offset", None),
             )
         for chunk in model:
             # Transformer Engine caches FP8 copies of the weights. This makes it cast them again.
@@ -116,7 +121,9 @@ class Decoder:
         """Chunks of layers of this stage: more than one with a virtual pipeline."""
         # `packed_seq`: angles of all positions, not only of this context rank's.
         rotary = self.chunks[0].rotary_pos_emb
-        self._angles = rotary(cache_K2BGLD.size(-2), packed_seq=True)
+        self._first = int(model.architecture.has_sinks)
+        self._max_length = cache_K2BGLD.size(-2) - self._first
+        self._angles = rotary(self._max_length, packed_seq=True)
         self._outgoing_N1H: Tensor | None = None
 
     @property
@@ -142,7 +149,7 @@ class Decoder:
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_keys: int) -> None:
         """Copy the first num_keys keys and values of rows to other rows."""
-        for cache_2BGLD in self._cache_K2BGLD[..., :num_keys, :]:
+        for cache_2BGLD in self._cache_K2BGLD[..., : self._first + num_keys, :]:
             cache_2BGLD[:, targets] = cache_2BGLD[:, sources]
 
     def next_logits(
@@ -165,7 +172,7 @@ class Decoder:
         Collectives: the model's own over tp_group, a send to the next stage, a receive from the
             previous one, and a gather of [B, V / tp] over the last stage's tp_group.
         """
-        num_keys = min(num_keys, self._cache_K2BGLD.size(-2))
+        num_keys = min(num_keys, self._max_length)
         self._places.place_next(rows, positions_B, num_keys, self._cache_K2BGLD.dtype)
         hidden_BH = self._forward(chunk, tokens_B)
         return _next_token_logits(self.model, self.runtime, hidden_BH)

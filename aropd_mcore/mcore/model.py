@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEColumnParallelGroupedLinear
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -181,8 +182,8 @@ def model_config(
         normalization="RMSNorm",
         layernorm_epsilon=architecture.rms_norm_eps,
         gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
+        **_mlp_settings(architecture.routing),
+        add_bias_linear=architecture.has_output_bias,
         add_qkv_bias=architecture.has_qkv_bias,
         # With this setting, Megatron sums the gradients of the norms over tensor ranks
         # (distributed/finalize_model_grads.py), which divide the weight of a norm over all heads.
@@ -226,7 +227,8 @@ def model_config(
         init_method=_keep_uninitialized,
         output_layer_init_method=_keep_uninitialized,
         bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
+        # Grouped experts with biases do not support this fusion.
+        bias_dropout_fusion=fused and not architecture.has_expert_bias,
         apply_rope_fusion=fused,
         # Apex's product that adds to main_grad, for the local layers. Those of Transformer Engine
         # have their own (mcore.optim).
@@ -249,17 +251,31 @@ def _pipeline_layout(architecture: Architecture, runtime: Runtime) -> list[list[
 
 
 def _attention_settings(architecture: Architecture, runtime: Runtime) -> dict[str, Any]:
-    """Return the scale and the windows of attention."""
+    """Return the scale, the windows and the sinks of attention."""
     settings: dict[str, Any] = {}
+    if architecture.has_sinks:
+        settings["softmax_type"] = "learnable"
     if architecture.rope.scaling == "yarn":
         # YaRN multiplies queries and keys by this factor. Both are rotated as a whole.
         factor = architecture.rope.attention_factor
         settings["softmax_scale"] = factor**2 / architecture.head_dim**0.5
     windows = architecture.windows
-    if windows is not None and runtime.cp_size == 1:  # else see Architecture.max_tokens
+    # Without windows, the limit of Architecture.max_tokens holds.
+    if windows is not None and (runtime.cp_size == 1 or architecture.has_sinks):
         settings["window_size"] = (windows.size - 1, 0)
         settings["window_attn_skip_freq"] = [int(has_window) for has_window in windows.layers]
     return settings
+
+
+def _mlp_settings(routing: Routing | None) -> dict[str, Any]:
+    """Return the activation of gated linear units."""
+    if routing is None or routing.glu_limit is None:
+        return {"activation_func": functional.silu}
+    return {
+        "activation_func": quick_gelu,
+        "activation_func_clamp_value": routing.glu_limit,
+        "glu_linear_offset": 1.0,
+    }
 
 
 _FUSED_PERMUTATIONS = (
@@ -424,10 +440,11 @@ def _layer_spec(
             setattr(attention, f"{name}_layernorm", norm)
     elif is_local and config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    if is_local or architecture.has_sinks:
+        attention.core_attention = LocalCoreAttention
     if not is_local:
         return spec
     layer.input_layernorm = layer.pre_mlp_layernorm = LocalRMSNorm
-    attention.core_attention = LocalCoreAttention
     if experts:
         # In checkpoints, the local spec gives norms the names of Transformer Engine's spec, which
         # fuses them into the next linear layer. Before experts Transformer Engine's spec fuses

@@ -30,8 +30,10 @@ _NUMBERED = re.compile(
     r"(?P<to_layer>decoder\.layers\.)(?P<layer>\d+)"
     r"((?P<to_expert>\.mlp\.experts\.local_experts\.)(?P<expert>\d+))?"
 )
-_GROUPED = re.compile(r"(?<=\.mlp\.experts)\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)$")
-"""Weight of an expert in Transformer Engine's grouped linear layers."""
+_GROUPED = re.compile(
+    r"(?<=\.mlp\.experts)\.(?P<linear>linear_fc[12])\.(?P<kind>weight|bias)(?P<expert>\d+)$"
+)
+"""Weight or bias of an expert in Transformer Engine's grouped linear layers."""
 
 
 def load_hf_weights(model: StageModel, hf_dir: Path | str, runtime: Runtime) -> None:
@@ -176,7 +178,7 @@ def export_model(
     def write(tensors: Iterator[tuple[str, Tensor]]) -> None:
         with new_folder(target) as folder:
             infos = model.architecture.hf_infos(dtype)
-            write_safetensors(folder, infos, tensors)
+            write_safetensors(folder, infos, tensors, elements=model.architecture.elements)
             copy_companions(source, folder, dtype)
 
     gather_hf(model, runtime, write, values)
@@ -208,7 +210,7 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
             return f"{own['to_layer']}{layer}{expert}"
 
         for own, _ in chunk.named_parameters():
-            name = _GROUPED.sub(r".local_experts.\g<expert>.\g<linear>.weight", own)
+            name = _GROUPED.sub(r".local_experts.\g<expert>.\g<linear>.\g<kind>", own)
             name = _NUMBERED.sub(number, name)
             names[unfused.get(name, name)] = f"{index}.{own}"
         for own, _ in chunk.named_buffers():

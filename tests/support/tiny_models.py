@@ -12,6 +12,8 @@ import torch
 from transformers import (
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -139,6 +141,20 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
             "num_nextn_predict_layers": 0,
         },
     ),
+    # Every second layer has windows. The norms' outputs are clamped by the experts now and then.
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            "head_dim": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 10,
+            "swiglu_limit": 1.5,
+            "rope_scaling": {**YARN_ROPE, "truncate": False},
+            "rope_theta": 150000.0,
+        },
+    ),
     "glm4_moe_groups": (
         Glm4MoeConfig,
         Glm4MoeForCausalLM,
@@ -158,7 +174,7 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
 }
 MOE_FAMILIES = (
     *("qwen3_moe", "qwen3_moe_unnormalized", "mixtral", "qwen2_moe", "olmoe"),
-    *("glm4_moe", "glm4_moe_groups"),
+    *("glm4_moe", "glm4_moe_groups", "gpt_oss"),
 )
 
 
@@ -199,7 +215,7 @@ def save_tiny_model(
         model = model_class(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "norm" in name or name.endswith("bias"):
+                if "norm" in name or name.endswith(("bias", "sinks")):
                     parameter.add_(0.2 * torch.randn_like(parameter))
             biases = {n: b for n, b in model.named_buffers() if n.endswith(FP32_BUFFER)}
             for bias in biases.values():

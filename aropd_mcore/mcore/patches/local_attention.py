@@ -1,4 +1,4 @@
-"""Core attention for the local layer spec, which also supports context parallelism."""
+"""Core attention for the local layer spec, which also supports context parallelism and sinks."""
 
 from itertools import pairwise
 from typing import Any
@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,6 +56,62 @@ def causal_mask(
     return visible if window is None else visible.triu(num_cached + 1 - window)
 
 
+_ALIGNMENT = 8  # of the head dimension, for the kernels of GPUs
+
+
+def attend(
+    query_BMSD: Tensor,
+    key_BGLD: Tensor,
+    value_BGLD: Tensor,
+    *,
+    visible_SL: Tensor | None,
+    scale: float | None,
+    sinks_M: Tensor | None = None,
+) -> Tensor:
+    """Compute attention by torch's kernel, [B, M, S, D].
+
+    A sink is one more key, which every query sees and whose value is zero. Its logit must be the
+    head's sink. Therefore one more dimension has sink / scale in the queries, 1 in this key and 0
+    in the other keys.
+
+    Args:
+        visible_SL: True for visible keys. None: causal.
+        sinks_M: logit per query head; None without sinks.
+    """
+    num_heads, num_groups = query_BMSD.size(1), key_BGLD.size(1)
+    head_dim = query_BMSD.size(-1)
+    if sinks_M is None:
+        return functional.scaled_dot_product_attention(
+            query_BMSD,
+            key_BGLD,
+            value_BGLD,
+            attn_mask=visible_SL,
+            is_causal=visible_SL is None,
+            scale=scale,
+            enable_gqa=num_heads > num_groups,
+        )
+    factor = head_dim**-0.5 if scale is None else scale
+    num_queries, num_keys = query_BMSD.size(2), key_BGLD.size(2)
+    if visible_SL is None:
+        visible_SL = query_BMSD.new_ones(num_queries, num_keys, dtype=torch.bool).tril()
+    # The kernels that take a mask and save no matrix of weights need a key per query head.
+    key, value = (
+        functional.pad(part, (0, _ALIGNMENT, 0, 1)).repeat_interleave(num_heads // num_groups, 1)
+        for part in (key_BGLD, value_BGLD)
+    )
+    key[..., -1, head_dim] = 1.0
+    sinks_BMS1 = (sinks_M / factor)[:, None, None].expand(*query_BMSD.shape[:3], 1)
+    query = torch.cat([query_BMSD, sinks_BMS1], dim=-1)
+    context = functional.scaled_dot_product_attention(
+        functional.pad(query, (0, _ALIGNMENT - 1)),
+        key,
+        value,
+        attn_mask=functional.pad(visible_SL, (0, 1), value=True),
+        scale=factor,
+    )
+    return context[..., :head_dim]
+
+
 class LocalCoreAttention(torch.nn.Module):
     """Causal attention by torch's kernel, with Megatron's arguments.
 
@@ -58,7 +120,10 @@ class LocalCoreAttention(torch.nn.Module):
     [S, KV heads, D].
 
     Under context parallelism S counts this rank's positions (data.context_parallel), and every rank
-    gathers all keys and values. This simple scheme is for CPU ranks.
+    gathers all keys and values. This simple scheme is for CPU ranks, and for models with sinks.
+
+    With config.softmax_type learnable, `softmax_offset` [heads] has the sinks of this tensor rank's
+    query heads.
 
     Collectives: under context parallelism an all-gather of keys and one of values over the context
         group, and in the backward a reduce-scatter of each gradient.
@@ -77,6 +142,30 @@ class LocalCoreAttention(torch.nn.Module):
         self.scale = softmax_scale
         self.window = window_of_layer(config, layer_number)
         self.group = pg_collection.cp
+        self.tensor_group = pg_collection.tp
+        self.softmax_offset: Tensor | None = None
+        if config.softmax_type == "learnable":
+            num_heads = config.num_attention_heads // pg_collection.tp.size()
+            sinks = torch.nn.Parameter(torch.empty(num_heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(sinks, True, 0, 1)
+            self.softmax_offset = sinks
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the sinks for Megatron's checkpoints, as Megatron's attention does."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
     def forward(
         self,
@@ -125,12 +214,11 @@ class LocalCoreAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         """Return [S, B, heads, D]. `visible` is bool [S, keys]; None is causal."""
         with sdpa_kernel(ATTENTION_KERNELS):
-            context_BMSD = functional.scaled_dot_product_attention(
+            context_BMSD = attend(
                 *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
-                attn_mask=visible,
-                is_causal=visible is None,
+                visible_SL=visible,
                 scale=self.scale,
-                enable_gqa=query.size(2) > key.size(2),
+                sinks_M=self.softmax_offset,
             )
         return context_BMSD.permute(2, 0, 1, 3)
 
@@ -146,4 +234,7 @@ class LocalCoreAttention(torch.nn.Module):
         same = torch.bucketize(queries, starts, right=True)[:, None] == torch.bucketize(
             keys, starts, right=True
         )
-        return same & (queries[:, None] >= keys)
+        visible = same & (queries[:, None] >= keys)
+        if self.window is not None:
+            visible &= queries[:, None] - keys < self.window
+        return visible
