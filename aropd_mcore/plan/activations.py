@@ -16,6 +16,8 @@ from aropd_mcore.plan.setup import Setup
 
 FP32 = 4
 FP8 = 1
+ALIGNMENT = 8
+"""Number of dimensions that attention with sinks appends to each head."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def saved_without_recompute(setup: Setup) -> dict[str, float]:
         parts["attention statistics"] = s.tokens * s.heads * FP32
         if local and setup.context > 1:
             parts |= _gathered_attention(setup, s, width)
+    if setup.architecture.has_sinks and setup.recompute != "selective":
+        parts |= _attention_with_sinks(setup, s, width)
     if setup.architecture.routing:
         return parts | _experts(setup, s, width)
     # gate and up; without fusion also silu(gate) and up + 0 (Megatron's offset); their product.
@@ -118,6 +122,24 @@ def _gathered_attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
         "queries, keys, values": s.tokens * own * width,
         "rotated queries and keys": s.tokens * s.q * width,
         "gathered keys and values": s.tokens * 2 * s.kv * setup.context * width,
+        "attention mask": mask * width,
+    }
+
+
+def _attention_with_sinks(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
+    """Return the bytes saved by the core attention of models with sinks, on every device.
+
+    It copies queries, keys and values, with more dimensions per head and a key per query head, and
+    passes a mask in the activations' dtype. Nothing reads the originals again.
+    """
+    padded = s.q + s.heads * ALIGNMENT
+    keys = s.tokens * setup.context
+    mask = s.tokens / setup.microbatch_sequences * setup.sequence_tokens
+    return {
+        "queries, keys, values": 0,
+        "rotated queries and keys": 0,
+        "gathered keys and values": 0,
+        "attention with sinks": 2 * (s.tokens + keys) * padded * width,
         "attention mask": mask * width,
     }
 

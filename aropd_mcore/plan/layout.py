@@ -169,6 +169,13 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
             f"{architecture.family.architecture}, whose routers have a bias in fp32 that the "
             "weight updates of vLLM servers do not support yet; set rollout.engine to native"
         )
+    if architecture.elements and config.rollout.engine == "vllm":
+        raise ConfigError(
+            "rollout.engine vllm: expected native for "
+            f"{architecture.family.architecture}, whose HF tensors have all experts of a layer. "
+            "The weight updates of vLLM servers do not support such tensors yet; set "
+            "rollout.engine to native"
+        )
     # On several tensor ranks, Megatron trains experts only with sequence parallelism
     # (transformer/moe/moe_layer.py, MoELayer.forward).
     if architecture.routing and config.parallel.tensor > 1 and not config.parallel.sequence:

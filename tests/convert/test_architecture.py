@@ -208,7 +208,7 @@ def test_names_shapes_and_count_equal_transformers(family: str, tie: bool, tmp_p
     architecture = read_architecture(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert architecture.hf_shapes == shapes
+    assert architecture.file_shapes == shapes
     assert architecture.num_parameters == model.num_parameters()
 
 

@@ -49,7 +49,7 @@ MORE_KEYS = (
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
     *("num_experts", "num_local_experts", "norm_topk_prob", "mlp_only_layers", "clip_qkv"),
     *("decoder_sparse_step", "first_k_dense_replace", "n_group", "topk_group", "use_qk_norm"),
-    *("routed_scaling_factor", "qkv_bias", "num_nextn_predict_layers"),
+    *("routed_scaling_factor", "qkv_bias", "num_nextn_predict_layers", "swiglu_limit"),
     *("dtype", "torch_dtype", "text_config", "per_layer_config", "transformers_weights"),
     *("quantization_config", "configuration_files"),
 )
@@ -59,6 +59,7 @@ REQUIRED = {
     *("num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps"),
     *("num_experts", "num_local_experts", "num_experts_per_tok", "n_routed_experts"),
     *("n_shared_experts", "first_k_dense_replace", "shared_expert_intermediate_size"),
+    *("rope_parameters", "rope_scaling"),  # of gpt-oss
     # of Llama 3's rope
     *("rope_type", "factor", "low_freq_factor", "high_freq_factor"),
     "original_max_position_embeddings",
@@ -267,6 +268,7 @@ def facts(config: HFConfig) -> dict[str, Any]:
             a.routing.scaling,
             a.routing.groups,
             a.num_expert_layers,
+            a.routing.glu_limit,
         ),
         "ffn": a.ffn_hidden_size,
         "dtype": config.dtype,
@@ -283,7 +285,7 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
         windows = [config.sliding_window] * len(body.layers)
     else:
         windows = [getattr(layer.self_attn, "sliding_window", None) for layer in body.layers]
-    blocks = [layer.mlp for layer in body.layers if hasattr(layer.mlp, "gate")]
+    blocks = [layer.mlp for layer in body.layers if hasattr(layer.mlp, "experts")]
     experts = blocks and expert_facts(blocks)
     extended = 0
     if rope["rope_type"] == "yarn":
@@ -316,18 +318,20 @@ def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def expert_facts(blocks: list[Any]) -> tuple[Any, ...]:
-    mlp, gate = blocks[0], blocks[0].gate
+    mlp = blocks[0]
+    gate = getattr(mlp, "gate", None) or mlp.router
     shared = getattr(mlp, "shared_expert", getattr(mlp, "shared_experts", None))
     groups = getattr(gate, "num_group", 1), getattr(gate, "topk_group", 1)
     return (
         gate.num_experts,
         gate.top_k,
-        mlp.experts.intermediate_dim,
+        getattr(mlp.experts, "intermediate_dim", None) or mlp.experts.intermediate_size,
         getattr(gate, "norm_topk_prob", True),
         shared.intermediate_size if shared else 0,
         getattr(gate, "routed_scaling_factor", 1.0),
         groups if groups[0] != groups[1] else None,
         len(blocks),
+        getattr(mlp.experts, "limit", None),
     )
 
 
@@ -347,6 +351,7 @@ def test_defaults_equal_transformers(family: Family):
         family.name, num_attention_heads=24, hidden_size=24 * 40, **switch
     )
     ours = {field.name: getattr(family.defaults, field.name) for field in fields(family.defaults)}
+    assert ours.pop("has_rope") == (config.rope_parameters["rope_type"] == "default")
     assert ours.pop("rope_theta") == config.rope_parameters["rope_theta"]
     partial = config.rope_parameters.get("partial_rotary_factor")
     assert ours.pop("partial_rotary_factor") == partial

@@ -47,6 +47,14 @@ def test_plan_of_experts_with_tensor_but_not_sequence_parallelism_is_refused(tmp
         plan(config(tmp_path, "mixtral", parallel={"tensor": 2}), 2)
 
 
+def test_plan_of_experts_with_biases_over_expert_tensor_ranks_or_vllm_is_refused(tmp_path: Path):
+    plan(config(tmp_path, "gpt_oss", parallel={"expert": 2, "context": 2}), 2)
+    with pytest.raises(ValueError, match="expert tensor-parallel size 2 with experts that have"):
+        plan(config(tmp_path, "gpt_oss", parallel={"expert_tensor": 2}), 2)
+    with pytest.raises(ConfigError, match=r"rollout.engine vllm: expected native for GptOss"):
+        plan(config(tmp_path, "gpt_oss", rollout={"engine": "vllm"}), 1)
+
+
 def test_plan_of_router_losses_without_routers_is_refused(tmp_path: Path):
     losses = {"objective": {"router_z_loss_coeff": 0.001}}
     plan(config(tmp_path, "mixtral", **losses), 1)

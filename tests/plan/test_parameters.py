@@ -41,12 +41,26 @@ MODELS = {
         "moe_intermediate_size": 40,
         "norm_topk_prob": True,
     },
+    "gpt_oss": {
+        **TINY,
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "head_dim": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
 }
 PUBLISHED = {
     "Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen3-32B": 32_762_123_264,
     "Llama-3.1-70B-Instruct": 70_553_706_496,
     "Qwen3-235B-A22B": 235_093_634_560,
+    "gpt-oss-20b": 20_914_757_184,
 }
 
 
@@ -66,11 +80,16 @@ def test_parameters_of_all_ranks_add_up_to_the_model(name: str):
         stages = [rank_parameters(setup, stage) for stage in range(pipeline)]
         if routing and expert == 1:
             assert not any(p.experts for p in stages)
+        biases = architecture.has_expert_bias
         expert_weights = 4 * 3 * sizes["hidden"] * sizes["expert_ffn"] * sizes["experts"]
+        if biases:
+            columns = sizes["hidden"] + sizes["expert_gate_up"]
+            expert_weights += 4 * columns * sizes["experts"]
         own_experts = expert_weights // expert
         repeated = sizes["hidden"] * (2 * 4 + 1)
         repeated += 2 * 4 * sizes["head"] if architecture.has_qk_norm else 0
         repeated += 4 * sizes["hidden"] * sizes["experts"] if routing else 0
+        repeated += 4 * (sizes["hidden"] + sizes["experts"]) if biases else 0
         split = sum(p.total for p in stages) - repeated - own_experts
         padding = vocabulary_columns(setup) * tensor - sizes["vocab"]
         copies = 2 if pipeline > 1 or not architecture.tied_embeddings else 1
@@ -88,6 +107,7 @@ LAYOUTS = [
     ("qwen3_moe", {"tensor": 2, "sequence": True, "pipeline": 2}),
     ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 4}),
     ("qwen3_moe", {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}),
+    ("gpt_oss", {"tensor": 2, "sequence": True, "expert": 2}),
 ]
 
 

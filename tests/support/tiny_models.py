@@ -141,7 +141,7 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
             "num_nextn_predict_layers": 0,
         },
     ),
-    # Every second layer has windows. The norms' outputs are clamped by the experts now and then.
+    # The first layer and every second one have windows. The limit is low, so that it is reached.
     "gpt_oss": (
         GptOssConfig,
         GptOssForCausalLM,
@@ -176,6 +176,9 @@ MOE_FAMILIES = (
     *("qwen3_moe", "qwen3_moe_unnormalized", "mixtral", "qwen2_moe", "olmoe"),
     *("glm4_moe", "glm4_moe_groups", "gpt_oss"),
 )
+
+BIASED_EXPERTS = ("gpt_oss",)
+"""Families whose experts cannot be divided over expert tensor-parallel ranks."""
 
 
 FP32_BUFFER = "e_score_correction_bias"

@@ -310,6 +310,18 @@ CASES = [
         ],
     ),
     Case(
+        # Sinks of attention, windows in every second layer, experts with biases.
+        "sinks",
+        {"objective": AROPD, "training": PACKED},
+        family="gpt_oss",
+        num_steps=2,
+        layouts=[
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 2, context=2, expert=2),
+            Layout(1, 2, virtual_pipeline=2),
+        ],
+    ),
+    Case(
         "shared-experts",
         # With the other cases' clip, one token's residual is at the clip within fp32 rounding.
         {

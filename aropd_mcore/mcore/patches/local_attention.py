@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aropd_mcore.data.context_parallel import positions_of_rank
+from aropd_mcore.plan.activations import ALIGNMENT
 
 ATTENTION_KERNELS = [
     SDPBackend.FLASH_ATTENTION,
@@ -54,9 +55,6 @@ def causal_mask(
     num_cached = num_keys - num_queries  # with a KV cache: keys before the first query
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_cached)
     return visible if window is None else visible.triu(num_cached + 1 - window)
-
-
-_ALIGNMENT = 8  # of the head dimension, for the kernels of GPUs
 
 
 def attend(
@@ -96,14 +94,14 @@ def attend(
         visible_SL = query_BMSD.new_ones(num_queries, num_keys, dtype=torch.bool).tril()
     # The kernels that take a mask and save no matrix of weights need a key per query head.
     key, value = (
-        functional.pad(part, (0, _ALIGNMENT, 0, 1)).repeat_interleave(num_heads // num_groups, 1)
+        functional.pad(part, (0, ALIGNMENT, 0, 1)).repeat_interleave(num_heads // num_groups, 1)
         for part in (key_BGLD, value_BGLD)
     )
     key[..., -1, head_dim] = 1.0
     sinks_BMS1 = (sinks_M / factor)[:, None, None].expand(*query_BMSD.shape[:3], 1)
     query = torch.cat([query_BMSD, sinks_BMS1], dim=-1)
     context = functional.scaled_dot_product_attention(
-        functional.pad(query, (0, _ALIGNMENT - 1)),
+        functional.pad(query, (0, ALIGNMENT - 1)),
         key,
         value,
         attn_mask=functional.pad(visible_SL, (0, 1), value=True),
