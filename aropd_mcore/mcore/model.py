@@ -171,7 +171,7 @@ def model_config(
 
     Fused kernels are enabled if Transformer Engine provides them.
     """
-    fused = _use_transformer_engine(runtime)
+    fused, has_biases = _use_transformer_engine(runtime), architecture.has_expert_bias
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -226,9 +226,11 @@ def model_config(
         # on the first tensor rank only (tensor_parallel/layers.py, ColumnParallelLinear).
         init_method=_keep_uninitialized,
         output_layer_init_method=_keep_uninitialized,
-        bias_activation_fusion=fused,
+        # Fused with a bias, Megatron clamps before it adds the bias. Grouped experts add it before
+        # (fusions/fused_bias_geglu.py, weighted_bias_quick_geglu_impl).
+        bias_activation_fusion=fused and (_has_grouped_experts(fused) or not has_biases),
         # Grouped experts with biases do not support this fusion.
-        bias_dropout_fusion=fused and not architecture.has_expert_bias,
+        bias_dropout_fusion=fused and not has_biases,
         apply_rope_fusion=fused,
         # Apex's product that adds to main_grad, for the local layers. Those of Transformer Engine
         # have their own (mcore.optim).
@@ -265,6 +267,10 @@ def _attention_settings(architecture: Architecture, runtime: Runtime) -> dict[st
         settings["window_size"] = (windows.size - 1, 0)
         settings["window_attn_skip_freq"] = [int(has_window) for has_window in windows.layers]
     return settings
+
+
+def _has_grouped_experts(fused: bool) -> bool:
+    return fused and TEColumnParallelGroupedLinear is not None
 
 
 def _mlp_settings(routing: Routing | None) -> dict[str, Any]:
@@ -317,7 +323,7 @@ def _routing_settings(architecture: Architecture, routing: Routing, fused: bool)
         "moe_router_topk_scaling_factor": routing.scaling if routing.scaling != 1.0 else None,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",  # in bf16, near ties between experts would be rounded
-        "moe_grouped_gemm": fused and TEColumnParallelGroupedLinear is not None,
+        "moe_grouped_gemm": _has_grouped_experts(fused),
         "moe_permute_fusion": fused and None not in permutations,
     }
 
