@@ -249,7 +249,6 @@ FAMILIES = (
             has_rope=False,
             sliding_window=128,
         ),
-        nullable=("num_key_value_heads", "head_dim"),
         windows=WindowKeys(has_switch=False, per_layer=True, alternates=True),
         settings={"attention_bias": True, "swiglu_alpha": 1.702},
         dequantizes=("mxfp4",),

@@ -12,8 +12,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import RowParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel import layers as parallel_layers
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -369,6 +369,7 @@ def build_model(
     chunks = [HiddenStateGPT(architecture, config, runtime, stage) for stage in vp_stages]
     model = StageModel(architecture, config, chunks)
     _mark_experts(model, runtime)
+    _allow_biases_of_experts(model)
     # The local spec creates its norms in fp32 and on the CPU, regardless of params_dtype.
     model.to(device=runtime.device, dtype=dtype)
     for name, buffer in model.named_buffers():
@@ -396,6 +397,20 @@ def _mark_experts(model: StageModel, runtime: Runtime) -> None:
             weight.tensor_model_parallel = are_sharded  # type: ignore[attr-defined]
             weight.sequence_parallel = (  # type: ignore[attr-defined]
                 runtime.sequence_parallel and not are_sharded
+            )
+
+
+def _allow_biases_of_experts(model: StageModel) -> None:
+    """Make the outputs of local experts' second layers copies, to which a bias can be added.
+
+    Megatron adds the bias in place (transformer/mlp.py, MLP.forward). Autograd refuses this for the
+    output of a custom function, which the local layer returns.
+    """
+    for name, layer in model.named_modules():
+        is_second = ".experts." in name and name.endswith(".linear_fc2")
+        if is_second and isinstance(layer, RowParallelLinear) and layer.bias is not None:
+            layer.register_forward_hook(
+                lambda _layer, _args, result: (result[0].clone(), result[1])
             )
 
 

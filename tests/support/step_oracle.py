@@ -117,14 +117,15 @@ class Oracle:
         self.teacher = copy.deepcopy(self.student)
         if method.teacher == "live":
             self.teacher = self.student
-        weights = list(self.student.parameters())  # a tied head is not repeated
+        matrices, vectors = [], []
+        for name, weight in self.student.named_parameters():  # a tied head is not repeated
+            # The biases of gpt-oss' experts are one tensor of two dimensions.
+            is_vector = weight.dim() == 1 or name.endswith("_bias")
+            (vectors if is_vector else matrices).append(weight)
         self.optimizer = torch.optim.AdamW(
             [
-                {
-                    "params": [w for w in weights if w.dim() > 1],
-                    "weight_decay": method.weight_decay,
-                },
-                {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+                {"params": matrices, "weight_decay": method.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
             ],
             betas=method.betas,
             eps=method.eps,
@@ -350,12 +351,29 @@ def _at_ends(
 _MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
+def _stacked(name: str, whole: Tensor) -> dict[str, Tensor]:
+    """Return the experts of gpt-oss by the names of this package, with a row per output.
+
+    Gate and up alternate in transformers. Here, gate is above up.
+    """
+    experts = {}
+    for index, expert in enumerate(whole):
+        rows = expert.T if expert.dim() > 1 else expert
+        if ".gate_up_proj" in name:
+            rows = torch.cat([rows[::2], rows[1::2]])
+        experts[f"{name}[{index}]"] = rows
+    return experts
+
+
 def _weights(model) -> dict[str, Tensor]:
     weights = {}
     # The bias of a sigmoid router is a buffer, which training must not change.
     biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     for name, weight in [*model.named_parameters(), *biases]:
         layer, _, fused = name.partition(".experts.")
+        if fused and model.config.model_type == "gpt_oss":
+            weights |= _stacked(name, weight.detach().clone())
+            continue
         if not fused:
             weights[name] = weight.detach().clone()
         # transformers 5 has one tensor for all experts of a layer. Files have one per expert.
