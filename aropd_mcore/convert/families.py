@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from aropd_mcore.convert import mxfp4
 from aropd_mcore.convert.mapping import (
     ATTENTION,
     DENSE_MLP,
@@ -251,7 +252,7 @@ FAMILIES = (
         ),
         windows=WindowKeys(has_switch=False, per_layer=True, alternates=True),
         settings={"attention_bias": True, "swiglu_alpha": 1.702},
-        dequantizes=("mxfp4",),
+        dequantizes=(mxfp4.METHOD,),
         experts=Experts(
             count=("num_local_experts", "num_experts"),
             ffn="intermediate_size",

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aropd_mcore.convert import mxfp4
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.json_file import CheckpointError, brief, unique_keys
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, IGNORED_HF_TENSORS
+from aropd_mcore.convert.mxfp4 import packed_shapes
 from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, brief_error, read_into
 
 INDEX = "model.safetensors.index.json"
@@ -90,7 +90,10 @@ class HFWeights:
             CheckpointError: a tensor is missing, unexpected or quantized, or has another shape, or
                 a head that config.json ties to the embedding has other values.
         """
-        expected, name = self._expected(architecture), architecture.family.architecture
+        expected, name = architecture.file_shapes, architecture.family.architecture
+        if self._quantization is not None:
+            elements = architecture.elements.values()
+            expected = packed_shapes(expected, elements, self.folder)
         for tensor in self._location:
             if tensor.endswith(_QUANTIZED):
                 raise CheckpointError(
@@ -127,23 +130,6 @@ class HFWeights:
         if architecture.tied_embeddings:
             self._check_tied_head()
         return extra
-
-    def _expected(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors that the folder must have."""
-        expected = dict(architecture.file_shapes)
-        if self._quantization is None:
-            return expected
-        elements = architecture.elements.values()
-        packed = {e.tensor: (e.number, *e.shape) for e in elements if len(e.shape) > 1}
-        odd = [name for name, shape in packed.items() if shape[-1] % mxfp4.BLOCK_SIZE]
-        if odd:
-            raise CheckpointError(
-                f"{self.folder}: {odd[0]} has {packed[odd[0]][-1]} columns by config.json; "
-                f"expected a multiple of {mxfp4.BLOCK_SIZE} for {self._quantization} weights"
-            )
-        for name in packed:
-            del expected[name]
-        return expected | mxfp4.packed_shapes(packed)
 
     def _check_tied_head(self) -> None:
         """Check that a tied head, if present, equals the embedding. Reads a few rows at a time."""

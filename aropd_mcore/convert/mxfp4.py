@@ -11,10 +11,14 @@ bf16, except for blocks at the ends of bf16's range.
 Source: OCP Microscaling Formats (MX) Specification 1.0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from aropd_mcore.convert.json_file import CheckpointError
+from aropd_mcore.convert.stacked import Element
 
 METHOD = "mxfp4"
 """Value of `quantization_config.quant_method` in config.json."""
@@ -40,15 +44,26 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def packed_shapes(
-    rows: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]], elements: Iterable[Element], where: Path
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the stored tensors of weights, by name.
+    """Return the shapes of a folder's tensors if the matrices of stacked tensors are in mxfp4.
 
     Args:
-        rows: shape [E, rows, columns] of each weight. 32 divides the columns.
+        shapes: shapes of the tensors without quantization.
+        elements: elements of all stacked tensors.
+        where: the folder, for errors.
+    Raises:
+        CheckpointError: blocks do not divide the columns of a matrix.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (number, outputs, columns) in rows.items():
-        shape = number, outputs, columns // BLOCK_SIZE
-        shapes |= {name + BLOCKS: (*shape, BLOCK_SIZE // 2), name + SCALES: shape}
-    return shapes
+    packed = {part.tensor: part for part in elements if len(part.shape) > 1}
+    found = {name: shape for name, shape in shapes.items() if name not in packed}
+    for name, part in packed.items():
+        rows, columns = part.shape
+        if columns % BLOCK_SIZE:
+            raise CheckpointError(
+                f"{where}: {name} has {columns} columns by config.json; expected a multiple of "
+                f"{BLOCK_SIZE} for {METHOD} weights"
+            )
+        scales = part.number, rows, columns // BLOCK_SIZE
+        found |= {name + BLOCKS: (*scales, BLOCK_SIZE // 2), name + SCALES: scales}
+    return found
