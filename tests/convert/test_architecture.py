@@ -16,6 +16,7 @@ from aropd_mcore.convert.families import FAMILIES as TABLES
 from aropd_mcore.convert.routing import Routing
 from aropd_mcore.convert.windows import Windows
 from aropd_mcore.stages import Stages
+from tests.conftest import REPO
 from tests.support.tiny_models import (
     FAMILIES,
     LLAMA31_ROPE,
@@ -24,6 +25,9 @@ from tests.support.tiny_models import (
     save_tiny_model,
 )
 
+GPT_OSS_20B = json.loads(
+    (REPO / "examples" / "clusters" / "gpt-oss-20b" / "config.json").read_text()
+)
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -182,6 +186,11 @@ def test_published_configs_have_the_published_settings():
     moe = read_architecture(QWEN3_30B_A3B)
     assert moe.routing == Routing(128, 8, 768, normalized=True)
     assert moe.has_qk_norm
+    oss = read_architecture(GPT_OSS_20B)
+    assert oss.windows == Windows(128, (True, False) * 12)
+    without_types = {key: value for key, value in GPT_OSS_20B.items() if key != "layer_types"}
+    assert read_architecture(without_types) == oss
+    assert oss.routing == Routing(32, 4, 2880, normalized=True, glu_limit=7.0)
     glm = read_architecture(GLM45_AIR)
     assert glm.routing == Routing(128, 8, 1408, True, "sigmoid", 1.0, None, 1408, (0,))
     assert (glm.rope.dim, glm.prediction_layers, glm.num_expert_layers) == (64, 1, 45)
@@ -228,7 +237,7 @@ def test_every_registered_family_has_a_tiny_model():
             "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, "
             "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SeedOssForCausalLM, "
             "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, OlmoeForCausalLM, Glm4MoeForCausalLM, "
-            "MixtralForCausalLM",
+            "GptOssForCausalLM, MixtralForCausalLM",
         ),
         (
             {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.OwnForCausalLM"}},
@@ -317,6 +326,14 @@ def test_every_registered_family_has_a_tiny_model():
             "num_experts_per_tok is 1 and the weights of the chosen experts sum to one",
         ),
         ({**MIXTRAL_8X7B, "num_local_experts": None}, "num_local_experts is missing"),
+        ({**GPT_OSS_20B, "attention_bias": False}, "attention_bias is False; only True is"),
+        ({**GPT_OSS_20B, "swiglu_alpha": 1.0}, "swiglu_alpha is 1.0; only 1.702 is supported"),
+        ({**GPT_OSS_20B, "swiglu_limit": 7}, "swiglu_limit is 7; expected a number with a decimal"),
+        ({**GPT_OSS_20B, "rope_scaling": None}, "rope_scaling and rope_parameters are missing"),
+        (
+            {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
+            "architectures: architecture 'Qwen3NextForCausalLM' is not supported",
+        ),
     ],
 )
 def test_errors_name_file_key_and_value(change: dict, message: str, tmp_path: Path):
