@@ -59,7 +59,7 @@ def test_cached_attention_with_sinks_equals_the_formula():
         ]
         found = [attention(*tokens).view(ROWS, 6, HEADS, DIM).transpose(1, 2)]
         for position in range(6, LENGTH):
-            places.place_next(torch.full((ROWS,), position), LENGTH, torch.float64)
+            places.place_next(slice(0, ROWS), torch.full((ROWS,), position), LENGTH, torch.float64)
             tokens = [part[:, :, position][:, None] for part in (query, key, value)]
             found.append(attention(*tokens).view(ROWS, 1, HEADS, DIM).transpose(1, 2))
         assert_close(torch.cat(found, dim=2), expected)
