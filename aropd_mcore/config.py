@@ -152,7 +152,7 @@ class ModelConfig(Section):
 
     path: Path
     """Folder of the Hugging Face model: config.json, safetensors files and tokenizer. Student and
-    teacher both start from it."""
+    teacher both start from it, unless teacher.kind is `model`."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type of parameters and activations. `auto`: bf16 on a GPU, fp32 without one."""
 
@@ -652,11 +652,22 @@ def target_view(residual_scale: float, residual_clip: float | None) -> Privilege
 
 
 class TeacherConfig(Section):
-    """Teacher: a copy of the student that reads the privileged views (METHOD section 4)."""
+    """Teacher: the model that scores the student's responses under the privileged views (METHOD
+    section 4)."""
 
-    kind: Literal["ema", "frozen", "live"] = "ema"
+    kind: Literal["ema", "frozen", "live", "model"] = "ema"
     """Source of the teacher's weights. `ema`: moving average of the student's. `frozen`: the
-    weights that were loaded. `live`: the student itself."""
+    weights that were loaded. `live`: the student itself. `model`: another model, at teacher.path,
+    whose weights do not change."""
+    path: Path | None = None
+    """Checkpoint of a teacher of kind `model`: a Hugging Face folder, a Megatron checkpoint, or the
+    output_dir of a run, whose student is read. Its size and family may differ from the student's,
+    its vocabulary may not. It has the student's parallel layout. Checkpoints do not contain its
+    weights."""
+    views: Literal["privileged", "none"] = "privileged"
+    """Prompts under which the teacher scores. `privileged`: the partial and the full view. `none`:
+    the student's own prompt. `none` requires kind `model` and objective.residual_scale 0, and is
+    on-policy distillation without privileged information."""
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Rate alpha of `ema`: teacher <- (1 - alpha) teacher + alpha student, after every step."""
     fp32_master: bool = True
@@ -670,6 +681,26 @@ class TeacherConfig(Section):
     hidden_states: MemorySpace = "device"
     """Location of the views' final hidden states until the loss reads them. `host`: pinned memory,
     from which one microbatch at a time is copied to the device."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> "TeacherConfig":
+        if self.kind == "model" and self.path is None:
+            raise ValueError(
+                "kind model and path null: expected the folder of the teacher's checkpoint; set "
+                "path, or choose another kind"
+            )
+        if self.kind != "model" and self.path is not None:
+            raise ValueError(
+                f"path {self.path} and kind {self.kind}: expected path null, since the weights of "
+                "this teacher are the student's; set kind to model or remove path"
+            )
+        if self.kind != "model" and self.views == "none":
+            raise ValueError(
+                f"views none and kind {self.kind}: expected views privileged, since a copy of the "
+                "student with the student's prompt has nothing to teach; set views to privileged "
+                "or kind to model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_location(self) -> "TeacherConfig":
@@ -987,6 +1018,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_teacher_model(self) -> "Config":
+        scale, precision = self.objective.residual_scale, self.precision.for_teacher
+        if self.teacher.views == "none" and scale != 0:
+            raise ValueError(
+                f"objective.residual_scale {scale:g} and teacher.views none: expected "
+                "residual_scale 0, since both views are the student's prompt and their residual is "
+                "zero; set it to 0, or teacher.views to privileged"
+            )
+        has_statistics = precision.fp8 is not None and precision.fp8_recipe == "delayed"
+        if self.teacher.kind == "model" and has_statistics:
+            raise ValueError(
+                "precision.fp8_recipe delayed and teacher.kind model: expected another recipe, "
+                "since a resumed run needs the statistics of `delayed`, and checkpoints contain "
+                "nothing of this teacher; change fp8_recipe, or set precision.teacher_fp8 to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_validation(self) -> "Config":
         names = self.validation_tasks
         views = self.validation.teacher_views
@@ -1010,6 +1059,17 @@ class Config(Section):
                 "teacher_views empty"
             )
         return self
+
+    @property
+    def has_teacher_model(self) -> bool:
+        """Whether the run loads a teacher from teacher.path."""
+        return self.teacher.kind == "model" and self.objective.name == "aropd"
+
+    @property
+    def scored_views(self) -> tuple[PrivilegedView, ...]:
+        """Views of the objective that the teacher scores: one, if they are one prompt."""
+        views = self.objective.views
+        return views[:1] if self.teacher.views == "none" else views
 
     @property
     def validation_tasks(self) -> list[str]:

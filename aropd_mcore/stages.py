@@ -5,7 +5,7 @@ which a token passes them, so chunk c is on stage c % pipeline.
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import groupby
 
@@ -105,6 +105,24 @@ class Stages:
             if layer < end:
                 return chunk % self.pipeline
         raise IndexError(f"layer {layer} of {num_layers}")
+
+    def fitted(self, num_layers: int) -> "Stages":
+        """Return stages for a second model with this number of layers.
+
+        The split is this one if it fits the number of layers, otherwise the most even one.
+
+        Raises:
+            ValueError: there are fewer layers than chunks.
+        """
+        try:
+            self.chunk_layers(num_layers)
+        except ValueError:
+            splits = find_splits(num_layers, self.pipeline, self.virtual_pipeline)
+            if not splits:
+                raise
+            even = {f.name: None for f in fields(self) if f.name.endswith(("_stage", "_layout"))}
+            return replace(self, **{**even, **splits[0]})
+        return self
 
 
 ONE_STAGE = Stages()

@@ -103,6 +103,22 @@ def test_found_splits_are_valid_and_have_the_smallest_largest_stage(num_layers: 
                 assert again.chunk_layers(num_layers) == chunks
 
 
+@pytest.mark.parametrize(
+    ("stages", "num_layers", "chunks"),
+    [
+        (Stages(2, layers_in_first_stage=3), 4, (3, 1)),  # fits
+        (Stages(2, layers_in_first_stage=3), 3, (2, 1)),
+        (Stages(2, layers_in_first_stage=7), 64, (7, 57)),
+        (Stages(4, layers_in_first_stage=6), 64, (16, 16, 16, 16)),
+        (Stages(2, 2, pipeline_layout="Et|t|t|tL"), 6, (2, 1, 2, 1)),
+    ],
+)
+def test_stages_are_fitted_to_a_second_model(stages: Stages, num_layers: int, chunks):
+    assert stages.fitted(num_layers).chunk_layers(num_layers) == chunks
+    with pytest.raises(ValueError, match=r"model's 1(;| layers)"):
+        stages.fitted(1)
+
+
 def test_megatron_reads_the_same_layouts():
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 

@@ -73,5 +73,9 @@ def _run(args: argparse.Namespace) -> None:
             f"--row {args.row}: {rows.sources[0].name} has rows 0 to {len(rows) - 1}; choose one "
             "of them"
         )
-    builder = ViewBuilder(load_tokenizer(config.model.path if config else args.model), views)
+    builder = ViewBuilder(
+        load_tokenizer(config.model.path if config else args.model),
+        views,
+        is_privileged=config is None or config.teacher.views == "privileged",
+    )
     Console().print(render_views(builder, rows[args.row]))

@@ -126,7 +126,9 @@ def read_part(
     tp_rank: int,
     buffer: Buffer | None = None,
 ) -> Tensor:
-    """Read a tensor-parallel rank's part of an HF tensor. A vocabulary is padded with zero rows.
+    """Read a tensor-parallel rank's part of an HF tensor.
+
+    A vocabulary is padded with zero rows, also if the file has fewer rows than the weight.
 
     Args:
         buffer: buffer to read into. None: allocate new memory.
@@ -137,6 +139,7 @@ def read_part(
     size = weight.hf[name][dim]
     padded = padded_vocab_size(size, tp_size) if weight.kind is Kind.VOCAB else size
     start, end = shard_bounds(padded, tp_size, tp_rank)
+    size = min(size, hf.tensors[name].shape[dim])
     part = hf.read_part(name, dim, min(start, size), min(end, size), buffer)
     return pad_rows(part, end - start) if weight.kind is Kind.VOCAB else part
 

@@ -1,6 +1,8 @@
 """Reading of HF and Megatron checkpoints: the architecture, and tensors by HF names."""
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -127,8 +129,9 @@ class MegatronSource:
     def shard(self, weight: Weight, tp_size: int, tp_rank: int) -> Tensor:
         """Read a tensor-parallel rank's shard of a Megatron weight.
 
-        A vocabulary is padded with zero rows. Every stored chunk that overlaps the shard is read
-        completely, and the chunks depend on the layout that wrote the checkpoint.
+        A vocabulary is padded with zero rows, also if fewer rows are stored than the weight has.
+        Every stored chunk that overlaps the shard is read completely, and the chunks depend on the
+        layout that wrote the checkpoint.
         """
         # A tied head is not stored.
         where = self._places.get(weight.name) or self._places[EMBEDDING.name]
@@ -136,10 +139,12 @@ class MegatronSource:
         if dim is None:
             return self._read(where, (0, 0), where.shape)
         parts, first_row = [], 0
+        stored = self.reader.tensors[self._prefix + where.key].shape
         # A shard of QKV, which is merged per head, is contiguous. Gate and up are cut separately.
         for shape in [where.shape] if weight.kind is Kind.QKV else weight.hf.values():
             size = shape[dim]
             padded = padded_vocab_size(size, tp_size) if weight.kind is Kind.VOCAB else size
+            size = min(size, stored[0]) if weight.kind is Kind.VOCAB else size
             start, end = (min(b, size) for b in shard_bounds(padded, tp_size, tp_rank))
             box = (*shape[:dim], end - start, *shape[dim + 1 :])
             first = (first_row + start, 0) if dim == 0 else (first_row, start)
@@ -160,8 +165,8 @@ class MegatronSource:
         keys = self._keys()
         if not keys and self._prefix:
             raise CheckpointError(
-                f"{self.iteration}: has no teacher; runs with teacher.kind live and sft runs save "
-                "none"
+                f"{self.iteration}: has no teacher; runs with teacher.kind live or model and sft "
+                "runs save none. A teacher of kind model is the checkpoint at teacher.path"
             )
         for weight in stored_weights(self.architecture):
             where = places[weight.name] = global_slice(weight, self.architecture, stacked=stacked)
@@ -215,6 +220,28 @@ class MegatronSource:
 
 
 Source = HFSource | MegatronSource
+
+
+def with_vocabulary(source: Source, vocab_size: int) -> Source:
+    """Return a source of the same model with vocab_size rows in its embedding and its head.
+
+    Further rows are left out, and missing rows are zero.
+    """
+    resized = copy.copy(source)
+    resized.architecture = replace(source.architecture, vocab_size=vocab_size)
+    return resized
+
+
+def find_hf_folder(path: Path) -> Path:
+    """Return the folder of a checkpoint's config.json and tokenizer.
+
+    Args:
+        path: see open_source. An HF folder needs no weights.
+    Raises:
+        CheckpointError: as find_iteration. Also if a Megatron checkpoint has no such folder.
+    """
+    iteration = find_iteration(path)
+    return path if iteration is None else _hf_folder(iteration)
 
 
 def open_source(

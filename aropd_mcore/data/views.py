@@ -90,6 +90,8 @@ class ViewBuilder:
     of special tokens in user text (questions, traces, answers, system texts, chat turns) are text.
 
     Args:
+        is_privileged: whether the teacher's views show more than the student's. If not, all three
+            views are the student view (teacher.views `none`).
         vocab_size: size of the model's vocabulary. None: token ids are not checked.
     Raises:
         ConfigError: a template of `config` has an unknown, missing or repeated field. The chat
@@ -104,6 +106,7 @@ class ViewBuilder:
         config: ViewsConfig,
         *,
         vocab_size: int | None = None,
+        is_privileged: bool = True,
     ) -> None:
         check_fields("views.student_template", config.student_template, ["question"])
         check_fields("views.teacher_template", config.teacher_template, ["question", "trace"])
@@ -111,6 +114,7 @@ class ViewBuilder:
         check_repeatable(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
+        self.is_privileged = is_privileged
         self.end_id = response_end_id(tokenizer)
         """Token that ends a response, which is also appended to oracle responses."""
         self._special_tokens = SpecialTokens(tokenizer)
@@ -144,7 +148,7 @@ class ViewBuilder:
             Row("", reasoning="", answer=""), "", unused_character(self._templates), "student"
         )
         if vocab_size is not None:
-            check_vocabulary(tokenizer, vocab_size, self._written_ids())
+            check_vocabulary(tokenizer, vocab_size, self.written_ids())
         self.notes = template_notes(
             tokenizer, config, has_system_turn=self._shows(("system",), "student")
         )
@@ -191,6 +195,7 @@ class ViewBuilder:
             ratio: partial_ratio of the partial view. None: ViewsConfig.median_ratio.
         """
         ratio = self.config.median_ratio if ratio is None else ratio
+        view = view if self.is_privileged else "student"
         mark = self._mark(row)
         question, trace = row.question.strip(), self._trace(row, view, ratio, mark)
         try:
@@ -369,7 +374,7 @@ class ViewBuilder:
             return False
         return all(slot in text for slot in slots)
 
-    def _written_ids(self) -> set[int]:
+    def written_ids(self) -> set[int]:
         """Return the ids that the templates write, and the id that ends a response."""
         user, turn = (
             {"role": "user", "content": "a question"},

@@ -56,6 +56,39 @@ def check_vocabulary(
     )
 
 
+def check_same_tokens(
+    student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase"
+) -> None:
+    """Check that two tokenizers give every token the same id, and have the same special tokens.
+
+    Raises:
+        ConfigError: a token differs. The message names the one with the lowest id, with both ids.
+    """
+    for what, read in (
+        ("token", lambda tokenizer: tokenizer.get_vocab()),
+        ("special token", special_tokens),
+    ):
+        of_student, of_teacher = read(student), read(teacher)
+        differences = [
+            (id, name) for name, id in (of_student.items() ^ of_teacher.items()) if id is not None
+        ]
+        if differences:
+            _, name = min(differences)
+            ids = [ids.get(name, "none") for ids in (of_student, of_teacher)]
+            raise ConfigError(
+                f"teacher.path: found another vocabulary: {what} {name!r} has id {ids[0]} in the "
+                f"student's {student.name_or_path}, and id {ids[1]} in the teacher's "
+                f"{teacher.name_or_path}; expected the same tokens with the same ids, since the "
+                "loss compares the probabilities of tokens; use a teacher with the student's "
+                "tokenizer"
+            )
+
+
+def largest_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the largest id of a tokenizer's tokens."""
+    return max(tokenizer.get_vocab().values())
+
+
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", end_id: int) -> str:
     """Return a hash (16 hex digits) of a tokenizer's behaviour, independent of its storage.
 

@@ -39,6 +39,7 @@ from aropd_mcore.mcore.patches.local_attention import LocalCoreAttention
 from aropd_mcore.mcore.patches.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.whole_norm import WholeRMSNorm
+from aropd_mcore.stages import Stages
 
 BF16 = PrecisionConfig()
 """Precision settings without FP8."""
@@ -127,12 +128,18 @@ class StageModel(torch.nn.ModuleList):
     """
 
     def __init__(
-        self, architecture: Architecture, config: TransformerConfig, chunks: list[HiddenStateGPT]
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        chunks: list[HiddenStateGPT],
+        stages: Stages,
     ):
         super().__init__(chunks)
         self.architecture = architecture
         self.config = config
+        self.stages = stages
         self.vocab_size = architecture.vocab_size
+        """Number of tokens with logits. Rows of the output head from here on belong to no token."""
         self.max_sequence_length = architecture.max_tokens(config.context_parallel_size)
 
     def __iter__(self) -> Iterator[HiddenStateGPT]:
@@ -166,12 +173,17 @@ def model_config(
     dtype: torch.dtype,
     recompute: Recompute = "none",
     precision: PrecisionConfig = BF16,
+    stages: Stages | None = None,
 ) -> TransformerConfig:
     """Return Megatron's settings for a model and this runtime.
 
     Fused kernels are enabled if Transformer Engine provides them.
+
+    Args:
+        stages: split of the layers. None: runtime.stages.
     """
     fused, has_biases = _use_transformer_engine(runtime), architecture.has_expert_bias
+    has_experts = architecture.routing is not None
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -194,8 +206,8 @@ def model_config(
         tensor_model_parallel_size=runtime.tp_size,
         pipeline_model_parallel_size=runtime.pp_size,
         virtual_pipeline_model_parallel_size=runtime.vp_size if runtime.vp_size > 1 else None,
-        pipeline_model_parallel_layout=_pipeline_layout(architecture, runtime),
-        expert_model_parallel_size=runtime.ep_size,
+        pipeline_model_parallel_layout=_pipeline_layout(architecture, stages or runtime.stages),
+        expert_model_parallel_size=runtime.ep_size if has_experts else 1,
         expert_tensor_parallel_size=runtime.etp_size,
         sequence_parallel=runtime.sequence_parallel,
         context_parallel_size=runtime.cp_size,
@@ -242,11 +254,11 @@ def model_config(
     )
 
 
-def _pipeline_layout(architecture: Architecture, runtime: Runtime) -> list[list[str]] | None:
+def _pipeline_layout(architecture: Architecture, stages: Stages) -> list[list[str]] | None:
     """Return Megatron's list of the modules of each chunk; None for one stage."""
-    if runtime.pp_size == 1:
+    if stages.pipeline == 1:
         return None
-    layout = [["decoder"] * n for n in runtime.stages.chunk_layers(architecture.num_layers)]
+    layout = [["decoder"] * n for n in stages.chunk_layers(architecture.num_layers)]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
@@ -329,12 +341,13 @@ def _routing_settings(architecture: Architecture, routing: Routing, fused: bool)
 
 
 def build_model(
-    hf: Path | str | Mapping[str, Any],
+    hf: Path | str | Mapping[str, Any] | Architecture,
     runtime: Runtime,
     *,
     dtype: torch.dtype,
     recompute: Recompute = "none",
     precision: PrecisionConfig = BF16,
+    stages: Stages | None = None,
 ) -> StageModel:
     """Build this rank's shard of the model that an HF config describes, on runtime.device.
 
@@ -342,32 +355,35 @@ def build_model(
     checkpoint.
 
     Args:
-        hf: an HF folder, a config.json, or its parsed contents.
+        hf: an HF folder, a config.json, its parsed contents, or what was read from it.
         dtype: dtype of all parameters and of the activations.
         recompute: the part that the backward computes again: nothing, core attention, or every
             layer.
         precision: precision of the layers' matrix products. fp8.check_fp8 checks that this machine
             supports it.
+        stages: split of the layers over the runtime's stages. None: runtime.stages.
     Raises:
         CheckpointError: the config cannot be used.
-        ValueError: the runtime's layout does not divide the model.
+        ValueError: the runtime's layout does not divide the model. A dense model leaves expert
+            ranks, which another model of the job may need, unused.
     Collectives: with tied embeddings and several stages, Megatron's constructor sums the two
         copies of the embedding. Every rank must call this function.
     """
-    architecture = read_architecture(hf)
+    architecture = hf if isinstance(hf, Architecture) else read_architecture(hf)
+    stages, has_experts = stages or runtime.stages, architecture.routing is not None
     check_layout(
         architecture,
         tensor=runtime.tp_size,
-        stages=runtime.stages,
-        expert=runtime.ep_size,
-        expert_tensor=runtime.etp_size,
+        stages=stages,
+        expert=runtime.ep_size if has_experts else 1,
+        expert_tensor=runtime.etp_size if has_experts else 1,
     )
     config = model_config(
-        architecture, runtime, dtype=dtype, recompute=recompute, precision=precision
+        architecture, runtime, dtype=dtype, recompute=recompute, precision=precision, stages=stages
     )
     vp_stages = range(runtime.vp_size) if runtime.vp_size > 1 else [None]
     chunks = [HiddenStateGPT(architecture, config, runtime, stage) for stage in vp_stages]
-    model = StageModel(architecture, config, chunks)
+    model = StageModel(architecture, config, chunks, stages)
     _mark_experts(model, runtime)
     _allow_biases_of_experts(model)
     # The local spec creates its norms in fp32 and on the CPU, regardless of params_dtype.

@@ -70,6 +70,7 @@ class AnchoredResidual:
         self._teacher = teacher
         self._runtime = runtime
         self._vocab_size = vocab_size
+        self._shared_vocab_size = min(vocab_size, teacher.model.vocab_size)
         self._tp_group = _tp_group(runtime)
 
     def __call__(
@@ -97,13 +98,13 @@ class AnchoredResidual:
             residual_clip=config.residual_clip,
             divergence=config.divergence,
             jsd_weight=config.jsd_weight,
-            vocab_size=self._vocab_size,
+            vocab_size=self._shared_vocab_size,
             tp_group=self._tp_group,
             chunk_tokens=config.chunk_tokens,
             main_grad_VH=_main_grad(head_VH),
             with_metrics=config.metrics,
             with_topk=config.topk_overlap,
-            sampled_ids_T=microbatch.response_ids_T if has_both else None,
+            sampled_ids_T=self._known_to_both(microbatch.response_ids_T) if has_both else None,
         )
         if has_both:
             values["hindsight_token_rate"] = hindsight_tokens(
@@ -114,6 +115,16 @@ class AnchoredResidual:
             )
             values |= response_ends(values, microbatch.is_end_T)
         return loss, values | mismatch
+
+    def _known_to_both(self, ids_T: Tensor) -> Tensor:
+        """Return the sampled ids, all in the vocabulary that student and teacher share.
+
+        The student can sample a row of its output layer that belongs to no token. Metrics of the
+        sampled token then read the last shared token. The loss does not depend on sampled ids.
+        """
+        if self._shared_vocab_size == self._vocab_size:
+            return ids_T
+        return ids_T.clamp(max=self._shared_vocab_size - 1)
 
     @torch.no_grad()
     def _importance(
@@ -207,6 +218,8 @@ def build_objective(
 
     Args:
         teacher: None for `sft`.
+        vocab_size: size of the student's vocabulary. The loss of a teacher with fewer tokens
+            (StageModel.vocab_size) is over the teacher's.
     """
     if teacher is None:
         return CrossEntropy(objective, runtime, vocab_size=vocab_size)

@@ -20,9 +20,9 @@ from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
 class Teacher:
     """The teacher, which scores microbatches under its views and follows the student.
 
-    `ema` and `frozen` own a second model, sharded like the student. `live` uses the student's
-    model. `average` is the fp32 average of `ema` if the models are in bf16. Without it, the weights
-    themselves are averaged.
+    `ema`, `frozen` and `model` own a second model, in the student's layout. `live` uses the
+    student's model. `average` is the fp32 average of `ema` if the models are in bf16. Without it,
+    the weights themselves are averaged.
 
     With config.weights "host", pinned host memory holds the second model's parameters, except for
     the output head, and the fp32 average. `score` copies the parameters to the device and frees the
@@ -40,7 +40,8 @@ class Teacher:
         """
         Args:
             student: the module whose parameters the optimizer updates.
-            model: the teacher's model with its initial weights. None for `live`.
+            model: the teacher's model with its initial weights. None for `live`. For `model`, its
+                output head has as many rows as the student's.
             optimizer: the student's, required for `ema`.
         """
         assert (model is None) == (config.kind == "live")
@@ -72,6 +73,12 @@ class Teacher:
             )
 
     @property
+    def _is_saved(self) -> bool:
+        """Whether checkpoints contain the teacher. They contain neither the student twice nor
+        weights that do not change and have a folder of their own."""
+        return self.config.kind in ("ema", "frozen")
+
+    @property
     def head_weight(self) -> Tensor:
         """This rank's shard of the output layer, [V_padded / tp, H]. Last stage only."""
         return self.model.head_weight().detach()
@@ -79,7 +86,8 @@ class Teacher:
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherOutput | None]:
         """Compute the hidden states of all microbatches' privileged views, without gradient.
 
-        All views take one forward-only pass of the pipeline.
+        All views take one forward-only pass of the pipeline. With config.views "none" the two views
+        of a microbatch are equal, and only one of them is computed.
 
         Returns:
             For each microbatch, the final hidden states at its loss tokens: [T, H] per view, in the
@@ -88,7 +96,10 @@ class Teacher:
         Collectives: those of run_schedule.
         """
         on_host = self.config.hidden_states == "host"
+        are_equal = self.config.views == "none"
         views = [view for m in microbatches for view in (m.partial, m.full) if view is not None]
+        if are_equal:
+            views = [m.partial for m in microbatches if m.partial is not None]
         with self.weights_on_device():
             hidden = run_schedule(
                 list(self.model),
@@ -106,6 +117,12 @@ class Teacher:
         def take(view: ViewBatch | None) -> Tensor | None:
             return None if view is None else next(remaining)
 
+        if are_equal:
+            states = [take(m.partial) for m in microbatches]
+            return [
+                TeacherOutput(hidden_TH, None if m.full is None else hidden_TH)
+                for m, hidden_TH in zip(microbatches, states, strict=True)
+            ]
         return [TeacherOutput(take(m.partial), take(m.full)) for m in microbatches]
 
     @torch.no_grad()
@@ -153,9 +170,9 @@ class Teacher:
         """Return the teacher's tensors, with the prefix `teacher.`, for dist_checkpointing.
 
         These are the model's weights. A checkpoint has the average in their place, if there is one
-        (checkpoint/shards.py). Empty for `live`.
+        (checkpoint/shards.py). Empty for `live` and `model`.
         """
-        if self.model is self._student:
+        if not self._is_saved:
             return {}
         return self.model.sharded_state_dict(TEACHER_PREFIX, metadata=metadata)
 
@@ -168,7 +185,7 @@ class Teacher:
 
         Collectives: those of ShardedAverage.write_weights.
         """
-        if self.model is self._student:
+        if not self._is_saved:
             return
         for index, chunk in enumerate(self.model):
             tensors = state.get(str(index), {}).items()

@@ -92,7 +92,7 @@ def iter_hf_tensors(
     values = dict(model.named_buffers()) | dict(values)
     for weight in stored_weights(architecture):
         beat()  # rank 0 may take long to write the last tensor
-        stage = architecture.stage_of(weight, runtime.stages)
+        stage = architecture.stage_of(weight, model.stages)
         dtype = dtypes[weight.is_buffer]
         parts: list[Tensor | None] = [None] * len(weight.hf)
         if runtime.pp_rank == stage and weight.name in own_names:

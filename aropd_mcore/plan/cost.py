@@ -8,6 +8,7 @@ the shortest and the longest time. None is fitted to a run.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.plan.launches import exchange_seconds, launch_seconds
@@ -58,32 +59,40 @@ def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int
 
 
 def layers_flops(
-    architecture: Architecture, *, student_tokens: Iterable[int], teacher_tokens: Iterable[int]
+    student: Architecture,
+    teacher: Architecture,
+    *,
+    student_tokens: Iterable[int],
+    teacher_tokens: Iterable[int],
 ) -> int:
     """Count the FLOPs of all layers in a step's teacher and student phases, without recomputation.
 
     Args:
+        student, teacher: architectures of the two models.
         student_tokens: number of tokens of each sequence that goes forward and backward.
         teacher_tokens: number of tokens of each sequence that the teacher scores.
     """
-    trained = sum(sum(forward_flops(architecture, tokens)) for tokens in student_tokens)
-    scored = sum(sum(forward_flops(architecture, tokens)) for tokens in teacher_tokens)
+    trained = sum(sum(forward_flops(student, tokens)) for tokens in student_tokens)
+    scored = sum(sum(forward_flops(teacher, tokens)) for tokens in teacher_tokens)
     return 3 * trained + scored
 
 
-def head_flops(architecture: Architecture, num_tokens: int, *, num_views: int) -> int:
-    """Count the FLOPs of the output layer over num_tokens loss tokens.
+def head_flops(
+    student: Architecture, teacher: Architecture, num_tokens: int, *, num_views: int
+) -> int:
+    """Count the FLOPs of the output layers over num_tokens loss tokens.
 
     These are the logits of the student and of the teacher's views, and the student's two gradients.
     """
-    sizes, products = architecture.sizes, 3 + num_views
-    return 2 * products * num_tokens * sizes["hidden"] * sizes["vocab"]
+    rows = 3 * student.hidden_size + num_views * teacher.hidden_size
+    return 2 * num_tokens * rows * student.vocab_size
 
 
 def loss_flops(setup: Setup) -> int:
     """Count FLOPs of a microbatch's loss, over all tensor and context ranks."""
     num_tokens = setup.loss_tokens * setup.context
-    return head_flops(setup.architecture, num_tokens, num_views=setup.num_views)
+    architectures = setup.architecture, setup.of_teacher.architecture
+    return head_flops(*architectures, num_tokens, num_views=setup.num_views)
 
 
 def loss_bytes(setup: Setup) -> int:
@@ -112,12 +121,12 @@ def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
     """Return the seconds of a step at the given rates, by default the longest."""
     num_microbatches = setup.num_microbatches
     student_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_microbatches)
-    num_scored = setup.num_views * num_microbatches
+    num_scored = setup.num_scored_views * num_microbatches
     teacher_bubble = 0.0
     if num_scored:
         teacher_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_scored)
     forward, attention = _layer_forward(setup, rates, setup.fp8)
-    teacher_forward, _ = _layer_forward(setup, rates, setup.teacher_fp8)
+    teacher_forward, _ = _layer_forward(setup.of_teacher, rates, setup.teacher_fp8)
     backward = 2 * forward
     if setup.recompute == "full":
         backward += forward
@@ -128,11 +137,12 @@ def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
     loss += loss_bytes(setup) / (rates.memory_bytes * rates.memory_efficiency)
     most, on_last = max(setup.stage_layers), setup.stage_layers[-1]
+    most_of_teacher = max(setup.of_teacher.stage_layers)
     stage = max(most * (forward + backward), on_last * (forward + backward) + loss)
     num_sampled = setup.num_responses if setup.samples else 0
     return StepTime(
         rollout=_sampling_seconds(setup, rates, num_sampled, setup.response_tokens),
-        teacher=num_scored * most * teacher_forward / (1 - teacher_bubble),
+        teacher=num_scored * most_of_teacher * teacher_forward / (1 - teacher_bubble),
         student=num_microbatches * stage / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),
         communication=_communication_seconds(setup, rates),
@@ -222,17 +232,19 @@ def _optimizer_seconds(setup: Setup, rates: Rates) -> float:
     return num_bytes / (rates.memory_bytes * rates.memory_efficiency)
 
 
-def _communication_seconds(setup: Setup, rates: Rates) -> float:
-    """Return the seconds of all collectives and transfers of teacher, student and optimizer."""
+def _ring_seconds(setup: Setup, rates: Rates, num_bytes: float, ranks: int, span: int) -> float:
+    """Return the seconds of an all-gather or reduce-scatter over ranks within `span`."""
+    return num_bytes * (ranks - 1) / ranks / _bandwidth(setup, span, rates)
+
+
+def _pass_seconds(setup: Setup, rates: Rates) -> tuple[float, float]:
+    """Return the seconds of the collectives of a microbatch's forward, and of its sends between
+    stages."""
     tensor, context, expert = setup.tensor, setup.context, setup.expert
     tokens, width = setup.microbatch_tokens, setup.dtype_bytes
     architecture = setup.architecture
     layer_bytes = tokens * architecture.hidden_size * width
-
-    def ring(num_bytes: float, ranks: int, span: int) -> float:
-        """Return the seconds of an all-gather or reduce-scatter over ranks within `span`."""
-        return num_bytes * (ranks - 1) / ranks / _bandwidth(setup, span, rates)
-
+    ring = partial(_ring_seconds, setup, rates)
     # Two all-reduces per layer, each a reduce-scatter and an all-gather.
     layer_pass = 4 * ring(layer_bytes, tensor, tensor)
     kv = architecture.num_kv_heads * architecture.head_dim // tensor
@@ -243,24 +255,33 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
         # The tensor ranks of an expert gather their inputs, and reduce-scatter their outputs.
         etp = setup.expert_tensor
         layer_pass += 2 * ring(sent * etp, etp, etp)
-    # Forward and backward of the student, the teacher's views, and a recomputed forward.
-    passes = 2 + setup.num_views + (setup.recompute == "full")
-    seconds = setup.num_microbatches * passes * max(setup.stage_layers) * layer_pass
-    if setup.pipeline > 1:
-        sends = setup.num_microbatches * (passes - (setup.recompute == "full"))
-        between = _bandwidth(setup, setup.world_size, rates)
-        seconds += sends * setup.virtual_pipeline * layer_bytes / setup.sequence_size / between
+    if setup.pipeline == 1:
+        return max(setup.stage_layers) * layer_pass, 0.0
+    between = _bandwidth(setup, setup.world_size, rates)
+    sends = setup.virtual_pipeline * layer_bytes / setup.sequence_size / between
+    return max(setup.stage_layers) * layer_pass, sends
+
+
+def _communication_seconds(setup: Setup, rates: Rates) -> float:
+    """Return the seconds of all collectives and transfers of teacher, student and optimizer."""
+    width = setup.dtype_bytes
+    student_pass, student_sends = _pass_seconds(setup, rates)
+    # Forward and backward of the student, a recomputed forward, and the teacher's views.
+    seconds = (2 + (setup.recompute == "full")) * student_pass + 2 * student_sends
+    seconds += setup.num_scored_views * sum(_pass_seconds(setup.of_teacher, rates))
+    seconds *= setup.num_microbatches
     parameters = max(
         (rank_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
     )
     # Gradients are summed in fp32, and weights gathered in their own dtype, also the teacher's if
     # the average is sharded.
-    ranks = setup.data * context
+    ranks = setup.data * setup.context
     exchanged = parameters.total * (4 + width * (1 + has_average(setup)))
-    seconds += ring(exchanged, ranks, tensor * ranks)
+    seconds += _ring_seconds(setup, rates, exchanged, ranks, setup.tensor * ranks)
     if setup.hosts_weights:
         # Weights to the device for scoring; the average to the device and back; new weights back.
-        moved = parameters.total * width * (2 if setup.teacher == "ema" else 1)
+        on_rank = max(rank_parameters(setup.of_teacher, s).total for s in setup.distinct_stages)
+        moved = on_rank * width * (2 if setup.teacher == "ema" else 1)
         if has_average(setup):
             moved += parameters.total * 8 / ranks
         elif setup.teacher == "ema":

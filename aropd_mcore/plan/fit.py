@@ -10,6 +10,7 @@ from typing import Any, get_args
 from aropd_mcore.config import Config, Recompute
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.cost import StepTime, step_time
+from aropd_mcore.plan.layout import read_teacher_architecture
 from aropd_mcore.plan.memory import Memory, worst_stage
 from aropd_mcore.plan.rates import FASTEST
 from aropd_mcore.plan.setup import Setup, build_setup
@@ -56,6 +57,8 @@ class PlannedRun:
     memory_bytes: float
     """Memory of a GPU."""
     architecture: Architecture
+    teacher: Architecture | None = None
+    """Architecture of a teacher of kind `model`."""
 
     def estimate(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Estimate:
         """Estimate the job after changes to sections of its configuration.
@@ -73,6 +76,7 @@ class PlannedRun:
             num_gpus or self.num_gpus,
             gpus_per_node=self.gpus_per_node,
             architecture=self.architecture,
+            teacher=self.teacher,
         )
 
     def fits(self, memory: Memory) -> bool:
@@ -83,7 +87,8 @@ def build_planned_run(
     config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float
 ) -> PlannedRun:
     architecture = read_architecture(config.model.path)
-    return PlannedRun(config, num_gpus, gpus_per_node, memory_bytes, architecture)
+    teacher = read_teacher_architecture(config)
+    return PlannedRun(config, num_gpus, gpus_per_node, memory_bytes, architecture, teacher)
 
 
 def remedies(run: PlannedRun) -> list[Remedy]:
@@ -135,8 +140,8 @@ def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
     size = "max_tokens_per_microbatch" if has_budget else "micro_batch_size"
     yield changes("training", size, _halvings(getattr(training, size)))
     if config.objective.name == "aropd":
-        kinds = {"ema": ["frozen", "live"], "frozen": ["live"], "live": []}
-        for kind in kinds[config.teacher.kind]:
+        kinds = {"ema": ["frozen", "live"], "frozen": ["live"]}
+        for kind in kinds.get(config.teacher.kind, []):
             yield changes("teacher", "kind", [kind])
         yield changes("rollout", "batch_size", _halvings(config.rollout.batch_size))
         if config.teacher.kind != "live":

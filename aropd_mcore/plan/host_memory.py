@@ -28,15 +28,13 @@ def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
     parameters = rank_parameters(setup, stage)
     always: dict[str, float] = {}
     if setup.hosts_weights:
-        always["teacher weights"] = (
-            visiting_parameters(setup, parameters, stage) * setup.dtype_bytes * PINNED
-        )
+        always["teacher weights"] = visiting_parameters(setup, stage) * setup.dtype_bytes * PINNED
         if has_average(setup):
             always["teacher fp32 average"] = _on_rank(setup, parameters) * FP32 * PINNED
     if setup.teacher_hidden_states == "host" and setup.teacher is not None:
-        states = setup.num_views * setup.num_microbatches * setup.loss_tokens
+        states = setup.num_scored_views * setup.num_microbatches * setup.loss_tokens
         if stage == setup.pipeline - 1:
-            size = states * setup.architecture.hidden_size * setup.dtype_bytes
+            size = states * setup.of_teacher.architecture.hidden_size * setup.dtype_bytes
             always["teacher hidden states"] = size * PINNED
     return {"always": always, "save": {"its part of the checkpoint": _part(setup, parameters)}}
 

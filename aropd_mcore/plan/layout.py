@@ -6,6 +6,8 @@ from typing import Protocol
 
 from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
+from aropd_mcore.convert.source import find_hf_folder
+from aropd_mcore.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -68,29 +70,33 @@ def describe(sizes: ParallelSizes, data: int) -> str:
     return " x ".join(parts) + (f", {' x '.join(experts)}" if experts else "")
 
 
-def plan(config: Config, world_size: int, architecture: Architecture | None = None) -> Layout:
+def plan(
+    config: Config,
+    world_size: int,
+    architecture: Architecture | None = None,
+    teacher: Architecture | None = None,
+) -> Layout:
     """Check that the model and the batch can be split over `world_size` processes.
 
     The command line calls this before it starts any process.
 
     Args:
         architecture: the architecture of config.model.path, if it has been read already.
+        teacher: that of config.teacher.path, if it has been read already.
     Raises:
         ValueError: a size does not divide another one, sequences are longer than the model's
             positions, or the model cannot be trained with these settings.
     """
     parallel, training = config.parallel, config.training
     architecture = architecture or read_architecture(config.model.path)
-    check_layout(
-        architecture,
-        tensor=parallel.tensor,
-        stages=parallel.stages,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-    )
+    teacher = teacher or read_teacher_architecture(config)
+    teacher_has_experts = teacher is not None and teacher.routing is not None
+    _check_division(config, architecture, parallel.stages, can_be_dense=teacher_has_experts)
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
     _check_fp8(config, architecture)
+    if teacher is not None:
+        _check_teacher(config, teacher)
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise ConfigError(
@@ -125,6 +131,54 @@ def plan(config: Config, world_size: int, architecture: Architecture | None = No
         data,
         num_microbatches,
         architecture.num_parameters,
+    )
+
+
+def read_teacher_architecture(config: Config) -> Architecture | None:
+    """Read the architecture of a teacher of its own. None if config has no such teacher.
+
+    Raises:
+        ConfigError: there is no checkpoint at teacher.path, or its config.json cannot be used.
+    """
+    if not config.has_teacher_model:
+        return None
+    assert config.teacher.path is not None
+    try:
+        return read_architecture(find_hf_folder(config.teacher.path))
+    except ValueError as error:
+        raise ConfigError(f"teacher.path: {error}") from error
+
+
+def _check_teacher(config: Config, teacher: Architecture) -> None:
+    """Check that a teacher of its own fits into the student's layout."""
+    stages = config.parallel.stages
+    try:
+        _check_division(config, teacher, stages.fitted(teacher.num_layers), can_be_dense=True)
+        _check_sequence_parallel(config, teacher)
+        _check_positions(config, teacher)
+        if config.precision.for_teacher.fp8 is not None:
+            _check_fp8(config, teacher)
+    except ValueError as error:
+        raise ConfigError(
+            f"teacher.path {config.teacher.path}, in the layout of section parallel: {error}"
+        ) from error
+
+
+def _check_division(
+    config: Config, architecture: Architecture, stages: Stages, *, can_be_dense: bool
+) -> None:
+    """Check that the layout divides a model.
+
+    Args:
+        can_be_dense: whether a model without experts may leave the expert ranks to the other model.
+    """
+    parallel, has_ranks = config.parallel, architecture.routing is not None or not can_be_dense
+    check_layout(
+        architecture,
+        tensor=parallel.tensor,
+        stages=stages,
+        expert=parallel.expert if has_ranks else 1,
+        expert_tensor=parallel.expert_tensor if has_ranks else 1,
     )
 
 
@@ -176,6 +230,10 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
             "The weight updates of vLLM servers do not support such tensors yet; set "
             "rollout.engine to native"
         )
+    _check_sequence_parallel(config, architecture)
+
+
+def _check_sequence_parallel(config: Config, architecture: Architecture) -> None:
     # On several tensor ranks, Megatron trains experts only with sequence parallelism
     # (transformer/moe/moe_layer.py, MoELayer.forward).
     if architecture.routing and config.parallel.tensor > 1 and not config.parallel.sequence:
@@ -220,8 +278,8 @@ def _check_fp8(config: Config, architecture: Architecture) -> None:
             )
 
 
-def _check_lengths(config: Config, architecture: Architecture) -> None:
-    """Check the length of the longest sequence: the longest prompt of any view, and a response."""
+def _check_positions(config: Config, architecture: Architecture) -> None:
+    """Check that a model can read the longest prompt of any view with a response."""
     prompt, response = config.views.max_prompt_tokens, config.rollout.max_response_tokens
     context = config.parallel.context
     most = architecture.max_tokens(context)
@@ -237,6 +295,12 @@ def _check_lengths(config: Config, architecture: Architecture) -> None:
                 else "max_position_embeddings in its config.json; lower one of the two settings"
             )
         )
+
+
+def _check_lengths(config: Config, architecture: Architecture) -> None:
+    """Check the length of the longest sequence: the longest prompt of any view, and a response."""
+    _check_positions(config, architecture)
+    prompt, response = config.views.max_prompt_tokens, config.rollout.max_response_tokens
     cached = config.rollout.kv_cache_tokens
     if cached is not None and prompt + response > cached:
         raise ConfigError(

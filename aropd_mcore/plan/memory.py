@@ -79,7 +79,7 @@ def stage_memory(setup: Setup, stage: int) -> Memory:
     if setup.samples:
         phases["rollout"] = _rollout(setup, stage)
     if setup.teacher is not None:
-        phases["teacher"] = _teacher(setup, parameters, stage)
+        phases["teacher"] = _teacher(setup, stage)
     phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, parameters, stage)}
     return Memory(stage, parameters, _state(setup, parameters, stage), phases)
 
@@ -116,20 +116,21 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         "gradients": total * FP32,
         "optimizer moments": 2 * on_rank * FP32,
     }
-    if setup.teacher in ("ema", "frozen"):
-        visiting = visiting_parameters(setup, parameters, stage)
-        state["teacher weights"] = (total - visiting) * width
+    if setup.teacher in ("ema", "frozen", "model"):
+        of_teacher = rank_parameters(setup.of_teacher, stage).total
+        state["teacher weights"] = (of_teacher - visiting_parameters(setup, stage)) * width
         if has_average(setup) and not setup.hosts_weights:
             state["teacher fp32 average"] = on_rank * FP32
     if setup.fp8:
         # Transformer Engine keeps each weight in FP8 twice, plain and transposed.
         state["weights in fp8"] = 2 * layers
     if setup.teacher_fp8 and setup.teacher != "live" and not setup.hosts_weights:
-        state["teacher weights in fp8"] = layers
+        state["teacher weights in fp8"] = _layers_parameters(setup.of_teacher, stage)
     if setup.sequence and setup.device == "cpu":
         # Megatron's local linear layers gather their input into a permanent buffer.
         tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
-        state["gather buffer"] = tokens * setup.architecture.hidden_size * width
+        hidden = max(s.architecture.hidden_size for s in (setup, setup.of_teacher))
+        state["gather buffer"] = tokens * hidden * width
     kv = setup.architecture.num_kv_heads * setup.architecture.head_dim // setup.tensor
     if cached := setup.cached_tokens:
         state["KV cache"] = 2 * setup.stage_layers[stage] * cached * kv * width
@@ -162,24 +163,23 @@ def _sampler(setup: Setup) -> float:
     return setup.decoded_together * setup.architecture.vocab_size * (3 * FP32 + 8)
 
 
-def visiting_parameters(setup: Setup, parameters: Parameters, stage: int) -> int:
+def visiting_parameters(setup: Setup, stage: int) -> int:
     """Return the number of teacher parameters that are on the device only while it scores.
 
     With weights on the host these are all parameters but the output head.
     """
     if not setup.hosts_weights:
         return 0
-    is_last = stage == setup.pipeline - 1
-    return parameters.total - (vocabulary_parameters(setup) if is_last else 0)
+    head = vocabulary_parameters(setup.of_teacher) if stage == setup.pipeline - 1 else 0
+    return rank_parameters(setup.of_teacher, stage).total - head
 
 
-def _teacher(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
-    parts = {"forward": forward_working_set(setup, setup.microbatch_tokens)}
+def _teacher(setup: Setup, stage: int) -> dict[str, float]:
+    parts = {"forward": forward_working_set(setup.of_teacher, setup.microbatch_tokens)}
     if setup.hosts_weights:
-        visiting = visiting_parameters(setup, parameters, stage)
-        parts["teacher weights"] = visiting * setup.dtype_bytes
+        parts["teacher weights"] = visiting_parameters(setup, stage) * setup.dtype_bytes
         if setup.teacher_fp8:
-            parts["teacher weights in fp8"] = _layers_parameters(setup, stage)
+            parts["teacher weights in fp8"] = _layers_parameters(setup.of_teacher, stage)
     return parts | _hidden_states(setup, stage)
 
 
@@ -192,8 +192,9 @@ def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
         return {}
     on_host = setup.teacher_hidden_states == "host" and setup.device == "gpu"
     kept = 1 if on_host else setup.num_microbatches
-    states = setup.num_views * kept * setup.loss_tokens
-    return {"teacher hidden states": states * setup.architecture.hidden_size * setup.dtype_bytes}
+    states = setup.num_scored_views * kept * setup.loss_tokens
+    hidden = setup.of_teacher.architecture.hidden_size
+    return {"teacher hidden states": states * hidden * setup.dtype_bytes}
 
 
 def _student(setup: Setup, stage: int) -> dict[str, float]:
@@ -228,9 +229,9 @@ def _loss(setup: Setup) -> dict[str, float]:
         setup.dtype_bytes,
         vocabulary_columns(setup),
     )
-    streams = 1 + setup.num_views
     tokens, chunk = setup.loss_tokens, chunk_tokens(setup)
-    logits = chunk * logits_bytes(streams, columns, width)
+    logits = chunk * logits_bytes(1 + setup.num_views, columns, width)
+    read = hidden + setup.num_views * setup.of_teacher.architecture.hidden_size
     if setup.device == "cpu":
         rows = max(min(BLOCK_ELEMENTS["cpu"] // columns, chunk), 1)
         logits += 6 * rows * columns * FP32  # numerics.passes: temporaries
@@ -240,7 +241,7 @@ def _loss(setup: Setup) -> dict[str, float]:
     return {
         "loss chunk": logits,
         "loss hidden states": tokens * hidden * (width + FP32)
-        + chunk * hidden * (streams * width + FP32)
+        + chunk * (read * width + hidden * FP32)
         + gathered,
     }
 

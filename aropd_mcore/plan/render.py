@@ -11,6 +11,7 @@ from aropd_mcore.plan.constants import constants
 from aropd_mcore.plan.fit import EVEN, Estimate, PlannedRun, Remedy, remedies, sweep, yaml_value
 from aropd_mcore.plan.host_memory import host_memory
 from aropd_mcore.plan.layout import describe
+from aropd_mcore.plan.parameters import rank_parameters
 from aropd_mcore.plan.rates import FASTEST, SLOWEST
 from aropd_mcore.plan.saves import save_time
 from aropd_mcore.plan.setup import Setup
@@ -100,7 +101,18 @@ def _headline(estimate: Estimate) -> str:
         f"{f'layers of the stages: {split}{chr(10)}' if (split := _split(setup)) else ''}"
         f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on each "
         f"rank of stage {memory.stage}, which has the largest peak"
+        f"{_teacher_line(setup, memory.stage)}"
     )
+
+
+def _teacher_line(setup: Setup, stage: int) -> str:
+    """Format the teacher's parameters. Empty unless the teacher is another model."""
+    if setup.teacher_architecture is None:
+        return ""
+    on_rank = rank_parameters(setup.of_teacher, stage).total
+    split = f", layers of its stages: {text}" if (text := _split(setup.of_teacher)) else ""
+    number = setup.teacher_architecture.num_parameters
+    return f"\nteacher: {number:,} parameters, {on_rank:,} of them on each of these ranks{split}"
 
 
 def _memory_table(estimate: Estimate) -> Table:

@@ -1,7 +1,7 @@
 """The planner's description of a job, from which memory and time are computed."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal
 from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
-from aropd_mcore.plan.layout import Layout, plan
+from aropd_mcore.plan.layout import Layout, plan, read_teacher_architecture
 from aropd_mcore.stages import Stages
 
 Device = Literal["gpu", "cpu"]
@@ -45,10 +45,14 @@ class Setup:
     micro_batch_size: int = 1
     num_microbatches: int = 1
     """Microbatches per step on each data-parallel rank."""
-    teacher: Literal["ema", "frozen", "live"] | None = "ema"
+    teacher: Literal["ema", "frozen", "live", "model"] | None = "ema"
     """Kind of teacher; None for `sft`."""
+    teacher_architecture: Architecture | None = None
+    """Architecture of a teacher of kind `model`."""
     num_views: int = 2
     """Teacher views that the objective reads; 0 for `sft`."""
+    views_are_equal: bool = False
+    """Whether these views are one prompt, which the teacher scores once (teacher.views `none`)."""
     fp32_master: bool = True
     """Whether the teacher's moving average is kept in fp32."""
     dtype_bytes: int = 2
@@ -102,6 +106,21 @@ class Setup:
         """Ranks that split the tokens between matrix products (sequence parallelism)."""
         return self.tensor if self.sequence else 1
 
+    @property
+    def num_scored_views(self) -> int:
+        """Views that the teacher scores."""
+        return min(self.num_views, 1) if self.views_are_equal else self.num_views
+
+    @cached_property
+    def of_teacher(self) -> "Setup":
+        """The setup with the teacher as its model: this one, unless the teacher is another
+        model."""
+        if self.teacher_architecture is None:
+            return self
+        teacher = replace(self.teacher_architecture, vocab_size=self.architecture.vocab_size)
+        stages = self.stages.fitted(teacher.num_layers)
+        return replace(self, architecture=teacher, teacher_architecture=None, **asdict(stages))
+
     @cached_property
     def stages(self) -> Stages:
         return Stages.of(self)
@@ -116,7 +135,11 @@ class Setup:
         """The first stage, the last one, and the earliest of the others with the same chunks, which
         has the most activations in flight."""
         last = self.pipeline - 1
-        earliest = {self.chunks_of(stage): stage for stage in reversed(range(1, last))}
+
+        def chunks_of_both(stage: int) -> tuple[int, ...]:
+            return self.chunks_of(stage) + self.of_teacher.chunks_of(stage)
+
+        earliest = {chunks_of_both(stage): stage for stage in reversed(range(1, last))}
         return list(dict.fromkeys([0, last, *earliest.values()]))
 
     def chunks_of(self, stage: int) -> tuple[int, ...]:
@@ -200,16 +223,19 @@ def build_setup(
     gpus_per_node: int = 8,
     device: Device = "gpu",
     architecture: Architecture | None = None,
+    teacher: Architecture | None = None,
 ) -> Setup:
     """Derive the planner's description of a run on `world_size` processes.
 
     Args:
         architecture: the architecture of config.model.path, if it has been read already.
+        teacher: that of config.teacher.path, if it has been read already.
     Raises:
         ValueError: as `layout.plan`.
     """
     architecture = architecture or read_architecture(config.model.path)
-    layout = plan(config, world_size, architecture)
+    teacher = teacher or read_teacher_architecture(config)
+    layout = plan(config, world_size, architecture, teacher)
     parallel, training, precision = config.parallel, config.training, config.precision
     dtype = config.model.dtype
     is_fp32 = dtype == "fp32" or (dtype == "auto" and device == "cpu")
@@ -232,7 +258,9 @@ def build_setup(
         max_tokens_per_microbatch=config.packed_tokens,
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
         teacher=config.teacher.kind if num_views else None,
+        teacher_architecture=teacher,
         num_views=num_views,
+        views_are_equal=config.teacher.views == "none",
         fp32_master=config.teacher.fp32_master,
         teacher_hidden_states=config.teacher.hidden_states,
         teacher_weights=config.teacher.weights,

@@ -21,8 +21,8 @@ class Batch:
 
     microbatches: list[Microbatch]
     num_tokens: int
-    """Number of tokens in all views, padding included, over the context ranks of this data-parallel
-    rank."""
+    """Number of tokens in the student's view and the views that the teacher scores, padding
+    included, over the context ranks of this data-parallel rank."""
     num_padding_tokens: int
     """Number of padding tokens among num_tokens."""
     num_without_loss: int
@@ -108,9 +108,10 @@ def form_batch(
         with_padding=objective.has_router_losses,
         with_logprobs=len(objective.views) > 0 and config.rollout.importance_level is not None,
     )
-    all_views = [v for m in microbatches for v in (m.student, m.partial, m.full) if v is not None]
+    scored = config.scored_views
+    all_views = [v for m in microbatches for v in (m.student, *(getattr(m, n) for n in scored))]
     num_positions = sum(view.tokens_BS.numel() for view in all_views)
-    num_real = sum(sum(_lengths(samples[i], objective.views, 1)) for group in groups for i in group)
+    num_real = sum(sum(_lengths(samples[i], scored, 1)) for group in groups for i in group)
     context = runtime.cp_size, runtime.cp_rank
     return Batch(
         [share_of_rank(m, *context).to(runtime.device) for m in microbatches],

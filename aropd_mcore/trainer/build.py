@@ -5,7 +5,7 @@ from datetime import timedelta
 from functools import partial
 
 from aropd_mcore.config import Config, PrecisionConfig
-from aropd_mcore.convert.source import HFSource
+from aropd_mcore.convert.source import Source
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
@@ -21,6 +21,7 @@ from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine, build_native
 from aropd_mcore.rollout.sources import StepPrompts, build_source
 from aropd_mcore.rollout.vllm_process import Serving
+from aropd_mcore.stages import Stages
 from aropd_mcore.trainer.guards import Guards
 from aropd_mcore.trainer.hooks import DeviceUse
 from aropd_mcore.trainer.preflight import check_packages, open_inputs
@@ -79,7 +80,16 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
     cache = KVCache()  # of all native engines, which never sample at the same time
     if config.objective.name == "aropd":
         teacher_model = None
-        if config.teacher.kind != "live":
+        if inputs.teacher is not None:
+            teacher_model = load_model(
+                config,
+                runtime,
+                config.precision.for_teacher,
+                inputs.teacher.source,
+                runtime.stages.fitted(inputs.teacher.source.architecture.num_layers),
+            )
+            teacher_model.vocab_size = inputs.teacher.vocab_size
+        elif config.teacher.kind != "live":
             teacher_model = load_model(config, runtime, config.precision.for_teacher, inputs.source)
         teacher = Teacher(
             config.teacher, runtime, student=model, model=teacher_model, optimizer=optimizer
@@ -134,15 +144,24 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
 
 
 def load_model(
-    config: Config, runtime: Runtime, precision: PrecisionConfig, source: HFSource
+    config: Config,
+    runtime: Runtime,
+    precision: PrecisionConfig,
+    source: Source,
+    stages: Stages | None = None,
 ) -> StageModel:
-    """Build this rank's shard of the model at config.model.path, and load its weights."""
+    """Build this rank's shard of a model, and load its weights.
+
+    Args:
+        stages: see mcore.model.build_model.
+    """
     model = build_model(
-        config.model.path,
+        source.architecture,
         runtime,
         dtype=runtime.dtype(config.model.dtype),
         recompute=config.training.recompute,
         precision=precision,
+        stages=stages,
     )
     load_weights(model, source, runtime)
     return model

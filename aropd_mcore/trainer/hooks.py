@@ -51,17 +51,18 @@ def utilization(
         A fraction of 1.
     Collectives: one all-gather over the data-parallel ranks.
     """
-    architecture, views = run.student.model.architecture, run.student.objective.views
+    student, views = run.student.model.architecture, run.student.objective.views
+    teacher = run.teacher.model.architecture if run.teacher else student
     student_tokens, teacher_tokens = [], []
     for prompts, rollout in zip(result.views, result.rollouts, strict=True):
         ids = {"partial": prompts.partial_ids, "full": prompts.full_ids}
         num_response_tokens = len(rollout.response_ids)
         student_tokens.append(len(prompts.student_ids) + num_response_tokens)
-        teacher_tokens += [len(ids[view]) + num_response_tokens for view in views]
+        teacher_tokens += [len(ids[view]) + num_response_tokens for view in run.config.scored_views]
     on_rank = layers_flops(
-        architecture, student_tokens=student_tokens, teacher_tokens=teacher_tokens
+        student, teacher, student_tokens=student_tokens, teacher_tokens=teacher_tokens
     )
     in_layers = run.runtime.gather_over_data(torch.tensor([on_rank], dtype=torch.float64))
-    in_head = head_flops(architecture, metrics["num_loss_tokens"], num_views=len(views))
+    in_head = head_flops(student, teacher, metrics["num_loss_tokens"], num_views=len(views))
     seconds = result.seconds["teacher"] + result.seconds["student"]
     return (float(in_layers.sum()) + in_head) / (seconds * peak_flops * run.runtime.world_size)

@@ -27,6 +27,7 @@ from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.evaluation.validation_set import ValidationProblem, read_validation_set
 from aropd_mcore.trainer.resume_policy import check_changes, describe_run
+from aropd_mcore.trainer.teacher_model import TeacherModel, open_teacher_model
 from aropd_mcore.types import Views
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Inputs:
     num_steps: int
     about: dict[str, Any]
     """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
+    teacher: TeacherModel | None
+    """The teacher's checkpoint. None unless teacher.kind is `model`."""
     notes: tuple[str, ...]
     """Notes for the user, one sentence each, such as the number of rows whose residual is zero."""
 
@@ -61,7 +64,8 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
     Args:
         ranks: processes that share the checks of the rows. None: this process only.
     Raises:
-        ConfigError: a template or tokenizer is unusable, or num_epochs gives less than one step.
+        ConfigError: a template or tokenizer is unusable, num_epochs gives less than one step, or
+            the teacher's checkpoint cannot be used.
         CheckpointError: a weight is missing, or its shape differs from config.json.
         DataError: a file or row is invalid, or no row is left. An invalid row raises the same error
             on every rank.
@@ -71,7 +75,13 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
     path = config.model.path
     source = HFSource(path)
     tokenizer = load_tokenizer(path)
-    builder = ViewBuilder(tokenizer, config.views, vocab_size=source.architecture.vocab_size)
+    builder = ViewBuilder(
+        tokenizer,
+        config.views,
+        vocab_size=source.architecture.vocab_size,
+        is_privileged=config.teacher.views == "privileged",
+    )
+    teacher = open_teacher_model(config, source.architecture, builder)
     ends = eos_token_ids(path, tokenizer)
     rows = load_in_turn(
         ranks,
@@ -89,7 +99,13 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         dataset,
         problems,
         num_steps=config.training.num_steps or _count_epoch_steps(config, dataset.epoch_length),
-        about=describe_run(config, dataset, builder.identity),
+        about=describe_run(
+            config,
+            dataset,
+            builder.identity,
+            teacher_fingerprint=teacher.fingerprint if teacher else None,
+        ),
+        teacher=teacher,
         notes=(*builder.notes, *notes, *more_notes),
     )
 
@@ -294,7 +310,8 @@ class _RowNotes:
                 f"the {part} of {self._of_all(self._cut)} is cut to fit "
                 f"views.max_prompt_tokens; first: {self._cut[0]}"
             )
-        if self._equal and len(config.objective.views) == 2:
+        is_privileged = config.teacher.views == "privileged"
+        if self._equal and is_privileged and len(config.objective.views) == 2:
             notes.append(
                 f"the partial view of {self._of_all(self._equal)} equals the full view, so their "
                 f"residual is zero; first: {self._equal[0]}"

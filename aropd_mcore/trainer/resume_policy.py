@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from aropd_mcore.config import Config, ConfigError
-from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.removed_settings import is_removed_default, renamed_value
 
@@ -57,12 +57,13 @@ REFUSED = {
     "model.dtype": "the weights are stored in another dtype",
     "objective.name": "the method changes, and the optimizer state belongs to the old one",
     "teacher.kind": "the teacher's weights differ, or are not in the checkpoint",
+    "teacher.path": "it is another teacher",
     "teacher.fp32_master": "the teacher's average is stored in another precision",
 }
 """Settings that may not change, and the reason."""
 CONTENTS_ONLY = ("model.chat_template", "model.tokenizer")
 """Keys of REFUSED that are no settings but files in the model's folder."""
-_BY_CONTENT = ("data.train", "model.path", *CONTENTS_ONLY)
+_BY_CONTENT = ("data.train", "model.path", "teacher.path", *CONTENTS_ONLY)
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,32 @@ class Change:
 
 
 def describe_run(
-    config: Config, dataset: RowDataset, identity: Mapping[str, str]
+    config: Config,
+    dataset: RowDataset,
+    identity: Mapping[str, str],
+    *,
+    teacher_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """Describe a run for the manifests of its checkpoints.
 
     Args:
         identity: hashes of the chat template and the tokenizer (ViewBuilder.identity).
+        teacher_fingerprint: hash of a teacher of kind `model` (TeacherModel.fingerprint).
     Returns:
         config: all settings.
-        contents: hashes of the rows, the architecture, the chat template and the tokenizer.
+        contents: hashes of the rows, the architecture, the chat template, the tokenizer, and of a
+            teacher of kind `model`.
         data: numbers of rows and of bad rows.
         config_hash: hash of the contents and of the settings that are not free.
     """
     settings = config.model_dump(mode="json")
-    contents = {"data.train": dataset.fingerprint(), "model.path": _architecture(config)}
+    architecture = read_architecture(config.model.path)
+    contents = {
+        "data.train": dataset.fingerprint(),
+        "model.path": hash_architecture(architecture),
+    }
+    if teacher_fingerprint is not None:
+        contents["teacher.path"] = teacher_fingerprint
     contents |= {f"model.{name}": identity[name] for name in ("chat_template", "tokenizer")}
     counted = {k: v for k, v in _flat(settings).items() if not _is_free(k)} | contents
     return {
@@ -102,8 +115,8 @@ def describe_run(
     }
 
 
-def _architecture(config: Config) -> str:
-    architecture = read_architecture(config.model.path)
+def hash_architecture(architecture: Architecture) -> str:
+    """Return a hash (16 hex digits) of an architecture, independent of where it is stored."""
     parts = {field.name: getattr(architecture, field.name) for field in fields(architecture)}
     return _hash(str(parts | {"family": architecture.family.architecture}))
 
@@ -133,9 +146,9 @@ def check_changes(
     changes = _differences(saved["config"], current["config"]) + [
         Change(key, f"content {old[key]}", f"content {new[key]}")
         for key in _BY_CONTENT
-        if key in old and old[key] != new[key]
+        if key in old and key in new and old[key] != new[key]
     ]
-    unknown = [key for key in _BY_CONTENT if key not in old]
+    unknown = [key for key in _BY_CONTENT if key in new and key not in old]
     refused = [c for c in changes if c.key in REFUSED and c.key not in allowed]
     if refused:
         raise ConfigError(

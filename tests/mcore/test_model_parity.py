@@ -302,10 +302,6 @@ def _check_errors(folder: Path) -> None:
     with pytest.raises(ValueError, match="size 2 does not divide the model's 3 layers"):
         build_model(folder / "odd", rt, dtype=torch.float32)
     runtime.stop()
-    rt = runtime.start(expert=2)
-    with pytest.raises(ValueError, match="size 2 does not divide a dense model"):
-        build_model(folder / "other", rt, dtype=torch.float32)
-    runtime.stop()
     rt = runtime.start(pipeline=2, virtual_pipeline=2)
     with pytest.raises(ValueError, match=r"2 x 2 chunks on each stage does not divide .* 2 layers"):
         build_model(folder / "other", rt, dtype=torch.float32)

@@ -81,6 +81,8 @@ class Method:
     temperature: float = 1.0
     """Divisor of the logits of all three views before the loss."""
     sft_prompt_loss: bool = False
+    vocab_size: int | None = None
+    """Number of tokens that the loss compares. None: all of the models' vocabulary."""
     span: str = "both"
     """Part of the responses in the loss: `both`, `thinking` or `answer`."""
 
@@ -107,14 +109,20 @@ class OracleStep:
 class Oracle:
     """A student, its teacher and its optimizer."""
 
-    def __init__(self, folder: Path, method: Method):
+    def __init__(self, folder: Path, method: Method, teacher: Path | None = None):
+        """
+        Args:
+            teacher: folder of the teacher's model, if `method.teacher` is `model`.
+        """
         self.method = method
-        self.student = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float64,
-            experts_implementation="eager",  # the grouped implementation lacks fp64
-        ).eval()
-        self.teacher = copy.deepcopy(self.student)
+        self.student = _load(folder)
+        self.teacher = copy.deepcopy(self.student) if teacher is None else _load(teacher)
+        missing = self.student.config.vocab_size - self.teacher.config.vocab_size
+        if missing > 0:  # ids that the student can sample and the teacher has no embedding of
+            embedding = self.teacher.get_input_embeddings()
+            rows = embedding.weight.new_zeros(missing, embedding.embedding_dim)
+            embedding.weight = torch.nn.Parameter(torch.cat([embedding.weight.detach(), rows]))
+            self.teacher.tie_weights()
         if method.teacher == "live":
             self.teacher = self.student
         matrices, vectors = [], []
@@ -202,6 +210,9 @@ class Oracle:
         sampled = torch.tensor(sample.response[tokens], dtype=torch.int64)
         # Log-probs of the sampled distribution do not depend on the temperature of the loss.
         log_s = -oracles.cross_entropy(student.detach(), sampled)
+        if method.vocab_size is not None:
+            student, partial, full = (x[:, : method.vocab_size] for x in (student, partial, full))
+            sampled = sampled.clamp(max=method.vocab_size - 1)
         student, partial, full = (x / method.temperature for x in (student, partial, full))
         losses = oracles.token_losses(
             student,
@@ -314,7 +325,8 @@ class Oracle:
         if self.method.sft:
             return report
         report["residual_uptake"] = report["kl_partial_student"] - report["kl_full_student"]
-        report["residual_capture_ratio"] = report["residual_uptake"] / report["kl_full_partial"]
+        if report["kl_full_partial"] > 0:
+            report["residual_capture_ratio"] = report["residual_uptake"] / report["kl_full_partial"]
         parts = {
             bucket: (offsets >= start) & (offsets < end) for bucket, (start, end) in BUCKETS.items()
         }
@@ -346,6 +358,14 @@ def _at_ends(
             probs = [math.exp(m[name][-1]) for m in ends]
             report[name.replace("logprob", "eos_prob")] = sum(probs) / len(probs)
     return report
+
+
+def _load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float64,
+        experts_implementation="eager",  # the grouped implementation lacks fp64
+    ).eval()
 
 
 _MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

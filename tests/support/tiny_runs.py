@@ -33,13 +33,13 @@ def write_model(
     Args:
         thinks: the chat template opens a thought, and some tokens close it.
     """
-    ids = {
+    ids: dict[str, Any] = {
         "eos_token_id": EOS_IDS,
         # transformers initializes the embedding of a padding token as zeros and does not train it.
         "pad_token_id": None,
     }
-    vocab_size = VOCAB_SIZE + len(TAGS) * thinks
-    save_tiny_model(family, folder, tie=tie, vocab_size=vocab_size, **{**ids, **settings})
+    ids["vocab_size"] = VOCAB_SIZE + len(TAGS) * thinks
+    save_tiny_model(family, folder, tie=tie, **{**ids, **settings})
     template = THINKING_TEMPLATE if thinks else CHAT_TEMPLATE
     save_tiny_tokenizer(folder, chat_template=template, thinks=thinks)
     return folder

@@ -186,8 +186,11 @@ def train_with_hooks(path) -> None:
         loop.train(config, start_runtime(config))
 
 
-def test_utilization_counts_layers_of_every_view_and_the_head_once(tmp_path):
+@pytest.mark.parametrize("num_scored", [2, 1])
+def test_utilization_counts_layers_of_every_scored_view_and_the_heads_once(tmp_path, num_scored):
+    """With teacher.views `none`, the first of two equal views is scored."""
     architecture = read_architecture(write_model(tmp_path / "model"))
+    of_teacher = read_architecture(write_model(tmp_path / "teacher", "qwen3", hidden_size=96))
     views = Views(Row("q", "r", "a"), (1,) * 4, (1,) * 6, (1,) * 9)
     result = SimpleNamespace(
         views=[views], rollouts=[Rollout((1,) * 3, (), True, 0)],
@@ -199,14 +202,20 @@ def test_utilization_counts_layers_of_every_view_and_the_head_once(tmp_path):
     )
     runtime = SimpleNamespace(world_size=2, gather_over_data=lambda local: local)
     mfu = utilization(
-        SimpleNamespace(student=student, runtime=runtime),  # type: ignore[arg-type]
+        SimpleNamespace(  # type: ignore[arg-type]
+            student=student,
+            teacher=SimpleNamespace(model=SimpleNamespace(architecture=of_teacher)),
+            config=SimpleNamespace(scored_views=("partial", "full")[:num_scored]),
+            runtime=runtime,
+        ),
         result,  # type: ignore[arg-type]
         {"num_loss_tokens": 3},
         peak_flops=1e6,
     )
-    layers = [sum(forward_flops(architecture, tokens)) for tokens in (7, 9, 12)]
-    head = 5 * 2 * 3 * architecture.sizes["hidden"] * architecture.sizes["vocab"]
-    assert mfu == pytest.approx((3 * layers[0] + layers[1] + layers[2] + head) / (4 * 2 * 1e6))
+    layers = 3 * sum(forward_flops(architecture, 7))
+    layers += sum(sum(forward_flops(of_teacher, tokens)) for tokens in (9, 12)[:num_scored])
+    head = 2 * 3 * (3 * 64 + 2 * 96) * architecture.sizes["vocab"]
+    assert mfu == pytest.approx((layers + head) / (4 * 2 * 1e6))
 
 
 @pytest.mark.parametrize(

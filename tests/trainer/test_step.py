@@ -114,6 +114,10 @@ class Case:
     global_batch_size: int = 8
     eos_ids: tuple[int, ...] = tuple(EOS_IDS)
     layouts: list[Layout] = field(default_factory=lambda: LAYOUTS)
+    teacher: tuple[str, dict[str, Any]] | None = None
+    """Family and settings of a teacher of kind `model`."""
+    model_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the student's model."""
     groups: tuple[tuple[int, ...], ...] = ()
     """Samples of each microbatch, the same in every layout. Only for routers with losses."""
 
@@ -129,14 +133,20 @@ class Case:
             "global_batch_size": self.global_batch_size,
             "micro_batch_size": self.global_batch_size // (dp_size * self.num_microbatches),
         }
+        if self.teacher:
+            defaults["teacher"] = {"kind": "model", "path": str(self.teacher_model(root))}
         sections = self.sections | {
             name: values | self.sections.get(name, {}) for name, values in defaults.items()
         }
         tree = tiny_config(self.model(root), root / "rows.jsonl", root / "out", **sections)
         return Config.model_validate(tree)
 
+    def teacher_model(self, root: Path) -> Path:
+        return root / f"teacher-of-{self.name}"
+
     def model(self, root: Path) -> Path:
         kind = ("-tied" if self.tie else "-untied") + "-thinks" * self.thinks
+        kind += f"-{self.name}" if self.model_settings else ""
         return root / f"{self.family}{kind}-{len(self.eos_ids)}-eos"
 
     def write_model(self, root: Path) -> None:
@@ -148,9 +158,21 @@ class Case:
                 thinks=self.thinks,
                 eos_token_id=list(self.eos_ids),
                 initializer_range=0.15,
+                **self.model_settings,
             )
+        if self.teacher:
+            family, sizes = self.teacher
+            write_model(self.teacher_model(root), family, initializer_range=0.15, seed=2, **sizes)
 
 
+LARGER = {
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "head_dim": 16,
+}
+"""Sizes of a teacher that differ from those of every student."""
 PACKED = {"packing": True, "max_tokens_per_microbatch": 240}
 ROUTERS = {"router_aux_loss_coeff": 0.5, "router_z_loss_coeff": 0.05}
 AROPD = {"residual_clip": 0.5, "hindsight_gap": 0.5, "hindsight_floor": 0.2}
@@ -495,6 +517,54 @@ CASES = [
         layouts=[Layout(1, 2, context=2), Layout(2, 1, sequence=True)],
     ),
     Case(
+        # Another family, another width, depth and number of heads, and more rows of padding. Its
+        # six layers need another split than the student's four.
+        "teacher-model",
+        {"objective": AROPD, "teacher": {"weights": "host", "hidden_states": "host"}},
+        teacher=("qwen3", LARGER | {"vocab_size": VOCAB_SIZE + 150}),
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[
+            Layout(4, 1, sequence=True),
+            Layout(2, 2),
+            Layout(1, 4),
+            Layout(1, 2, context=2),
+            Layout(2, 1, sequence=True, context=2),
+            Layout(2, 2, sequence=True, virtual_pipeline=2),
+            Layout(1, 2, layers_in_first_stage=3),
+        ],
+    ),
+    Case(
+        # A tied teacher with experts, on the expert ranks of a student without experts. The student
+        # can sample ids that belong to no token and that the teacher does not embed.
+        "teacher-with-experts",
+        {"objective": AROPD | {"residual_scale": 1.4}, "training": PACKED | {"recompute": "full"}},
+        teacher=("qwen3_moe", LARGER | {"tie": True}),
+        model_settings={"vocab_size": VOCAB_SIZE + 60},
+        num_steps=2,
+        layouts=[
+            Layout(2, 2, sequence=True),
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 2, context=2, expert=2),
+        ],
+    ),
+    Case(
+        # A dense teacher leaves the expert ranks of the student unused. Both views are the
+        # student's prompt.
+        "teacher-without-views",
+        {
+            "objective": AROPD | {"residual_scale": 0.0},
+            "teacher": {"views": "none"},
+        },
+        family="qwen3_moe",
+        teacher=("llama", LARGER),
+        num_microbatches=2,
+        layouts=[
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 2, expert=2, context=2),
+        ],
+    ),
+    Case(
         # Both spans, whose metrics are reported separately. With the other cases' clip, one token's
         # residual is at the clip within fp32 rounding.
         "thoughts",
@@ -681,9 +751,13 @@ def check_views(score, case: Case):
 
     def score_and_check(microbatches):
         outputs = score(microbatches)
+        if case.name == "teacher-without-views":
+            assert all(m.partial.tokens_BS.equal(m.student.tokens_BS) for m in microbatches)
         for microbatch, output in zip(microbatches, outputs, strict=True):
             for view in ("partial", "full"):
                 assert (getattr(microbatch, view) is not None) == (view in read)
+            if case.name == "teacher-without-views" and output is not None:
+                assert output.partial_hidden_TH is output.full_hidden_TH, "the view is scored twice"
                 if output is not None:
                     assert (getattr(output, f"{view}_hidden_TH") is not None) == (view in read)
         return outputs
@@ -773,8 +847,10 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
         router_z=objective.router_z_loss_coeff,
         temperature=config.rollout.temperature if objective.temper_logits else 1.0,
         sft_prompt_loss=objective.sft_prompt_loss,
+        vocab_size=VOCAB_SIZE if case.teacher else None,
     )
-    plain = Oracle(case.model(root), method)
+    teacher = case.teacher_model(root) if case.teacher else None
+    plain = Oracle(case.model(root), method, teacher)
     return [plain.step(step_samples, case.groups) for step_samples in samples]
 
 
@@ -858,7 +934,9 @@ def check_weights(rank: RankSteps, expected: OracleStep | RankSteps) -> None:
             continue
         assert weights is not None and found.keys() == weights.keys()
         for name, weight in weights.items():
-            error = float((found[name] - weight).abs().max())
+            # The vocabulary of a teacher of kind `model` is cut or padded to the student's.
+            rows = min(len(found[name]), len(weight))
+            error = float((found[name][:rows] - weight[:rows]).abs().max())
             assert error <= UPDATE * LR, f"{name}: off by {error / LR:.2g} learning rates"
 
 

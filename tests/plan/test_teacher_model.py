@@ -1,0 +1,64 @@
+"""Memory and time of a teacher that is another model."""
+
+from dataclasses import replace
+
+import pytest
+
+from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.plan.cost import forward_flops, loss_flops, step_time
+from aropd_mcore.plan.host_memory import PINNED, host_memory
+from aropd_mcore.plan.memory import stage_memory
+from aropd_mcore.plan.setup import Setup
+from tests.conftest import REPO
+
+SEVEN_B, LARGER = (
+    read_architecture(REPO / "examples" / "clusters" / f"Qwen2.5-{size}-Instruct")
+    for size in ("7B", "32B")
+)
+FROZEN = Setup(SEVEN_B, tensor=4, pipeline=2, data=2, num_microbatches=8, teacher="frozen")
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_teacher_equal_to_the_student_is_planned_as_a_frozen_one(place):
+    """Only the checkpoint differs: it does not contain the teacher's 2 bytes per parameter."""
+    frozen = replace(FROZEN, teacher_weights=place, teacher_hidden_states=place, teacher_fp8=True)
+    model = replace(frozen, teacher="model", teacher_architecture=SEVEN_B)
+    for stage in range(2):
+        assert stage_memory(model, stage) == stage_memory(frozen, stage)
+    assert step_time(model) == step_time(frozen)
+    by_kind = [host_memory(setup) for setup in (frozen, model)]
+    assert by_kind[0]["always"] == by_kind[1]["always"]
+    saved = [sum(phases["save"].values()) for phases in by_kind]
+    of_teacher = stage_memory(model, 1).parameters.total * 2 / model.data * PINNED
+    assert saved[0] - saved[1] == pytest.approx(of_teacher, rel=1e-4)  # stages differ by a norm
+
+
+def test_larger_teacher_has_its_own_weights_states_and_products():
+    frozen = replace(FROZEN, pipeline=1)
+    model = replace(frozen, teacher="model", teacher_architecture=LARGER)
+    state = stage_memory(model, 0).state["teacher weights"]
+    assert state == pytest.approx(LARGER.num_parameters * 2 / 4, rel=1e-3)
+    states = [
+        stage_memory(s, 0).phases["teacher"]["teacher hidden states"] for s in (model, frozen)
+    ]
+    assert states[0] / states[1] == 5120 / 3584
+    tokens = frozen.sequence_tokens
+    (ours, _), (theirs, _) = (forward_flops(a, tokens) for a in (SEVEN_B, LARGER))
+    times = [step_time(setup) for setup in (model, frozen)]
+    assert times[0].teacher / times[1].teacher == pytest.approx(theirs / ours, rel=0.1)
+    assert times[0].communication > times[1].communication
+    assert loss_flops(model) == 2 * 1024 * (3 * 3584 + 2 * 5120) * SEVEN_B.vocab_size
+    one = step_time(replace(model, views_are_equal=True))
+    assert one.teacher == times[0].teacher / 2 and one.student == times[0].student
+
+
+def test_stages_of_a_teacher_with_other_layers_are_fitted():
+    """7 of 28 layers leave 21 to the other stage. Of 64 layers, that would leave 57."""
+    split = replace(FROZEN, pipeline=4, layers_in_first_stage=7, teacher="model")
+    model = replace(split, teacher_architecture=LARGER)
+    assert model.stage_layers == (7, 7, 7, 7)
+    assert model.of_teacher.stage_layers == (7, 19, 19, 19)
+    model = replace(model, layers_in_first_stage=4)
+    assert model.of_teacher.stage_layers == (4, 20, 20, 20)
+    model = replace(model, architecture=replace(SEVEN_B, num_layers=26), layers_in_first_stage=5)
+    assert model.of_teacher.stage_layers == (16, 16, 16, 16)
