@@ -7,6 +7,7 @@ Comparisons:
 - the engine with a loop that reads the whole prefix for every token;
 - different numbers of new tokens;
 - replacement of finished rows with separate batches;
+- with pipeline stages, groups of rows that take turns with all rows at once, of 64 rows;
 - on a GPU, decoding with CUDA graphs with decoding without them.
 
 A random model decodes greedily, on a GPU in bf16. Start one process, or several ranks with
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore import runtime as mcore_runtime
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.rollout.decode_batch import DecodeBatch
 from aropd_mcore.rollout.engine import PromptBatch
 from aropd_mcore.rollout.native import NativeEngine
 
@@ -116,6 +119,10 @@ def measure(model: StageModel, runtime: Runtime, *, repeats: int, scale: int = 1
     sampling = SamplingConfig(max_response_tokens=4 * new)
     methods["rows replaced"] = partial(sample, engine, many, sampling)
     methods["separate batches"] = partial(sample_batches, engine, many, sampling)
+    if runtime.pp_size > 1:
+        wide = NativeEngine(model, runtime, eos_token_ids=(), batch_size=4 * ROWS)
+        methods["groups in turns"] = partial(generate, wide, many, new)
+        methods["all rows at once"] = partial(generate_at_once, wide, many, new)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     num_tokens = sum(map(len, sample(engine, many, sampling)))
     for _ in range(repeats):
@@ -136,6 +143,14 @@ def random_prompts(number: int, length: int, vocab_size: int) -> list[list[int]]
 
 def generate(engine: NativeEngine, prompts: list[list[int]], new: int) -> list[list[int]]:
     return sample(engine, prompts, SamplingConfig(max_response_tokens=new, temperature=0))
+
+
+def generate_at_once(engine: NativeEngine, prompts: list[list[int]], new: int) -> None:
+    decode = DecodeBatch._decode
+    with patch.object(
+        DecodeBatch, "_decode", lambda self, num_tokens, _: decode(self, num_tokens, 1)
+    ):
+        generate(engine, prompts, new)
 
 
 def sample(
@@ -175,6 +190,8 @@ def report(figures: dict[str, Any]) -> str:
         num_tokens = figures["num_sampled"]
         if name.startswith(("new", "prefix", "without")):
             num_tokens = ROWS * (int(name.removeprefix("new ")) if name.startswith("new") else new)
+        elif name.startswith(("groups", "all rows")):
+            num_tokens = 4 * ROWS * new
         lines.append(f"{name:24}{median:9.2f}{num_tokens / median:10.0f}")
     if "prefix reread" in seconds:
         speedup = seconds["prefix reread"] / base
@@ -182,6 +199,9 @@ def report(figures: dict[str, Any]) -> str:
     if "without graphs" in seconds:
         lines.append(f"engine / without graphs:           {seconds['without graphs'] / base:.1f} x")
         lines.append(f"per token, {ROWS} rows:                {base / new * 1e3:.2f} ms")
+    if "groups in turns" in seconds:
+        speedup = seconds["all rows at once"] / seconds["groups in turns"]
+        lines.append(f"groups in turns / all at once:     {speedup:.2f} x the speed")
     for factor in (2, 4):
         per_token = seconds[f"new {factor * new}"] / base / factor
         lines.append(f"per token, {factor * new} / {new} new tokens: {per_token:.2f} x the time")
