@@ -176,8 +176,8 @@ class Setup:
 
     @property
     def num_responses(self) -> int:
-        """Responses per step on each data-parallel rank."""
-        return round(self.num_microbatches * self.microbatch_sequences)
+        """Responses per step on each data-parallel rank, if all have full length."""
+        return self.num_microbatches * max(1, int(self.microbatch_sequences))
 
     @property
     def decoded_together(self) -> int:
