@@ -27,6 +27,7 @@ _EXAMPLES = (
     ("Qwen3-32B, 32.8B", "qwen3-32b-32xh100", 32),
     ("Llama-3.1-70B-Instruct, 70.6B", "llama3.1-70b-64xh100", 64),
     ("Qwen3-235B-A22B, 235B", "qwen3-235b-a22b-256xh100", 256),
+    ("DeepSeek-V3, 671B", "deepseek-v3-1024xh100", 1024),
 )
 _HOST = "teacher.weights=host"
 _TP_4, _TP_8 = "parallel.tensor=4", "parallel.tensor=8"

@@ -238,7 +238,8 @@ def _import(args: argparse.Namespace) -> None:
         print(f"ignored, as in transformers: {name}")
     if source.untrained:
         print(f"kept for exports, not trained: {untrained_text(list(source.untrained))}")
-    if method := source.config.quantization:
+    if quantization := source.config.quantization:
+        method = "fp8" if isinstance(quantization, tuple) else quantization
         print(f"dequantized from {method} to bf16; exports write bf16")
     print(f"{args.hf_dir} -> {args.mcore_dir}")
 

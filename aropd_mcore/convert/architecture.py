@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aropd_mcore.convert.dequantize import Quantization, read_quantization
 from aropd_mcore.convert.families import FAMILIES, Family
 from aropd_mcore.convert.json_file import CheckpointError, JsonObject, brief, read_json
+from aropd_mcore.convert.latent import read_latent
 from aropd_mcore.convert.model import Architecture
 from aropd_mcore.convert.rope import read_rope
 from aropd_mcore.convert.routing import read_routing
@@ -28,8 +30,8 @@ class HFConfig:
     architecture: Architecture
     dtype: str | None
     """Dtype in which transformers loads the weights. None: the dtype of the files."""
-    quantization: str | None
-    """Method by which the weights of the files are quantized. None: they are not."""
+    quantization: Quantization | None
+    """How the weights of the files are quantized. None: they are not."""
     unread: dict[str, Any]
     """Keys that do not describe the architecture, with their values."""
 
@@ -139,29 +141,34 @@ class _Reader(JsonObject):
         check_types(self)
         family = self.family()
         check_settings(self, family)
+        quantization = read_quantization(self, family.dequantizes)
         architecture = self.architecture(family)
         check_passed_on(self, architecture.vocab_size)
         dtype = self.dtype()
-        quantization = self.get("quantization_config")
-        method = None if quantization is None else quantization["quant_method"]
         unread = {k: v for k, v in self.values.items() if k not in self.keys_read}
-        return HFConfig(architecture, dtype, method, unread)
+        return HFConfig(architecture, dtype, quantization, unread)
 
     def architecture(self, family: Family) -> Architecture:
         hidden, heads, num_layers = map(
             self.size, ("hidden_size", "num_attention_heads", "num_hidden_layers")
         )
-        head_dim, defaults = self.head_dim(family, hidden, heads), family.defaults
+        kv_heads, defaults = self.num_kv_heads(family, heads), family.defaults
+        latent = read_latent(self, heads, kv_heads) if family.has_latent_attention else None
+        head_dim = latent.head_dim if latent else self.head_dim(family, hidden, heads)
+        if latent and family.divides_hidden_size and hidden % heads:
+            raise self.wrong("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}")
         rope = read_rope(
             self,
-            head_dim,
+            latent.rotated_dim if latent else head_dim,
             defaults.rope_theta,
             defaults.partial_rotary_factor,
             has_default=defaults.has_rope,
+            latent=latent is not None,
         )
         positions = self.size("max_position_embeddings")
         routing = read_routing(self, family.experts, num_layers) if family.experts else None
-        switches = family.switches.items()
+        switches = [n for n, s in family.switches.items() if self.is_set(s.key, s.default)]
+        switches += [latent.switch] if latent else []
         if num_layers * (routing.num_experts if routing else 1) > _MAX_BLOCKS:
             raise self.wrong("num_hidden_layers", num_layers, f"at most {_MAX_BLOCKS} blocks")
         return Architecture(
@@ -170,7 +177,7 @@ class _Reader(JsonObject):
             hidden_size=hidden,
             ffn_hidden_size=self.size("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=self.num_kv_heads(family, heads),
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=self.size("vocab_size"),
             max_position_embeddings=max(positions, rope.scaled_positions),
@@ -179,7 +186,8 @@ class _Reader(JsonObject):
             windows=read_windows(self, family, num_layers),
             tied_embeddings=self.is_set("tie_word_embeddings", defaults.tie_word_embeddings),
             routing=routing,
-            switches=tuple(n for n, switch in switches if self.is_set(switch.key, switch.default)),
+            latent=latent,
+            switches=tuple(switches),
             prediction_layers=self.prediction_layers() if family.has_prediction_layers else 0,
         )
 
@@ -203,10 +211,11 @@ class _Reader(JsonObject):
                 f"model_type is missing; expected {family.name!r}, which transformers needs for "
                 f"architecture {family.architecture}"
             )
-        self.agree(
-            {"the model_type of architectures": family.name, "model_type": model_type},
-            "transformers builds the model that model_type names",
-        )
+        if model_type not in family.other_names:
+            self.agree(
+                {"the model_type of architectures": family.name, "model_type": model_type},
+                "transformers builds the model that model_type names",
+            )
         return family
 
     def num_kv_heads(self, family: Family, heads: int) -> int:

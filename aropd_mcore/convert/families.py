@@ -12,6 +12,7 @@ from aropd_mcore.convert.mapping import (
     ATTENTION,
     DENSE_MLP,
     EXPERTS_BY_NUMBER,
+    LATENT_ATTENTION,
     OUTPUT_BIAS,
     QK_NORM,
     QKV_BIAS,
@@ -36,20 +37,23 @@ class Experts:
     """Key of an expert's intermediate size."""
     normalized: bool | None = None
     """Whether the weights of the chosen experts sum to one. None: as `norm_topk_prob` specifies."""
-    default_normalized: bool = False
-    """Value of a missing `norm_topk_prob`."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """Function from the router's logits to scores."""
     shared_ffn: tuple[str, ...] = ()
     """Keys whose product is the intermediate size of the shared experts. Empty: there are none."""
-    dense_layers: Literal["none", "first", "listed"] = "none"
-    """Layers without experts. `first`: as many as `first_k_dense_replace`. `listed`: those of
-    `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    dense_layers: Literal["none", "first", "typed", "listed"] = "none"
+    """Layers without experts. `first`: as many as `first_k_dense_replace`. `typed`: those that
+    `mlp_layer_types` calls dense. `listed`: those of `mlp_only_layers`, and all but every
+    `decoder_sparse_step`-th."""
     has_groups: bool = False
     """Whether `n_group`, `topk_group` and `routed_scaling_factor` determine the choice of experts
     and their weights."""
     has_clamped_glu: bool = False
     """Whether `swiglu_limit` bounds gate and up; see `Routing.glu_limit`."""
+    has_method: bool = False
+    """Whether groups limit the choice only if `topk_method` is `group_limited_greedy`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values that transformers uses for missing keys."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +120,31 @@ class Family:
     """Whether num_attention_heads must divide hidden_size even if there is a `head_dim`."""
     refused_keys: Mapping[str, str] = field(default_factory=dict)
     """Effects of keys that make transformers build a model of another family, by key."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The only supported values of keys of this family, which are also transformers' defaults."""
     dequantizes: tuple[str, ...] = ()
     """Values of `quantization_config.quant_method` whose weights are dequantized when they are
     read."""
     experts: Experts | None = None
     switches: Mapping[str, Switch] = field(default_factory=dict)
     """Keys that rows depend on, by the name of `TableRow.switch`."""
+    has_latent_attention: bool = False
+    """Whether queries, keys and values are computed from latent vectors."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Values that keys must have if they are present."""
+    other_names: tuple[str, ...] = ()
+    """Other values of `model_type` for the same model."""
     has_prediction_layers: bool = False
     """Whether checkpoints have `num_nextn_predict_layers` more layers, which predict further
     tokens. They are kept through a conversion and are not trained."""
 
+
+LATENT_MOE = (
+    *LATENT_ATTENTION,
+    *DENSE_MLP,
+    *EXPERTS_BY_NUMBER,
+    *shared_experts("mlp.shared_experts."),
+)
+"""Layers of DeepSeek-V2, without the bias that DeepSeek-V3 adds to the experts' scores."""
+SIGMOID_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 FAMILIES = (
     Family(
@@ -227,11 +244,11 @@ FAMILIES = (
         experts=Experts(
             count=("n_routed_experts", "num_local_experts"),
             ffn="moe_intermediate_size",
-            default_normalized=True,
             scores="sigmoid",
             shared_ffn=("moe_intermediate_size", "n_shared_experts"),
             dense_layers="first",
             has_groups=True,
+            defaults={"norm_topk_prob": True},
         ),
         switches={
             "attention_bias": Switch("attention_bias", default=False),
@@ -251,7 +268,7 @@ FAMILIES = (
             sliding_window=128,
         ),
         windows=WindowKeys(has_switch=False, per_layer=True, alternates=True),
-        settings={"attention_bias": True, "swiglu_alpha": 1.702},
+        fixed={"attention_bias": True, "swiglu_alpha": 1.702},
         dequantizes=(mxfp4.METHOD,),
         experts=Experts(
             count=("num_local_experts", "num_experts"),
@@ -259,6 +276,69 @@ FAMILIES = (
             normalized=True,
             has_clamped_glu=True,
         ),
+    ),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        LATENT_MOE,
+        nullable=("num_key_value_heads",),
+        divides_hidden_size=True,
+        has_latent_attention=True,
+        experts=Experts(
+            count=("n_routed_experts", "num_experts"),
+            ffn="moe_intermediate_size",
+            normalized=False,
+            shared_ffn=("moe_intermediate_size", "n_shared_experts"),
+            dense_layers="first",
+            has_groups=True,
+            has_method=True,
+            defaults={"first_k_dense_replace": 0},
+        ),
+        fixed={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1},
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        (*LATENT_MOE, *SCORE_CORRECTION),
+        defaults=Defaults(num_key_value_heads=128),
+        nullable=("num_key_value_heads",),
+        has_latent_attention=True,
+        experts=Experts(
+            count=("n_routed_experts", "num_local_experts"),
+            ffn="moe_intermediate_size",
+            scores="sigmoid",
+            shared_ffn=("moe_intermediate_size", "n_shared_experts"),
+            dense_layers="first",
+            has_groups=True,
+            defaults={
+                "norm_topk_prob": True,
+                "n_group": 8,
+                "topk_group": 4,
+                "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": 3,
+            },
+        ),
+        fixed=SIGMOID_ROUTER | {"rope_interleave": True, "moe_layer_freq": 1},
+        other_names=("kimi_k2",),
+        has_prediction_layers=True,
+    ),
+    Family(
+        "glm4_moe_lite",  # GLM-4.7-Flash
+        "Glm4MoeLiteForCausalLM",
+        (*LATENT_MOE, *SCORE_CORRECTION),
+        defaults=Defaults(num_key_value_heads=20),
+        has_latent_attention=True,
+        experts=Experts(
+            count=("n_routed_experts", "num_local_experts"),
+            ffn="moe_intermediate_size",
+            scores="sigmoid",
+            shared_ffn=("moe_intermediate_size", "n_shared_experts"),
+            dense_layers="typed",
+            has_groups=True,
+            defaults={"norm_topk_prob": True, "routed_scaling_factor": 1.8},
+        ),
+        fixed=SIGMOID_ROUTER | {"rope_interleave": True},
+        has_prediction_layers=True,
     ),
     Family(
         "mixtral",

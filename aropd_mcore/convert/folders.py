@@ -122,10 +122,10 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     config = read_json(source / "config.json")
     keys = [key for key in ("dtype", "torch_dtype") if key in config]  # transformers 5, 4
     stated = dict.fromkeys(keys or ["dtype"], str(dtype).removeprefix("torch."))
-    is_quantized = config.pop("quantization_config", None) is not None
-    is_other = dtype is not None and any(config.get(k) != name for k, name in stated.items())
-    if is_quantized or is_other:
-        config |= stated if dtype is not None else {}
+    changed = dtype is not None and any(config.get(key) != name for key, name in stated.items())
+    if changed or "quantization_config" in config:
+        config = config | (stated if changed else {})
+        config.pop("quantization_config", None)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

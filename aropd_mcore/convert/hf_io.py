@@ -1,29 +1,33 @@
 """Reading of HF folders, one tensor or part of a tensor at a time.
 
-Opening a folder reads the headers only. A safetensors file consists of an 8-byte length, a JSON
-header (name -> dtype, shape, bytes) and the bytes. This module maps one tensor at a time. The
-safetensors library maps whole files, whose pages count as this process's memory until the last
-tensor is read.
+Opening a folder reads the headers only.
 """
 
 import json
-import operator
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture
-from aropd_mcore.convert.json_file import CheckpointError, brief, unique_keys
+from aropd_mcore.convert.dequantize import (
+    FP8,
+    FP8_NAME,
+    SCALE_SUFFIX,
+    Quantization,
+    check_scales,
+    dequantize,
+)
+from aropd_mcore.convert.json_file import CheckpointError, unique_keys
 from aropd_mcore.convert.mapping import EMBEDDING, HEAD, IGNORED_HF_TENSORS
-from aropd_mcore.convert.mxfp4 import packed_shapes
-from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo, brief_error, read_into
+from aropd_mcore.convert.mxfp4 import METHOD, packed_shapes
+from aropd_mcore.convert.tensor_bytes import Buffer, TensorInfo
+from aropd_mcore.convert.weight_file import DTYPES, MALFORMED, Pickle, Safetensors, WeightFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,12 +35,8 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PACKED = {"U8": torch.uint8}  # bytes of quantized weights
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # JSON
 _IGNORED = re.compile(IGNORED_HF_TENSORS)
+_BYTES = {"U8": torch.uint8}  # of packed weights
 _PIECE = 2**22  # number of elements of a tensor that are compared at a time
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv")
 
@@ -46,16 +46,22 @@ class HFWeights:
 
     The files are the ones that transformers reads: safetensors take precedence over pickles, and
     other files are ignored. Two different sets of files in one format are refused.
+
+    Weights in FP8 are read as bf16 (see dequantize.py). Their scales are not listed.
     """
 
     def __init__(
-        self, folder: Path | str, *, allow_pickle: bool = False, quantization: str | None = None
+        self,
+        folder: Path | str,
+        *,
+        allow_pickle: bool = False,
+        quantization: Quantization | None = None,
     ):
         """
         Args:
             allow_pickle: also read pytorch_model.bin, with torch.load(weights_only=True).
-            quantization: method by which the weights are quantized (mxfp4.METHOD). None: they are
-                not, and a quantized tensor is refused.
+            quantization: how the weights are quantized. None: they are not, and a quantized tensor
+                is refused.
         Raises:
             CheckpointError: no weights, two sets of weights, an adapter in the folder, a file that
                 is missing, truncated or outside the folder, or an index that disagrees with its
@@ -63,22 +69,44 @@ class HFWeights:
         """
         self.folder = Path(folder)
         self._allow_pickle = allow_pickle
-        self._quantization = quantization
-        self._files: dict[str, _File] = {}
+        self._is_packed = quantization == METHOD
+        self._block = quantization if isinstance(quantization, tuple) else None
+        self._files: dict[str, WeightFile] = {}
         self._location = self._locate()
+        self._scales: dict[str, str] = {}
+        """Names of the scales of weights in FP8, by weight."""
+        if self._block:
+            for scales in [name for name in self._location if name.endswith(SCALE_SUFFIX)]:
+                self._scales[scales.removesuffix(SCALE_SUFFIX)] = scales
+        self._fp8_buffers = _Buffers()
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Dtypes and shapes of all tensors, in the order of the files.
 
         Raises:
-            CheckpointError: a tensor has a dtype other than fp32, bf16 or fp16.
+            CheckpointError: a tensor has a dtype other than fp32, bf16 or fp16, or is in FP8
+                without matching scales.
         """
         tensors = {}
         for file, names in _grouped(self._location).items():
             infos = self._open(file).infos
             tensors |= {name: infos[name] for name in infos if name in names}
-        return tensors
+        if self._block is None:
+            return tensors
+        in_fp8 = [name for name, info in tensors.items() if info.dtype == FP8]
+        for name in dict.fromkeys((*in_fp8, *self._scales)):
+            scales = tensors.get(self._scales.get(name, ""))
+            if name not in tensors:
+                raise CheckpointError(f"{self._where(self._scales[name])} has no weight {name}")
+            check_scales(
+                str(self.folder / self._location[name]), name, tensors, scales, self._block
+            )
+        return {
+            name: TensorInfo(torch.bfloat16, info.shape) if name in self._scales else info
+            for name, info in tensors.items()
+            if name not in self._scales.values()
+        }
 
     def check(self, architecture: Architecture) -> list[str]:
         """Check that the folder has the architecture's tensors and no others.
@@ -91,10 +119,12 @@ class HFWeights:
                 a head that config.json ties to the embedding has other values.
         """
         expected, name = architecture.file_shapes, architecture.family.architecture
-        if self._quantization is not None:
+        if self._is_packed:
             elements = architecture.elements.values()
             expected = packed_shapes(expected, elements, self.folder)
-        for tensor in self._location:
+        scales = set(self._scales.values())
+        names = [tensor for tensor in self._location if tensor not in scales]
+        for tensor in names:
             if tensor.endswith(_QUANTIZED):
                 raise CheckpointError(
                     f"{self._where(tensor)} belongs to a quantized checkpoint (GPTQ, AWQ or FP8); "
@@ -106,7 +136,7 @@ class HFWeights:
                 f"{self.folder}: {_some(missing)} missing; expected all tensors of {name} with the "
                 "sizes in config.json"
             )
-        extra = [tensor for tensor in self._location if tensor not in expected]
+        extra = [tensor for tensor in names if tensor not in expected]
         for tensor in extra:
             is_known = architecture.is_untrained(tensor) or tensor in HEAD.hf
             if not is_known and not _IGNORED.fullmatch(tensor):
@@ -156,14 +186,28 @@ class HFWeights:
 
     def read(self, name: str, buffer: Buffer | None = None) -> Tensor:
         """Read a whole tensor, into the buffer if given, otherwise into new memory."""
-        return self._open(self._location[name]).read(name, (), buffer or Buffer())
+        return self._read(name, (), (0, 0), buffer or Buffer())
 
     def read_part(
         self, name: str, dim: int, start: int, end: int, buffer: Buffer | None = None
     ) -> Tensor:
         """Read [start, end) along dim 0 or 1 of a tensor. Only dim 0 uses the buffer."""
         part = (*[slice(None)] * dim, slice(start, end))
-        return self._open(self._location[name]).read(name, part, buffer or Buffer())
+        first = (0, start) if dim else (start, 0)
+        return self._read(name, part, first, buffer or Buffer())
+
+    def _read(
+        self, name: str, part: tuple[slice, ...], start: tuple[int, int], buffer: Buffer
+    ) -> Tensor:
+        """Read a part of a tensor, which starts at this row and column."""
+        file = self._open(self._location[name])
+        if name not in self._scales:
+            return file.read(name, part, buffer)
+        assert self._block
+        buffers, scales = self._fp8_buffers, self._scales[name]
+        whole = self._open(self._location[scales]).read(scales, (), buffers.scales)
+        values = file.read(name, part, buffers.values)
+        return dequantize(values, whole, start, self._block, buffer)
 
     def _where(self, tensor: str) -> str:
         return f"{self.folder / self._location[tensor]}: {tensor}"
@@ -193,7 +237,7 @@ class HFWeights:
             location = {tensor: str(file) for tensor, file in weight_map.items()}
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except _MALFORMED as error:
+        except MALFORMED as error:
             raise CheckpointError(f"{path}: not an index of weights: {error!r}") from error
         held: dict[str, str] = {}
         for file, names in sorted(_grouped(location).items()):
@@ -221,14 +265,15 @@ class HFWeights:
                 held[name] = file
         return location
 
-    def _open(self, file: str) -> "_File":
+    def _open(self, file: str) -> WeightFile:
         if file not in self._files:
             path = self.folder / file
             if path.suffix == ".safetensors":
-                packed = {} if self._quantization is None else _PACKED
-                self._files[file] = _Safetensors(path, DTYPES | packed)
+                extra = {FP8_NAME: FP8} if self._block else {}
+                extra |= _BYTES if self._is_packed else {}
+                self._files[file] = Safetensors(path, DTYPES | extra)
             elif self._allow_pickle:
-                self._files[file] = _Pickle(path)
+                self._files[file] = Pickle(path)
             else:
                 raise CheckpointError(
                     f"{path}: a pickle, which can run code when it is loaded. Save the model with "
@@ -251,112 +296,11 @@ def refuse_adapter(folder: Path) -> None:
             )
 
 
-class _File(Protocol):
-    infos: dict[str, TensorInfo]
+class _Buffers(threading.local):
+    """Buffers of one thread, for weights in FP8 and for their scales."""
 
-    def read(self, name: str, part: tuple[slice, ...], buffer: Buffer) -> Tensor: ...
-
-
-class _Safetensors:
-    """One safetensors file."""
-
-    def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype]):
-        """
-        Args:
-            dtypes: accepted dtypes, by their names in safetensors.
-        """
-        self.path = path
-        self._dtypes = dtypes
-        self.infos: dict[str, TensorInfo] = {}
-        self._starts: dict[str, int] = {}
-        try:
-            self._read_header()
-        except CheckpointError:
-            raise
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except _MALFORMED as error:
-            raise self._broken(repr(error)) from error
-
-    def _read_header(self) -> None:
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-                raise self._broken(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
-        header.pop("__metadata__", None)
-        ends = [8 + length]
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if any(n is True or n is False or n < 0 for n in entry["shape"]):
-                raise self._broken(f"{name} has the shape {brief(entry['shape'])}")
-            start, end = (8 + length + operator.index(o) for o in entry["data_offsets"])
-            if entry["dtype"] not in self._dtypes:
-                dtype = entry["dtype"] if isinstance(entry["dtype"], str) else brief(entry["dtype"])
-                raise CheckpointError(
-                    f"{self.path}: {name} has dtype {dtype}; expected one of "
-                    f"{', '.join(DTYPES)} (quantized checkpoints cannot be read)"
-                )
-            shape = tuple(operator.index(n) for n in entry["shape"])
-            info = TensorInfo(self._dtypes[entry["dtype"]], shape)
-            if end - start != info.num_bytes:
-                raise self._broken(f"{name} has {end - start} bytes for {list(info.shape)}")
-            if start != ends[-1]:
-                raise self._broken(f"{name} starts at byte {start}, expected {ends[-1]}")
-            self.infos[name], self._starts[name] = info, start
-            ends.append(end)
-        if size != ends[-1]:
-            raise self._broken(f"found {size} bytes, expected {ends[-1]} by its header")
-
-    def _broken(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a valid safetensors file: {reason}")
-
-    def read(self, name: str, part: tuple[slice, ...], buffer: Buffer) -> Tensor:
-        info = self.infos[name]
-        if info.shape and info.num_bytes and len(part) < 2:  # whole rows are contiguous
-            rows, row_bytes = info.shape[0], info.num_bytes // info.shape[0]
-            start, end, _ = (part or (slice(None),))[0].indices(rows)
-            out = buffer.take((max(end - start, 0), *info.shape[1:]), info.dtype)
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self._starts[name] + start * row_bytes)
-                read_into(file, out)
-            return out
-        if info.num_bytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)[part].clone()
-        # The copy releases the mapping, so the pages of at most one tensor are held.
-        raw = np.memmap(self.path, mode="c", offset=self._starts[name], shape=(info.num_bytes,))
-        whole = torch.from_numpy(raw).view(info.dtype).view(info.shape)
-        return whole[part].clone(memory_format=torch.contiguous_format)
-
-
-class _Pickle:
-    """One .bin file of torch.save, read as weights only. Each read maps the file again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.infos: dict[str, TensorInfo] = {}
-        tensors = self._load()
-        if not isinstance(tensors, dict):
-            raise CheckpointError(
-                f"{path}: holds {type(tensors).__name__}; expected a dict of tensors"
-            )
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPE_NAMES:
-                kind = getattr(tensor, "dtype", type(tensor).__name__)
-                raise CheckpointError(
-                    f"{path}: {name} is {kind}; expected a tensor of {', '.join(DTYPES)}"
-                )
-            self.infos[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
-
-    def read(self, name: str, part: tuple[slice, ...], buffer: Buffer) -> Tensor:
-        return self._load()[name][part].clone(memory_format=torch.contiguous_format)
-
-    def _load(self) -> Any:
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many types of errors
-            reason = brief_error(error)
-            raise CheckpointError(f"{self.path}: cannot be read as weights: {reason}") from error
+    def __init__(self) -> None:
+        self.values, self.scales = Buffer(), Buffer()
 
 
 def _grouped(location: Mapping[str, str]) -> dict[str, set[str]]:

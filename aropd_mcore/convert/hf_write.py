@@ -8,9 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from aropd_mcore.convert.hf_io import DTYPES, INDEX, SINGLE
+from aropd_mcore.convert.hf_io import INDEX, SINGLE
 from aropd_mcore.convert.stacked import Element, stack
 from aropd_mcore.convert.tensor_bytes import MAX_FILE_BYTES, TensorInfo, write_at
+from aropd_mcore.convert.weight_file import DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

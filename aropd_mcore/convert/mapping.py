@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from aropd_mcore.convert.latent import NO_Q_LATENT, Q_LATENT
+
 
 class Kind(Enum):
     """Rule for cutting a weight over tensor-parallel ranks and for merging its HF tensors.
@@ -53,7 +55,9 @@ class TableRow:
 
     Names of sizes: `vocab`, `hidden`, `ffn`, `head` (one head), `heads` (number of query heads),
     `q` and `kv` (all heads), `experts`, `expert_ffn`, `expert_gate_up`, `shared_ffn` and `one`.
-    An HF name that ends in `[{expert}]` is an element of a stacked tensor; see stacked.py.
+    Latent attention also has `values` (all heads), `q_latent`, `kv_latent`, `kv_down` (latent and
+    rotated key) and `kv_up` (keys and values of all heads). An HF name that ends in `[{expert}]` is
+    an element of a stacked tensor; see stacked.py.
     """
 
     name: str
@@ -64,8 +68,8 @@ class TableRow:
     Megatron's checkpoints use this name with every layer spec."""
     layers: Layers = Layers.ALL
     switch: str | None = None
-    """Name in `Family.switches` of the setting that the weight depends on. None: it is always
-    there."""
+    """Name in `Family.switches` of the setting that the weight depends on, or one of
+    `latent.Latent.switch`. None: it is always there."""
     is_buffer: bool = False
     """Whether the weight is a buffer, which is not trained, and in fp32 with every model dtype."""
     is_transposed: bool = False
@@ -85,6 +89,8 @@ FINAL_NORM = TableRow(
 )
 HEAD = TableRow("output_layer.weight", Kind.VOCAB, {"lm_head.weight": ("vocab", "hidden")})
 
+ATTENTION_NAME = ".self_attention."
+"""Part of the Megatron name of every weight of attention."""
 _MEGATRON = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
 
@@ -121,6 +127,75 @@ QKV_BIAS = (
         },
     ),
 )
+
+_OURS, _THEIRS = _MEGATRON + "self_attention.", _HF + "self_attn."
+
+
+def if_set(switch: str, rows: tuple[TableRow, ...]) -> tuple[TableRow, ...]:
+    """Make rows depend on a setting of config.json, by its name in `Family.switches`."""
+    return tuple(replace(row, switch=switch) for row in rows)
+
+
+LATENT_ATTENTION = (
+    TableRow(
+        _MEGATRON + "input_layernorm.weight",
+        Kind.REPLICATED,
+        {_HF + "input_layernorm.weight": ("hidden",)},
+    ),
+    *if_set(
+        NO_Q_LATENT,
+        (
+            TableRow(
+                _OURS + "linear_q_proj.weight",
+                Kind.COLUMN,
+                {_THEIRS + "q_proj.weight": ("q", "hidden")},
+            ),
+        ),
+    ),
+    *if_set(
+        Q_LATENT,
+        (
+            TableRow(
+                _OURS + "linear_q_down_proj.weight",
+                Kind.REPLICATED,
+                {_THEIRS + "q_a_proj.weight": ("q_latent", "hidden")},
+            ),
+            TableRow(
+                _OURS + "q_layernorm.weight",
+                Kind.REPLICATED,
+                {_THEIRS + "q_a_layernorm.weight": ("q_latent",)},
+                fused_name=_OURS + "linear_q_up_proj.layer_norm_weight",
+            ),
+            TableRow(
+                _OURS + "linear_q_up_proj.weight",
+                Kind.COLUMN,
+                {_THEIRS + "q_b_proj.weight": ("q", "q_latent")},
+            ),
+        ),
+    ),
+    TableRow(
+        _OURS + "linear_kv_down_proj.weight",
+        Kind.REPLICATED,
+        {_THEIRS + "kv_a_proj_with_mqa.weight": ("kv_down", "hidden")},
+    ),
+    TableRow(
+        _OURS + "kv_layernorm.weight",
+        Kind.REPLICATED,
+        {_THEIRS + "kv_a_layernorm.weight": ("kv_latent",)},
+        fused_name=_OURS + "linear_kv_up_proj.layer_norm_weight",
+    ),
+    TableRow(
+        _OURS + "linear_kv_up_proj.weight",
+        Kind.COLUMN,
+        {_THEIRS + "kv_b_proj.weight": ("kv_up", "kv_latent")},
+    ),
+    TableRow(
+        _OURS + "linear_proj.weight",
+        Kind.ROW,
+        {_THEIRS + "o_proj.weight": ("hidden", "values")},
+    ),
+)
+"""Multi-head latent attention. Its first linear layers are whole on every tensor rank."""
 
 
 OUTPUT_BIAS = (
@@ -184,11 +259,6 @@ DENSE_MLP = (
         layers=Layers.DENSE,
     ),
 )
-
-
-def if_set(switch: str, rows: tuple[TableRow, ...]) -> tuple[TableRow, ...]:
-    """Make rows depend on a setting of config.json, by its name in `Family.switches`."""
-    return tuple(replace(row, switch=switch) for row in rows)
 
 
 def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:

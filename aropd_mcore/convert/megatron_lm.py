@@ -6,12 +6,14 @@ from typing import Any
 import torch
 
 from aropd_mcore.convert.architecture import Architecture
+from aropd_mcore.convert.latent import Latent
 from aropd_mcore.convert.rope import Rope
 from aropd_mcore.convert.tensors import VOCAB_ALIGNMENT, padded_vocab_size
 
 
 def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespace:
     """Build Megatron-LM's arguments for this model, which --use-checkpoint-args reads."""
+    latent = architecture.latent
     args: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -24,7 +26,7 @@ def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespac
         "seq_length": architecture.max_position_embeddings,
         "add_position_embedding": False,
         **_rope_args(architecture.rope),
-        "rotary_percent": architecture.rope.dim / architecture.head_dim,
+        "rotary_percent": 1.0 if latent else architecture.rope.dim / architecture.head_dim,
         "normalization": "RMSNorm",
         "norm_epsilon": architecture.rms_norm_eps,
         "swiglu": True,
@@ -47,6 +49,8 @@ def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespac
         "no_save_optim": True,
         "no_save_rng": True,
     }
+    if latent:
+        args |= _latent_args(latent, architecture.rope)
     if windows := architecture.windows:
         args["window_size"] = (windows.size - 1, 0)
         args["window_attn_skip_freq"] = [int(has_window) for has_window in windows.layers]
@@ -75,6 +79,30 @@ def megatron_lm_args(architecture: Architecture, dtype: torch.dtype) -> Namespac
             layers = range(architecture.num_layers)
             args["moe_layer_freq"] = [int(architecture.has_experts(layer)) for layer in layers]
     return Namespace(**args)
+
+
+def _latent_args(latent: Latent, rope: Rope) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.plain_dim,
+        "qk_pos_emb_head_dim": latent.rotated_dim,
+        "v_head_dim": latent.value_dim,
+        "position_embedding_type": "rope",
+        "rope_type": "yarn" if rope.scaling == "yarn" else "rope",
+        "qk_layernorm": True,
+    }
+    if rope.scaling == "yarn":
+        args |= {
+            "rotary_scaling_factor": rope.factor,
+            "original_max_position_embeddings": rope.original_positions,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "mscale": rope.mscale,
+            "mscale_all_dim": rope.mscale,
+        }
+    return args
 
 
 def _rope_args(rope: Rope) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from itertools import groupby
 import torch
 
 from aropd_mcore.convert.families import Family
+from aropd_mcore.convert.latent import Latent
 from aropd_mcore.convert.mapping import (
     EMBEDDING,
     FINAL_NORM,
@@ -63,6 +64,7 @@ class Architecture:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """Size of a query and of a key in one head."""
     vocab_size: int
     max_position_embeddings: int
     """Maximum sequence length, with the positions that YaRN adds."""
@@ -74,8 +76,10 @@ class Architecture:
     """Whether the output head shares the input embedding's weight."""
     routing: Routing | None
     """Experts and router. None for a dense model."""
+    latent: Latent | None = None
+    """Sizes of latent attention. None for other attention."""
     switches: tuple[str, ...] = ()
-    """Names in `Family.switches` of the settings that are true."""
+    """Names in `Family.switches` of the settings that are true, and `Latent.switch`."""
     prediction_layers: int = 0
     """Number of layers that predict further tokens, after the last layer. They are kept through a
     conversion and are not trained."""
@@ -92,8 +96,14 @@ class Architecture:
         return min(self.max_position_embeddings, self.windows.size)
 
     @property
+    def value_dim(self) -> int:
+        """Size of a value in one head."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Sizes by the names that the tables use."""
+        latent = self.latent
         return {
             "vocab": self.vocab_size,
             "hidden": self.hidden_size,
@@ -102,6 +112,11 @@ class Architecture:
             "heads": self.num_heads,
             "q": self.num_heads * self.head_dim,
             "kv": self.num_kv_heads * self.head_dim,
+            "values": self.num_kv_heads * self.value_dim,
+            "q_latent": (latent.q_rank or 0) if latent else 0,
+            "kv_latent": latent.kv_rank if latent else 0,
+            "kv_down": latent.kv_rank + latent.rotated_dim if latent else 0,
+            "kv_up": self.num_heads * (latent.plain_dim + latent.value_dim) if latent else 0,
             "experts": self.routing.num_experts if self.routing else 0,
             "expert_ffn": self.routing.ffn_hidden_size if self.routing else 0,
             "expert_gate_up": 2 * self.routing.ffn_hidden_size if self.routing else 0,
@@ -157,7 +172,8 @@ class Architecture:
 
     @property
     def has_qk_norm(self) -> bool:
-        return self._has(QK_NORM) or self.has_whole_qk_norm
+        """Whether queries and keys of each head, or of all heads, have norms."""
+        return not self.latent and (self._has(QK_NORM) or self.has_whole_qk_norm)
 
     @property
     def has_whole_qk_norm(self) -> bool:

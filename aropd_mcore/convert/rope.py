@@ -41,14 +41,18 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     """Rotations within the original positions between which YaRN interpolates less and less."""
+    mscale: float = 1.0
+    """Factor of the logarithm in YaRN's attention factor, which only latent attention sets."""
     truncate: bool = True
     """Whether YaRN rounds the bounds of this range to whole dimensions."""
 
     @property
     def attention_factor(self) -> float:
-        """Factor of rotated queries and keys, which YaRN's scaling has."""
+        """Factor of queries and keys, which YaRN's scaling has."""
         assert self.scaling != "yarn" or self.factor is not None
-        return 0.1 * math.log(max(self.factor or 1.0, 1.0)) + 1.0 if self.scaling == "yarn" else 1.0
+        if self.scaling != "yarn":
+            return 1.0
+        return 0.1 * self.mscale * math.log(max(self.factor or 1.0, 1.0)) + 1.0
 
     @property
     def scaled_positions(self) -> int:
@@ -130,6 +134,13 @@ _SCALINGS = {
         optional=("beta_fast", "beta_slow", "truncate", "attention_factor"),
     ),
 }
+_MSCALES = ("mscale", "mscale_all_dim")
+_LATENT_YARN = _Scaling(
+    _yarn,
+    required=("factor", _ORIGINAL, *_MSCALES),
+    optional=("beta_fast", "beta_slow", "truncate"),
+)
+"""YaRN with latent attention, whose queries and keys rotate in part."""
 _REFUSED = {
     "dynamic": "its frequencies depend on the length of the longest sequence of a batch",
     "longrope": "it has other frequencies for long sequences than for short ones",
@@ -143,14 +154,17 @@ def read_rope(
     default_partial: float | None,
     *,
     has_default: bool = True,
+    latent: bool = False,
 ) -> Rope:
     """Read the rotary position embedding.
 
     Args:
+        head_dim: number of dimensions that can rotate.
         default_theta: theta of the family, for a config.json without one.
         default_partial: share of each head that the family rotates, for a config.json without it.
             None: the family rotates whole heads only.
         has_default: whether the rope is unscaled if no key specifies a scaling.
+        latent: with latent attention, YaRN has the keys `mscale` and `mscale_all_dim`.
     Raises:
         CheckpointError: two keys disagree, or the Megatron model does not support the rope.
     """
@@ -173,7 +187,7 @@ def read_rope(
             f"{key} has rope_type {brief(scaling)}{f', but {reason}' if reason else ''}; only "
             f"{supported} are supported"
         )
-    expected = _SCALINGS[scaling]
+    expected = _LATENT_YARN if latent and scaling == "yarn" else _SCALINGS[scaling]
     if unknown := rope.keys() - expected.keys:
         raise config.error(
             f"{key} has the key {brief(min(unknown))}, which is not supported with rope_type "
@@ -182,14 +196,18 @@ def read_rope(
     theta = config.positive(_theta_place(config, key), rope["rope_theta"])
     if scaling == "default":
         return Rope(theta, dim)
-    return _scaled(config, key, rope, Rope(theta, dim, scaling), head_dim)
+    return _scaled(config, key, rope, Rope(theta, dim, scaling), head_dim, expected)
 
 
 def _scaled(
-    config: JsonObject, key: str, values: dict[str, Any], rope: Rope, head_dim: int
+    config: JsonObject,
+    key: str,
+    values: dict[str, Any],
+    rope: Rope,
+    head_dim: int,
+    expected: _Scaling,
 ) -> Rope:
     """Fill in the values of a rope that is scaled."""
-    expected = _SCALINGS[rope.scaling]
     for name in expected.required:
         if values.get(name) is None:
             raise config.error(
@@ -221,11 +239,23 @@ def _scaled(
         inner.size(_ORIGINAL) if _ORIGINAL in expected.keys else None,
         number("beta_fast", 32.0),
         number("beta_slow", 1.0),
+        _mscale(config, key, values) if "mscale" in expected.keys else 1.0,
         inner.is_set("truncate", True),
     )
     if rope.scaling == "yarn":
         _check_yarn(config, key, inner, rope, head_dim)
     return rope
+
+
+def _mscale(config: JsonObject, key: str, values: Mapping[str, Any]) -> float:
+    """Read YaRN's factor for queries and keys. Its factor for the rotated part must be the same."""
+    mscale, all_dim = (config.positive(f"{key}.{name}", values[name]) for name in _MSCALES)
+    if mscale != all_dim:
+        raise config.error(
+            f"{key}.mscale is {mscale} and {key}.mscale_all_dim is {all_dim}; expected equal "
+            "numbers, since others scale the rotated dimensions separately"
+        )
+    return mscale
 
 
 def _check_yarn(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from aropd_mcore.convert.families import Experts
-from aropd_mcore.convert.json_file import JsonObject, brief
+from aropd_mcore.convert.json_file import JsonObject, brief, same_value
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def read_routing(config: JsonObject, keys: Experts, num_layers: int) -> Routing:
         )
     normalized = keys.normalized
     if normalized is None:
-        normalized = config.is_set("norm_topk_prob", keys.default_normalized)
+        default = keys.defaults.get("norm_topk_prob", False)
+        normalized = config.is_set("norm_topk_prob", default)
     if normalized and chosen == 1:
         raise config.error(
             "num_experts_per_tok is 1 and the weights of the chosen experts sum to one; expected "
@@ -70,17 +71,17 @@ def read_routing(config: JsonObject, keys: Experts, num_layers: int) -> Routing:
         config.size(keys.ffn),
         normalized,
         keys.scores,
-        _scaling(config) if keys.has_groups else 1.0,
-        _groups(config, num_experts, chosen) if keys.has_groups else None,
+        _scaling(config, keys) if keys.has_groups else 1.0,
+        _groups(config, keys, num_experts, chosen) if keys.has_groups else None,
         math.prod(config.size(key) for key in keys.shared_ffn) if has_shared else 0,
         _dense_layers(config, keys, num_layers),
         _glu_limit(config) if keys.has_clamped_glu else None,
     )
 
 
-def _scaling(config: JsonObject) -> float:
+def _scaling(config: JsonObject, keys: Experts) -> float:
     key = "routed_scaling_factor"
-    value = config.get(key, 1.0)
+    value = config.get(key, keys.defaults.get(key, 1.0))
     if type(value) is not float:  # transformers refuses an integer
         raise config.wrong(key, value, "a number with a decimal point")
     return config.positive(key, value)
@@ -94,9 +95,21 @@ def _glu_limit(config: JsonObject) -> float:
     return config.positive(key, value)
 
 
-def _groups(config: JsonObject, num_experts: int, chosen: int) -> tuple[int, int] | None:
+def _groups(
+    config: JsonObject, keys: Experts, num_experts: int, chosen: int
+) -> tuple[int, int] | None:
     """Read the groups of experts that a token's experts are limited to."""
-    groups, kept = config.size("n_group", default=1), config.size("topk_group", default=1)
+    names = ("n_group", "topk_group")
+    if keys.has_method:
+        name, methods = "topk_method", ("greedy", "group_limited_greedy")
+        method = config.get(name, methods[0])
+        if method not in methods:
+            raise config.wrong(name, method, " or ".join(methods))
+        if method == methods[0]:
+            for name in names:  # unused, but of the types that transformers accepts
+                config.size(name, default=1, if_null=1)
+            return None
+    groups, kept = (config.size(name, default=keys.defaults.get(name, 1)) for name in names)
     if num_experts % groups or num_experts // groups < 2:
         raise config.wrong(
             "n_group", groups, f"a divisor of the {num_experts} experts, with two per group"
@@ -105,12 +118,12 @@ def _groups(config: JsonObject, num_experts: int, chosen: int) -> tuple[int, int
         raise config.wrong("topk_group", kept, f"at most n_group, {groups}")
     if kept == groups:
         return None
-    if chosen // kept != 2 or chosen % kept:
+    if kept * (num_experts // groups) < chosen:
         raise config.wrong(
             "topk_group",
             kept,
-            f"half of num_experts_per_tok, {chosen}: transformers ranks a group by its two best "
-            "experts, and Megatron by its num_experts_per_tok / topk_group best ones",
+            f"groups with at least {chosen} experts (num_experts_per_tok); each of the {groups} "
+            f"groups (n_group) has {num_experts // groups}",
         )
     return groups, kept
 
@@ -121,10 +134,12 @@ def _dense_layers(config: JsonObject, keys: Experts, num_layers: int) -> tuple[i
         return ()
     if keys.dense_layers == "first":
         name = "first_k_dense_replace"
-        first = config.get(name, 1)
+        first = config.get(name, keys.defaults.get(name, 1))
         if type(first) is not int or not 0 <= first < num_layers:
             raise config.wrong(name, first, f"less than num_hidden_layers, {num_layers}")
         return tuple(range(first))
+    if keys.dense_layers == "typed":
+        return _typed_layers(config, num_layers)
     name = "mlp_only_layers"
     listed, step = config.get(name), config.size("decoder_sparse_step", default=1)
     listed = [] if listed is None else listed
@@ -136,4 +151,28 @@ def _dense_layers(config: JsonObject, keys: Experts, num_layers: int) -> tuple[i
             f"{name} {brief(listed)} and decoder_sparse_step {step} leave no layer with experts; "
             "expected at least one"
         )
+    return dense
+
+
+def _typed_layers(config: JsonObject, num_layers: int) -> tuple[int, ...]:
+    """Read the layers that mlp_layer_types calls dense; the first one without this key."""
+    name, first = "mlp_layer_types", "first_k_dense_replace"
+    types = config.get(name)
+    if types is None:
+        types = ["dense"] + ["sparse"] * (num_layers - 1)
+    kinds = ("dense", "sparse")
+    if (
+        not isinstance(types, list)
+        or len(types) != num_layers
+        or any(t not in kinds for t in types)
+    ):
+        expected = f"dense or sparse, with one entry per layer (num_hidden_layers {num_layers})"
+        raise config.wrong(name, types, expected)
+    if "sparse" not in types:
+        raise config.error(f"{name} leaves no layer with experts; expected at least one")
+    dense = tuple(n for n, kind in enumerate(types) if kind == "dense")
+    if first in config.values:
+        value = config.get(first)
+        if not same_value(value, len(dense)) or dense != tuple(range(len(dense))):
+            raise config.wrong(first, value, f"the dense layers of {name}, {brief(list(dense))}")
     return dense

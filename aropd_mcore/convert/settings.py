@@ -57,9 +57,9 @@ def check_types(config: JsonObject) -> None:
 def check_settings(config: JsonObject, family: Family) -> None:
     """Raise CheckpointError for a setting that the Megatron model does not support."""
     settings = _SETTINGS if family.windows else _SETTINGS | {"use_sliding_window": False}
-    settings = settings | dict(family.settings)
     if family.experts is None or family.experts.dense_layers != "listed":
         settings = settings | {"mlp_only_layers": [], "decoder_sparse_step": 1}
+    settings = settings | dict(family.fixed)
     free = {switch.key for switch in family.switches.values()}
     for key, needed in settings.items():
         if key in free:
@@ -73,16 +73,6 @@ def check_settings(config: JsonObject, family: Family) -> None:
         if key in config.values:
             raise config.error(
                 f"found key {key}, which {effect}; remove the key if this is not intended"
-            )
-    for key in ("quantization_config", "compression_config"):
-        quantization = config.get(key)
-        if quantization is not None:
-            method = quantization.get("quant_method", "an unnamed method")
-            if key == "quantization_config" and method in family.dequantizes:
-                continue
-            raise config.error(
-                f"{key} declares quantized weights ({method}); expected fp32, bf16 or fp16 "
-                "weights: use the checkpoint before quantization"
             )
 
 

@@ -18,7 +18,7 @@ from aropd_mcore.convert.global_tensors import (
     read_part,
     stored_weights,
 )
-from aropd_mcore.convert.hf_io import DTYPES, HFWeights, refuse_adapter
+from aropd_mcore.convert.hf_io import HFWeights, refuse_adapter
 from aropd_mcore.convert.json_file import CheckpointError, read_json
 from aropd_mcore.convert.manifest import MANIFEST, newest, problems
 from aropd_mcore.convert.mapping import EMBEDDING, Kind
@@ -33,6 +33,7 @@ from aropd_mcore.convert.tensors import (
     split,
 )
 from aropd_mcore.convert.torch_dist import METADATA, TorchDistReader
+from aropd_mcore.convert.weight_file import DTYPES
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Name of a Megatron checkpoint's file with the number of the newest iteration, or `release`."""

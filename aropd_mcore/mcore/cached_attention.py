@@ -1,7 +1,7 @@
 """Core attention over cached keys and values, for decoding.
 
 Shape letters: N tokens of a forward, P prompts, B rows, S longest prompt, M query heads, G KV
-heads, R query heads per KV head, L keys of a row, D head dimension.
+heads, R query heads per KV head, L keys of a row, D dimension of a key or of a value.
 """
 
 from collections.abc import Iterator, Sequence
@@ -146,7 +146,8 @@ class CachedAttention(torch.nn.Module):
     def __init__(
         self,
         places: Places,
-        cache_2BGLD: Tensor,
+        keys_BGLD: Tensor,
+        values_BGLD: Tensor,
         scale: float | None,
         *,
         has_window: bool = False,
@@ -162,7 +163,7 @@ class CachedAttention(torch.nn.Module):
         super().__init__()
         self.places = places
         self.has_window = has_window
-        self.keys_BGLD, self.values_BGLD = cache_2BGLD
+        self.keys_BGLD, self.values_BGLD = keys_BGLD, values_BGLD
         self.scale = scale
         self.sinks = sinks
         self.first = int(sinks is not None)  # index of a row's first token in the cache

@@ -23,6 +23,7 @@ Shape letters: N tokens of a forward, B rows, G KV heads, L keys of a row, H hid
 dimension, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,8 +53,9 @@ def decoding(
     """Context that yields a Decoder and restores the model afterwards.
 
     Inside, the model is in evaluation mode, without gradient, and its core attention is replaced.
-    The KV cache has 2 x num_rows x max_length x KV heads x D numbers per layer. With attention
-    sinks it has one more place per row.
+    The KV cache has num_rows x max_length x KV heads x (dimensions of a key and of a value) numbers
+    per layer, and with attention sinks one more place per row. Latent attention caches keys and
+    values, not the latent vectors.
 
     The mode is torch.no_grad, not inference_mode, because Megatron caches rotary tables, and its
     fused rotary embedding cannot save an inference tensor for backward.
@@ -68,24 +70,26 @@ def decoding(
     stock = [attention.core_attention for attention in attentions]
     was_training = model.training
     model.eval()
-    shape = (
-        len(attentions),
-        2,
-        num_rows,
-        model.architecture.num_kv_heads // runtime.tp_size,
-        max_length + int(model.architecture.has_sinks),
-        model.architecture.head_dim,
+    config, architecture = model.config, model.architecture
+    length = max_length + int(architecture.has_sinks)
+    shape = (len(attentions), num_rows, architecture.num_kv_heads // runtime.tp_size, length)
+    dims = (architecture.head_dim, architecture.value_dim)
+    sizes = [math.prod(shape) * dim for dim in dims]
+    numbers = (cache or KVCache()).view(
+        (sum(sizes),), dtype=config.params_dtype, device=runtime.device
     )
-    dtype = model.config.params_dtype
-    cache_K2BGLD = (cache or KVCache()).view(shape, dtype=dtype, device=runtime.device)
-    config = model.config
+    keys_KBGLD, values_KBGLD = (
+        part.view(*shape, dim) for part, dim in zip(numbers.split(sizes), dims, strict=True)
+    )
     windows = [window_of_layer(config, attention.layer_number) for attention in attentions]
     places = Places(window=next((size for size in windows if size is not None), None))
     try:
-        for attention, cache_2BGLD, window in zip(attentions, cache_K2BGLD, windows, strict=True):
+        layers = zip(attentions, keys_KBGLD, values_KBGLD, windows, strict=True)
+        for attention, keys_BGLD, values_BGLD, window in layers:
             attention.core_attention = CachedAttention(
                 places,
-                cache_2BGLD,
+                keys_BGLD,
+                values_BGLD,
                 config.softmax_scale,
                 has_window=window is not None,
                 sinks=getattr(attention.core_attention, "softmax_offset", None),
@@ -94,7 +98,7 @@ def decoding(
             # Transformer Engine caches FP8 copies of the weights. This makes it cast them again.
             chunk.set_is_first_microbatch()
         with torch.no_grad(), sdpa_kernel(ATTENTION_KERNELS):
-            yield Decoder(model, runtime, places, cache_K2BGLD)
+            yield Decoder(model, runtime, places, (keys_KBGLD, values_KBGLD))
     finally:
         for attention, core_attention in zip(attentions, stock, strict=True):
             attention.core_attention = core_attention
@@ -107,29 +111,36 @@ class Decoder:
     Logits are gathered on the sampling rank of the replica. `share` broadcasts its samples.
     """
 
-    def __init__(self, model: StageModel, runtime: Runtime, places: Places, cache_K2BGLD: Tensor):
+    def __init__(
+        self,
+        model: StageModel,
+        runtime: Runtime,
+        places: Places,
+        caches_KBGLD: tuple[Tensor, Tensor],
+    ):
         """
         Args:
             places: object that the attention of all layers reads.
-            cache_K2BGLD: keys and values of the K layers.
+            caches_KBGLD: keys and values of the K layers.
         """
         self.model = model
         self.runtime = runtime
         self._places = places
-        self._cache_K2BGLD = cache_K2BGLD
+        self._caches_KBGLD = caches_KBGLD
+        self._max_length = caches_KBGLD[0].size(-2)
         self.chunks = list(model)
         """Chunks of layers of this stage: more than one with a virtual pipeline."""
         # `packed_seq`: angles of all positions, not only of this context rank's.
         rotary = self.chunks[0].rotary_pos_emb
         self._first = int(model.architecture.has_sinks)
-        self._max_length = cache_K2BGLD.size(-2) - self._first
+        self._max_length = caches_KBGLD[0].size(-2) - self._first
         self._angles = rotary(self._max_length, packed_seq=True)
         self._outgoing_N1H: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Tensors that `next_logits` reads besides its arguments."""
-        return [*self.model.parameters(), *self.model.buffers(), self._cache_K2BGLD, self._angles]
+        return [*self.model.parameters(), *self.model.buffers(), *self._caches_KBGLD, self._angles]
 
     def prefill(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Cache the keys and values of whole prompts, from position 0 of these rows.
@@ -149,8 +160,9 @@ class Decoder:
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_keys: int) -> None:
         """Copy the first num_keys keys and values of rows to other rows."""
-        for cache_2BGLD in self._cache_K2BGLD[..., : self._first + num_keys, :]:
-            cache_2BGLD[:, targets] = cache_2BGLD[:, sources]
+        for cache_KBGLD in self._caches_KBGLD:
+            for cache_BGLD in cache_KBGLD[..., : self._first + num_keys, :]:
+                cache_BGLD[targets] = cache_BGLD[sources]
 
     def next_logits(
         self, chunk: int, rows: slice, tokens_B: Tensor, positions_B: Tensor, num_keys: int
@@ -173,7 +185,7 @@ class Decoder:
             previous one, and a gather of [B, V / tp] over the last stage's tp_group.
         """
         num_keys = min(num_keys, self._max_length)
-        self._places.place_next(rows, positions_B, num_keys, self._cache_K2BGLD.dtype)
+        self._places.place_next(rows, positions_B, num_keys, self._caches_KBGLD[0].dtype)
         hidden_BH = self._forward(chunk, tokens_B)
         return _next_token_logits(self.model, self.runtime, hidden_BH)
 

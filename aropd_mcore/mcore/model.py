@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn import functional
@@ -35,6 +35,8 @@ from aropd_mcore.convert.architecture import (
 from aropd_mcore.convert.routing import Routing
 from aropd_mcore.convert.tensors import padded_vocab_size
 from aropd_mcore.mcore.fp8 import fp8_settings
+from aropd_mcore.mcore.latent_attention import LatentRope, latent_settings, use_latent_attention
+from aropd_mcore.mcore.patches import group_ranking
 from aropd_mcore.mcore.patches.local_attention import LocalCoreAttention
 from aropd_mcore.mcore.patches.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
@@ -55,6 +57,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
     },
 }
 
+group_ranking.install()
 if not hasattr(moe_utils, "te_general_gemm"):
     # The router compares this name with None (transformer/moe/moe_utils.py:1192). megatron-core
     # 0.16.1 defines the name only if Transformer Engine is installed.
@@ -90,6 +93,11 @@ class HiddenStateGPT(GPTModel):
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
+        if architecture.latent:
+            self.rotary_pos_emb = LatentRope(architecture.rope.dim, 1.0, cp_group=runtime.cp_group)
+            layers: list[Any] = list(self.decoder.layers)
+            for layer in layers:
+                layer.self_attention.rotary_pos_emb = self.rotary_pos_emb
         # Megatron computes the frequencies of some ropes itself, in another way than transformers.
         self.rotary_pos_emb.inv_freq = architecture.rope.frequencies().to(runtime.device)
         self.architecture = architecture
@@ -184,7 +192,8 @@ def model_config(
     """
     fused, has_biases = _use_transformer_engine(runtime), architecture.has_expert_bias
     has_experts = architecture.routing is not None
-    return TransformerConfig(
+    config_class = MLATransformerConfig if architecture.latent else TransformerConfig
+    return config_class(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -243,7 +252,8 @@ def model_config(
         bias_activation_fusion=fused and (_has_grouped_experts(fused) or not has_biases),
         # Grouped experts with biases do not support this fusion.
         bias_dropout_fusion=fused and not has_biases,
-        apply_rope_fusion=fused,
+        # Megatron fuses the rope of latent attention only with its own YaRN.
+        apply_rope_fusion=fused and not architecture.latent,
         # Apex's product that adds to main_grad, for the local layers. Those of Transformer Engine
         # have their own (mcore.optim).
         gradient_accumulation_fusion=(
@@ -265,13 +275,17 @@ def _pipeline_layout(architecture: Architecture, stages: Stages) -> list[list[st
 
 
 def _attention_settings(architecture: Architecture, runtime: Runtime) -> dict[str, Any]:
-    """Return the scale, the windows and the sinks of attention."""
+    """Return scale, windows and sinks of attention, and the sizes of latent attention."""
     settings: dict[str, Any] = {}
     if architecture.has_sinks:
         settings["softmax_type"] = "learnable"
-    if architecture.rope.scaling == "yarn":
-        # YaRN multiplies queries and keys by this factor. Both are rotated as a whole.
-        factor = architecture.rope.attention_factor
+    rope, latent = architecture.rope, architecture.latent
+    if latent:
+        settings |= latent_settings(latent, rope)
+    if rope.scaling == "yarn":
+        # YaRN multiplies queries and keys by this factor. Both are rotated as a whole, or latent
+        # attention multiplies them as a whole.
+        factor = rope.attention_factor
         settings["softmax_scale"] = factor**2 / architecture.head_dim**0.5
     windows = architecture.windows
     # Without windows, the limit of Architecture.max_tokens holds.
@@ -462,6 +476,7 @@ def _layer_spec(
         "num_experts": config.num_moe_experts if experts else None,
         "moe_grouped_gemm": config.moe_grouped_gemm if experts else False,
         "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": architecture.latent is not None,
     }
     is_local = not _use_transformer_engine(runtime)
     if is_local:
@@ -470,7 +485,9 @@ def _layer_spec(
         spec = get_gpt_layer_with_transformer_engine_spec(**kwargs)
     layer: Any = spec.submodules
     attention: Any = layer.self_attention.submodules
-    if architecture.has_whole_qk_norm:
+    if architecture.latent:
+        use_latent_attention(layer, experts=experts, is_local=is_local)
+    elif architecture.has_whole_qk_norm:
         heads = {"q": architecture.num_heads, "k": architecture.num_kv_heads}
         for name, number in heads.items():
             norm = ModuleSpec(WholeRMSNorm, params={"num_heads": number})
@@ -482,7 +499,7 @@ def _layer_spec(
     if not is_local:
         return spec
     layer.input_layernorm = layer.pre_mlp_layernorm = LocalRMSNorm
-    if experts:
+    if experts and not architecture.latent:
         # In checkpoints, the local spec gives norms the names of Transformer Engine's spec, which
         # fuses them into the next linear layer. Before experts Transformer Engine's spec fuses
         # nothing and keeps the plain name, but the local spec renames that norm too. Undo this, so

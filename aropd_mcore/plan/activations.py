@@ -28,7 +28,12 @@ class Sizes:
     q: int
     """Total size of the rank's query heads."""
     kv: int
-    """Total size of the rank's key heads, which is also that of its value heads."""
+    """Total size of the rank's key heads, which is also that of its value heads, except with latent
+    attention."""
+    values: int
+    """Total size of the rank's value heads."""
+    latents: int
+    """Total size of a token's latent vectors; 0 with other attention."""
     ffn: int
     """Columns of a dense MLP on the rank; 0 with experts."""
     heads: int
@@ -51,6 +56,8 @@ def build_sizes(setup: Setup, tokens: float) -> Sizes:
         hidden=named["hidden"],
         q=named["q"] // setup.tensor,
         kv=named["kv"] // setup.tensor,
+        values=named["values"] // setup.tensor,
+        latents=named["q_latent"] + named["kv_latent"],
         ffn=0 if routing else named["ffn"] // setup.tensor,
         heads=architecture.num_heads // setup.tensor,
         kv_heads=architecture.num_kv_heads // setup.tensor,
@@ -83,20 +90,11 @@ def saved_without_recompute(setup: Setup) -> dict[str, float]:
     product_width = FP8 if setup.fp8 else width
     # Input and output; without fusion also the normalized input, which the weight is applied to.
     norm = s.local_tokens * (s.hidden * ((2 if local else 1) * width + product_width) + FP32)
-    parts = {
-        "norms": 2 * norm,
-        # The product's whole output is kept, since the values are a view of it.
-        "queries, keys, values": s.tokens * (s.q + 2 * s.kv) * width,
-        "rotated queries and keys": s.tokens * (s.q + s.kv) * width,
-        "attention output": s.tokens * s.q * (width + (FP8 if setup.fp8 else 0)),
-    }
-    if setup.architecture.has_qk_norm:
-        # A copy of the queries; the keys are a view, which needs none. Without fusion also both
-        # normalized, with fusion one tensor of the keys' size. The statistics are in fp32.
-        elements = s.q + (s.q + s.kv if local else s.kv)
-        parts["norms of queries and keys"] = s.tokens * (
-            elements * width + (s.heads + s.kv_heads) * FP32
-        )
+    parts = {"norms": 2 * norm}
+    if setup.architecture.latent:
+        parts |= _latent_attention(setup, s, width)
+    else:
+        parts |= _attention(setup, s, width)
     if setup.recompute == "none":
         parts["attention statistics"] = s.tokens * s.heads * FP32
         if local and setup.context > 1:
@@ -110,6 +108,48 @@ def saved_without_recompute(setup: Setup) -> dict[str, float]:
     return parts
 
 
+def _attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
+    local = setup.device == "cpu"
+    parts = {
+        # The product's whole output is kept, since the values are a view of it.
+        "queries, keys, values": s.tokens * (s.q + 2 * s.kv) * width,
+        "rotated queries and keys": s.tokens * (s.q + s.kv) * width,
+        "attention output": s.tokens * s.q * (width + (FP8 if setup.fp8 else 0)),
+    }
+    if setup.architecture.has_qk_norm:
+        # A copy of the queries; the keys are a view, which needs none. Without fusion also both
+        # normalized, with fusion one tensor of the keys' size. The statistics are in fp32.
+        elements = s.q + (s.q + s.kv if local else s.kv)
+        parts["norms of queries and keys"] = s.tokens * (
+            elements * width + (s.heads + s.kv_heads) * FP32
+        )
+    return parts
+
+
+def _latent_attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
+    """Return the bytes saved by latent attention.
+
+    Queries and keys are saved after they are joined of a rotated and a plain part. Values are
+    copied out of the product.
+    """
+    local = setup.device == "cpu"
+    # Input and output of their norms, as above; a product keeps the output.
+    copies = (2 if local else 1) * width + (FP8 if setup.fp8 else width)
+    q, values = s.q, s.values
+    if local:  # the core attention pads to one size
+        q = values = max(q, values)
+    return {
+        "latent vectors": s.local_tokens * (s.latents * copies + 2 * FP32),
+        "queries, keys, values": s.tokens * (2 * q + values) * width,
+        # If the values are padded, their padding is cut off in a copy.
+        "attention output": s.tokens
+        * (
+            s.values * (width + (FP8 if setup.fp8 else 0))
+            + (values if values > s.values else 0) * width
+        ),
+    }
+
+
 def _gathered_attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
     """Return the bytes saved by the local core attention with context parallelism.
 
@@ -118,6 +158,13 @@ def _gathered_attention(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
     """
     own = s.q + 2 * s.kv if setup.architecture.has_qk_norm else 0
     mask = s.tokens / setup.microbatch_sequences * setup.sequence_tokens
+    if setup.architecture.latent:
+        largest = max(s.q, s.values)
+        return {
+            "queries, keys, values": s.tokens * largest * width,
+            "gathered keys and values": s.tokens * 2 * largest * setup.context * width,
+            "attention mask": mask * width,
+        }
     return {
         "queries, keys, values": s.tokens * own * width,
         "rotated queries and keys": s.tokens * s.q * width,
@@ -171,6 +218,9 @@ def forward_working_set(setup: Setup, tokens: float) -> float:
     s, width = build_sizes(setup, tokens), setup.dtype_bytes
     residual = 2 * s.local_tokens * s.hidden
     attention = s.tokens * (3 * s.q + 4 * s.kv + s.q)
+    if setup.architecture.latent:
+        # Queries twice, keys, values and their product, which has the plain parts of keys.
+        attention = s.tokens * (4 * s.q + 3 * s.values)
     if s.ffn:
         mlp = s.tokens * (5 if setup.device == "cpu" else 3) * s.ffn
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from aropd_mcore.convert.architecture import Architecture
+from aropd_mcore.convert.mapping import ATTENTION_NAME
 from aropd_mcore.plan.launches import exchange_seconds, launch_seconds
 from aropd_mcore.plan.memory import chunk_tokens, has_average, sharing_ranks
 from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
@@ -43,18 +44,24 @@ def forward_flops(architecture: Architecture, num_tokens: int) -> tuple[int, int
     """Count FLOPs of all layers over one sequence: matrix products, and causal attention.
 
     A product of [T, a] and [a, b] takes 2 T a b. Position i attends to i + 1 keys, with 2 D FLOPs
-    for a score and 2 D for its value, in every head of dimension D.
+    for a score and 2 D for its value, in every head with keys and values of dimension D.
     """
     sizes, routing = architecture.sizes, architecture.routing
-    hidden, q, kv = sizes["hidden"], sizes["q"], sizes["kv"]
-    weights = hidden * (q + 2 * kv) + q * hidden
+    hidden = sizes["hidden"]
     layers, num_experts = architecture.num_layers, architecture.num_expert_layers
-    weights *= layers
+    weights = layers * sum(
+        sizes[rows] * sizes[columns]
+        for row in architecture.rows(experts=routing is not None)
+        if ATTENTION_NAME in row.name
+        for rows, *others in row.hf.values()
+        for columns in others
+    )
     weights += (layers - num_experts) * 3 * hidden * sizes["ffn"]
     if routing:
         columns = routing.experts_per_token * routing.ffn_hidden_size + sizes["shared_ffn"]
         weights += num_experts * hidden * (routing.num_experts + 3 * columns)
-    attention = 2 * q * num_tokens * (num_tokens + 1)
+    dims = architecture.head_dim + architecture.value_dim
+    attention = architecture.num_heads * dims * num_tokens * (num_tokens + 1)
     return 2 * weights * num_tokens, layers * attention
 
 
@@ -186,7 +193,8 @@ def _sampling_seconds(
     groups = min(setup.pipeline, rows)
     in_group = -(-rows // groups)
     cached = in_group * (setup.prompt_tokens + response_tokens / 2)
-    keys_values = 2 * cached * architecture.sizes["kv"] / setup.tensor
+    per_token = architecture.sizes["kv"] + architecture.sizes["values"]
+    keys_values = cached * per_token / setup.tensor
     read = max(
         _touched_parameters(setup, stage, in_group) + setup.stage_layers[stage] * keys_values
         for stage in setup.distinct_stages
@@ -247,8 +255,8 @@ def _pass_seconds(setup: Setup, rates: Rates) -> tuple[float, float]:
     ring = partial(_ring_seconds, setup, rates)
     # Two all-reduces per layer, each a reduce-scatter and an all-gather.
     layer_pass = 4 * ring(layer_bytes, tensor, tensor)
-    kv = architecture.num_kv_heads * architecture.head_dim // tensor
-    layer_pass += ring(2 * tokens * context * kv * width, context, tensor * context)
+    kv = (architecture.sizes["kv"] + architecture.sizes["values"]) // tensor
+    layer_pass += ring(tokens * context * kv * width, context, tensor * context)
     if architecture.routing:
         sent = layer_bytes / setup.sequence_size * architecture.routing.experts_per_token
         layer_pass += 2 * ring(sent, expert, setup.expert_ranks)

@@ -210,6 +210,13 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
             f"for a model without experts ({architecture.family.architecture}); set both to 0"
         )
     routing = architecture.routing
+    if objective.has_router_losses and routing and routing.groups and routing.scores == "softmax":
+        raise ConfigError(
+            f"objective.router_aux_loss_coeff {objective.router_aux_loss_coeff:g} and "
+            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
+            f"for a router with groups of experts ({architecture.family.architecture}), since the "
+            "losses count choices among all experts; set both to 0"
+        )
     if objective.has_router_losses and routing and routing.scores == "sigmoid":
         raise ConfigError(
             f"objective.router_aux_loss_coeff {objective.router_aux_loss_coeff:g} and "
@@ -254,6 +261,13 @@ def _check_fp8(config: Config, architecture: Architecture) -> None:
         f"query columns / parallel.tensor {tensor}": named["q"] // tensor,
         f"key columns / parallel.tensor {tensor}": named["kv"] // tensor,
     }
+    if architecture.latent:
+        sizes |= {
+            "q_lora_rank": named["q_latent"],
+            "kv_lora_rank": named["kv_latent"],
+            "kv_lora_rank + qk_rope_head_dim": named["kv_down"],
+            f"value columns / parallel.tensor {tensor}": named["values"] // tensor,
+        }
     if routing:
         cut = config.parallel.expert_tensor
         name = f"columns of an expert / parallel.expert_tensor {cut}"

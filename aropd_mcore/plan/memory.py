@@ -131,9 +131,10 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
         hidden = max(s.architecture.hidden_size for s in (setup, setup.of_teacher))
         state["gather buffer"] = tokens * hidden * width
-    kv = setup.architecture.num_kv_heads * setup.architecture.head_dim // setup.tensor
+    sizes = setup.architecture.sizes
+    kv = (sizes["kv"] + sizes["values"]) // setup.tensor
     if cached := setup.cached_tokens:
-        state["KV cache"] = 2 * setup.stage_layers[stage] * cached * kv * width
+        state["KV cache"] = setup.stage_layers[stage] * cached * kv * width
     if setup.captures_decoding:
         state["CUDA graphs"] = _sampler(setup)  # memory that they use again at every replay
     if setup.device == "gpu":

@@ -74,6 +74,16 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
     ranks = ranks or OneRank()
     path = config.model.path
     source = HFSource(path)
+    if (
+        isinstance(source.config.quantization, tuple)
+        and config.rollout.engine == "vllm"
+        and not config.rollout.vllm.urls
+    ):
+        raise ConfigError(
+            f"rollout.engine vllm: {path} has FP8 weights, which servers would keep, and updates "
+            "are in bf16; expected a folder in bf16: write it with `aropd convert import` and "
+            "`export`, and set model.path to it"
+        )
     tokenizer = load_tokenizer(path)
     builder = ViewBuilder(
         tokenizer,

@@ -11,8 +11,10 @@ from aropd_mcore.convert.architecture import (
     CheckpointError,
     check_layout,
     read_architecture,
+    read_config,
 )
 from aropd_mcore.convert.families import FAMILIES as TABLES
+from aropd_mcore.convert.latent import Latent
 from aropd_mcore.convert.routing import Routing
 from aropd_mcore.convert.windows import Windows
 from aropd_mcore.stages import Stages
@@ -152,6 +154,135 @@ GLM45_AIR: dict[str, Any] = {
     "vocab_size": 151552,
 }
 
+YARN_40X = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": YARN_40X,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+KIMI_K2 = {
+    **DEEPSEEK_V3,
+    "first_k_dense_replace": 1,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {**YARN_40X, "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+MOONLIGHT_16B_A3B = {
+    **DEEPSEEK_V3,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "quantization_config": None,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+DEEPSEEK_V2: dict[str, Any] = {
+    **DEEPSEEK_V3,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 60,
+    "quantization_config": None,
+    "rope_scaling": {**YARN_40X, "mscale": 0.707, "mscale_all_dim": 0.707},
+    "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax",
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "vocab_size": 102400,
+}
+DEEPSEEK_V2_LITE = {
+    **DEEPSEEK_V2,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+
 
 @pytest.mark.parametrize(
     ("config", "num_parameters"),
@@ -162,6 +293,11 @@ GLM45_AIR: dict[str, Any] = {
         (MISTRAL_7B, 7_241_732_096),
         (MIXTRAL_8X7B, 46_702_792_704),
         (QWEN3_30B_A3B, 30_532_122_624),
+        (DEEPSEEK_V3, 671_026_404_352),  # and 15,104 fp32 numbers of buffers
+        (DEEPSEEK_V2, 235_741_434_880),
+        (DEEPSEEK_V2_LITE, 15_706_484_224),
+        (MOONLIGHT_16B_A3B, 15_960_108_544),
+        (KIMI_K2, 1_026_408_209_408),
         (GLM45_AIR, 106_852_245_504),  # of 110 billion with the layer that predicts further tokens
     ],
 )
@@ -194,6 +330,16 @@ def test_published_configs_have_the_published_settings():
     glm = read_architecture(GLM45_AIR)
     assert glm.routing == Routing(128, 8, 1408, True, "sigmoid", 1.0, None, 1408, (0,))
     assert (glm.rope.dim, glm.prediction_layers, glm.num_expert_layers) == (64, 1, 45)
+    v3 = read_architecture(DEEPSEEK_V3)
+    dense, experts = (0, 1, 2), (256, 8, 2048, True, "sigmoid", 2.5)
+    assert v3.routing == Routing(*experts, (8, 4), 2048, dense)
+    assert v3.latent == Latent(1536, 512, 128, 64, 128)
+    assert (v3.head_dim, v3.rope.dim, v3.max_position_embeddings) == (192, 64, 163840)
+    assert read_config(DEEPSEEK_V3).quantization == (128, 128)
+    v2, lite = read_architecture(DEEPSEEK_V2).routing, read_architecture(DEEPSEEK_V2_LITE)
+    assert v2 == Routing(160, 6, 1536, False, "softmax", 16.0, (8, 3), 3072, (0,))
+    assert lite.routing and lite.routing.groups is None and lite.latent
+    assert lite.latent.q_rank is None and not lite.has_qk_norm
 
 
 def test_the_number_of_experts_is_read_from_the_key_of_transformers_5():
@@ -237,7 +383,8 @@ def test_every_registered_family_has_a_tiny_model():
             "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, "
             "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SeedOssForCausalLM, "
             "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, OlmoeForCausalLM, Glm4MoeForCausalLM, "
-            "GptOssForCausalLM, MixtralForCausalLM",
+            "GptOssForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, "
+            "Glm4MoeLiteForCausalLM, MixtralForCausalLM",
         ),
         (
             {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.OwnForCausalLM"}},
@@ -276,6 +423,30 @@ def test_every_registered_family_has_a_tiny_model():
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "quantization_config declares quantized weights (gptq); expected fp32, bf16 or fp16",
         ),
+        (
+            {**DEEPSEEK_V3, "rope_scaling": {**YARN_40X, "mscale": 0.707}},
+            "rope_scaling.mscale is 0.707 and rope_scaling.mscale_all_dim is 1.0; expected equal",
+        ),
+        (
+            {**DEEPSEEK_V3, "rope_scaling": {**YARN_ROPE, "mscale": 1.0}},
+            "rope_scaling has rope_type 'yarn' and no mscale_all_dim; expected a mscale_all_dim",
+        ),
+        ({**DEEPSEEK_V3, "moe_layer_freq": 2}, "moe_layer_freq is 2; only 1 is supported"),
+        ({**DEEPSEEK_V3, "rope_interleave": False}, "rope_interleave is False; only True is supp"),
+        ({**DEEPSEEK_V3, "scoring_func": "softmax"}, "scoring_func is 'softmax'; only 'sigmoid'"),
+        ({**DEEPSEEK_V3, "topk_method": "greedy"}, "topk_method is 'greedy'; only 'noaux_tc' is"),
+        ({**DEEPSEEK_V3, "norm_topk_prob": False}, "norm_topk_prob is False; expected true, since"),
+        ({**DEEPSEEK_V3, "attention_bias": True}, "attention_bias is True; only False is supp"),
+        ({**DEEPSEEK_V3, "num_key_value_heads": 64}, "num_key_value_heads is 64; expected num_att"),
+        ({**DEEPSEEK_V3, "head_dim": 128}, "head_dim is 128; expected 64 by qk_rope_head_dim"),
+        (
+            {**DEEPSEEK_V2, "norm_topk_prob": True},
+            "norm_topk_prob is True; only False is supported",
+        ),
+        (
+            {**DEEPSEEK_V2, "topk_method": "noaux_tc"},
+            "topk_method is 'noaux_tc'; expected greedy or",
+        ),
         ({"quantization_config": {"bits": 4}}, "declares quantized weights (an unnamed method)"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
@@ -309,8 +480,9 @@ def test_every_registered_family_has_a_tiny_model():
         ({**GLM45_AIR, "first_k_dense_replace": 46}, "first_k_dense_replace is 46; expected less"),
         ({**GLM45_AIR, "n_group": 3}, "n_group is 3; expected a divisor of the 128 experts"),
         (
-            {**GLM45_AIR, "n_group": 8, "topk_group": 2},
-            "topk_group is 2; expected half of num_experts_per_tok, 8",
+            {**GLM45_AIR, "n_group": 64, "topk_group": 2},
+            "topk_group is 2; expected groups with at least 8 experts (num_experts_per_tok); each "
+            "of the 64 groups (n_group) has 2",
         ),
         (
             {**GLM45_AIR, "rope_scaling": YARN_ROPE},

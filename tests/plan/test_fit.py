@@ -32,6 +32,7 @@ GPUS = {
     "llama3.1-70b-64xh100.yaml": 64,
     "qwen3-235b-a22b-256xh100.yaml": 256,
     "gpt-oss-20b-16xh100.yaml": 16,
+    "deepseek-v3-1024xh100.yaml": 1024,
 }
 
 

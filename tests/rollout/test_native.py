@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 from tests.support.rollouts import sample
 from tests.support.tiny_models import save_tiny_model
 
-FAMILIES = ("qwen2", "qwen3", "llama31", "qwen2_yarn", "gpt_oss")
+FAMILIES = ("qwen2", "qwen3", "llama31", "qwen2_yarn", "gpt_oss", "deepseek_v3")
 LENGTHS = (7, 1, 19, 4, 12)
 PROMPTS = [[(31 * i + 7 * j * j) % 509 for j in range(n)] for i, n in enumerate(LENGTHS)]
 SEEDS = [rollout_seed(1, position, 0) for position in range(len(PROMPTS))]

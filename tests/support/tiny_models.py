@@ -10,8 +10,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -69,6 +75,18 @@ QWEN3_MOE: dict[str, Any] = {
     "moe_intermediate_size": 40,
     "norm_topk_prob": True,
 }
+
+# Queries and keys of 8 + 4 dimensions, values of 16: all sizes differ.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 40,
+    "num_experts_per_tok": 4,
+}
+LATENT_YARN = {**YARN_ROPE, "mscale": 0.707, "mscale_all_dim": 0.707}
 
 FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -171,10 +189,69 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
             "num_nextn_predict_layers": 0,
         },
     ),
+    # DeepSeek-V3, with groups and YaRN.
+    "deepseek_v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {
+            **LATENT,
+            "q_lora_rank": 40,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 0,
+            "rope_scaling": LATENT_YARN,
+        },
+    ),
+    # DeepSeek-V2-Lite: queries from the hidden state.
+    "deepseek_v2_lite": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "rope_scaling": LATENT_YARN,
+        },
+    ),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        {
+            **LATENT,
+            "q_lora_rank": 40,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 6,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 3,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 16.0,
+        },
+    ),
+    # GLM-4.7-Flash. The norms of the latent vectors have another epsilon.
+    "glm4_moe_lite": (
+        Glm4MoeLiteConfig,
+        Glm4MoeLiteForCausalLM,
+        {
+            **LATENT,
+            "q_lora_rank": 40,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
 }
 MOE_FAMILIES = (
     *("qwen3_moe", "qwen3_moe_unnormalized", "mixtral", "qwen2_moe", "olmoe"),
     *("glm4_moe", "glm4_moe_groups", "gpt_oss"),
+    *("deepseek_v3", "deepseek_v2_lite", "deepseek_v2", "glm4_moe_lite"),
 )
 
 BIASED_EXPERTS = ("gpt_oss",)

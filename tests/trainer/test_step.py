@@ -344,6 +344,41 @@ CASES = [
         ],
     ),
     Case(
+        # Latent attention, YaRN, groups of experts ranked by two of them.
+        "latent",
+        {"objective": AROPD, "training": PACKED},
+        family="deepseek_v3",
+        num_steps=2,
+        layouts=[
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 2, virtual_pipeline=2, expert=2),
+            Layout(1, 2, context=2),
+            Layout(2, 1, sequence=True, context=2),
+        ],
+    ),
+    Case(
+        # Queries from the hidden state, and samples that are padded.
+        "latent-keys-only",
+        {"objective": AROPD, "training": {"recompute": "selective"}},
+        family="deepseek_v2_lite",
+        num_microbatches=2,
+        layouts=[Layout(2, 2, sequence=True), Layout(1, 1, context=2, expert=2)],
+    ),
+    Case(
+        # Groups of experts ranked by their best one.
+        "group-limited",
+        {"objective": AROPD, "training": {"recompute": "full"}},
+        family="deepseek_v2",
+        num_microbatches=2,
+        layouts=[Layout(2, 1, sequence=True, expert=2)],
+    ),
+    Case(
+        "glm-latent",
+        {"objective": AROPD, "training": PACKED},
+        family="glm4_moe_lite",
+        layouts=[Layout(2, 1, sequence=True, expert=4)],
+    ),
+    Case(
         "shared-experts",
         # With the other cases' clip, one token's residual is at the clip within fp32 rounding.
         {

@@ -115,7 +115,7 @@ class LocalCoreAttention(torch.nn.Module):
 
     Query [S, B, heads, D], key and value [S, B, KV heads, D], already rotated. The result is
     [S, B, heads x D]. With packed_seq_params, query and result are [S, heads, D], key and value
-    [S, KV heads, D].
+    [S, KV heads, D]. Values may have another D than queries and keys, as with latent attention.
 
     Under context parallelism S counts this rank's positions (data.context_parallel), and every rank
     gathers all keys and values. This simple scheme is for CPU ranks, and for models with sinks.
@@ -210,7 +210,17 @@ class LocalCoreAttention(torch.nn.Module):
         return torch.cat(sequences).squeeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        """Return [S, B, heads, D]. `visible` is bool [S, keys]; None is causal."""
+        """Return [S, B, heads, D]. `visible` is bool [S, keys]; None is causal.
+
+        If values have another D, all parts are padded to the larger one, since the kernel for CPUs
+        that saves no attention probabilities needs one size.
+        """
+        dim = value.size(-1)
+        size = max(query.size(-1), dim)
+        query, key, value = (
+            functional.pad(part, (0, size - part.size(-1))) if part.size(-1) < size else part
+            for part in (query, key, value)
+        )
         with sdpa_kernel(ATTENTION_KERNELS):
             context_BMSD = attend(
                 *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
@@ -218,7 +228,7 @@ class LocalCoreAttention(torch.nn.Module):
                 scale=self.scale,
                 sinks_M=self.softmax_offset,
             )
-        return context_BMSD.permute(2, 0, 1, 3)
+        return context_BMSD.permute(2, 0, 1, 3)[..., :dim]
 
     def _gathered(self, part: Tensor) -> Tensor:
         return gather_from_sequence_parallel_region(part.contiguous(), group=self.group)
