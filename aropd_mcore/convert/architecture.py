@@ -165,6 +165,11 @@ class _Reader(JsonObject):
             has_default=defaults.has_rope,
             latent=latent is not None,
         )
+        needs_head_dim = family.yarn_needs_head_dim and rope.scaling == "yarn"
+        if needs_head_dim and self.values.get("head_dim") is None:
+            raise self.error(
+                f"head_dim is missing; expected {head_dim}, which transformers needs for YaRN"
+            )
         positions = self.size("max_position_embeddings")
         routing = read_routing(self, family.experts, num_layers) if family.experts else None
         switches = [n for n, s in family.switches.items() if self.is_set(s.key, s.default)]

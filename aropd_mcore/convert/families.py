@@ -118,6 +118,8 @@ class Family:
     """
     divides_hidden_size: bool = False
     """Whether num_attention_heads must divide hidden_size even if there is a `head_dim`."""
+    yarn_needs_head_dim: bool = False
+    """Whether transformers reads YaRN only if there is a `head_dim`."""
     refused_keys: Mapping[str, str] = field(default_factory=dict)
     """Effects of keys that make transformers build a model of another family, by key."""
     dequantizes: tuple[str, ...] = ()
@@ -354,6 +356,7 @@ FAMILIES = (
         ),
         defaults=Defaults(num_key_value_heads=8, rope_theta=1000000.0),
         nullable=("head_dim",),
+        yarn_needs_head_dim=True,
         windows=WindowKeys(has_switch=False, per_layer=False),
         experts=Experts(
             count=("num_local_experts", "num_experts"), ffn="intermediate_size", normalized=True
