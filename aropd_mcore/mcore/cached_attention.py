@@ -155,8 +155,8 @@ class CachedAttention(torch.nn.Module):
     ):
         """
         Args:
-            cache_2BGLD: keys and values. With sinks, L is one more than the number of tokens: the
-                key at index 0 is zero, and a sink is its logit.
+            keys_BGLD, values_BGLD: the cache. With sinks, L is one more than the number of tokens:
+                the key at index 0 is zero, and a sink is its logit.
             has_window: a token sees the last Places.window keys only.
             sinks: logits [M] that take part in the softmax and have no value. None: there are none.
         """

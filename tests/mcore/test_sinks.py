@@ -49,9 +49,9 @@ def test_cached_attention_with_sinks_equals_the_formula():
         visible = torch.ones(LENGTH, LENGTH).tril() if mask is None else mask
         expected = formula(query, key, value, sinks, visible)
         places = Places(window=window)
-        cache = torch.zeros(2, ROWS, GROUPS, LENGTH + 1, DIM, dtype=torch.float64)
+        keys, values = torch.zeros(2, ROWS, GROUPS, LENGTH + 1, DIM, dtype=torch.float64)
         attention = CachedAttention(
-            places, cache, SCALE, has_window=window is not None, sinks=sinks
+            places, keys, values, SCALE, has_window=window is not None, sinks=sinks
         )
         places.place_prompts([0, 1], [[5] * 6, [5] * 6], torch.device("cpu"))
         tokens = [
