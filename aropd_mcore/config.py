@@ -304,7 +304,7 @@ class DataConfig(Section):
     train: list[TrainingSource] = Field(min_length=1)
     """Sources of rows with `question`, `reasoning` and `answer`: JSONL files (also .gz and .zst),
     Parquet files, folders of `Dataset.save_to_disk`, and data sets of the Hugging Face hub
-    (hf://NAMESPACE/NAME[@REVISION][/SUBSET][/SPLIT]). An entry may be {path: SOURCE, weight: W}.
+    (`hf://NAMESPACE/NAME[@REVISION][/SUBSET][/SPLIT]`). An entry may be {path: SOURCE, weight: W}.
     Then each epoch draws W times the number of the source's rows from it, rounded. Without a
     weight, each epoch has each row once."""
     on_bad_row: Literal["error", "skip"] = "error"
