@@ -69,6 +69,7 @@ def check_layout(
     stages: Stages = ONE_STAGE,
     expert: int = 1,
     expert_tensor: int = 1,
+    can_be_dense: bool = False,
 ) -> None:
     """Check that a parallel layout divides the model.
 
@@ -77,10 +78,15 @@ def check_layout(
     `expert_tensor` ranks divide an expert's columns. The vocabulary is padded, so every layout
     divides it.
 
+    Args:
+        can_be_dense: whether a model without experts may leave the expert ranks, which another
+            model of the job needs, unused.
     Raises:
         ValueError: a size does not divide the model. The message lists the sizes that do, and an
             uneven split of the layers that works.
     """
+    if can_be_dense and architecture.routing is None:
+        expert = expert_tensor = 1
     cut = divided_parts(architecture)
     for part, number in cut.items():
         if number % tensor:

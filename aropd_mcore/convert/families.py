@@ -4,7 +4,7 @@ docs/new-models.md explains how to add a family.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aropd_mcore.convert import mxfp4
@@ -147,6 +147,15 @@ LATENT_MOE = (
 )
 """Layers of DeepSeek-V2, without the bias that DeepSeek-V3 adds to the experts' scores."""
 SIGMOID_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+_SIGMOID_EXPERTS = Experts(
+    count=("n_routed_experts", "num_local_experts"),
+    ffn="moe_intermediate_size",
+    scores="sigmoid",
+    shared_ffn=("moe_intermediate_size", "n_shared_experts"),
+    dense_layers="first",
+    has_groups=True,
+    defaults={"norm_topk_prob": True},
+)
 
 FAMILIES = (
     Family(
@@ -243,15 +252,7 @@ FAMILIES = (
             *shared_experts("mlp.shared_experts."),
         ),
         defaults=Defaults(num_key_value_heads=8, partial_rotary_factor=0.5),
-        experts=Experts(
-            count=("n_routed_experts", "num_local_experts"),
-            ffn="moe_intermediate_size",
-            scores="sigmoid",
-            shared_ffn=("moe_intermediate_size", "n_shared_experts"),
-            dense_layers="first",
-            has_groups=True,
-            defaults={"norm_topk_prob": True},
-        ),
+        experts=_SIGMOID_EXPERTS,
         switches={
             "attention_bias": Switch("attention_bias", default=False),
             "use_qk_norm": Switch("use_qk_norm", default=False),
@@ -305,13 +306,8 @@ FAMILIES = (
         defaults=Defaults(num_key_value_heads=128),
         nullable=("num_key_value_heads",),
         has_latent_attention=True,
-        experts=Experts(
-            count=("n_routed_experts", "num_local_experts"),
-            ffn="moe_intermediate_size",
-            scores="sigmoid",
-            shared_ffn=("moe_intermediate_size", "n_shared_experts"),
-            dense_layers="first",
-            has_groups=True,
+        experts=replace(
+            _SIGMOID_EXPERTS,
             defaults={
                 "norm_topk_prob": True,
                 "n_group": 8,
@@ -330,13 +326,9 @@ FAMILIES = (
         (*LATENT_MOE, *SCORE_CORRECTION),
         defaults=Defaults(num_key_value_heads=20),
         has_latent_attention=True,
-        experts=Experts(
-            count=("n_routed_experts", "num_local_experts"),
-            ffn="moe_intermediate_size",
-            scores="sigmoid",
-            shared_ffn=("moe_intermediate_size", "n_shared_experts"),
+        experts=replace(
+            _SIGMOID_EXPERTS,
             dense_layers="typed",
-            has_groups=True,
             defaults={"norm_topk_prob": True, "routed_scaling_factor": 1.8},
         ),
         fixed=SIGMOID_ROUTER | {"rope_interleave": True},

@@ -76,8 +76,9 @@ class HFWeights:
         self._scales: dict[str, str] = {}
         """Names of the scales of weights in FP8, by weight."""
         if self._block:
-            for scales in [name for name in self._location if name.endswith(SCALE_SUFFIX)]:
-                self._scales[scales.removesuffix(SCALE_SUFFIX)] = scales
+            names = [name for name in self._location if name.endswith(SCALE_SUFFIX)]
+            self._scales = {name.removesuffix(SCALE_SUFFIX): name for name in names}
+        self._scale_names = frozenset(self._scales.values())
         self._fp8_buffers = _Buffers()
 
     @cached_property
@@ -105,7 +106,7 @@ class HFWeights:
         return {
             name: TensorInfo(torch.bfloat16, info.shape) if name in self._scales else info
             for name, info in tensors.items()
-            if name not in self._scales.values()
+            if name not in self._scale_names
         }
 
     def check(self, architecture: Architecture) -> list[str]:
@@ -122,8 +123,7 @@ class HFWeights:
         if self._is_packed:
             elements = architecture.elements.values()
             expected = packed_shapes(expected, elements, self.folder)
-        scales = set(self._scales.values())
-        names = [tensor for tensor in self._location if tensor not in scales]
+        names = [tensor for tensor in self._location if tensor not in self._scale_names]
         for tensor in names:
             if tensor.endswith(_QUANTIZED):
                 raise CheckpointError(

@@ -261,24 +261,33 @@ DENSE_MLP = (
 )
 
 
-def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
-    """Build the rows of a mixture-of-experts MLP, whose HF names differ between families."""
-    expert = _MEGATRON + "mlp.experts.local_experts.{expert}."
-    rows = (
+_EXPERT = _MEGATRON + "mlp.experts.local_experts.{expert}."
+
+
+def _router(name: str) -> tuple[TableRow, ...]:
+    """Build the rows of the norm before the experts and of the router."""
+    return (
         TableRow(
             _MEGATRON + "pre_mlp_layernorm.weight",
             Kind.REPLICATED,
             {_HF + "post_attention_layernorm.weight": ("hidden",)},
         ),
         TableRow(
-            _MEGATRON + "mlp.router.weight", Kind.REPLICATED, {_HF + router: ("experts", "hidden")}
+            _MEGATRON + "mlp.router.weight", Kind.REPLICATED, {_HF + name: ("experts", "hidden")}
         ),
+    )
+
+
+def moe_mlp(router: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
+    """Build the rows of a mixture-of-experts MLP, whose HF names differ between families."""
+    rows = (
+        *_router(router),
         TableRow(
-            expert + "linear_fc1.weight",
+            _EXPERT + "linear_fc1.weight",
             Kind.GATE_UP,
             {_HF + gate: ("expert_ffn", "hidden"), _HF + up: ("expert_ffn", "hidden")},
         ),
-        TableRow(expert + "linear_fc2.weight", Kind.ROW, {_HF + down: ("hidden", "expert_ffn")}),
+        TableRow(_EXPERT + "linear_fc2.weight", Kind.ROW, {_HF + down: ("hidden", "expert_ffn")}),
     )
     return tuple(replace(row, layers=Layers.EXPERTS) for row in rows)
 
@@ -325,38 +334,38 @@ EXPERTS_BY_NUMBER = moe_mlp(
 
 def _stacked_experts() -> tuple[TableRow, ...]:
     """Build the rows of a router and of experts with biases, all experts in one HF tensor."""
-    expert, theirs = _MEGATRON + "mlp.experts.local_experts.{expert}.", _HF + "mlp.experts."
-    router = moe_mlp("mlp.router.weight", "", "", "")[:2]
+    theirs = _HF + "mlp.experts."
     rows = (
+        *_router("mlp.router.weight"),
         TableRow(
             _MEGATRON + "mlp.router.bias", Kind.REPLICATED, {_HF + "mlp.router.bias": ("experts",)}
         ),
         TableRow(
-            expert + "linear_fc1.weight",
+            _EXPERT + "linear_fc1.weight",
             Kind.COLUMN,
             {theirs + "gate_up_proj[{expert}]": ("expert_gate_up", "hidden")},
             is_transposed=True,
             is_interleaved=True,
         ),
         TableRow(
-            expert + "linear_fc1.bias",
+            _EXPERT + "linear_fc1.bias",
             Kind.COLUMN,
             {theirs + "gate_up_proj_bias[{expert}]": ("expert_gate_up",)},
             is_interleaved=True,
         ),
         TableRow(
-            expert + "linear_fc2.weight",
+            _EXPERT + "linear_fc2.weight",
             Kind.ROW,
             {theirs + "down_proj[{expert}]": ("hidden", "expert_ffn")},
             is_transposed=True,
         ),
         TableRow(
-            expert + "linear_fc2.bias",
+            _EXPERT + "linear_fc2.bias",
             Kind.REPLICATED,
             {theirs + "down_proj_bias[{expert}]": ("hidden",)},
         ),
     )
-    return router + tuple(replace(row, layers=Layers.EXPERTS) for row in rows)
+    return tuple(replace(row, layers=Layers.EXPERTS) for row in rows)
 
 
 STACKED_EXPERTS = _stacked_experts()

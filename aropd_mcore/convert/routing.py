@@ -65,31 +65,23 @@ def read_routing(config: JsonObject, keys: Experts, num_layers: int) -> Routing:
             "norm_topk_prob is False; expected true, since Megatron normalizes sigmoid scores"
         )
     has_shared = bool(keys.shared_ffn)
+    scaling = "routed_scaling_factor"
     return Routing(
         num_experts,
         chosen,
         config.size(keys.ffn),
         normalized,
         keys.scores,
-        _scaling(config, keys) if keys.has_groups else 1.0,
+        _decimal(config, scaling, keys.defaults.get(scaling, 1.0)) if keys.has_groups else 1.0,
         _groups(config, keys, num_experts, chosen) if keys.has_groups else None,
         math.prod(config.size(key) for key in keys.shared_ffn) if has_shared else 0,
         _dense_layers(config, keys, num_layers),
-        _glu_limit(config) if keys.has_clamped_glu else None,
+        _decimal(config, "swiglu_limit", 7.0) if keys.has_clamped_glu else None,
     )
 
 
-def _scaling(config: JsonObject, keys: Experts) -> float:
-    key = "routed_scaling_factor"
-    value = config.get(key, keys.defaults.get(key, 1.0))
-    if type(value) is not float:  # transformers refuses an integer
-        raise config.wrong(key, value, "a number with a decimal point")
-    return config.positive(key, value)
-
-
-def _glu_limit(config: JsonObject) -> float:
-    key = "swiglu_limit"
-    value = config.get(key, 7.0)
+def _decimal(config: JsonObject, key: str, default: float) -> float:
+    value = config.get(key, default)
     if type(value) is not float:  # transformers refuses an integer
         raise config.wrong(key, value, "a number with a decimal point")
     return config.positive(key, value)

@@ -127,7 +127,6 @@ class Decoder:
         self.runtime = runtime
         self._places = places
         self._caches_KBGLD = caches_KBGLD
-        self._max_length = caches_KBGLD[0].size(-2)
         self.chunks = list(model)
         """Chunks of layers of this stage: more than one with a virtual pipeline."""
         # `packed_seq`: angles of all positions, not only of this context rank's.
@@ -153,10 +152,17 @@ class Decoder:
                 length share a call of the attention kernel.
         Collectives: the model's own over tp_group, and sends of hidden states between stages.
         """
-        tokens_N = self._places.place_prompts(rows, prompts, self.runtime.device)
-        for chunk in range(len(self.chunks)):
-            self._forward(chunk, tokens_N)
-            self.send()
+        self._pass(self._places.place_prompts(rows, prompts, self.runtime.device))
+
+    def cache_next(self, rows: slice, tokens_B: Tensor, positions_B: Tensor, num_keys: int) -> None:
+        """Cache the keys and values of one token of each of the B rows, without its logits.
+
+        The stages work one after another. Arguments are those of `next_logits`.
+
+        Collectives: the model's own over tp_group, and sends of hidden states between stages.
+        """
+        self._place_next(rows, positions_B, num_keys)
+        self._pass(tokens_B)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], num_keys: int) -> None:
         """Copy the first num_keys keys and values of rows to other rows."""
@@ -184,14 +190,23 @@ class Decoder:
         Collectives: the model's own over tp_group, a send to the next stage, a receive from the
             previous one, and a gather of [B, V / tp] over the last stage's tp_group.
         """
-        num_keys = min(num_keys, self._max_length)
-        self._places.place_next(rows, positions_B, num_keys, self._caches_KBGLD[0].dtype)
+        self._place_next(rows, positions_B, num_keys)
         hidden_BH = self._forward(chunk, tokens_B)
         return _next_token_logits(self.model, self.runtime, hidden_BH)
 
     def send(self) -> None:
         """Send the hidden states of the last pass to the next stage, unless they have been sent."""
         self._exchange(None)
+
+    def _place_next(self, rows: slice, positions_B: Tensor, num_keys: int) -> None:
+        num_keys = min(num_keys, self._max_length)
+        self._places.place_next(rows, positions_B, num_keys, self._caches_KBGLD[0].dtype)
+
+    def _pass(self, tokens_N: Tensor) -> None:
+        """Pass the placed tokens through all chunks, one after another."""
+        for chunk in range(len(self.chunks)):
+            self._forward(chunk, tokens_N)
+            self.send()
 
     def _forward(self, chunk_index: int, tokens_N: Tensor) -> Tensor | None:
         """Return final hidden states [N, H] of the model's last chunk, None of other chunks.

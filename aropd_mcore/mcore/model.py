@@ -384,13 +384,14 @@ def build_model(
         copies of the embedding. Every rank must call this function.
     """
     architecture = hf if isinstance(hf, Architecture) else read_architecture(hf)
-    stages, has_experts = stages or runtime.stages, architecture.routing is not None
+    stages = stages or runtime.stages
     check_layout(
         architecture,
         tensor=runtime.tp_size,
         stages=stages,
-        expert=runtime.ep_size if has_experts else 1,
-        expert_tensor=runtime.etp_size if has_experts else 1,
+        expert=runtime.ep_size,
+        expert_tensor=runtime.etp_size,
+        can_be_dense=True,
     )
     config = model_config(
         architecture, runtime, dtype=dtype, recompute=recompute, precision=precision, stages=stages

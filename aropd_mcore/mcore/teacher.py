@@ -97,9 +97,8 @@ class Teacher:
         """
         on_host = self.config.hidden_states == "host"
         are_equal = self.config.views == "none"
-        views = [view for m in microbatches for view in (m.partial, m.full) if view is not None]
-        if are_equal:
-            views = [m.partial for m in microbatches if m.partial is not None]
+        of_each = [(m.partial,) if are_equal else (m.partial, m.full) for m in microbatches]
+        views = [view for both in of_each for view in both if view is not None]
         with self.weights_on_device():
             hidden = run_schedule(
                 list(self.model),
@@ -117,13 +116,12 @@ class Teacher:
         def take(view: ViewBatch | None) -> Tensor | None:
             return None if view is None else next(remaining)
 
-        if are_equal:
-            states = [take(m.partial) for m in microbatches]
-            return [
-                TeacherOutput(hidden_TH, None if m.full is None else hidden_TH)
-                for m, hidden_TH in zip(microbatches, states, strict=True)
-            ]
-        return [TeacherOutput(take(m.partial), take(m.full)) for m in microbatches]
+        outputs: list[TeacherOutput | None] = []
+        for m in microbatches:
+            partial_TH = take(m.partial)
+            is_same = are_equal and m.full is not None
+            outputs.append(TeacherOutput(partial_TH, partial_TH if is_same else take(m.full)))
+        return outputs
 
     @torch.no_grad()
     def follow(self) -> None:

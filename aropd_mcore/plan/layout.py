@@ -167,18 +167,15 @@ def _check_teacher(config: Config, teacher: Architecture) -> None:
 def _check_division(
     config: Config, architecture: Architecture, stages: Stages, *, can_be_dense: bool
 ) -> None:
-    """Check that the layout divides a model.
-
-    Args:
-        can_be_dense: whether a model without experts may leave the expert ranks to the other model.
-    """
-    parallel, has_ranks = config.parallel, architecture.routing is not None or not can_be_dense
+    """Check that the layout divides a model; see `check_layout`."""
+    parallel = config.parallel
     check_layout(
         architecture,
         tensor=parallel.tensor,
         stages=stages,
-        expert=parallel.expert if has_ranks else 1,
-        expert_tensor=parallel.expert_tensor if has_ranks else 1,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        can_be_dense=can_be_dense,
     )
 
 
@@ -203,26 +200,12 @@ def _num_microbatches(config: Config, data: int) -> int:
 
 def _check_experts(config: Config, architecture: Architecture) -> None:
     objective = config.objective
-    if objective.has_router_losses and not architecture.routing:
+    if objective.has_router_losses and (refusal := _without_router_losses(architecture)):
+        kind, reason = refusal
         raise ConfigError(
             f"objective.router_aux_loss_coeff {objective.router_aux_loss_coeff:g} and "
             f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
-            f"for a model without experts ({architecture.family.architecture}); set both to 0"
-        )
-    routing = architecture.routing
-    if objective.has_router_losses and routing and routing.groups and routing.scores == "softmax":
-        raise ConfigError(
-            f"objective.router_aux_loss_coeff {objective.router_aux_loss_coeff:g} and "
-            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
-            f"for a router with groups of experts ({architecture.family.architecture}), since the "
-            "losses count choices among all experts; set both to 0"
-        )
-    if objective.has_router_losses and routing and routing.scores == "sigmoid":
-        raise ConfigError(
-            f"objective.router_aux_loss_coeff {objective.router_aux_loss_coeff:g} and "
-            f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
-            f"for a router with sigmoid scores ({architecture.family.architecture}), since both "
-            "losses are defined for the softmax of its logits; set both to 0"
+            f"for {kind} ({architecture.family.architecture}){reason}; set both to 0"
         )
     if architecture.buffers and config.rollout.engine == "vllm":
         raise ConfigError(
@@ -238,6 +221,20 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
             "rollout.engine to native"
         )
     _check_sequence_parallel(config, architecture)
+
+
+def _without_router_losses(architecture: Architecture) -> tuple[str, str] | None:
+    """Return the kind of a model that has no router losses, and the reason. None if it has them."""
+    routing = architecture.routing
+    if routing is None:
+        return "a model without experts", ""
+    if routing.scores == "sigmoid":
+        reason = "both losses are defined for the softmax of its logits"
+        return "a router with sigmoid scores", f", since {reason}"
+    if routing.groups:
+        reason = "the losses count choices among all experts"
+        return "a router with groups of experts", f", since {reason}"
+    return None
 
 
 def _check_sequence_parallel(config: Config, architecture: Architecture) -> None:

@@ -107,13 +107,10 @@ class DecodeBatch:
             self._decoder.prefill(list(fill.prefills), prompts)
         elif has_prefill:
             # A forward for the experts of this rank. It writes the keys of the next step.
-            rows, decoder = self._rows, self._decoder
-            every, num_keys = slice(0, self._schedule.num_rows), self._schedule.num_keys
-            for chunk in range(len(decoder.chunks)):
-                decoder.next_logits(
-                    chunk, every, rows.last_B[every], rows.positions_B[every], num_keys
-                )
-                decoder.send()
+            rows, every = self._rows, slice(0, self._schedule.num_rows)
+            self._decoder.cache_next(
+                every, rows.last_B[every], rows.positions_B[every], self._schedule.num_keys
+            )
         if fill.copies:
             num_keys = max(len(self._prompts[fill.started[row]]) for row in fill.copies)
             self._decoder.copy(list(fill.copies.values()), list(fill.copies), num_keys)
