@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aropd_mcore.config import SamplingConfig
 from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.decode import Decoder
 from aropd_mcore.mcore.model import HiddenStateGPT, build_model
 from aropd_mcore.mcore.weights import load_hf_weights
 from aropd_mcore.rollout.engine import RolloutEngine, rollout_seed
@@ -201,6 +203,33 @@ def test_replicas_do_not_wait_for_each_other(folders, on_one_rank):
     first, second = run_ranks(own_rows_on_each_replica, 2, folders["qwen2"])
     assert_same(first, on_one_rank["qwen2"][1])
     assert_same(second, on_one_rank["qwen2"][1][2:])
+
+
+def own_rows_with_shared_experts(folder: Path, layout: Layout) -> tuple[list[Rollout], int]:
+    """Return this replica's rollouts, and how often it only computed experts for the other one."""
+    model, runtime = load(folder, layout)
+    engine = NativeEngine(model, runtime, eos_token_ids=EOS, batch_size=2)
+    rows = slice(4 * runtime.dp_rank, None)  # five prompts in three batches, one in one
+    usual, calls = Decoder.cache_next, []
+
+    def noted(*args: Any) -> None:
+        calls.append(args)
+        usual(*args)
+
+    with patch.object(Decoder, "cache_next", noted):
+        return sample(engine, PROMPTS[rows], SEEDS[rows], RANDOM), len(calls)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_replicas_that_share_experts_wait_for_each_other(tmp_path, pipeline):
+    save_tiny_model("qwen3_moe", tmp_path)
+    [expected] = run_ranks(generate_all, 1, tmp_path, [{}], JOBS[1:2])[0]
+    layout = {"expert": 2, "pipeline": pipeline}
+    on_ranks = run_ranks(own_rows_with_shared_experts, 2 * pipeline, tmp_path, layout)
+    for rank, (rollouts, num_calls) in enumerate(on_ranks):
+        is_second = rank % 2 == 1
+        assert_same(rollouts, expected[4:] if is_second else expected)
+        assert bool(num_calls) == is_second
 
 
 def model_is_left_as_it_was(folder: Path) -> None:
