@@ -491,7 +491,9 @@ def _layer_spec(
     elif architecture.has_whole_qk_norm:
         heads = {"q": architecture.num_heads, "k": architecture.num_kv_heads}
         for name, number in heads.items():
-            norm = ModuleSpec(WholeRMSNorm, params={"num_heads": number})
+            norm = ModuleSpec(
+                WholeRMSNorm, params={"num_heads": number, "tp_group": runtime.tp_group}
+            )
             setattr(attention, f"{name}_layernorm", norm)
     elif is_local and config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm

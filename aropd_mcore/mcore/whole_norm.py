@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 class WholeRMSNorm(torch.nn.Module):
@@ -30,14 +31,17 @@ class WholeRMSNorm(torch.nn.Module):
         eps: float = 1e-5,
         *,
         num_heads: int,
+        tp_group: ProcessGroup,
         **_unused: Any,
     ):
         """
         Args:
             hidden_size: size of one head.
             num_heads: number of heads of all tensor ranks.
+            tp_group: the tensor ranks.
         """
         super().__init__()
+        self.tp_group = tp_group
         self.size = num_heads * hidden_size
         self.eps = eps
         own = self.size // config.tensor_model_parallel_size
@@ -59,11 +63,12 @@ class WholeRMSNorm(torch.nn.Module):
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """Return the weight for dist_checkpointing, cut over the tensor ranks."""
-        groups = {"dp_cp_group": metadata["dp_cp_group"]} if metadata else {}
+        assert metadata is not None
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {"weight": 0},
             sharded_offsets,
-            **groups,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
         )

@@ -148,6 +148,11 @@ def require_fp8(precision: dict[str, Any]) -> None:
         pytest.skip(str(error))
 
 
+def require_transformer_engine() -> None:
+    if not torch.cuda.is_available():  # gpu_check.py --dry-run
+        pytest.skip("Transformer Engine's layers need a GPU")
+
+
 def check(actual: Steps, expected: Steps, band: float) -> None:
     assert actual.losses == pytest.approx(expected.losses, rel=band)
     assert expected.losses[0] > 0.01, "the losses are too small to compare"
@@ -167,6 +172,7 @@ def test_transformer_engine_layers_match_local_layers(root, bf16, family, method
 @BOTH
 def test_grouped_experts_match_sequential_experts(root, bf16, method, monkeypatch):
     """One grouped product for all experts and fused permutations, against a product per expert."""
+    require_transformer_engine()
     from aropd_mcore.mcore import model
 
     monkeypatch.setattr(model, "TEColumnParallelGroupedLinear", None)
@@ -180,6 +186,7 @@ def test_grouped_experts_match_sequential_experts(root, bf16, method, monkeypatc
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_add_their_weight_gradients_in_the_product(root, family):
     """Without a tensor of its own in `grad`, which is rounded to bf16 and added afterwards."""
+    require_transformer_engine()
     from aropd_mcore.mcore import runtime
     from aropd_mcore.trainer.build import build_run, start_runtime
     from aropd_mcore.trainer.step import train_step
