@@ -2,7 +2,8 @@
 # make test         lint, types, import floors, and the tests of the first tier (8 minutes on 2 cores)
 # make test-quick   tests of one process only (1 minute)
 # make test-rest    the tests that `make test` leaves out, and random examples from a new seed
-# make test-all     both
+# make test-matrix  every other model and layout, left out of CI (about an hour); before a release
+# make test-all     the three of them
 # make test-latest  the same on Python 3.12 with the newest megatron-core 0.19
 # make test-vllm    converted models and rollouts by a real vLLM, installed into .venv-vllm (3.4 GB)
 # make test-slurm   the job scripts on a real Slurm, started here (Debian packages; about 8 minutes)
@@ -31,7 +32,7 @@ PYTEST = $(BIN)/python -m pytest
 # Two workers share the cores. Tests that need a GPU run one by one.
 WORKERS = --numprocesses 2 --dist loadfile
 
-.PHONY: demo demo-compare test test-quick test-rest test-all test-latest test-vllm test-slurm test-smollm2 test-faults soak
+.PHONY: demo demo-compare test test-quick test-rest test-matrix test-all test-latest test-vllm test-slurm test-smollm2 test-faults soak
 .PHONY: bench-memory bench-step bench-save docs lint clean
 
 demo: $(VENV)/.installed
@@ -41,19 +42,23 @@ demo-compare: $(VENV)/.installed
 	$(BIN)/python examples/arithmetic/demo.py --compare
 
 test: lint
-	$(PYTEST) $(WORKERS) -m 'not gpu and not rest and not soak'
+	$(PYTEST) $(WORKERS) -m 'not (gpu or rest or matrix or soak)'
 	$(PYTEST) -m 'gpu and not rest'
 
 test-quick: $(VENV)/.installed-dev
-	$(PYTEST) $(WORKERS) -m 'not (processes or gpu or rest or slow)'
+	$(PYTEST) $(WORKERS) -m 'not (processes or gpu or rest or matrix or slow)'
 
 test-rest: $(VENV)/.installed-dev
 	@echo 'To repeat these examples: make test-rest SEED=$(SEED)'
-	$(PYTEST) --hypothesis-profile=seeded --hypothesis-seed=$(SEED) -m '(rest or seeded) and not soak'
+	$(PYTEST) --hypothesis-profile=seeded --hypothesis-seed=$(SEED) $(WORKERS) -m '(rest or seeded) and not (matrix or soak)'
+
+test-matrix: $(VENV)/.installed-dev
+	$(PYTEST) -m matrix
 
 test-all:
 	$(MAKE) test
 	$(MAKE) test-rest
+	$(MAKE) test-matrix
 
 bench-memory: $(VENV)/.installed-dev
 	$(BIN)/python tools/benchmarks/memory.py

@@ -95,9 +95,9 @@ def test_export_of_an_import_equals_the_original_bitwise(cases: list[Case], tmp_
     [
         (2, "first"),
         (4, "first"),
-        pytest.param(1, "all", marks=pytest.mark.rest),
-        pytest.param(2, "others", marks=pytest.mark.rest),
-        pytest.param(4, "others", marks=pytest.mark.rest),
+        pytest.param(1, "all", marks=pytest.mark.matrix),
+        pytest.param(2, "others", marks=pytest.mark.matrix),
+        pytest.param(4, "others", marks=pytest.mark.matrix),
     ],
 )
 def test_conversion_in_every_layout_is_bitwise(

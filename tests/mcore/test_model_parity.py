@@ -100,8 +100,8 @@ def _case(root: Path, family: str, tie: bool, prompt: torch.Tensor) -> Case:
     [
         (1, "all"),
         (4, "first"),
-        pytest.param(2, "all", marks=pytest.mark.rest),
-        pytest.param(4, "others", marks=pytest.mark.rest),
+        pytest.param(2, "all", marks=pytest.mark.matrix),
+        pytest.param(4, "others", marks=pytest.mark.matrix),
     ],
 )
 def test_model_in_every_layout_matches_transformers_and_exports_bitwise(

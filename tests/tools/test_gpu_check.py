@@ -142,7 +142,7 @@ def test_every_gpu_test_is_in_one_part(tool, tmp_path):
     assert tests and sorted(chosen) == sorted(tests)
 
 
-@pytest.mark.rest
+@pytest.mark.matrix
 @pytest.mark.timeout(3600)
 def test_dry_run_of_every_part_succeeds(tmp_path):
     """The commands, readers and reports of all parts, with tiny shapes."""

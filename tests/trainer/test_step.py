@@ -2,7 +2,7 @@
 
 A run on one rank comes first. The oracle trains on its rollouts, and the ranks of every other
 layout must sample the same rollouts. `make test` runs layouts that cover every pair of sizes.
-`make test-rest` runs all others.
+`make test-rest` runs every other case on one layout, and `make test-matrix` on all its layouts.
 
 Tolerances. The oracle is fp64 and the run fp32, so losses, metrics and gradient norms differ by
 fp32 rounding only. REPORTED is their relative tolerance. A weight's update is
@@ -659,8 +659,12 @@ def choose_first() -> list[tuple[str, Layout]]:
 FIRST = choose_first()
 
 
-def marks(*, is_first: bool) -> list[pytest.MarkDecorator]:
-    return [] if is_first else [pytest.mark.rest]
+def marks(name: str, layout: Layout) -> list[pytest.MarkDecorator]:
+    """Return the tier of a case on a layout. `make test-rest` runs every case on one layout."""
+    if (name, layout) in FIRST:
+        return []
+    is_covered = name in dict(FIRST) or layout != BY_NAME[name].layouts[0]
+    return [pytest.mark.matrix if is_covered else pytest.mark.rest]
 
 
 @dataclass(frozen=True)
@@ -902,7 +906,10 @@ def on_four_ranks(root, selected) -> Callable[[str], list[Results]]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=marks(is_first=name in dict(FIRST))) for name in BY_NAME],
+    [
+        pytest.param(name, marks=[] if name in dict(FIRST) else pytest.mark.rest)
+        for name in BY_NAME
+    ],
 )
 def test_one_rank_equals_the_oracle(on_one_rank, oracle, name):
     check(name, on_one_rank[name], oracle[name])
@@ -911,7 +918,7 @@ def test_one_rank_equals_the_oracle(on_one_rank, oracle, name):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        pytest.param(case.name, layout, marks=marks(is_first=(case.name, layout) in FIRST))
+        pytest.param(case.name, layout, marks=marks(case.name, layout))
         for case in CASES
         for layout in case.layouts
     ],
