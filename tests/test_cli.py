@@ -102,6 +102,12 @@ def test_train_with_an_invalid_config_exits_with_2_and_one_error(run, capsys, ar
     assert "Traceback" not in error
 
 
+def test_command_without_arguments_prints_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([])
+    assert "examples:" in capsys.readouterr().out
+
+
 def test_error_on_a_rank_other_than_0_names_the_rank(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2

@@ -122,12 +122,12 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line.
+    """Parse a command line. An empty one asks for help.
 
     Raises:
         UsageError: the command line is invalid.
     """
-    argv = _rename_options(argv)
+    argv = _rename_options(argv) or ["--help"]
     own, for_sbatch = argv, []
     if own[:1] == ["launch"] and "--" in own:
         place = own.index("--")
