@@ -162,9 +162,9 @@ def check(actual: Steps, expected: Steps, band: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformer_engine_layers_match_local_layers(root, bf16, family, method, monkeypatch):
     """bf16 with Transformer Engine's layers; fp32 with Megatron's local layers."""
-    from aropd_mcore.mcore import model
+    from aropd_mcore.mcore import layer_specs
 
-    monkeypatch.setattr(model, "HAVE_TE", False)
+    monkeypatch.setattr(layer_specs, "HAVE_TE", False)
     expected = bf16[family, method]
     check(take_steps(root, family, method, expected, "fp32"), expected, BF16_BAND[method])
 
@@ -173,10 +173,10 @@ def test_transformer_engine_layers_match_local_layers(root, bf16, family, method
 def test_grouped_experts_match_sequential_experts(root, bf16, method, monkeypatch):
     """One grouped product for all experts and fused permutations, against a product per expert."""
     require_transformer_engine()
-    from aropd_mcore.mcore import model
+    from aropd_mcore.mcore import layer_specs, model_config
 
-    monkeypatch.setattr(model, "TEColumnParallelGroupedLinear", None)
-    monkeypatch.setattr(model.moe_utils, "fused_permute", None)
+    monkeypatch.setattr(layer_specs, "TEColumnParallelGroupedLinear", None)
+    monkeypatch.setattr(model_config.moe_utils, "fused_permute", None)
     expected = bf16["qwen3_moe", method]
     actual = take_steps(root, "qwen3_moe", method, expected)
     check(actual, expected, BF16_BAND[method])

@@ -52,7 +52,7 @@ def test_model_config_has_the_fp8_settings_of_student_and_teacher():
     """The last layers are in bf16, and the teacher has another format."""
     from aropd_mcore.convert.architecture import read_architecture
     from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.model import model_config
+    from aropd_mcore.mcore.model_config import model_config
     from tests.conftest import REPO
 
     architecture = read_architecture(REPO / "examples" / "clusters" / "Qwen2.5-7B-Instruct")
