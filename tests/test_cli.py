@@ -89,7 +89,7 @@ def test_dry_run_prints_the_config_and_the_layout_and_starts_nothing(run, capsys
     [
         (["optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'"),
         (["model.path=nowhere"], "nowhere/config.json: cannot be read"),
-        (["parallel.tensor=3"], "tensor-parallel size 3 does not divide"),
+        (["parallel.tensor=3"], "parallel.tensor 3: expected a divisor of"),
         (["parallel.tensor=2", "--nproc-per-node", "3"], "3 processes: expected a multiple of"),
         (["training.micro_batch_size=4", "--nproc-per-node", "2"], "2 data-parallel ranks x"),
         (["--stop-before", "90"], "limits.stop_before: found '90', expected a time such as 3h55m"),

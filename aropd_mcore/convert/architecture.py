@@ -85,36 +85,34 @@ def check_layout(
         ValueError: a size does not divide the model. The message lists the sizes that do, and an
             uneven split of the layers that works.
     """
-    if can_be_dense and architecture.routing is None:
+    routing = architecture.routing
+    if can_be_dense and routing is None:
         expert = expert_tensor = 1
     cut = divided_parts(architecture)
     for part, number in cut.items():
         if number % tensor:
-            choices = _divisors(math.gcd(*cut.values()))
             raise ValueError(
-                f"tensor-parallel size {tensor} does not divide the model's {number} {part}; "
-                f"sizes that work: {choices}"
+                f"parallel.tensor {tensor}: expected a divisor of the model's {number} {part}; "
+                f"sizes that work: {_divisors(math.gcd(*cut.values()))}"
             )
     stages.chunk_layers(architecture.num_layers)
-    num_experts = architecture.routing.num_experts if architecture.routing else 1
-    if num_experts % expert:
-        divided = f"the model's {num_experts} experts" if architecture.routing else "a dense model"
-        raise ValueError(
-            f"expert-parallel size {expert} does not divide {divided}; sizes that work: "
-            f"{_divisors(num_experts)}"
-        )
     if expert_tensor > 1 and architecture.has_expert_bias:
         raise ValueError(
-            f"expert tensor-parallel size {expert_tensor} with experts that have biases: expected "
-            "1, since Megatron would add a bias once per rank"
+            f"parallel.expert_tensor {expert_tensor} with experts that have biases: expected 1, "
+            "since Megatron would add a bias once per rank; set it to 1, and use parallel.expert"
         )
-    columns = architecture.routing.ffn_hidden_size if architecture.routing else 1
-    if columns % expert_tensor:
-        divided = f"an expert's {columns} columns" if architecture.routing else "a dense model"
-        raise ValueError(
-            f"expert tensor-parallel size {expert_tensor} does not divide {divided}; sizes that "
-            f"work: {_divisors(columns)}"
-        )
+    num_experts = routing.num_experts if routing else 1
+    columns = routing.ffn_hidden_size if routing else 1
+    divided = {
+        "expert": (expert, num_experts, f"the model's {num_experts} experts"),
+        "expert_tensor": (expert_tensor, columns, f"an expert's {columns} columns"),
+    }
+    for name, (size, number, parts) in divided.items():
+        if number % size:
+            expected = f"a divisor of {parts}" if routing else "1 for a dense model"
+            raise ValueError(
+                f"parallel.{name} {size}: expected {expected}; sizes that work: {_divisors(number)}"
+            )
 
 
 def divided_parts(architecture: Architecture) -> dict[str, int]:

@@ -367,10 +367,11 @@ def _check_sizes(
     expert: int,
     expert_tensor: int,
 ) -> None:
-    sharing = expert * expert_tensor
-    replica = math.lcm(tensor * context, sharing) * pipeline
+    sharing = {"expert": expert, "expert_tensor": expert_tensor}
+    replica = math.lcm(tensor * context, expert * expert_tensor) * pipeline
     if world_size % replica:
-        experts = f" with experts sharded over {sharing} ranks" if sharing > 1 else ""
+        named = " x ".join(f"parallel.{n} {size}" for n, size in sharing.items() if size > 1)
+        experts = f" with experts sharded over {named} ranks" if named else ""
         raise ValueError(
             f"{world_size} processes cannot be split into model replicas of "
             f"parallel.tensor {tensor} x parallel.pipeline {pipeline} x parallel.context "

@@ -104,13 +104,13 @@ def plan(
             f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
             f"= {model_size}; change the number of processes or these settings"
         )
-    if world_size // parallel.pipeline % (parallel.expert * parallel.expert_tensor):
-        cut = f" x parallel.expert_tensor {parallel.expert_tensor}"
+    sharing = {"expert": parallel.expert, "expert_tensor": parallel.expert_tensor}
+    if world_size // parallel.pipeline % math.prod(sharing.values()):
+        named = " x ".join(f"parallel.{n} {size}" for n, size in sharing.items() if size > 1)
         raise ConfigError(
-            f"{world_size // parallel.pipeline} processes per pipeline stage: expected a "
-            f"multiple of parallel.expert {parallel.expert}"
-            f"{cut if parallel.expert_tensor > 1 else ''}, the ranks that share the experts; "
-            "change the number of processes or these settings"
+            f"{world_size // parallel.pipeline} processes per pipeline stage: expected a multiple "
+            f"of {named}, the ranks that share the experts; change the number of processes or "
+            f"{'these settings' if min(sharing.values()) > 1 else 'this setting'}"
         )
     data = world_size // model_size
     num_microbatches = None

@@ -533,7 +533,7 @@ def test_check_layout_refuses_sizes_that_do_not_divide_the_model():
     check_layout(architecture, tensor=4, stages=Stages(7))
     with pytest.raises(
         ValueError,
-        match=r"tensor-parallel size 8 does not divide the model's 4 key/value heads; "
+        match=r"parallel.tensor 8: expected a divisor of the model's 4 key/value heads; "
         r"sizes that work: 1, 2, 4$",
     ):
         check_layout(architecture, tensor=8)
@@ -556,19 +556,19 @@ def test_check_layout_refuses_sizes_that_do_not_divide_the_model():
     ):
         check_layout(architecture, stages=Stages(4, 3))
     with pytest.raises(
-        ValueError, match=r"expert-parallel size 2 does not divide a dense model; .*work: 1$"
+        ValueError, match=r"^parallel.expert 2: expected 1 for a dense model; .*work: 1$"
     ):
         check_layout(architecture, expert=2)
     moe = read_architecture(MIXTRAL_8X7B)
     check_layout(moe, tensor=8, stages=Stages(4, 8), expert=8)
     with pytest.raises(
         ValueError,
-        match=r"expert-parallel size 3 does not divide the model's 8 experts; .*work: 1, 2, 4, 8$",
+        match=r"^parallel.expert 3: .* divisor of the model's 8 experts; .*work: 1, 2, 4, 8$",
     ):
         check_layout(moe, expert=3)
     with pytest.raises(
-        ValueError, match=r"expert tensor-parallel size 3 does not divide an expert's 14336 columns"
+        ValueError, match=r"^parallel.expert_tensor 3: .* divisor of an expert's 14336 columns"
     ):
         check_layout(moe, expert_tensor=3)
-    with pytest.raises(ValueError, match=r"tensor-parallel size 2 does not divide a dense model"):
+    with pytest.raises(ValueError, match=r"^parallel.expert_tensor 2: expected 1 for a dense"):
         check_layout(architecture, expert_tensor=2)

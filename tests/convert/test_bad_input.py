@@ -293,16 +293,16 @@ def test_pickles_that_would_run_code_are_refused(in_zip, hf, tmp_path, refused):
         (
             "qwen2",
             ("--tensor", 3),
-            "tensor-parallel size 3 does not divide the model's 4 key/value",
+            "parallel.tensor 3: expected a divisor of the model's 4 key/value",
         ),
         ("qwen2", ("--tensor", 8), "4 key/value heads; sizes that work: 1, 2, 4"),
         ("qwen2", ("--pipeline", 3), "pipeline-parallel size 3 does not divide the model's 4"),
         ("qwen2", ("--pipeline", 2, "--virtual-pipeline", 3), "3 chunks on each stage does not"),
-        ("qwen2", ("--expert", 2), "expert-parallel size 2 does not divide a dense model; sizes"),
+        ("qwen2", ("--expert", 2), "parallel.expert 2: expected 1 for a dense model; sizes"),
         (
             "mixtral",
             ("--expert", 3),
-            "does not divide the model's 4 experts; sizes that work: 1, 2",
+            "expected a divisor of the model's 4 experts; sizes that work: 1, 2",
         ),
     ],
 )

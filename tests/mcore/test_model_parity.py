@@ -277,7 +277,8 @@ def _check_sizes() -> None:
 
     for sizes, message in (
         ({"tensor": 2, "pipeline": 2}, "2 processes cannot be .* start a multiple of 4 processes$"),
-        ({"tensor": 2, "expert": 3}, "tensor 2 .* experts sharded over 3 ranks; .* multiple of 6 "),
+        ({"tensor": 2, "expert": 3}, "tensor 2 .* sharded over parallel.expert 3 ranks; .* of 6 "),
+        ({"expert_tensor": 4}, "experts sharded over parallel.expert_tensor 4 ranks; .* of 4 "),
         ({"pipeline": 2, "expert": 2}, "start a multiple of 4 processes$"),
         ({"virtual_pipeline": 2}, "parallel.virtual_pipeline 2 with parallel.pipeline 1: expected"),
         ({"sequence_parallel": True}, "parallel.sequence true with parallel.tensor 1: expected"),
@@ -292,7 +293,7 @@ def _check_errors(folder: Path) -> None:
     from aropd_mcore.mcore.weights import load_hf_weights
 
     rt = runtime.start(tensor=2)
-    with pytest.raises(ValueError, match="size 2 does not divide the model's 3 key/value heads"):
+    with pytest.raises(ValueError, match=r"^parallel.tensor 2: .* the model's 3 key"):
         build_model(folder / "odd", rt, dtype=torch.float32)
     model = build_model(folder / "other", rt, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"odd/config\.json describes another model"):

@@ -232,7 +232,7 @@ def test_sweep_omits_columns_of_ones(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["parallel.tensor=8"], "tensor-parallel size 8 does not divide the model's 4 key/value"),
+        (["parallel.tensor=8"], "parallel.tensor 8: expected a divisor of the model's 4 key/value"),
         (["--gpus", "5"], "5 processes: expected a multiple of parallel.tensor 2"),
         (["parallel.tensr=8"], "did you mean 'tensor'?"),
         (["model.path=nowhere"], "nowhere/config.json: cannot be read"),

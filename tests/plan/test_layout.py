@@ -49,7 +49,7 @@ def test_plan_of_experts_with_tensor_but_not_sequence_parallelism_is_refused(tmp
 
 def test_plan_of_experts_with_biases_over_expert_tensor_ranks_or_vllm_is_refused(tmp_path: Path):
     plan(config(tmp_path, "gpt_oss", parallel={"expert": 2, "context": 2}), 2)
-    with pytest.raises(ValueError, match="expert tensor-parallel size 2 with experts that have"):
+    with pytest.raises(ValueError, match=r"^parallel.expert_tensor 2 with experts that have"):
         plan(config(tmp_path, "gpt_oss", parallel={"expert_tensor": 2}), 2)
     with pytest.raises(ConfigError, match=r"rollout.engine vllm: expected native for GptOss"):
         plan(config(tmp_path, "gpt_oss", rollout={"engine": "vllm"}), 1)
@@ -74,11 +74,15 @@ def test_plan_of_router_losses_without_routers_is_refused(tmp_path: Path):
         ),
         (
             {"parallel": {"expert": 4}},
-            r"^2 processes per pipeline stage: expected a multiple of parallel.expert 4",
+            r"^2 processes per pipeline stage: expected a multiple of parallel.expert 4, the",
         ),
         (
             {"parallel": {"expert": 2, "expert_tensor": 2}},
             r"expected a multiple of parallel.expert 2 x parallel.expert_tensor 2, the ranks",
+        ),
+        (
+            {"parallel": {"expert_tensor": 4}},
+            r"a multiple of parallel.expert_tensor 4, .* the number of processes or this setting$",
         ),
         (
             {"training": {"packing": True, "max_tokens_per_microbatch": 140}},
@@ -93,7 +97,7 @@ def test_plan_of_router_losses_without_routers_is_refused(tmp_path: Path):
             r"parallel.expert_tensor 1 = 40: expected a multiple of 16 .* FP8 \(.*tensorwise",
         ),
     ],
-    ids=["virtual pipeline", "experts", "cut experts", "packing", "KV cache", "fp8"],
+    ids=["virtual pipeline", "experts", "both", "cut experts", "packing", "KV cache", "fp8"],
 )
 def test_plan_refuses_sizes_that_do_not_divide(tmp_path: Path, sections, message):
     world_size = 2

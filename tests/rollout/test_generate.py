@@ -304,8 +304,8 @@ def test_generate_command_starts_the_ranks_of_a_layout(folder, tmp_path):
         (["--temperature", "-1"], "aropd generate: temperature: Input should be greater than or"),
         (["--max-response-tokens", "512"], "512 leaves no room for a prompt: the model has 512"),
         (["--kv-cache-tokens", "9"], "leaves no room for a prompt: the model has 512 positions, k"),
-        (["--tensor", "3"], "tensor-parallel size 3 does not divide"),
-        (["--expert", "2"], "expert-parallel size 2 does not divide a dense model"),
+        (["--tensor", "3"], "parallel.tensor 3: expected a divisor of"),
+        (["--expert", "2"], "parallel.expert 2: expected 1 for a dense model"),
         (["--tensor", "2", "--nproc-per-node", "3"], "3 processes: expected a multiple of 2"),
     ],
 )

@@ -56,7 +56,7 @@ def test_launch_passes_options_and_variables_to_sbatch(run, sbatch, capsys):
     ("words", "message"),
     [
         (["training.num_stepz=3"], "did you mean 'num_steps'?"),
-        (["parallel.tensor=3"], "tensor-parallel size 3 does not divide"),
+        (["parallel.tensor=3"], "parallel.tensor 3: expected a divisor of"),
         (["--nodes", "2", "--vllm-nodes", "2"], "--vllm-nodes 2: expected 0 to 1 of 2 nodes"),
     ],
 )

@@ -219,11 +219,11 @@ def test_plan_refuses_a_teacher_that_the_layout_does_not_divide(path, tmp_path):
     write_model(tmp_path / "short", "llama", max_position_embeddings=100)
     write_model(tmp_path / "moe", "qwen3_moe")
     for name, more, message in (
-        ("odd", [], r"teacher.path .*odd, in the layout .*: tensor-parallel size 2 does not"),
+        ("odd", [], r"teacher.path .*odd, in the layout .*: parallel.tensor 2: expected a div"),
         ("short", [], r"teacher.path .*short, .* 144 tokens: expected at most 100"),
         ("moe", [], r"teacher.path .*moe, .*parallel.tensor 2 without sequence parallelism"),
         ("other", ["parallel.pipeline=4"], r"teacher.path .*: pipeline-parallel size 4 does not"),
-        ("other", ["parallel.expert=2"], r"^expert-parallel size 2 does not divide a dense model"),
+        ("other", ["parallel.expert=2"], r"^parallel.expert 2: expected 1 for a dense model"),
     ):
         folder = path.parent if name == "other" else tmp_path
         with pytest.raises(ValueError, match=message):
