@@ -62,25 +62,6 @@ def sync_seconds(setup: Setup, cost: SyncCost, rates: Rates) -> float:
     return seconds + gathered / _bandwidth(setup, span, rates) + calls * rates.sync_call_seconds
 
 
-def tensor_by_tensor(setup: Setup) -> SyncCost:
-    """Count a sync in which rank 0 gets and hands over one HF tensor after another."""
-    gathers, from_experts, tensors = [], [], []
-    for stage in range(setup.pipeline):
-        weights = _stage(setup, stage)
-        dense = [w for w in weights if w.expert is None and w.kind.split_dim is not None]
-        own = [w for w in weights if w.expert is not None and _expert_rank(setup, w) == 0]
-        others = [w for w in weights if w.expert is not None and _expert_rank(setup, w)]
-        gathers.append((setup.tensor > 1) * _count_tensors(dense))
-        gathers[-1] += (setup.expert_tensor > 1) * _count_tensors(own)
-        from_experts.append(_count_tensors(others))
-        tensors.append(_count_tensors(weights))
-    # The first rank of a stage gets the experts and passes everything on. Rank 0 gets it.
-    passed_on = map(sum, zip(from_experts[1:], tensors[1:], strict=True))
-    sends = max(from_experts[0] + sum(tensors[1:]), *passed_on, 0)
-    num_bytes = count_elements(stored_weights(setup.architecture)) * setup.dtype_bytes
-    return SyncCost(num_bytes, num_bytes, 1, max(gathers), sends, sum(tensors))
-
-
 def _files(setup: Setup, limit: int) -> SyncCost:
     width, replicas = setup.dtype_bytes, setup.data * setup.context
     loads: list[int] = []

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from aropd_mcore.config_file import load_config
 from aropd_mcore.mcore import average, runtime
 from aropd_mcore.mcore.checkpoint import state
-from aropd_mcore.mcore.weights import iter_hf_tensors
 from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import train_step
+from tests.support.gathered import iter_hf_tensors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_model, write_run
 

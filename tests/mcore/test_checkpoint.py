@@ -33,11 +33,11 @@ from aropd_mcore.convert.verify import verify
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.checkpoint import directory, state, writer
 from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.mcore.weights import export_model
 from aropd_mcore.rollout.native import NativeEngine
 from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import Run, StepResult, train_step
 from aropd_mcore.types import Rollout
+from tests.support.gathered import export_model
 from tests.support.ranks import run_ranks
 from tests.support.rollouts import ReplaySource, sample
 from tests.support.tiny_runs import write_model, write_run

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from aropd_mcore.config_file import load_config
 from aropd_mcore.mcore import runtime
 from aropd_mcore.mcore.checkpoint import state
-from aropd_mcore.mcore.weights import iter_hf_tensors
 from aropd_mcore.trainer.build import build_run, start_runtime
 from aropd_mcore.trainer.step import Run, train_step
+from tests.support.gathered import iter_hf_tensors
 from tests.support.grouped_linear import GroupedLinear, grouped_experts
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_model, write_run

@@ -152,7 +152,7 @@ def _export_name(layout: Layout, case: Case) -> str:
 def _compute_and_export(selected: dict[Layout, list[Case]], out: Path) -> dict[tuple, torch.Tensor]:
     """Compute logits of the selected models in each layout, and export the models."""
     from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.weights import export_model
+    from tests.support.gathered import export_model
 
     results = {}
     for layout, cases in selected.items():
@@ -193,39 +193,6 @@ def _single_rank_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
 
     rt = runtime.start()
     return _logits(_load(folder, rt), tokens_BS, rt)
-
-
-def test_export_supports_other_dtypes_several_files_and_replaced_values(tmp_path: Path):
-    """bf16 from several files and back, fp32 from bf16, and `values` instead of the weights."""
-    source = save_tiny_model(
-        "qwen2", tmp_path / "source", dtype=torch.bfloat16, max_shard_size="100KB"
-    )
-    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3
-    run_ranks(_export_variants, 4, tmp_path)
-
-    _assert_bitwise(tmp_path / "bf16", tmp_path / "source")
-    for name, factor in (("fp32", 1), ("doubled", 2)):
-        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert exported.dtype == torch.float32, "config.json must state the dtype of the files"
-        for key, tensor in source.state_dict().items():
-            assert torch.equal(exported.state_dict()[key], factor * tensor.float()), key
-
-
-def _export_variants(folder: Path) -> None:
-    from aropd_mcore.convert.architecture import CheckpointError
-    from aropd_mcore.mcore import runtime
-    from aropd_mcore.mcore.weights import export_model
-
-    rt = runtime.start(tensor=2, pipeline=2)
-    source = folder / "source"
-    model = _load(source, rt, torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    export_model(model, source, folder / "bf16", rt)
-    export_model(model, source, folder / "fp32", rt, dtype=torch.float32)
-    doubled = {name: 2 * p.detach().float() for name, p in model.named_parameters()}
-    export_model(model, source, folder / "doubled", rt, dtype=torch.float32, values=doubled)
-    with pytest.raises(CheckpointError, match="bf16: exists already"):
-        export_model(model, source, folder / "bf16", rt)
 
 
 def test_model_with_padded_vocabulary_decodes_with_a_cache(tmp_path: Path):

@@ -5,7 +5,6 @@ The servers are fakes in the test's process. They sample by a formula and score 
 
 import os
 import signal
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -279,44 +278,6 @@ def check_refusal(path: Path) -> None:
     config = load_config(path, ["rollout.vllm.sync=nccl"])
     with pytest.raises(ConfigError, match=r"rollout\.vllm\.sync: found nccl"):
         build_run(config, start_runtime(config))
-
-
-def test_gather_hf_holds_at_most_two_tensors(tmp_path):
-    write_model(tmp_path)
-    run_ranks(check_gather, 4, tmp_path)
-
-
-def check_gather(folder: Path) -> None:
-    from aropd_mcore.convert.hf_io import HFWeights
-    from aropd_mcore.mcore import runtime as mcore_runtime
-    from aropd_mcore.mcore.model import build_model
-    from aropd_mcore.mcore.weights import gather_hf, load_hf_weights
-
-    runtime = mcore_runtime.start(tensor=2, pipeline=2)
-    model = build_model(folder, runtime, dtype=torch.float32)
-    load_hf_weights(model, folder, runtime)
-    original = HFWeights(folder)
-    alive: list[weakref.ref[torch.Tensor]] = []
-    names = []
-
-    def consume(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        assert runtime.rank == 0
-        for name, tensor in tensors:
-            assert torch.equal(tensor, original.read(name))
-            names.append(name)
-            alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(tensor)]
-            assert len(alive) <= 2  # this tensor and the one before
-
-    gather_hf(model, runtime, consume)
-    assert runtime.rank or names == list(model.architecture.hf_shapes)
-
-    def fail(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        next(tensors)
-        raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="the disk is full"):  # on every rank
-        gather_hf(model, runtime, fail)
-    gather_hf(model, runtime, consume)  # the ranks are in step
 
 
 @pytest.mark.rest

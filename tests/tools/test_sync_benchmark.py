@@ -22,4 +22,4 @@ def test_sync_counts_of_ranks_equal_the_planned_ones():
     assert done.returncode == 0, done.stderr
     rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
     paths = [row[1].strip() for row in rows]
-    assert paths.count("before") == paths.count("disk") == paths.count("nccl") == 7
+    assert paths.count("disk") == paths.count("nccl") == 7

@@ -805,7 +805,7 @@ def check_views(score, case: Case):
 
 
 def hf_tensors(model, rt) -> dict[str, Tensor] | None:
-    from aropd_mcore.mcore.weights import iter_hf_tensors
+    from tests.support.gathered import iter_hf_tensors
 
     tensors = {
         name: tensor.clone() for name, tensor in iter_hf_tensors(model, rt) if tensor is not None

@@ -23,7 +23,7 @@ from rich.table import Table
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.rates import FASTEST, SLOWEST
 from aropd_mcore.plan.setup import Setup
-from aropd_mcore.plan.sync import sync_cost, sync_seconds, tensor_by_tensor
+from aropd_mcore.plan.sync import sync_cost, sync_seconds
 
 EXPERTS = DENSE | {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -81,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder, layout in LARGE:
         setup = Setup(read_architecture(CLUSTERS / folder), **layout)
         name = f"{folder}, {_text(layout)}"
-        _add_row(table, name, "before", vars(tensor_by_tensor(setup)))
         for path in ("disk", "nccl"):
             cost = sync_cost(setup, path)
             low, high = (sync_seconds(setup, cost, rates) for rates in (FASTEST, SLOWEST))
@@ -120,7 +119,6 @@ def count_on_rank(
     from aropd_mcore.mcore import runtime as mcore_runtime
     from aropd_mcore.mcore import weight_buckets
     from aropd_mcore.mcore.model import build_model
-    from aropd_mcore.mcore.weights import gather_hf
     from aropd_mcore.rollout.vllm_nccl import packed
 
     runtime = mcore_runtime.start(**layout)
@@ -129,15 +127,6 @@ def count_on_rank(
     buckets = weight_buckets.WeightBuckets(model, runtime)
     figures: dict[str, dict[str, int]] = {}
 
-    with _counted() as calls:
-
-        def consume(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-            for _, tensor in tensors:
-                calls["bytes"] += tensor.nbytes
-                calls["broadcasts"] += 1
-
-        gather_hf(model, runtime, consume)
-    figures["before"] = dict(calls)
     with _counted() as calls:
         for bucket in buckets.written():
             flat = buckets.gather(bucket)
@@ -192,7 +181,6 @@ def _check(
     data = num_ranks // (sizes["tensor"] * sizes["pipeline"])
     setup = Setup(read_architecture(hf), **sizes, data=data, dtype_bytes=4)
     costs = {
-        "before": tensor_by_tensor(setup),
         "disk": sync_cost(setup, "disk", limit=bucket_bytes),
         "nccl": sync_cost(setup, "nccl", limit=bucket_bytes),
     }
