@@ -1,14 +1,18 @@
-"""HF folders of any size with Llama's names and random bits, written fast, without transformers."""
+"""HF folders of any size with random bits, written fast, without a model in memory."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from aropd_mcore.convert.architecture import read_architecture
+from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.convert.hf_write import SafetensorsWriter
+from aropd_mcore.convert.mxfp4 import packed_shapes
 from aropd_mcore.convert.tensor_bytes import TensorInfo
+from tests.support.tiny_models import FAMILIES, tiny_config
 
 
 def write_llama(
@@ -80,3 +84,54 @@ def _lengthen(path: Path) -> None:
     end = max(entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry)
     with path.open("r+b") as file:
         file.truncate(len(content) + end)
+
+
+def write_fp8(folder: Path, **sizes: int) -> int:
+    """Write a DeepSeek-V3 model with FP8 weights and a scale per block of 128 x 128.
+
+    Args:
+        sizes: keys of config.json that replace those of the tiny model.
+    Returns:
+        The size of the weights in bytes after dequantization to bf16.
+    """
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    architecture = _write_config(folder, "deepseek_v3", quantization, sizes)
+    tensors: dict[str, Tensor] = {}
+    for name, info in architecture.hf_infos(torch.bfloat16).items():
+        if len(info.shape) < 2 or name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensors[name] = torch.randn(info.shape).to(info.dtype)
+            continue
+        positive = torch.randint(0, 0x7F, info.shape, dtype=torch.uint8)  # no NaN
+        tensors[name] = positive.view(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand([-(-size // 128) for size in info.shape])
+    save_file(tensors, folder / "model.safetensors")
+    return 2 * architecture.num_parameters
+
+
+def write_mxfp4(folder: Path, **sizes: int) -> int:
+    """Write a gpt-oss model with experts in mxfp4. Arguments and result are those of write_fp8."""
+    architecture = _write_config(folder, "gpt_oss", {"quant_method": "mxfp4"}, sizes)
+    shapes = packed_shapes(architecture.file_shapes, architecture.elements.values(), folder)
+    tensors = {}
+    for name, shape in shapes.items():
+        if name.endswith("_blocks"):
+            tensors[name] = torch.randint(0, 256, shape, dtype=torch.uint8)
+        elif name.endswith("_scales"):
+            tensors[name] = torch.randint(117, 126, shape, dtype=torch.uint8)
+        else:
+            tensors[name] = torch.randn(shape).bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    return 2 * architecture.num_parameters
+
+
+def _write_config(
+    folder: Path, family: str, quantization: dict[str, Any], sizes: dict[str, int]
+) -> Architecture:
+    config = tiny_config(family, **sizes).to_dict()
+    config |= {
+        "architectures": [FAMILIES[family][1].__name__],
+        "quantization_config": quantization,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_architecture(config)
