@@ -439,6 +439,7 @@ def test_every_registered_family_has_a_tiny_model():
         ({**DEEPSEEK_V3, "attention_bias": True}, "attention_bias is True; only False is supp"),
         ({**DEEPSEEK_V3, "num_key_value_heads": 64}, "num_key_value_heads is 64; expected num_att"),
         ({**DEEPSEEK_V3, "head_dim": 128}, "head_dim is 128; expected 64 by qk_rope_head_dim"),
+        ({**DEEPSEEK_V3, "qk_rope_head_dim": 63}, "qk_rope_head_dim is 63; expected an even"),
         (
             {**DEEPSEEK_V2, "norm_topk_prob": True},
             "norm_topk_prob is True; only False is supported",

@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from aropd_mcore.convert.architecture import CheckpointError
+from aropd_mcore.convert.dequantize import dequantize
 from aropd_mcore.convert.hf_io import INDEX
 from aropd_mcore.convert.import_export import export_hf, import_hf
 from aropd_mcore.convert.mapping import Kind
 from aropd_mcore.convert.source import HFSource, MegatronSource
+from aropd_mcore.convert.tensor_bytes import Buffer
 from aropd_mcore.convert.verify import verify
 from tests.support.tiny_models import save_tiny_model
 
@@ -123,6 +125,17 @@ def test_a_rank_reads_its_shard_in_bf16(folders: tuple[Path, Path]):
             assert torch.equal(shard, plain.shard(weight, 4, rank)), weight.name
         kinds.add(weight.kind)
     assert kinds == {Kind.VOCAB, Kind.REPLICATED, Kind.COLUMN, Kind.ROW, Kind.GATE_UP}
+
+
+def test_blocks_need_not_be_square():
+    """Parts of a weight that begin and end inside of blocks of 3 rows and 4 columns."""
+    torch.manual_seed(0)
+    values, scales = torch.randn(8, 10).to(FP8), torch.rand(3, 3)
+    whole = scales.repeat_interleave(3, 0)[:8].repeat_interleave(4, 1)[:, :10] * values.float()
+    for top, bottom, left, right in ((0, 8, 0, 10), (2, 7, 0, 10), (0, 8, 3, 9)):
+        part = values[top:bottom, left:right]
+        actual = dequantize(part, scales, (top, left), (3, 4), Buffer())
+        assert torch.equal(actual, whole[top:bottom, left:right].bfloat16())
 
 
 @pytest.mark.parametrize(
