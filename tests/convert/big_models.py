@@ -130,6 +130,7 @@ def _write_config(
     config = tiny_config(family, **sizes).to_dict()
     config |= {
         "architectures": [FAMILIES[family][1].__name__],
+        "dtype": "bfloat16",
         "quantization_config": quantization,
     }
     folder.mkdir()
