@@ -127,7 +127,7 @@ def changed(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
             yield last, "removed" if value == "removed" else f"set to {value!r:.40}", copy
 
 
-@pytest.mark.rest
+@pytest.mark.matrix
 def test_a_removed_null_or_nonsense_key_is_refused_or_read_as_in_transformers(
     tmp_path: Path, facts_of_transformers
 ):

@@ -40,7 +40,7 @@ def path(tmp_path_factory) -> Path:
 
 @pytest.mark.timeout(3600)
 def test_killed_run_equals_the_uninterrupted_run(path):
-    num_kills = int(os.environ.get("AROPD_KILLS", "3"))
+    num_kills = int(os.environ.get("AROPD_KILLS", "1"))
     seed = int(os.environ.get("AROPD_KILL_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
     draw = random.Random(seed)
     print(f"\nAROPD_KILL_SEED={seed}: {num_kills} kills")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import REPO
 
-pytestmark = pytest.mark.rest
+pytestmark = pytest.mark.matrix
 
 TINY = ["views.max_prompt_tokens=12", "rollout.max_response_tokens=6"]
 METHODS = {"AR-OPD", "AR-OPD, no metrics", "Full OPD, one view", "SFT"}

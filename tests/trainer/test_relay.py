@@ -29,8 +29,6 @@ from tests.trainer.test_step import (
     take,
 )
 
-pytestmark = pytest.mark.rest
-
 
 def order_far_apart(layouts: list[Layout]) -> list[Layout]:
     """Order the layouts as a ring: the next one differs from the previous one in the most sizes."""
@@ -112,7 +110,14 @@ def run_uninterrupted(root: Path, case: Case) -> list[RankSteps]:
     return [take(run, range(step, step + 1)) for step in range(case.num_steps)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.rest if case is CASES[0] else pytest.mark.matrix)
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+)
 def test_run_resumed_in_every_layout_equals_one_rank(case, tmp_path):
     write_rows(tmp_path / "rows.jsonl")
     case.write_model(tmp_path)

@@ -906,10 +906,7 @@ def on_four_ranks(root, selected) -> Callable[[str], list[Results]]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in dict(FIRST) else pytest.mark.rest)
-        for name in BY_NAME
-    ],
+    [pytest.param(name, marks=[] if name in dict(FIRST) else pytest.mark.rest) for name in BY_NAME],
 )
 def test_one_rank_equals_the_oracle(on_one_rank, oracle, name):
     check(name, on_one_rank[name], oracle[name])
