@@ -9,10 +9,12 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationInfo,
     WrapValidator,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -114,6 +116,11 @@ def _by_type(kind: Any, its_type: Any, other_type: Any) -> WrapValidator:
 def teacher_task(task: str, view: View) -> str:
     """Return the name of a validation task that the teacher answers under a view."""
     return f"{task}_{'teacher' if view == 'student' else view}"
+
+
+def teacher_section(name: str) -> str:
+    """Return the section of a teacher: `teacher` for the empty name, or `teachers.NAME`."""
+    return f"teachers.{name}" if name else "teacher"
 
 
 class Section(BaseModel):
@@ -712,6 +719,27 @@ class TeacherConfig(Section):
         return self
 
 
+class NamedTeacherConfig(TeacherConfig):
+    """One of several teachers, with the settings of section `teacher`."""
+
+    kind: Literal["ema", "frozen", "live", "model"] = "model"
+    """Source of the teacher's weights: `model`, as in teacher.kind. The folder of the student's
+    model, model.path, gives a frozen teacher."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "NamedTeacherConfig":
+        if self.kind != "model":
+            raise ValueError(
+                f"kind {self.kind}: expected model for one of several teachers; remove kind and "
+                "set path to the teacher's folder. The folder in model.path gives the weights "
+                "that training starts from"
+            )
+        return self
+
+
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -973,6 +1001,11 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teachers: dict[TeacherName, NamedTeacherConfig] = {}
+    """Several teachers by name, instead of section `teacher`: {NAME: {path: FOLDER}}. The key
+    `teacher` of each row names the teacher that scores its responses. The other settings of a
+    teacher are those of section `teacher`, with kind `model`. All have the same `views`. Empty: one
+    teacher, in section `teacher`."""
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -1018,16 +1051,36 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_teachers(self) -> "Config":
+        if self.teachers and "teacher" in self.model_fields_set:
+            raise ValueError(
+                f"teacher and teachers ({', '.join(self.teachers)}): expected one of the two "
+                "sections; move the settings of teacher to each entry of teachers, or remove one "
+                "section"
+            )
+        by_views = {teacher.views: name for name, teacher in self.teachers.items()}
+        if len(by_views) > 1:
+            shown = " and ".join(f"teachers.{name}.views {v}" for v, name in by_views.items())
+            raise ValueError(f"{shown}: expected the same views for every teacher; change one")
+        if self.teachers and self.validation.teacher_views:
+            raise ValueError(
+                f"validation.teacher_views with teachers ({', '.join(self.teachers)}): expected "
+                "no teacher_views, since only a single teacher answers problems; remove them, and "
+                "use `aropd eval` on each teacher's folder"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_teacher_model(self) -> "Config":
         scale, precision = self.objective.residual_scale, self.precision.for_teacher
-        if self.teacher.views == "none" and scale != 0:
+        if not self.has_privileged_views and scale != 0:
             raise ValueError(
                 f"objective.residual_scale {scale:g} and teacher.views none: expected "
                 "residual_scale 0, since both views are the student's prompt and their residual is "
                 "zero; set it to 0, or teacher.views to privileged"
             )
         has_statistics = precision.fp8 is not None and precision.fp8_recipe == "delayed"
-        if self.teacher.kind == "model" and has_statistics:
+        if (self.teachers or self.teacher.kind == "model") and has_statistics:
             raise ValueError(
                 "precision.fp8_recipe delayed and teacher.kind model: expected another recipe, "
                 "since a resumed run needs the statistics of `delayed`, and checkpoints contain "
@@ -1060,16 +1113,43 @@ class Config(Section):
             )
         return self
 
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the section `teacher` that `teachers` replaces."""
+        tree = dump(self)
+        if self.teachers:
+            tree.pop("teacher", None)
+        return tree
+
     @property
-    def has_teacher_model(self) -> bool:
-        """Whether the run loads a teacher from teacher.path."""
-        return self.teacher.kind == "model" and self.objective.name == "aropd"
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """The run's teachers by name. The teacher of section `teacher` has the empty name. Empty
+        for `sft`."""
+        if self.objective.name == "sft":
+            return {}
+        return {**self.teachers} if self.teachers else {"": self.teacher}
+
+    @property
+    def teacher_models(self) -> dict[str, TeacherConfig]:
+        """The teachers of kind `model` by name."""
+        return {name: t for name, t in self.named_teachers.items() if t.kind == "model"}
+
+    @property
+    def row_teachers(self) -> tuple[str, ...]:
+        """Names that the key `teacher` of a row may have. Empty: the key is ignored."""
+        return tuple(name for name in self.named_teachers if name)
+
+    @property
+    def has_privileged_views(self) -> bool:
+        """Whether the teachers' views show more than the student's prompt."""
+        teachers = self.teachers.values() if self.teachers else [self.teacher]
+        return all(teacher.views == "privileged" for teacher in teachers)
 
     @property
     def scored_views(self) -> tuple[PrivilegedView, ...]:
         """Views of the objective that the teacher scores: one, if they are one prompt."""
         views = self.objective.views
-        return views[:1] if self.teacher.views == "none" else views
+        return views if self.has_privileged_views else views[:1]
 
     @property
     def validation_tasks(self) -> list[str]:

@@ -177,7 +177,8 @@ def _shortened(text: str) -> str:
 def _known_keys(sections: tuple) -> list[str]:
     model: Any = Config
     for name in sections:
-        if isinstance(name, str):  # not the number of a list's entry
+        # Other parts are numbers of a list's entries, and names of a mapping's.
+        if name in model.model_fields:
             model = _section_in(model.model_fields[name].annotation)
     return list(model.model_fields)
 

@@ -27,6 +27,10 @@ class Row:
     id: str = ""
     origin: str = ""
     """Source of the row, as `file:line`, for error messages."""
+    teacher: str = ""
+    """Name of the teacher that scores the row's responses. Empty unless the run has `teachers`."""
+    domain: str = ""
+    """Domain for metrics by domain. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ class Sample:
     """Length of the thinking span (data.spans), with which the response begins."""
     index: int = 0
     """Index in the global batch."""
+    teacher: str = ""
+    """Name of the teacher (Row.teacher)."""
+    groups: tuple[int, ...] = ()
+    """Indices of the sample's groups, by which metrics are reported (numerics.group_metrics)."""
 
 
 class ViewBatch(NamedTuple):
@@ -106,7 +114,7 @@ class ViewBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Microbatch:
-    """B samples under three views, and the T response tokens that the loss counts.
+    """B samples of one teacher under three views, and the T response tokens that the loss counts.
 
     The T tokens have the same (sample, response offset) order in every view. Row t of the student,
     partial-view and full-view hidden states therefore belongs to the same token.
@@ -135,6 +143,11 @@ class Microbatch:
     engine_logprobs_T: Tensor | None = None
     """fp32 [T]: log-probs of the tokens under the sampling weights, for importance weights. None
     if they are not used."""
+    teacher: str = ""
+    """Name of the teacher of all samples (Row.teacher)."""
+    is_in_group_BG: Tensor | None = None
+    """bool [B, G]: whether each sample is in each of G groups (Sample.groups). None without
+    groups."""
 
     @property
     def num_samples(self) -> int:
@@ -144,7 +157,7 @@ class Microbatch:
     def to(self, device: torch.device) -> "Microbatch":
         """Return the same microbatch with every tensor on `device`."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: part.to(device) for name, part in parts.items() if part is not None}
+        moved = {n: p.to(device) for n, p in parts.items() if isinstance(p, Tensor | ViewBatch)}
         return replace(self, **moved)
 
 

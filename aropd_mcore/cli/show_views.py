@@ -76,6 +76,6 @@ def _run(args: argparse.Namespace) -> None:
     builder = ViewBuilder(
         load_tokenizer(config.model.path if config else args.model),
         views,
-        is_privileged=config is None or config.teacher.views == "privileged",
+        is_privileged=config is None or config.has_privileged_views,
     )
     Console().print(render_views(builder, rows[args.row]))

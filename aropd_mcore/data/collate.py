@@ -26,6 +26,8 @@ def collate(
     views: Sequence[PrivilegedView] = ("partial", "full"),
     with_padding: bool = False,
     with_logprobs: bool = False,
+    teacher: str = "",
+    num_groups: int = 0,
 ) -> list[Microbatch]:
     """Append each response to the three prompts of its row, and build the microbatches.
 
@@ -47,6 +49,8 @@ def collate(
         views: privileged views to build. The microbatch's other views are None.
         with_padding: set padding_BS of the student view.
         with_logprobs: keep the log-probs under the sampling weights.
+        teacher: name of the teacher of all samples.
+        num_groups: number of groups of samples that metrics are reported for (Sample.groups).
 
     Returns:
         Microbatches of CPU tensors. T is 0 if no sample has loss tokens.
@@ -97,6 +101,8 @@ def collate(
             is_end_T=finished_B[sample_T] & (offset_T == lengths_B[sample_T] - 1),
             batch_index_B=torch.tensor([sample.index for sample in members]),
             engine_logprobs_T=logprobs_T,
+            teacher=teacher,
+            is_in_group_BG=_membership(members, num_groups) if num_groups else None,
         )
 
     return [microbatch([samples[i] for i in group] or [filler]) for group in groups]
@@ -106,6 +112,11 @@ def _pad(sequences: Sequence[tuple[int, ...]], pad_token_id: int, multiple: int)
     rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
     tokens_BS = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
     return functional.pad(tokens_BS, (0, -tokens_BS.size(1) % multiple), value=pad_token_id)
+
+
+def _membership(members: Sequence[Sample], num_groups: int) -> Tensor:
+    rows = [[group in sample.groups for group in range(num_groups)] for sample in members]
+    return torch.tensor(rows)
 
 
 def _padding(view: ViewBatch, real_B: Sequence[int]) -> Tensor:

@@ -22,11 +22,14 @@ from aropd_mcore.data.chat import Prompt, read_turns, split_turns
 from aropd_mcore.data.records import DataError, is_absent, read_records, shown, shown_keys
 from aropd_mcore.types import Row
 
-ROW_KEYS = ("question", "messages", "reasoning", "answer", "system", "sample_weight", "id")
+ROW_KEYS = (
+    *("question", "messages", "reasoning", "answer", "system", "sample_weight", "id"),
+    *("teacher", "domain"),
+)
 """Keys of a row. Other keys are ignored, since published data sets have many."""
 
 
-def parse_row(record: dict[str, Any], origin: str) -> Row:
+def parse_row(record: dict[str, Any], origin: str, teachers: Sequence[str] = ()) -> Row:
     """Read a row from a record.
 
         question       a string
@@ -37,6 +40,8 @@ def parse_row(record: dict[str, Any], origin: str) -> Row:
         system         optional string
         sample_weight  optional number, at least 0; 1 if absent
         id             optional string or integer
+        teacher        one of `teachers`; optional if there is one, ignored if there is none
+        domain         optional string; values of other types are ignored
 
     A null counts as absent, as in Parquet. A NaN, which pandas writes for a missing string, counts
     as absent too.
@@ -58,6 +63,8 @@ def parse_row(record: dict[str, Any], origin: str) -> Row:
         sample_weight=_weight(record, origin),
         id=_identifier(record, origin),
         origin=origin,
+        teacher=_teacher(record, origin, teachers),
+        domain=domain_of(record),
     )
 
 
@@ -149,6 +156,34 @@ def _identifier(record: dict[str, Any], origin: str) -> str:
     return _string(record, "id", origin)
 
 
+def _teacher(record: dict[str, Any], origin: str, teachers: Sequence[str]) -> str:
+    if not teachers:
+        return ""
+    value: Any = record.get("teacher")
+    names = ", ".join(teachers)
+    if is_absent(value):
+        if len(teachers) == 1:
+            return teachers[0]
+        problem = f"key 'teacher' is missing: expected one of the configuration's teachers, {names}"
+        raise DataError(origin, problem, shown_keys(record))
+    if value not in teachers:
+        problem = (
+            f"key 'teacher': expected one of the configuration's teachers, {names}; change the "
+            "row, or add its teacher to the section teachers"
+        )
+        raise DataError(origin, problem, shown(value))
+    return value
+
+
+def domain_of(record: Mapping[str, Any]) -> str:
+    """Return a record's `domain`, or an empty string unless it is a string.
+
+    Published data sets have this key with other meanings, so no value is an error.
+    """
+    value = record.get("domain")
+    return value if isinstance(value, str) else ""
+
+
 @dataclass(frozen=True)
 class SourceRows:
     """Rows of one source, which are consecutive in the data set."""
@@ -189,9 +224,12 @@ class RowDataset(Sequence[Row]):
         sources: Sequence[Path | WeightedSource],
         *,
         on_bad_row: Literal["error", "skip"] = "error",
+        teachers: Sequence[str] = (),
     ) -> "RowDataset":
         """Read the rows of data.train or of other sources; see records.read_records.
 
+        Args:
+            teachers: names that a row's `teacher` may have (Config.row_teachers).
         Raises:
             DataError: a source is missing or unreadable, a row is broken and on_bad_row is "error",
                 or there is no usable row.
@@ -207,7 +245,7 @@ class RowDataset(Sequence[Row]):
                 try:
                     if isinstance(record, DataError):
                         raise record
-                    rows.append(parse_row(record, origin))
+                    rows.append(parse_row(record, origin, teachers))
                 except DataError as error:
                     if on_bad_row == "error":
                         raise
@@ -248,18 +286,26 @@ class RowDataset(Sequence[Row]):
     def fingerprint(self) -> str:
         """Return a hash of the rows' contents in their order, independent of file names.
 
-        It includes the weights of the sources if one of them differs from 1.
+        It includes the weights of the sources if one of them differs from 1. It does not include
+        the domains, which only metrics read.
         """
         digest = hashlib.sha256()
         for row in self._rows:
             fields = {**asdict(row), "origin": ""}
-            if not row.history:
-                del fields["history"]  # Runs that began before `history` existed can resume.
+            del fields["domain"]
+            for name in ("history", "teacher"):  # Runs that began before these existed can resume.
+                if not fields[name]:
+                    del fields[name]
             digest.update(json.dumps(fields).encode() + b"\n")
         if self.has_weights:
             weights = [[source.num_rows, source.weight] for source in self.sources]
             digest.update(json.dumps(weights).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains of the rows, sorted."""
+        return sorted({row.domain for row in self._rows} - {""})
 
     def __len__(self) -> int:
         return len(self._rows)

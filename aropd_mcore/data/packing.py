@@ -23,6 +23,7 @@ def packed(
     num_ranks: int,
     budget: int,
     count_multiple: int = 1,
+    loads: Sequence[int] | None = None,
 ) -> list[Groups]:
     """Divide samples over data-parallel ranks by token count, and fill microbatches.
 
@@ -31,24 +32,47 @@ def packed(
         num_ranks: number of data-parallel ranks.
         budget: maximum number of tokens of a microbatch in any view.
         count_multiple: the number of microbatches becomes a multiple of this number.
+        loads: number of tokens of other samples that each rank has already. None: 0.
     Returns:
         The microbatches of each rank. All ranks have the same number of microbatches.
     Raises:
         ValueError: one sample exceeds the budget.
     """
-    ranks = [_first_fit(share, lengths_N, budget) for share in _shares(lengths_N, num_ranks)]
+    shares = _shares(lengths_N, loads or [0] * num_ranks)
+    return _same_count([_first_fit(share, lengths_N, budget) for share in shares], count_multiple)
+
+
+def dealt(
+    num_samples: int, *, num_ranks: int, first_rank: int, size: int, count_multiple: int = 1
+) -> list[Groups]:
+    """Deal samples to the data-parallel ranks in turn, and form microbatches of `size`.
+
+    Args:
+        first_rank: rank of the first sample. Numbers beyond the last rank start again at 0.
+        size: number of samples of a microbatch. Some may be smaller.
+        count_multiple: see `packed`.
+    Returns:
+        The microbatches of each rank. All ranks have the same number of microbatches.
+    """
+    shares = [range((r - first_rank) % num_ranks, num_samples, num_ranks) for r in range(num_ranks)]
+    groups = [[[share[i] for i in g] for g in consecutive(len(share), size)] for share in shares]
+    return _same_count(groups, count_multiple)
+
+
+def _same_count(ranks: Sequence[Groups], multiple: int) -> list[Groups]:
+    """Split groups so that all ranks have the same number of them, a multiple of `multiple`."""
     count = max(len(groups) for groups in ranks)
-    count += -count % count_multiple
+    count += -count % multiple
     return [_split_into(groups, count) for groups in ranks]
 
 
-def _shares(lengths_N: Sequence[tuple[int, ...]], num_ranks: int) -> list[list[int]]:
+def _shares(lengths_N: Sequence[tuple[int, ...]], loads: Sequence[int]) -> list[list[int]]:
     """Assign each sample, longest first, to the rank with the fewest tokens so far.
 
     This is LPT scheduling (Graham 1969): the maximum is at most 4/3 of the optimum.
     """
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    tokens = [0] * num_ranks
+    shares: list[list[int]] = [[] for _ in loads]
+    tokens = list(loads)
     for index in _longest_first(range(len(lengths_N)), lengths_N):
         rank = tokens.index(min(tokens))
         shares[rank].append(index)

@@ -22,7 +22,7 @@ from aropd_mcore.data.records import DataError, read_records, shown
 from aropd_mcore.data.templates import partial_trace
 from aropd_mcore.types import Row
 
-_CARRIED_KEYS = ("system", "sample_weight", "id")
+_CARRIED_KEYS = ("system", "sample_weight", "id", "teacher", "domain")
 """Keys that are copied into the row unchanged, in every format."""
 
 _PARTIAL_RATIO: float = ViewsConfig.model_fields["partial_ratio"].default
@@ -182,7 +182,9 @@ def _lines(
 def _row(record: dict[str, Any], exchange: Exchange, origin: str) -> Row:
     carried = {key: record[key] for key in _CARRIED_KEYS if key in record}
     oracle = {"reasoning": exchange.reasoning, "answer": exchange.answer}
-    return parse_row(carried | exchange.prompt | oracle, origin)
+    teacher = record.get("teacher")
+    names = [teacher] if isinstance(teacher, str) and teacher else []
+    return parse_row(carried | exchange.prompt | oracle, origin, names)
 
 
 def _notes(row: Row, exchange: Exchange, seen: set[int]) -> Iterator[DataError]:
@@ -214,6 +216,7 @@ def _to_json(row: Row) -> str:
         fields["system"] = row.system
     if row.sample_weight != 1.0:
         fields["sample_weight"] = row.sample_weight
+    fields |= {key: getattr(row, key) for key in ("teacher", "domain") if getattr(row, key)}
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 

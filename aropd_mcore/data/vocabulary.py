@@ -57,10 +57,12 @@ def check_vocabulary(
 
 
 def check_same_tokens(
-    student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase"
+    student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase", setting: str
 ) -> None:
     """Check that two tokenizers give every token the same id, and have the same special tokens.
 
+    Args:
+        setting: setting with the teacher's folder, for error messages.
     Raises:
         ConfigError: a token differs. The message names the one with the lowest id, with both ids.
     """
@@ -76,7 +78,7 @@ def check_same_tokens(
             _, name = min(differences)
             ids = [ids.get(name, "none") for ids in (of_student, of_teacher)]
             raise ConfigError(
-                f"teacher.path: found another vocabulary: {what} {name!r} has id {ids[0]} in the "
+                f"{setting}: found another vocabulary: {what} {name!r} has id {ids[0]} in the "
                 f"student's {student.name_or_path}, and id {ids[1]} in the teacher's "
                 f"{teacher.name_or_path}; expected the same tokens with the same ids, since the "
                 "loss compares the probabilities of tokens; use a teacher with the student's "

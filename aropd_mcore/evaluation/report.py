@@ -126,7 +126,7 @@ def _method(path: Path) -> dict[str, Any]:
         "name": _method_name(config),
         "residual_scale": None if is_sft else objective.residual_scale,
         "residual_clip": None if is_sft else objective.residual_clip,
-        "teacher": None if is_sft else config.teacher.kind,
+        "teacher": ", ".join(name or t.kind for name, t in config.named_teachers.items()) or None,
     }
 
 

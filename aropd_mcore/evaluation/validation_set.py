@@ -125,8 +125,10 @@ def _questions(config: Config) -> Iterator[_Question]:
             )
             yield _Question(task.name, row, problem.gold)
     if settings.rows:
-        rows = RowDataset.load(settings.rows, on_bad_row=config.data.on_bad_row)[: settings.limit]
-        for row in rows:
+        rows = RowDataset.load(
+            settings.rows, on_bad_row=config.data.on_bad_row, teachers=config.row_teachers
+        )
+        for row in rows[: settings.limit]:
             if not row.answer.strip():
                 problem = "expected an answer, since validation compares it"
                 raise DataError(row.origin, problem, "an empty answer")

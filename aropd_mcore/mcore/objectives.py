@@ -11,14 +11,15 @@ from torch import Tensor
 
 from aropd_mcore.config import ObjectiveConfig, PrivilegedView, RolloutConfig
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.mcore.teachers import Teachers
 from aropd_mcore.numerics import fused_linear_anchored_residual_kl, fused_linear_cross_entropy
 from aropd_mcore.numerics.importance import IMPORTANCE_METRICS, importance_weights
 from aropd_mcore.numerics.position_metrics import hindsight_tokens, response_ends
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenValues = dict[str, Tensor]
-"""name -> [T]: metric values, including those of the metrics that the objective declares."""
+"""name -> [T]: metric values, including those of the metrics that the objective declares, and
+`weighted_loss_T`, whose sum is the loss."""
 
 
 class Objective(Protocol):
@@ -58,7 +59,7 @@ class AnchoredResidual:
         self,
         objective: ObjectiveConfig,
         rollout: RolloutConfig,
-        teacher: Teacher,
+        teachers: Teachers,
         runtime: Runtime,
         *,
         vocab_size: int,
@@ -67,10 +68,9 @@ class AnchoredResidual:
         self.metrics = reported_metrics(objective, rollout)
         self._config = objective
         self._rollout = rollout
-        self._teacher = teacher
+        self._teachers = teachers
         self._runtime = runtime
         self._vocab_size = vocab_size
-        self._shared_vocab_size = min(vocab_size, teacher.model.vocab_size)
         self._tp_group = _tp_group(runtime)
 
     def __call__(
@@ -82,6 +82,8 @@ class AnchoredResidual:
     ) -> tuple[Tensor, TokenValues]:
         assert teacher is not None
         config, temperature = self._config, self._rollout.temperature
+        scorer = self._teachers[microbatch.teacher]
+        shared_vocab_size = min(self._vocab_size, scorer.model.vocab_size)
         has_both = len(self.views) == 2
         token_weights_T, mismatch = self._importance(hidden_TH, head_VH, microbatch)
         if config.temper_logits and temperature != 1:
@@ -92,20 +94,21 @@ class AnchoredResidual:
             head_VH,
             teacher.partial_hidden_TH,
             teacher.full_hidden_TH,
-            self._teacher.head_weight,
+            scorer.head_weight,
             token_weights_T,
             residual_scale=config.residual_scale,
             residual_clip=config.residual_clip,
             divergence=config.divergence,
             jsd_weight=config.jsd_weight,
-            vocab_size=self._shared_vocab_size,
+            vocab_size=shared_vocab_size,
             tp_group=self._tp_group,
             chunk_tokens=config.chunk_tokens,
             main_grad_VH=_main_grad(head_VH),
             with_metrics=config.metrics,
             with_topk=config.topk_overlap,
-            sampled_ids_T=self._known_to_both(microbatch.response_ids_T) if has_both else None,
+            sampled_ids_T=self._shared_ids(microbatch, shared_vocab_size) if has_both else None,
         )
+        values["weighted_loss_T"] = token_weights_T * values["loss_T"]
         if has_both:
             values["hindsight_token_rate"] = hindsight_tokens(
                 values["logprob_full"],
@@ -116,15 +119,15 @@ class AnchoredResidual:
             values |= response_ends(values, microbatch.is_end_T)
         return loss, values | mismatch
 
-    def _known_to_both(self, ids_T: Tensor) -> Tensor:
+    def _shared_ids(self, microbatch: Microbatch, shared_vocab_size: int) -> Tensor:
         """Return the sampled ids, all in the vocabulary that student and teacher share.
 
         The student can sample a row of its output layer that belongs to no token. Metrics of the
         sampled token then read the last shared token. The loss does not depend on sampled ids.
         """
-        if self._shared_vocab_size == self._vocab_size:
-            return ids_T
-        return ids_T.clamp(max=self._shared_vocab_size - 1)
+        ids_T = microbatch.response_ids_T
+        is_smaller = shared_vocab_size < self._vocab_size
+        return ids_T.clamp(max=shared_vocab_size - 1) if is_smaller else ids_T
 
     @torch.no_grad()
     def _importance(
@@ -203,13 +206,14 @@ class CrossEntropy:
             main_grad_VH=_main_grad(head_VH),
         )
         values["cross_entropy"] = values["loss_T"]
+        values["weighted_loss_T"] = microbatch.token_weights_T * values["loss_T"]
         return loss, values | response_ends(values, microbatch.is_end_T)
 
 
 def build_objective(
     objective: ObjectiveConfig,
     rollout: RolloutConfig,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     runtime: Runtime,
     *,
     vocab_size: int,
@@ -217,13 +221,13 @@ def build_objective(
     """Build the objective that `objective.name` names.
 
     Args:
-        teacher: None for `sft`.
+        teachers: None for `sft`.
         vocab_size: size of the student's vocabulary. The loss of a teacher with fewer tokens
             (StageModel.vocab_size) is over the teacher's.
     """
-    if teacher is None:
+    if teachers is None:
         return CrossEntropy(objective, runtime, vocab_size=vocab_size)
-    return AnchoredResidual(objective, rollout, teacher, runtime, vocab_size=vocab_size)
+    return AnchoredResidual(objective, rollout, teachers, runtime, vocab_size=vocab_size)
 
 
 def _tp_group(runtime: Runtime) -> dist.ProcessGroup | None:

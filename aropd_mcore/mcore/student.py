@@ -13,14 +13,21 @@ from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.router import RouterLosses
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
-from aropd_mcore.mcore.teacher import Teacher
-from aropd_mcore.numerics.position_metrics import METRICS, SUMS_SHAPE, single_sum, token_sums
+from aropd_mcore.mcore.teachers import Teachers
+from aropd_mcore.numerics.group_metrics import group_sum_names, group_sums
+from aropd_mcore.numerics.position_metrics import (
+    SUMS_SHAPE,
+    is_maximum,
+    single_sum,
+    token_sums,
+)
 from aropd_mcore.numerics.sample_sums import NUM_SUMS, sample_sums
 from aropd_mcore.types import Microbatch, TeacherOutput
 
 TokenSums = dict[str, Tensor]
-"""name -> fp64 SUMS_SHAPE: sums of the objective's metrics and of the routers' losses, in the
-format of `numerics.position_metrics.token_sums`."""
+"""name -> fp64 SUMS_SHAPE: sums of the objective's metrics, of its metrics by group
+(`numerics.group_metrics`) and of the routers' losses, in the format of
+`numerics.position_metrics.token_sums`."""
 
 
 class Student:
@@ -30,6 +37,7 @@ class Student:
         router_losses: None if their coefficients are 0.
         num_logged: number of samples, the first ones of the global batch, with sums of their own.
         residual_clip: bound of the residual in these sums (ObjectiveConfig.residual_clip).
+        groups: names of the groups of samples that metrics are reported for.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class Student:
         *,
         num_logged: int = 0,
         residual_clip: float | None = None,
+        groups: Sequence[str] = (),
     ):
         self.model = model
         self.optimizer = optimizer
@@ -50,6 +59,7 @@ class Student:
         self._router_losses = router_losses
         self._num_logged = num_logged
         self._residual_clip = residual_clip
+        self.groups = tuple(groups)
 
     @classmethod
     def from_config(
@@ -57,12 +67,13 @@ class Student:
         config: Config,
         model: StageModel,
         optimizer: Optimizer,
-        teacher: Teacher | None,
+        teachers: Teachers | None,
         runtime: Runtime,
+        groups: Sequence[str] = (),
     ) -> "Student":
         """Build the student with the objective and the routers' losses of `config`."""
         objective = build_objective(
-            config.objective, config.rollout, teacher, runtime, vocab_size=model.vocab_size
+            config.objective, config.rollout, teachers, runtime, vocab_size=model.vocab_size
         )
         has_router_losses = config.objective.has_router_losses
         router_losses = (
@@ -76,6 +87,7 @@ class Student:
             router_losses,
             num_logged=config.num_logged_samples,
             residual_clip=config.objective.residual_clip,
+            groups=groups,
         )
 
     def forward_backward(
@@ -88,7 +100,7 @@ class Student:
         Args:
             microbatches: all microbatches of this data-parallel rank, with globally normalized
                 token weights.
-            teacher_outputs: result of `Teacher.score`, one item per microbatch. None without a
+            teacher_outputs: result of `Teachers.score`, one item per microbatch. None without a
                 teacher.
         Returns:
             Sums over the global batch's loss tokens, and the sums of its first samples
@@ -156,6 +168,12 @@ class Student:
             microbatch.offset_T,
             microbatch.is_thinking_T,
         )
+        if self.groups:
+            assert microbatch.is_in_group_BG is not None
+            is_in_group_TG = microbatch.is_in_group_BG[microbatch.sample_T]
+            weights_T = microbatch.token_weights_T
+            metrics = self.objective.metrics
+            sums |= group_sums(metrics, self.groups, values, weights_T, is_in_group_TG)
         of_samples = sample_sums(
             values,
             microbatch.batch_index_B[microbatch.sample_T],
@@ -177,8 +195,9 @@ class Student:
 
     def _reduce(self, reports: list[tuple[TokenSums, Tensor]]) -> tuple[TokenSums, Tensor]:
         runtime = self.runtime
-        maxima_names = [n for n in self.objective.metrics if METRICS[n].over == "max"]
+        maxima_names = [n for n in self.objective.metrics if is_maximum(n)]
         sum_names = [n for n in self.objective.metrics if n not in maxima_names]
+        sum_names += group_sum_names(self.objective.metrics, self.groups)
         names = sum_names + maxima_names
         total = torch.zeros((len(names), *SUMS_SHAPE), dtype=torch.float64, device=runtime.device)
         sums, maxima = total[: len(sum_names)], total[len(sum_names) :]

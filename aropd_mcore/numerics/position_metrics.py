@@ -41,17 +41,19 @@ class Metric:
     over: Over = "tokens"
     by_position: bool = False
     """Whether it is reported by position bucket too, as NAME/BUCKET, and by span, as NAME/SPAN."""
+    by_group: bool = False
+    """Whether it is reported by teacher and by domain too (numerics.group_metrics), like `loss`."""
 
 
 METRICS: dict[str, Metric] = {
     "loss": Metric("loss", "nats", "sum"),
-    "num_tokens": Metric("loss tokens per step", "tokens", "count"),
+    "num_tokens": Metric("loss tokens per step", "tokens", "count", by_group=True),
     "num_response_ends": Metric("responses that ended by themselves", "", "count"),
     "cross_entropy": Metric("cross-entropy", "nats"),
-    "kl_target_student": Metric("KL(target ‖ student)", "nats", by_position=True),
-    "kl_full_student": Metric("KL(full ‖ student)", "nats", by_position=True),
-    "kl_partial_student": Metric("KL(partial ‖ student)", "nats", by_position=True),
-    "kl_full_partial": Metric("KL(full ‖ partial)", "nats", by_position=True),
+    "kl_target_student": Metric("KL(target ‖ student)", "nats", by_position=True, by_group=True),
+    "kl_full_student": Metric("KL(full ‖ student)", "nats", by_position=True, by_group=True),
+    "kl_partial_student": Metric("KL(partial ‖ student)", "nats", by_position=True, by_group=True),
+    "kl_full_partial": Metric("KL(full ‖ partial)", "nats", by_position=True, by_group=True),
     "residual_uptake": Metric("residual uptake", "nats", "derived"),
     "residual_capture_ratio": Metric("residual capture ratio", "", "derived"),
     "entropy_student": Metric("student's entropy", "nats"),
@@ -184,6 +186,11 @@ def single_sum(number: Tensor | float, device: torch.device) -> Tensor:
     return sums
 
 
+def is_maximum(name: str) -> bool:
+    """Return whether sums of this name are combined by their maximum."""
+    return name in METRICS and METRICS[name].over == "max"
+
+
 def token_metrics(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     """Turn sums over all ranks into the numbers that a run reports.
 
@@ -192,8 +199,10 @@ def token_metrics(sums: Mapping[str, Tensor]) -> dict[str, Any]:
     without tokens are left out, and both spans if no token is in a thinking span.
 
     Args:
-        sums: of `sum_by_position` or `token_sums`; names as in METRICS.
+        sums: of `sum_by_position` or `token_sums`; names as in METRICS. Sums of groups are left to
+            `group_metrics.group_metrics`.
     """
+    sums = {name: values for name, values in sums.items() if "/" not in name}
     num_tokens = sums["num_tokens"]
     totals = {name: float(values.sum()) for name, values in sums.items()}
     denominators = {

@@ -96,10 +96,14 @@ def head_flops(
 
 
 def loss_flops(setup: Setup) -> int:
-    """Count FLOPs of a microbatch's loss, over all tensor and context ranks."""
+    """Count FLOPs of a microbatch's loss, over all tensor and context ranks: the mean over the
+    teachers."""
     num_tokens = setup.loss_tokens * setup.context
-    architectures = setup.architecture, setup.of_teacher.architecture
-    return head_flops(*architectures, num_tokens, num_views=setup.num_views)
+    of_each = [
+        head_flops(setup.architecture, t.architecture, num_tokens, num_views=setup.num_views)
+        for t in setup.of_teachers
+    ]
+    return sum(of_each) // len(of_each)
 
 
 def loss_bytes(setup: Setup) -> int:
@@ -116,7 +120,7 @@ def loss_bytes(setup: Setup) -> int:
     return setup.loss_tokens * columns * (read + width) + accumulated
 
 
-def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: int) -> float:
+def bubble_fraction(pipeline: int, virtual_pipeline: int, num_microbatches: float) -> float:
     """Return the share of a pipelined pass in which a stage is idle.
 
     It is (pp - 1) / (vpp m + pp - 1), for m microbatches.
@@ -128,12 +132,8 @@ def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
     """Return the seconds of a step at the given rates, by default the longest."""
     num_microbatches = setup.num_microbatches
     student_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_microbatches)
-    num_scored = setup.num_scored_views * num_microbatches
-    teacher_bubble = 0.0
-    if num_scored:
-        teacher_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_scored)
+    teacher, teacher_bubble = _teacher_seconds(setup, rates)
     forward, attention = _layer_forward(setup, rates, setup.fp8)
-    teacher_forward, _ = _layer_forward(setup.of_teacher, rates, setup.teacher_fp8)
     backward = 2 * forward
     if setup.recompute == "full":
         backward += forward
@@ -144,12 +144,11 @@ def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
     loss = loss_flops(setup) / share / (rates.bf16_flops * rates.matmul_efficiency)
     loss += loss_bytes(setup) / (rates.memory_bytes * rates.memory_efficiency)
     most, on_last = max(setup.stage_layers), setup.stage_layers[-1]
-    most_of_teacher = max(setup.of_teacher.stage_layers)
     stage = max(most * (forward + backward), on_last * (forward + backward) + loss)
     num_sampled = setup.num_responses if setup.samples else 0
     return StepTime(
         rollout=_sampling_seconds(setup, rates, num_sampled, setup.response_tokens),
-        teacher=num_scored * most_of_teacher * teacher_forward / (1 - teacher_bubble),
+        teacher=teacher,
         student=num_microbatches * stage / (1 - student_bubble),
         optimizer=_optimizer_seconds(setup, rates),
         communication=_communication_seconds(setup, rates),
@@ -159,6 +158,19 @@ def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
             setup, rates, setup.validation_responses, setup.validation_tokens
         ),
     )
+
+
+def _teacher_seconds(setup: Setup, rates: Rates) -> tuple[float, float]:
+    """Return the seconds of the teachers' passes, one after another, and the share of bubbles."""
+    num_scored = setup.num_scored_views * setup.num_microbatches / len(setup.of_teachers)
+    if not num_scored:
+        return 0.0, 0.0
+    bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_scored)
+    forwards = (
+        max(teacher.stage_layers) * _layer_forward(teacher, rates, setup.teacher_fp8)[0]
+        for teacher in setup.of_teachers
+    )
+    return num_scored * sum(forwards) / (1 - bubble), bubble
 
 
 def _layer_forward(setup: Setup, rates: Rates, fp8: bool) -> tuple[float, float]:
@@ -276,7 +288,8 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     student_pass, student_sends = _pass_seconds(setup, rates)
     # Forward and backward of the student, a recomputed forward, and the teacher's views.
     seconds = (2 + (setup.recompute == "full")) * student_pass + 2 * student_sends
-    seconds += setup.num_scored_views * sum(_pass_seconds(setup.of_teacher, rates))
+    passes = [sum(_pass_seconds(teacher, rates)) for teacher in setup.of_teachers]
+    seconds += setup.num_scored_views * sum(passes) / len(passes)
     seconds *= setup.num_microbatches
     parameters = max(
         (rank_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
@@ -286,9 +299,11 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     ranks = setup.data * setup.context
     exchanged = parameters.total * (4 + width * (1 + has_average(setup)))
     seconds += _ring_seconds(setup, rates, exchanged, ranks, setup.tensor * ranks)
-    if setup.hosts_weights:
+    for teacher in setup.of_teachers:
+        if not teacher.hosts_weights:
+            continue
         # Weights to the device for scoring; the average to the device and back; new weights back.
-        on_rank = max(rank_parameters(setup.of_teacher, s).total for s in setup.distinct_stages)
+        on_rank = max(rank_parameters(teacher, s).total for s in setup.distinct_stages)
         moved = on_rank * width * (2 if setup.teacher == "ema" else 1)
         if has_average(setup):
             moved += parameters.total * 8 / ranks

@@ -1,16 +1,16 @@
 """Estimates of a job, changes that make it fit into its GPUs, and layouts that fit."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any, get_args
 
-from aropd_mcore.config import Config, Recompute
+from aropd_mcore.config import Config, Recompute, Section
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.cost import StepTime, step_time
-from aropd_mcore.plan.layout import read_teacher_architecture
+from aropd_mcore.plan.layout import read_teacher_architectures
 from aropd_mcore.plan.memory import Memory, worst_stage
 from aropd_mcore.plan.rates import FASTEST
 from aropd_mcore.plan.setup import Setup, build_setup
@@ -57,8 +57,8 @@ class PlannedRun:
     memory_bytes: float
     """Memory of a GPU."""
     architecture: Architecture
-    teacher: Architecture | None = None
-    """Architecture of a teacher of kind `model`."""
+    teachers: Mapping[str, Architecture]
+    """Architectures of the teachers of kind `model`, by name."""
 
     def estimate(self, num_gpus: int | None = None, **changes: dict[str, Any]) -> Estimate:
         """Estimate the job after changes to sections of its configuration.
@@ -76,7 +76,7 @@ class PlannedRun:
             num_gpus or self.num_gpus,
             gpus_per_node=self.gpus_per_node,
             architecture=self.architecture,
-            teacher=self.teacher,
+            teachers=self.teachers,
         )
 
     def fits(self, memory: Memory) -> bool:
@@ -87,8 +87,8 @@ def build_planned_run(
     config: Config, num_gpus: int, *, gpus_per_node: int, memory_bytes: float
 ) -> PlannedRun:
     architecture = read_architecture(config.model.path)
-    teacher = read_teacher_architecture(config)
-    return PlannedRun(config, num_gpus, gpus_per_node, memory_bytes, architecture, teacher)
+    teachers = read_teacher_architectures(config)
+    return PlannedRun(config, num_gpus, gpus_per_node, memory_bytes, architecture, teachers)
 
 
 def remedies(run: PlannedRun) -> list[Remedy]:
@@ -140,14 +140,24 @@ def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
     size = "max_tokens_per_microbatch" if has_budget else "micro_batch_size"
     yield changes("training", size, _halvings(getattr(training, size)))
     if config.objective.name == "aropd":
-        kinds = {"ema": ["frozen", "live"], "frozen": ["live"]}
+        kinds = {"ema": ["frozen", "live"], "frozen": ["live"]} if not config.teachers else {}
         for kind in kinds.get(config.teacher.kind, []):
             yield changes("teacher", "kind", [kind])
         yield changes("rollout", "batch_size", _halvings(config.rollout.batch_size))
-        if config.teacher.kind != "live":
-            yield changes("teacher", "weights", ["host"])
-        yield changes("teacher", "hidden_states", ["host"])
+        for key in ("weights", "hidden_states"):
+            if config.teachers:
+                yield [_of_all_teachers(run, key, "host")]
+            elif key != "weights" or config.teacher.kind != "live":
+                yield changes("teacher", key, ["host"])
     yield [(f"--gpus {number}", number, {}) for number in _doublings(gpus, 16 * gpus)]
+
+
+def _of_all_teachers(run: PlannedRun, key: str, value: Any) -> Change:
+    """Return the change of a setting of each teacher."""
+    teachers = run.config.teachers.items()
+    text = " ".join(f"teachers.{name}.{key}={yaml_value(value)}" for name, _ in teachers)
+    changed = {name: teacher.model_copy(update={key: value}) for name, teacher in teachers}
+    return text, run.num_gpus, {"teachers": changed}
 
 
 def _deeper(run: PlannedRun) -> Iterator[dict[str, Any]]:
@@ -258,7 +268,11 @@ def _powers(largest: int) -> list[int]:
 def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
     """Apply changes without validation: values are valid, and `build_setup` checks layouts."""
     sections = {
-        section: getattr(config, section).model_copy(update=values)
+        section: values if section == "teachers" else _section(config, section, values)
         for section, values in changes.items()
     }
     return config.model_copy(update=sections)
+
+
+def _section(config: Config, name: str, values: dict[str, Any]) -> Section:
+    return getattr(config, name).model_copy(update=values)

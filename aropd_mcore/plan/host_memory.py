@@ -27,15 +27,17 @@ def checkpoint_bytes(setup: Setup) -> float:
 def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
     parameters = rank_parameters(setup, stage)
     always: dict[str, float] = {}
-    if setup.hosts_weights:
-        always["teacher weights"] = visiting_parameters(setup, stage) * setup.dtype_bytes * PINNED
+    if any(teacher.hosts_weights for teacher in setup.of_teachers):
+        visiting = sum(visiting_parameters(teacher, stage) for teacher in setup.of_teachers)
+        always["teacher weights"] = visiting * setup.dtype_bytes * PINNED
         if has_average(setup):
             always["teacher fp32 average"] = _on_rank(setup, parameters) * FP32 * PINNED
-    if setup.teacher_hidden_states == "host" and setup.teacher is not None:
+    hosted = [t for t in setup.of_teachers if t.teacher_hidden_states == "host"]
+    if hosted and setup.teacher is not None and stage == setup.pipeline - 1:
+        # All responses of a step may be those of the widest of these teachers.
+        hidden = max(teacher.architecture.hidden_size for teacher in hosted)
         states = setup.num_scored_views * setup.num_microbatches * setup.loss_tokens
-        if stage == setup.pipeline - 1:
-            size = states * setup.of_teacher.architecture.hidden_size * setup.dtype_bytes
-            always["teacher hidden states"] = size * PINNED
+        always["teacher hidden states"] = states * hidden * setup.dtype_bytes * PINNED
     return {"always": always, "save": {"its part of the checkpoint": _part(setup, parameters)}}
 
 

@@ -1,10 +1,11 @@
 """Split of model and batch over a job's processes, without process groups or Megatron."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config import Config, ConfigError, teacher_section
 from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
 from aropd_mcore.convert.source import find_hf_folder
 from aropd_mcore.stages import Stages
@@ -74,7 +75,7 @@ def plan(
     config: Config,
     world_size: int,
     architecture: Architecture | None = None,
-    teacher: Architecture | None = None,
+    teachers: Mapping[str, Architecture] | None = None,
 ) -> Layout:
     """Check that the model and the batch can be split over `world_size` processes.
 
@@ -82,21 +83,21 @@ def plan(
 
     Args:
         architecture: the architecture of config.model.path, if it has been read already.
-        teacher: that of config.teacher.path, if it has been read already.
+        teachers: those of config.teacher_models, if they have been read already.
     Raises:
         ValueError: a size does not divide another one, sequences are longer than the model's
             positions, or the model cannot be trained with these settings.
     """
     parallel, training = config.parallel, config.training
     architecture = architecture or read_architecture(config.model.path)
-    teacher = teacher or read_teacher_architecture(config)
-    teacher_has_experts = teacher is not None and teacher.routing is not None
-    _check_division(config, architecture, parallel.stages, can_be_dense=teacher_has_experts)
+    teachers = teachers or read_teacher_architectures(config)
+    can_be_dense = any(teacher.routing is not None for teacher in teachers.values())
+    _check_division(config, architecture, parallel.stages, can_be_dense=can_be_dense)
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
     _check_fp8(config, architecture)
-    if teacher is not None:
-        _check_teacher(config, teacher)
+    for name, teacher in teachers.items():
+        _check_teacher(config, name, teacher)
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_size:
         raise ConfigError(
@@ -134,23 +135,24 @@ def plan(
     )
 
 
-def read_teacher_architecture(config: Config) -> Architecture | None:
-    """Read the architecture of a teacher of its own. None if config has no such teacher.
+def read_teacher_architectures(config: Config) -> dict[str, Architecture]:
+    """Read the architectures of the teachers of kind `model`, by name.
 
     Raises:
-        ConfigError: there is no checkpoint at teacher.path, or its config.json cannot be used.
+        ConfigError: there is no checkpoint at a teacher's path, or its config.json cannot be used.
     """
-    if not config.has_teacher_model:
-        return None
-    assert config.teacher.path is not None
-    try:
-        return read_architecture(find_hf_folder(config.teacher.path))
-    except ValueError as error:
-        raise ConfigError(f"teacher.path: {error}") from error
+    architectures = {}
+    for name, teacher in config.teacher_models.items():
+        assert teacher.path is not None
+        try:
+            architectures[name] = read_architecture(find_hf_folder(teacher.path))
+        except ValueError as error:
+            raise ConfigError(f"{teacher_section(name)}.path: {error}") from error
+    return architectures
 
 
-def _check_teacher(config: Config, teacher: Architecture) -> None:
-    """Check that a teacher of its own fits into the student's layout."""
+def _check_teacher(config: Config, name: str, teacher: Architecture) -> None:
+    """Check that a teacher of kind `model` fits into the student's layout."""
     stages = config.parallel.stages
     try:
         _check_division(config, teacher, stages.fitted(teacher.num_layers), can_be_dense=True)
@@ -160,7 +162,8 @@ def _check_teacher(config: Config, teacher: Architecture) -> None:
             _check_fp8(config, teacher)
     except ValueError as error:
         raise ConfigError(
-            f"teacher.path {config.teacher.path}, in the layout of section parallel: {error}"
+            f"{teacher_section(name)}.path {config.teacher_models[name].path}, in the layout of "
+            f"section parallel: {error}"
         ) from error
 
 

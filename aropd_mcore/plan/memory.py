@@ -117,19 +117,22 @@ def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]
         "optimizer moments": 2 * on_rank * FP32,
     }
     if setup.teacher in ("ema", "frozen", "model"):
-        of_teacher = rank_parameters(setup.of_teacher, stage).total
-        state["teacher weights"] = (of_teacher - visiting_parameters(setup, stage)) * width
+        state["teacher weights"] = width * sum(
+            rank_parameters(teacher, stage).total - visiting_parameters(teacher, stage)
+            for teacher in setup.of_teachers
+        )
         if has_average(setup) and not setup.hosts_weights:
             state["teacher fp32 average"] = on_rank * FP32
     if setup.fp8:
         # Transformer Engine keeps each weight in FP8 twice, plain and transposed.
         state["weights in fp8"] = 2 * layers
-    if setup.teacher_fp8 and setup.teacher != "live" and not setup.hosts_weights:
-        state["teacher weights in fp8"] = _layers_parameters(setup.of_teacher, stage)
+    resident = [teacher for teacher in setup.of_teachers if not teacher.hosts_weights]
+    if setup.teacher_fp8 and setup.teacher != "live" and resident:
+        state["teacher weights in fp8"] = sum(_layers_parameters(t, stage) for t in resident)
     if setup.sequence and setup.device == "cpu":
         # Megatron's local linear layers gather their input into a permanent buffer.
         tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
-        hidden = max(s.architecture.hidden_size for s in (setup, setup.of_teacher))
+        hidden = max(s.architecture.hidden_size for s in (setup, *setup.of_teachers))
         state["gather buffer"] = tokens * hidden * width
     sizes = setup.architecture.sizes
     kv = (sizes["kv"] + sizes["values"]) // setup.tensor
@@ -164,38 +167,50 @@ def _sampler(setup: Setup) -> float:
     return setup.decoded_together * setup.architecture.vocab_size * (3 * FP32 + 8)
 
 
-def visiting_parameters(setup: Setup, stage: int) -> int:
-    """Return the number of teacher parameters that are on the device only while it scores.
+def visiting_parameters(teacher: Setup, stage: int) -> int:
+    """Return the number of a teacher's parameters that are on the device only while it scores.
 
     With weights on the host these are all parameters but the output head.
+
+    Args:
+        teacher: one of Setup.of_teachers.
     """
-    if not setup.hosts_weights:
+    if not teacher.hosts_weights:
         return 0
-    head = vocabulary_parameters(setup.of_teacher) if stage == setup.pipeline - 1 else 0
-    return rank_parameters(setup.of_teacher, stage).total - head
+    head = vocabulary_parameters(teacher) if stage == teacher.pipeline - 1 else 0
+    return rank_parameters(teacher, stage).total - head
 
 
 def _teacher(setup: Setup, stage: int) -> dict[str, float]:
-    parts = {"forward": forward_working_set(setup.of_teacher, setup.microbatch_tokens)}
-    if setup.hosts_weights:
-        parts["teacher weights"] = visiting_parameters(setup, stage) * setup.dtype_bytes
-        if setup.teacher_fp8:
-            parts["teacher weights in fp8"] = _layers_parameters(setup.of_teacher, stage)
-    return parts | _hidden_states(setup, stage)
+    """Return the bytes of the phase of the teacher that needs most, with all hidden states."""
+    phases = [_scoring(teacher, stage) for teacher in setup.of_teachers]
+    return max(phases, key=lambda parts: sum(parts.values())) | _hidden_states(setup, stage)
+
+
+def _scoring(teacher: Setup, stage: int) -> dict[str, float]:
+    parts = {"forward": forward_working_set(teacher, teacher.microbatch_tokens)}
+    if teacher.hosts_weights:
+        parts["teacher weights"] = visiting_parameters(teacher, stage) * teacher.dtype_bytes
+        if teacher.teacher_fp8:
+            parts["teacher weights in fp8"] = _layers_parameters(teacher, stage)
+    return parts
 
 
 def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:
     """Return the bytes of the views' final hidden states at a step's loss tokens.
 
-    Only the last stage has them. On the host, one microbatch's are on the device at a time.
+    Only the last stage has them. On the host, one microbatch's are on the device at a time. All
+    responses of a step may be those of the teacher that needs most.
     """
     if stage < setup.pipeline - 1 or setup.teacher is None:
         return {}
-    on_host = setup.teacher_hidden_states == "host" and setup.device == "gpu"
-    kept = 1 if on_host else setup.num_microbatches
-    states = setup.num_scored_views * kept * setup.loss_tokens
-    hidden = setup.of_teacher.architecture.hidden_size
-    return {"teacher hidden states": states * hidden * setup.dtype_bytes}
+    elements = []
+    for teacher in setup.of_teachers:
+        on_host = teacher.teacher_hidden_states == "host" and setup.device == "gpu"
+        kept = 1 if on_host else setup.num_microbatches
+        states = setup.num_scored_views * kept * setup.loss_tokens
+        elements.append(states * teacher.architecture.hidden_size)
+    return {"teacher hidden states": max(elements) * setup.dtype_bytes}
 
 
 def _student(setup: Setup, stage: int) -> dict[str, float]:
@@ -232,7 +247,8 @@ def _loss(setup: Setup) -> dict[str, float]:
     )
     tokens, chunk = setup.loss_tokens, chunk_tokens(setup)
     logits = chunk * logits_bytes(1 + setup.num_views, columns, width)
-    read = hidden + setup.num_views * setup.of_teacher.architecture.hidden_size
+    of_teacher = max(teacher.architecture.hidden_size for teacher in setup.of_teachers)
+    read = hidden + setup.num_views * of_teacher
     if setup.device == "cpu":
         rows = max(min(BLOCK_ELEMENTS["cpu"] // columns, chunk), 1)
         logits += 6 * rows * columns * FP32  # numerics.passes: temporaries

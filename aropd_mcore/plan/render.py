@@ -1,5 +1,6 @@
 """Text and tables of `aropd plan`."""
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Literal
 
@@ -101,18 +102,22 @@ def _headline(estimate: Estimate) -> str:
         f"{f'layers of the stages: {split}{chr(10)}' if (split := _split(setup)) else ''}"
         f"{architecture.num_parameters:,} parameters, {memory.parameters.total:,} of them on each "
         f"rank of stage {memory.stage}, which has the largest peak"
-        f"{_teacher_line(setup, memory.stage)}"
+        f"{''.join(_teacher_lines(setup, memory.stage))}"
     )
 
 
-def _teacher_line(setup: Setup, stage: int) -> str:
-    """Format the teacher's parameters. Empty unless the teacher is another model."""
-    if setup.teacher_architecture is None:
-        return ""
-    on_rank = rank_parameters(setup.of_teacher, stage).total
-    split = f", layers of its stages: {text}" if (text := _split(setup.of_teacher)) else ""
-    number = setup.teacher_architecture.num_parameters
-    return f"\nteacher: {number:,} parameters, {on_rank:,} of them on each of these ranks{split}"
+def _teacher_lines(setup: Setup, stage: int) -> Iterator[str]:
+    """Format the parameters of each teacher that is another model."""
+    if not setup.teacher_models:
+        return
+    for model, teacher in zip(setup.teacher_models, setup.of_teachers, strict=True):
+        on_rank = rank_parameters(teacher, stage).total
+        split = f", layers of its stages: {text}" if (text := _split(teacher)) else ""
+        yield (
+            f"\nteacher{f' {model.name}' * bool(model.name)}: "
+            f"{model.architecture.num_parameters:,} parameters, {on_rank:,} of them on each of "
+            f"these ranks{split}"
+        )
 
 
 def _memory_table(estimate: Estimate) -> Table:
@@ -192,6 +197,7 @@ def _assumptions(setup: Setup) -> str:
         f"Upper bound: every prompt has {setup.prompt_tokens} tokens "
         f"(views.max_prompt_tokens) and every response {setup.response_tokens} "
         "(rollout.max_response_tokens). Tokens are spread evenly over experts."
+        f"{' Responses are spread evenly over teachers.' if len(setup.teacher_models) > 1 else ''}"
         f"{'' if setup.samples or setup.teacher is None else ' vLLM servers are not included.'}\n"
         "Times are estimates for an H100 SXM, from the shortest to the longest. They divide by its "
         f"peak rates ({peaks.bf16_flops / 1e12:g} TFLOP/s dense bf16, {peaks.fp8_flops / 1e12:g} "

@@ -1,16 +1,17 @@
 """The planner's description of a job, from which memory and time are computed."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
-from aropd_mcore.plan.layout import Layout, plan, read_teacher_architecture
+from aropd_mcore.plan.layout import Layout, plan, read_teacher_architectures
 from aropd_mcore.stages import Stages
 
 Device = Literal["gpu", "cpu"]
@@ -19,6 +20,16 @@ Device = Literal["gpu", "cpu"]
 KEYS_PER_BUCKET = 256
 """While the model decodes, attention reads the keys of a multiple of this number of positions, and
 a row of the KV cache has room for such a multiple."""
+
+
+class TeacherModelPlan(NamedTuple):
+    """A teacher of kind `model`."""
+
+    name: str
+    """Name in the section `teachers`. Empty: the teacher of section `teacher`."""
+    architecture: Architecture
+    weights: MemorySpace = "device"
+    hidden_states: MemorySpace = "device"
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,8 @@ class Setup:
     """Microbatches per step on each data-parallel rank."""
     teacher: Literal["ema", "frozen", "live", "model"] | None = "ema"
     """Kind of teacher; None for `sft`."""
-    teacher_architecture: Architecture | None = None
-    """Architecture of a teacher of kind `model`."""
+    teacher_models: tuple[TeacherModelPlan, ...] = ()
+    """Teachers of kind `model`."""
     num_views: int = 2
     """Teacher views that the objective reads; 0 for `sft`."""
     views_are_equal: bool = False
@@ -112,14 +123,25 @@ class Setup:
         return min(self.num_views, 1) if self.views_are_equal else self.num_views
 
     @cached_property
-    def of_teacher(self) -> "Setup":
-        """The setup with the teacher as its model: this one, unless the teacher is another
-        model."""
-        if self.teacher_architecture is None:
-            return self
-        teacher = replace(self.teacher_architecture, vocab_size=self.architecture.vocab_size)
-        stages = self.stages.fitted(teacher.num_layers)
-        return replace(self, architecture=teacher, teacher_architecture=None, **asdict(stages))
+    def of_teachers(self) -> tuple["Setup", ...]:
+        """The setup with each teacher as its model: this one, unless teachers are other models.
+
+        Responses are assumed to be spread evenly over the teachers.
+        """
+        if not self.teacher_models:
+            return (self,)
+        return tuple(self._with_model(teacher) for teacher in self.teacher_models)
+
+    def _with_model(self, teacher: TeacherModelPlan) -> "Setup":
+        architecture = replace(teacher.architecture, vocab_size=self.architecture.vocab_size)
+        return replace(
+            self,
+            architecture=architecture,
+            teacher_models=(),
+            teacher_weights=teacher.weights,
+            teacher_hidden_states=teacher.hidden_states,
+            **asdict(self.stages.fitted(architecture.num_layers)),
+        )
 
     @cached_property
     def stages(self) -> Stages:
@@ -136,10 +158,10 @@ class Setup:
         has the most activations in flight."""
         last = self.pipeline - 1
 
-        def chunks_of_both(stage: int) -> tuple[int, ...]:
-            return self.chunks_of(stage) + self.of_teacher.chunks_of(stage)
+        def chunks_of_all(stage: int) -> tuple[tuple[int, ...], ...]:
+            return tuple(setup.chunks_of(stage) for setup in (self, *self.of_teachers))
 
-        earliest = {chunks_of_both(stage): stage for stage in reversed(range(1, last))}
+        earliest = {chunks_of_all(stage): stage for stage in reversed(range(1, last))}
         return list(dict.fromkeys([0, last, *earliest.values()]))
 
     def chunks_of(self, stage: int) -> tuple[int, ...]:
@@ -223,19 +245,19 @@ def build_setup(
     gpus_per_node: int = 8,
     device: Device = "gpu",
     architecture: Architecture | None = None,
-    teacher: Architecture | None = None,
+    teachers: Mapping[str, Architecture] | None = None,
 ) -> Setup:
     """Derive the planner's description of a run on `world_size` processes.
 
     Args:
         architecture: the architecture of config.model.path, if it has been read already.
-        teacher: that of config.teacher.path, if it has been read already.
+        teachers: those of config.teacher_models, if they have been read already.
     Raises:
         ValueError: as `layout.plan`.
     """
     architecture = architecture or read_architecture(config.model.path)
-    teacher = teacher or read_teacher_architecture(config)
-    layout = plan(config, world_size, architecture, teacher)
+    teachers = teachers or read_teacher_architectures(config)
+    layout = plan(config, world_size, architecture, teachers)
     parallel, training, precision = config.parallel, config.training, config.precision
     dtype = config.model.dtype
     is_fp32 = dtype == "fp32" or (dtype == "auto" and device == "cpu")
@@ -257,10 +279,10 @@ def build_setup(
         micro_batch_size=training.micro_batch_size,
         max_tokens_per_microbatch=config.packed_tokens,
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
-        teacher=config.teacher.kind if num_views else None,
-        teacher_architecture=teacher,
+        teacher=("model" if config.teachers else config.teacher.kind) if num_views else None,
+        teacher_models=_teacher_models(config, teachers),
         num_views=num_views,
-        views_are_equal=config.teacher.views == "none",
+        views_are_equal=not config.has_privileged_views,
         fp32_master=config.teacher.fp32_master,
         teacher_hidden_states=config.teacher.hidden_states,
         teacher_weights=config.teacher.weights,
@@ -283,6 +305,18 @@ def build_setup(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         device=device,
         gpus_per_node=gpus_per_node,
+    )
+
+
+def _teacher_models(
+    config: Config, architectures: Mapping[str, Architecture]
+) -> tuple[TeacherModelPlan, ...]:
+    """Return the models that are loaded: one for all names with equal settings."""
+    names = {settings: name for name, settings in reversed(config.teacher_models.items())}
+    return tuple(
+        TeacherModelPlan(name, architectures[name], teacher.weights, teacher.hidden_states)
+        for name, teacher in config.teacher_models.items()
+        if names[teacher] == name
     )
 
 

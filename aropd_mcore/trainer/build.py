@@ -4,7 +4,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 
-from aropd_mcore.config import Config, PrecisionConfig
+from aropd_mcore.config import Config, PrecisionConfig, TeacherConfig
 from aropd_mcore.convert.source import Source
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
@@ -16,6 +16,7 @@ from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.mcore.teachers import Teachers
 from aropd_mcore.mcore.weights import load_weights
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine, build_native
@@ -24,7 +25,8 @@ from aropd_mcore.rollout.vllm_process import Serving
 from aropd_mcore.stages import Stages
 from aropd_mcore.trainer.guards import Guards
 from aropd_mcore.trainer.hooks import DeviceUse
-from aropd_mcore.trainer.preflight import check_packages, open_inputs
+from aropd_mcore.trainer.preflight import Inputs, check_packages, open_inputs
+from aropd_mcore.trainer.row_groups import metric_groups
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.trainer.stop import Stops
 
@@ -76,24 +78,10 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         shares_gpu=config.rollout.is_colocated,
     )
-    teacher = engine = None
+    teachers = engine = None
     cache = KVCache()  # of all native engines, which never sample at the same time
     if config.objective.name == "aropd":
-        teacher_model = None
-        if inputs.teacher is not None:
-            teacher_model = load_model(
-                config,
-                runtime,
-                config.precision.for_teacher,
-                inputs.teacher.source,
-                runtime.stages.fitted(inputs.teacher.source.architecture.num_layers),
-            )
-            teacher_model.vocab_size = inputs.teacher.vocab_size
-        elif config.teacher.kind != "live":
-            teacher_model = load_model(config, runtime, config.precision.for_teacher, inputs.source)
-        teacher = Teacher(
-            config.teacher, runtime, student=model, model=teacher_model, optimizer=optimizer
-        )
+        teachers = build_teachers(config, runtime, inputs, model, optimizer)
         engine = build_engine(
             Serving.from_config(config, runtime.world_size),
             model,
@@ -126,8 +114,10 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         num_steps=inputs.num_steps,
         dataset=dataset,
         view_builder=view_builder,
-        student=Student.from_config(config, model, optimizer, teacher, runtime),
-        teacher=teacher,
+        student=Student.from_config(
+            config, model, optimizer, teachers, runtime, metric_groups(config, dataset)
+        ),
+        teachers=teachers,
         source=source,
         engine=engine,
         # Any token works: attention is causal, and padding comes last.
@@ -138,9 +128,37 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         notes=inputs.notes,
         problems=inputs.problems,
         validation_engine=engine or native(model=model),
-        teacher_engine=native(model=teacher.model) if teacher else None,
+        teacher_engine=native(model=teachers.single.model)
+        if teachers and teachers.single
+        else None,
         hooks=[DeviceUse(runtime)] if runtime.device.type == "cuda" else [],
     )
+
+
+def build_teachers(
+    config: Config, runtime: Runtime, inputs: Inputs, student: StageModel, optimizer: Optimizer
+) -> Teachers:
+    """Build the teachers with their initial weights. Equal settings give one teacher.
+
+    Collectives: those of load_model.
+    """
+    precision = config.precision.for_teacher
+    by_settings: dict[TeacherConfig, Teacher] = {}
+    for name, settings in config.named_teachers.items():
+        if settings in by_settings:
+            continue
+        model = None
+        if name in inputs.teachers:
+            opened = inputs.teachers[name]
+            stages = runtime.stages.fitted(opened.source.architecture.num_layers)
+            model = load_model(config, runtime, precision, opened.source, stages)
+            model.vocab_size = opened.vocab_size
+        elif settings.kind != "live":
+            model = load_model(config, runtime, precision, inputs.source)
+        by_settings[settings] = Teacher(
+            settings, runtime, student=student, model=model, optimizer=optimizer
+        )
+    return Teachers({name: by_settings[s] for name, s in config.named_teachers.items()})
 
 
 def load_model(

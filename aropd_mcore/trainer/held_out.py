@@ -7,7 +7,8 @@ import torch
 
 from aropd_mcore.data.spans import thinking_spans
 from aropd_mcore.mcore.student import TokenSums
-from aropd_mcore.numerics.position_metrics import METRICS, token_metrics
+from aropd_mcore.numerics.group_metrics import group_metrics
+from aropd_mcore.numerics.position_metrics import is_maximum, token_metrics
 from aropd_mcore.trainer.batch import form_batch
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.types import Rollout, Row
@@ -32,12 +33,12 @@ def held_out_metrics(
         responses: the responses to each row, the same on every rank.
     Returns:
         name -> value. Empty if no response has a loss token of positive weight.
-    Collectives: those of form_batch, Teacher.score and Student.evaluate. Every rank must call it.
+    Collectives: those of form_batch, Teachers.score and Student.evaluate. Every rank must call it.
     """
     runtime, config, builder = run.runtime, run.config, run.view_builder
     limit = config.rollout.max_response_tokens
     pairs = [(row, _cut(r, limit)) for row, own in zip(rows, responses, strict=True) for r in own]
-    if run.teacher is None:
+    if run.teachers is None:
         traces = ((row, builder.oracle_response_ids(row)) for row in rows)
         pairs = [(row, Rollout(ids[:limit], (), len(ids) <= limit, 0)) for row, ids in traces]
     # Every rank has as many responses as in some number of training steps, so every layout can
@@ -49,7 +50,8 @@ def held_out_metrics(
     share = pairs[runtime.dp_rank :: runtime.dp_size]
     views, rollouts = [builder.build(row) for row, _ in share], [r for _, r in share]
     thinking = thinking_spans(builder.tokenizer, views, rollouts)
-    batch = form_batch(config, runtime, views, rollouts, thinking, run.pad_token_id)
+    groups = run.student.groups
+    batch = form_batch(config, runtime, views, rollouts, thinking, run.pad_token_id, groups)
     if not batch.has_loss:
         return {}
 
@@ -60,12 +62,13 @@ def held_out_metrics(
     total: TokenSums = {}
     for first in range(0, len(batch.microbatches), size):
         part = batch.microbatches[first : first + size]
-        outputs = run.teacher.score(part) if run.teacher else None
+        outputs = run.teachers.score(part) if run.teachers else None
         for name, sums in run.student.evaluate(part, outputs).items():
-            combine = torch.maximum if METRICS[name].over == "max" else torch.add
+            combine = torch.maximum if is_maximum(name) else torch.add
             total[name] = combine(total[name], sums) if name in total else sums
-    metrics = token_metrics(total)
-    return {name: metrics[name] for name in REPORTED if name in metrics}
+    metrics = token_metrics(total) | group_metrics(total)
+    names = [f"{name}{end}" for end in ("", *(f"/{g}" for g in groups)) for name in REPORTED]
+    return {name: metrics[name] for name in names if name in metrics}
 
 
 def _cut(rollout: Rollout, limit: int) -> Rollout:

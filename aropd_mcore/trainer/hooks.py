@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.plan.cost import head_flops, layers_flops
 from aropd_mcore.plan.devices import peak_bf16_flops
@@ -52,17 +53,24 @@ def utilization(
     Collectives: one all-gather over the data-parallel ranks.
     """
     student, views = run.student.model.architecture, run.student.objective.views
-    teacher = run.teacher.model.architecture if run.teacher else student
-    student_tokens, teacher_tokens = [], []
+
+    def architecture(teacher: str) -> Architecture:
+        return run.teachers[teacher].model.architecture if run.teachers else student
+
+    on_rank = 0
     for prompts, rollout in zip(result.views, result.rollouts, strict=True):
         ids = {"partial": prompts.partial_ids, "full": prompts.full_ids}
         num_response_tokens = len(rollout.response_ids)
-        student_tokens.append(len(prompts.student_ids) + num_response_tokens)
-        teacher_tokens += [len(ids[view]) + num_response_tokens for view in run.config.scored_views]
-    on_rank = layers_flops(
-        student, teacher, student_tokens=student_tokens, teacher_tokens=teacher_tokens
-    )
+        on_rank += layers_flops(
+            student,
+            architecture(prompts.row.teacher),
+            student_tokens=[len(prompts.student_ids) + num_response_tokens],
+            teacher_tokens=[len(ids[v]) + num_response_tokens for v in run.config.scored_views],
+        )
     in_layers = run.runtime.gather_over_data(torch.tensor([on_rank], dtype=torch.float64))
-    in_head = head_flops(student, teacher, metrics["num_loss_tokens"], num_views=len(views))
+    in_head = 0
+    for name in run.config.row_teachers or [""]:
+        key = f"num_loss_tokens/teacher/{name}" if name else "num_loss_tokens"
+        in_head += head_flops(student, architecture(name), metrics[key], num_views=len(views))
     seconds = result.seconds["teacher"] + result.seconds["student"]
     return (float(in_layers.sum()) + in_head) / (seconds * peak_flops * run.runtime.world_size)

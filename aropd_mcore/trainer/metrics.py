@@ -15,6 +15,7 @@ from torch import Tensor
 from aropd_mcore.config import Config
 from aropd_mcore.data.answer_match import is_premature
 from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.numerics.group_metrics import group_metrics
 from aropd_mcore.numerics.position_metrics import token_metrics
 from aropd_mcore.trainer.jsonl import JsonlFile, read_until
 from aropd_mcore.trainer.step import StepResult
@@ -83,6 +84,7 @@ def step_metrics(step: int, result: StepResult, tokenizer: Any, runtime: Runtime
     metrics = {
         "step": step,
         **token_metrics(result.sums),
+        **group_metrics(result.sums),
         **rollout_metrics(result, tokenizer, runtime),
         "lr": result.update.lr,
         "grad_norm": result.update.grad_norm,

@@ -27,7 +27,8 @@ from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.evaluation.validation_set import ValidationProblem, read_validation_set
 from aropd_mcore.trainer.resume_policy import check_changes, describe_run
-from aropd_mcore.trainer.teacher_model import TeacherModel, open_teacher_model
+from aropd_mcore.trainer.row_groups import describe_groups
+from aropd_mcore.trainer.teacher_model import TeacherModel, open_teacher_models
 from aropd_mcore.types import Views
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Inputs:
     num_steps: int
     about: dict[str, Any]
     """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
-    teacher: TeacherModel | None
-    """The teacher's checkpoint. None unless teacher.kind is `model`."""
+    teachers: dict[str, TeacherModel]
+    """Checkpoints of the teachers of kind `model` by name."""
     notes: tuple[str, ...]
     """Notes for the user, one sentence each, such as the number of rows whose residual is zero."""
 
@@ -65,7 +66,7 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         ranks: processes that share the checks of the rows. None: this process only.
     Raises:
         ConfigError: a template or tokenizer is unusable, num_epochs gives less than one step, or
-            the teacher's checkpoint cannot be used.
+            a teacher's checkpoint cannot be used.
         CheckpointError: a weight is missing, or its shape differs from config.json.
         DataError: a file or row is invalid, or no row is left. An invalid row raises the same error
             on every rank.
@@ -89,13 +90,15 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         tokenizer,
         config.views,
         vocab_size=source.architecture.vocab_size,
-        is_privileged=config.teacher.views == "privileged",
+        is_privileged=config.has_privileged_views,
     )
-    teacher = open_teacher_model(config, source.architecture, builder)
+    teachers = open_teacher_models(config, source.architecture, builder)
     ends = eos_token_ids(path, tokenizer)
     rows = load_in_turn(
         ranks,
-        lambda: RowDataset.load(config.data.train, on_bad_row=config.data.on_bad_row),
+        lambda: RowDataset.load(
+            config.data.train, on_bad_row=config.data.on_bad_row, teachers=config.row_teachers
+        ),
         config.data.paths,
     )
     dataset, notes = _usable_rows(rows, builder, config, ranks)
@@ -113,10 +116,10 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
             config,
             dataset,
             builder.identity,
-            teacher_fingerprint=teacher.fingerprint if teacher else None,
+            teacher_fingerprints={name: t.fingerprint for name, t in teachers.items()},
         ),
-        teacher=teacher,
-        notes=(*builder.notes, *notes, *more_notes),
+        teachers=teachers,
+        notes=(*builder.notes, *describe_groups(config, dataset), *notes, *more_notes),
     )
 
 
@@ -320,8 +323,7 @@ class _RowNotes:
                 f"the {part} of {self._of_all(self._cut)} is cut to fit "
                 f"views.max_prompt_tokens; first: {self._cut[0]}"
             )
-        is_privileged = config.teacher.views == "privileged"
-        if self._equal and is_privileged and len(config.objective.views) == 2:
+        if self._equal and config.has_privileged_views and len(config.objective.views) == 2:
             notes.append(
                 f"the partial view of {self._of_all(self._equal)} equals the full view, so their "
                 f"residual is zero; first: {self._equal[0]}"

@@ -5,16 +5,17 @@
     refused    the steps so far would belong to another run; checkpoint.allow_changes permits it
 
 A setting in neither FREE nor REFUSED is effective. Data and model are compared by content, not by
-path.
+path. The settings of one of several teachers, `teachers.NAME`, follow the rules of `teacher`.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config import Config, ConfigError, teacher_section
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.removed_settings import is_removed_default, renamed_value
@@ -83,17 +84,18 @@ def describe_run(
     dataset: RowDataset,
     identity: Mapping[str, str],
     *,
-    teacher_fingerprint: str | None = None,
+    teacher_fingerprints: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Describe a run for the manifests of its checkpoints.
 
     Args:
         identity: hashes of the chat template and the tokenizer (ViewBuilder.identity).
-        teacher_fingerprint: hash of a teacher of kind `model` (TeacherModel.fingerprint).
+        teacher_fingerprints: hashes of the teachers of kind `model` by name
+            (TeacherModel.fingerprint).
     Returns:
         config: all settings.
-        contents: hashes of the rows, the architecture, the chat template, the tokenizer, and of a
-            teacher of kind `model`.
+        contents: hashes of the rows, the architecture, the chat template, the tokenizer, and of
+            teachers of kind `model`.
         data: numbers of rows and of bad rows.
         config_hash: hash of the contents and of the settings that are not free.
     """
@@ -103,8 +105,8 @@ def describe_run(
         "data.train": dataset.fingerprint(),
         "model.path": hash_architecture(architecture),
     }
-    if teacher_fingerprint is not None:
-        contents["teacher.path"] = teacher_fingerprint
+    for name, fingerprint in (teacher_fingerprints or {}).items():
+        contents[f"{teacher_section(name)}.path"] = fingerprint
     contents |= {f"model.{name}": identity[name] for name in ("chat_template", "tokenizer")}
     counted = {k: v for k, v in _flat(settings).items() if not _is_free(k)} | contents
     return {
@@ -137,7 +139,7 @@ def check_changes(
             them.
     """
     for key in allowed:
-        if key not in REFUSED:
+        if _rule(key) not in REFUSED:
             raise ConfigError(
                 f"checkpoint.allow_changes: found {key!r}, expected settings that may not change "
                 "otherwise: " + ", ".join(REFUSED)
@@ -145,15 +147,16 @@ def check_changes(
     old, new = saved["contents"], current["contents"]
     changes = _differences(saved["config"], current["config"]) + [
         Change(key, f"content {old[key]}", f"content {new[key]}")
-        for key in _BY_CONTENT
-        if key in old and key in new and old[key] != new[key]
+        for key in new
+        if key in old and old[key] != new[key]
     ]
-    unknown = [key for key in _BY_CONTENT if key in new and key not in old]
-    refused = [c for c in changes if c.key in REFUSED and c.key not in allowed]
+    # A teacher that the checkpoint does not know has a kind, too, which is a change.
+    unknown = [key for key in new if key not in old and _rule(key) == key]
+    refused = [c for c in changes if _rule(c.key) in REFUSED and c.key not in allowed]
     if refused:
         raise ConfigError(
             "the checkpoint belongs to another run:"
-            + "".join(f"\n  {change} ({REFUSED[change.key]})" for change in refused)
+            + "".join(f"\n  {change} ({REFUSED[_rule(change.key)]})" for change in refused)
             + "\nuse the saved values or another output_dir, or permit the changes with "
             f"'checkpoint.allow_changes=[{','.join(c.key for c in refused)}]'"
         )
@@ -178,7 +181,7 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[C
         Change(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if renamed_value(key, old.get(key)) != new.get(key)
-        and key not in _BY_CONTENT
+        and _rule(key) not in _BY_CONTENT
         and not is_removed_default(key, old.get(key))
     ]
 
@@ -191,8 +194,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _rule(key: str) -> str:
+    """Return the setting whose rule a setting follows: itself, or `teacher.KEY` for
+    `teachers.NAME.KEY`."""
+    return re.sub(r"^teachers\.[^.]+\.", "teacher.", key)
+
+
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return any(_rule(key) == free or _rule(key).startswith(f"{free}.") for free in FREE)
 
 
 def _hash(text: str) -> str:

@@ -19,6 +19,7 @@ from aropd_mcore.mcore.optim import UpdateResult
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.student import Student, TokenSums
 from aropd_mcore.mcore.teacher import Teacher
+from aropd_mcore.mcore.teachers import Teachers
 from aropd_mcore.rollout.engine import Progress, RolloutEngine, ignore
 from aropd_mcore.rollout.sources import RolloutSource
 from aropd_mcore.trainer.batch import form_batch
@@ -38,7 +39,7 @@ class Run:
     dataset: RowDataset
     view_builder: ViewBuilder
     student: Student
-    teacher: Teacher | None
+    teachers: Teachers | None
     """None for `sft`."""
     source: RolloutSource
     """Source of the rollouts of each step."""
@@ -59,6 +60,11 @@ class Run:
     """Notes about data and templates for the user, printed once at the start."""
     hooks: Sequence["StepHook"] = ()
     """Hooks that run after every step, in this order."""
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The only teacher. None for `sft`, and for several teachers."""
+        return self.teachers.single if self.teachers else None
 
 
 class StepHook(Protocol):
@@ -122,11 +128,20 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
     # Weights of the loss tokens in the global loss. Each response forms one sequence per view.
     with phase("batch"):
         thinking = thinking_spans(run.view_builder.tokenizer, views, rollouts)
-        batch = form_batch(run.config, run.runtime, views, rollouts, thinking, run.pad_token_id)
+        batch = form_batch(
+            run.config,
+            run.runtime,
+            views,
+            rollouts,
+            thinking,
+            run.pad_token_id,
+            run.student.groups,
+        )
 
-    # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y).
+    # The anchor p = teacher(. | v_P, y) and the full view f = teacher(. | v_F, y). With several
+    # teachers, a microbatch's teacher is that of its rows.
     with phase("teacher"):
-        outputs = run.teacher.score(batch.microbatches) if run.teacher else None
+        outputs = run.teachers.score(batch.microbatches) if run.teachers else None
 
     # q ~ p exp(lambda clip(log f - log p));  loss = mean_t KL(q_t || student(. | x, y_<t)).
     with phase("student"):
@@ -145,8 +160,8 @@ def train_step(run: Run, step: int, *, on_progress: Progress = ignore) -> StepRe
     # teacher <- (1 - alpha) teacher + alpha student. Later rollouts use the new weights.
     with phase("sync"):
         if update.applied:
-            if run.teacher:
-                run.teacher.follow()
+            if run.teachers:
+                run.teachers.follow()
             run.source.weights_changed(step + 1)
 
     return StepResult(

@@ -1,10 +1,11 @@
-"""The checkpoint of a teacher that is another model (teacher.kind `model`), opened and checked."""
+"""Checkpoints of teachers that are other models (teacher.kind `model`), opened and checked."""
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aropd_mcore.config import Config, ConfigError
+from aropd_mcore.config import Config, ConfigError, teacher_section
 from aropd_mcore.convert.architecture import Architecture, CheckpointError
 from aropd_mcore.convert.mapping import FINAL_NORM
 from aropd_mcore.convert.source import Source, open_source, with_vocabulary
@@ -30,27 +31,34 @@ class TeacherModel:
     teacher."""
 
 
-def open_teacher_model(
+def open_teacher_models(
     config: Config, student: Architecture, builder: "ViewBuilder"
-) -> TeacherModel | None:
-    """Open the teacher's checkpoint (headers only). None if config has no teacher of its own.
+) -> dict[str, TeacherModel]:
+    """Open the checkpoints of the teachers of kind `model` (headers only), by name.
 
     Args:
         builder: builder of the student's prompts, with its tokenizer.
     Raises:
-        ConfigError: teacher.path is not a checkpoint, its tokenizer differs from the student's, or
-            its vocabulary lacks tokens of the tokenizer.
+        ConfigError: a teacher's path is not a checkpoint, its tokenizer differs from the student's,
+            or its vocabulary lacks tokens of the tokenizer.
     """
-    if not config.has_teacher_model:
-        return None
-    assert config.teacher.path is not None
+    return {
+        name: _open(f"{teacher_section(name)}.path", teacher.path, student, builder)
+        for name, teacher in config.teacher_models.items()
+    }
+
+
+def _open(
+    setting: str, path: Path | None, student: Architecture, builder: "ViewBuilder"
+) -> TeacherModel:
+    assert path is not None
     try:
-        source = open_source(config.teacher.path)
+        source = open_source(path)
         tokenizer = load_tokenizer(source.hf_folder)
         fingerprint = _fingerprint(source)
     except (CheckpointError, ValueError) as error:
-        raise ConfigError(f"teacher.path: {error}") from error
-    check_same_tokens(builder.tokenizer, tokenizer)
+        raise ConfigError(f"{setting}: {error}") from error
+    check_same_tokens(builder.tokenizer, tokenizer, setting)
     own_size = source.architecture.vocab_size
     check_vocabulary(tokenizer, own_size, builder.written_ids())
     return TeacherModel(

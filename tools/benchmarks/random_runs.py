@@ -105,6 +105,7 @@ def build_run(
     from aropd_mcore.mcore.optim import Optimizer
     from aropd_mcore.mcore.student import Student
     from aropd_mcore.mcore.teacher import Teacher
+    from aropd_mcore.mcore.teachers import Teachers
     from aropd_mcore.rollout.native import NativeEngine
     from aropd_mcore.rollout.sources import StepPrompts, build_source
     from aropd_mcore.trainer.guards import Guards
@@ -124,12 +125,13 @@ def build_run(
     optimizer = Optimizer(
         model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap
     )
-    teacher = engine = None
+    teachers = engine = None
     if config.objective.name == "aropd":
         own = None
         if config.teacher.kind != "live":
             own = random_model(config.precision.for_teacher)
         teacher = Teacher(config.teacher, runtime, student=model, model=own, optimizer=optimizer)
+        teachers = Teachers({"": teacher})
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
     dataset: Any = SimpleNamespace(row_at=lambda *_, **__: Row("", "", ""))
@@ -140,8 +142,8 @@ def build_run(
         num_steps=_NUM_STEPS,
         dataset=dataset,
         view_builder=view_builder,
-        student=Student.from_config(config, model, optimizer, teacher, runtime),
-        teacher=teacher,
+        student=Student.from_config(config, model, optimizer, teachers, runtime),
+        teachers=teachers,
         source=build_source(
             config,
             runtime,
