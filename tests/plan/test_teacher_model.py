@@ -8,7 +8,7 @@ from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.cost import forward_flops, loss_flops, step_time
 from aropd_mcore.plan.host_memory import PINNED, host_memory
 from aropd_mcore.plan.memory import stage_memory
-from aropd_mcore.plan.setup import Setup
+from aropd_mcore.plan.setup import Setup, TeacherModelPlan
 from tests.conftest import REPO
 
 SEVEN_B, LARGER = (
@@ -18,11 +18,15 @@ SEVEN_B, LARGER = (
 FROZEN = Setup(SEVEN_B, tensor=4, pipeline=2, data=2, num_microbatches=8, teacher="frozen")
 
 
+def taught(setup: Setup, *teachers: TeacherModelPlan) -> Setup:
+    return replace(setup, teacher="model", teacher_models=teachers)
+
+
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_teacher_equal_to_the_student_is_planned_as_a_frozen_one(place):
     """Only the checkpoint differs: it does not contain the teacher's 2 bytes per parameter."""
     frozen = replace(FROZEN, teacher_weights=place, teacher_hidden_states=place, teacher_fp8=True)
-    model = replace(frozen, teacher="model", teacher_architecture=SEVEN_B)
+    model = taught(frozen, TeacherModelPlan("", SEVEN_B, place, place))
     for stage in range(2):
         assert stage_memory(model, stage) == stage_memory(frozen, stage)
     assert step_time(model) == step_time(frozen)
@@ -35,7 +39,7 @@ def test_teacher_equal_to_the_student_is_planned_as_a_frozen_one(place):
 
 def test_larger_teacher_has_its_own_weights_states_and_products():
     frozen = replace(FROZEN, pipeline=1)
-    model = replace(frozen, teacher="model", teacher_architecture=LARGER)
+    model = taught(frozen, TeacherModelPlan("", LARGER))
     state = stage_memory(model, 0).state["teacher weights"]
     assert state == pytest.approx(LARGER.num_parameters * 2 / 4, rel=1e-3)
     states = [
@@ -54,11 +58,34 @@ def test_larger_teacher_has_its_own_weights_states_and_products():
 
 def test_stages_of_a_teacher_with_other_layers_are_fitted():
     """7 of 28 layers leave 21 to the other stage. Of 64 layers, that would leave 57."""
-    split = replace(FROZEN, pipeline=4, layers_in_first_stage=7, teacher="model")
-    model = replace(split, teacher_architecture=LARGER)
+    split = replace(FROZEN, pipeline=4, layers_in_first_stage=7)
+    model = taught(split, TeacherModelPlan("", LARGER))
     assert model.stage_layers == (7, 7, 7, 7)
-    assert model.of_teacher.stage_layers == (7, 19, 19, 19)
+    assert model.of_teachers[0].stage_layers == (7, 19, 19, 19)
     model = replace(model, layers_in_first_stage=4)
-    assert model.of_teacher.stage_layers == (4, 20, 20, 20)
+    assert model.of_teachers[0].stage_layers == (4, 20, 20, 20)
     model = replace(model, architecture=replace(SEVEN_B, num_layers=26), layers_in_first_stage=5)
-    assert model.of_teacher.stage_layers == (16, 16, 16, 16)
+    assert model.of_teachers[0].stage_layers == (16, 16, 16, 16)
+
+
+def test_every_teacher_is_counted_and_one_at_a_time_is_on_the_device():
+    """Weights add up. Times are means, since responses are spread over the teachers."""
+    parts = [TeacherModelPlan("small", SEVEN_B), TeacherModelPlan("large", LARGER)]
+    ones, both = [taught(FROZEN, part) for part in parts], taught(FROZEN, *parts)
+
+    def weights(setup: Setup) -> float:
+        return stage_memory(setup, 0).state["teacher weights"]
+
+    assert weights(both) == sum(map(weights, ones))
+    times, (small, large) = step_time(both), map(step_time, ones)
+    # Each teacher's pass has half of the microbatches, and its own bubbles.
+    assert times.teacher > (small.teacher + large.teacher) / 2
+    assert times.teacher_bubble > large.teacher_bubble
+    assert times.student == pytest.approx((small.student + large.student) / 2)
+    hosted = taught(FROZEN, *(part._replace(weights="host") for part in parts))
+    visiting = [taught(FROZEN, part._replace(weights="host")) for part in parts]
+    memory = [stage_memory(setup, 0) for setup in (hosted, *visiting)]
+    assert memory[0].state["teacher weights"] == 0
+    assert memory[0].phases["teacher"] == memory[2].phases["teacher"]
+    pinned = [host_memory(setup)["always"]["teacher weights"] for setup in (hosted, *visiting)]
+    assert pinned[0] == sum(pinned[1:])

@@ -7,7 +7,7 @@ transformers' norms, so differences are rounding errors of the tested implementa
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +24,8 @@ BUCKETS = {
     "768-1023": (768, 1024),
     "1024-": (1024, math.inf),
 }
-BY_POSITION = (
-    "kl_full_partial",
-    "kl_full_student",
-    "kl_partial_student",
-    "kl_target_student",
-    "hindsight_token_rate",
-)
+KLS = ("kl_full_partial", "kl_full_student", "kl_partial_student", "kl_target_student")
+BY_POSITION = (*KLS, "hindsight_token_rate")
 
 
 @dataclass(frozen=True)
@@ -48,6 +43,9 @@ class Sample:
     """Whether the response ended with EOS."""
     num_thinking: int = 0
     """Number of tokens of the thinking span, with which the response begins."""
+    teacher: str = ""
+    """Name of the teacher, if there are several."""
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,8 @@ class Method:
     """Number of tokens that the loss compares. None: all of the models' vocabulary."""
     span: str = "both"
     """Part of the responses in the loss: `both`, `thinking` or `answer`."""
+    domains: tuple[str, ...] = ()
+    """Domains with metrics of their own."""
 
     def loss_tokens(self, sample: Sample) -> slice:
         start, end = 0, len(sample.response)
@@ -104,27 +104,31 @@ class OracleStep:
     """Means of loss and residual over the loss tokens of each sample, NaN without one."""
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
+    """Empty with several teachers, which do not change."""
 
 
 class Oracle:
-    """A student, its teacher and its optimizer."""
+    """A student, its teachers and its optimizer."""
 
-    def __init__(self, folder: Path, method: Method, teacher: Path | None = None):
+    def __init__(self, folder: Path, method: Method, teachers: Mapping[str, Path] | None = None):
         """
         Args:
-            teacher: folder of the teacher's model, if `method.teacher` is `model`.
+            teachers: folders of the teachers' models by name, if `method.teacher` is `model`. A
+                single one has the empty name.
         """
         self.method = method
         self.student = _load(folder)
-        self.teacher = copy.deepcopy(self.student) if teacher is None else _load(teacher)
-        missing = self.student.config.vocab_size - self.teacher.config.vocab_size
-        if missing > 0:  # ids that the student can sample and the teacher has no embedding of
-            embedding = self.teacher.get_input_embeddings()
-            rows = embedding.weight.new_zeros(missing, embedding.embedding_dim)
-            embedding.weight = torch.nn.Parameter(torch.cat([embedding.weight.detach(), rows]))
-            self.teacher.tie_weights()
-        if method.teacher == "live":
-            self.teacher = self.student
+        self.teachers = {name: _load(path) for name, path in (teachers or {}).items()}
+        for teacher in self.teachers.values():
+            missing = self.student.config.vocab_size - teacher.config.vocab_size
+            if missing > 0:  # ids that the student can sample and the teacher does not embed
+                embedding = teacher.get_input_embeddings()
+                rows = embedding.weight.new_zeros(missing, embedding.embedding_dim)
+                embedding.weight = torch.nn.Parameter(torch.cat([embedding.weight.detach(), rows]))
+                teacher.tie_weights()
+        if not self.teachers:
+            is_live = method.teacher == "live"
+            self.teachers[""] = self.student if is_live else copy.deepcopy(self.student)
         matrices, vectors = [], []
         for name, weight in self.student.named_parameters():  # a tied head is not repeated
             # The biases of gpt-oss' experts are one tensor of two dimensions.
@@ -189,7 +193,7 @@ class Oracle:
         self.num_done += 1
         if method.teacher == "ema":
             with torch.no_grad():
-                for phi, theta in zip(self.teacher.parameters(), weights, strict=True):
+                for phi, theta in zip(self.teachers[""].parameters(), weights, strict=True):
                     phi.copy_((1 - method.ema_rate) * phi + method.ema_rate * theta)
 
         report = {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": lr}
@@ -197,15 +201,18 @@ class Oracle:
         report |= routers
         report |= _at_ends(method, samples, metrics)
         report |= self._means(joined, torch.cat(offsets), torch.cat(are_thinking))
+        report |= self._by_group(samples, losses, metrics)
         means = [self._sample_means(m) for m in metrics]
-        return OracleStep(report, means, _weights(self.student), _weights(self.teacher))
+        teacher = _weights(self.teachers[""]) if "" in self.teachers else {}
+        return OracleStep(report, means, _weights(self.student), teacher)
 
     def _aropd(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         method = self.method
         student = self._logits(self.student, sample.student, sample)
         with torch.no_grad():
-            partial = self._logits(self.teacher, sample.partial, sample)
-            full = self._logits(self.teacher, sample.full, sample)
+            teacher = self.teachers[sample.teacher]
+            partial = self._logits(teacher, sample.partial, sample)
+            full = self._logits(teacher, sample.full, sample)
         tokens = method.loss_tokens(sample)
         sampled = torch.tensor(sample.response[tokens], dtype=torch.int64)
         # Log-probs of the sampled distribution do not depend on the temperature of the loss.
@@ -259,6 +266,30 @@ class Oracle:
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         logprob = {"logprob_student": -losses.detach(), "unweighted_loss": losses.detach()}
         return losses, {"cross_entropy": losses.detach(), "entropy_student": entropy} | logprob
+
+    def _by_group(
+        self,
+        samples: Sequence[Sample],
+        losses: Sequence[Tensor],
+        metrics: Sequence[dict[str, Tensor]],
+    ) -> dict[str, float]:
+        """Compute the metrics of each named teacher and of each domain: those of a batch that has
+        no other samples."""
+        groups = {f"teacher/{name}": ("teacher", name) for name in self.teachers if name}
+        groups |= {f"domain/{name}": ("domain", name) for name in self.method.domains}
+        report: dict[str, float] = {}
+        for group, (key, name) in groups.items():
+            inside = [i for i, sample in enumerate(samples) if getattr(sample, key) == name]
+            own = [losses[i].detach() for i in inside]
+            report[f"num_loss_tokens/{group}"] = sum(map(len, own))
+            if report[f"num_loss_tokens/{group}"]:
+                weights = [samples[i].weight for i in inside]
+                loss = oracles.reduced_loss(own, weights, self.method.reduction)
+                report[f"loss/{group}"] = float(loss)
+                for metric in KLS:
+                    values = torch.cat([metrics[i][metric] for i in inside])
+                    report[f"{metric}/{group}"] = float(values.mean())
+        return report
 
     def _sample_means(self, metrics: dict[str, Tensor]) -> tuple[float, float]:
         """Compute a sample's mean loss and mean residual, as METHOD section 7 defines them."""

@@ -1,6 +1,7 @@
 """Files of a tiny run (model, tokenizer, rows and YAML), written in a second without downloads."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,13 @@ def write_model(
     return folder
 
 
-def write_rows(path: Path) -> Path:
-    """Write rows with questions, traces and sample weights of different sizes."""
+def write_rows(path: Path, teachers: Sequence[str] = ()) -> Path:
+    """Write rows with questions, traces and sample weights of different sizes.
+
+    Args:
+        teachers: two names of teachers. The first one has two thirds of the rows. The rows then
+            have domains, too.
+    """
     rows = [
         {
             "question": f"{'Q' * (i % 5)} {i} + {i * i}?",
@@ -56,6 +62,10 @@ def write_rows(path: Path) -> Path:
         }
         for i in range(NUM_ROWS)
     ]
+    for i, row in enumerate(rows if teachers else ()):
+        row["teacher"] = teachers[i % 3 == 0]
+        if i % 4:  # other rows have no domain
+            row["domain"] = f"level {i % 4 // 2}"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -82,6 +92,8 @@ def tiny_config(model: Path, rows: Path, output_dir: Path, **sections: dict[str,
         "optimizer": {"lr": 1e-3, "warmup_ratio": 0.0},
         "teacher": {"ema_rate": 0.1},
     }
+    if "teachers" in sections:
+        del base["teacher"]
     config: dict[str, Any] = {"output_dir": str(output_dir), **base}
     for section, values in sections.items():
         config[section] = {**config.get(section, {}), **values}
@@ -94,7 +106,8 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     The run's output_dir is folder/out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
+    model = write_model(folder / "model")
+    rows = write_rows(folder / "rows.jsonl", list(sections.get("teachers", ())))
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_config(model, rows, folder / "out", **sections)))
     return path

@@ -204,8 +204,8 @@ def test_utilization_counts_layers_of_every_scored_view_and_the_heads_once(tmp_p
     mfu = utilization(
         SimpleNamespace(  # type: ignore[arg-type]
             student=student,
-            teacher=SimpleNamespace(model=SimpleNamespace(architecture=of_teacher)),
-            config=SimpleNamespace(scored_views=("partial", "full")[:num_scored]),
+            teachers={"": SimpleNamespace(model=SimpleNamespace(architecture=of_teacher))},
+            config=SimpleNamespace(scored_views=("partial", "full")[:num_scored], row_teachers=()),
             runtime=runtime,
         ),
         result,  # type: ignore[arg-type]

@@ -116,6 +116,8 @@ class Case:
     layouts: list[Layout] = field(default_factory=lambda: LAYOUTS)
     teacher: tuple[str, dict[str, Any]] | None = None
     """Family and settings of a teacher of kind `model`."""
+    teachers: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    """Families and settings of several teachers."""
     model_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the student's model."""
     groups: tuple[tuple[int, ...], ...] = ()
@@ -135,14 +137,24 @@ class Case:
         }
         if self.teacher:
             defaults["teacher"] = {"kind": "model", "path": str(self.teacher_model(root))}
+        if self.teachers:
+            defaults["teachers"] = {
+                name: {"path": str(self.teacher_model(root, name)), "weights": place}
+                for name, place in zip(self.teachers, ("host", "device"), strict=True)
+            }
         sections = self.sections | {
             name: values | self.sections.get(name, {}) for name, values in defaults.items()
         }
-        tree = tiny_config(self.model(root), root / "rows.jsonl", root / "out", **sections)
+        rows = root / ("rows-of-teachers.jsonl" if self.teachers else "rows.jsonl")
+        tree = tiny_config(self.model(root), rows, root / "out", **sections)
         return Config.model_validate(tree)
 
-    def teacher_model(self, root: Path) -> Path:
-        return root / f"teacher-of-{self.name}"
+    def teacher_model(self, root: Path, name: str = "") -> Path:
+        return root / f"teacher{name}-of-{self.name}"
+
+    def teacher_models(self, root: Path) -> dict[str, Path]:
+        names = self.teachers or ([""] if self.teacher else [])
+        return {name: self.teacher_model(root, name) for name in names}
 
     def model(self, root: Path) -> Path:
         kind = ("-tied" if self.tie else "-untied") + "-thinks" * self.thinks
@@ -160,9 +172,10 @@ class Case:
                 initializer_range=0.15,
                 **self.model_settings,
             )
-        if self.teacher:
-            family, sizes = self.teacher
-            write_model(self.teacher_model(root), family, initializer_range=0.15, seed=2, **sizes)
+        teachers = {"": self.teacher} if self.teacher else self.teachers
+        for seed, (name, (family, sizes)) in enumerate(teachers.items(), start=2):
+            folder = self.teacher_model(root, name)
+            write_model(folder, family, initializer_range=0.15, seed=seed, **sizes)
 
 
 LARGER = {
@@ -600,6 +613,36 @@ CASES = [
         ],
     ),
     Case(
+        # Two teachers of different sizes and families, which score 2:1 of the rows.
+        "teachers",
+        {"objective": AROPD},
+        teachers={
+            "math": ("qwen3", LARGER | {"vocab_size": VOCAB_SIZE + 150}),
+            "code": ("llama", {}),
+        },
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[
+            Layout(2, 2),
+            Layout(4, 1, sequence=True),
+            Layout(1, 2, virtual_pipeline=2),
+            Layout(1, 2, context=2),
+        ],
+    ),
+    Case(
+        # Replicas that share experts wait for each other in every pass of each teacher.
+        "packed-teachers-with-experts",
+        {"objective": AROPD | {"reduction": "token_mean"}, "training": PACKED},
+        family="qwen3_moe",
+        teachers={"math": ("qwen3_moe", {}), "code": ("llama", LARGER)},
+        num_steps=2,
+        layouts=[
+            Layout(1, 1, expert=4),
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(1, 2, virtual_pipeline=2, expert=2),
+        ],
+    ),
+    Case(
         # Both spans, whose metrics are reported separately. With the other cases' clip, one token's
         # residual is at the clip within fp32 rounding.
         "thoughts",
@@ -738,6 +781,8 @@ def take(run: "Run", steps: range) -> RankSteps:
                     rollout.logprobs,
                     rollout.finished,
                     num_thinking_tokens(rollout.response_ids, run),
+                    views.row.teacher,
+                    views.row.domain,
                 )
                 for views, rollout in zip(result.views, result.rollouts, strict=True)
             ]
@@ -817,6 +862,7 @@ def hf_tensors(model, rt) -> dict[str, Tensor] | None:
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
     write_rows(folder / "rows.jsonl")
+    write_rows(folder / "rows-of-teachers.jsonl", ["math", "code"])
     for case in CASES:
         case.write_model(folder)
     return folder
@@ -871,7 +917,7 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
         span=objective.loss_span,
         gap=objective.hindsight_gap,
         floor=objective.hindsight_floor,
-        teacher=config.teacher.kind,
+        teacher="model" if case.teachers else config.teacher.kind,
         ema_rate=config.teacher.ema_rate,
         lr=optimizer.lr,
         min_lr=optimizer.min_lr,
@@ -886,10 +932,10 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
         router_z=objective.router_z_loss_coeff,
         temperature=config.rollout.temperature if objective.temper_logits else 1.0,
         sft_prompt_loss=objective.sft_prompt_loss,
-        vocab_size=VOCAB_SIZE if case.teacher else None,
+        vocab_size=VOCAB_SIZE if case.teacher_models(root) else None,
+        domains=("level 0", "level 1") if case.teachers else (),
     )
-    teacher = case.teacher_model(root) if case.teacher else None
-    plain = Oracle(case.model(root), method, teacher)
+    plain = Oracle(case.model(root), method, case.teacher_models(root))
     return [plain.step(step_samples, case.groups) for step_samples in samples]
 
 
