@@ -28,6 +28,7 @@ CLUSTERS = REPO / "examples" / "clusters"
 GPUS = {
     "qwen2.5-7b-8xh100.yaml": 8,
     "qwen2.5-32b-to-7b-16xh100.yaml": 16,
+    "qwen2.5-two-teachers-16xh100.yaml": 16,
     "qwen3-32b-32xh100.yaml": 32,
     "llama3.1-70b-64xh100.yaml": 64,
     "qwen3-235b-a22b-256xh100.yaml": 256,
