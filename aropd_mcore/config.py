@@ -726,15 +726,16 @@ class NamedTeacherConfig(TeacherConfig):
     """Source of the teacher's weights: `model`, as in teacher.kind. The folder of the student's
     model, model.path, gives a frozen teacher."""
 
-    @model_validator(mode="after")
-    def _check_kind(self) -> "NamedTeacherConfig":
-        if self.kind != "model":
+    @field_validator("kind")
+    @classmethod
+    def _check_kind(cls, kind: str) -> str:
+        if kind != "model":
             raise ValueError(
-                f"kind {self.kind}: expected model for one of several teachers; remove kind and "
-                "set path to the teacher's folder. The folder in model.path gives the weights "
-                "that training starts from"
+                f"{kind}: expected model for one of several teachers; remove kind and set path to "
+                "the teacher's folder. The folder in model.path gives the weights that training "
+                "starts from"
             )
-        return self
+        return kind
 
 
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]

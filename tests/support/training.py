@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from aropd_mcore.convert.manifest import newest
 
@@ -64,6 +65,14 @@ def read_checkpoints(outs: list[Path]) -> list[dict[str, Any]]:
         assert path is not None
         checkpoints.append(flattened(dist_checkpointing.load_plain_tensors(str(path))))
     return checkpoints
+
+
+def assert_same_checkpoint(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare the tensors and values of two results of read_checkpoints bitwise."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value
+        assert same, name
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,13 @@ from aropd_mcore.trainer.preflight import preflight
 from tests.support.ranks import run_ranks
 from tests.support.tiny_runs import write_model, write_run
 from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
-from tests.support.training import read_checkpoints, read_lines, repeatable, train_on_ranks
+from tests.support.training import (
+    assert_same_checkpoint,
+    read_checkpoints,
+    read_lines,
+    repeatable,
+    train_on_ranks,
+)
 
 DELAYED = ("teacher_fp8=hybrid", "fp8_recipe=delayed")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,7 +67,7 @@ def test_teacher_equal_to_the_student_is_the_frozen_teacher_bitwise(path):
     frozen, model = states
     of_teacher = {name for name in frozen if name.startswith("teacher.")}
     assert of_teacher
-    assert_equal(model, {n: value for n, value in frozen.items() if n not in of_teacher})
+    assert_same_checkpoint(model, {n: value for n, value in frozen.items() if n not in of_teacher})
 
 
 def test_resumed_run_is_bitwise_the_same_and_refuses_another_teacher(path):
@@ -91,7 +96,7 @@ def test_resumed_run_is_bitwise_the_same_and_refuses_another_teacher(path):
     run_ranks(train_on_ranks, 2, path, moved)
     assert repeatable(read_lines(out)) == expected
     (resumed,) = run_ranks(read_checkpoints, 1, [out])[0]
-    assert_equal(resumed, state)
+    assert_same_checkpoint(resumed, state)
 
 
 @pytest.mark.rest
@@ -108,15 +113,7 @@ def test_dense_student_on_the_expert_ranks_of_its_teacher_saves_and_resumes(path
     run_ranks(train_on_ranks, 2, path, overrides)
     assert repeatable(read_lines(out)) == expected
     (resumed,) = run_ranks(read_checkpoints, 1, [out])[0]
-    assert_equal(resumed, state)
-
-
-def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compare the tensors and values of two checkpoints."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        same = torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value
-        assert same, name
+    assert_same_checkpoint(resumed, state)
 
 
 @pytest.mark.parametrize("vocab_size", [100, VOCAB_SIZE, VOCAB_SIZE + 300])
