@@ -328,3 +328,19 @@ def test_step_positions_of_all_ranks_and_steps_are_consecutive():
         ValueError, match=r"6 is not a multiple of the data-parallel size 4; .* 4 or 8"
     ):
         step_positions(0, 6, dp_rank=0, dp_size=4)
+
+
+def test_teacher_and_domain_are_read_and_do_not_change_the_fingerprint_of_other_runs(tmp_path):
+    row = {"question": "q", "reasoning": "r", "answer": "1"}
+    keys = [{}, {"teacher": "math", "domain": "algebra"}, {"teacher": 3, "domain": ["algebra"]}]
+    paths = [
+        write_lines(tmp_path / f"{i}.jsonl", [json.dumps(row | k).encode()])
+        for i, k in enumerate(keys)
+    ]
+    plain, named, other = (RowDataset.load([path]) for path in paths)
+    assert [data[0].domain for data in (plain, named, other)] == ["", "algebra", ""]
+    assert {data[0].teacher for data in (plain, named, other)} == {""}, "no teacher has a name"
+    assert plain.fingerprint() == named.fingerprint() == other.fingerprint()
+    chosen = RowDataset.load([paths[1]], teachers=["code", "math"])
+    assert chosen[0].teacher == "math" and chosen.fingerprint() != plain.fingerprint()
+    assert RowDataset.load([paths[0]], teachers=["code"])[0].teacher == "code"
