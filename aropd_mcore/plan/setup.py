@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
+from aropd_mcore.convert.adapter import AdapterSpec
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
-from aropd_mcore.plan.layout import Layout, plan, read_teacher_architecture
+from aropd_mcore.plan.layout import (
+    Layout,
+    build_adapter_spec,
+    plan,
+    read_teacher_architecture,
+)
 from aropd_mcore.stages import Stages
 
 Device = Literal["gpu", "cpu"]
@@ -53,6 +59,8 @@ class Setup:
     """Teacher views that the objective reads; 0 for `sft`."""
     views_are_equal: bool = False
     """Whether these views are one prompt, which the teacher scores once (teacher.views `none`)."""
+    adapter: AdapterSpec | None = None
+    """Adapter that is trained in place of the weights."""
     fp32_master: bool = True
     """Whether the teacher's moving average is kept in fp32."""
     dtype_bytes: int = 2
@@ -107,6 +115,12 @@ class Setup:
         return self.tensor if self.sequence else 1
 
     @property
+    def has_teacher_weights(self) -> bool:
+        """Whether the teacher has weights of its own. Beside an adapter it is a version of it."""
+        is_copy = self.teacher in ("ema", "frozen") and self.adapter is None
+        return self.teacher == "model" or is_copy
+
+    @property
     def num_scored_views(self) -> int:
         """Views that the teacher scores."""
         return min(self.num_views, 1) if self.views_are_equal else self.num_views
@@ -119,7 +133,13 @@ class Setup:
             return self
         teacher = replace(self.teacher_architecture, vocab_size=self.architecture.vocab_size)
         stages = self.stages.fitted(teacher.num_layers)
-        return replace(self, architecture=teacher, teacher_architecture=None, **asdict(stages))
+        return replace(
+            self,
+            architecture=teacher,
+            teacher_architecture=None,
+            adapter=None,
+            **asdict(stages),
+        )
 
     @cached_property
     def stages(self) -> Stages:
@@ -261,6 +281,7 @@ def build_setup(
         teacher_architecture=teacher,
         num_views=num_views,
         views_are_equal=config.teacher.views == "none",
+        adapter=build_adapter_spec(config, architecture),
         fp32_master=config.teacher.fp32_master,
         teacher_hidden_states=config.teacher.hidden_states,
         teacher_weights=config.teacher.weights,

@@ -60,9 +60,19 @@ def utilization(
         student_tokens.append(len(prompts.student_ids) + num_response_tokens)
         teacher_tokens += [len(ids[view]) + num_response_tokens for view in run.config.scored_views]
     on_rank = layers_flops(
-        student, teacher, student_tokens=student_tokens, teacher_tokens=teacher_tokens
+        student,
+        teacher,
+        student_tokens=student_tokens,
+        teacher_tokens=teacher_tokens,
+        trains_adapter=run.config.adapter is not None,
     )
     in_layers = run.runtime.gather_over_data(torch.tensor([on_rank], dtype=torch.float64))
-    in_head = head_flops(student, teacher, metrics["num_loss_tokens"], num_views=len(views))
+    in_head = head_flops(
+        student,
+        teacher,
+        metrics["num_loss_tokens"],
+        num_views=len(views),
+        trains_adapter=run.config.adapter is not None,
+    )
     seconds = result.seconds["teacher"] + result.seconds["student"]
     return (float(in_layers.sum()) + in_head) / (seconds * peak_flops * run.runtime.world_size)

@@ -31,6 +31,7 @@ from tests.support import oracles
 from tests.support.pairwise import covering_rows
 from tests.support.ranks import run_ranks
 from tests.support.step_oracle import Method, Oracle, OracleStep, Sample
+from tests.support.tiny_adapters import write_adapter
 from tests.support.tiny_models import MOE_FAMILIES
 from tests.support.tiny_runs import EOS_IDS, tiny_config, write_model, write_rows
 from tests.support.tiny_tokenizer import TAGS, VOCAB_SIZE
@@ -118,6 +119,8 @@ class Case:
     """Family and settings of a teacher of kind `model`."""
     model_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the student's model."""
+    targets: tuple[str, ...] = ()
+    """Targets of the adapter that is trained. Empty: all weights are trained."""
     groups: tuple[tuple[int, ...], ...] = ()
     """Samples of each microbatch, the same in every layout. Only for routers with losses."""
 
@@ -135,11 +138,21 @@ class Case:
         }
         if self.teacher:
             defaults["teacher"] = {"kind": "model", "path": str(self.teacher_model(root))}
+        if self.targets:
+            defaults["adapter"] = {
+                "rank": 4,
+                "alpha": 8.0,
+                "targets": list(self.targets),
+                "path": str(self.adapter(root)),
+            }
         sections = self.sections | {
             name: values | self.sections.get(name, {}) for name, values in defaults.items()
         }
         tree = tiny_config(self.model(root), root / "rows.jsonl", root / "out", **sections)
         return Config.model_validate(tree)
+
+    def adapter(self, root: Path) -> Path:
+        return root / f"adapter-of-{self.name}"
 
     def teacher_model(self, root: Path) -> Path:
         return root / f"teacher-of-{self.name}"
@@ -160,6 +173,8 @@ class Case:
                 initializer_range=0.15,
                 **self.model_settings,
             )
+        if self.targets:
+            write_adapter(self.adapter(root), self.model(root), targets=self.targets)
         if self.teacher:
             family, sizes = self.teacher
             write_model(self.teacher_model(root), family, initializer_range=0.15, seed=2, **sizes)
@@ -173,6 +188,8 @@ LARGER = {
     "head_dim": 16,
 }
 """Sizes of a teacher that differ from those of every student."""
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 PACKED = {"packing": True, "max_tokens_per_microbatch": 240}
 ROUTERS = {"router_aux_loss_coeff": 0.5, "router_z_loss_coeff": 0.05}
 AROPD = {"residual_clip": 0.5, "hindsight_gap": 0.5, "hindsight_floor": 0.2}
@@ -507,6 +524,42 @@ CASES = [
         layouts=[Layout(2, 1, context=2), Layout(1, 4)],
     ),
     Case(
+        # An adapter of every linear layer, with a moving average of it as the teacher.
+        "adapter",
+        {"objective": AROPD, "training": {"recompute": "full"}},
+        targets=(*ATTENTION_LAYERS, *MLP_LAYERS),
+        num_steps=3,
+        num_microbatches=2,
+        layouts=[
+            Layout(2, 2, sequence=True),
+            Layout(4, 1),
+            Layout(1, 2, context=2, virtual_pipeline=2),
+        ],
+    ),
+    Case(
+        # Experts with an adapter each: whole on every tensor rank, or divided over expert ranks.
+        "adapter-of-experts",
+        {"objective": AROPD, "training": PACKED, "teacher": {"kind": "frozen"}},
+        family="qwen3_moe",
+        targets=(*ATTENTION_LAYERS, *MLP_LAYERS),
+        num_steps=2,
+        layouts=[
+            Layout(2, 1, sequence=True, expert=2),
+            Layout(2, 2, sequence=True),
+            Layout(1, 2, context=2, expert=2),
+        ],
+    ),
+    Case(
+        # Layers that Megatron joins, of which only some have an adapter.
+        "adapter-of-some-layers",
+        {"objective": AROPD, "teacher": {"kind": "live"}},
+        tie=True,
+        targets=("k_proj", "up_proj"),
+        num_steps=2,
+        num_microbatches=2,
+        layouts=[Layout(2, 2)],
+    ),
+    Case(
         # The teacher reads one view.
         "partial-opd",
         {"objective": AROPD | {"residual_scale": 0.0, "metrics": False}},
@@ -750,8 +803,14 @@ def take(run: "Run", steps: range) -> RankSteps:
         metrics,
         means,
         hf_tensors(run.student.model, rt),
-        hf_tensors(run.teacher.model, rt) if run.teacher else None,
+        hf_tensors_of_teacher(run) if run.teacher else None,
     )
+
+
+def hf_tensors_of_teacher(run: "Run") -> dict[str, Tensor] | None:
+    assert run.teacher is not None
+    with run.teacher.weights_on_device():
+        return hf_tensors(run.teacher.model, run.runtime)
 
 
 def num_thinking_tokens(ids: tuple[int, ...], run: "Run") -> int:
@@ -889,7 +948,8 @@ def oracle_steps(root: Path, case: Case, samples: list[list[Sample]]) -> list[Or
         vocab_size=VOCAB_SIZE if case.teacher else None,
     )
     teacher = case.teacher_model(root) if case.teacher else None
-    plain = Oracle(case.model(root), method, teacher)
+    adapter = case.adapter(root) if case.targets else None
+    plain = Oracle(case.model(root), method, teacher, adapter)
     return [plain.step(step_samples, case.groups) for step_samples in samples]
 
 
