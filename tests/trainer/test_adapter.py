@@ -48,7 +48,9 @@ def test_full_rank_adapter_takes_the_dense_step(tmp_path):
     """With A = 1, B = 0 and scale 1, the gradient of B is that of W. AdamW's first update of B is
     then W's, and A has no gradient."""
     path = write_run(tmp_path, optimizer={"clip_grad": 0.0, "eps": 1e-4})
-    folder = write_adapter(tmp_path / "adapter", tmp_path / "model", targets=SQUARE, rank=64)
+    folder = write_adapter(
+        tmp_path / "adapter", tmp_path / "model", targets=SQUARE, rank=64, alpha=64.0
+    )
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
@@ -145,10 +147,10 @@ def hidden_states(run: Any) -> Tensor:
 def test_adapter_run_resumes_bitwise_and_is_exported(tmp_path):
     path = write_run(
         tmp_path,
-        model={"dtype": "bf16"},
         adapter={"rank": 4, "targets": ["q_proj", "down_proj"]},
         checkpoint={"save_every_steps": 2, "asynchronous": False},
     )
+    path.write_text(path.read_text().replace("dtype: fp32", "dtype: bf16"))
     whole, out = tmp_path / "whole", tmp_path / "out"
     run_ranks(train_on_ranks, 2, path, [f"output_dir={whole}"])
     shutil.copytree(whole, out)
@@ -170,7 +172,7 @@ def test_adapter_run_resumes_bitwise_and_is_exported(tmp_path):
     assert {of_b, f"teacher.{of_b}", f"optimizer.state.exp_avg.{of_b}"} <= tensors
     assert state[f"teacher.{of_b}"].dtype == torch.float32
 
-    layout = ["model.dtype=bf16", "parallel.tensor=2", "parallel.sequence=true"]
+    layout = ["parallel.tensor=2", "parallel.sequence=true"]
     run_ranks(train_on_ranks, 2, path, [f"output_dir={other_layout}", *layout])
     assert len(read_lines(other_layout)) == len(lines)
 
@@ -236,9 +238,9 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("override", IMPOSSIBLE)
 def test_impossible_adapter_is_refused(tmp_path, override):
-    path = write_run(tmp_path, adapter={"rank": 4}, model={"dtype": "bf16"})
+    path = write_run(tmp_path, adapter={"rank": 4})
     with pytest.raises(ConfigError, match=IMPOSSIBLE[override]):
-        open_inputs(load_config(path, [override]))
+        open_inputs(load_config(path, ["model.dtype=bf16", override]))
 
 
 LAYOUTS = {
