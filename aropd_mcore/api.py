@@ -63,7 +63,10 @@ class RunResult:
         return self.history[-1]
 
     def export_hf(self, folder: str | Path, **options: Any) -> Path:
-        """Write the weights as an HF folder, as `aropd convert export` does; return the folder."""
+        """Write the weights as an HF folder, as `aropd convert export` does; return the folder.
+
+        For a run that trains an adapter, this is a PEFT folder, unless merged=True is given.
+        """
         _run("convert", ["export", str(self.output_dir), str(folder)], options)
         return Path(folder)
 

@@ -164,6 +164,24 @@ class ModelConfig(Section):
     """Data type of parameters and activations. `auto`: bf16 on a GPU, fp32 without one."""
 
 
+class AdapterConfig(Section):
+    """LoRA adapter (arXiv:2106.09685): small matrices are trained in place of the model's weights,
+    which stay as they are. Without this section, all weights are trained."""
+
+    rank: Positive = 16
+    """Rank r of the adapter: a linear layer with weight W becomes W + (alpha / r) B A, where A has
+    r rows and B has r columns."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Numerator of the scale alpha / rank."""
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Adapted linear layers by the last parts of their names in the Hugging Face model, such as
+    [q_proj, v_proj]. Experts' layers are named like those of an MLP. null: all linear layers of
+    attention, MLPs and experts."""
+    path: Path | None = None
+    """PEFT folder of an adapter that training starts from. Its rank, alpha and targets must be
+    those of this section. null: a new adapter, which does not change the model at first."""
+
+
 class PrecisionConfig(Section):
     """FP8 matrix products through Transformer Engine, on GPUs only. Weights stay in bf16, with main
     weights and gradients in fp32. The embedding, norms, attention scores and output head stay in
@@ -664,8 +682,8 @@ class TeacherConfig(Section):
 
     kind: Literal["ema", "frozen", "live", "model"] = "ema"
     """Source of the teacher's weights. `ema`: moving average of the student's. `frozen`: the
-    weights that were loaded. `live`: the student itself. `model`: another model, at teacher.path,
-    whose weights do not change."""
+    weights that were loaded; with an adapter, those of the base model. `live`: the student itself.
+    `model`: another model, at teacher.path, whose weights do not change."""
     path: Path | None = None
     """Checkpoint of a teacher of kind `model`: a Hugging Face folder, a Megatron checkpoint, or the
     output_dir of a run, whose student is read. Its size and family may differ from the student's,
@@ -996,6 +1014,8 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    adapter: AdapterConfig | None = None
+    """LoRA adapter. null: all weights are trained."""
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     views: ViewsConfig = ViewsConfig()
@@ -1069,6 +1089,38 @@ class Config(Section):
                 "no teacher_views, since only a single teacher answers problems; remove them, and "
                 "use `aropd eval` on each teacher's folder"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> "Config":
+        if self.adapter is None:
+            return self
+        refused = {
+            "precision.fp8 or precision.teacher_fp8 is set": (
+                self.precision.has_fp8,
+                "null, since adapters have no FP8 products",
+            ),
+            "rollout.cuda_graphs is true": (
+                self.rollout.cuda_graphs,
+                "false, since adapters have not been tested in CUDA graphs",
+            ),
+            "objective.router_aux_loss_coeff or router_z_loss_coeff is above 0": (
+                self.objective.has_router_losses,
+                "0, since the routers are not trained",
+            ),
+            f"teacher.weights is host and teacher.kind is {self.teacher.kind}": (
+                not self.teachers
+                and self.teacher.weights == "host"
+                and self.teacher.kind != "model",
+                "teacher.weights device, since this teacher has no model of its own",
+            ),
+        }
+        for setting, (is_set, expected) in refused.items():
+            if is_set:
+                raise ValueError(
+                    f"adapter is set and {setting}: expected {expected}; change the setting or "
+                    "remove the section adapter"
+                )
         return self
 
     @model_validator(mode="after")

@@ -33,8 +33,9 @@ def render() -> str:
     schema = Config.model_json_schema()
     sections, own_settings = {}, {}
     for name, setting in schema["properties"].items():
-        if "$ref" in setting:
-            sections[name] = _resolved(setting, schema)
+        choices = setting.get("anyOf", [setting])  # a section that may be null
+        if "$ref" in choices[0]:
+            sections[name] = _resolved(choices[0], schema)
         else:
             own_settings[name] = setting
     parts = [_HEAD, *_settings("", own_settings, schema)]

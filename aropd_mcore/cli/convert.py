@@ -117,6 +117,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         """
         The checkpoint may come from an import or from a training run, in any layout. Optimizer
         state is ignored. Names and order of the tensors are those of the model's original folder.
+        Of a run that trains a LoRA adapter, the adapter is written as a PEFT folder, unless
+        --merged is given.
         """
         + _STREAMS,
         """
@@ -124,6 +126,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
           %(prog)s runs/mine hf-folder
           %(prog)s runs/mine hf-folder --which best
           %(prog)s runs/mine/checkpoints/iter_0000200 hf-folder --weights teacher --dtype bfloat16
+          %(prog)s runs/lora adapter-folder
+          %(prog)s runs/lora hf-folder --merged
+          %(prog)s Llama-3.1-8B hf-folder --adapter adapter-folder
         """,
     )
     parser.add_argument(
@@ -131,9 +136,21 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="MCORE_DIR",
         help="a Megatron checkpoint, one iteration of it, or a run's output_dir (for its newest "
-        "checkpoint)",
+        "checkpoint); with --adapter, an HF folder",
     )
     parser.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder to write")
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="of a run that trains a LoRA adapter, write the whole model with the adapter merged "
+        "(default: the adapter only)",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="PEFT folder to merge into the HF folder (default: none)",
+    )
     parser.add_argument(
         "--which",
         choices=("newest", "best"),
@@ -247,13 +264,31 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
+    from aropd_mcore.convert.adapter import AdaptedSource, write_peft
     from aropd_mcore.convert.import_export import export_hf
-    from aropd_mcore.convert.source import MegatronSource, best_checkpoint, open_source
+    from aropd_mcore.convert.source import HFSource, best_checkpoint, open_source
 
     path = best_checkpoint(args.mcore_dir) if args.which == "best" else args.mcore_dir
-    source = open_source(path, role=args.weights, hf=args.hf)
-    if not isinstance(source, MegatronSource):
+    source = open_source(path, role=args.weights, hf=args.hf, adapter=args.adapter)
+    if isinstance(source, HFSource):
         raise ValueError(f"{args.mcore_dir}: found an HF folder, expected a Megatron checkpoint")
+    is_adapter = isinstance(source, AdaptedSource) and source.iteration is not None
+    if args.merged and not is_adapter:
+        raise ValueError(
+            f"--merged: found {args.mcore_dir} without an adapter of its own, expected a run that "
+            "trains an adapter; remove --merged"
+        )
+    if isinstance(source, AdaptedSource) and is_adapter and not args.merged:
+        write_peft(
+            args.hf_dir,
+            source.architecture,
+            source.adapter,
+            base_model=source.base.path,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            overwrite=args.overwrite,
+        )
+        print(f"{source.iteration} ({args.weights}) -> {args.hf_dir} (PEFT)")
+        return
     export_hf(
         source,
         args.hf_dir,
@@ -261,7 +296,7 @@ def _export(args: argparse.Namespace) -> None:
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
     )
-    print(f"{source.iteration} ({args.weights}) -> {args.hf_dir}")
+    print(f"{source.iteration or source.path} ({args.weights}) -> {args.hf_dir}")
 
 
 def _verify(args: argparse.Namespace) -> int:

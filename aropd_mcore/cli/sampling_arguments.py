@@ -76,7 +76,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> 
         "--hf",
         type=Path,
         metavar="DIR",
-        help="folder of config.json and tokenizer (default: hf/ next to the checkpoint)",
+        help="folder of config.json and tokenizer (default: hf/ next to the checkpoint); for a run "
+        "that trains an adapter, the base model (default: the run's model.path)",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="PEFT folder of a LoRA adapter to merge into the weights of an HF folder "
+        "(default: none)",
     )
     parser.add_argument(
         "--config",
@@ -140,6 +148,7 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "role": args.weights,
         "hf": args.hf,
+        "adapter": args.adapter,
         "config": args.config,
         "rollout": {name: getattr(args, name) for name in (*_SAMPLING, *_ENGINE)}
         | {"rollouts_per_prompt": args.samples},

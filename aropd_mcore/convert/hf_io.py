@@ -291,8 +291,9 @@ def refuse_adapter(folder: Path) -> None:
         if os.path.exists(folder / name):
             raise CheckpointError(
                 f"{folder / name}: a PEFT adapter, which transformers applies to the weights if "
-                "peft is installed. Merge the adapter first (peft's merge_and_unload, then "
-                "save_pretrained into a new folder), or remove its files."
+                "peft is installed. Keep the adapter in a folder of its own: `aropd convert export "
+                "MODEL_DIR NEW_DIR --adapter ADAPTER_DIR` merges it, `--adapter` of other commands "
+                "reads it, and adapter.path trains it."
             )
 
 

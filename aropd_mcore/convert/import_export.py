@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aropd_mcore.convert.adapter import AdaptedSource
 from aropd_mcore.convert.architecture import (
     Architecture,
     CheckpointError,
@@ -86,7 +87,7 @@ def import_hf(
 
 
 def export_hf(
-    source: MegatronSource,
+    source: MegatronSource | AdaptedSource,
     target: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -94,6 +95,8 @@ def export_hf(
     overwrite: bool = False,
 ) -> None:
     """Write the weights of a Megatron checkpoint as an HF folder in the layout of transformers.
+
+    An adapter is merged into the weights.
 
     Args:
         dtype: dtype of all parameters in the folder. None: each tensor keeps its dtype.
@@ -112,7 +115,7 @@ def export_hf(
     infos |= source.untrained
     infos = {name: infos[name] for name in source.order}
     total = sum(info.num_bytes for info in infos.values())
-    keep = (source.path, source.iteration, source.hf_folder)
+    keep = (source.path, source.iteration or source.path, source.hf_folder)
     with (
         new_folder(target, num_bytes=total, overwrite=overwrite, keep=keep) as folder,
         progress(f"export {target.name}", total) as advance,

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from aropd_mcore.convert.adapter import AdaptedSource, StoredAdapter
 from aropd_mcore.convert.source import (
     TEACHER_PREFIX,
     HFSource,
     MegatronSource,
     open_source,
 )
+from aropd_mcore.convert.torch_dist import TorchDistReader
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Summary:
 
     path: str
     kind: str
-    """Format: `HF` or `Megatron torch_dist`."""
+    """Format: `HF`, `Megatron torch_dist`, or an adapter's rank and targets."""
     family: str
     parameters: int
     tied_embeddings: bool
@@ -56,11 +58,19 @@ def inspect(path: Path, *, hf: Path | None = None, allow_pickle: bool = False) -
     dtypes = Counter[str]()
     for info in source.tensors.values():
         dtypes[str(info.dtype).removeprefix("torch.")] += math.prod(info.shape)
-    megatron = source if isinstance(source, MegatronSource) else None
-    keys = list(megatron.reader.tensors) if megatron else []
+    reader = None
+    if isinstance(source, MegatronSource):
+        reader, kind = source.reader, "Megatron torch_dist"
+    elif isinstance(source, AdaptedSource) and isinstance(source.adapter, StoredAdapter):
+        spec = source.adapter.spec
+        reader = source.adapter.reader
+        kind = f"adapter of rank {spec.rank} on {', '.join(spec.targets)}; shown merged"
+    else:
+        kind = "HF"
+    keys = list(reader.tensors) if reader else []
     return Summary(
-        path=str(megatron.iteration if megatron else path),
-        kind="Megatron torch_dist" if megatron else "HF",
+        path=str(source.iteration or path),
+        kind=kind,
         family=architecture.family.architecture,
         parameters=architecture.num_parameters,
         tied_embeddings=architecture.tied_embeddings,
@@ -69,19 +79,15 @@ def inspect(path: Path, *, hf: Path | None = None, allow_pickle: bool = False) -
         shapes={name: info.shape for name, info in source.tensors.items()},
         left_aside=source.left_aside if isinstance(source, HFSource) else [],
         untrained=list(source.untrained),
-        step=_step(megatron) if megatron else None,
-        layout=_layout(megatron) if megatron else None,
+        step=_step(reader) if reader else None,
+        layout=reader.read_common().get("layout") if reader else None,
         has_teacher=any(key.startswith(TEACHER_PREFIX) for key in keys),
         has_optimizer=any(key.startswith("optimizer.") for key in keys),
     )
 
 
-def _step(source: MegatronSource) -> int | None:
-    common = source.reader.read_common()
+def _step(reader: TorchDistReader) -> int | None:
+    common = reader.read_common()
     step = common.get("progress", {}).get("step", common.get("iteration"))
-    number = source.iteration.name.removeprefix("iter_")
+    number = reader.folder.name.removeprefix("iter_")
     return int(number) if step is None and number.isdecimal() else step
-
-
-def _layout(source: MegatronSource) -> dict[str, int] | None:
-    return source.reader.read_common().get("layout")

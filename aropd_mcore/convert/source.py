@@ -4,11 +4,20 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from aropd_mcore.convert.adapter import (
+    AdaptedSource,
+    AdapterSpec,
+    PeftFolder,
+    StoredAdapter,
+    adapter_shapes,
+    base_fingerprint,
+    resolve_targets,
+)
 from aropd_mcore.convert.architecture import read_config
 from aropd_mcore.convert.folders import ORDER, UNTRAINED
 from aropd_mcore.convert.global_tensors import (
@@ -20,7 +29,7 @@ from aropd_mcore.convert.global_tensors import (
 )
 from aropd_mcore.convert.hf_io import HFWeights, refuse_adapter
 from aropd_mcore.convert.json_file import CheckpointError, read_json
-from aropd_mcore.convert.manifest import MANIFEST, newest, problems
+from aropd_mcore.convert.manifest import MANIFEST, newest, problems, read_manifest
 from aropd_mcore.convert.mapping import EMBEDDING, Kind
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.stacked_files import UnstackedFiles
@@ -50,6 +59,8 @@ Role = Literal["student", "teacher"]
 
 class HFSource:
     """A checkpoint in an HF folder."""
+
+    iteration = None
 
     def __init__(self, path: Path, *, allow_pickle: bool = False):
         self.path = self.hf_folder = path
@@ -165,10 +176,7 @@ class MegatronSource:
         stacked = self._prefix + ANY_LAYER in self.reader.tensors
         keys = self._keys()
         if not keys and self._prefix:
-            raise CheckpointError(
-                f"{self.iteration}: has no teacher; runs with teacher.kind live or model and sft "
-                "runs save none. A teacher of kind model is the checkpoint at teacher.path"
-            )
+            raise _no_teacher(self.iteration)
         for weight in stored_weights(self.architecture):
             where = places[weight.name] = global_slice(weight, self.architecture, stacked=stacked)
             info = self.reader.tensors.get(self._prefix + where.key)
@@ -220,7 +228,7 @@ class MegatronSource:
         return {name: infos[name] for name in names if name in infos}
 
 
-Source = HFSource | MegatronSource
+Source = HFSource | MegatronSource | AdaptedSource
 
 
 def with_vocabulary(source: Source, vocab_size: int) -> Source:
@@ -246,20 +254,38 @@ def find_hf_folder(path: Path) -> Path:
 
 
 def open_source(
-    path: Path, *, role: Role = "student", hf: Path | None = None, allow_pickle: bool = False
+    path: Path,
+    *,
+    role: Role = "student",
+    hf: Path | None = None,
+    allow_pickle: bool = False,
+    adapter: Path | None = None,
 ) -> Source:
     """Open a checkpoint and check that it matches its config.json.
 
     Args:
         path: an HF folder, a Megatron checkpoint, one of its iterations, or a run's output_dir.
         role: the model to read from a training checkpoint.
-        hf: folder of config.json, for a Megatron checkpoint without its own.
+        hf: folder of config.json, for a Megatron checkpoint without its own. For a run that trains
+            an adapter, the base model, if it is not at the run's model.path any more.
         allow_pickle: see HFWeights.
+        adapter: PEFT folder to merge into the weights of an HF folder.
     Raises:
         CheckpointError: the path is not a checkpoint, or the checkpoint is incomplete.
     """
     iteration = find_iteration(path)
+    if adapter is not None:
+        if iteration is not None or role == "teacher":
+            raise CheckpointError(
+                f"{path}: expected the HF folder of the base model of {adapter}; a Megatron or "
+                "training checkpoint has its own weights: export it first"
+            )
+        base = HFSource(path, allow_pickle=allow_pickle)
+        return AdaptedSource(base, PeftFolder(adapter, base.architecture))
     if iteration is not None:
+        run = _run_with_adapter(iteration)
+        if run is not None:
+            return _open_adapter_of_run(iteration, run, role, hf, allow_pickle=allow_pickle)
         return MegatronSource(path, iteration, role=role, hf=hf)
     if not (path / "config.json").exists():
         refuse_adapter(path)
@@ -270,6 +296,52 @@ def open_source(
     if role == "teacher":
         raise CheckpointError(f"{path}: an HF folder holds one model and no teacher")
     return HFSource(path, allow_pickle=allow_pickle)
+
+
+def _run_with_adapter(iteration: Path) -> dict[str, Any] | None:
+    """Return the manifest of a checkpoint whose run trains an adapter. None for others."""
+    if not (iteration / MANIFEST).exists():
+        return None
+    manifest = read_manifest(iteration)
+    return manifest if manifest.get("config", {}).get("adapter") else None
+
+
+def _open_adapter_of_run(
+    iteration: Path, run: dict[str, Any], role: Role, hf: Path | None, *, allow_pickle: bool
+) -> Source:
+    """Open the adapter of a training checkpoint, merged into its base model."""
+    path = hf or Path(run["config"]["model"]["path"])
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{iteration}: has an adapter of the base model {path}, which does not exist here; "
+            "work in the folder in which training was started, or pass --hf with the base model"
+        )
+    base = HFSource(path, allow_pickle=allow_pickle)
+    saved = run["contents"]["adapter.base"]
+    if base_fingerprint(base) != saved:
+        raise CheckpointError(
+            f"{path}: has other weights than the base model of the adapter in {iteration} "
+            f"(fingerprint {base_fingerprint(base)}, expected {saved}); pass --hf with that model"
+        )
+    kind = run["config"]["teacher"]["kind"] if run["config"]["objective"]["name"] != "sft" else None
+    if role == "teacher" and kind == "frozen":
+        return base
+    if role == "teacher" and kind != "ema":
+        raise _no_teacher(iteration)
+    settings = run["config"]["adapter"]
+    targets = resolve_targets(base.architecture, settings["targets"])
+    spec = AdapterSpec(settings["rank"], settings["alpha"], targets)
+    prefix = TEACHER_PREFIX if role == "teacher" else ""
+    adapter = StoredAdapter(iteration, spec, adapter_shapes(base.architecture, spec), prefix)
+    has_teacher = kind in ("ema", "frozen")
+    return AdaptedSource(base, adapter, iteration=iteration, has_teacher=has_teacher)
+
+
+def _no_teacher(iteration: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{iteration}: has no teacher; runs with teacher.kind live or model and sft runs save "
+        "none. A teacher of kind model is the checkpoint at teacher.path"
+    )
 
 
 def find_iteration(path: Path) -> Path | None:

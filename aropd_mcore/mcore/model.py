@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -24,6 +24,12 @@ from aropd_mcore.mcore.model_config import BF16, model_config
 from aropd_mcore.mcore.patches import group_ranking
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.stages import Stages
+
+if TYPE_CHECKING:
+    from aropd_mcore.mcore.adapter import Adapters
+
+ADAPTER = "adapter."
+"""Start of the names of an adapter's parameters, within a chunk."""
 
 group_ranking.install()
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -117,6 +123,8 @@ class StageModel(torch.nn.ModuleList):
         self.vocab_size = architecture.vocab_size
         """Number of tokens with logits. Rows of the output head from here on belong to no token."""
         self.max_sequence_length = architecture.max_tokens(config.context_parallel_size)
+        self.adapters: Adapters | None = None
+        """Adapter that is trained in place of the weights; see mcore.adapter."""
 
     def __iter__(self) -> Iterator[HiddenStateGPT]:
         return cast(Iterator[HiddenStateGPT], super().__iter__())
@@ -134,8 +142,11 @@ class StageModel(torch.nn.ModuleList):
         """Return the state for dist_checkpointing: `{"0": chunk 0's tensors by local name, ...}`.
 
         A tensor's key in the checkpoint begins with `prefix` and counts layers over the whole
-        model. Therefore any layout can read the checkpoint.
+        model. Therefore any layout can read the checkpoint. Of a model with an adapter, the state
+        is `{"adapter": the adapter's tensors}`.
         """
+        if self.adapters is not None:
+            return {"adapter": self.adapters.sharded_state_dict("trained", prefix)}
         return {
             str(index): chunk.sharded_state_dict(prefix=prefix, metadata=metadata)
             for index, chunk in enumerate(self)

@@ -84,7 +84,8 @@ class Optimizer:
         for chunk in self.ddp_chunks:
             count_padding(chunk)
         for module in model.modules():
-            if hasattr(module, "fuse_wgrad_accumulation"):
+            is_trained = any(p.requires_grad for p in module.parameters(recurse=False))
+            if is_trained and hasattr(module, "fuse_wgrad_accumulation"):
                 # Transformer Engine's layers then add weight gradients to main_grad in the matrix
                 # product itself. Otherwise each is rounded to bf16 first, and added afterwards.
                 cast(Any, module).fuse_wgrad_accumulation = True

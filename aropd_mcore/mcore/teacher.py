@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aropd_mcore.config import TeacherConfig
 from aropd_mcore.convert.source import TEACHER_PREFIX
+from aropd_mcore.mcore.adapter import Weights
 from aropd_mcore.mcore.average import ShardedAverage
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.optim import Optimizer
@@ -16,13 +17,21 @@ from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
 from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
 
+_ADAPTER_VERSIONS: dict[str, Weights | None] = {
+    "ema": "average",
+    "frozen": None,
+    "live": "trained",
+}
+"""Version of the student's adapter that is the teacher, by kind."""
+
 
 class Teacher:
     """The teacher, which scores microbatches under its views and follows the student.
 
     `ema`, `frozen` and `model` own a second model, in the student's layout. `live` uses the
-    student's model. `average` is the fp32 average of `ema` if the models are in bf16. Without it,
-    the weights themselves are averaged.
+    student's model. So do `ema` and `frozen` of a student with an adapter: the teacher is the base
+    model with a moving average of the adapter, or without adapter. `average` is the fp32 average of
+    `ema` if the models are in bf16. Without it, the weights themselves are averaged.
 
     With config.weights "host", pinned host memory holds the second model's parameters, except for
     the output head, and the fp32 average. `score` copies the parameters to the device and frees the
@@ -40,15 +49,19 @@ class Teacher:
         """
         Args:
             student: the module whose parameters the optimizer updates.
-            model: the teacher's model with its initial weights. None for `live`. For `model`, its
-                output head has as many rows as the student's.
+            model: the teacher's model with its initial weights. None for `live`, and for `ema` and
+                `frozen` of a student with an adapter. For `model`, its output head has as many rows
+                as the student's.
             optimizer: the student's, required for `ema`.
         """
-        assert (model is None) == (config.kind == "live")
+        self._adapters = None if config.kind == "model" else student.adapters
+        """The student's adapter, if the teacher is a version of it."""
+        assert (model is None) == (config.kind == "live" or self._adapters is not None)
         self.config = config
         self._runtime = runtime
         self.model = student
-        self._student = student
+        self._followed: dict[Tensor, Tensor] = {}
+        """The student's parameters, and the tensors of `ema` that follow them."""
         self.average: ShardedAverage | None = None
         if model is not None:
             self.model = model.eval().requires_grad_(False)
@@ -61,22 +74,33 @@ class Teacher:
             for p in self._visitors:
                 p.data = _pinned(p.data)
             _finish_copies()
+        if config.kind == "ema":
+            self._followed = self._pair_parameters(student)
         has_average = config.kind == "ema" and config.fp32_master
         if has_average and student.config.params_dtype != torch.float32:
             assert optimizer is not None
-            weights = dict(self.model.named_parameters())
             self.average = ShardedAverage(
                 optimizer.inner.chained_optimizers,
-                {p: weights[name] for name, p in student.named_parameters()},
+                self._followed,
                 device=runtime.device,
                 on_host=on_host,
             )
+
+    def _pair_parameters(self, student: StageModel) -> dict[Tensor, Tensor]:
+        if self._adapters is not None:
+            self._adapters.add_average()
+            average = self._adapters.average
+            return {p: average[name] for name, p in self._adapters.trained.items()}
+        weights = dict(self.model.named_parameters())
+        return {p: weights[name] for name, p in student.named_parameters()}
 
     @property
     def _is_saved(self) -> bool:
         """Whether checkpoints contain the teacher. They contain neither the student twice nor
         weights that do not change and have a folder of their own."""
-        return self.config.kind in ("ema", "frozen")
+        return self.config.kind == "ema" or (
+            self.config.kind == "frozen" and self._adapters is None
+        )
 
     @property
     def head_weight(self) -> Tensor:
@@ -139,9 +163,7 @@ class Teacher:
         if self.average is not None:
             self.average.follow(self.config.ema_rate)
         else:
-            students = dict(self._student.named_parameters())
-            for name, p in self.model.named_parameters():
-                student = students[name]
+            for student, p in self._followed.items():
                 updated = p.to(student.device, non_blocking=True)
                 updated.lerp_(student, self.config.ema_rate)
                 if updated is not p:
@@ -150,7 +172,15 @@ class Teacher:
 
     @contextmanager
     def weights_on_device(self) -> Iterator[None]:
-        """Keep the weights on the device in the body of the `with` block."""
+        """Keep the weights on the device in the body of the `with` block.
+
+        If the teacher is a version of the student's adapter, the model has this version there.
+        """
+        if self._adapters is not None:
+            version = _ADAPTER_VERSIONS[self.config.kind]
+            with self._adapters.using(version):
+                yield
+            return
         on_host = [p.data for p in self._visitors]
         for p in self._visitors:
             p.data = p.data.to(self._runtime.device, non_blocking=True)
@@ -172,6 +202,8 @@ class Teacher:
         """
         if not self._is_saved:
             return {}
+        if self._adapters is not None:
+            return {"adapter": self._adapters.sharded_state_dict("average", TEACHER_PREFIX)}
         return self.model.sharded_state_dict(TEACHER_PREFIX, metadata=metadata)
 
     @torch.no_grad()
@@ -185,7 +217,7 @@ class Teacher:
         """
         if not self._is_saved:
             return
-        for index, chunk in enumerate(self.model):
+        for index, chunk in enumerate(self.model if self._adapters is None else ()):
             tensors = state.get(str(index), {}).items()
             # This also loads the statistics of FP8's delayed scaling, which are not parameters.
             own = {key.removeprefix(TEACHER_PREFIX): t for key, t in tensors}

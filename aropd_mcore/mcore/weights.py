@@ -5,8 +5,9 @@ or in part.
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from torch import Tensor
 from aropd_mcore.convert.architecture import Architecture, CheckpointError
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.source import HFSource, Source
-from aropd_mcore.mcore.model import StageModel
+from aropd_mcore.mcore.model import ADAPTER, StageModel
 from aropd_mcore.mcore.runtime import Runtime
+
+if TYPE_CHECKING:
+    from aropd_mcore.mcore.adapter import Adapters
 
 _NUMBERED = re.compile(
     r"(?P<to_layer>decoder\.layers\.)(?P<layer>\d+)"
@@ -50,23 +54,43 @@ def load_weights(model: StageModel, source: Source, runtime: Runtime) -> None:
             f"{source.path}: {source.hf_folder / 'config.json'} describes another model than the "
             "one that was built; use a checkpoint of the same model"
         )
-    own_names = _own_names(model, runtime)
+    names = own_names(model, runtime)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for weight in model.architecture.weights():
-        if weight.name in own_names:  # other weights are on other ranks
+        if weight.name in names:  # other weights are on other ranks
             group = _tensor_group(weight, runtime)
             shard = source.shard(weight, group.size(), group.rank())
-            tensors[own_names[weight.name]].copy_(shard)
+            tensors[names[weight.name]].copy_(shard)
 
 
-def own_parameters(model: StageModel, runtime: Runtime) -> dict[str, Tensor]:
-    """Return this rank's parameters by their names in the weight table, Weight.name."""
+def own_parameters(model: StageModel, runtime: Runtime) -> Mapping[str, Tensor]:
+    """Return this rank's parameters by their names in the weight table, Weight.name.
+
+    A weight with an adapter is computed at each access: the base weight with the active adapter.
+    """
     parameters = dict(model.named_parameters())
-    return {name: parameters[own] for name, own in _own_names(model, runtime).items()}
+    own = {name: parameters[name_here] for name, name_here in own_names(model, runtime).items()}
+    return own if model.adapters is None else _Merged(own, model.adapters)
 
 
-def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
+class _Merged(Mapping[str, Tensor]):
+    def __init__(self, base: Mapping[str, Tensor], adapters: "Adapters"):
+        self._base, self._adapters = base, adapters
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._adapters.merged(name, self._base[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
     """Return the model's name of each parameter on this rank, by its name in the weight table.
+
+    An adapter's parameters are left out.
 
     The table numbers layers and experts over the whole model and has no chunks and no fused norms.
     """
@@ -85,6 +109,8 @@ def _own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:
             return f"{own['to_layer']}{layer}{expert}"
 
         for own, _ in chunk.named_parameters():
+            if own.startswith(ADAPTER):
+                continue
             name = _GROUPED.sub(r".local_experts.\g<expert>.\g<linear>.\g<kind>", own)
             name = _NUMBERED.sub(number, name)
             names[unfused.get(name, name)] = f"{index}.{own}"

@@ -12,6 +12,7 @@ experts.
 
 from dataclasses import dataclass
 
+from aropd_mcore.plan.parameters import adapted_sizes
 from aropd_mcore.plan.setup import Setup
 
 FP32 = 4
@@ -101,6 +102,8 @@ def saved_without_recompute(setup: Setup) -> dict[str, float]:
             parts |= _gathered_attention(setup, s, width)
     if setup.architecture.has_sinks and setup.recompute != "selective":
         parts |= _attention_with_sinks(setup, s, width)
+    if setup.adapter:
+        parts |= _adapter(setup, s, width)
     if setup.architecture.routing:
         return parts | _experts(setup, s, width)
     # gate and up; without fusion also silu(gate) and up + 0 (Megatron's offset); their product.
@@ -213,6 +216,28 @@ def _experts(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
     }
 
 
+def _adapter(setup: Setup, s: Sizes, width: int) -> dict[str, float]:
+    """Return the bytes saved by the adapters of a layer: A x of each adapted linear layer.
+
+    Fused norms keep their output to themselves, so the adapters keep another one.
+    """
+    assert setup.adapter
+    experts, per_token = s.experts_per_token > 0, 0.0
+    for row, *_ in adapted_sizes(setup, experts=experts):
+        per_token += s.experts_per_token if "{expert}" in row.name else 1
+    norms = 0 if setup.device == "cpu" else 2 * s.local_tokens * s.hidden
+    return {"adapter": (s.tokens * per_token * setup.adapter.rank + norms) * width}
+
+
+def _adapter_outputs(setup: Setup, s: Sizes) -> float:
+    """Return the numbers of the adapter's output for gate and up, of each expert's, or of q, k and
+    v: the parts and the parts joined."""
+    if setup.adapter is None:
+        return 0
+    chosen = s.local_tokens * s.experts_per_token * s.expert_ffn
+    return 4 * max(s.tokens * s.ffn, chosen, s.tokens * (s.q + 2 * s.kv) / 2)
+
+
 def forward_working_set(setup: Setup, tokens: float) -> float:
     """Return the peak bytes of a layer's forward without gradient."""
     s, width = build_sizes(setup, tokens), setup.dtype_bytes
@@ -228,7 +253,7 @@ def forward_working_set(setup: Setup, tokens: float) -> float:
         # Tokens as sent, as received by the experts, and as returned.
         mlp = chosen * (1 + 2 * setup.expert_tensor) * s.hidden
     gathered = s.tokens * s.hidden if setup.sequence and setup.device == "gpu" else 0
-    return (residual + max(attention, mlp) + gathered) * width
+    return (residual + max(attention, mlp) + gathered + _adapter_outputs(setup, s)) * width
 
 
 def backward_working_set(setup: Setup) -> float:
@@ -241,4 +266,4 @@ def backward_working_set(setup: Setup) -> float:
     residual = s.local_tokens * s.hidden + s.tokens * s.hidden
     mlp = s.tokens * 2 * s.ffn + s.local_tokens * s.experts_per_token * 2 * s.hidden
     gathered = s.tokens * s.hidden if setup.sequence and setup.device == "gpu" else 0
-    return (residual + mlp + gathered) * width
+    return (residual + mlp + gathered + _adapter_outputs(setup, s)) * width

@@ -14,7 +14,7 @@ from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.mapping import ATTENTION_NAME
 from aropd_mcore.plan.launches import exchange_seconds, launch_seconds
 from aropd_mcore.plan.memory import chunk_tokens, has_average, sharing_ranks
-from aropd_mcore.plan.parameters import rank_parameters, vocabulary_columns
+from aropd_mcore.plan.parameters import rank_parameters, trained_parameters, vocabulary_columns
 from aropd_mcore.plan.rates import SLOWEST, Rates
 from aropd_mcore.plan.setup import Setup
 
@@ -71,6 +71,7 @@ def layers_flops(
     *,
     student_tokens: Iterable[int],
     teacher_tokens: Iterable[int],
+    trains_adapter: bool = False,
 ) -> int:
     """Count the FLOPs of all layers in a step's teacher and student phases, without recomputation.
 
@@ -78,20 +79,27 @@ def layers_flops(
         student, teacher: architectures of the two models.
         student_tokens: number of tokens of each sequence that goes forward and backward.
         teacher_tokens: number of tokens of each sequence that the teacher scores.
+        trains_adapter: the weights have no gradient. The adapter's own products are not counted.
     """
     trained = sum(sum(forward_flops(student, tokens)) for tokens in student_tokens)
     scored = sum(sum(forward_flops(teacher, tokens)) for tokens in teacher_tokens)
-    return 3 * trained + scored
+    return (2 if trains_adapter else 3) * trained + scored
 
 
 def head_flops(
-    student: Architecture, teacher: Architecture, num_tokens: int, *, num_views: int
+    student: Architecture,
+    teacher: Architecture,
+    num_tokens: int,
+    *,
+    num_views: int,
+    trains_adapter: bool = False,
 ) -> int:
     """Count the FLOPs of the output layers over num_tokens loss tokens.
 
     These are the logits of the student and of the teacher's views, and the student's two gradients.
+    With an adapter, the output layer has no gradient.
     """
-    rows = 3 * student.hidden_size + num_views * teacher.hidden_size
+    rows = (2 if trains_adapter else 3) * student.hidden_size + num_views * teacher.hidden_size
     return 2 * num_tokens * rows * student.vocab_size
 
 
@@ -99,9 +107,16 @@ def loss_flops(setup: Setup) -> int:
     """Count FLOPs of a microbatch's loss, over all tensor and context ranks: the mean over the
     teachers."""
     num_tokens = setup.loss_tokens * setup.context
+    trains_adapter = setup.adapter is not None
     of_each = [
-        head_flops(setup.architecture, t.architecture, num_tokens, num_views=setup.num_views)
-        for t in setup.of_teachers
+        head_flops(
+            setup.architecture,
+            teacher.architecture,
+            num_tokens,
+            num_views=setup.num_views,
+            trains_adapter=trains_adapter,
+        )
+        for teacher in setup.of_teachers
     ]
     return sum(of_each) // len(of_each)
 
@@ -117,6 +132,8 @@ def loss_bytes(setup: Setup) -> int:
     read = passes * (1 + setup.num_views) * max(width, 4)
     num_chunks = math.ceil(setup.loss_tokens / chunk_tokens(setup))
     accumulated = num_chunks * columns * setup.architecture.hidden_size * 2 * 4
+    if setup.adapter:
+        accumulated = 0
     return setup.loss_tokens * columns * (read + width) + accumulated
 
 
@@ -134,7 +151,8 @@ def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
     student_bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_microbatches)
     teacher, teacher_bubble = _teacher_seconds(setup, rates)
     forward, attention = _layer_forward(setup, rates, setup.fp8)
-    backward = 2 * forward
+    # The gradient of the inputs, and that of the weights, which an adapter does not need.
+    backward = forward if setup.adapter else 2 * forward
     if setup.recompute == "full":
         backward += forward
     elif setup.recompute == "selective":
@@ -238,7 +256,7 @@ def _optimizer_seconds(setup: Setup, rates: Rates) -> float:
     The update moves gradient, main weight, two moments and weight.
     """
     parameters = max(
-        (rank_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
+        (trained_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
     )
     shared, experts = sharing_ranks(setup)
     on_rank = parameters.shared / shared + parameters.experts / experts
@@ -247,7 +265,7 @@ def _optimizer_seconds(setup: Setup, rates: Rates) -> float:
     if has_average(setup):
         # Main weight and average, then the weights: rounded, gathered, copied.
         num_bytes += on_rank * (4 + 8) + parameters.total * 3 * setup.dtype_bytes
-    elif setup.teacher == "ema":
+    elif setup.teacher == "ema":  # of the model, or of the adapter
         num_bytes += parameters.total * 3 * setup.dtype_bytes
     return num_bytes / (rates.memory_bytes * rates.memory_efficiency)
 
@@ -292,7 +310,7 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     seconds += setup.num_scored_views * sum(passes) / len(passes)
     seconds *= setup.num_microbatches
     parameters = max(
-        (rank_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
+        (trained_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
     )
     # Gradients are summed in fp32, and weights gathered in their own dtype, also the teacher's if
     # the average is sharded.

@@ -6,7 +6,7 @@ save    a copy of the rank's part of a checkpoint. torch keeps its blocks for th
 
 from aropd_mcore.plan.constants import used
 from aropd_mcore.plan.memory import FP32, has_average, sharing_ranks, visiting_parameters
-from aropd_mcore.plan.parameters import Parameters, rank_parameters
+from aropd_mcore.plan.parameters import Parameters, trained_parameters
 from aropd_mcore.plan.setup import Setup
 
 PINNED = used("pinned_bytes")
@@ -25,7 +25,7 @@ def checkpoint_bytes(setup: Setup) -> float:
 
 
 def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
-    parameters = rank_parameters(setup, stage)
+    parameters = trained_parameters(setup, stage)
     always: dict[str, float] = {}
     if any(teacher.hosts_weights for teacher in setup.of_teachers):
         visiting = sum(visiting_parameters(teacher, stage) for teacher in setup.of_teachers)
@@ -42,9 +42,10 @@ def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
 
 
 def _part(setup: Setup, parameters: Parameters) -> float:
-    """Return the pinned bytes of a rank's part: weights, teacher, and the optimizer's state."""
+    """Return the pinned bytes of a rank's part: weights or adapter, teacher, and the
+    optimizer's state."""
     width = setup.dtype_bytes + 3 * FP32
-    if setup.teacher in ("ema", "frozen"):
+    if setup.teacher == "ema" or (setup.teacher == "frozen" and setup.adapter is None):
         width += FP32 if has_average(setup) else setup.dtype_bytes
     return _on_rank(setup, parameters) * width * PINNED
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from aropd_mcore.config import Config, ConfigError, teacher_section
+from aropd_mcore.convert.adapter import AdapterSpec, adapted_modules, resolve_targets
 from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
 from aropd_mcore.convert.source import find_hf_folder
 from aropd_mcore.stages import Stages
@@ -96,6 +97,7 @@ def plan(
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
     _check_fp8(config, architecture)
+    _check_adapter(config, architecture)
     for name, teacher in teachers.items():
         _check_teacher(config, name, teacher)
     model_size = parallel.tensor * parallel.pipeline * parallel.context
@@ -133,6 +135,49 @@ def plan(
         num_microbatches,
         architecture.num_parameters,
     )
+
+
+def build_adapter_spec(config: Config, architecture: Architecture) -> AdapterSpec | None:
+    """Return the sizes of the run's adapter. None if all weights are trained.
+
+    Raises:
+        ConfigError: a target matches no layer, or the model cannot have an adapter.
+    """
+    adapter = config.adapter
+    if adapter is None:
+        return None
+    try:
+        targets = resolve_targets(architecture, adapter.targets)
+    except ValueError as error:
+        raise ConfigError(f"adapter.targets: {error}") from error
+    return AdapterSpec(adapter.rank, adapter.alpha, targets)
+
+
+def _check_adapter(config: Config, architecture: Architecture) -> None:
+    """Check that every rank has a part of the adapter that it can train."""
+    spec, parallel = build_adapter_spec(config, architecture), config.parallel
+    if spec is None:
+        return
+    adapted = [w for w in architecture.weights() if adapted_modules(w, spec.targets)]
+    of_experts = [w for w in adapted if w.expert is not None]
+    if of_experts and parallel.expert_tensor > 1:
+        raise ConfigError(
+            f"adapter.targets {', '.join(spec.targets)}: experts' layers with "
+            f"parallel.expert_tensor {parallel.expert_tensor}: expected 1, since adapters of "
+            "experts are not split; set parallel.expert_tensor to 1 or choose other targets"
+        )
+    # Experts that are split over ranks have an optimizer of their own. The other one needs tensors.
+    layers = {w.layer for w in adapted if w.expert is None or parallel.expert == 1}
+    first = 0
+    for chunk, size in enumerate(parallel.stages.chunk_layers(architecture.num_layers)):
+        if layers.isdisjoint(range(first, first + size)):
+            raise ConfigError(
+                f"adapter.targets {', '.join(spec.targets)}: the {size} layers of stage "
+                f"{chunk % parallel.pipeline} (chunk {chunk // parallel.pipeline}) have no such "
+                "layer outside of split experts; expected one in every chunk: add targets of "
+                "attention, or change the split of the layers"
+            )
+        first += size
 
 
 def read_teacher_architectures(config: Config) -> dict[str, Architecture]:

@@ -29,6 +29,7 @@ from aropd_mcore.plan.parameters import (
     largest_weight,
     layer_parameters,
     rank_parameters,
+    trained_parameters,
     vocabulary_columns,
     vocabulary_parameters,
 )
@@ -74,14 +75,14 @@ def worst_stage(setup: Setup) -> Memory:
 
 
 def stage_memory(setup: Setup, stage: int) -> Memory:
-    parameters = rank_parameters(setup, stage)
+    parameters, trained = rank_parameters(setup, stage), trained_parameters(setup, stage)
     phases: dict[str, dict[str, float]] = {}
     if setup.samples:
         phases["rollout"] = _rollout(setup, stage)
     if setup.teacher is not None:
         phases["teacher"] = _teacher(setup, stage)
-    phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, parameters, stage)}
-    return Memory(stage, parameters, _state(setup, parameters, stage), phases)
+    phases |= {"student": _student(setup, stage), "optimizer": _optimizer(setup, trained, stage)}
+    return Memory(stage, parameters, _state(setup, parameters, trained, stage), phases)
 
 
 def microbatches_in_flight(setup: Setup, stage: int) -> float:
@@ -104,19 +105,26 @@ def sharing_ranks(setup: Setup) -> tuple[int, int]:
     return shared, max(shared * setup.tensor // setup.expert_ranks, 1)
 
 
-def _state(setup: Setup, parameters: Parameters, stage: int) -> dict[str, float]:
-    width, total = setup.dtype_bytes, parameters.total
+def _state(
+    setup: Setup, parameters: Parameters, trained: Parameters, stage: int
+) -> dict[str, float]:
+    width = setup.dtype_bytes
     shared, experts = sharing_ranks(setup)
-    on_rank = parameters.shared / shared + parameters.experts / experts
+    on_rank = trained.shared / shared + trained.experts / experts
     layers = _layers_parameters(setup, stage)
     state: dict[str, float] = {
-        "weights": total * width,
+        "weights": parameters.total * width,
+        **({"adapter": trained.total * width} if setup.adapter else {}),
         # In an fp32 model the optimizer updates the parameters directly.
         "fp32 main weights": on_rank * FP32 if width < FP32 else 0,
-        "gradients": total * FP32,
+        "gradients": trained.total * FP32,
         "optimizer moments": 2 * on_rank * FP32,
     }
-    if setup.teacher in ("ema", "frozen", "model"):
+    if setup.adapter and setup.teacher == "ema":
+        state["teacher's adapter"] = trained.total * width
+        if has_average(setup):
+            state["teacher fp32 average"] = on_rank * FP32
+    if setup.has_teacher_weights:
         state["teacher weights"] = width * sum(
             rank_parameters(teacher, stage).total - visiting_parameters(teacher, stage)
             for teacher in setup.of_teachers
@@ -228,7 +236,7 @@ def _student(setup: Setup, stage: int) -> dict[str, float]:
     choices = [(activations, working)]
     if is_last:
         choices.append((activations, _loss(setup)))
-    if stage == 0:
+    if stage == 0 and setup.adapter is None:
         # The embedding's gradient is as large as the embedding. It is formed after the first
         # microbatch's activations have been freed.
         gradient = {"embedding's gradient": float(vocabulary_parameters(setup) * setup.dtype_bytes)}

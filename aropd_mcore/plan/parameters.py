@@ -1,8 +1,10 @@
 """Numbers of parameters on each pipeline stage of a tensor and expert rank."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from aropd_mcore.convert.adapter import ADAPTED_KINDS
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.mapping import FINAL_NORM, Kind, TableRow
 from aropd_mcore.convert.tensors import padded_vocab_size
@@ -46,6 +48,45 @@ def rank_parameters(setup: Setup, stage: int) -> Parameters:
         if not (architecture.tied_embeddings and stage == 0):
             parameters += vocabulary
     return parameters
+
+
+def trained_parameters(setup: Setup, stage: int) -> Parameters:
+    """Count the parameters of each rank of a stage that the optimizer updates: the adapter's, or
+    all."""
+    if setup.adapter is None:
+        return rank_parameters(setup, stage)
+    num_dense = _num_dense_layers(setup, stage)
+    has_experts = setup.architecture.routing is not None
+    parameters = _adapter_parameters(setup, experts=has_experts).times(
+        setup.stage_layers[stage] - num_dense
+    )
+    return parameters + _adapter_parameters(setup, experts=False).times(num_dense)
+
+
+def adapted_sizes(setup: Setup, *, experts: bool) -> Iterator[tuple[TableRow, int, int]]:
+    """Yield the adapted linear layers of one transformer layer: table row, outputs and inputs."""
+    assert setup.adapter is not None
+    sizes = setup.architecture.sizes
+    for row in setup.architecture.rows(experts=experts):
+        for name, shape in row.hf.items():
+            is_linear = row.kind in ADAPTED_KINDS and len(shape) == 2
+            if is_linear and name.split(".")[-2] in setup.adapter.targets:
+                yield row, sizes[shape[0]], sizes[shape[1]]
+
+
+def _adapter_parameters(setup: Setup, *, experts: bool) -> Parameters:
+    assert setup.adapter is not None
+    rank, num_experts = setup.adapter.rank, setup.architecture.sizes["experts"]
+    parameters = Parameters(0)
+    for row, outputs, inputs in adapted_sizes(setup, experts=experts):
+        if "{expert}" in row.name:
+            of_all = rank * (outputs + inputs) * num_experts
+            parameters += Parameters(0, of_all // setup.expert_ranks)
+        elif row.kind is Kind.ROW:
+            parameters += Parameters(rank * (outputs + inputs // setup.tensor))
+        else:
+            parameters += Parameters(rank * (outputs // setup.tensor + inputs))
+    return parameters if setup.expert_ranks > 1 else Parameters(parameters.total)
 
 
 def _num_dense_layers(setup: Setup, stage: int) -> int:

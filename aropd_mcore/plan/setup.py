@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
+from aropd_mcore.convert.adapter import AdapterSpec
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
-from aropd_mcore.plan.layout import Layout, plan, read_teacher_architectures
+from aropd_mcore.plan.layout import (
+    Layout,
+    build_adapter_spec,
+    plan,
+    read_teacher_architectures,
+)
 from aropd_mcore.stages import Stages
 
 Device = Literal["gpu", "cpu"]
@@ -64,6 +70,8 @@ class Setup:
     """Teacher views that the objective reads; 0 for `sft`."""
     views_are_equal: bool = False
     """Whether these views are one prompt, which the teacher scores once (teacher.views `none`)."""
+    adapter: AdapterSpec | None = None
+    """Adapter that is trained in place of the weights."""
     fp32_master: bool = True
     """Whether the teacher's moving average is kept in fp32."""
     dtype_bytes: int = 2
@@ -118,6 +126,12 @@ class Setup:
         return self.tensor if self.sequence else 1
 
     @property
+    def has_teacher_weights(self) -> bool:
+        """Whether the teacher has weights of its own. Beside an adapter it is a version of it."""
+        is_copy = self.teacher in ("ema", "frozen") and self.adapter is None
+        return self.teacher == "model" or is_copy
+
+    @property
     def num_scored_views(self) -> int:
         """Views that the teacher scores."""
         return min(self.num_views, 1) if self.views_are_equal else self.num_views
@@ -138,6 +152,7 @@ class Setup:
             self,
             architecture=architecture,
             teacher_models=(),
+            adapter=None,
             teacher_weights=teacher.weights,
             teacher_hidden_states=teacher.hidden_states,
             **asdict(self.stages.fitted(architecture.num_layers)),
@@ -283,6 +298,7 @@ def build_setup(
         teacher_models=_teacher_models(config, teachers),
         num_views=num_views,
         views_are_equal=not config.has_privileged_views,
+        adapter=build_adapter_spec(config, architecture),
         fp32_master=config.teacher.fp32_master,
         teacher_hidden_states=config.teacher.hidden_states,
         teacher_weights=config.teacher.weights,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aropd_mcore.config import ConfigError, RolloutConfig
 from aropd_mcore.convert.import_export import export_hf
-from aropd_mcore.convert.source import MegatronSource, Source
+from aropd_mcore.convert.source import HFSource, Source
 from aropd_mcore.mcore.cached_attention import KVCache
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.rank0 import run_on_rank0
@@ -165,7 +165,7 @@ def _serving(
             "GPUs with servers; set it, and rollout.vllm.devices to the servers' GPUs"
         )
     starts_servers = spec.rollout.engine == "vllm" and not vllm.urls
-    if starts_servers and isinstance(spec.source, MegatronSource):
+    if starts_servers and not isinstance(spec.source, HFSource):
         path = weights / "hf"
         export = partial(
             export_hf, spec.source, path, dtype=model.config.params_dtype, overwrite=True

@@ -15,7 +15,7 @@ from aropd_mcore.config import (
 )
 from aropd_mcore.config_file import load_config, validated, with_template_arguments
 from aropd_mcore.convert.architecture import check_layout
-from aropd_mcore.convert.source import MegatronSource, Role, Source, open_source
+from aropd_mcore.convert.source import Role, Source, open_source
 from aropd_mcore.data.records import content_hash
 
 
@@ -38,7 +38,7 @@ class GenerationSpec:
     @property
     def weight_version(self) -> int | None:
         """Number of training steps of the weights; None if the checkpoint has no such name."""
-        if not isinstance(self.source, MegatronSource):
+        if self.source.iteration is None:
             return None
         number = self.source.iteration.name.removeprefix("iter_")
         return int(number) if number.isdecimal() else None
@@ -51,7 +51,7 @@ class GenerationSpec:
     def identity(self) -> dict[str, Any]:
         """Return all that the responses depend on, as JSON values. The layout is not part of it."""
         source, sampling = self.source, self.rollout.model_dump(mode="json")
-        weights = source.iteration if isinstance(source, MegatronSource) else source.path
+        weights = source.iteration or source.path
         return {
             "checkpoint": str(weights.resolve()),
             "role": self.role,
@@ -74,6 +74,7 @@ def build_generation_spec(
     *,
     role: Role = "student",
     hf: Path | None = None,
+    adapter: Path | None = None,
     config: Path | None = None,
     rollout: Mapping[str, Any],
     parallel: Mapping[str, Any],
@@ -86,7 +87,7 @@ def build_generation_spec(
 
     Args:
         checkpoint: see open_source.
-        hf: see open_source.
+        hf, adapter: see open_source.
         config: YAML file of a run, for its views and, with the vLLM engine, its rollout.vllm. None:
             the views of config.yaml in the checkpoint's run; without that file, the default
             templates with the model's limit. The servers of the checkpoint's run are never used,
@@ -97,7 +98,7 @@ def build_generation_spec(
     Raises:
         ValueError: a setting, the checkpoint or the layout cannot be used.
     """
-    source = open_source(checkpoint, role=role, hf=hf)
+    source = open_source(checkpoint, role=role, hf=hf, adapter=adapter)
     given = load_config(config) if config else None
     servers = {"vllm": given.rollout.vllm} if given else {}
     settings = validated(RolloutConfig, {**rollout, **servers}, "aropd generate")
@@ -142,7 +143,7 @@ def _room(source: Source, rollout: RolloutConfig) -> int:
 
 def run_folder(source: Source) -> Path | None:
     """Return the output_dir of the run that saved the checkpoint; None if there is none."""
-    if not isinstance(source, MegatronSource):
+    if source.iteration is None:
         return None
     folder = source.iteration.absolute().parent  # output_dir/checkpoints/iter_NNNNNNN
     return folder.parent if folder.name == "checkpoints" else None

@@ -9,6 +9,7 @@ from aropd_mcore.convert.source import Source
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
 from aropd_mcore.mcore import runtime as mcore_runtime
+from aropd_mcore.mcore.adapter import attach_adapters
 from aropd_mcore.mcore.cached_attention import KVCache
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.mcore.model import StageModel, build_model
@@ -71,6 +72,14 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
     dataset, view_builder, ends = inputs.dataset, inputs.view_builder, inputs.eos_token_ids
 
     model = load_model(config, runtime, config.precision, inputs.source)
+    if inputs.adapter is not None:
+        attach_adapters(
+            model,
+            inputs.adapter.spec,
+            runtime,
+            seed=config.training.seed,
+            tensors=inputs.adapter.tensors,
+        )
     optimizer = Optimizer(
         model,
         config.optimizer,
@@ -153,7 +162,7 @@ def build_teachers(
             stages = runtime.stages.fitted(opened.source.architecture.num_layers)
             model = load_model(config, runtime, precision, opened.source, stages)
             model.vocab_size = opened.vocab_size
-        elif settings.kind != "live":
+        elif settings.kind != "live" and inputs.adapter is None:
             model = load_model(config, runtime, precision, inputs.source)
         by_settings[settings] = Teacher(
             settings, runtime, student=student, model=model, optimizer=optimizer

@@ -57,6 +57,7 @@ def utilization(
     def architecture(teacher: str) -> Architecture:
         return run.teachers[teacher].model.architecture if run.teachers else student
 
+    trains_adapter = run.config.adapter is not None
     on_rank = 0
     for prompts, rollout in zip(result.views, result.rollouts, strict=True):
         ids = {"partial": prompts.partial_ids, "full": prompts.full_ids}
@@ -66,11 +67,18 @@ def utilization(
             architecture(prompts.row.teacher),
             student_tokens=[len(prompts.student_ids) + num_response_tokens],
             teacher_tokens=[len(ids[v]) + num_response_tokens for v in run.config.scored_views],
+            trains_adapter=trains_adapter,
         )
     in_layers = run.runtime.gather_over_data(torch.tensor([on_rank], dtype=torch.float64))
     in_head = 0
     for name in run.config.row_teachers or [""]:
         key = f"num_loss_tokens/teacher/{name}" if name else "num_loss_tokens"
-        in_head += head_flops(student, architecture(name), metrics[key], num_views=len(views))
+        in_head += head_flops(
+            student,
+            architecture(name),
+            metrics[key],
+            num_views=len(views),
+            trains_adapter=trains_adapter,
+        )
     seconds = result.seconds["teacher"] + result.seconds["student"]
     return (float(in_layers.sum()) + in_head) / (seconds * peak_flops * run.runtime.world_size)

@@ -26,6 +26,7 @@ from aropd_mcore.data.records import DataError
 from aropd_mcore.data.tokenizer import eos_token_ids, load_tokenizer
 from aropd_mcore.data.views import PromptTooLong, ViewBuilder
 from aropd_mcore.evaluation.validation_set import ValidationProblem, read_validation_set
+from aropd_mcore.trainer.adapter import AdapterInputs, open_adapter
 from aropd_mcore.trainer.resume_policy import check_changes, describe_run
 from aropd_mcore.trainer.row_groups import describe_groups
 from aropd_mcore.trainer.teacher_model import TeacherModel, open_teacher_models
@@ -53,6 +54,7 @@ class Inputs:
     """Description of the run for its checkpoints (trainer.resume_policy.describe_run)."""
     teachers: dict[str, TeacherModel]
     """Checkpoints of the teachers of kind `model` by name."""
+    adapter: AdapterInputs | None
     notes: tuple[str, ...]
     """Notes for the user, one sentence each, such as the number of rows whose residual is zero."""
 
@@ -66,7 +68,7 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         ranks: processes that share the checks of the rows. None: this process only.
     Raises:
         ConfigError: a template or tokenizer is unusable, num_epochs gives less than one step, or
-            a teacher's checkpoint cannot be used.
+            a teacher's checkpoint or the adapter cannot be used.
         CheckpointError: a weight is missing, or its shape differs from config.json.
         DataError: a file or row is invalid, or no row is left. An invalid row raises the same error
             on every rank.
@@ -93,6 +95,7 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
         is_privileged=config.has_privileged_views,
     )
     teachers = open_teacher_models(config, source.architecture, builder)
+    adapter = open_adapter(config, source)
     ends = eos_token_ids(path, tokenizer)
     rows = load_in_turn(
         ranks,
@@ -117,8 +120,10 @@ def open_inputs(config: Config, ranks: Ranks | None = None) -> Inputs:
             dataset,
             builder.identity,
             teacher_fingerprints={name: t.fingerprint for name, t in teachers.items()},
+            base_fingerprint=adapter.base_fingerprint if adapter else None,
         ),
         teachers=teachers,
+        adapter=adapter,
         notes=(*builder.notes, *describe_groups(config, dataset), *notes, *more_notes),
     )
 

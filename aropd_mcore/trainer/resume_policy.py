@@ -55,6 +55,11 @@ REFUSED = {
     "model.path": "its config.json describes another architecture",
     "model.chat_template": "the prompts change",
     "model.tokenizer": "the prompts or the meaning of token ids change",
+    "adapter.rank": "the checkpoint has an adapter of another rank, or none",
+    "adapter.alpha": "the trained adapter would have another scale",
+    "adapter.targets": "the checkpoint's adapter changes other layers",
+    "adapter.path": "the run started from another adapter",
+    "adapter.base": "the adapter was trained on other base weights",
     "model.dtype": "the weights are stored in another dtype",
     "objective.name": "the method changes, and the optimizer state belongs to the old one",
     "teacher.kind": "the teacher's weights differ, or are not in the checkpoint",
@@ -62,7 +67,7 @@ REFUSED = {
     "teacher.fp32_master": "the teacher's average is stored in another precision",
 }
 """Settings that may not change, and the reason."""
-CONTENTS_ONLY = ("model.chat_template", "model.tokenizer")
+CONTENTS_ONLY = ("model.chat_template", "model.tokenizer", "adapter.base")
 """Keys of REFUSED that are no settings but files in the model's folder."""
 _BY_CONTENT = ("data.train", "model.path", "teacher.path", *CONTENTS_ONLY)
 
@@ -85,6 +90,7 @@ def describe_run(
     identity: Mapping[str, str],
     *,
     teacher_fingerprints: Mapping[str, str] | None = None,
+    base_fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """Describe a run for the manifests of its checkpoints.
 
@@ -92,10 +98,11 @@ def describe_run(
         identity: hashes of the chat template and the tokenizer (ViewBuilder.identity).
         teacher_fingerprints: hashes of the teachers of kind `model` by name
             (TeacherModel.fingerprint).
+        base_fingerprint: hash of the base weights of an adapter (convert.adapter.base_fingerprint).
     Returns:
         config: all settings.
-        contents: hashes of the rows, the architecture, the chat template, the tokenizer, and of
-            teachers of kind `model`.
+        contents: hashes of the rows, the architecture, the chat template, the tokenizer, of
+            teachers of kind `model`, and of an adapter's base weights.
         data: numbers of rows and of bad rows.
         config_hash: hash of the contents and of the settings that are not free.
     """
@@ -107,6 +114,8 @@ def describe_run(
     }
     for name, fingerprint in (teacher_fingerprints or {}).items():
         contents[f"{teacher_section(name)}.path"] = fingerprint
+    if base_fingerprint is not None:
+        contents["adapter.base"] = base_fingerprint
     contents |= {f"model.{name}": identity[name] for name in ("chat_template", "tokenizer")}
     counted = {k: v for k, v in _flat(settings).items() if not _is_free(k)} | contents
     return {

@@ -31,6 +31,7 @@ GPUS = {
     "qwen2.5-two-teachers-16xh100.yaml": 16,
     "qwen3-32b-32xh100.yaml": 32,
     "llama3.1-70b-64xh100.yaml": 64,
+    "llama3.1-70b-lora-8xh100.yaml": 8,
     "qwen3-235b-a22b-256xh100.yaml": 256,
     "gpt-oss-20b-16xh100.yaml": 16,
     "deepseek-v3-1024xh100.yaml": 1024,

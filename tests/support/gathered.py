@@ -18,7 +18,7 @@ from aropd_mcore.convert.mapping import Kind
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.weights import _num_own_experts, _own_names, _tensor_group
+from aropd_mcore.mcore.weights import _num_own_experts, _tensor_group, own_names
 
 
 def iter_hf_tensors(
@@ -29,7 +29,8 @@ def iter_hf_tensors(
     Args:
         values: tensors to read instead of the parameters, such as the teacher's moving average. The
             keys are those of model.named_parameters(), and all dtypes are equal. Buffers are always
-            those of the model.
+            those of the model. None: the parameters, merged with the active adapter if there is
+            one.
     Yields:
         (HF name, tensor). The tensor is on runtime.device of the first rank in tp_group, ep_group
             and etp_group of the first stage. It is None on other ranks. A tied head is omitted.
@@ -39,7 +40,8 @@ def iter_hf_tensors(
         replicas share experts, every rank of the job must.
     """
     architecture = model.architecture
-    own_names = _own_names(model, runtime)
+    names = own_names(model, runtime)
+    adapters = model.adapters if values is None else None
     if values is None:
         values = dict(model.named_parameters())
     dtypes, device = (next(iter(values.values())).dtype, torch.float32), runtime.device
@@ -48,10 +50,11 @@ def iter_hf_tensors(
         stage = architecture.stage_of(weight, model.stages)
         dtype = dtypes[weight.is_buffer]
         parts: list[Tensor | None] = [None] * len(weight.hf)
-        if runtime.pp_rank == stage and weight.name in own_names:
+        if runtime.pp_rank == stage and weight.name in names:
+            shard = values[names[weight.name]].detach()
             parts[:] = split(
                 weight.kind,
-                values[own_names[weight.name]].detach(),
+                adapters.merged(weight.name, shard) if adapters else shard,
                 num_kv_heads=architecture.num_kv_heads // runtime.tp_size,
                 head_dim=architecture.head_dim,
             )

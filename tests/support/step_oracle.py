@@ -7,15 +7,17 @@ transformers' norms, so differences are rounding errors of the tested implementa
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 from tests.support import oracles
+from tests.support.tiny_adapters import read_adapter
 
 BUCKETS = {
     "0-255": (0, 256),
@@ -110,14 +112,23 @@ class OracleStep:
 class Oracle:
     """A student, its teachers and its optimizer."""
 
-    def __init__(self, folder: Path, method: Method, teachers: Mapping[str, Path] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        method: Method,
+        teachers: Mapping[str, Path] | None = None,
+        adapter: Path | None = None,
+    ):
         """
         Args:
             teachers: folders of the teachers' models by name, if `method.teacher` is `model`. A
                 single one has the empty name.
+            adapter: PEFT folder of the adapter that is trained in place of all weights.
         """
         self.method = method
         self.student = _load(folder)
+        if adapter is not None:
+            _adapt(self.student, *read_adapter(adapter))
         self.teachers = {name: _load(path) for name, path in (teachers or {}).items()}
         for teacher in self.teachers.values():
             missing = self.student.config.vocab_size - teacher.config.vocab_size
@@ -127,10 +138,16 @@ class Oracle:
                 embedding.weight = torch.nn.Parameter(torch.cat([embedding.weight.detach(), rows]))
                 teacher.tie_weights()
         if not self.teachers:
-            is_live = method.teacher == "live"
-            self.teachers[""] = self.student if is_live else copy.deepcopy(self.student)
+            if method.teacher == "live":
+                self.teachers[""] = self.student
+            elif method.teacher == "frozen":
+                self.teachers[""] = _load(folder)  # the model without adapter
+            else:
+                self.teachers[""] = copy.deepcopy(self.student)
         matrices, vectors = [], []
         for name, weight in self.student.named_parameters():  # a tied head is not repeated
+            if not weight.requires_grad:
+                continue
             # The biases of gpt-oss' experts are one tensor of two dimensions.
             is_vector = weight.dim() == 1 or name.endswith("_bias")
             (vectors if is_vector else matrices).append(weight)
@@ -179,7 +196,7 @@ class Oracle:
 
         self.optimizer.zero_grad()
         minimized.backward()
-        weights = list(self.student.parameters())
+        weights = [weight for weight in self.student.parameters() if weight.requires_grad]
         grads = [w.grad for w in weights if w.grad is not None]
         assert len(grads) == len(weights)
         norm = torch.cat([grad.flatten() for grad in grads]).norm()
@@ -193,7 +210,8 @@ class Oracle:
         self.num_done += 1
         if method.teacher == "ema":
             with torch.no_grad():
-                for phi, theta in zip(self.teachers[""].parameters(), weights, strict=True):
+                followers = [w for w in self.teachers[""].parameters() if w.requires_grad]
+                for phi, theta in zip(followers, weights, strict=True):
                     phi.copy_((1 - method.ema_rate) * phi + method.ema_rate * theta)
 
         report = {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": lr}
@@ -416,11 +434,72 @@ def _stacked(name: str, whole: Tensor) -> dict[str, Tensor]:
     return experts
 
 
+class _Adapted(torch.nn.Module):
+    """Parametrization W + scale B A of a weight, or of the stacked weights of a layer's experts."""
+
+    def __init__(self, pairs: Sequence[Sequence[tuple[Tensor, Tensor] | None]], scale: float):
+        """
+        Args:
+            pairs: for each expert (one for a plain weight), A and B of each part of its rows.
+        """
+        super().__init__()
+        self.scale = scale
+        self.pairs = torch.nn.ModuleList(
+            torch.nn.ModuleList(
+                torch.nn.ParameterList([] if pair is None else list(pair)) for pair in parts
+            )
+            for parts in pairs
+        )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        is_stacked = weight.dim() == 3
+        experts = []
+        for parts, base in zip(self.pairs, weight if is_stacked else [weight], strict=True):
+            rows = base.chunk(len(parts))
+            sums = [
+                part + self.scale * pair[1] @ pair[0] if len(pair) else part
+                for part, pair in zip(rows, parts, strict=True)
+            ]
+            experts.append(torch.cat(sums))
+        return torch.stack(experts) if is_stacked else experts[0]
+
+
+def _adapt(model, pairs: dict[str, tuple[Tensor, Tensor]], scale: float) -> None:
+    """Freeze a model and give it an adapter, by the names of linear layers."""
+    model.requires_grad_(False)
+    remaining = dict(pairs)
+    for name, module in list(model.named_modules()):
+        if name in remaining:
+            adapted = _Adapted([[remaining.pop(name)]], scale)
+            parametrize.register_parametrization(module, "weight", adapted)
+        elif name.endswith(".experts"):
+            for weight, leaves in (
+                ("gate_up_proj", ("gate_proj", "up_proj")),
+                ("down_proj", ("down_proj",)),
+            ):
+                experts = [
+                    [remaining.pop(f"{name}.{index}.{leaf}", None) for leaf in leaves]
+                    for index in range(len(getattr(module, weight)))
+                ]
+                parametrize.register_parametrization(module, weight, _Adapted(experts, scale))
+    assert not remaining, f"no layers: {list(remaining)}"
+
+
+def _named_weights(model) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters, with adapters merged."""
+    for name, weight in model.named_parameters():
+        if ".parametrizations." not in name:
+            yield name, weight
+        elif name.endswith(".original"):
+            module, _, parameter = name.removesuffix(".original").partition(".parametrizations.")
+            yield f"{module}.{parameter}", getattr(model.get_submodule(module), parameter)
+
+
 def _weights(model) -> dict[str, Tensor]:
     weights = {}
     # The bias of a sigmoid router is a buffer, which training must not change.
     biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
-    for name, weight in [*model.named_parameters(), *biases]:
+    for name, weight in [*_named_weights(model), *biases]:
         layer, _, fused = name.partition(".experts.")
         if fused and model.config.model_type == "gpt_oss":
             weights |= _stacked(name, weight.detach().clone())

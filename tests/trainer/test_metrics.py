@@ -205,7 +205,9 @@ def test_utilization_counts_layers_of_every_scored_view_and_the_heads_once(tmp_p
         SimpleNamespace(  # type: ignore[arg-type]
             student=student,
             teachers={"": SimpleNamespace(model=SimpleNamespace(architecture=of_teacher))},
-            config=SimpleNamespace(scored_views=("partial", "full")[:num_scored], row_teachers=()),
+            config=SimpleNamespace(
+                scored_views=("partial", "full")[:num_scored], row_teachers=(), adapter=None
+            ),
             runtime=runtime,
         ),
         result,  # type: ignore[arg-type]

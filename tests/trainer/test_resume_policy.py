@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -129,7 +130,7 @@ def test_other_template_or_tokenizer_is_refused_unless_allowed(path, name):
 def test_checkpoint_without_recorded_contents_resumes_with_a_note(path):
     saved, current = describe(path), describe(path)
     for key in CONTENTS_ONLY:
-        del saved["contents"][key]
+        saved["contents"].pop(key, None)  # a run without adapter has no fingerprint of its base
     (note,) = check_changes(saved, current, [])
     assert "does not record model.chat_template, model.tokenizer" in note
 
@@ -146,4 +147,5 @@ def test_every_listed_setting_exists():
         model = Config
         for name in key.split("."):
             assert name in model.model_fields, key
-            model = model.model_fields[name].annotation
+            annotation = model.model_fields[name].annotation
+            model = (get_args(annotation) or [annotation])[0]  # a section may be null

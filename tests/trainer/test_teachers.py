@@ -82,9 +82,10 @@ def test_row_without_a_known_teacher_is_refused_or_skipped(path, tmp_path, row, 
     rows[2] |= row
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"data.train=[{file}]", f"output_dir={tmp_path / 'out'}"]
     with pytest.raises(DataError, match=message):
-        preflight(load_config(path, [f"data.train=[{file}]"]))
-    notes = preflight(load_config(path, [f"data.train=[{file}]", "data.on_bad_row=skip"]))
+        preflight(load_config(path, overrides))
+    notes = preflight(load_config(path, [*overrides, "data.on_bad_row=skip"]))
     assert notes[0].startswith("23 rows (1 left out")
     assert "rows by teacher: code 8, math 15" in notes
 

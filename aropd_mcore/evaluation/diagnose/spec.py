@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aropd_mcore.config import Config, ConfigError, ObjectiveConfig, RolloutConfig
+from aropd_mcore.config import ConfigError, ObjectiveConfig, RolloutConfig
 from aropd_mcore.config_file import load_config
-from aropd_mcore.convert.source import MegatronSource, open_source
+from aropd_mcore.convert.source import HFSource, open_source
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.tokenizer import load_tokenizer
 from aropd_mcore.data.views import ViewBuilder
@@ -44,9 +44,7 @@ class DiagnosisSpec:
     def has_own_teacher(self) -> bool:
         source = self.spec.source
         return (
-            self.spec.role == "student"
-            and isinstance(source, MegatronSource)
-            and source.has_teacher
+            self.spec.role == "student" and not isinstance(source, HFSource) and source.has_teacher
         )
 
 
@@ -74,7 +72,10 @@ def build_diagnosis_spec(
     Raises:
         ValueError: an argument cannot be used. The message states the reason.
     """
-    settings = load_config(config) if config else _config_of(model, spec.get("hf"))
+    if config is None:
+        settings = config_of_run(open_source(model, hf=spec.get("hf"), adapter=spec.get("adapter")))
+    else:
+        settings = load_config(config)
     sampling = dict(rollout)
     if sampling.get("max_response_tokens") is None:
         defaults = settings.rollout if settings else RolloutConfig()
@@ -97,10 +98,6 @@ def build_diagnosis_spec(
     return DiagnosisSpec(
         replace(generation, output=folder / _name(generation)), views, objective, num_read
     )
-
-
-def _config_of(model: Path, hf: Path | None) -> Config | None:
-    return config_of_run(open_source(model, hf=hf))
 
 
 def _default_folder(spec: GenerationSpec) -> Path:

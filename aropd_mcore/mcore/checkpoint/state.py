@@ -181,8 +181,9 @@ def load(path: Path, student: Student, teacher: Teacher | None, runtime: Runtime
     loaded = _load_objects(path, objects)
     dict_list_map_inplace(lambda tensor: tensor.data.detach(), tensors)
     merge(loaded, tensors)
-    for index, chunk in enumerate(student.model):
-        chunk.load_state_dict(loaded["model"][str(index)])
+    if student.model.adapters is None:  # an adapter's tensors have been read into its memory
+        for index, chunk in enumerate(student.model):
+            chunk.load_state_dict(loaded["model"][str(index)])
     student.optimizer.load_state_dict(loaded)
     if teacher is not None:
         teacher.load_state_dict(loaded.get("teacher", {}))
