@@ -6,11 +6,12 @@
 
 Each command makes what is missing: rerun an interrupted command to resume. A finished run has a
 result.json. Each seed has its own training rows and held-out problems, and determines their order
-and the sampling. All seeds share the base model. The runs of seed 0 are also diagnosed, on the
-seed's held-out problems.
+and the sampling. All runs of a seed share the base model. The runs of seed 0 are also
+diagnosed, on the seed's held-out problems.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -150,6 +151,7 @@ class Run:
             **{name: self.answers(name, core) for name in DECODINGS},
             "training": training,
             "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
+            "base": file_hash(self.out / "base/model.safetensors"),
             "config": load_config(CONFIG, self.overrides).model_dump(mode="json"),
         }
         if self.seed == 0 and not self.is_grid:
@@ -300,6 +302,11 @@ def diagnosis(model: Path, config: Path, problems: Path, out: Path, core: int) -
     (file,) = (out / "diagnose").glob("*.json")  # the name of a run's diagnosis has its step
     result = json.loads(file.read_text())
     return {name: result[name] for name in ("metrics", "tenths", "response_ends", "predictors")}
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def means(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -5,12 +5,11 @@
                                                    # lengths, differences, ablations, predictors
 
 Each number is a mean over seeds with its 95 % confidence interval (Student's t). Each seed has its
-own training rows, held-out problems, order and samples. All seeds share the base model. Differences
-are paired by seed.
+own training rows, held-out problems, order and samples. All runs of a seed share the base model:
+machines that compute bf16 in another way make another base. Differences are paired by seed.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
     args = parser.parse_args(argv)
     if args.what == "collect":
+        if not args.runs.is_dir():
+            raise ValueError(f"{args.runs}: no such folder; run study.py first")
         old = json.loads(args.results.read_text()) if args.results.exists() else {}
         results = merged(old, collect(args.runs))
         args.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -52,25 +53,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def collect(runs: Path) -> dict[str, Any]:
     """Return all numbers: `views` by model and view, `grid` by method and learning rate, `runs` by
-    method and seed, `diagnoses` by model."""
-    views = {}
+    method and seed, `diagnoses` by model.
+
+    Parts that study.py has not made in this folder are left out.
+    """
+    results: dict[str, Any] = {"views": {}, "grid": {}, "runs": {}, "diagnoses": {}}
     for model in ("untouched", "base"):
         paths = {decoding: runs / "views" / model / f"{decoding}.json" for decoding in DECODINGS}
-        answers = {decoding: json.loads(path.read_text()) for decoding, path in paths.items()}
-        views[model] = {v: numbers({d: answers[d][v] for d in DECODINGS}) for v in VIEWS}
-    with (runs / "base/model.safetensors").open("rb") as file:
-        base = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    results = {"base": {"weights": base}, "views": views, "grid": {}, "runs": {}, "diagnoses": {}}
+        if all(path.exists() for path in paths.values()):
+            answers = {decoding: json.loads(path.read_text()) for decoding, path in paths.items()}
+            results["views"][model] = {
+                view: numbers({d: answers[d][view] for d in DECODINGS}) for view in VIEWS
+            }
     for name in ANCHORS:
         path = runs / "views" / name / "diagnosis.json"
-        results["diagnoses"][name] = json.loads(path.read_text())
+        if path.exists():
+            results["diagnoses"][name] = json.loads(path.read_text())
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text())
         training = {k: result["training"][k] for k in TRAINING if k in result["training"]}
         is_grid = path.parent.parent.name == "grid"
         group = results["grid" if is_grid else "runs"].setdefault(result["method"], {})
         group[f"{result['lr']:g}" if is_grid else str(result["seed"])] = (
-            numbers(result) | training | {"seconds": round(result["seconds"]["train"])}
+            numbers(result)
+            | training
+            | {"seconds": round(result["seconds"]["train"]), "base": result["base"]}
         )
         if "diagnosis" in result:
             results["diagnoses"][result["method"]] = result["diagnosis"]
@@ -81,19 +88,22 @@ def merged(old: Results, new: Results) -> dict[str, Any]:
     """Return `new` with the results that only `old` has: a study may run on several machines.
 
     Raises:
-        ValueError: the results have different base models.
+        ValueError: the runs of a seed have different base models.
     """
-    if old and old["base"] != new["base"]:
-        raise ValueError(
-            f"found results of two base models ({old['base']} and {new['base']}), expected one: "
-            "collect these runs into another file (--results)"
-        )
     both = {}
     for name, group in new.items():
         old_group = old.get(name, {})
         both[name] = {
             key: old_group.get(key, {}) | entries for key, entries in (old_group | group).items()
         }
+    bases: dict[str, str] = {}
+    for method, runs in both["runs"].items():
+        for seed, run in runs.items():
+            if bases.setdefault(seed, run["base"]) != run["base"]:
+                raise ValueError(
+                    f"seed {seed}: found runs of the base models {bases[seed]} and {run['base']} "
+                    f"({method}), expected one: make all runs of a seed on one machine"
+                )
     return both
 
 

@@ -58,11 +58,26 @@ study.over_cores(make, range(20), 1)
     assert done.stdout.count("started") <= 2
 
 
+def test_runs_of_a_seed_have_one_base():
+    program = """
+import tables
+runs = {"base": {"0": {"base": "a"}, "1": {"base": "b"}}}
+old = {"runs": runs, "grid": {}, "views": {}, "diagnoses": {}}
+assert tables.merged(old, old | {"runs": {"sft": {"1": {"base": "b"}}}})["runs"]["sft"]
+tables.merged(old, old | {"runs": {"sft": {"0": {"base": "b"}}}})
+"""
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{REPO}:{EXAMPLE}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert "ValueError: seed 0: found runs of the base models a and b (sft)" in done.stderr
+
+
 def test_scripts_with_a_missing_file_print_one_line(tmp_path):
-    for words, path in (
-        (["tables.py", "collect", "--runs", "none"], "none/views/untouched/greedy.json"),
-        (["tables.py", "main", "--results", "none.json"], "none.json"),
-        (["fetch.py", "out", "--wheel", "none.whl"], "none.whl"),
+    for words, message in (
+        (["tables.py", "collect", "--runs", "none"], "none: no such folder"),
+        (["tables.py", "main", "--results", "none.json"], "none.json: no such file"),
+        (["fetch.py", "out", "--wheel", "none.whl"], "none.whl: no such file"),
     ):
         done = subprocess.run(
             [sys.executable, EXAMPLE / words[0], *words[1:]],
@@ -72,7 +87,7 @@ def test_scripts_with_a_missing_file_print_one_line(tmp_path):
             text=True,
         )
         assert done.returncode == 1
-        assert done.stderr.startswith(f"{words[0]}: error: {path}: no such file")
+        assert done.stderr.startswith(f"{words[0]}: error: {message}")
         assert done.stderr.count("\n") == 1
 
 
