@@ -72,7 +72,8 @@ def path(tmp_path) -> Path:
 
 def settings(config: Config) -> dict:
     tree = config.model_dump(mode="json", exclude={"output_dir"})
-    return {f"{section}.{key}": v for section, keys in tree.items() for key, v in keys.items()}
+    sections = {name: keys for name, keys in tree.items() if keys is not None}
+    return {f"{section}.{key}": v for section, keys in sections.items() for key, v in keys.items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
