@@ -1,5 +1,5 @@
 # make demo         watch a sharded Megatron-Core model learn by AR-OPD (about 5 minutes on 2 cores)
-# make test         lint, types, import floors, and the tests of the first tier (8 minutes on 2 cores)
+# make test         lint, types, import floors, and the tests of the first tier (16 minutes on 2 cores)
 # make test-quick   tests of one process only (1 minute)
 # make test-rest    the tests that `make test` leaves out, and random examples from a new seed
 # make test-matrix  every other model and layout, left out of CI (about an hour); before a release
