@@ -563,6 +563,14 @@ CASES = [
         ],
     ),
     Case(
+        "adapter-of-shared-experts",
+        {"objective": AROPD},
+        family="qwen2_moe",
+        targets=(*ATTENTION_LAYERS, *MLP_LAYERS),
+        num_steps=2,
+        layouts=[Layout(2, 1, sequence=True, expert=2)],
+    ),
+    Case(
         # Layers that Megatron joins, of which only some have an adapter.
         "adapter-of-some-layers",
         {"objective": AROPD, "teacher": {"kind": "live"}},
