@@ -317,13 +317,15 @@ def _open_adapter_of_run(
             "work in the folder in which training was started, or pass --hf with the base model"
         )
     base = HFSource(path, allow_pickle=allow_pickle)
-    saved = run["contents"]["adapter.base"]
-    if base_fingerprint(base) != saved:
+    found, saved = base_fingerprint(base), run["contents"]["adapter.base"]
+    if found != saved:
         raise CheckpointError(
             f"{path}: has other weights than the base model of the adapter in {iteration} "
-            f"(fingerprint {base_fingerprint(base)}, expected {saved}); pass --hf with that model"
+            f"(fingerprint {found}, expected {saved}); pass --hf with that model"
         )
-    kind = run["config"]["teacher"]["kind"] if run["config"]["objective"]["name"] != "sft" else None
+    # A run with several teachers has no section `teacher`. Its teachers are other models.
+    teacher = run["config"].get("teacher", {"kind": "model"})
+    kind = teacher["kind"] if run["config"]["objective"]["name"] != "sft" else None
     if role == "teacher" and kind == "frozen":
         return base
     if role == "teacher" and kind != "ema":

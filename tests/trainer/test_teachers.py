@@ -11,6 +11,8 @@ import pytest
 
 from aropd_mcore.config import ConfigError
 from aropd_mcore.config_file import load_config
+from aropd_mcore.convert.json_file import CheckpointError
+from aropd_mcore.convert.source import open_source
 from aropd_mcore.data.packing import Groups, dealt, packed
 from aropd_mcore.data.records import DataError
 from aropd_mcore.trainer.preflight import preflight
@@ -88,6 +90,15 @@ def test_row_without_a_known_teacher_is_refused_or_skipped(path, tmp_path, row, 
     notes = preflight(load_config(path, [*overrides, "data.on_bad_row=skip"]))
     assert notes[0].startswith("23 rows (1 left out")
     assert "rows by teacher: code 8, math 15" in notes
+
+
+def test_adapter_that_several_teachers_trained_is_read(path, tmp_path):
+    out = tmp_path / "out"
+    overrides = [f"output_dir={out}", 'adapter={"rank": 4}', "training.num_steps=1"]
+    run_ranks(train_on_ranks, 1, path, overrides)
+    assert open_source(out).adapter.spec.rank == 4
+    with pytest.raises(CheckpointError, match="has no teacher"):
+        open_source(out, role="teacher")
 
 
 def test_teacher_of_another_vocabulary_is_named(path, tmp_path):
