@@ -191,9 +191,7 @@ def attach_adapters(
             pairs = adapters._add(weight, model, model[int(path.partition(".")[0])])
             if module not in layers:
                 layers[module] = []
-                module.register_forward_hook(
-                    _Hook(adapters, runtime, weight, layers[module], adapters._num_kv_heads)
-                )
+                module.register_forward_hook(_Hook(adapters, runtime, weight, layers[module]))
             layers[module].append(pairs)
 
     def initial(name: str, shape: tuple[int, int]) -> Tensor:
@@ -271,17 +269,14 @@ class _Hook:
         runtime: Runtime,
         weight: Weight,
         experts: Sequence[Sequence[_Pair]],
-        num_kv_heads: int,
     ):
         """
         Args:
             weight: a weight of the layer.
             experts: pairs of the HF layers that the layer joins. For a grouped layer, those of each
                 of its experts.
-            num_kv_heads: number of key/value heads on this rank.
         """
         self._adapters, self._experts, self._kind = adapters, experts, weight.kind
-        self._num_kv_heads = num_kv_heads
         self._group = runtime.tp_group
         self._is_parallel = weight.expert is None and runtime.tp_size > 1
         self._sequence_parallel = runtime.sequence_parallel
@@ -316,7 +311,8 @@ class _Hook:
             for pair in pairs
         ]
         if self._kind is Kind.QKV:  # Megatron's order: per key/value head, its q, k and v
-            outputs = [part.unflatten(-1, (self._num_kv_heads, -1)) for part in outputs]
+            num_kv_heads = self._adapters._num_kv_heads
+            outputs = [part.unflatten(-1, (num_kv_heads, -1)) for part in outputs]
             return torch.cat(outputs, -1).flatten(-2)
         return torch.cat(outputs, -1)
 

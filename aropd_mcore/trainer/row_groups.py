@@ -19,18 +19,21 @@ def groups_of(row: Row) -> list[str]:
 
 def metric_groups(config: Config, dataset: RowDataset) -> list[str]:
     """Return the names of all groups that a run reports metrics for."""
-    domains = dataset.domains if len(dataset.domains) <= MAX_DOMAINS else []
+    domains = dataset.domains
+    if len(domains) > MAX_DOMAINS:
+        domains = []
     return [f"teacher/{name}" for name in config.row_teachers] + [f"domain/{d}" for d in domains]
 
 
 def describe_groups(config: Config, dataset: RowDataset) -> Iterator[str]:
     """Yield notes for the user about the rows of each teacher and about the domains."""
-    num_rows = Counter(row.teacher for row in dataset)
     if config.row_teachers:
+        num_rows = Counter(row.teacher for row in dataset)
         parts = [f"{name} {num_rows[name]}" for name in config.row_teachers]
         yield f"rows by teacher: {', '.join(parts)}"
-    if len(dataset.domains) > MAX_DOMAINS:
+    num_domains = len(dataset.domains)
+    if num_domains > MAX_DOMAINS:
         yield (
-            f"no metrics by domain: the rows have {len(dataset.domains)} domains, expected at most "
+            f"no metrics by domain: the rows have {num_domains} domains, expected at most "
             f"{MAX_DOMAINS}"
         )
