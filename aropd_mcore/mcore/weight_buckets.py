@@ -20,11 +20,11 @@ from torch import Tensor
 from aropd_mcore.convert.buckets import runs, shares
 from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.model import Architecture, Weight
-from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
+from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES, TensorInfo
 from aropd_mcore.convert.tensors import split
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.weights import own_parameters
+from aropd_mcore.mcore.weights import own_weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Bucket:
     """Weights that one collective gathers on one rank."""
 
     weights: tuple[Weight, ...]
+    dtype: torch.dtype
     group: dist.ProcessGroup
     """Ranks that hold shards of the weights: tensor ranks, or the tensor ranks of an expert."""
     root: int
@@ -68,13 +69,13 @@ class WeightBuckets:
             model: this rank's shard, without DDP around it.
         """
         architecture = model.architecture
-        self.dtype = model.config.params_dtype
+        self._dtype = model.config.params_dtype
         self._architecture = architecture
         self._runtime = runtime
-        self._own = own_parameters(model, runtime)
+        self._own = own_weights(model, runtime)
         self._weights = list(stored_weights(architecture))
         self.held = frozenset(_part(weight) for weight in self._weights if weight.name in self._own)
-        """Parts of the model on this stage; see `stage_shapes`."""
+        """Parts of the model on this stage; see `stage_infos`."""
 
     @property
     def is_sender(self) -> bool:
@@ -96,15 +97,16 @@ class WeightBuckets:
         )
         for weights, group, replicas in copies:
             num_owners = group.size() * replicas.size()
-            for run, owner in shares(weights, self.dtype.itemsize, num_owners, BUCKET_BYTES):
+            for run, owner in shares(weights, self._dtype.itemsize, num_owners, BUCKET_BYTES):
                 replica, root = divmod(owner, group.size())
-                buckets.append(Bucket(run, group, root, replicas.rank() == replica))
+                is_ours = replicas.rank() == replica
+                buckets.append(Bucket(run, _dtype(run[0], self._dtype), group, root, is_ours))
         return [bucket for bucket in buckets if bucket.takes_part]
 
     def sent(self) -> list[Bucket]:
         """Return the buckets of this rank's stage, if the stage's first rank gets all of them.
 
-        The tensors are in the order of `hf_shapes`. vLLM completes a layer when it has all of the
+        The tensors are in the order of `stage_infos`. vLLM completes a layer when it has all of the
         layer's experts, and keeps a copy of what it has until then, so layers must not be mixed. A
         bucket has experts of one rank of ep_group only, from which they are sent.
         """
@@ -115,14 +117,15 @@ class WeightBuckets:
             return None if weight.expert is None else weight.expert // num_own
 
         buckets, stage = [], stage_weights(self._architecture, self.held)
-        for run in runs(stage, self.dtype.itemsize, BUCKET_BYTES, owner):
-            expert_rank = owner(run[0])
+        for run in runs(stage, self._dtype.itemsize, BUCKET_BYTES, owner):
+            expert_rank, dtype = owner(run[0]), _dtype(run[0], self._dtype)
             if expert_rank is None:
                 is_first = runtime.dp_cp_group.rank() == 0
-                buckets.append(Bucket(run, runtime.tp_group, 0, is_first))
+                buckets.append(Bucket(run, dtype, runtime.tp_group, 0, is_first))
             else:
                 takes_part = runtime.expert_dp_group.rank() == 0 and runtime.ep_rank == expert_rank
-                buckets.append(Bucket(run, runtime.etp_group, 0, takes_part, expert_rank or None))
+                sent_by = expert_rank or None
+                buckets.append(Bucket(run, dtype, runtime.etp_group, 0, takes_part, sent_by))
         return buckets
 
     @torch.no_grad()
@@ -130,7 +133,7 @@ class WeightBuckets:
         """Gather a bucket on its root.
 
         Returns:
-            [num_elements] on runtime.device, in the model's dtype. None on other ranks.
+            [num_elements] on runtime.device, in the bucket's dtype. None on other ranks.
         Collectives: one gather over bucket.group, unless it has one rank or no rank has only a
             part. Every rank with bucket.takes_part must call it.
         """
@@ -140,7 +143,7 @@ class WeightBuckets:
         flats: list[Tensor] = []
         if any(is_cut):
             cut = [shard for shard, is_part in zip(shards, is_cut, strict=True) if is_part]
-            flat = torch.cat([shard.to(self.dtype).flatten() for shard in cut])
+            flat = torch.cat([shard.to(bucket.dtype).flatten() for shard in cut])
             if group.rank() == bucket.root:
                 flats = [torch.empty_like(flat) for _ in range(group.size())]
             dist.gather(flat, flats or None, dist.get_global_rank(group, bucket.root), group=group)
@@ -187,23 +190,32 @@ class WeightBuckets:
         return None
 
     def _new(self, bucket: Bucket) -> Tensor:
-        return torch.empty(bucket.num_elements, dtype=self.dtype, device=self._runtime.device)
+        return torch.empty(bucket.num_elements, dtype=bucket.dtype, device=self._runtime.device)
 
 
-def stage_shapes(
-    architecture: Architecture, held: frozenset[int | str]
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a stage's HF tensors, in the order in which they are sent.
+def stage_infos(
+    architecture: Architecture, held: frozenset[int | str], dtype: torch.dtype
+) -> dict[str, TensorInfo]:
+    """Return the HF tensors of a stage, in the order in which they are sent.
 
     Args:
         held: the stage's layers by number, and names of its weights outside of the layers.
+        dtype: dtype of the parameters.
     """
-    weights = stage_weights(architecture, held)
-    return {name: shape for weight in weights for name, shape in weight.hf.items()}
+    return {
+        name: TensorInfo(_dtype(weight, dtype), shape)
+        for weight in stage_weights(architecture, held)
+        for name, shape in weight.hf.items()
+    }
+
+
+def _dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a weight is written or sent, for parameters in `dtype`."""
+    return torch.float32 if weight.is_buffer else dtype
 
 
 def stage_weights(architecture: Architecture, held: frozenset[int | str]) -> list[Weight]:
-    """Return the weights of a stage, with all experts of its layers; see `stage_shapes`."""
+    """Return the weights of a stage, with all experts of its layers; see `stage_infos`."""
     return [weight for weight in stored_weights(architecture) if _part(weight) in held]
 
 

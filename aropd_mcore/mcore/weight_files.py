@@ -85,16 +85,19 @@ def _write_own(
     buckets = WeightBuckets(model, runtime)
     planned = buckets.written()
     own = [bucket for bucket in planned if bucket.group.rank() == bucket.root]
-    shapes = {name: shape for bucket in own for name, shape in bucket.shapes.items()}
-    infos = {name: TensorInfo(buckets.dtype, shape) for name, shape in shapes.items()}
+    infos = {
+        name: TensorInfo(bucket.dtype, shape)
+        for bucket in own
+        for name, shape in bucket.shapes.items()
+    }
     header, starts = build_header(infos)
     file = partial / f"model-{runtime.rank + 1:05}-of-{runtime.world_size:05}.safetensors"
     digests: dict[str, str] = {}
     error = None
     # Copies from the device into pinned memory are several times as fast as into other memory.
     is_cuda = runtime.device.type == "cuda"
-    largest = max((bucket.num_elements for bucket in own), default=0) if is_cuda else 0
-    pinned = torch.empty(largest, dtype=buckets.dtype, pin_memory=is_cuda)
+    sizes = [bucket.num_elements * bucket.dtype.itemsize for bucket in own if is_cuda]
+    pinned = torch.empty(max(sizes, default=0), dtype=torch.uint8, pin_memory=is_cuda)
     try:
         if own:
             if not partial.is_dir():
@@ -111,15 +114,16 @@ def _write_own(
         if flat is None or error is not None:
             continue
         try:
-            host = pinned[: len(flat)].copy_(flat) if is_cuda else flat
-            data = host.view(torch.uint8).numpy().data
+            flat_bytes = flat.view(torch.uint8)
+            host = pinned[: len(flat_bytes)].copy_(flat_bytes) if is_cuda else flat_bytes
+            data = host.numpy().data
             write_at(file, data, starts[next(iter(bucket.shapes))])
             if digest is not None:
                 digests |= {name: digest(tensor) for name, tensor in bucket.views(flat)}
         except Exception as raised:
             error = raised
     text = None if error is None else f"{type(error).__name__}: {error}"
-    return _Written(file.name, list(shapes), digests, text)
+    return _Written(file.name, list(infos), digests, text)
 
 
 def _write_index(model: StageModel, partial: Path, written: list[_Written]) -> None:

@@ -63,13 +63,13 @@ def load_weights(model: StageModel, source: Source, runtime: Runtime) -> None:
             tensors[names[weight.name]].copy_(shard)
 
 
-def own_parameters(model: StageModel, runtime: Runtime) -> Mapping[str, Tensor]:
-    """Return this rank's parameters by their names in the weight table, Weight.name.
+def own_weights(model: StageModel, runtime: Runtime) -> Mapping[str, Tensor]:
+    """Return this rank's parameters and buffers by their names in the weight table, Weight.name.
 
     A weight with an adapter is computed at each access: the base weight with the active adapter.
     """
-    parameters = dict(model.named_parameters())
-    own = {name: parameters[name_here] for name, name_here in own_names(model, runtime).items()}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = {name: tensors[name_here] for name, name_here in own_names(model, runtime).items()}
     return own if model.adapters is None else _Merged(own, model.adapters)
 
 

@@ -255,12 +255,6 @@ def _check_experts(config: Config, architecture: Architecture) -> None:
             f"objective.router_z_loss_coeff {objective.router_z_loss_coeff:g}: expected 0 and 0 "
             f"for {kind} ({architecture.family.architecture}){reason}; set both to 0"
         )
-    if architecture.buffers and config.rollout.engine == "vllm":
-        raise ConfigError(
-            "rollout.engine vllm: expected native for "
-            f"{architecture.family.architecture}, whose routers have a bias in fp32 that the "
-            "weight updates of vLLM servers do not support yet; set rollout.engine to native"
-        )
     if architecture.elements and config.rollout.engine == "vllm":
         raise ConfigError(
             "rollout.engine vllm: expected native for "

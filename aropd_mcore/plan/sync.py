@@ -1,16 +1,10 @@
 """Bytes, calls and time of handing the weights to vLLM servers after a step."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from aropd_mcore.convert.buckets import (
-    count_elements,
-    receiver_buckets,
-    runs,
-    shares,
-)
+from aropd_mcore.convert.buckets import receiver_buckets, runs, shares, tensor_bytes
 from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
@@ -70,10 +64,9 @@ def _files(setup: Setup, limit: int) -> SyncCost:
         weights = _stage(setup, stage)
         dense = [0] * (setup.tensor * replicas)
         calls = [0] * replicas
-        for run, owner in shares(
-            [w for w in weights if w.expert is None], width, len(dense), limit
-        ):
-            dense[owner] += count_elements(run) * width
+        own = [w for w in weights if w.expert is None]
+        for run, owner in shares(own, width, len(dense), limit):
+            dense[owner] += sum(tensor_bytes(run, width))
             calls[owner // setup.tensor] += setup.tensor > 1 and _is_cut(run)
         of_experts = [0] * (setup.tensor * replicas)
         expert_calls = 0
@@ -83,7 +76,7 @@ def _files(setup: Setup, limit: int) -> SyncCost:
             counts = [0] * copies
             part = [0] * (setup.expert_tensor * copies)
             for run, owner in shares(own, width, len(part), limit):
-                part[owner] += count_elements(run) * width
+                part[owner] += sum(tensor_bytes(run, width))
                 counts[owner // setup.expert_tensor] += setup.expert_tensor > 1 and _is_cut(run)
             expert_calls = max(expert_calls, *counts)
             start = rank * len(part)
@@ -107,7 +100,7 @@ def _broadcasts(setup: Setup, limit: int) -> SyncCost:
             ranks = setup.tensor if rank is None else setup.expert_tensor
             own_gathers += ranks > 1 and _is_cut(run) and not rank
             own_sends += bool(rank)
-        buckets = receiver_buckets(_tensor_bytes(weights, width), int, limit)
+        buckets = receiver_buckets(tensor_bytes(weights, width), int, limit)
         sizes = [sum(bucket) for bucket in buckets]
         total, broadcasts = total + sum(sizes), broadcasts + len(sizes)
         busiest = max(busiest, sum(sizes))
@@ -129,16 +122,8 @@ def _expert_rank(setup: Setup, weight: Weight) -> int | None:
     return weight.expert * setup.expert // setup.architecture.sizes["experts"]
 
 
-def _count_tensors(weights: Iterable[Weight]) -> int:
-    return sum(len(weight.hf) for weight in weights)
-
-
 def _is_cut(run: Iterable[Weight]) -> bool:
     return any(weight.kind.split_dim is not None for weight in run)
-
-
-def _tensor_bytes(weights: Iterable[Weight], width: int) -> list[int]:
-    return [math.prod(shape) * width for weight in weights for shape in weight.hf.values()]
 
 
 def _bandwidth(setup: Setup, span: int, rates: Rates) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from aropd_mcore.config import SamplingConfig, VllmConfig
-from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
+from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES, TensorInfo
 from aropd_mcore.environment import TRAINING_VARIABLES
 
 SUPPORTED_VERSIONS = ((0, 32), (0, 33))
@@ -222,14 +222,12 @@ class Api:
         """Begin to replace the weights. Call `pause` first."""
         await self._call("POST", "/start_weight_update")
 
-    async def receive_weights(
-        self, sender: int, names: Sequence[str], dtype: str, shapes: Sequence[tuple[int, ...]]
-    ) -> None:
+    async def receive_weights(self, sender: int, infos: Mapping[str, TensorInfo]) -> None:
         """Receive these tensors, which a sender broadcasts in buckets, and load them."""
         info = {
-            "names": list(names),
-            "dtype_names": [dtype] * len(names),
-            "shapes": [list(shape) for shape in shapes],
+            "names": list(infos),
+            "dtype_names": [str(info.dtype).removeprefix("torch.") for info in infos.values()],
+            "shapes": [list(info.shape) for info in infos.values()],
         }
         await self._on_workers("aropd_choose_sender", sender=sender)
         await self._call("POST", "/update_weights", json={"update_info": info})

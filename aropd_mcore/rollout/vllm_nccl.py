@@ -23,11 +23,11 @@ from torch.cuda import nccl
 from torch.distributed.distributed_c10d import _get_default_store
 
 from aropd_mcore.convert.buckets import receiver_buckets
-from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
+from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES, TensorInfo
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.rank0 import in_background, run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.weight_buckets import WeightBuckets, stage_shapes
+from aropd_mcore.mcore.weight_buckets import WeightBuckets, stage_infos
 from aropd_mcore.rollout.engine import RolloutFailed
 from aropd_mcore.rollout.vllm_api import ServerError
 from aropd_mcore.rollout.vllm_receivers import Receivers
@@ -123,8 +123,11 @@ class WeightTransfer:
         noted_digests: dict[str, str] = {}
         run_on_rank0(lambda: self._on_servers.begin(digests=digests), takes_long=True)
         for number, rank in enumerate(senders):
-            shapes = stage_shapes(self._model.architecture, held[rank] or frozenset())
-            receive = partial(self._receive, number, shapes)
+            model = self._model
+            infos = stage_infos(
+                model.architecture, held[rank] or frozenset(), model.config.params_dtype
+            )
+            receive = partial(self._receive, number, infos)
             send = partial(self._send_stage, buckets, noted_digests if digests else None)
             is_own_stage = held[rank] == buckets.held
             self._together(f"{label}/{number}", receive, send if is_own_stage else _nothing)
@@ -165,9 +168,8 @@ class WeightTransfer:
     def _join_servers(self, name: str, number: int, unique_id: str) -> None:
         self._on_servers.join(name, number, unique_id)
 
-    def _receive(self, number: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        dtype = str(self._model.config.params_dtype).removeprefix("torch.")
-        self._on_servers.receive(number, list(shapes), dtype, list(shapes.values()))
+    def _receive(self, number: int, infos: dict[str, TensorInfo]) -> None:
+        self._on_servers.receive(number, infos)
 
     def _send_stage(
         self, buckets: WeightBuckets, digests: dict[str, str] | None, wait: Wait

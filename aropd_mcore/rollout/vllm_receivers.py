@@ -1,11 +1,12 @@
 """The servers' side of a transfer of weights from GPU to GPU, over HTTP."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import httpx
 
+from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.rollout.vllm_api import Api, ServerError, check_version
 from aropd_mcore.rollout.vllm_servers import Servers, check_digests, client, until_healthy
 from aropd_mcore.rollout.vllm_spread import Server
@@ -90,11 +91,9 @@ class Receivers:
 
         self._run(begin)
 
-    def receive(
-        self, sender: int, names: Sequence[str], dtype: str, shapes: Sequence[tuple[int, ...]]
-    ) -> None:
+    def receive(self, sender: int, infos: Mapping[str, TensorInfo]) -> None:
         """Let the prepared servers receive and load a sender's tensors; errors as in `join`."""
-        self._run(lambda api, _: api.receive_weights(sender, names, dtype, shapes))
+        self._run(lambda api, _: api.receive_weights(sender, infos))
 
     def end(self, label: str, digests: Mapping[str, str] | None) -> None:
         """Let the prepared servers resume with the weights that they have received.

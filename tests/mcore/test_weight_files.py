@@ -15,7 +15,7 @@ from tests.support.tiny_models import save_tiny_model
 # (family, layout, settings of the model, number of ranks that write)
 LAYOUTS = (
     ("qwen2", {"tensor": 2, "pipeline": 2}, {}, 4),
-    ("qwen3_moe", {"expert": 2}, {}, 2),
+    ("glm4_moe", {"expert": 2}, {"dtype": torch.bfloat16}, 2),  # with buffers in fp32
     pytest.param(
         ("qwen2", {"pipeline": 2, "virtual_pipeline": 2}, {"tie": True}, 4),
         marks=pytest.mark.rest,
@@ -44,12 +44,14 @@ def test_write_weight_files_writes_each_tensor_once_over_all_ranks(tmp_path, cas
 
 
 def build(folder: Path, layout: dict[str, Any]) -> tuple[Any, Any]:
+    from aropd_mcore.convert.hf_io import HFWeights
     from aropd_mcore.mcore import runtime as mcore_runtime
     from aropd_mcore.mcore.model import build_model
     from aropd_mcore.mcore.weights import load_hf_weights
 
     runtime = mcore_runtime.start(**layout)
-    model = build_model(folder / "hf", runtime, dtype=torch.float32)
+    dtype = HFWeights(folder / "hf").tensors["model.embed_tokens.weight"].dtype
+    model = build_model(folder / "hf", runtime, dtype=dtype)
     load_hf_weights(model, folder / "hf", runtime)
     return model, runtime
 
@@ -69,6 +71,7 @@ def write_and_compare(folder: Path, layout: dict[str, Any]) -> None:
     actual, expected = HFWeights(folder / "out"), HFWeights(folder / "hf")
     actual.check(model.architecture)
     for name in model.architecture.hf_shapes:
+        assert actual.read(name).dtype == expected.read(name).dtype, name
         assert torch.equal(actual.read(name), expected.read(name)), name
         assert digests[name] == digest(expected.read(name))
     assert digests.keys() == model.architecture.hf_shapes.keys()
