@@ -177,7 +177,7 @@ class Api:
 
     async def load_weights(self, folder: Path) -> None:
         """Load an HF folder, which must have this path on the server too. Call `pause` first."""
-        await self._on_workers("reload_weights", weights_path=str(folder))
+        await self._on_workers("aropd_reload_weights", weights_path=str(folder))
 
     async def note_digests(self) -> None:
         """Make every worker record digests of the tensors that it loads, until `noted_digests`."""

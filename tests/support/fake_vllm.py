@@ -210,7 +210,7 @@ class FakeVllm:
     def _on_workers(self, method: str, arguments: dict[str, Any]) -> list[Any]:
         result: Any = None
         match method:
-            case "reload_weights":
+            case "aropd_reload_weights":
                 folder = Path(arguments["weights_path"])
                 self.loaded.append(folder)
                 if self.loads:

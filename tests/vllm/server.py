@@ -46,7 +46,7 @@ def serve(folder: Path, log: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="vllm-") as scratch, log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env=_environment(scratch),
+            env=environment(scratch),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -74,7 +74,7 @@ def complete(
     return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
 
 
-def _environment(scratch: str) -> dict[str, str]:
+def environment(scratch: str) -> dict[str, str]:
     return os.environ | {
         "TMPDIR": scratch,
         "VLLM_CACHE_ROOT": scratch,

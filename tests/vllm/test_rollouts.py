@@ -205,7 +205,7 @@ def check_key_is_required(engine: Any) -> None:
     """Check that every endpoint requires the key, also those of vLLM's development mode."""
     server = engine._servers.servers[0]
     with httpx.Client(trust_env=False, base_url=server.url) as http:
-        call = {"method": "reload_weights"}
+        call = {"method": "aropd_reload_weights"}
         assert http.post("/collective_rpc", json=call).status_code == 401
         assert http.get("/health").status_code == 401
         key = {"Authorization": f"Bearer {server.key}"}

@@ -1,4 +1,6 @@
-"""Extension of vLLM's workers (--worker-extension-cls): digests of tensors, and several senders.
+"""Extension of vLLM's workers (--worker-extension-cls).
+
+It reloads weights, computes digests of tensors, and receives from several senders.
 
 Both kinds of sync end in the model's `load_weights`. The digests are of the tensors passed to it,
 not of the model's parameters, because vLLM's kernels repack these.
@@ -39,6 +41,17 @@ class Extension:
     aropd_digests: dict[str, str]
     aropd_senders: tuple[str, dict[int, Any]]
     """Name of the communicators that the worker has joined, and each sender's communicator."""
+
+    def aropd_reload_weights(self: Any, weights_path: str) -> None:
+        """Load an HF folder into the model."""
+        if self.device.type == "cpu":
+            # vLLM 0.32 packs experts for its CPU kernels with the first weights only, when it
+            # builds the kernel (UnquantizedFusedMoEMethod._setup_kernel).
+            for module in self.get_model().modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
+        self.reload_weights(weights_path=weights_path)
 
     def aropd_keep_sender(self: Any, name: str, sender: int) -> None:
         """Keep the engine's communicator as that of a sender. Others than of `name` are closed."""
