@@ -7,7 +7,7 @@ from another. Shape letters: S positions, B batch, H hidden, C size of a latent 
 from typing import Any, cast
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import multi_latent_attention as upstream
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -81,6 +81,17 @@ class LatentAttention(MLASelfAttention):
             return super().forward(*args, **kwargs)
         finally:
             rope.given = None
+
+    def _run_core_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> Tensor:
+        # For Transformer Engine's packed kernels, megatron-core 0.19 pads values to the size of
+        # queries, and cuts the output. The other classes take any sizes.
+        if HAVE_TE and isinstance(self.core_attention, TEDotProductAttention):
+            return super()._run_core_attention(query, key, value, mask, **kwargs)
+        if kwargs.get("attn_mask_type") is None:
+            kwargs["attn_mask_type"] = self.attn_mask_type
+        return self.core_attention(query, key, value, mask, **kwargs)
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         # megatron-core 0.19 would fuse a norm into the queries of a model without q_lora_rank.

@@ -21,7 +21,7 @@ from aropd_mcore.mcore.latent_attention import use_latent_attention
 from aropd_mcore.mcore.patches.local_attention import LocalCoreAttention
 from aropd_mcore.mcore.patches.local_norm import LocalRMSNorm
 from aropd_mcore.mcore.runtime import Runtime
-from aropd_mcore.mcore.whole_norm import WholeRMSNorm
+from aropd_mcore.mcore.whole_norm import WholeNormAttention
 
 
 def use_transformer_engine(runtime: Runtime) -> bool:
@@ -75,12 +75,7 @@ def _layer_spec(
     if architecture.latent:
         use_latent_attention(layer, experts=experts, is_local=is_local)
     elif architecture.has_whole_qk_norm:
-        heads = {"q": architecture.num_heads, "k": architecture.num_kv_heads}
-        for name, number in heads.items():
-            norm = ModuleSpec(
-                WholeRMSNorm, params={"num_heads": number, "tp_group": runtime.tp_group}
-            )
-            setattr(attention, f"{name}_layernorm", norm)
+        layer.self_attention.module = WholeNormAttention
     elif is_local and config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     if is_local or architecture.has_sinks:

@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -27,24 +28,22 @@ class WholeRMSNorm(torch.nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
         *,
         num_heads: int,
+        head_dim: int,
         tp_group: ProcessGroup,
-        **_unused: Any,
     ):
         """
         Args:
-            hidden_size: size of one head.
             num_heads: number of heads of all tensor ranks.
+            head_dim: size of one head.
             tp_group: the tensor ranks.
         """
         super().__init__()
         self.tp_group = tp_group
-        self.size = num_heads * hidden_size
-        self.eps = eps
-        own = self.size // config.tensor_model_parallel_size
+        self.size = num_heads * head_dim
+        self.eps = config.layernorm_epsilon
+        own = self.size // tp_group.size()
         self.weight = torch.nn.Parameter(torch.ones(own, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
@@ -71,4 +70,25 @@ class WholeRMSNorm(torch.nn.Module):
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class WholeNormAttention(SelfAttention):
+    """Self-attention with a WholeRMSNorm of queries and of keys.
+
+    The norms are no part of the layer spec: Megatron accepts norms there only with qk_layernorm,
+    with which it sums the gradients of their weights over the tensor ranks
+    (distributed/finalize_model_grads.py).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.q_layernorm, self.k_layernorm = (
+            WholeRMSNorm(
+                config,
+                num_heads=number,
+                head_dim=self.hidden_size_per_attention_head,
+                tp_group=self.pg_collection.tp,
+            )
+            for number in (config.num_attention_heads, config.num_query_groups)
         )

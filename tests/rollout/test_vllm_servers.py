@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aropd_mcore.config import SamplingConfig, VllmConfig
+from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.rollout import vllm_servers
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.rollout.vllm import default_tolerance, memory_folder
@@ -252,7 +253,8 @@ def transfer(receivers: Receivers, label: str, digests: dict[str, str] | None = 
     if joined is None:
         receivers.join(label, 0, "an id")
     receivers.begin(digests=digests is not None)
-    receivers.receive(0, ["a", "b"], "bfloat16", [(2, 3), (4,)])
+    infos = {"a": TensorInfo(torch.bfloat16, (2, 3)), "b": TensorInfo(torch.float32, (4,))}
+    receivers.receive(0, infos)
     receivers.end(label, digests)
 
 

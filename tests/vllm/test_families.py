@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 # vLLM's kernels for CPUs need heads of 32 and experts of multiples of 32.
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128}
-WIDER = {"head_dim": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+WIDER: dict[str, Any] = {"head_dim": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
 """Replaces the settings of a family that has them."""
 STACKED = ("gpt_oss",)
 
