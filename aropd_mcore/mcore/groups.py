@@ -6,7 +6,7 @@ ranks would have more than 1000 sockets. On GPUs, therefore, only the job's own 
 all exchanges of objects and CPU tensors use that group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,30 @@ JOB_BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 """Backends of the job's group, by type of device."""
 GROUP_BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 """Backend of Megatron's groups, by type of device."""
+
+
+def current_groups() -> dict[str, Any]:
+    """Return Megatron's groups, their sizes and its buffers: the globals of parallel_state."""
+    return {n: v for n, v in vars(parallel_state).items() if n.startswith("_") and n.isupper()}
+
+
+NO_GROUPS = current_groups()
+"""Globals of parallel_state before groups are created."""
+
+
+@contextmanager
+def using_groups(groups: Mapping[str, Any]) -> Iterator[None]:
+    """Context in which Megatron uses these groups, which `current_groups` has returned.
+
+    Many of Megatron's modules and its schedules read parallel_state when they are built or called,
+    instead of taking groups as arguments.
+    """
+    outer = current_groups()
+    vars(parallel_state).update(groups)
+    try:
+        yield
+    finally:
+        vars(parallel_state).update(outer)
 
 
 def create_groups(
