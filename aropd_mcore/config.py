@@ -730,8 +730,8 @@ class TeacherConfig(Section):
             )
         if self.kind != "model" and self.parallel is not None:
             raise ValueError(
-                f"parallel and kind {self.kind}: expected parallel null, since this teacher has the "
-                "student's layout; remove parallel or set kind to model"
+                f"parallel is set and kind is {self.kind}: expected parallel null, since this "
+                "teacher has the student's layout; remove parallel or set kind to model"
             )
         if self.kind != "model" and self.views == "none":
             raise ValueError(

@@ -39,11 +39,11 @@ def using_groups(groups: Mapping[str, Any]) -> Iterator[None]:
     instead of taking groups as arguments.
     """
     outer = current_groups()
-    vars(parallel_state).update(groups)
+    parallel_state.__dict__.update(groups)
     try:
         yield
     finally:
-        vars(parallel_state).update(outer)
+        parallel_state.__dict__.update(outer)
 
 
 def create_groups(

@@ -29,10 +29,11 @@ _ADAPTER_VERSIONS: dict[str, Weights | None] = {
 class Teacher:
     """The teacher, which scores microbatches under its views and follows the student.
 
-    `ema`, `frozen` and `model` own a second model, in the student's layout or, for `model`, in
-    another one. `live` uses the student's model. So do `ema` and `frozen` of a student with an adapter: the teacher is the base
-    model with a moving average of the adapter, or without adapter. `average` is the fp32 average of
-    `ema` if the models are in bf16. Without it, the weights themselves are averaged.
+    `ema`, `frozen` and `model` own a second model, in the student's layout. That of `model` may
+    have another layout. `live` uses the student's model. So do `ema` and `frozen` of a student with
+    an adapter: the teacher is the base model with a moving average of the adapter, or without
+    adapter. `average` is the fp32 average of `ema` if the models are in bf16. Without it, the
+    weights themselves are averaged.
 
     With config.weights "host", pinned host memory holds the second model's parameters, except for
     the output head, and the fp32 average. `score` copies the parameters to the device and frees the
@@ -135,8 +136,8 @@ class Teacher:
             For each microbatch, the final hidden states at its loss tokens: [T, H] per view, in the
             model's dtype, on the device or host (config.hidden_states). None on stages of the
             student before the last.
-        Collectives: those of run_schedule. If the teacher has another layout than the student, those
-            of ViewExchange.score.
+        Collectives: those of run_schedule. If teacher and student have different layouts, those of
+            ViewExchange.score.
         """
         are_equal = self.config.views == "none"
         of_each = [(m.partial,) if are_equal else (m.partial, m.full) for m in microbatches]

@@ -6,9 +6,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
+from aropd_mcore.config import (
+    Config,
+    MemorySpace,
+    ParallelConfig,
+    Recompute,
+    TeacherConfig,
+    split_task,
+)
 from aropd_mcore.convert.adapter import AdapterSpec
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
@@ -36,6 +43,8 @@ class TeacherModelPlan(NamedTuple):
     architecture: Architecture
     weights: MemorySpace = "device"
     hidden_states: MemorySpace = "device"
+    parallel: ParallelConfig | None = None
+    """Layout of its own. None: the student's."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,9 @@ class Setup:
     """Location of the weights. `host`: all but the output head are on the device only while the
     teacher scores."""
     overlap_grad_reduce: bool = False
+    has_head: bool = True
+    """Whether the model has its output layer. A teacher in another layout than the student's has
+    none: the student's last stage has the teacher's output layer besides its own."""
     device: Device = field(default="gpu", kw_only=True)
     gpus_per_node: int = field(default=8, kw_only=True)
 
@@ -148,15 +160,39 @@ class Setup:
 
     def _with_model(self, teacher: TeacherModelPlan) -> "Setup":
         architecture = replace(teacher.architecture, vocab_size=self.architecture.vocab_size)
-        return replace(
+        setup = replace(
             self,
             architecture=architecture,
             teacher_models=(),
             adapter=None,
             teacher_weights=teacher.weights,
             teacher_hidden_states=teacher.hidden_states,
-            **asdict(self.stages.fitted(architecture.num_layers)),
         )
+        own = teacher.parallel
+        if own is None:
+            return replace(setup, **asdict(self.stages.fitted(architecture.num_layers)))
+        data = self.world_size // (own.tensor * own.pipeline)
+        return replace(
+            setup,
+            **asdict(own.stages),
+            tensor=own.tensor,
+            context=1,
+            expert=own.expert,
+            expert_tensor=own.expert_tensor,
+            sequence=own.sequence,
+            data=data,
+            num_microbatches=-(-self.num_microbatches * self.data // data),
+            has_head=False,
+        )
+
+    def teacher_stages(self, teacher: "Setup", stage: int) -> range:
+        """Return the stages of a teacher that the ranks of a stage hold.
+
+        Args:
+            teacher: one of of_teachers.
+        """
+        end = -(-(stage + 1) * teacher.pipeline // self.pipeline)
+        return range(stage * teacher.pipeline // self.pipeline, end)
 
     @cached_property
     def stages(self) -> Stages:
@@ -173,8 +209,13 @@ class Setup:
         has the most activations in flight."""
         last = self.pipeline - 1
 
-        def chunks_of_all(stage: int) -> tuple[tuple[int, ...], ...]:
-            return tuple(setup.chunks_of(stage) for setup in (self, *self.of_teachers))
+        def chunks_of_all(stage: int) -> tuple[Any, ...]:
+            of_teachers = []
+            for teacher in self.of_teachers:
+                held = self.teacher_stages(teacher, stage)
+                is_end = held.start == 0, held.stop == teacher.pipeline
+                of_teachers.append((is_end, *(teacher.chunks_of(s) for s in held)))
+            return self.chunks_of(stage), *of_teachers
 
         earliest = {chunks_of_all(stage): stage for stage in reversed(range(1, last))}
         return list(dict.fromkeys([0, last, *earliest.values()]))
@@ -329,8 +370,19 @@ def _teacher_models(
 ) -> tuple[TeacherModelPlan, ...]:
     """Return the models that are loaded: one for all names with equal settings."""
     names = {settings: name for name, settings in reversed(config.teacher_models.items())}
+
+    def own_layout(teacher: TeacherConfig) -> ParallelConfig | None:
+        layout = config.layout_of(teacher)
+        return None if layout == config.parallel else layout
+
     return tuple(
-        TeacherModelPlan(name, architectures[name], teacher.weights, teacher.hidden_states)
+        TeacherModelPlan(
+            name,
+            architectures[name],
+            teacher.weights,
+            teacher.hidden_states,
+            own_layout(teacher),
+        )
         for name, teacher in config.teacher_models.items()
         if names[teacher] == name
     )

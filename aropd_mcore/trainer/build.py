@@ -4,7 +4,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 
-from aropd_mcore.config import Config, PrecisionConfig, TeacherConfig
+from aropd_mcore.config import Config, ParallelConfig, PrecisionConfig, TeacherConfig
 from aropd_mcore.convert.source import Source
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
@@ -157,7 +157,8 @@ def build_teachers(
     Collectives: those of load_model, of Teacher, and of add_layout for each further layout.
     """
     precision = config.precision.for_teacher
-    runtimes = {config.parallel: runtime}
+    runtimes: dict[ParallelConfig, Runtime] = {}
+    runtimes[config.parallel] = runtime
     by_settings: dict[TeacherConfig, Teacher] = {}
     for name, settings in config.named_teachers.items():
         if settings in by_settings:

@@ -925,9 +925,7 @@ def take(run: "Run", steps: range) -> RankSteps:
         means,
         hf_tensors(run.student.model, rt),
         # A teacher in another layout has no head. Its weights do not change.
-        hf_tensors_of_teacher(run)
-        if run.teacher and not run.config.teacher.parallel
-        else None,
+        hf_tensors_of_teacher(run) if run.teacher and not run.config.teacher.parallel else None,
     )
 
 
