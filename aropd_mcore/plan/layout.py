@@ -133,11 +133,14 @@ def _data_size(parallel: ParallelConfig, world_size: int) -> int:
     Raises:
         ConfigError: the layout does not divide the processes.
     """
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    if parallel.context > 1:
+        sizes["context"] = parallel.context
+    model_size = math.prod(sizes.values())
     if world_size % model_size:
         raise ConfigError(
-            f"{world_size} processes: expected a multiple of parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
+            f"{world_size} processes: expected a multiple of "
+            f"{' x '.join(f'parallel.{name} {size}' for name, size in sizes.items())} "
             f"= {model_size}; change the number of processes or these settings"
         )
     sharing = {"expert": parallel.expert, "expert_tensor": parallel.expert_tensor}
@@ -217,13 +220,13 @@ def _check_teacher(config: Config, name: str, teacher: Architecture, world_size:
     layout = f"{section}.parallel" if has_own else "section parallel"
     in_layout = config.model_copy(update={"parallel": parallel})
     try:
-        _data_size(parallel, world_size)
         stages = config.stages_of(settings, teacher.num_layers)
         _check_division(in_layout, teacher, stages, can_be_dense=not has_own)
         _check_sequence_parallel(in_layout, teacher)
         _check_positions(in_layout, teacher)
         if config.precision.for_teacher.fp8 is not None:
             _check_fp8(in_layout, teacher)
+        _data_size(parallel, world_size)
     except ValueError as error:
         # The checks name settings of section `parallel`.
         problem = re.sub(r"\bparallel\.", f"{section}.parallel.", str(error)) if has_own else error
