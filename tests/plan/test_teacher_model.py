@@ -8,8 +8,9 @@ from aropd_mcore.config import ParallelConfig
 from aropd_mcore.config_file import load_config
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.cost import forward_flops, loss_flops, step_time
+from aropd_mcore.plan.fit import build_planned_run, remedies
 from aropd_mcore.plan.host_memory import PINNED, host_memory
-from aropd_mcore.plan.memory import stage_memory
+from aropd_mcore.plan.memory import stage_memory, worst_stage
 from aropd_mcore.plan.parameters import rank_parameters
 from aropd_mcore.plan.setup import Setup, TeacherModelPlan, build_setup
 from tests.conftest import REPO
@@ -151,4 +152,14 @@ def test_own_layout_that_equals_the_students_changes_nothing():
     layouts = [["teacher.parallel=null"], ["teacher.parallel={tensor: 4, sequence: true}"]]
     plain, equal = (build_setup(load_config(path, layout), 16) for layout in layouts)
     assert plain == equal
-    assert not plain.of_teachers[0] == build_setup(load_config(path), 16).of_teachers[0]
+    assert plain.of_teachers != build_setup(load_config(path), 16).of_teachers
+
+
+def test_wider_layout_of_the_teacher_is_proposed_if_it_fits():
+    path = REPO / "examples" / "clusters" / "qwen2.5-32b-to-7b-16xh100.yaml"
+    config = load_config(path, ["teacher.parallel=null"])
+    run = build_planned_run(config, 16, gpus_per_node=8, memory_bytes=35e9)
+    changes = {remedy.change: remedy.peak for remedy in remedies(run)}
+    change = "teacher.parallel.tensor=8 teacher.parallel.sequence=true"
+    wider = load_config(path, ["teacher.parallel=null", *change.split()])
+    assert changes[change] == worst_stage(build_setup(wider, 16)).peak < 35e9
