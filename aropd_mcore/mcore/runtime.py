@@ -370,18 +370,15 @@ def _create_runtime(
     device: torch.device,
     stages: Stages,
     *,
-    tensor: int,
-    context: int,
-    expert: int,
-    expert_tensor: int,
     sequence_parallel: bool,
     token_multiple: int,
-    timeout: timedelta | None,
+    tensor: int,
+    **sizes: Any,
 ) -> Runtime:
-    pipeline, virtual_pipeline = stages.pipeline, stages.virtual_pipeline
-    _check_sizes(
-        dist.get_world_size(), tensor, pipeline, virtual_pipeline, context, expert, expert_tensor
-    )
+    """
+    Args:
+        sizes: further arguments of create_groups.
+    """
     if sequence_parallel and tensor == 1:
         raise ValueError(
             "parallel.sequence true with parallel.tensor 1: expected two tensor ranks or more, "
@@ -390,12 +387,9 @@ def _create_runtime(
     cp_objects_group = create_groups(
         backend=GROUP_BACKENDS[device.type],
         tensor=tensor,
-        pipeline=pipeline,
-        virtual_pipeline=virtual_pipeline,
-        context=context,
-        expert=expert,
-        expert_tensor=expert_tensor,
-        timeout=timeout,
+        pipeline=stages.pipeline,
+        virtual_pipeline=stages.virtual_pipeline,
+        **sizes,
     )
     return Runtime(
         device=device,
@@ -428,32 +422,6 @@ def _join_job(backend: str, timeout: timedelta | None) -> None:
         world_size=1,
         timeout=timeout,
     )
-
-
-def _check_sizes(
-    world_size: int,
-    tensor: int,
-    pipeline: int,
-    virtual_pipeline: int,
-    context: int,
-    expert: int,
-    expert_tensor: int,
-) -> None:
-    sharing = {"expert": expert, "expert_tensor": expert_tensor}
-    replica = math.lcm(tensor * context, expert * expert_tensor) * pipeline
-    if world_size % replica:
-        named = " x ".join(f"parallel.{n} {size}" for n, size in sharing.items() if size > 1)
-        experts = f" with experts sharded over {named} ranks" if named else ""
-        raise ValueError(
-            f"{world_size} processes cannot be split into model replicas of "
-            f"parallel.tensor {tensor} x parallel.pipeline {pipeline} x parallel.context "
-            f"{context}{experts}; start a multiple of {replica} processes"
-        )
-    if virtual_pipeline > 1 and pipeline == 1:
-        raise ValueError(
-            f"parallel.virtual_pipeline {virtual_pipeline} with parallel.pipeline 1: expected two "
-            "stages or more, whose chunks are interleaved; set parallel.virtual_pipeline to 1"
-        )
 
 
 def _checked(group: object) -> dist.ProcessGroup:

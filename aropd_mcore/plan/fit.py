@@ -167,7 +167,7 @@ def _wider_teachers(run: PlannedRun) -> Iterator[Change]:
     layout = run.config.layout_of(run.config.teacher)
     settings = layout.model_dump(include=set(ModelLayoutConfig.model_fields))
     for tensor in _doublings(layout.tensor, run.gpus_per_node):
-        own = ModelLayoutConfig(**settings | {"tensor": tensor})
+        own = ModelLayoutConfig.model_validate(settings | {"tensor": tensor})
         changed = own.model_dump(exclude_defaults=True).items()
         text = " ".join(f"teacher.parallel.{key}={yaml_value(value)}" for key, value in changed)
         yield text, run.num_gpus, {"teacher": {"parallel": own}}

@@ -6,16 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from aropd_mcore.config import (
-    Config,
-    MemorySpace,
-    ParallelConfig,
-    Recompute,
-    TeacherConfig,
-    split_task,
-)
+from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
 from aropd_mcore.convert.adapter import AdapterSpec
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.data.records import read_records
@@ -25,6 +18,7 @@ from aropd_mcore.plan.layout import (
     plan,
     read_teacher_architectures,
 )
+from aropd_mcore.plan.teacher_models import TeacherModelPlan, plan_teacher_models
 from aropd_mcore.stages import Stages
 
 Device = Literal["gpu", "cpu"]
@@ -33,18 +27,6 @@ Device = Literal["gpu", "cpu"]
 KEYS_PER_BUCKET = 256
 """While the model decodes, attention reads the keys of a multiple of this number of positions, and
 a row of the KV cache has room for such a multiple."""
-
-
-class TeacherModelPlan(NamedTuple):
-    """A teacher of kind `model`."""
-
-    name: str
-    """Name in the section `teachers`. Empty: the teacher of section `teacher`."""
-    architecture: Architecture
-    weights: MemorySpace = "device"
-    hidden_states: MemorySpace = "device"
-    parallel: ParallelConfig | None = None
-    """Layout of its own. None: the student's."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +318,7 @@ def build_setup(
         max_tokens_per_microbatch=config.packed_tokens,
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
         teacher=("model" if config.teachers else config.teacher.kind) if num_views else None,
-        teacher_models=_teacher_models(config, teachers),
+        teacher_models=plan_teacher_models(config, teachers),
         num_views=num_views,
         views_are_equal=not config.has_privileged_views,
         adapter=build_adapter_spec(config, architecture),
@@ -362,29 +344,6 @@ def build_setup(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         device=device,
         gpus_per_node=gpus_per_node,
-    )
-
-
-def _teacher_models(
-    config: Config, architectures: Mapping[str, Architecture]
-) -> tuple[TeacherModelPlan, ...]:
-    """Return the models that are loaded: one for all names with equal settings."""
-    names = {settings: name for name, settings in reversed(config.teacher_models.items())}
-
-    def own_layout(teacher: TeacherConfig) -> ParallelConfig | None:
-        layout = config.layout_of(teacher)
-        return None if layout == config.parallel else layout
-
-    return tuple(
-        TeacherModelPlan(
-            name,
-            architectures[name],
-            teacher.weights,
-            teacher.hidden_states,
-            own_layout(teacher),
-        )
-        for name, teacher in config.teacher_models.items()
-        if names[teacher] == name
     )
 
 

@@ -12,7 +12,8 @@ from aropd_mcore.plan.fit import build_planned_run, remedies
 from aropd_mcore.plan.host_memory import PINNED, host_memory
 from aropd_mcore.plan.memory import stage_memory, worst_stage
 from aropd_mcore.plan.parameters import rank_parameters
-from aropd_mcore.plan.setup import Setup, TeacherModelPlan, build_setup
+from aropd_mcore.plan.setup import Setup, build_setup
+from aropd_mcore.plan.teacher_models import TeacherModelPlan
 from tests.conftest import REPO
 
 SEVEN_B, LARGER = (
