@@ -146,7 +146,7 @@ class Teacher:
             hidden = self._hidden_states(views)
         else:
             hidden = self._exchange.score(views, self._hidden_states)
-        _finish_copies()
+            _finish_copies()
         if not hidden:
             return [None] * len(microbatches)
         remaining = iter(hidden)
@@ -165,7 +165,7 @@ class Teacher:
         """Compute the hidden states [T, H] of views of this replica of the teacher, where they are
         kept until the loss. [] before its last stage."""
         with self.weights_on_device(), self._runtime.active():
-            return run_schedule(
+            hidden = run_schedule(
                 list(self.model),
                 views,
                 view_of=_identity,
@@ -173,6 +173,8 @@ class Teacher:
                 forward_only=True,
                 gather_over=self._runtime.cp_group,
             )
+        _finish_copies()
+        return hidden
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -89,8 +89,8 @@ class ViewExchange:
 
         Args:
             views: privileged views, the same number on every rank. Context ranks have shares.
-            compute: computes the hidden states [T, H] of a share of all views, which this rank's
-                replica of the teacher has in common. Returns [] before the teacher's last stage.
+            compute: computes the hidden states [T, H] of the views that this rank's replica of the
+                teacher scores. Returns [] before the teacher's last stage.
         Returns:
             [T, H] for each view, on the student's last stage. On other stages [].
         Collectives: an exchange of the views, as objects on the CPU. Those of `compute`. One
@@ -110,6 +110,7 @@ class ViewExchange:
 
     def _requests(self, views: Sequence[ViewBatch]) -> list[_Request]:
         own = [view.to(torch.device("cpu")) for view in views]
+        torch.cuda.current_stream().synchronize()  # the copies are asynchronous
         of_ranks = [own]
         if self._student.cp_size > 1:
             of_ranks = [[] for _ in range(self._student.cp_size)]
