@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -233,9 +233,8 @@ class PrecisionConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
-    """Layout of the ranks. The data-parallel size is the number of processes divided by
-    tensor x pipeline x context."""
+class ModelLayoutConfig(Section):
+    """Layout of a model that reads whole sequences."""
 
     tensor: Positive = 1
     """Tensor-parallel size (TP): number of ranks that each layer's weight matrices are split
@@ -257,9 +256,6 @@ class ParallelConfig(Section):
     layers on 4 stages: `Et*3|(t*4|)*2t*3L`. With parallel.virtual_pipeline the parts are chunks:
     chunk 0 of every stage, then chunk 1 of every stage, and so on. null: an even split, or that of
     parallel.layers_in_first_stage and parallel.layers_in_last_stage."""
-    context: Positive = 1
-    """Context-parallel size (CP): number of ranks that the positions of each sequence are split
-    over."""
     expert: Positive = 1
     """Expert-parallel size (EP): number of ranks that the experts of each layer are split over. The
     ranks belong to one pipeline stage: tensor-parallel ranks first, then data-parallel ones."""
@@ -271,12 +267,9 @@ class ParallelConfig(Section):
     """Sequence parallelism (SP): tensor-parallel ranks split the tokens in the parts of a layer
     whose weights are not split. It saves activation memory. Mixture-of-experts models with
     parallel.tensor > 1 require it."""
-    overlap_grad_reduce: bool = False
-    """Overlap of gradient reduction with the backward pass: gradients are summed over data-parallel
-    ranks bucket by bucket while the backward pass runs."""
 
     @model_validator(mode="after")
-    def _check_split_sizes(self) -> "ParallelConfig":
+    def _check_split_sizes(self) -> Self:
         if self.sequence and self.tensor == 1:
             raise ValueError(
                 "sequence is true and tensor is 1: expected tensor > 1, since sequence splits "
@@ -299,6 +292,18 @@ class ParallelConfig(Section):
             ValueError: the settings contradict each other.
         """
         return Stages.of(self)
+
+
+class ParallelConfig(ModelLayoutConfig):
+    """Layout of the ranks. The data-parallel size is the number of processes divided by
+    tensor x pipeline x context."""
+
+    context: Positive = 1
+    """Context-parallel size (CP): number of ranks that the positions of each sequence are split
+    over."""
+    overlap_grad_reduce: bool = False
+    """Overlap of gradient reduction with the backward pass: gradients are summed over data-parallel
+    ranks bucket by bucket while the backward pass runs."""
 
 
 class WeightedSource(Section):
@@ -687,8 +692,12 @@ class TeacherConfig(Section):
     path: Path | None = None
     """Checkpoint of a teacher of kind `model`: a Hugging Face folder, a Megatron checkpoint, or the
     output_dir of a run, whose student is read. Its size and family may differ from the student's,
-    its vocabulary may not. It has the student's parallel layout. Checkpoints do not contain its
-    weights."""
+    its vocabulary may not. Checkpoints do not contain its weights."""
+    parallel: ModelLayoutConfig | None = None
+    """Layout of a teacher of kind `model` on the ranks of the run, with the settings of section
+    `parallel` except context and overlap_grad_reduce. Settings that are left out have the defaults
+    of section `parallel`, not its values. The data-parallel size is the number of processes divided
+    by tensor x pipeline. null: the layout of section `parallel`."""
     views: Literal["privileged", "none"] = "privileged"
     """Prompts under which the teacher scores. `privileged`: the partial and the full view. `none`:
     the student's own prompt. `none` requires kind `model` and objective.residual_scale 0, and is
@@ -718,6 +727,11 @@ class TeacherConfig(Section):
             raise ValueError(
                 f"path {self.path} and kind {self.kind}: expected path null, since the weights of "
                 "this teacher are the student's; set kind to model or remove path"
+            )
+        if self.kind != "model" and self.parallel is not None:
+            raise ValueError(
+                f"parallel is set and kind is {self.kind}: expected parallel null, since this "
+                "teacher has the student's layout; remove parallel or set kind to model"
             )
         if self.kind != "model" and self.views == "none":
             raise ValueError(
@@ -1092,6 +1106,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_teacher_views(self) -> "Config":
+        if self.teacher.parallel is not None and self.validation.teacher_views:
+            raise ValueError(
+                "validation.teacher_views with teacher.parallel: expected no teacher_views, since "
+                "a teacher with a layout of its own does not sample; remove them and use "
+                "`aropd eval` on the teacher's folder, or remove teacher.parallel"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_adapter(self) -> "Config":
         if self.adapter is None:
             return self
@@ -1186,6 +1210,24 @@ class Config(Section):
     def teacher_models(self) -> dict[str, TeacherConfig]:
         """The teachers of kind `model` by name."""
         return {name: t for name, t in self.named_teachers.items() if t.kind == "model"}
+
+    def layout_of(self, teacher: TeacherConfig) -> ParallelConfig:
+        """Return a teacher's layout: that of section `parallel`, or its own."""
+        if teacher.parallel is None:
+            return self.parallel
+        settings = teacher.parallel.model_dump()
+        return ParallelConfig(**settings, overlap_grad_reduce=self.parallel.overlap_grad_reduce)
+
+    def stages_of(self, teacher: TeacherConfig, num_layers: int) -> Stages:
+        """Return the split of a teacher's layers. In the student's layout, it is the student's if
+        that fits (Stages.fitted).
+
+        Raises:
+            ValueError: the settings do not split this number of layers.
+        """
+        if teacher.parallel is None:
+            return self.parallel.stages.fitted(num_layers)
+        return teacher.parallel.stages
 
     @property
     def row_teachers(self) -> tuple[str, ...]:

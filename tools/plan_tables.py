@@ -16,6 +16,7 @@ from aropd_mcore.config_file import load_config
 from aropd_mcore.plan.fit import Estimate, PlannedRun, build_planned_run, sweep
 from aropd_mcore.plan.host_memory import host_memory
 from aropd_mcore.plan.layout import describe
+from aropd_mcore.plan.setup import Setup
 
 REPO = Path(__file__).resolve().parents[1]
 CLUSTERS = REPO / "examples" / "clusters"
@@ -99,8 +100,14 @@ def _planned(name: str, overrides: list[str], num_gpus: int) -> PlannedRun:
 
 
 def _layout(estimate: Estimate) -> str:
+    """Format the layout, and that of teachers with their own."""
+    own = [t for t in estimate.setup.of_teachers if not t.has_head]
+    return "; teacher ".join(dict.fromkeys(map(_sizes, (estimate.setup, *own))))
+
+
+def _sizes(setup: Setup) -> str:
     """Format a layout without sizes of 1."""
-    words = describe(estimate.setup, estimate.setup.data).replace(" x ", ", ").split(", ")
+    words = describe(setup, setup.data).replace(" x ", ", ").split(", ")
     return ", ".join(word for word in words if not word.endswith(" 1"))
 
 

@@ -81,6 +81,32 @@ def share_of_rank(microbatch: Microbatch, size: int, rank: int) -> Microbatch:
     )
 
 
+def whole_view(shares: Sequence[ViewBatch]) -> ViewBatch:
+    """Return the privileged view whose shares (`share_of_rank`) all context ranks hold.
+
+    The loss tokens are those of the ranks, in rank order.
+
+    Args:
+        shares: one per rank, in rank order.
+    """
+    gathered_BS = torch.cat([share.tokens_BS for share in shares], dim=1)
+    order_S = _rank_order(shares[0]._replace(tokens_BS=gathered_BS), len(shares))
+    tokens_BS = torch.empty_like(gathered_BS)
+    tokens_BS[:, order_S] = gathered_BS
+    num_samples = len(tokens_BS)
+    rows_T = torch.cat([share.hidden_index_T for share in shares])
+    return shares[0]._replace(
+        tokens_BS=tokens_BS,
+        hidden_index_T=order_S[rows_T // num_samples] * num_samples + rows_T % num_samples,
+    )
+
+
+def _rank_order(view: ViewBatch, size: int) -> Tensor:
+    """Return the positions of a whole view in the order of the ranks that hold them."""
+    bounds = _bounds(view)
+    return torch.cat([positions_of_rank(bounds, size, rank) for rank in range(size)])
+
+
 def _bounds(view: ViewBatch) -> list[int]:
     return [0, view.tokens_BS.size(1)] if view.bounds is None else view.bounds.tolist()
 
@@ -92,8 +118,7 @@ def _take_positions(values_BS: Tensor, view: ViewBatch, size: int, rank: int) ->
 def _gathered_rows(view: ViewBatch, size: int) -> Tensor:
     """Convert hidden_index_T to hidden states that are ordered by rank instead of by position."""
     num_samples, length = view.tokens_BS.shape
-    bounds = _bounds(view)
-    order_S = torch.cat([positions_of_rank(bounds, size, rank) for rank in range(size)])
+    order_S = _rank_order(view, size)
     place_of_S = torch.empty_like(order_S)
     place_of_S[order_S] = torch.arange(length)
     position_T, sample_T = view.hidden_index_T // num_samples, view.hidden_index_T % num_samples

@@ -6,7 +6,8 @@ ranks would have more than 1000 sockets. On GPUs, therefore, only the job's own 
 all exchanges of objects and CPU tensors use that group.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,30 @@ JOB_BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 """Backends of the job's group, by type of device."""
 GROUP_BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 """Backend of Megatron's groups, by type of device."""
+
+
+def current_groups() -> dict[str, Any]:
+    """Return Megatron's groups, their sizes and its buffers: the globals of parallel_state."""
+    return {n: v for n, v in vars(parallel_state).items() if n.startswith("_") and n.isupper()}
+
+
+NO_GROUPS = current_groups()
+"""Globals of parallel_state before groups are created."""
+
+
+@contextmanager
+def using_groups(groups: Mapping[str, Any]) -> Iterator[None]:
+    """Context in which Megatron uses these groups, which `current_groups` has returned.
+
+    Many of Megatron's modules and its schedules read parallel_state when they are built or called,
+    instead of taking groups as arguments.
+    """
+    outer = current_groups()
+    parallel_state.__dict__.update(groups)
+    try:
+        yield
+    finally:
+        parallel_state.__dict__.update(outer)
 
 
 def create_groups(
@@ -41,8 +66,12 @@ def create_groups(
         timeout: timeout of collectives. None: Megatron's default.
     Returns:
         A gloo group of this rank's context ranks, which exchange objects within a model replica.
+    Raises:
+        ValueError: the sizes do not divide the number of processes, or virtual_pipeline needs more
+            than one stage.
     Collectives: creates process groups. Every rank of the job must call it.
     """
+    _check_sizes(tensor, pipeline, virtual_pipeline, context, expert, expert_tensor)
     with _all_groups_with(backend):
         parallel_state.initialize_model_parallel(
             tensor,
@@ -67,6 +96,32 @@ def create_groups(
         )
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _check_sizes(
+    tensor: int,
+    pipeline: int,
+    virtual_pipeline: int,
+    context: int,
+    expert: int,
+    expert_tensor: int,
+) -> None:
+    world_size = dist.get_world_size()
+    sharing = {"expert": expert, "expert_tensor": expert_tensor}
+    replica = math.lcm(tensor * context, expert * expert_tensor) * pipeline
+    if world_size % replica:
+        named = " x ".join(f"parallel.{n} {size}" for n, size in sharing.items() if size > 1)
+        experts = f" with experts sharded over {named} ranks" if named else ""
+        raise ValueError(
+            f"{world_size} processes cannot be split into model replicas of "
+            f"parallel.tensor {tensor} x parallel.pipeline {pipeline} x parallel.context "
+            f"{context}{experts}; start a multiple of {replica} processes"
+        )
+    if virtual_pipeline > 1 and pipeline == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline {virtual_pipeline} with parallel.pipeline 1: expected two "
+            "stages or more, whose chunks are interleaved; set parallel.virtual_pipeline to 1"
+        )
 
 
 def gather_objects(part: Any) -> list[Any]:

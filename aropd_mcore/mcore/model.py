@@ -54,6 +54,8 @@ class HiddenStateGPT(GPTModel):
         config: TransformerConfig,
         runtime: Runtime,
         vp_stage: int | None = None,
+        *,
+        has_head: bool = True,
     ):
         padded = padded_vocab_size(architecture.vocab_size, runtime.tp_size)
         super().__init__(
@@ -67,6 +69,8 @@ class HiddenStateGPT(GPTModel):
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
+        if self.post_process and not has_head:
+            del self.output_layer
         if architecture.latent:
             self.rotary_pos_emb = LatentRope(architecture.rope.dim, 1.0, cp_group=runtime.cp_group)
             layers: list[Any] = list(self.decoder.layers)
@@ -161,6 +165,7 @@ def build_model(
     recompute: Recompute = "none",
     precision: PrecisionConfig = BF16,
     stages: Stages | None = None,
+    has_head: bool = True,
 ) -> StageModel:
     """Build this rank's shard of the model that an HF config describes, on runtime.device.
 
@@ -175,6 +180,7 @@ def build_model(
         precision: precision of the layers' matrix products. fp8.check_fp8 checks that this machine
             supports it.
         stages: split of the layers over the runtime's stages. None: runtime.stages.
+        has_head: whether the last stage holds the output head.
     Raises:
         CheckpointError: the config cannot be used.
         ValueError: the runtime's layout does not divide the model. A dense model leaves expert
@@ -196,7 +202,11 @@ def build_model(
         architecture, runtime, dtype=dtype, recompute=recompute, precision=precision, stages=stages
     )
     vp_stages = range(runtime.vp_size) if runtime.vp_size > 1 else [None]
-    chunks = [HiddenStateGPT(architecture, config, runtime, stage) for stage in vp_stages]
+    with runtime.active():
+        chunks = [
+            HiddenStateGPT(architecture, config, runtime, stage, has_head=has_head)
+            for stage in vp_stages
+        ]
     model = StageModel(architecture, config, chunks, stages)
     _mark_experts(model, runtime)
     _allow_biases_of_experts(model)

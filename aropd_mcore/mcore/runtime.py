@@ -23,8 +23,9 @@ cpu_mode.install()  # before the first import of megatron.core
 
 import math  # noqa: E402
 import os  # noqa: E402
-from contextlib import suppress  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from collections.abc import Mapping  # noqa: E402
+from contextlib import AbstractContextManager, suppress  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -35,8 +36,11 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from aropd_mcore.mcore.groups import (  # noqa: E402
     GROUP_BACKENDS,
     JOB_BACKENDS,
+    NO_GROUPS,
     create_groups,
+    current_groups,
     gather_objects,
+    using_groups,
 )
 from aropd_mcore.mcore.rendezvous import reporting_long_wait  # noqa: E402
 from aropd_mcore.stages import Stages  # noqa: E402
@@ -77,6 +81,8 @@ class Runtime:
     """Split of the layers into pipeline stages."""
     sequence_parallel: bool
     """Whether each tensor rank holds a part of the tokens between the layers' matrix products."""
+    megatron_groups: Mapping[str, Any] = field(repr=False, compare=False)
+    """These groups and others, as Megatron's globals (groups.current_groups)."""
     token_multiple: int = 1
     """Required divisor of a rank's number of tokens. More than 1 for FP8 matrix products."""
 
@@ -184,6 +190,14 @@ class Runtime:
     def last_stage_rank(self) -> int:
         """Global rank of this replica's last pipeline stage, with the same tensor rank."""
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Return a context in which Megatron's modules and schedules use these groups.
+
+        A job with several layouts (`add_layout`) needs it to build and to run a model. Outside of
+        such contexts Megatron uses the groups of `start`.
+        """
+        return using_groups(self.megatron_groups)
 
     def gather_over_data(self, local: torch.Tensor) -> torch.Tensor:
         """Concatenate the CPU tensors of dp_group's ranks, in rank order.
@@ -297,35 +311,86 @@ def start(
     with reporting_long_wait():
         if not dist.is_initialized():
             _join_job(JOB_BACKENDS[device.type], timeout)
-        _check_sizes(
-            dist.get_world_size(),
-            tensor,
-            pipeline,
-            virtual_pipeline,
-            context,
-            expert,
-            expert_tensor,
-        )
-        if sequence_parallel and tensor == 1:
-            raise ValueError(
-                "parallel.sequence true with parallel.tensor 1: expected two tensor ranks or more, "
-                "over which tokens are split; set parallel.sequence to false"
-            )
         stages = Stages(
             pipeline, virtual_pipeline, layers_in_first_stage, layers_in_last_stage, pipeline_layout
         )
-        cp_objects_group = create_groups(
-            backend=GROUP_BACKENDS[device.type],
+        runtime = _create_runtime(
+            device,
+            stages,
             tensor=tensor,
-            pipeline=pipeline,
-            virtual_pipeline=virtual_pipeline,
             context=context,
             expert=expert,
             expert_tensor=expert_tensor,
+            sequence_parallel=sequence_parallel,
+            token_multiple=token_multiple,
             timeout=timeout,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
+    return runtime
+
+
+def add_layout(
+    runtime: Runtime,
+    stages: Stages,
+    *,
+    tensor: int,
+    expert: int,
+    expert_tensor: int,
+    sequence_parallel: bool,
+    timeout: timedelta | None = None,
+) -> Runtime:
+    """Create the process groups of another layout of the job's ranks, for a second model.
+
+    The second model reads whole sequences: its context size is 1.
+
+    Args:
+        runtime: result of `start`.
+        stages: split of the second model's layers.
+        tensor, expert, expert_tensor, sequence_parallel, timeout: see `start`.
+    Raises:
+        ValueError: see `start`.
+    Collectives: creates process groups. Every rank of the job must call it.
+    """
+    with using_groups(NO_GROUPS), reporting_long_wait():
+        return _create_runtime(
+            runtime.device,
+            stages,
+            tensor=tensor,
+            context=1,
+            expert=expert,
+            expert_tensor=expert_tensor,
+            sequence_parallel=sequence_parallel,
+            token_multiple=runtime.token_multiple,
+            timeout=timeout,
+        )
+
+
+def _create_runtime(
+    device: torch.device,
+    stages: Stages,
+    *,
+    sequence_parallel: bool,
+    token_multiple: int,
+    tensor: int,
+    **sizes: Any,
+) -> Runtime:
+    """
+    Args:
+        sizes: further arguments of create_groups.
+    """
+    if sequence_parallel and tensor == 1:
+        raise ValueError(
+            "parallel.sequence true with parallel.tensor 1: expected two tensor ranks or more, "
+            "over which tokens are split; set parallel.sequence to false"
+        )
+    cp_objects_group = create_groups(
+        backend=GROUP_BACKENDS[device.type],
+        tensor=tensor,
+        pipeline=stages.pipeline,
+        virtual_pipeline=stages.virtual_pipeline,
+        **sizes,
+    )
     return Runtime(
         device=device,
         tp_group=_checked(parallel_state.get_tensor_model_parallel_group()),
@@ -340,6 +405,7 @@ def start(
         expert_dp_group=_checked(parallel_state.get_expert_data_parallel_group()),
         stages=stages,
         sequence_parallel=sequence_parallel,
+        megatron_groups=current_groups(),
         token_multiple=token_multiple,
     )
 
@@ -356,32 +422,6 @@ def _join_job(backend: str, timeout: timedelta | None) -> None:
         world_size=1,
         timeout=timeout,
     )
-
-
-def _check_sizes(
-    world_size: int,
-    tensor: int,
-    pipeline: int,
-    virtual_pipeline: int,
-    context: int,
-    expert: int,
-    expert_tensor: int,
-) -> None:
-    sharing = {"expert": expert, "expert_tensor": expert_tensor}
-    replica = math.lcm(tensor * context, expert * expert_tensor) * pipeline
-    if world_size % replica:
-        named = " x ".join(f"parallel.{n} {size}" for n, size in sharing.items() if size > 1)
-        experts = f" with experts sharded over {named} ranks" if named else ""
-        raise ValueError(
-            f"{world_size} processes cannot be split into model replicas of "
-            f"parallel.tensor {tensor} x parallel.pipeline {pipeline} x parallel.context "
-            f"{context}{experts}; start a multiple of {replica} processes"
-        )
-    if virtual_pipeline > 1 and pipeline == 1:
-        raise ValueError(
-            f"parallel.virtual_pipeline {virtual_pipeline} with parallel.pipeline 1: expected two "
-            "stages or more, whose chunks are interleaved; set parallel.virtual_pipeline to 1"
-        )
 
 
 def _checked(group: object) -> dist.ProcessGroup:

@@ -15,6 +15,7 @@ from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.optim import Optimizer
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.schedule import run_schedule
+from aropd_mcore.mcore.view_exchange import ViewExchange
 from aropd_mcore.types import Microbatch, TeacherOutput, ViewBatch
 
 _ADAPTER_VERSIONS: dict[str, Weights | None] = {
@@ -28,10 +29,11 @@ _ADAPTER_VERSIONS: dict[str, Weights | None] = {
 class Teacher:
     """The teacher, which scores microbatches under its views and follows the student.
 
-    `ema`, `frozen` and `model` own a second model, in the student's layout. `live` uses the
-    student's model. So do `ema` and `frozen` of a student with an adapter: the teacher is the base
-    model with a moving average of the adapter, or without adapter. `average` is the fp32 average of
-    `ema` if the models are in bf16. Without it, the weights themselves are averaged.
+    `ema`, `frozen` and `model` own a second model, in the student's layout. That of `model` may
+    have another layout. `live` uses the student's model. So do `ema` and `frozen` of a student with
+    an adapter: the teacher is the base model with a moving average of the adapter, or without
+    adapter. `average` is the fp32 average of `ema` if the models are in bf16. Without it, the
+    weights themselves are averaged.
 
     With config.weights "host", pinned host memory holds the second model's parameters, except for
     the output head, and the fp32 average. `score` copies the parameters to the device and frees the
@@ -45,14 +47,23 @@ class Teacher:
         student: StageModel,
         model: StageModel | None,
         optimizer: Optimizer | None = None,
+        *,
+        student_runtime: Runtime | None = None,
+        head: Tensor | None = None,
     ):
         """
         Args:
+            runtime: the layout of the teacher's model.
             student: the module whose parameters the optimizer updates.
             model: the teacher's model with its initial weights. None for `live`, and for `ema` and
                 `frozen` of a student with an adapter. For `model`, its output head has as many rows
                 as the student's.
             optimizer: the student's, required for `ema`.
+            student_runtime: the student's layout, if the teacher's model has another one. The model
+                then has no output head.
+            head: the model's output head in the student's layout (weights.load_head), if
+                student_runtime is given.
+        Collectives: those of ViewExchange, if student_runtime is given.
         """
         self._adapters = None if config.kind == "model" else student.adapters
         """The student's adapter, if the teacher is a version of it."""
@@ -65,11 +76,18 @@ class Teacher:
         self.average: ShardedAverage | None = None
         if model is not None:
             self.model = model.eval().requires_grad_(False)
+        self._keep = _pinned if config.hidden_states == "host" else _identity
+        self._head = head
+        self._exchange: ViewExchange | None = None
+        if student_runtime is not None:
+            sizes = self.model.config.hidden_size, self.model.config.params_dtype
+            self._exchange = ViewExchange(student_runtime, runtime, *sizes, self._keep)
         on_host = config.weights == "host"
         self._visitors: list[torch.nn.Parameter] = []
         """Parameters that are on the device only while the teacher scores."""
         if on_host:
-            head = self.model.head_weight() if runtime.is_last_stage else None
+            has_head = runtime.is_last_stage and student_runtime is None
+            head = self.model.head_weight() if has_head else None
             self._visitors = [p for p in self.model.parameters() if p is not head]
             for p in self._visitors:
                 p.data = _pinned(p.data)
@@ -104,8 +122,9 @@ class Teacher:
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's shard of the output layer, [V_padded / tp, H]. Last stage only."""
-        return self.model.head_weight().detach()
+        """This rank's shard of the output layer, [V_padded / tp, H], in the student's layout. Last
+        stage of the student only."""
+        return self._head if self._head is not None else self.model.head_weight().detach()
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherOutput | None]:
         """Compute the hidden states of all microbatches' privileged views, without gradient.
@@ -115,24 +134,19 @@ class Teacher:
 
         Returns:
             For each microbatch, the final hidden states at its loss tokens: [T, H] per view, in the
-            model's dtype, on the device or host (config.hidden_states). None on stages before the
-            last.
-        Collectives: those of run_schedule.
+            model's dtype, on the device or host (config.hidden_states). None on stages of the
+            student before the last.
+        Collectives: those of run_schedule. If teacher and student have different layouts, those of
+            ViewExchange.score.
         """
-        on_host = self.config.hidden_states == "host"
         are_equal = self.config.views == "none"
         of_each = [(m.partial,) if are_equal else (m.partial, m.full) for m in microbatches]
         views = [view for both in of_each for view in both if view is not None]
-        with self.weights_on_device():
-            hidden = run_schedule(
-                list(self.model),
-                views,
-                view_of=_identity,
-                on_last_stage=lambda hidden_TH, _: _pinned(hidden_TH) if on_host else hidden_TH,
-                forward_only=True,
-                gather_over=self._runtime.cp_group,
-            )
-        _finish_copies()
+        if self._exchange is None:
+            hidden = self._hidden_states(views)
+        else:
+            hidden = self._exchange.score(views, self._hidden_states)
+            _finish_copies()
         if not hidden:
             return [None] * len(microbatches)
         remaining = iter(hidden)
@@ -146,6 +160,21 @@ class Teacher:
             is_same = are_equal and m.full is not None
             outputs.append(TeacherOutput(partial_TH, partial_TH if is_same else take(m.full)))
         return outputs
+
+    def _hidden_states(self, views: Sequence[ViewBatch]) -> list[Tensor]:
+        """Compute the hidden states [T, H] of views of this replica of the teacher, where they are
+        kept until the loss. [] before its last stage."""
+        with self.weights_on_device(), self._runtime.active():
+            hidden = run_schedule(
+                list(self.model),
+                views,
+                view_of=_identity,
+                on_last_stage=lambda hidden_TH, _: self._keep(hidden_TH),
+                forward_only=True,
+                gather_over=self._runtime.cp_group,
+            )
+        _finish_copies()
+        return hidden
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -242,5 +271,5 @@ def _finish_copies() -> None:
     torch.cuda.current_stream().synchronize()
 
 
-def _identity(view: ViewBatch) -> ViewBatch:
-    return view
+def _identity(value: Any) -> Any:
+    return value

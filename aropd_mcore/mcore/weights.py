@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aropd_mcore.convert.architecture import Architecture, CheckpointError
+from aropd_mcore.convert.mapping import HEAD
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.source import HFSource, Source
 from aropd_mcore.mcore.model import ADAPTER, StageModel
@@ -61,6 +62,17 @@ def load_weights(model: StageModel, source: Source, runtime: Runtime) -> None:
             group = _tensor_group(weight, runtime)
             shard = source.shard(weight, group.size(), group.rank())
             tensors[names[weight.name]].copy_(shard)
+
+
+def load_head(source: Source, runtime: Runtime, dtype: torch.dtype) -> Tensor | None:
+    """Load this rank's shard of a checkpoint's output head, [V_padded / tp, H].
+
+    Rows of the padded vocabulary are zero. None on stages before the last.
+    """
+    if not runtime.is_last_stage:
+        return None
+    head = next(w for w in source.architecture.weights() if w.name == HEAD.name)
+    return source.shard(head, runtime.tp_size, runtime.tp_rank).to(runtime.device, dtype)
 
 
 def own_weights(model: StageModel, runtime: Runtime) -> Mapping[str, Tensor]:

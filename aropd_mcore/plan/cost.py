@@ -180,15 +180,21 @@ def step_time(setup: Setup, rates: Rates = SLOWEST) -> StepTime:
 
 def _teacher_seconds(setup: Setup, rates: Rates) -> tuple[float, float]:
     """Return the seconds of the teachers' passes, one after another, and the share of bubbles."""
-    num_scored = setup.num_scored_views * setup.num_microbatches / len(setup.of_teachers)
-    if not num_scored:
+    if not setup.num_scored_views:
         return 0.0, 0.0
-    bubble = bubble_fraction(setup.pipeline, setup.virtual_pipeline, num_scored)
-    forwards = (
-        max(teacher.stage_layers) * _layer_forward(teacher, rates, setup.teacher_fp8)[0]
-        for teacher in setup.of_teachers
-    )
-    return num_scored * sum(forwards) / (1 - bubble), bubble
+    busy = total = 0.0
+    for teacher in setup.of_teachers:
+        num_scored = _num_scored(setup, teacher)
+        forward = _layer_forward(teacher, rates, setup.teacher_fp8)[0]
+        bubble = bubble_fraction(teacher.pipeline, teacher.virtual_pipeline, num_scored)
+        seconds = num_scored * max(teacher.stage_layers) * forward
+        busy, total = busy + seconds, total + seconds / (1 - bubble)
+    return total, 1 - busy / total
+
+
+def _num_scored(setup: Setup, teacher: Setup) -> float:
+    """Return the number of views that each replica of a teacher scores per step."""
+    return setup.num_scored_views * teacher.num_microbatches / len(setup.of_teachers)
 
 
 def _layer_forward(setup: Setup, rates: Rates, fp8: bool) -> tuple[float, float]:
@@ -306,9 +312,11 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
     student_pass, student_sends = _pass_seconds(setup, rates)
     # Forward and backward of the student, a recomputed forward, and the teacher's views.
     seconds = (2 + (setup.recompute == "full")) * student_pass + 2 * student_sends
-    passes = [sum(_pass_seconds(teacher, rates)) for teacher in setup.of_teachers]
-    seconds += setup.num_scored_views * sum(passes) / len(passes)
     seconds *= setup.num_microbatches
+    for teacher in setup.of_teachers if setup.num_scored_views else ():
+        seconds += _num_scored(setup, teacher) * sum(_pass_seconds(teacher, rates))
+        if not teacher.has_head:
+            seconds += _exchange_seconds(setup, teacher, rates)
     parameters = max(
         (trained_parameters(setup, stage) for stage in setup.distinct_stages), key=lambda p: p.total
     )
@@ -321,7 +329,7 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
         if not teacher.hosts_weights:
             continue
         # Weights to the device for scoring; the average to the device and back; new weights back.
-        on_rank = max(rank_parameters(teacher, s).total for s in setup.distinct_stages)
+        on_rank = max(rank_parameters(teacher, s).total for s in teacher.distinct_stages)
         moved = on_rank * width * (2 if setup.teacher == "ema" else 1)
         if has_average(setup):
             moved += parameters.total * 8 / ranks
@@ -329,6 +337,20 @@ def _communication_seconds(setup: Setup, rates: Rates) -> float:
             moved += parameters.total * width
         seconds += moved / (rates.host_bytes * rates.host_efficiency)
     return seconds
+
+
+def _exchange_seconds(setup: Setup, teacher: Setup, rates: Rates) -> float:
+    """Return the seconds in which hidden states go from a teacher's last stage to the student's.
+
+    A rank of the teacher sends to one rank of the student, or to several. None is assumed to have
+    scored its own views.
+    """
+    views = setup.num_scored_views * setup.num_microbatches / len(setup.of_teachers)
+    width = teacher.architecture.hidden_size * setup.dtype_bytes
+    readers = setup.tensor * setup.context * setup.data
+    sends = max(readers / (teacher.tensor * teacher.data), 1)
+    num_bytes = views * setup.loss_tokens * width * sends
+    return num_bytes / _bandwidth(setup, setup.world_size, rates)
 
 
 def _bandwidth(setup: Setup, span: int, rates: Rates) -> float:

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any, get_args
 
-from aropd_mcore.config import Config, Recompute, Section
+from aropd_mcore.config import Config, ModelLayoutConfig, Recompute, Section
 from aropd_mcore.convert.architecture import Architecture, read_architecture
 from aropd_mcore.plan.cost import StepTime, step_time
 from aropd_mcore.plan.layout import read_teacher_architectures
@@ -149,6 +149,8 @@ def _candidates(run: PlannedRun) -> Iterator[list[Change]]:
                 yield [_of_all_teachers(run, key, "host")]
             elif key != "weights" or config.teacher.kind != "live":
                 yield changes("teacher", key, ["host"])
+        if config.teacher_models and not config.teachers:
+            yield list(_wider_teachers(run))
     yield [(f"--gpus {number}", number, {}) for number in _doublings(gpus, 16 * gpus)]
 
 
@@ -158,6 +160,17 @@ def _of_all_teachers(run: PlannedRun, key: str, value: Any) -> Change:
     text = " ".join(f"teachers.{name}.{key}={yaml_value(value)}" for name, _ in teachers)
     changed = {name: teacher.model_copy(update={key: value}) for name, teacher in teachers}
     return text, run.num_gpus, {"teachers": changed}
+
+
+def _wider_teachers(run: PlannedRun) -> Iterator[Change]:
+    """Yield layouts of the teacher, a model of its own, with more tensor ranks."""
+    layout = run.config.layout_of(run.config.teacher)
+    settings = layout.model_dump(include=set(ModelLayoutConfig.model_fields))
+    for tensor in _doublings(layout.tensor, run.gpus_per_node):
+        own = ModelLayoutConfig.model_validate(settings | {"tensor": tensor})
+        changed = own.model_dump(exclude_defaults=True).items()
+        text = " ".join(f"teacher.parallel.{key}={yaml_value(value)}" for key, value in changed)
+        yield text, run.num_gpus, {"teacher": {"parallel": own}}
 
 
 def _deeper(run: PlannedRun) -> Iterator[dict[str, Any]]:

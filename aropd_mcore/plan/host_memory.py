@@ -28,17 +28,30 @@ def _stage(setup: Setup, stage: int) -> dict[str, dict[str, float]]:
     parameters = trained_parameters(setup, stage)
     always: dict[str, float] = {}
     if any(teacher.hosts_weights for teacher in setup.of_teachers):
-        visiting = sum(visiting_parameters(teacher, stage) for teacher in setup.of_teachers)
+        visiting = sum(
+            max(visiting_parameters(t, s) for s in setup.teacher_stages(t, stage))
+            for t in setup.of_teachers
+        )
         always["teacher weights"] = visiting * setup.dtype_bytes * PINNED
         if has_average(setup):
             always["teacher fp32 average"] = _on_rank(setup, parameters) * FP32 * PINNED
-    hosted = [t for t in setup.of_teachers if t.teacher_hidden_states == "host"]
-    if hosted and setup.teacher is not None and stage == setup.pipeline - 1:
-        # All responses of a step may be those of the widest of these teachers.
-        hidden = max(teacher.architecture.hidden_size for teacher in hosted)
-        states = setup.num_scored_views * setup.num_microbatches * setup.loss_tokens
-        always["teacher hidden states"] = states * hidden * setup.dtype_bytes * PINNED
+    if setup.teacher is not None:
+        # All responses of a step may be those of the teacher that needs most.
+        states = max(_hidden_states(setup, teacher, stage) for teacher in setup.of_teachers)
+        if states:
+            always["teacher hidden states"] = states * PINNED
     return {"always": always, "save": {"its part of the checkpoint": _part(setup, parameters)}}
+
+
+def _hidden_states(setup: Setup, teacher: Setup, stage: int) -> float:
+    """Return the bytes of a teacher's hidden states on the host: of the student's microbatches on
+    the student's last stage, or of the teacher's microbatches on the teacher's last stage."""
+    if teacher.teacher_hidden_states != "host":
+        return 0
+    has_scored = teacher.pipeline - 1 in setup.teacher_stages(teacher, stage)
+    holders = [(setup, stage == setup.pipeline - 1), (teacher, has_scored)]
+    tokens = max(s.num_microbatches * s.loss_tokens * is_last for s, is_last in holders)
+    return setup.num_scored_views * tokens * teacher.architecture.hidden_size * setup.dtype_bytes
 
 
 def _part(setup: Setup, parameters: Parameters) -> float:

@@ -1,11 +1,12 @@
 """Split of model and batch over a job's processes, without process groups or Megatron."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from aropd_mcore.config import Config, ConfigError, teacher_section
+from aropd_mcore.config import Config, ConfigError, ParallelConfig, teacher_section
 from aropd_mcore.convert.adapter import AdapterSpec, adapted_modules, resolve_targets
 from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
 from aropd_mcore.convert.source import find_hf_folder
@@ -92,30 +93,19 @@ def plan(
     parallel, training = config.parallel, config.training
     architecture = architecture or read_architecture(config.model.path)
     teachers = teachers or read_teacher_architectures(config)
-    can_be_dense = any(teacher.routing is not None for teacher in teachers.values())
+    # Experts of a teacher in the student's layout need ranks that a dense student leaves unused.
+    can_be_dense = any(
+        teacher.routing is not None and config.teacher_models[name].parallel is None
+        for name, teacher in teachers.items()
+    )
     _check_division(config, architecture, parallel.stages, can_be_dense=can_be_dense)
     _check_experts(config, architecture)
     _check_lengths(config, architecture)
     _check_fp8(config, architecture)
     _check_adapter(config, architecture)
+    data = _data_size(parallel, world_size)
     for name, teacher in teachers.items():
-        _check_teacher(config, name, teacher)
-    model_size = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_size:
-        raise ConfigError(
-            f"{world_size} processes: expected a multiple of parallel.tensor {parallel.tensor} x "
-            f"parallel.pipeline {parallel.pipeline} x parallel.context {parallel.context} "
-            f"= {model_size}; change the number of processes or these settings"
-        )
-    sharing = {"expert": parallel.expert, "expert_tensor": parallel.expert_tensor}
-    if world_size // parallel.pipeline % math.prod(sharing.values()):
-        named = " x ".join(f"parallel.{n} {size}" for n, size in sharing.items() if size > 1)
-        raise ConfigError(
-            f"{world_size // parallel.pipeline} processes per pipeline stage: expected a multiple "
-            f"of {named}, the ranks that share the experts; change the number of processes or "
-            f"{'these settings' if min(sharing.values()) > 1 else 'this setting'}"
-        )
-    data = world_size // model_size
+        _check_teacher(config, name, teacher, world_size)
     num_microbatches = None
     if not training.packing:
         num_microbatches = _num_microbatches(config, data)
@@ -135,6 +125,33 @@ def plan(
         num_microbatches,
         architecture.num_parameters,
     )
+
+
+def _data_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the data-parallel size of a layout.
+
+    Raises:
+        ConfigError: the layout does not divide the processes.
+    """
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    if parallel.context > 1:
+        sizes["context"] = parallel.context
+    model_size = math.prod(sizes.values())
+    if world_size % model_size:
+        raise ConfigError(
+            f"{world_size} processes: expected a multiple of "
+            f"{' x '.join(f'parallel.{name} {size}' for name, size in sizes.items())} "
+            f"= {model_size}; change the number of processes or these settings"
+        )
+    sharing = {"expert": parallel.expert, "expert_tensor": parallel.expert_tensor}
+    if world_size // parallel.pipeline % math.prod(sharing.values()):
+        named = " x ".join(f"parallel.{n} {size}" for n, size in sharing.items() if size > 1)
+        raise ConfigError(
+            f"{world_size // parallel.pipeline} processes per pipeline stage: expected a multiple "
+            f"of {named}, the ranks that share the experts; change the number of processes or "
+            f"{'these settings' if min(sharing.values()) > 1 else 'this setting'}"
+        )
+    return world_size // model_size
 
 
 def build_adapter_spec(config: Config, architecture: Architecture) -> AdapterSpec | None:
@@ -196,19 +213,25 @@ def read_teacher_architectures(config: Config) -> dict[str, Architecture]:
     return architectures
 
 
-def _check_teacher(config: Config, name: str, teacher: Architecture) -> None:
-    """Check that a teacher of kind `model` fits into the student's layout."""
-    stages = config.parallel.stages
+def _check_teacher(config: Config, name: str, teacher: Architecture, world_size: int) -> None:
+    """Check that a teacher of kind `model` fits into its layout, the student's or its own."""
+    settings, section = config.teacher_models[name], teacher_section(name)
+    parallel, has_own = config.layout_of(settings), settings.parallel is not None
+    layout = f"{section}.parallel" if has_own else "section parallel"
+    in_layout = config.model_copy(update={"parallel": parallel})
     try:
-        _check_division(config, teacher, stages.fitted(teacher.num_layers), can_be_dense=True)
-        _check_sequence_parallel(config, teacher)
-        _check_positions(config, teacher)
+        stages = config.stages_of(settings, teacher.num_layers)
+        _check_division(in_layout, teacher, stages, can_be_dense=not has_own)
+        _check_sequence_parallel(in_layout, teacher)
+        _check_positions(in_layout, teacher)
         if config.precision.for_teacher.fp8 is not None:
-            _check_fp8(config, teacher)
+            _check_fp8(in_layout, teacher)
+        _data_size(parallel, world_size)
     except ValueError as error:
+        # The checks name settings of section `parallel`.
+        problem = re.sub(r"\bparallel\.", f"{section}.parallel.", str(error)) if has_own else error
         raise ConfigError(
-            f"{teacher_section(name)}.path {config.teacher_models[name].path}, in the layout of "
-            f"section parallel: {error}"
+            f"{section}.path {settings.path}, in the layout of {layout}: {problem}"
         ) from error
 
 

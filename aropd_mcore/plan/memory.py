@@ -126,9 +126,17 @@ def _state(
             state["teacher fp32 average"] = on_rank * FP32
     if setup.has_teacher_weights:
         state["teacher weights"] = width * sum(
-            rank_parameters(teacher, stage).total - visiting_parameters(teacher, stage)
+            max(
+                rank_parameters(teacher, s).total - visiting_parameters(teacher, s)
+                for s in setup.teacher_stages(teacher, stage)
+            )
             for teacher in setup.of_teachers
         )
+        others = [teacher for teacher in setup.of_teachers if not teacher.has_head]
+        if others and stage == setup.pipeline - 1:
+            # In the student's layout, for the loss.
+            hidden = sum(teacher.architecture.hidden_size for teacher in others)
+            state["teacher output layer"] = vocabulary_columns(setup) * hidden * width
         if has_average(setup) and not setup.hosts_weights:
             state["teacher fp32 average"] = on_rank * FP32
     if setup.fp8:
@@ -136,12 +144,22 @@ def _state(
         state["weights in fp8"] = 2 * layers
     resident = [teacher for teacher in setup.of_teachers if not teacher.hosts_weights]
     if setup.teacher_fp8 and setup.teacher != "live" and resident:
-        state["teacher weights in fp8"] = sum(_layers_parameters(t, stage) for t in resident)
-    if setup.sequence and setup.device == "cpu":
-        # Megatron's local linear layers gather their input into a permanent buffer.
-        tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
-        hidden = max(s.architecture.hidden_size for s in (setup, *setup.of_teachers))
-        state["gather buffer"] = tokens * hidden * width
+        state["teacher weights in fp8"] = sum(
+            max(_layers_parameters(t, s) for s in setup.teacher_stages(t, stage)) for t in resident
+        )
+    if setup.device == "cpu":
+        # Megatron's local linear layers gather their input into a permanent buffer, one per layout.
+        buffers = [
+            t.microbatch_tokens * t.architecture.hidden_size
+            for t in setup.of_teachers
+            if t.sequence and not t.has_head
+        ]
+        if setup.sequence:
+            tokens = max(setup.microbatch_tokens, _prompt_tokens(setup) if setup.samples else 0)
+            same = [s for s in (setup, *setup.of_teachers) if s.has_head]
+            buffers.append(tokens * max(s.architecture.hidden_size for s in same))
+        if buffers:
+            state["gather buffer"] = sum(buffers) * width
     sizes = setup.architecture.sizes
     kv = (sizes["kv"] + sizes["values"]) // setup.tensor
     if cached := setup.cached_tokens:
@@ -176,7 +194,8 @@ def _sampler(setup: Setup) -> float:
 
 
 def visiting_parameters(teacher: Setup, stage: int) -> int:
-    """Return the number of a teacher's parameters that are on the device only while it scores.
+    """Return the number of parameters of a teacher's stage that are on the device only while it
+    scores.
 
     With weights on the host these are all parameters but the output head.
 
@@ -185,23 +204,52 @@ def visiting_parameters(teacher: Setup, stage: int) -> int:
     """
     if not teacher.hosts_weights:
         return 0
-    head = vocabulary_parameters(teacher) if stage == teacher.pipeline - 1 else 0
+    has_head = teacher.has_head and stage == teacher.pipeline - 1
+    head = vocabulary_parameters(teacher) if has_head else 0
     return rank_parameters(teacher, stage).total - head
 
 
 def _teacher(setup: Setup, stage: int) -> dict[str, float]:
     """Return the bytes of the phase of the teacher that needs most, with all hidden states."""
-    phases = [_scoring(teacher, stage) for teacher in setup.of_teachers]
+    phases = [_scoring(setup, teacher, stage) for teacher in setup.of_teachers]
     return max(phases, key=lambda parts: sum(parts.values())) | _hidden_states(setup, stage)
 
 
-def _scoring(teacher: Setup, stage: int) -> dict[str, float]:
+def _scoring(setup: Setup, teacher: Setup, stage: int) -> dict[str, float]:
+    held = setup.teacher_stages(teacher, stage)
     parts = {"forward": forward_working_set(teacher, teacher.microbatch_tokens)}
     if teacher.hosts_weights:
-        parts["teacher weights"] = visiting_parameters(teacher, stage) * teacher.dtype_bytes
+        visiting = max(visiting_parameters(teacher, s) for s in held)
+        parts["teacher weights"] = visiting * teacher.dtype_bytes
         if teacher.teacher_fp8:
-            parts["teacher weights in fp8"] = _layers_parameters(teacher, stage)
+            layers = max(_layers_parameters(teacher, s) for s in held)
+            parts["teacher weights in fp8"] = layers
+    if not teacher.has_head:
+        parts["exchange of hidden states"] = _exchange(setup, teacher, stage)
     return parts
+
+
+def _exchange(setup: Setup, teacher: Setup, stage: int) -> float:
+    """Return the bytes that mcore.view_exchange needs besides the hidden states of the student's
+    microbatches.
+
+    These are the hidden states of the teacher's microbatches on its last stage, as far as they are
+    more than those of the student's, and a copy of one view of each student replica that the
+    teacher's replica has scored.
+    """
+    width = teacher.architecture.hidden_size * teacher.dtype_bytes
+    size = setup.loss_tokens * width
+    received = size if stage == setup.pipeline - 1 else 0
+    if teacher.pipeline - 1 not in setup.teacher_stages(teacher, stage):
+        return received
+    readers = setup.tensor * setup.context * -(-setup.data // teacher.data)
+    extra = 0
+    if teacher.teacher_hidden_states == "device" or setup.device == "cpu":
+        views = setup.num_scored_views
+        scored = views * teacher.num_microbatches * teacher.loss_tokens * width
+        kept = views * setup.num_microbatches * size if received else 0
+        extra = max(scored - kept, 0)
+    return extra + received + -(-readers // teacher.tensor) * size
 
 
 def _hidden_states(setup: Setup, stage: int) -> dict[str, float]:

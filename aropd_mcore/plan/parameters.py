@@ -45,7 +45,7 @@ def rank_parameters(setup: Setup, stage: int) -> Parameters:
         parameters += vocabulary
     if is_last:
         parameters += Parameters(_size(FINAL_NORM, architecture))
-        if not (architecture.tied_embeddings and stage == 0):
+        if setup.has_head and not (architecture.tied_embeddings and stage == 0):
             parameters += vocabulary
     return parameters
 

@@ -111,12 +111,14 @@ def _teacher_lines(setup: Setup, stage: int) -> Iterator[str]:
     if not setup.teacher_models:
         return
     for model, teacher in zip(setup.teacher_models, setup.of_teachers, strict=True):
-        on_rank = rank_parameters(teacher, stage).total
+        held = setup.teacher_stages(teacher, stage)
+        on_rank = max(rank_parameters(teacher, s).total for s in held)
+        layout = f" in {describe(teacher, teacher.data)}" if model.parallel else ""
         split = f", layers of its stages: {text}" if (text := _split(teacher)) else ""
         yield (
-            f"\nteacher{f' {model.name}' * bool(model.name)}: "
-            f"{model.architecture.num_parameters:,} parameters, {on_rank:,} of them on each of "
-            f"these ranks{split}"
+            f"\nteacher{f' {model.name}' * bool(model.name)}{layout}: "
+            f"{model.architecture.num_parameters:,} parameters, "
+            f"{'up to ' * (len(held) > 1)}{on_rank:,} of them on each of these ranks{split}"
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 from aropd_mcore.config import Config, MemorySpace, Recompute, split_task
 from aropd_mcore.convert.adapter import AdapterSpec
@@ -18,6 +18,7 @@ from aropd_mcore.plan.layout import (
     plan,
     read_teacher_architectures,
 )
+from aropd_mcore.plan.teacher_models import TeacherModelPlan, plan_teacher_models
 from aropd_mcore.stages import Stages
 
 Device = Literal["gpu", "cpu"]
@@ -26,16 +27,6 @@ Device = Literal["gpu", "cpu"]
 KEYS_PER_BUCKET = 256
 """While the model decodes, attention reads the keys of a multiple of this number of positions, and
 a row of the KV cache has room for such a multiple."""
-
-
-class TeacherModelPlan(NamedTuple):
-    """A teacher of kind `model`."""
-
-    name: str
-    """Name in the section `teachers`. Empty: the teacher of section `teacher`."""
-    architecture: Architecture
-    weights: MemorySpace = "device"
-    hidden_states: MemorySpace = "device"
 
 
 @dataclass(frozen=True)
@@ -103,6 +94,9 @@ class Setup:
     """Location of the weights. `host`: all but the output head are on the device only while the
     teacher scores."""
     overlap_grad_reduce: bool = False
+    has_head: bool = True
+    """Whether the model has its output layer. A teacher in another layout than the student's has
+    none: the student's last stage has the teacher's output layer besides its own."""
     device: Device = field(default="gpu", kw_only=True)
     gpus_per_node: int = field(default=8, kw_only=True)
 
@@ -148,15 +142,39 @@ class Setup:
 
     def _with_model(self, teacher: TeacherModelPlan) -> "Setup":
         architecture = replace(teacher.architecture, vocab_size=self.architecture.vocab_size)
-        return replace(
+        setup = replace(
             self,
             architecture=architecture,
             teacher_models=(),
             adapter=None,
             teacher_weights=teacher.weights,
             teacher_hidden_states=teacher.hidden_states,
-            **asdict(self.stages.fitted(architecture.num_layers)),
         )
+        own = teacher.parallel
+        if own is None:
+            return replace(setup, **asdict(self.stages.fitted(architecture.num_layers)))
+        data = self.world_size // (own.tensor * own.pipeline)
+        return replace(
+            setup,
+            **asdict(own.stages),
+            tensor=own.tensor,
+            context=1,
+            expert=own.expert,
+            expert_tensor=own.expert_tensor,
+            sequence=own.sequence,
+            data=data,
+            num_microbatches=-(-self.num_microbatches * self.data // data),
+            has_head=False,
+        )
+
+    def teacher_stages(self, teacher: "Setup", stage: int) -> range:
+        """Return the stages of a teacher that the ranks of a stage hold.
+
+        Args:
+            teacher: one of of_teachers.
+        """
+        end = -(-(stage + 1) * teacher.pipeline // self.pipeline)
+        return range(stage * teacher.pipeline // self.pipeline, end)
 
     @cached_property
     def stages(self) -> Stages:
@@ -173,8 +191,13 @@ class Setup:
         has the most activations in flight."""
         last = self.pipeline - 1
 
-        def chunks_of_all(stage: int) -> tuple[tuple[int, ...], ...]:
-            return tuple(setup.chunks_of(stage) for setup in (self, *self.of_teachers))
+        def chunks_of_all(stage: int) -> tuple[Any, ...]:
+            of_teachers = []
+            for teacher in self.of_teachers:
+                held = self.teacher_stages(teacher, stage)
+                is_end = held.start == 0, held.stop == teacher.pipeline
+                of_teachers.append((is_end, *(teacher.chunks_of(s) for s in held)))
+            return self.chunks_of(stage), *of_teachers
 
         earliest = {chunks_of_all(stage): stage for stage in reversed(range(1, last))}
         return list(dict.fromkeys([0, last, *earliest.values()]))
@@ -295,7 +318,7 @@ def build_setup(
         max_tokens_per_microbatch=config.packed_tokens,
         num_microbatches=layout.microbatches_per_step or _num_packed(config, layout),
         teacher=("model" if config.teachers else config.teacher.kind) if num_views else None,
-        teacher_models=_teacher_models(config, teachers),
+        teacher_models=plan_teacher_models(config, teachers),
         num_views=num_views,
         views_are_equal=not config.has_privileged_views,
         adapter=build_adapter_spec(config, architecture),
@@ -321,18 +344,6 @@ def build_setup(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         device=device,
         gpus_per_node=gpus_per_node,
-    )
-
-
-def _teacher_models(
-    config: Config, architectures: Mapping[str, Architecture]
-) -> tuple[TeacherModelPlan, ...]:
-    """Return the models that are loaded: one for all names with equal settings."""
-    names = {settings: name for name, settings in reversed(config.teacher_models.items())}
-    return tuple(
-        TeacherModelPlan(name, architectures[name], teacher.weights, teacher.hidden_states)
-        for name, teacher in config.teacher_models.items()
-        if names[teacher] == name
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 
-from aropd_mcore.config import Config, PrecisionConfig, TeacherConfig
+from aropd_mcore.config import Config, ParallelConfig, PrecisionConfig, TeacherConfig
 from aropd_mcore.convert.source import Source
 from aropd_mcore.data.dataset import RowDataset
 from aropd_mcore.data.views import ViewBuilder
@@ -14,11 +14,11 @@ from aropd_mcore.mcore.cached_attention import KVCache
 from aropd_mcore.mcore.fp8 import check_fp8
 from aropd_mcore.mcore.model import StageModel, build_model
 from aropd_mcore.mcore.optim import Optimizer
-from aropd_mcore.mcore.runtime import Runtime
+from aropd_mcore.mcore.runtime import Runtime, add_layout
 from aropd_mcore.mcore.student import Student
 from aropd_mcore.mcore.teacher import Teacher
 from aropd_mcore.mcore.teachers import Teachers
-from aropd_mcore.mcore.weights import load_weights
+from aropd_mcore.mcore.weights import load_head, load_weights
 from aropd_mcore.plan.layout import plan
 from aropd_mcore.rollout.engines import PROBE_TOKENS, build_engine, build_native
 from aropd_mcore.rollout.sources import StepPrompts, build_source
@@ -30,6 +30,7 @@ from aropd_mcore.trainer.preflight import Inputs, check_packages, open_inputs
 from aropd_mcore.trainer.row_groups import metric_groups
 from aropd_mcore.trainer.step import Run
 from aropd_mcore.trainer.stop import Stops
+from aropd_mcore.trainer.teacher_model import TeacherModel
 
 
 def start_runtime(config: Config) -> Runtime:
@@ -50,8 +51,12 @@ def start_runtime(config: Config) -> Runtime:
         sequence_parallel=parallel.sequence,
         token_multiple=config.precision.size_multiple,
         seed=config.training.seed,
-        timeout=timedelta(minutes=config.limits.collective_timeout_minutes),
+        timeout=_timeout(config),
     )
+
+
+def _timeout(config: Config) -> timedelta:
+    return timedelta(minutes=config.limits.collective_timeout_minutes)
 
 
 def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> Run:
@@ -138,7 +143,7 @@ def build_run(config: Config, runtime: Runtime, stops: Stops | None = None) -> R
         problems=inputs.problems,
         validation_engine=engine or native(model=model),
         teacher_engine=native(model=teachers.single.model)
-        if teachers and teachers.single
+        if teachers and teachers.single and config.validation.teacher_views
         else None,
         hooks=[DeviceUse(runtime)] if runtime.device.type == "cuda" else [],
     )
@@ -149,25 +154,73 @@ def build_teachers(
 ) -> Teachers:
     """Build the teachers with their initial weights. Equal settings give one teacher.
 
-    Collectives: those of load_model.
+    Collectives: those of load_model, of Teacher, and of add_layout for each further layout.
     """
     precision = config.precision.for_teacher
+    runtimes: dict[ParallelConfig, Runtime] = {}
+    runtimes[config.parallel] = runtime
     by_settings: dict[TeacherConfig, Teacher] = {}
     for name, settings in config.named_teachers.items():
         if settings in by_settings:
             continue
-        model = None
         if name in inputs.teachers:
-            opened = inputs.teachers[name]
-            stages = runtime.stages.fitted(opened.source.architecture.num_layers)
-            model = load_model(config, runtime, precision, opened.source, stages)
-            model.vocab_size = opened.vocab_size
-        elif settings.kind != "live" and inputs.adapter is None:
+            layout = config.layout_of(settings)
+            if layout not in runtimes:
+                runtimes[layout] = add_layout(
+                    runtime,
+                    layout.stages,
+                    tensor=layout.tensor,
+                    expert=layout.expert,
+                    expert_tensor=layout.expert_tensor,
+                    sequence_parallel=layout.sequence,
+                    timeout=_timeout(config),
+                )
+            by_settings[settings] = _build_teacher_model(
+                config, settings, inputs.teachers[name], runtimes[layout], runtime, student
+            )
+            continue
+        model = None
+        if settings.kind != "live" and inputs.adapter is None:
             model = load_model(config, runtime, precision, inputs.source)
         by_settings[settings] = Teacher(
             settings, runtime, student=student, model=model, optimizer=optimizer
         )
     return Teachers({name: by_settings[s] for name, s in config.named_teachers.items()})
+
+
+def _build_teacher_model(
+    config: Config,
+    settings: TeacherConfig,
+    opened: TeacherModel,
+    runtime: Runtime,
+    student_runtime: Runtime,
+    student: StageModel,
+) -> Teacher:
+    """Build a teacher of kind `model` with its weights.
+
+    Args:
+        runtime: the teacher's layout. It may be student_runtime itself.
+    """
+    source, has_own_layout = opened.source, runtime is not student_runtime
+    model = load_model(
+        config,
+        runtime,
+        config.precision.for_teacher,
+        source,
+        stages=config.stages_of(settings, source.architecture.num_layers),
+        has_head=not has_own_layout,
+    )
+    model.vocab_size = opened.vocab_size
+    if not has_own_layout:
+        return Teacher(settings, runtime, student=student, model=model)
+    return Teacher(
+        settings,
+        runtime,
+        student=student,
+        model=model,
+        student_runtime=student_runtime,
+        head=load_head(source, student_runtime, model.config.params_dtype),
+    )
 
 
 def load_model(
@@ -176,11 +229,13 @@ def load_model(
     precision: PrecisionConfig,
     source: Source,
     stages: Stages | None = None,
+    *,
+    has_head: bool = True,
 ) -> StageModel:
     """Build this rank's shard of a model, and load its weights.
 
     Args:
-        stages: see mcore.model.build_model.
+        stages, has_head: see mcore.model.build_model.
     """
     model = build_model(
         source.architecture,
@@ -189,6 +244,7 @@ def load_model(
         recompute=config.training.recompute,
         precision=precision,
         stages=stages,
+        has_head=has_head,
     )
     load_weights(model, source, runtime)
     return model

@@ -32,6 +32,7 @@ FREE = (
     "training.max_tokens_per_microbatch",
     "training.recompute",
     "training.max_skipped_steps",
+    "teacher.parallel",
     "teacher.weights",
     "teacher.hidden_states",
     "objective.chunk_tokens",

@@ -47,6 +47,21 @@ def test_groups_of_256_gpus_have_few_sockets(counter, pipeline, tensor, expert, 
     assert [size for backend, size in others if backend != "nccl"] == [4] * (context > 1)
 
 
+def test_second_layout_adds_no_sockets(counter):
+    from aropd_mcore.mcore.groups import NO_GROUPS, create_groups, using_groups
+
+    layout = counter.Layout(256, tensor=4, pipeline=2, context=2)
+
+    def create() -> None:
+        create_groups(backend="nccl", tensor=4, pipeline=2, context=2)
+        with using_groups(NO_GROUPS):
+            create_groups(backend="nccl", tensor=8, expert=4)
+
+    both, one = counter.count_groups(256, create), counter.as_runs_do(layout)
+    assert both.num_sockets == one.num_sockets
+    assert one.num_created < both.num_created
+
+
 def test_exchanges_of_objects_do_not_use_megatrons_groups():
     run_ranks(exchange_beside_fake_groups, 4)
 

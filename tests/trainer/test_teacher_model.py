@@ -25,6 +25,7 @@ from tests.support.tiny_runs import write_model, write_run
 from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 from tests.support.training import (
     assert_same_checkpoint,
+    assert_same_in_any_layout,
     read_checkpoints,
     read_lines,
     repeatable,
@@ -97,6 +98,38 @@ def test_resumed_run_is_bitwise_the_same_and_refuses_another_teacher(path):
     assert repeatable(read_lines(out)) == expected
     (resumed,) = run_ranks(read_checkpoints, 1, [out])[0]
     assert_same_checkpoint(resumed, state)
+
+
+@pytest.mark.rest
+def test_teacher_in_its_own_layout_resumes_bitwise_and_gives_the_same_numbers(path):
+    folder, numbers = path.parent, {}
+    layouts = {
+        "student's": [],
+        "equal": ["teacher.parallel.tensor=2"],
+        "stages": ["teacher.parallel.pipeline=2"],
+    }
+    for name, layout in layouts.items():
+        out = folder / name
+        run_ranks(
+            train_on_ranks,
+            2,
+            path,
+            with_teacher(folder / "other", *layout, f"output_dir={out}"),
+        )
+        numbers[name] = repeatable(read_lines(out))
+    assert len(numbers["equal"]) == 3 and numbers["equal"] == numbers["student's"]
+    assert_same_in_any_layout(numbers["stages"], numbers["equal"])
+
+    (state,) = run_ranks(read_checkpoints, 1, [out])[0]
+    for step in (2, 3):
+        shutil.rmtree(out / "checkpoints" / f"iter_{step:07d}")
+    overrides = with_teacher(folder / "other", *layouts["stages"], f"output_dir={out}")
+    run_ranks(train_on_ranks, 2, path, overrides)
+    assert repeatable(read_lines(out)) == numbers["stages"]
+    (resumed,) = run_ranks(read_checkpoints, 1, [out])[0]
+    assert_same_checkpoint(resumed, state)
+    # The layout is not a part of the run.
+    preflight(load_config(path, with_teacher(folder / "other", f"output_dir={out}")))
 
 
 @pytest.mark.rest
@@ -194,6 +227,16 @@ def test_teacher_that_does_not_fit_is_refused(
     [
         (["teacher.kind=model"], "kind model and path null: expected the folder of"),
         (["teacher.path=x"], "path x and kind ema: expected path null"),
+        (["teacher.parallel.tensor=2"], "parallel is set and kind is ema: expected parallel null"),
+        (with_teacher("x", "teacher.parallel.context=2"), "teacher.parallel.context: unknown key"),
+        (
+            with_teacher("x", "teacher.parallel.sequence=true"),
+            "teacher.parallel: sequence is true and tensor is 1: expected tensor > 1",
+        ),
+        (
+            with_teacher("x", "teacher.parallel.tensor=2", "validation.teacher_views=[student]"),
+            "validation.teacher_views with teacher.parallel: expected no teacher_views",
+        ),
         (["teacher.views=none"], "views none and kind ema: expected views privileged"),
         (
             with_teacher("x", "teacher.views=none"),
@@ -225,6 +268,36 @@ def test_plan_refuses_a_teacher_that_the_layout_does_not_divide(path, tmp_path):
         folder = path.parent if name == "other" else tmp_path
         with pytest.raises(ValueError, match=message):
             plan(load_config(path, with_teacher(folder / name, *more)), 8)
+    for name, layout, message in (
+        (
+            "odd",
+            {"tensor": 2},
+            r"teacher.path .*odd, in the layout of teacher.parallel: teacher.parallel.tensor 2: "
+            "expected a divisor of the model's 3 key/value heads",
+        ),
+        ("moe", {"tensor": 2}, "teacher.parallel.tensor 2 without .* teacher.parallel.sequence"),
+        ("moe", {"expert": 3}, "teacher.parallel.expert 3: expected a divisor of the model's"),
+        ("other", {"expert": 2}, "teacher.parallel.expert 2: expected 1 for a dense model"),
+        ("other", {"pipeline": 4}, r"teacher.parallel: pipeline-parallel size 4 does not divide"),
+        (
+            "other",
+            {"tensor": 2, "pipeline": 2},
+            "6 processes: expected a multiple of teacher.parallel.tensor 2 x "
+            "teacher.parallel.pipeline 2 = 4; change",
+        ),
+        (
+            "other",
+            {"pipeline": 2, "layers_in_first_stage": 3},
+            "teacher.parallel.layers_in_first_stage 3: found",
+        ),
+    ):
+        folder = path.parent if name == "other" else tmp_path
+        settings = [f"teacher.parallel.{key}={value}" for key, value in layout.items()]
+        with pytest.raises(ValueError, match=message):
+            plan(load_config(path, with_teacher(folder / name, *settings)), 6)
+    # A teacher in its own layout need not fit that of the student.
+    plan(load_config(path, with_teacher(tmp_path / "odd", "teacher.parallel.tensor=1")), 8)
+    plan(load_config(path, with_teacher(tmp_path / "moe", "teacher.parallel.expert=4")), 8)
     # The experts of the teacher may be split over ranks that a dense student does not use.
     experts = ["parallel.expert=2", "parallel.sequence=true"]
     plan(load_config(path, with_teacher(tmp_path / "moe", *experts)), 4)
