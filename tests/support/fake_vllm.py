@@ -247,18 +247,21 @@ class FakeVllm:
         if (folder / "value").exists():
             return float((folder / "value").read_text()), None
         import torch
+        from safetensors.torch import load_file, save_file
         from transformers import AutoModelForCausalLM
 
         from tests.support.tiny_adapters import read_adapter
 
         assert self.base
         pairs, scale = read_adapter(folder)
+        tensors = load_file(self.base / "model.safetensors")
+        for name, (a, b) in pairs.items():
+            tensors[f"{name}.weight"] += (scale * b @ a).float()
+        merged = self.base.with_name(f"merged-{self.port}")
+        shutil.copytree(self.base, merged, dirs_exist_ok=True)
+        save_file(tensors, merged / "model.safetensors", {"format": "pt"})
         with _LOADING:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        with torch.no_grad():
-            for name, (a, b) in pairs.items():
-                model.get_submodule(name).weight += (scale * b @ a).float()
-        return UNLOADED, model
+            return UNLOADED, AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
 
     def _weights(self, body: dict[str, Any]) -> tuple[float, Any]:
         """Return the value and the model that a request is answered with."""
