@@ -83,8 +83,10 @@ def gather_adapter(model: StageModel, runtime: Runtime) -> dict[str, Tensor]:
     whole = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     num_elements = 0
     for rank, listed in enumerate(everyones):
+        if not listed:
+            continue
         sizes = [math.prod(shape) for _, _, shape in listed]
-        if rank > 0 and listed:
+        if rank > 0:
             beat()
             flat = torch.empty(sum(sizes), dtype=dtype)
             dist.recv(flat, rank)
