@@ -1,5 +1,6 @@
 """A run with an adapter and a real vLLM server: the server gets the adapter after each step."""
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,13 @@ from typing import Any
 import pytest
 
 from aropd_mcore.config_file import load_config
-from aropd_mcore.rollout import vllm_api
-from aropd_mcore.rollout.engine import RolloutFailed
+from aropd_mcore.rollout.vllm_api import ServerError
+from aropd_mcore.rollout.vllm_servers import Servers, client
 from tests.support.ranks import run_ranks
-from tests.support.rollouts import sample
 from tests.support.tiny_adapters import write_adapter
 from tests.support.tiny_runs import write_model, write_run
 from tests.vllm.test_rollouts import (
-    GREEDY,
     PROMPTS,
-    SEEDS,
     START_SECONDS,
     check_same_as_native,
 )
@@ -80,12 +78,8 @@ def check_run(path: Path) -> None:
         if run.runtime.rank == 0:
             servers._config = separate
 
-        # A server without the new adapter does not sample with the old one.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_api.Api, "load_adapter", load_nothing)
-            engine.update_weights(NUM_STEPS)
-        with pytest.raises(RolloutFailed, match=r"The model `2-\w+` does not exist"):
-            sample(engine, PROMPTS, SEEDS, GREEDY)
+        if run.runtime.rank == 0:
+            asyncio.run(check_names(engine._servers))
     finally:
         engine.close()
     if run.runtime.rank == 0:
@@ -94,5 +88,12 @@ def check_run(path: Path) -> None:
     assert not list(config.output_dir.rglob("*.safetensors")), "they are in memory"
 
 
-async def load_nothing(self: vllm_api.Api, name: str, folder: Path) -> None:
-    pass
+async def check_names(servers: Servers) -> None:
+    """Check that the server has only the newest adapter, and does not answer for another one."""
+    async with client() as http:
+        api = servers.api(http, servers.servers[0])
+        models = (await api._call("GET", "/v1/models"))["data"]
+        [name] = [model["id"] for model in models if model["parent"] is not None]
+        assert name.startswith(f"{NUM_STEPS}-")
+        with pytest.raises(ServerError, match="The model `1-old` does not exist"):
+            await api.score(PROMPTS[0], "1-old")
