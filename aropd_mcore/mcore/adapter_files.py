@@ -16,7 +16,7 @@ from aropd_mcore.mcore.rank0 import run_on_rank0
 from aropd_mcore.mcore.runtime import Runtime
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Gathered:
     """Adapter in memory, as convert.adapter.AdapterTensors."""
 
@@ -72,7 +72,7 @@ def gather_adapter(model: StageModel, runtime: Runtime) -> dict[str, Tensor]:
     dtype = model.config.params_dtype
     sharded = model.adapters.sharded_state_dict("trained").values()
     own = [part for part in sharded if is_main_replica(part.replica_id)]
-    parts = [part.data.detach().flatten() for part in own]
+    parts = [part.data.flatten() for part in own if part.data is not None]
     flat = (torch.cat(parts) if parts else torch.empty(0)).cpu()
     everyones = runtime.gather([(p.key, p.global_offset, p.local_shape) for p in own])
     if runtime.rank > 0:
