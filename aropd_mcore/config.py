@@ -457,6 +457,7 @@ class VllmConfig(Section):
     """Path of the weights to the servers after each step. `disk`: through files in weights_dir,
     which all ranks write together. `nccl`: from GPU to GPU; a restarted server rejoins at the next
     step. null: `nccl` on GPUs if the servers have GPUs of their own (urls or devices), else `disk`.
+    With the section adapter, only the adapter is written, as a PEFT folder, and `nccl` is refused.
     """
     weights_dir: Path | None = None
     """Folder that every rank and every server can access under this path. The run writes to its
@@ -1127,6 +1128,14 @@ class Config(Section):
             "rollout.cuda_graphs is true": (
                 self.rollout.cuda_graphs,
                 "false, since adapters have not been tested in CUDA graphs",
+            ),
+            "rollout.vllm.sync is nccl": (
+                self.rollout.vllm.sync == "nccl",
+                "null or disk, since servers load an adapter from a folder",
+            ),
+            "rollout.vllm.checksums is true": (
+                self.rollout.vllm.checksums,
+                "false, since only whole weights have checksums",
             ),
             "objective.router_aux_loss_coeff or router_z_loss_coeff is above 0": (
                 self.objective.has_router_losses,

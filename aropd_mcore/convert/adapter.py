@@ -265,12 +265,14 @@ def write_peft(
     base_model: Path,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    durable: bool = True,
 ) -> None:
     """Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
     Args:
         base_model: written as `base_model_name_or_path`.
         dtype: dtype of the tensors. None: the adapter's own.
+        durable: see new_folder.
     Raises:
         CheckpointError: the target exists.
     """
@@ -278,8 +280,10 @@ def write_peft(
     shapes = adapter_shapes(architecture, adapter.spec)
     infos = {name: TensorInfo(dtype, shape) for name, shape in sorted(shapes.items())}
     size = sum(info.num_bytes for info in infos.values())
-    keep = (adapter.path,)
-    with new_folder(target, num_bytes=size, overwrite=overwrite, keep=keep) as folder:
+    new = new_folder(
+        target, num_bytes=size, overwrite=overwrite, keep=(adapter.path,), durable=durable
+    )
+    with new as folder:
         header, _ = build_header(infos)
         with (folder / WEIGHTS).open("wb") as file:
             file.write(header)

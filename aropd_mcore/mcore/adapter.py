@@ -34,7 +34,7 @@ from torch.nn import Parameter, functional
 from aropd_mcore.convert.adapter import AdapterSpec, AdapterTensors, adapted_modules, tensor_names
 from aropd_mcore.convert.mapping import Kind
 from aropd_mcore.convert.model import Weight
-from aropd_mcore.convert.tensors import merge, shard_bounds
+from aropd_mcore.convert.tensors import shard_bounds
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import own_names
@@ -54,9 +54,6 @@ class Adapters:
         self._places: dict[str, _Place] = {}
         self._trained: dict[str, Parameter] = {}
         self._average: dict[str, Tensor] = {}
-        self._weights: dict[str, list[_Pair]] = {}
-        """Pairs of the HF tensors of each adapted weight, by Weight.name."""
-        self._kinds: dict[str, Kind] = {}
         self._num_kv_heads = 0
 
     @property
@@ -90,29 +87,6 @@ class Adapters:
             for name, tensor in tensors.items()
         }
 
-    @torch.no_grad()
-    def merged(self, name: str, tensor: Tensor) -> Tensor:
-        """Return this rank's shard of a weight with the active adapter added.
-
-        Args:
-            name: Weight.name.
-            tensor: the shard of the base model.
-        Returns:
-            The sum, computed in fp32 and rounded to the tensor's dtype. `tensor` itself for a
-            weight without adapter.
-        """
-        pairs = self._weights.get(name)
-        if pairs is None or self.active is None:
-            return tensor
-        parts = [
-            torch.zeros(p.rows, tensor.size(1), device=tensor.device)
-            if p.names is None
-            else self.spec.scale * (self._get(p.names[1]).float() @ self._get(p.names[0]).float())
-            for p in pairs
-        ]
-        delta = merge(self._kinds[name], parts, num_kv_heads=self._num_kv_heads)
-        return (tensor.float() + delta).to(tensor.dtype)
-
     def _get(self, name: str) -> Tensor:
         return self._trained[name] if self.active == "trained" else self._average[name]
 
@@ -144,7 +118,6 @@ class Adapters:
                 self._places[key], self._trained[key] = place, p
                 chunk.adapter.register_parameter(key.replace(".", "/"), p)
             pairs.append(_Pair(names, rows))
-        self._weights[weight.name], self._kinds[weight.name] = pairs, weight.kind
         return pairs
 
     def _fill(self, read: Any) -> None:

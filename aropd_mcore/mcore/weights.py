@@ -5,9 +5,9 @@ or in part.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,6 @@ from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.source import HFSource, Source
 from aropd_mcore.mcore.model import ADAPTER, StageModel
 from aropd_mcore.mcore.runtime import Runtime
-
-if TYPE_CHECKING:
-    from aropd_mcore.mcore.adapter import Adapters
 
 _NUMBERED = re.compile(
     r"(?P<to_layer>decoder\.layers\.)(?P<layer>\d+)"
@@ -76,27 +73,9 @@ def load_head(source: Source, runtime: Runtime, dtype: torch.dtype) -> Tensor | 
 
 
 def own_weights(model: StageModel, runtime: Runtime) -> Mapping[str, Tensor]:
-    """Return this rank's parameters and buffers by their names in the weight table, Weight.name.
-
-    A weight with an adapter is computed at each access: the base weight with the active adapter.
-    """
+    """Return this rank's parameters and buffers by their names in the weight table, Weight.name."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    own = {name: tensors[name_here] for name, name_here in own_names(model, runtime).items()}
-    return own if model.adapters is None else _Merged(own, model.adapters)
-
-
-class _Merged(Mapping[str, Tensor]):
-    def __init__(self, base: Mapping[str, Tensor], adapters: "Adapters"):
-        self._base, self._adapters = base, adapters
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._adapters.merged(name, self._base[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
+    return {name: tensors[name_here] for name, name_here in own_names(model, runtime).items()}
 
 
 def own_names(model: StageModel, runtime: Runtime) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,7 +14,7 @@ from aropd_mcore.plan.layout import describe
 from aropd_mcore.plan.parameters import rank_parameters
 from aropd_mcore.plan.rates import FASTEST, SLOWEST
 from aropd_mcore.plan.saves import save_time
-from aropd_mcore.plan.setup import Setup
+from aropd_mcore.plan.setup import Setup, Sync
 from aropd_mcore.plan.sync import sync_cost, sync_seconds
 
 GB = 1e9
@@ -229,18 +228,20 @@ def _constant_lines() -> list[str]:
     return lines
 
 
-def _sync_text(setup: Setup, path: Literal["disk", "nccl"]) -> str:
+def _sync_text(setup: Setup, path: Sync) -> str:
     cost = sync_cost(setup, path)
     low, high = (sync_seconds(setup, cost, rates) for rates in (FASTEST, SLOWEST))
     gathers = f"{cost.gathers + cost.sends} gathers and sends on the busiest rank"
     if path == "disk":
         writers = f"{cost.num_owners} ranks, up to {cost.busiest_bytes / GB:.1f} GB each"
         work = f"written by {writers}, after {gathers}, and read by every server"
-    else:
+    elif path == "nccl":
         work = f"in {cost.broadcasts} broadcasts by {cost.num_owners} ranks, after {gathers}"
+    else:
+        work = f"received by rank 0 in {cost.sends} sends, written, and read by every server"
     return (
-        f"Weights to the servers ({path}), after each step and not in its time: "
-        f"{cost.num_bytes / GB:.1f} GB {work}; {low:.1f} – {high:.1f} s."
+        f"{'Adapter' if path == 'adapter' else 'Weights'} to the servers ({path}), after each step "
+        f"and not in its time: {cost.num_bytes / GB:.2f} GB {work}; {low:.1f} – {high:.1f} s."
     )
 
 

@@ -24,6 +24,9 @@ from aropd_mcore.stages import Stages
 Device = Literal["gpu", "cpu"]
 """`gpu`: Transformer Engine's layers, NCCL. `cpu`: Megatron's local layers, gloo."""
 
+Sync = Literal["disk", "nccl", "adapter"]
+"""`adapter`: a PEFT folder on the disk, in place of whole weights."""
+
 KEYS_PER_BUCKET = 256
 """While the model decodes, attention reads the keys of a multiple of this number of positions, and
 a row of the KV cache has room for such a multiple."""
@@ -77,7 +80,7 @@ class Setup:
     """Whether the loss counts prompt tokens, too."""
     samples: bool = True
     """Whether the model itself samples. False: servers do, which are not planned."""
-    sync: Literal["disk", "nccl"] | None = None
+    sync: Sync | None = None
     """Path of the weights to the servers; None without servers."""
     validation_responses: int = 0
     """Responses per validation on each data-parallel rank, if the model itself samples them."""
@@ -347,9 +350,11 @@ def build_setup(
     )
 
 
-def _sync(config: Config, device: Device) -> Literal["disk", "nccl"] | None:
+def _sync(config: Config, device: Device) -> Sync | None:
     if config.rollout.model_samples:
         return None
+    if config.adapter is not None:
+        return "adapter"
     return config.rollout.vllm.sync_on("cuda" if device == "gpu" else "cpu")
 
 

@@ -1,15 +1,16 @@
 """Bytes, calls and time of handing the weights to vLLM servers after a step."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
+from aropd_mcore.convert.adapter import adapter_shapes
 from aropd_mcore.convert.buckets import receiver_buckets, runs, shares, tensor_bytes
 from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.model import Weight
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES
 from aropd_mcore.plan.rates import Rates
-from aropd_mcore.plan.setup import Setup
+from aropd_mcore.plan.setup import Setup, Sync
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class SyncCost:
     """Work of one sync. Calls are counted on the busiest rank."""
 
     num_bytes: int
-    """Bytes of the model's HF tensors."""
+    """Bytes of the model's HF tensors, or of the adapter."""
     busiest_bytes: int
     """Bytes that the busiest rank writes or sends."""
     num_owners: int
@@ -25,35 +26,46 @@ class SyncCost:
     gathers: int
     """Gathers over tensor ranks."""
     sends: int
-    """Sends and receives within a stage or between stages."""
+    """Sends and receives within a stage or between stages, or to rank 0."""
     broadcasts: int
     """Broadcasts to the servers by all senders. 0 for files."""
 
 
-def sync_cost(setup: Setup, path: Literal["disk", "nccl"], limit: int = BUCKET_BYTES) -> SyncCost:
-    """Count a sync by files that all ranks write, or by broadcasts of each stage.
+def sync_cost(setup: Setup, path: Sync, limit: int = BUCKET_BYTES) -> SyncCost:
+    """Count a sync by files that all ranks write, by broadcasts of each stage, or by a PEFT folder.
 
     Args:
         limit: size of a bucket in bytes.
     """
-    return _files(setup, limit) if path == "disk" else _broadcasts(setup, limit)
+    match path:
+        case "disk":
+            return _files(setup, limit)
+        case "nccl":
+            return _broadcasts(setup, limit)
+        case "adapter":
+            return _peft_folder(setup)
 
 
 def sync_seconds(setup: Setup, cost: SyncCost, rates: Rates) -> float:
     """Return the seconds of a sync of `sync_cost`, whose parts follow one another.
 
     Files are gathered, written by all ranks at once, and read by every server. With NCCL the stages
-    send in turn, and each byte passes the sender's link once.
+    send in turn, and each byte passes the sender's link once. An adapter is gathered by rank 0 over
+    the network.
     """
-    if not cost.broadcasts:
-        span, gathered, calls = setup.tensor, cost.busiest_bytes, cost.gathers
+    network = rates.network_bytes * rates.network_efficiency
+    calls = cost.gathers + cost.sends
+    if cost.broadcasts:
+        span = max(setup.tensor, setup.expert_ranks)
+        gathering = cost.num_bytes / _bandwidth(setup, span, rates)
+        calls = setup.pipeline * calls + cost.broadcasts
+        seconds = cost.num_bytes / network
+    else:
+        bandwidth = network if cost.sends else _bandwidth(setup, setup.tensor, rates)
+        gathering = cost.busiest_bytes / bandwidth
         seconds = cost.busiest_bytes / rates.sync_write_bytes
         seconds += cost.num_bytes / rates.sync_read_bytes
-    else:
-        span, gathered = max(setup.tensor, setup.expert_ranks), cost.num_bytes
-        calls = setup.pipeline * (cost.gathers + cost.sends) + cost.broadcasts
-        seconds = cost.num_bytes / (rates.network_bytes * rates.network_efficiency)
-    return seconds + gathered / _bandwidth(setup, span, rates) + calls * rates.sync_call_seconds
+    return seconds + gathering + calls * rates.sync_call_seconds
 
 
 def _files(setup: Setup, limit: int) -> SyncCost:
@@ -106,6 +118,14 @@ def _broadcasts(setup: Setup, limit: int) -> SyncCost:
         busiest = max(busiest, sum(sizes))
         gathers, sends = max(gathers, own_gathers), max(sends, own_sends)
     return SyncCost(total, busiest, setup.pipeline, gathers, sends, broadcasts)
+
+
+def _peft_folder(setup: Setup) -> SyncCost:
+    assert setup.adapter
+    shapes = adapter_shapes(setup.architecture, setup.adapter)
+    num_bytes = sum(map(math.prod, shapes.values())) * setup.dtype_bytes
+    senders = setup.pipeline * max(setup.tensor, setup.expert_ranks) - 1
+    return SyncCost(num_bytes, num_bytes, 1, gathers=0, sends=senders, broadcasts=0)
 
 
 def _stage(setup: Setup, stage: int) -> list[Weight]:

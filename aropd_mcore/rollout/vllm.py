@@ -1,5 +1,6 @@
 """The vLLM engine: server processes sample, and get new weights after each update."""
 
+import math
 import os
 import secrets
 import shutil
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from aropd_mcore.config import ConfigError
+from aropd_mcore.convert.adapter import adapter_shapes
+from aropd_mcore.mcore.adapter_files import write_adapter_files
 from aropd_mcore.mcore.logprobs import sequence_logprobs
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.rank0 import in_background, run_on_rank0
@@ -29,7 +32,7 @@ from aropd_mcore.rollout.engine import (
     ignore,
     never,
 )
-from aropd_mcore.rollout.vllm_api import KEY_VARIABLE
+from aropd_mcore.rollout.vllm_command import KEY_VARIABLE
 from aropd_mcore.rollout.vllm_nccl import WeightTransfer
 from aropd_mcore.rollout.vllm_process import Serving, new_key, start_server
 from aropd_mcore.rollout.vllm_servers import Servers, Weights
@@ -62,9 +65,9 @@ class VllmEngine:
     Batches are sampled in the background, one after another in the order of `submit`.
 
     After each update the ranks that hold the weights write them as an HF folder that the servers
-    load, or send them over NCCL. No rank holds the whole model. A probe then compares the log-probs
-    of trainer and servers. A response is accepted only if the server reports that these weights
-    produced it.
+    load, or send them over NCCL. No rank holds the whole model. If the run trains an adapter, rank
+    0 writes only the adapter, as a PEFT folder. A probe then compares the log-probs of trainer and
+    servers. A response is accepted only if the server reports that these weights produced it.
 
     Servers that share their GPUs with training sleep from the last response of a step until the
     next weights. The trainer's model and optimizer stay on the GPUs; the memory that PyTorch caches
@@ -98,7 +101,7 @@ class VllmEngine:
         self._serving = serving
         self._should_stop = should_stop
         vllm = serving.rollout.vllm
-        self._sync = vllm.sync_on(runtime.device.type)
+        self._sync = "adapter" if model.adapters else vllm.sync_on(runtime.device.type)
         self._is_colocated = serving.rollout.is_colocated
         self._probe_ids = probe_ids
         self._trouble: RolloutFailed | None = None
@@ -136,8 +139,8 @@ class VllmEngine:
         """As RolloutEngine.update_weights. The first call starts the run's servers and waits until
         all are up.
 
-        Collectives: those of write_weight_files or WeightTransfer.send, those of
-            mcore.logprobs.sequence_logprobs, and broadcasts over the job.
+        Collectives: those of write_weight_files, write_adapter_files or WeightTransfer.send, those
+            of mcore.logprobs.sequence_logprobs, and broadcasts over the job.
         """
         if self._in_flight:
             run_on_rank0(self._wait_for_all, takes_long=True)
@@ -186,7 +189,14 @@ class VllmEngine:
             digests = self._transfer.send(label, digests=computes_digests)
         else:
             digests = self._write(folder, digest if computes_digests else None)
-        weights = Weights(version, label, None if is_sent else folder, probe_logprobs, digests)
+        weights = Weights(
+            version,
+            label,
+            None if is_sent else folder,
+            probe_logprobs,
+            digests,
+            is_adapter=self._sync == "adapter",
+        )
         run_on_rank0(lambda: self.servers.sync(weights), takes_long=True)
         if self.runtime.rank == 0:
             for old in self._folder.glob("step-*"):
@@ -196,9 +206,11 @@ class VllmEngine:
     def _write(
         self, folder: Path, compute_digest: Callable[[Tensor], str] | None
     ) -> Mapping[str, str] | None:
-        """Write the weights as an HF folder; return the digests by tensor name if they are wanted.
+        """Write the weights as an HF folder, or the adapter as a PEFT folder.
 
-        Collectives: those of write_weight_files.
+        Returns:
+            The digests by tensor name, if they are wanted.
+        Collectives: those of write_weight_files or write_adapter_files.
         """
 
         def prepare() -> None:
@@ -206,6 +218,9 @@ class VllmEngine:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt, from the same step
 
         run_on_rank0(prepare)
+        if self._sync == "adapter":
+            write_adapter_files(self.model, self.runtime, folder, self._serving.model)
+            return None
         digests = write_weight_files(
             self.model, self.runtime, folder, self._serving.model, digest=compute_digest
         )
@@ -258,13 +273,17 @@ class VllmEngine:
         """
         vllm = self._serving.rollout.vllm
         hosts = set(self.runtime.gather(socket.gethostname()))
-        if self._sync != "disk" or vllm.urls or vllm.weights_dir or len(hosts) > 1:
+        if self._sync == "nccl" or vllm.urls or vllm.weights_dir or len(hosts) > 1:
             return None
         return run_on_rank0(partial(memory_folder, self._weights_bytes()))
 
     def _weights_bytes(self) -> int:
-        config = self.model.config
-        return self.model.architecture.num_parameters * config.params_dtype.itemsize
+        """Return the size of the folder that the servers load."""
+        architecture, adapters = self.model.architecture, self.model.adapters
+        count = architecture.num_parameters
+        if adapters:
+            count = sum(map(math.prod, adapter_shapes(architecture, adapters.spec).values()))
+        return count * self.model.config.params_dtype.itemsize
 
 
 def default_tolerance(dtype: torch.dtype, *, fp8: bool, experts: bool) -> float:

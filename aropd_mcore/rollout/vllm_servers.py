@@ -36,11 +36,18 @@ class Weights:
     label: str
     """Name of the weights on the servers, different for every run and every start of a run."""
     folder: Path | None
-    """HF folder that servers load; None if the weights are sent instead."""
+    """HF or PEFT folder that servers load; None if the weights are sent instead."""
     probe_logprobs: Sequence[float]
     """Log-probs of all probe tokens but the first, computed by the trainer."""
     digests: Mapping[str, str] | None = None
     """Digest of every tensor of the trainer; None: not compared."""
+    is_adapter: bool = False
+    """Whether the folder is a PEFT folder. The servers started with the base model."""
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter on the servers, different for every version."""
+        return self.label if self.is_adapter else None
 
 
 class Servers:
@@ -102,10 +109,14 @@ class Servers:
         asyncio.run(self._sleep())
 
     async def _sleep(self) -> None:
+        assert self._wanted is not None, "sync comes first"
+        # The base model of an adapter stays the same.
+        keeps_weights = self._wanted.is_adapter
+
         async def sleep(server: Server) -> None:
             server.is_ready = False
             try:
-                await self.api(http, server).sleep()
+                await self.api(http, server).sleep(keeps_weights=keeps_weights)
             except ServerError as error:
                 server.failed(error)
                 raise RolloutFailed(
@@ -165,6 +176,7 @@ class Servers:
             sampling,
             eos_token_ids=self._eos_token_ids,
             weight_version=self._wanted.label,
+            adapter=self._wanted.adapter,
         )
         is_finished = ids[-1] in self._eos_token_ids
         return Rollout(tuple(ids), tuple(logprobs), is_finished, self._wanted.version)
@@ -204,11 +216,14 @@ class Servers:
             await api.pause()
             if weights.digests is not None:
                 await api.note_digests()
-            await api.load_weights(weights.folder)
+            if weights.is_adapter:
+                await api.load_adapter(weights.label, weights.folder)
+            else:
+                await api.load_weights(weights.folder)
             if weights.digests is not None:
                 check_digests(server, weights.digests, await api.noted_digests())
             await api.resume(weights.label)
-        self._prove(server, weights, await api.score(self._probe_ids))
+        self._prove(server, weights, await api.score(self._probe_ids, weights.adapter))
 
     def _prove(self, server: Server, weights: Weights, logprobs: Sequence[float]) -> None:
         """Raise RolloutFailed unless a server's log-probs of the probe agree with the trainer's."""

@@ -36,10 +36,10 @@ def save(folder: Path, family: str) -> Path:
     return folder
 
 
-def logits(model: Any) -> Tensor:
+def logits(model: Any, dtype: torch.dtype = torch.float64) -> Tensor:
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
-        return model.double().eval()(tokens).logits
+        return model.to(dtype).eval()(tokens).logits
 
 
 def load(folder: Path) -> Any:
@@ -88,6 +88,24 @@ def test_peft_computes_the_same_with_both_folders(model, adapter, tmp_path):
     assert by_peft.spec == source.adapter.spec
     name = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
     assert torch.equal(by_peft.read(name), source.adapter.read(name))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+def test_peft_computes_the_same_with_adapters_of_experts(tmp_path, family):
+    """peft joins the experts' pairs, as transformers joins their weights."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
+    model = save(tmp_path / family, family)
+    of_experts = ("w1", "w2", "w3") if family == "mixtral" else ALL[-3:]
+    adapter = write_adapter(tmp_path / "adapter", model, targets=("o_proj", *of_experts))
+    source = open_source(model, adapter=adapter)
+    assert isinstance(source, AdaptedSource)
+    export_hf(source, tmp_path / "merged")
+    write_peft(tmp_path / "written", source.architecture, source.adapter, base_model=model)
+    fp32 = torch.float32  # joined experts have no fp64
+    expected = logits(load(tmp_path / "merged"), fp32)
+    found = logits(peft.PeftModel.from_pretrained(load(model), tmp_path / "written"), fp32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((expected - logits(load(model), fp32)).abs().max()) > 0.1
 
 
 def edit(**values: Any) -> Callable[[Path], None]:

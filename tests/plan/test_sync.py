@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from aropd_mcore.convert.adapter import AdapterSpec
 from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.plan.setup import Setup
 from aropd_mcore.plan.sync import sync_cost
@@ -14,6 +15,16 @@ LAYOUTS: tuple[tuple[str, dict[str, int]], ...] = (
     ("qwen2", {"tensor": 2, "pipeline": 2, "data": 3}),
     ("qwen3_moe", {"pipeline": 2, "data": 4, "expert": 4}),
 )
+
+
+def test_sync_cost_of_an_adapter_is_that_of_its_bytes():
+    architecture = read_architecture(tiny_config("qwen2").to_dict())
+    adapter = AdapterSpec(4, 8.0, ("down_proj",))
+    cost = sync_cost(Setup(architecture, tensor=2, pipeline=2, data=3, adapter=adapter), "adapter")
+    [inputs] = {shape[1] for name, shape in architecture.hf_shapes.items() if "down_proj" in name}
+    num_bytes = 2 * 4 * architecture.num_layers * (inputs + architecture.hidden_size)
+    assert (cost.num_bytes, cost.busiest_bytes) == (num_bytes, num_bytes)
+    assert (cost.num_owners, cost.sends, cost.gathers) == (1, 3, 0)
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

@@ -13,17 +13,20 @@ import pytest
 import torch
 
 from aropd_mcore.config import SamplingConfig, VllmConfig
+from aropd_mcore.convert.adapter import AdapterSpec
+from aropd_mcore.convert.architecture import read_architecture
 from aropd_mcore.convert.tensor_bytes import TensorInfo
 from aropd_mcore.rollout import vllm_servers
 from aropd_mcore.rollout.engine import RolloutFailed, rollout_seed
 from aropd_mcore.rollout.vllm import default_tolerance, memory_folder
-from aropd_mcore.rollout.vllm_api import server_command
+from aropd_mcore.rollout.vllm_command import adapter_arguments, server_command
 from aropd_mcore.rollout.vllm_receivers import Receivers
 from aropd_mcore.rollout.vllm_servers import Servers, Weights, check_digests
 from aropd_mcore.rollout.vllm_side.aropd_worker import Extension, digest
 from aropd_mcore.rollout.vllm_spread import Server
 from aropd_mcore.types import Rollout
 from tests.support.fake_vllm import EOS, UNLOADED, UNSEEDED, FakeVllm, response_to
+from tests.support.tiny_models import tiny_config
 
 SAMPLING = SamplingConfig(max_response_tokens=12)
 PROMPTS = [[20 + i, 21, 22 + 3 * i] for i in range(24)]
@@ -65,14 +68,17 @@ def servers_of(
     )
 
 
-def weights(root: Path, version: int, *, checksums: bool = False) -> Weights:
+def weights(
+    root: Path, version: int, *, checksums: bool = False, is_adapter: bool = False
+) -> Weights:
     """A folder of "weights" that give every token the log-prob -1 / (version + 1)."""
     value = -1 / (version + 1)
     folder = root / f"step-{version}"
     folder.mkdir(exist_ok=True)
     (folder / "value").write_text(str(value))
     digests = {"value": digest(torch.tensor([value]))} if checksums else None
-    return Weights(version, f"{version}-run", folder, [value] * (len(PROBE) - 1), digests)
+    logprobs = [value] * (len(PROBE) - 1)
+    return Weights(version, f"{version}-run", folder, logprobs, digests, is_adapter)
 
 
 def generate(servers: Servers) -> list[Rollout]:
@@ -274,6 +280,42 @@ def test_colocated_servers_sleep_until_they_sample_again(fakes, tmp_path):
     assert generate(servers) == expected(1)
 
 
+def test_each_version_of_an_adapter_has_a_name_of_its_own(fakes, tmp_path):
+    """The fakes refuse a name twice, and answer requests without a name by the base model."""
+    first, second = fakes(), fakes()
+    servers = servers_of([first, second])
+    for version in (0, 1):
+        servers.sync(weights(tmp_path, version, is_adapter=True))
+        assert generate(servers) == expected(version)
+        assert list(first.adapters) == list(second.adapters) == [f"{version}-run"]
+
+    second.loads = False
+    with pytest.raises(RolloutFailed, match=rf"{second.url} does not sample from .* step 2"):
+        servers.sync(weights(tmp_path, 2, is_adapter=True))
+
+
+def test_server_that_lost_its_adapter_gets_it_again(fakes, tmp_path):
+    fake = fakes()
+    servers = servers_of([fake])
+    servers.sync(weights(tmp_path, 0, is_adapter=True))
+    fake.die()
+    fake.start()  # answers 404 to the first request
+    assert generate(servers) == expected(0)
+    assert [folder.name for folder in fake.loaded] == ["step-0", "step-0"]
+
+
+def test_colocated_servers_keep_the_base_model_of_an_adapter(fakes, tmp_path):
+    fake = fakes()
+    servers = servers_of([fake], placement="colocated")
+    servers.sync(weights(tmp_path, 0, is_adapter=True))
+    servers.sleep()
+    assert generate(servers) == expected(0)
+    servers.sleep()
+    servers.sync(weights(tmp_path, 1, is_adapter=True))
+    assert generate(servers) == expected(1)
+    assert fake.sleeps == [1, 1] and list(fake.adapters) == ["1-run"]
+
+
 def test_unseeded_requests_have_no_seed(fakes, tmp_path):
     servers = servers_of([fakes()], seeded=False)
     servers.sync(weights(tmp_path, 0))
@@ -306,6 +348,22 @@ def test_server_command_has_the_flags_of_sleep_and_transfer():
         *("--weight-transfer-config", '{"backend": "nccl"}'),
         *("--enable-sleep-mode", "--gpu-memory-utilization", "0.457"),
     ]
+
+
+def test_adapter_arguments_name_the_adapted_layers():
+    dense, experts = (
+        read_architecture(tiny_config(name).to_dict()) for name in ("qwen2", "mixtral")
+    )
+    arguments = adapter_arguments(AdapterSpec(33, 1.0, ("down_proj", "q_proj")), dense)
+    layers = ["--lora-target-modules", "down_proj", "q_proj"]
+    assert arguments == ["--enable-lora", "--max-lora-rank", "64", *layers]
+    of_experts = adapter_arguments(AdapterSpec(512, 1.0, ("o_proj", "w1", "w2", "w3")), experts)
+    assert of_experts[2:] == ["512", layers[0], "o_proj", "w1", "w2", "w3", "experts"]
+    assert "experts" not in adapter_arguments(AdapterSpec(8, 1.0, ("o_proj",)), experts)
+    with pytest.raises(ValueError, match=r"adapter.rank 513: expected at most 512"):
+        adapter_arguments(AdapterSpec(513, 1.0, ("o_proj",)), dense)
+    with pytest.raises(ValueError, match=r"adapter.targets o_proj, w1: expected also w2, w3"):
+        adapter_arguments(AdapterSpec(8, 1.0, ("o_proj", "w1")), experts)
 
 
 def test_check_digests_needs_every_tensor_on_some_worker():

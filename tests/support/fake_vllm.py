@@ -26,6 +26,8 @@ EOS = 3
 UNLOADED = -9.0
 """Log-prob of every token under the initial weights."""
 
+BASE_MODEL = "the base model"
+
 UNSEEDED = 5
 """Seed of responses to requests without one."""
 
@@ -58,6 +60,10 @@ def _choose_port() -> int:
     raise OSError("no free port from 20,000 to 32,000")
 
 
+class Refused(Exception):
+    """A request is answered with a status code and a text."""
+
+
 class FakeVllm:
     """The server, in threads of this process.
 
@@ -73,14 +79,16 @@ class FakeVllm:
         num_workers: world size that the server reports.
         sent_value: value of the "model" after a weight transfer without data.
         architecture: HF folder whose config.json describes the tensors of a weight transfer.
+        base: HF folder of the model under an adapter.
         fails_after: number of buckets of weight transfers after which the server fails once.
     Attributes that a test may read:
         responses: number of correct responses.
         most_at_a_time: largest number of concurrent requests.
         loaded: loaded folders, in order.
+        adapters: value and model of each loaded adapter, by name.
         joined: communicators, in order.
         received_buckets: number of buckets in all transfers.
-        num_sleeps: number of times that it was put to sleep.
+        sleeps: levels at which it was put to sleep, in order.
     """
 
     def __init__(
@@ -103,8 +111,10 @@ class FakeVllm:
         self.loaded: list[Path] = []
         self.num_workers, self.sent_value = 1, UNLOADED
         self.joined: list[dict[str, Any]] = []
-        self.fails_after, self.received_buckets, self.num_sleeps = -1, 0, 0
+        self.fails_after, self.received_buckets = -1, 0
+        self.sleeps: list[int] = []
         self.architecture: Path | None = None
+        self.base: Path | None = None
         self._lock = threading.Lock()
         self.start()
 
@@ -112,6 +122,7 @@ class FakeVllm:
         """Start serving, with the initial weights."""
         self.label, self.is_paused, self.value, self.model = "default", False, UNLOADED, None
         self.digests: dict[str, str] | None = None
+        self.adapters: dict[str, tuple[float, Any]] = {}
         self._is_dying = self.is_asleep = False
         self.senders: tuple[str, dict[int, list[socket.socket]]] | None = None
         fake = self
@@ -165,16 +176,19 @@ class FakeVllm:
         path, _, query = handler.path.partition("?")
         if self.key and handler.headers.get("Authorization") != f"Bearer {self.key}":
             return self._reply(handler, 401, {"error": "unauthorized"})
-        if path == "/inference/v1/generate":
-            if "prompt_logprobs" in body["sampling_params"]:
-                return self._reply(handler, 200, self._score(body))
-            return self._generate(handler, body)
         try:
+            if path == "/inference/v1/generate":
+                if "prompt_logprobs" in body["sampling_params"]:
+                    return self._reply(handler, 200, self._score(body))
+                return self._generate(handler, body)
             return self._reply(handler, 200, self._control(path, query, body))
+        except Refused as refused:
+            status, text = refused.args
+            return self._reply(handler, status, {"error": {"message": text}})
         except RuntimeError as error:
             return self._reply(handler, 500, {"error": str(error)})
 
-    def _control(self, path: str, query: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _control(self, path: str, query: str, body: dict[str, Any]) -> dict[str, Any] | bytes:
         if path == "/version":
             return {"version": self.version}
         if path == "/weight_info":
@@ -196,16 +210,67 @@ class FakeVllm:
         if path == "/finish_weight_update":
             self._load_received()
         if path == "/sleep":
-            assert query == "level=2&mode=abort"
+            level = int(query.removeprefix("level=").removesuffix("&mode=abort"))
             self.is_asleep = self.is_paused = True
-            self.value, self.model = UNLOADED, None
-            self.num_sleeps += 1
+            if level == 2:
+                self.value, self.model, self.adapters, self.base = UNLOADED, None, {}, None
+            self.sleeps.append(level)
         if path == "/wake_up":
             self.is_asleep = self.is_paused = False
         if path == "/collective_rpc":
             assert self.is_paused
             return {"results": self._on_workers(body["method"], body["kwargs"])}
+        if path == "/v1/models":
+            cards = [{"id": BASE_MODEL, "parent": None}]
+            return {"data": cards + [{"id": n, "parent": BASE_MODEL} for n in self.adapters]}
+        if path.endswith("_lora_adapter"):
+            assert self.is_paused and not self.is_asleep
+            return self._change_adapters(path, body)
         return {"success": True}
+
+    def _change_adapters(self, path: str, body: dict[str, Any]) -> bytes:
+        name = body["lora_name"]
+        if path == "/v1/unload_lora_adapter":
+            if name not in self.adapters:
+                raise Refused(404, f"The lora adapter '{name}' cannot be found.")
+            del self.adapters[name]
+        else:
+            assert path == "/v1/load_lora_adapter"
+            if name in self.adapters:
+                raise Refused(400, f"The lora adapter '{name}' has already been loaded.")
+            folder = Path(body["lora_path"])
+            self.loaded.append(folder)
+            self.adapters[name] = self._load_adapter(folder) if self.loads else (UNLOADED, None)
+        return b"Success"
+
+    def _load_adapter(self, folder: Path) -> tuple[float, Any]:
+        if (folder / "value").exists():
+            return float((folder / "value").read_text()), None
+        import torch
+        from safetensors.torch import load_file, save_file
+        from transformers import AutoModelForCausalLM
+
+        from tests.support.tiny_adapters import read_adapter
+
+        assert self.base
+        pairs, scale = read_adapter(folder)
+        tensors = load_file(self.base / "model.safetensors")
+        for name, (a, b) in pairs.items():
+            tensors[f"{name}.weight"] += (scale * b @ a).float()
+        merged = self.base.with_name(f"merged-{self.port}")
+        shutil.copytree(self.base, merged, dirs_exist_ok=True)
+        save_file(tensors, merged / "model.safetensors", {"format": "pt"})
+        with _LOADING:
+            return UNLOADED, AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+
+    def _weights(self, body: dict[str, Any]) -> tuple[float, Any]:
+        """Return the value and the model that a request is answered with."""
+        name = body.get("model")
+        if name is None:
+            return self.value, self.model
+        if name not in self.adapters:
+            raise Refused(404, f"The model `{name}` does not exist.")
+        return self.adapters[name]
 
     def _on_workers(self, method: str, arguments: dict[str, Any]) -> list[Any]:
         result: Any = None
@@ -323,6 +388,7 @@ class FakeVllm:
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         assert not self.is_paused and not self.is_asleep
+        _, model = self._weights(body)
         with self._lock:
             if self._is_dying:
                 return self._hang_up(handler)
@@ -338,7 +404,7 @@ class FakeVllm:
         seed = params.get("seed", UNSEEDED) + bool(fault)
         if self.greedy:
             assert params["temperature"] == 0
-            ids, logprobs = self._likeliest(body["token_ids"], limit, stop_ids)
+            ids, logprobs = self._likeliest(model, body["token_ids"], limit, stop_ids)
         else:
             ids = response_to(body["token_ids"], seed, limit, stop_ids)
             logprobs = [-id / 100 for id in ids]
@@ -391,15 +457,15 @@ class FakeVllm:
         return self._reply(handler, 200, answer)
 
     def _likeliest(
-        self, prompt: Sequence[int], limit: int, stop_ids: Sequence[int]
+        self, model: Any, prompt: Sequence[int], limit: int, stop_ids: Sequence[int]
     ) -> tuple[list[int], list[float]]:
         import torch
 
-        assert self.model
+        assert model
         ids, logprobs = [], []
         with torch.no_grad():
             while len(ids) < limit and not (ids and ids[-1] in stop_ids):
-                logits = self.model(torch.tensor([[*prompt, *ids]])).logits[0, -1].log_softmax(-1)
+                logits = model(torch.tensor([[*prompt, *ids]])).logits[0, -1].log_softmax(-1)
                 ids.append(int(logits.argmax()))
                 logprobs.append(float(logits.max()))
         return ids, logprobs
@@ -407,13 +473,14 @@ class FakeVllm:
     def _score(self, body: dict[str, Any]) -> dict[str, Any]:
         [last] = body["sampling_params"]["allowed_token_ids"]
         ids = [*body["token_ids"], last]
-        if self.model is None:
-            logprobs = [self.value] * (len(ids) - 1)
+        value, model = self._weights(body)
+        if model is None:
+            logprobs = [value] * (len(ids) - 1)
         else:
             import torch
 
             with torch.no_grad():
-                logits = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+                logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             logprobs = logits[range(len(ids) - 1), ids[1:]].tolist()
         places = [None] + [
             {str(id): {"logprob": value}}

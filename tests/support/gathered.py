@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aropd_mcore.convert.adapter import tensor_names
 from aropd_mcore.convert.folders import copy_companions, new_folder
 from aropd_mcore.convert.global_tensors import stored_weights
 from aropd_mcore.convert.hf_write import write_safetensors
 from aropd_mcore.convert.mapping import Kind
-from aropd_mcore.convert.tensors import split
+from aropd_mcore.convert.model import Weight
+from aropd_mcore.convert.tensors import merge, split
+from aropd_mcore.mcore.adapter import Adapters
 from aropd_mcore.mcore.model import StageModel
 from aropd_mcore.mcore.runtime import Runtime
 from aropd_mcore.mcore.weights import _num_own_experts, _tensor_group, own_names
@@ -54,7 +57,7 @@ def iter_hf_tensors(
             shard = values[names[weight.name]].detach()
             parts[:] = split(
                 weight.kind,
-                adapters.merged(weight.name, shard) if adapters else shard,
+                _merged(adapters, weight, shard) if adapters else shard,
                 num_kv_heads=architecture.num_kv_heads // runtime.tp_size,
                 head_dim=architecture.head_dim,
             )
@@ -90,6 +93,24 @@ def export_model(model: StageModel, source: Path, target: Path, runtime: Runtime
         for _ in tensors:  # the other ranks take part in each gather
             pass
     dist.barrier()
+
+
+@torch.no_grad()
+def _merged(adapters: Adapters, weight: Weight, shard: Tensor) -> Tensor:
+    """Return this rank's shard of a weight with the active adapter added, computed in fp32."""
+    versions = {"trained": adapters.trained, "average": adapters.average, None: {}}
+    values, parts = versions[adapters.active], []
+    pairs = [tensor_names(name.removesuffix(".weight")) for name in weight.hf]
+    if not any(a in values for a, _ in pairs):
+        return shard
+    num_rows = sum(shape[0] for shape in weight.hf.values())
+    for (a, b), shape in zip(pairs, weight.hf.values(), strict=True):
+        if a in values:
+            parts.append(adapters.spec.scale * (values[b].float() @ values[a].float()))
+        else:
+            parts.append(torch.zeros(shape[0] * len(shard) // num_rows, shard.size(1)))
+    delta = merge(weight.kind, parts, num_kv_heads=adapters._num_kv_heads)
+    return (shard.float() + delta).to(shard.dtype)
 
 
 def _gather_part(

