@@ -88,7 +88,8 @@ class LatentAttention(MLASelfAttention):
         # For Transformer Engine's packed kernels, megatron-core 0.19 pads values to the size of
         # queries, and cuts the output. The other classes take any sizes.
         if HAVE_TE and isinstance(self.core_attention, TEDotProductAttention):
-            return super()._run_core_attention(query, key, value, mask, **kwargs)
+            parent: Any = super()
+            return parent._run_core_attention(query, key, value, mask, **kwargs)
         if kwargs.get("attn_mask_type") is None:
             kwargs["attn_mask_type"] = self.attn_mask_type
         return self.core_attention(query, key, value, mask, **kwargs)

@@ -83,6 +83,7 @@ class WholeNormAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
+        num_query_groups = config.num_query_groups or config.num_attention_heads
         self.q_layernorm, self.k_layernorm = (
             WholeRMSNorm(
                 config,
@@ -90,5 +91,5 @@ class WholeNormAttention(SelfAttention):
                 head_dim=self.hidden_size_per_attention_head,
                 tp_group=self.pg_collection.tp,
             )
-            for number in (config.num_attention_heads, config.num_query_groups)
+            for number in (config.num_attention_heads, num_query_groups)
         )

@@ -48,7 +48,7 @@ class Extension:
             # vLLM 0.32 packs experts for its CPU kernels with the first weights only, when it
             # builds the kernel (UnquantizedFusedMoEMethod._setup_kernel).
             for module in self.get_model().modules():
-                method = getattr(module, "quant_method", None)
+                method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None:
                     method.moe_kernel = None
         self.reload_weights(weights_path=weights_path)
