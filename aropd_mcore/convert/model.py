@@ -54,6 +54,18 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class LayerElements:
+    """Numbers of elements of a layer's parameters."""
+
+    whole: int
+    """Of weights that every tensor rank holds."""
+    split: int
+    """Of weights that tensor ranks split."""
+    experts: int
+    """Of all experts."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only model as config.json describes it."""
 
@@ -100,8 +112,8 @@ class Architecture:
         """Size of a value in one head."""
         return self.latent.value_dim if self.latent else self.head_dim
 
-    @property
-    def sizes(self) -> dict[str, int]:
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
         """Sizes by the names that the tables use."""
         latent = self.latent
         return {
@@ -152,6 +164,24 @@ class Architecture:
             for row in self.family.layer_rows
             if row.layers is not without and (row.switch is None or row.switch in self.switches)
         )
+
+    @cached_property
+    def layer_elements(self) -> Mapping[bool, LayerElements]:
+        """Numbers of elements of a layer with experts (True), and of one with a dense MLP."""
+        return {experts: self._count_elements(experts) for experts in (True, False)}
+
+    def _count_elements(self, experts: bool) -> LayerElements:
+        counts = {"whole": 0, "split": 0, "experts": 0}
+        for row in self.rows(experts=experts):
+            if row.is_buffer:
+                continue
+            shapes = row.hf.values()
+            size = sum(math.prod(self.sizes[name] for name in shape) for shape in shapes)
+            if "{expert}" in row.name:
+                counts["experts"] += size * self.sizes["experts"]
+            else:
+                counts["whole" if row.kind is Kind.REPLICATED else "split"] += size
+        return LayerElements(**counts)
 
     @property
     def has_qkv_bias(self) -> bool:

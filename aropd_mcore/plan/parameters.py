@@ -102,15 +102,11 @@ def layer_parameters(setup: Setup, *, experts: bool | None = None) -> Parameters
     Args:
         experts: whether it is a layer with experts. None: it is, if the model has experts.
     """
-    parameters, num_experts = Parameters(0), setup.architecture.sizes["experts"]
-    for row in setup.architecture.rows(experts=num_experts > 0 if experts is None else experts):
-        if row.is_buffer:
-            continue
-        size = _size(row, setup.architecture)
-        if "{expert}" in row.name:
-            parameters += Parameters(0, size * num_experts // setup.expert_ranks)
-        else:
-            parameters += Parameters(size if row.kind is Kind.REPLICATED else size // setup.tensor)
+    architecture = setup.architecture
+    has_experts = architecture.routing is not None if experts is None else experts
+    elements = architecture.layer_elements[has_experts]
+    shared = elements.whole + elements.split // setup.tensor
+    parameters = Parameters(shared, elements.experts // setup.expert_ranks)
     # Without expert parallelism, experts are sharded like all other parameters.
     return parameters if setup.expert_ranks > 1 else Parameters(parameters.total)
 
@@ -139,4 +135,5 @@ def largest_weight(setup: Setup, stage: int) -> int:
 
 
 def _size(row: TableRow, architecture: Architecture) -> int:
-    return sum(prod(architecture.sizes[name] for name in shape) for shape in row.hf.values())
+    sizes = architecture.sizes
+    return sum(prod(sizes[name] for name in shape) for shape in row.hf.values())
