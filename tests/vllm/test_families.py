@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from aropd_mcore.rollout.vllm_api import HERE
+from aropd_mcore.rollout.vllm_command import HERE
 from tests.support.tiny_models import FAMILIES, TINY, save_tiny_model
 from tests.vllm.server import environment
 from tests.vllm.test_exported_folder import aropd
