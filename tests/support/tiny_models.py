@@ -169,7 +169,7 @@ FAMILIES: dict[str, tuple[Any, type[PreTrainedModel], dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "sliding_window": 10,
             "swiglu_limit": 1.5,
-            "rope_scaling": {**YARN_ROPE, "truncate": False},
+            "rope_scaling": {**YARN_ROPE, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
             "rope_theta": 150000.0,
         },
     ),
