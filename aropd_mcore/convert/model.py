@@ -58,11 +58,11 @@ class LayerElements:
     """Numbers of elements of a layer's parameters."""
 
     whole: int
-    """Of weights that every tensor rank holds."""
+    """Number for weights that every tensor rank holds."""
     split: int
-    """Of weights that tensor ranks split."""
+    """Number for weights that tensor ranks split."""
     experts: int
-    """Of all experts."""
+    """Number for all experts together."""
 
 
 @dataclass(frozen=True)
