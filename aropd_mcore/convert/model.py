@@ -165,6 +165,10 @@ class Architecture:
             if row.layers is not without and (row.switch is None or row.switch in self.switches)
         )
 
+    def row_elements(self, row: TableRow) -> int:
+        """Return the number of elements of a weight, for one layer and one expert."""
+        return sum(math.prod(self.sizes[name] for name in shape) for shape in row.hf.values())
+
     @cached_property
     def layer_elements(self) -> Mapping[bool, LayerElements]:
         """Numbers of elements of a layer with experts (True), and of one with a dense MLP."""
@@ -175,8 +179,7 @@ class Architecture:
         for row in self.rows(experts=experts):
             if row.is_buffer:
                 continue
-            shapes = row.hf.values()
-            size = sum(math.prod(self.sizes[name] for name in shape) for shape in shapes)
+            size = self.row_elements(row)
             if "{expert}" in row.name:
                 counts["experts"] += size * self.sizes["experts"]
             else:

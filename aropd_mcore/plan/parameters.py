@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from aropd_mcore.convert.adapter import ADAPTED_KINDS
-from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.convert.mapping import FINAL_NORM, Kind, TableRow
 from aropd_mcore.convert.tensors import padded_vocab_size
 from aropd_mcore.plan.setup import Setup
@@ -44,7 +42,7 @@ def rank_parameters(setup: Setup, stage: int) -> Parameters:
     if stage == 0:
         parameters += vocabulary
     if is_last:
-        parameters += Parameters(_size(FINAL_NORM, architecture))
+        parameters += Parameters(architecture.row_elements(FINAL_NORM))
         if setup.has_head and not (architecture.tied_embeddings and stage == 0):
             parameters += vocabulary
     return parameters
@@ -129,11 +127,6 @@ def largest_weight(setup: Setup, stage: int) -> int:
     for row in (row for experts in kinds for row in architecture.rows(experts=experts)):
         ranks = setup.expert_tensor if "{expert}" in row.name else setup.tensor
         cut = 1 if row.kind is Kind.REPLICATED else ranks
-        rows.append(_size(row, setup.architecture) // cut)
+        rows.append(architecture.row_elements(row) // cut)
     has_vocabulary = stage in (0, setup.pipeline - 1)
     return max(*rows, vocabulary_parameters(setup) if has_vocabulary else 0)
-
-
-def _size(row: TableRow, architecture: Architecture) -> int:
-    sizes = architecture.sizes
-    return sum(prod(sizes[name] for name in shape) for shape in row.hf.values())

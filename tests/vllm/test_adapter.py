@@ -16,6 +16,7 @@ from tests.support.tiny_runs import write_model, write_run
 from tests.vllm.test_rollouts import (
     PROMPTS,
     START_SECONDS,
+    check_same_after_sleep,
     check_same_as_native,
 )
 
@@ -69,14 +70,7 @@ def check_run(path: Path) -> None:
         change = (logprobs[1] - logprobs[0]).abs().mean()
         assert change > 0.01, "the probe must tell the versions apart"
 
-        # Sleep releases no memory on a CPU, but the calls and their order are those of a GPU.
-        if run.runtime.rank == 0:
-            servers, separate = engine._servers, engine._servers._config
-            servers._config = separate.model_copy(update={"placement": "colocated"})
-            servers.sleep()
-        check_same_as_native(config, run, NUM_STEPS)
-        if run.runtime.rank == 0:
-            servers._config = separate
+        check_same_after_sleep(config, run, NUM_STEPS)
 
         if run.runtime.rank == 0:
             asyncio.run(check_names(engine._servers))

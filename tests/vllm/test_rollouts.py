@@ -83,14 +83,7 @@ def check_run(path: Path) -> None:
             assert log.count("Started server process") == 2, "expected one restart"
             check_key_is_required(engine)
 
-        # Sleep releases no memory on a CPU, but the calls and their order are those of a GPU.
-        if run.runtime.rank == 0:
-            servers, separate = engine._servers, engine._servers._config
-            servers._config = separate.model_copy(update={"placement": "colocated"})
-            servers.sleep()
-        check_same_as_native(config, run, NUM_STEPS)
-        if run.runtime.rank == 0:
-            servers._config = separate
+        check_same_after_sleep(config, run, NUM_STEPS)
 
         # One bit of the exported file changes before the server loads it.
         load_weights = vllm_api.Api.load_weights
@@ -160,6 +153,21 @@ def check_same_as_native(config: Config, run: Any, version: int) -> None:
     assert [r.response_ids for r in again] == [r.response_ids for r in sampled]
     other = sample(run.engine, PROMPTS, [seed + 1 for seed in SEEDS], RANDOM)
     assert [r.response_ids for r in other] != [r.response_ids for r in sampled]
+
+
+def check_same_after_sleep(config: Config, run: Any, version: int) -> None:
+    """Let the servers fall asleep, and compare them with the native engine after they woke up.
+
+    Sleep releases no memory on a CPU, but the calls and their order are those of a GPU.
+    """
+    servers = run.engine._servers if run.runtime.rank == 0 else None
+    if servers is not None:
+        separate = servers._config
+        servers._config = separate.model_copy(update={"placement": "colocated"})
+        servers.sleep()
+    check_same_as_native(config, run, version)
+    if servers is not None:
+        servers._config = separate
 
 
 def build_kill(engine: Any) -> Progress:
