@@ -29,6 +29,7 @@ _EXAMPLES = (
     ("Qwen3-32B, 32.8B", "qwen3-32b-32xh100", 32),
     ("Llama-3.1-70B-Instruct, 70.6B", "llama3.1-70b-64xh100", 64),
     ("Llama-3.1-70B-Instruct, 70.6B, LoRA", "llama3.1-70b-lora-8xh100", 8),
+    ("GLM-4.5-Air, 106.9B", "glm-4.5-air-64xh100", 64),
     ("Qwen3-235B-A22B, 235B", "qwen3-235b-a22b-256xh100", 256),
     ("DeepSeek-V3, 671B", "deepseek-v3-1024xh100", 1024),
 )

@@ -259,7 +259,7 @@ def answers(
     temperature, num_samples = DECODINGS[decoding]
     if not (folder / "summary.json").exists():
         aropd(
-            "eval", "--model", model, "--config", CONFIG, "--dtype", "bf16", "--out", folder,
+            "eval", "--model", model, "--config", CONFIG, "--dtype", "fp32", "--out", folder,
             *(f"--task={name}:math={path}" for name, path in tasks.items()),
             "--temperature", temperature, "--samples", num_samples, "--batch-size", 100,
             "--max-response-tokens", load_config(CONFIG).rollout.max_response_tokens,
@@ -295,7 +295,7 @@ def answers(
 def diagnosis(model: Path, config: Path, problems: Path, out: Path, core: int) -> dict[str, Any]:
     """Diagnose the model on the problems. Returns the parts that a result keeps."""
     aropd(
-        "diagnose", "--model", model, "--config", config, "--dtype", "bf16",
+        "diagnose", "--model", model, "--config", config, "--dtype", "fp32",
         "--data", problems, "--rows", NUM_DIAGNOSED, "--batch-size", 100, "--out", out / "diagnose",
         core=core, log=out / "diagnose.log",
     )  # fmt: skip

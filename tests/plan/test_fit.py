@@ -34,6 +34,7 @@ GPUS = {
     "llama3.1-70b-lora-8xh100.yaml": 8,
     "qwen3-235b-a22b-256xh100.yaml": 256,
     "gpt-oss-20b-16xh100.yaml": 16,
+    "glm-4.5-air-64xh100.yaml": 64,
     "deepseek-v3-1024xh100.yaml": 1024,
 }
 
