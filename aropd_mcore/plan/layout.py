@@ -10,6 +10,7 @@ from aropd_mcore.config import Config, ConfigError, ParallelConfig, teacher_sect
 from aropd_mcore.convert.adapter import AdapterSpec, adapted_modules, resolve_targets
 from aropd_mcore.convert.architecture import Architecture, check_layout, read_architecture
 from aropd_mcore.convert.source import find_hf_folder
+from aropd_mcore.plan.vllm_adapter import served_adapter
 from aropd_mcore.stages import Stages
 
 
@@ -171,10 +172,15 @@ def build_adapter_spec(config: Config, architecture: Architecture) -> AdapterSpe
 
 
 def _check_adapter(config: Config, architecture: Architecture) -> None:
-    """Check that every rank has a part of the adapter that it can train."""
+    """Check that every rank has a part of the adapter that it can train, and that vLLM serves it."""
     spec, parallel = build_adapter_spec(config, architecture), config.parallel
     if spec is None:
         return
+    if config.rollout.engine == "vllm":
+        try:
+            served_adapter(spec, architecture)
+        except ValueError as error:
+            raise ConfigError(f"rollout.engine vllm: {error}") from error
     adapted = [w for w in architecture.weights() if adapted_modules(w, spec.targets)]
     of_experts = [w for w in adapted if w.expert is not None]
     if of_experts and parallel.expert_tensor > 1:

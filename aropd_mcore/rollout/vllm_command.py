@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aropd_mcore.config import VllmConfig
-from aropd_mcore.convert.adapter import AdapterSpec, adapted_modules
+from aropd_mcore.convert.adapter import AdapterSpec
 from aropd_mcore.convert.architecture import Architecture
 from aropd_mcore.environment import TRAINING_VARIABLES
+from aropd_mcore.plan.vllm_adapter import served_adapter
 
 KEY_VARIABLE = "VLLM_API_KEY"
 HERE = Path(__file__).parent / "vllm_side"
@@ -22,8 +23,6 @@ _LAUNCHER = re.compile(
     r"(GROUP_|ROLE_|LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*|OMP_.*"
 )
 """Variables that describe this process within its job, and that a server must not inherit."""
-_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of --max-lora-rank."""
 
 
 def server_command(
@@ -72,34 +71,11 @@ def server_command(
 def adapter_arguments(spec: AdapterSpec, architecture: Architecture) -> list[str]:
     """Build the arguments of a server that gets an adapter of this model after each step.
 
-    Only the adapted layers get memory for an adapter. vLLM joins the experts of a layer, and then
-    needs an adapter of each of their linear layers (PackedLoRALayerWeights.pack_moe).
-
     Raises:
         ValueError: vLLM cannot serve the adapter.
     """
-    ranks = [rank for rank in _MAX_LORA_RANKS if rank >= spec.rank]
-    if not ranks:
-        raise ValueError(
-            f"adapter.rank {spec.rank}: expected at most {_MAX_LORA_RANKS[-1]}, the largest rank "
-            "that vLLM serves; reduce it, or set rollout.engine to native"
-        )
-    of_experts = {
-        module.rpartition(".")[2]
-        for weight in architecture.weights()
-        if weight.expert is not None
-        for module in adapted_modules(weight, None)
-    }
-    missing = of_experts - set(spec.targets)
-    if missing and missing != of_experts:
-        raise ValueError(
-            f"adapter.targets {', '.join(spec.targets)}: expected also "
-            f"{', '.join(sorted(missing))}, since vLLM serves adapters of all linear layers of the "
-            "experts or of none; change the targets, or set rollout.engine to native"
-        )
-    targets = [*spec.targets, *(["experts"] if of_experts and not missing else [])]
-    arguments = ["--enable-lora", "--max-lora-rank", str(ranks[0])]
-    return [*arguments, "--lora-target-modules", *targets]
+    rank, targets = served_adapter(spec, architecture)
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", *targets]
 
 
 def server_environment(

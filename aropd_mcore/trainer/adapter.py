@@ -6,7 +6,6 @@ from aropd_mcore.config import Config, ConfigError
 from aropd_mcore.convert.adapter import AdapterSpec, PeftFolder, base_fingerprint
 from aropd_mcore.convert.source import HFSource
 from aropd_mcore.plan.layout import build_adapter_spec
-from aropd_mcore.rollout.vllm_command import adapter_arguments
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,13 @@ def open_adapter(config: Config, source: HFSource) -> AdapterInputs | None:
     """Open the adapter that training starts from (headers only). None for a run without adapter.
 
     Raises:
-        ConfigError: a target matches no layer, vLLM cannot serve the adapter, or adapter.path is
+        ConfigError: a target matches no layer, or adapter.path is
             not an adapter of this model with the rank, alpha and targets of the section.
     """
     spec = build_adapter_spec(config, source.architecture)
     if spec is None:
         return None
     assert config.adapter is not None
-    if config.rollout.engine == "vllm":
-        try:
-            adapter_arguments(spec, source.architecture)
-        except ValueError as error:
-            raise ConfigError(f"rollout.engine vllm: {error}") from error
     path, tensors = config.adapter.path, None
     if path is not None:
         try:

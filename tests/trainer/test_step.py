@@ -700,7 +700,11 @@ CASES = [
     Case(
         # Replicas that share experts wait for each other in every pass of each teacher.
         "packed-teachers-with-experts",
-        {"objective": AROPD | {"reduction": "token_mean"}, "training": PACKED},
+        {
+            "objective": AROPD | {"reduction": "token_mean"},
+            "rollout": {"importance": "sequence", "importance_cap": 1.3},
+            "training": PACKED,
+        },
         family="qwen3_moe",
         teachers={"math": ("qwen3_moe", {}), "code": ("llama", LARGER)},
         num_steps=2,

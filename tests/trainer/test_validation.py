@@ -114,7 +114,10 @@ def test_losses_of_held_out_rows_equal_those_of_steps_on_these_rows(path, case):
     overrides, world_size = HELD_OUT[case]
     rows = path.parent / "twenty.jsonl"
     lines = write_rows(path.parent / "all.jsonl").read_text().splitlines()[:20]
-    records = [json.loads(line) | {"sample_weight": 1.0} for line in lines]
+    records = [
+        json.loads(line) | {"sample_weight": 1.0, "domain": f"level {i % 3}"}
+        for i, line in enumerate(lines)
+    ]
     rows.write_text("".join(json.dumps(record) + "\n" for record in records))
     settings = [
         f"data.train=[{rows}]",
@@ -132,11 +135,13 @@ def test_losses_of_held_out_rows_equal_those_of_steps_on_these_rows(path, case):
         run_ranks(train_on_ranks, world_size, path, [f"output_dir={out}", *settings, *sizes])
         validations.append(results(out)[0]["tasks"]["rows"])
     steps = read_lines(path.parent / f"held-out-{case}-4")
-    num_tokens = [step["num_loss_tokens"] for step in steps]
-    for name in ["loss"] if case == "sft" else REPORTED:
-        total = sum(step[name] * num for step, num in zip(steps, num_tokens, strict=True))
-        for values in validations:
-            assert values[name] == pytest.approx(total / sum(num_tokens), rel=1e-5), name
+    for group in ("", *(f"/domain/level {i}" for i in range(3))):
+        num_tokens = [step[f"num_loss_tokens{group}"] for step in steps]
+        for metric in ["loss"] if case == "sft" else REPORTED:
+            name = metric + group
+            total = sum(step.get(name, 0) * num for step, num in zip(steps, num_tokens, strict=True))
+            for values in validations:
+                assert values[name] == pytest.approx(total / sum(num_tokens), rel=1e-5), name
     assert validations[0]["accuracy"] == validations[1]["accuracy"]
 
 
