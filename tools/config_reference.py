@@ -1,4 +1,4 @@
-"""Write docs/configuration-reference.md from the settings of aropd_mcore/config.py.
+"""Write docs/configuration-reference.md from the settings of aropd_mcore/config.
 
 python tools/config_reference.py
 """
@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration-reference.md"
 _HEAD = """\
 # Configuration reference
 
-<!-- Written by tools/config_reference.py from aropd_mcore/config.py. Do not edit. -->
+<!-- Written by tools/config_reference.py from aropd_mcore/config. Do not edit. -->
 
 Every setting of a run, by section. A setting without a default is required. Paths are relative to
 the working directory. [Configuration](configuration.md) explains files, overrides and presets.

@@ -172,7 +172,7 @@ def build_adapter_spec(config: Config, architecture: Architecture) -> AdapterSpe
 
 
 def _check_adapter(config: Config, architecture: Architecture) -> None:
-    """Check that every rank has a part of the adapter that it can train, and that vLLM serves it."""
+    """Check that every rank has a part of the adapter to train, and that vLLM serves it."""
     spec, parallel = build_adapter_spec(config, architecture), config.parallel
     if spec is None:
         return

@@ -166,15 +166,7 @@ def build_teachers(
         if name in inputs.teachers:
             layout = config.layout_of(settings)
             if layout not in runtimes:
-                runtimes[layout] = add_layout(
-                    runtime,
-                    layout.stages,
-                    tensor=layout.tensor,
-                    expert=layout.expert,
-                    expert_tensor=layout.expert_tensor,
-                    sequence_parallel=layout.sequence,
-                    timeout=_timeout(config),
-                )
+                runtimes[layout] = add_teacher_layout(config, settings, runtime)
             by_settings[settings] = _build_teacher_model(
                 config, settings, inputs.teachers[name], runtimes[layout], runtime, student
             )
@@ -186,6 +178,23 @@ def build_teachers(
             settings, runtime, student=student, model=model, optimizer=optimizer
         )
     return Teachers({name: by_settings[s] for name, s in config.named_teachers.items()})
+
+
+def add_teacher_layout(config: Config, settings: TeacherConfig, runtime: Runtime) -> Runtime:
+    """Add the layout of a teacher to the ranks of the job.
+
+    Collectives: those of add_layout.
+    """
+    layout = config.layout_of(settings)
+    return add_layout(
+        runtime,
+        layout.stages,
+        tensor=layout.tensor,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        sequence_parallel=layout.sequence,
+        timeout=_timeout(config),
+    )
 
 
 def _build_teacher_model(

@@ -723,8 +723,8 @@ CASES = [
         num_steps=2,
         num_microbatches=2,
         layouts=[
-            Layout(2, 2),
             Layout(1, 1),
+            Layout(2, 2),
             Layout(1, 2, context=2),
             Layout(1, 2, virtual_pipeline=2),
         ],
@@ -737,9 +737,9 @@ CASES = [
         teacher_layouts={"": Layout(2, 2, layers_in_first_stage=4)},
         num_steps=2,
         layouts=[
+            Layout(1, 1, context=4),
             Layout(4, 1, sequence=True),
             Layout(1, 1),
-            Layout(1, 1, context=4),
             Layout(1, 4),
         ],
     ),

@@ -139,9 +139,10 @@ def test_losses_of_held_out_rows_equal_those_of_steps_on_these_rows(path, case):
         num_tokens = [step[f"num_loss_tokens{group}"] for step in steps]
         for metric in ["loss"] if case == "sft" else REPORTED:
             name = metric + group
-            total = sum(step.get(name, 0) * num for step, num in zip(steps, num_tokens, strict=True))
+            totals = [step.get(name, 0) * num for step, num in zip(steps, num_tokens, strict=True)]
             for values in validations:
-                assert values[name] == pytest.approx(total / sum(num_tokens), rel=1e-5), name
+                expected = sum(totals) / sum(num_tokens)
+                assert values[name] == pytest.approx(expected, rel=1e-5), name
     assert validations[0]["accuracy"] == validations[1]["accuracy"]
 
 

@@ -57,6 +57,8 @@ class Layout:
     model: str = "dense"
 
 
+TEACHER_MODEL: dict[str, Any] = {"kind": "model", "path": "unused"}
+"""A teacher of the student's architecture."""
 LAYOUTS = {
     "one rank": Layout(1, {}),
     "DP 2": Layout(2, {}),
@@ -71,6 +73,14 @@ LAYOUTS = {
     "TP 2 x DP 2": Layout(4, {"parallel": {"tensor": 2}}),
     "DP 2, frozen teacher": Layout(2, {"teacher": {"kind": "frozen"}}),
     "DP 2, live teacher": Layout(2, {"teacher": {"kind": "live"}}),
+    "TP 2 x DP 2, teacher model": Layout(4, {"parallel": {"tensor": 2}, "teacher": TEACHER_MODEL}),
+    "TP 2 x DP 2, teacher TP 2 x PP 2": Layout(
+        4,
+        {
+            "parallel": {"tensor": 2},
+            "teacher": TEACHER_MODEL | {"parallel": {"tensor": 2, "pipeline": 2}},
+        },
+    ),
     "DP 2, experts": Layout(2, {}, "moe"),
     "TP 2 + SP, experts": Layout(2, {"parallel": {"tensor": 2, "sequence": True}}, "moe"),
     "EP 2": Layout(2, {"parallel": {"expert": 2}}, "moe"),
@@ -138,8 +148,13 @@ def measure(name: str, *, phases: bool = False, responses: int = 8) -> list[dict
     layout = LAYOUTS[name]
     config = _config(layout, responses)
     device = "gpu" if ON_GPU else "cpu"
+    architecture = _architecture(layout.model)
     setup = build_setup(
-        config, layout.ranks, device=device, architecture=_architecture(layout.model)
+        config,
+        layout.ranks,
+        device=device,
+        architecture=architecture,
+        teachers=dict.fromkeys(config.teacher_models, architecture),
     )
     with tempfile.TemporaryDirectory() as folder:
         on_ranks(_rank, layout.ranks, folder, name, responses, exact_memory=True)

@@ -97,7 +97,7 @@ def build_run(
     Responses never end before their limit.
 
     Args:
-        hf: contents of a config.json.
+        hf: contents of the config.json of the student, and of a teacher of kind `model`.
         prompt_tokens: prompt length by view (student, partial, full). The default is
             views.max_prompt_tokens.
     """
@@ -108,30 +108,45 @@ def build_run(
     from aropd_mcore.mcore.teachers import Teachers
     from aropd_mcore.rollout.native import NativeEngine
     from aropd_mcore.rollout.sources import StepPrompts, build_source
+    from aropd_mcore.trainer.build import add_teacher_layout
     from aropd_mcore.trainer.guards import Guards
     from aropd_mcore.trainer.step import Run
 
-    def random_model(precision: PrecisionConfig) -> Any:
+    def random_model(runtime: Any, precision: PrecisionConfig, **options: Any) -> Any:
         dtype = runtime.dtype(config.model.dtype)
         recompute = config.training.recompute
-        model = build_model(hf, runtime, dtype=dtype, recompute=recompute, precision=precision)
+        model = build_model(
+            hf, runtime, dtype=dtype, recompute=recompute, precision=precision, **options
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
         return model
 
-    model = random_model(config.precision)
+    def random_teacher() -> Teacher:
+        settings, precision = config.teacher, config.precision.for_teacher
+        if settings.parallel is None:
+            own = None if settings.kind == "live" else random_model(runtime, precision)
+            return Teacher(settings, runtime, student=model, model=own, optimizer=optimizer)
+        own_runtime = add_teacher_layout(config, settings, runtime)
+        stages = config.stages_of(settings, hf["num_hidden_layers"])
+        return Teacher(
+            settings,
+            own_runtime,
+            student=model,
+            model=random_model(own_runtime, precision, stages=stages, has_head=False),
+            student_runtime=runtime,
+            head=model.head_weight().detach().clone() if runtime.is_last_stage else None,
+        )
+
+    model = random_model(runtime, config.precision)
     overlap = config.parallel.overlap_grad_reduce
     optimizer = Optimizer(
         model, config.optimizer, num_steps=_NUM_STEPS, overlap_grad_reduce=overlap
     )
     teachers = engine = None
     if config.objective.name == "aropd":
-        own = None
-        if config.teacher.kind != "live":
-            own = random_model(config.precision.for_teacher)
-        teacher = Teacher(config.teacher, runtime, student=model, model=own, optimizer=optimizer)
-        teachers = Teachers({"": teacher})
+        teachers = Teachers({"": random_teacher()})
         batch_size = config.rollout.batch_size
         engine = NativeEngine(model, runtime, eos_token_ids=(), batch_size=batch_size)
     dataset: Any = SimpleNamespace(row_at=lambda *_, **__: Row("", "", ""))
