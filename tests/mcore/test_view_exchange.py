@@ -15,11 +15,13 @@ from aropd_mcore.types import Microbatch, Sample, ViewBatch
 from tests.support.ranks import run_ranks
 
 LAYOUTS = [
-    # Sizes of the student, and of the teacher: tensor, pipeline, context.
+    # Tensor, pipeline and context of the student; tensor, pipeline and virtual pipeline of the
+    # teacher.
     ((2, 2, 1), (4, 1, 1)),
     ((4, 1, 1), (2, 2, 1)),
     ((1, 1, 1), (1, 2, 1)),
     ((1, 4, 1), (1, 1, 1)),
+    ((1, 4, 1), (1, 2, 2)),
     ((1, 2, 2), (4, 1, 1)),
     ((1, 1, 4), (1, 2, 1)),
     ((2, 1, 1), (2, 1, 1)),
@@ -43,7 +45,7 @@ def exchange_in_every_layout() -> None:
             for sequence in (False, True) if of_teacher[0] > 1 else (False,):
                 teacher = runtime.add_layout(
                     student,
-                    Stages(of_teacher[1]),
+                    Stages(of_teacher[1], of_teacher[2]),
                     tensor=of_teacher[0],
                     expert=1,
                     expert_tensor=1,
@@ -75,11 +77,15 @@ def check_exchange(student, teacher, is_packed: bool) -> None:
         assert size == teacher.tp_size
         num_computed.append(len(views))
         assert all(v.tokens_BS.size(1) % teacher.length_multiple == 0 for v in views)
+        assert not is_packed or all(v.bounds[-1] == v.tokens_BS.size(1) for v in views)
         return [copied(view) for view in views] if teacher.is_last_stage else []
 
     hidden = exchange.score([view for m in shares for view in (m.partial, m.full)], compute)
     assert parallel_state.get_tensor_model_parallel_world_size() == student.tp_size
-    assert num_computed == [-(-2 * NUM_MICROBATCHES * student.dp_size // teacher.dp_size)]
+    num_views = -(-2 * NUM_MICROBATCHES * student.dp_size // teacher.dp_size)
+    if teacher.vp_size > 1:
+        num_views += num_views % teacher.pp_size
+    assert num_computed == [num_views]
     if not student.is_last_stage:
         assert hidden == []
         return
