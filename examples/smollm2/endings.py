@@ -119,7 +119,7 @@ def make(out: Path, model: Path, variant: str, core: int) -> str:
 def evaluate(out: Path, model: Path, config: Path, results: Path, core: int) -> None:
     """Answer the held-out problems greedily, under the student view of `config`."""
     aropd(
-        "eval", "--model", model, "--config", config, "--dtype", "bf16", "--out", results,
+        "eval", "--model", model, "--config", config, "--dtype", "fp32", "--out", results,
         "--task", f"heldout:math={out / 'heldout.jsonl'}", "--max-response-tokens", LIMIT,
         "--batch-size", NUM_HELDOUT, core=core, log=results.with_suffix(".log"),
     )  # fmt: skip

@@ -24,7 +24,8 @@ LOSSES = ("top_20", "sampled_token")
 ABLATIONS: dict[str, list[str]] = {
     "kl_student_target": ["objective.divergence=kl_student_target"],
     "jsd": ["objective.divergence=jsd"],
-    "teacher_bf16": ["teacher.fp32_master=false"],
+    "bf16": ["model.dtype=bf16"],  # with an fp32 average
+    "bf16_teacher_bf16": ["model.dtype=bf16", "teacher.fp32_master=false"],
     "teacher_frozen": ["teacher.kind=frozen"],
     "teacher_live": ["teacher.kind=live"],
     "clip_0.5": ["objective.residual_clip=0.5"],
@@ -33,7 +34,8 @@ ABLATIONS: dict[str, list[str]] = {
     "rho_0.75": ["views.partial_ratio=0.75"],
     **{name: [] for name in LOSSES},
 }
-"""Ablations: each changes one setting of REFERENCE, or its loss."""
+"""Ablations: each changes one setting of REFERENCE, or its loss. That of a bf16 average needs a bf16
+model, so it is read against `bf16`."""
 
 METHODS = MAIN | ABLATIONS
 
