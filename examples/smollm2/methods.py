@@ -34,8 +34,8 @@ ABLATIONS: dict[str, list[str]] = {
     "rho_0.75": ["views.partial_ratio=0.75"],
     **{name: [] for name in LOSSES},
 }
-"""Ablations: each changes one setting of REFERENCE, or its loss. That of a bf16 average needs a bf16
-model, so it is read against `bf16`."""
+"""Ablations: each changes one setting of REFERENCE, or its loss. Only a bf16 model can have a bf16
+average, which is therefore compared with `bf16`."""
 
 METHODS = MAIN | ABLATIONS
 

@@ -3,11 +3,12 @@
     python examples/smollm2/study.py base                    # data, warm start, base by view
     python examples/smollm2/study.py grid --jobs 2           # learning rates, on validation.jsonl
     python examples/smollm2/study.py runs --jobs 2 --lr 1e-5 # every method on every seed
+    python examples/smollm2/study.py diagnoses --jobs 2      # the finished runs of seed 0
 
 Each command makes what is missing: rerun an interrupted command to resume. A finished run has a
 result.json. Each seed has its own training rows and held-out problems, and determines their order
-and the sampling. All runs of a seed share the base model. The runs of seed 0 are also
-diagnosed, on the seed's held-out problems.
+and the sampling. All runs of a seed share the base model. A diagnosis is of responses to the seed's
+held-out problems.
 """
 
 import argparse
@@ -41,6 +42,8 @@ DECODINGS = {"greedy": (0.0, 1), "sampled": (1.0, 2)}
 """Temperature and number of responses per problem."""
 NUM_LAST_STEPS = 8
 """Number of last steps over which a result averages training metrics."""
+DIAGNOSED_SEED = 0
+"""Seed whose runs keep their checkpoints, of 2 GB each, until they are diagnosed."""
 NUM_DIAGNOSED = 200
 """Largest number of problems in a diagnosis, with one response each."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["base", "grid", "runs"])
+    parser.add_argument("what", choices=["base", "grid", "runs", "diagnoses"])
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -82,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for seed in args.seeds
             for method in args.methods
         ]
+    if args.what == "diagnoses":
+        finished = [run for run in todo if run.seed == DIAGNOSED_SEED and run.is_done]
+        over_cores(Run.diagnose, [run for run in finished if not run.is_diagnosed], args.jobs)
+        return
     over_cores(Run.make, [run for run in todo if not run.is_done], args.jobs)
 
 
@@ -138,10 +145,9 @@ class Run:
     def make(self, core: int) -> str:
         """Train, answer the problems, write result.json, and return a line to print."""
         started = time.monotonic()
-        config, training = CONFIG, {}
+        training = {}
         if self.method != BASE:
             self.train(core)
-            config = self.folder / "config.yaml"
             training = means(read_metrics(self.folder / "metrics.jsonl")[-NUM_LAST_STEPS:])
         trained = time.monotonic()
         result = {
@@ -154,12 +160,23 @@ class Run:
             "base": file_hash(self.out / "base/model.safetensors"),
             "config": load_config(CONFIG, self.overrides).model_dump(mode="json"),
         }
-        if self.seed == 0 and not self.is_grid:
-            result["diagnosis"] = diagnosis(self.model, config, self.problems, self.folder, core)
         (self.folder / "result.json").write_text(json.dumps(result) + "\n")
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # 2 GB each
+        if self.is_grid or self.seed != DIAGNOSED_SEED:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         shares = [f"{name} {means(result[name])['right']:.1%}" for name in DECODINGS]
         return f"{self.name}: {', '.join(shares)}; {time.monotonic() - started:.0f} s"
+
+    @property
+    def is_diagnosed(self) -> bool:
+        return (self.folder / "diagnosis.json").exists()
+
+    def diagnose(self, core: int) -> str:
+        """Diagnose the run's model, write diagnosis.json, and return a line to print."""
+        config = CONFIG if self.method == BASE else self.folder / "config.yaml"
+        result = diagnosis(self.model, config, self.problems, self.folder, core)
+        (self.folder / "diagnosis.json").write_text(json.dumps(result) + "\n")
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return f"{self.name}: diagnosed"
 
 
 def over_cores(make: Callable[[T, int], str], items: Iterable[T], jobs: int) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from methods import ABLATIONS, GRID, MAIN, RATES, REFERENCE
-from study import ANCHORS, DECODINGS, VIEWS
+from methods import ABLATIONS, GRID, MAIN, METHODS, RATES, REFERENCE
+from study import ANCHORS, DECODINGS, DIAGNOSED_SEED, VIEWS
 
 from aropd_mcore.evaluation.predictors import SIGNALS
 from aropd_mcore.evaluation.statistics import interval, percent
@@ -65,8 +65,10 @@ def collect(runs: Path) -> dict[str, Any]:
             results["views"][model] = {
                 view: numbers({d: answers[d][view] for d in DECODINGS}) for view in VIEWS
             }
-    for name in ANCHORS:
-        path = runs / "views" / name / "diagnosis.json"
+    diagnoses = {name: runs / "views" / name for name in ANCHORS}
+    diagnoses |= {method: runs / method / f"seed-{DIAGNOSED_SEED}" for method in METHODS}
+    for name, folder in diagnoses.items():
+        path = folder / "diagnosis.json"
         if path.exists():
             results["diagnoses"][name] = json.loads(path.read_text())
     for path in sorted(runs.glob("*/*/result.json")):
@@ -79,8 +81,6 @@ def collect(runs: Path) -> dict[str, Any]:
             | training
             | {"seconds": round(result["seconds"]["train"]), "base": result["base"]}
         )
-        if "diagnosis" in result:
-            results["diagnoses"][result["method"]] = result["diagnosis"]
     return results
 
 
