@@ -2,11 +2,13 @@
 
     python examples/smollm2/tables.py collect      # adds the runs in runs/smollm2 to results.json
     python examples/smollm2/tables.py views        # prints a table; also signals, grid, main,
-                                                   # lengths, differences, ablations, predictors
+                                                   # lengths, differences, problems, ablations,
+                                                   # predictors
 
-Each number is a mean over seeds with its 95 % confidence interval (Student's t). Each seed has its
-own training rows, held-out problems, order and samples. All runs of a seed share the base model:
-machines that compute bf16 in another way make another base. Differences are paired by seed.
+Each number is a mean over seeds with its 95 % confidence interval (Student's t), except in the
+table of problems, where it is a mean over the problems of all seeds. Each seed has its own training
+rows, held-out problems, order and samples. All runs of a seed share the base model: machines that
+round in another way make another base. Differences are paired by seed, or by problem.
 """
 
 import argparse
@@ -107,10 +109,11 @@ def merged(old: Results, new: Results) -> dict[str, Any]:
     return both
 
 
-def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Return means over responses, by decoding. Accuracy also by kind and by number of steps, and
-    with its 95 % interval."""
+    with its 95 % interval. `problems` has each problem's number of right responses as a digit."""
     values: dict[str, float] = {}
+    digits: dict[str, str] = {}
     for decoding in DECODINGS:
         lines = answers[decoding]
         for name in ("right", "cut", "skips", "premature", "length"):
@@ -124,7 +127,10 @@ def numbers(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, flo
             problems.setdefault(line["id"], []).append(line["right"])
         for name, bound in zip(("low", "high"), interval(list(problems.values())), strict=True):
             values[f"{decoding}/right/{name}"] = bound
-    return {name: round(value, 6) for name, value in values.items()}
+        digits[f"{decoding}/problems"] = "".join(
+            str(sum(problems[key])) for key in sorted(problems)
+        )
+    return {name: round(value, 6) for name, value in values.items()} | digits
 
 
 def run_values(results: Results, method: str, name: str) -> list[float]:
@@ -135,6 +141,17 @@ def gains(results: Results, first: str, second: str, name: str) -> list[float]:
     """Return the first method's number minus the second's, for each common seed."""
     firsts, seconds = results["runs"][first], results["runs"][second]
     return [firsts[seed][name] - seconds[seed][name] for seed in firsts if seed in seconds]
+
+
+def problem_gains(results: Results, first: str, second: str, decoding: str) -> list[float]:
+    """Return `gains` of the accuracy for each problem of each common seed."""
+    num_samples = DECODINGS[decoding][1]
+    runs = [results["runs"][method] for method in (first, second)]
+    return [
+        (int(a) - int(b)) / num_samples
+        for seed in sorted(runs[0].keys() & runs[1].keys())
+        for a, b in zip(*(run[seed][f"{decoding}/problems"] for run in runs), strict=True)
+    ]
 
 
 def markdown(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -230,6 +247,19 @@ def differences_table(results: Results) -> str:
     return table(results, others, _less(results, _COMPARED, reverse=False))
 
 
+def problems_table(results: Results) -> str:
+    """Return the differences paired by problem. Their intervals cover problems, not trainings."""
+
+    def cell(method: str, decoding: str) -> str:
+        return percent(problem_gains(results, REFERENCE, method, decoding), sign="+")
+
+    columns: dict[str, Callable[[str], str]] = {
+        decoding: lambda method, decoding=decoding: cell(method, decoding) for decoding in DECODINGS
+    }
+    seeds = {"seeds": lambda method: str(len(gains(results, REFERENCE, method, "greedy/right")))}
+    return table(results, [m for m in MAIN if m != REFERENCE], seeds | columns)
+
+
 def ablations_table(results: Results) -> str:
     return table(results, ABLATIONS, _less(results, _COMPARED, reverse=True))
 
@@ -280,6 +310,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "main": main_table,
     "lengths": lengths_table,
     "differences": differences_table,
+    "problems": problems_table,
     "ablations": ablations_table,
 }
 

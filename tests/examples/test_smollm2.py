@@ -73,6 +73,25 @@ tables.merged(old, old | {"runs": {"sft": {"0": {"base": "b"}}}})
     assert "ValueError: seed 0: found runs of the base models a and b (sft)" in done.stderr
 
 
+def test_differences_of_problems_are_those_of_common_seeds():
+    program = """
+import tables
+answer = {"id": "shop-2-0", "kind": "shop", "num_steps": 2, "cut": False, "skips": False}
+answer |= {"premature": False, "length": 9}
+def run(*right):
+    lines = [answer | {"right": r, "id": f"{i // 2}"} for i, r in enumerate(right)]
+    wrong = answer | {"right": False, "kind": "carry"}
+    lines += [wrong | {"num_steps": n, "id": f"9{n}"} for n in (3, 5)]
+    return tables.numbers({"greedy": lines, "sampled": lines})
+first, second = run(True, True, False, True), run(True, False, True, True)
+assert first["sampled/problems"] == "2100", first
+results = {"runs": {"aropd_0.8": {"0": first, "1": first}, "sft": {"1": second}}}
+assert tables.problem_gains(results, "aropd_0.8", "sft", "sampled") == [0.5, -0.5, 0, 0]
+"""
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{REPO}:{EXAMPLE}"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
 def test_scripts_with_a_missing_file_print_one_line(tmp_path):
     for words, message in (
         (["tables.py", "collect", "--runs", "none"], "none: no such folder"),
