@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for method in args.methods
         ]
     if args.what == "diagnoses":
-        finished = [run for run in todo if run.seed == DIAGNOSED_SEED and run.is_done]
+        # Groups of methods have other learning rates, so the settings are not compared here.
+        finished = [run for run in todo if run.seed == DIAGNOSED_SEED and run.result.exists()]
         over_cores(Run.diagnose, [run for run in finished if not run.is_diagnosed], args.jobs)
         return
     over_cores(Run.make, [run for run in todo if not run.is_done], args.jobs)
@@ -98,6 +99,7 @@ class Run:
     def __init__(self, out: Path, name: str, method: str, seed: int, lr: float):
         self.out, self.name, self.method, self.seed, self.lr = out, name, method, seed, lr
         self.folder = out / name
+        self.result = self.folder / "result.json"
         self.is_grid = name.startswith("grid/")
         heldout = out / f"data/seed-{seed}/heldout.jsonl"
         self.problems = out / "data/validation.jsonl" if self.is_grid else heldout
@@ -120,7 +122,7 @@ class Run:
         Raises:
             ValueError: the result belongs to a run with other settings.
         """
-        path = self.folder / "result.json"
+        path = self.result
         if not path.exists():
             return False
         settings = load_config(CONFIG, self.overrides).model_dump(mode="json")
@@ -160,7 +162,7 @@ class Run:
             "base": file_hash(self.out / "base/model.safetensors"),
             "config": load_config(CONFIG, self.overrides).model_dump(mode="json"),
         }
-        (self.folder / "result.json").write_text(json.dumps(result) + "\n")
+        self.result.write_text(json.dumps(result) + "\n")
         if self.is_grid or self.seed != DIAGNOSED_SEED:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         shares = [f"{name} {means(result[name])['right']:.1%}" for name in DECODINGS]
