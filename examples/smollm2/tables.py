@@ -8,7 +8,8 @@
 Each number is a mean over seeds with its 95 % confidence interval (Student's t), except in the
 table of problems, where it is a mean over the problems of all seeds. Each seed has its own training
 rows, held-out problems, order and samples. All runs of a seed share the base model: machines that
-round in another way make another base. Differences are paired by seed, or by problem.
+round in another way make another base. Differences are paired by seed, or by problem, and are those
+of aropd_0.8 with the others (--reference chooses another method).
 """
 
 import argparse
@@ -39,9 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["collect", *TABLES])
+    parser.add_argument("what", choices=["collect", *TABLES, *COMPARISONS])
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
+    parser.add_argument(
+        "--reference",
+        choices=MAIN,
+        default=REFERENCE,
+        help="method that `differences` and `problems` compare with the others (default: "
+        "%(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.what == "collect":
         if not args.runs.is_dir():
@@ -50,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = merged(old, collect(args.runs))
         args.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     else:
-        print(TABLES[args.what](json.loads(args.results.read_text())))
+        results = json.loads(args.results.read_text())
+        comparison = COMPARISONS.get(args.what)
+        print(comparison(results, args.reference) if comparison else TABLES[args.what](results))
 
 
 def collect(runs: Path) -> dict[str, Any]:
@@ -225,16 +235,6 @@ def lengths_table(results: Results) -> str:
     return table(results, MAIN, cells(results, names))
 
 
-def _less(results: Results, names: Mapping[str, str], *, reverse: bool) -> dict[str, Any]:
-    def cell(method: str, name: str) -> str:
-        pair = (method, REFERENCE) if reverse else (REFERENCE, method)
-        return percent(gains(results, *pair, name), sign="+")
-
-    return {
-        heading: lambda method, name=name: cell(method, name) for heading, name in names.items()
-    }
-
-
 _COMPARED = {
     "sampled": "sampled/right",
     "greedy": "greedy/right",
@@ -242,26 +242,38 @@ _COMPARED = {
 }
 
 
-def differences_table(results: Results) -> str:
-    others = [method for method in MAIN if method != REFERENCE]
-    return table(results, others, _less(results, _COMPARED, reverse=False))
+def _gain_cells(
+    results: Results, pair: Callable[[str], tuple[str, str]]
+) -> dict[str, Callable[[str], str]]:
+    """Return the cell function of each heading: the first of pair(method) minus the second."""
+    return {
+        heading: lambda method, name=name: percent(gains(results, *pair(method), name), sign="+")
+        for heading, name in _COMPARED.items()
+    }
 
 
-def problems_table(results: Results) -> str:
-    """Return the differences paired by problem. Their intervals cover problems, not trainings."""
+def differences_table(results: Results, reference: str) -> str:
+    """Return the reference minus each other method, paired by seed."""
+    others = [method for method in MAIN if method != reference]
+    return table(results, others, _gain_cells(results, lambda method: (reference, method)))
+
+
+def problems_table(results: Results, reference: str) -> str:
+    """Return `differences_table` paired by problem. Its intervals cover problems, not trainings."""
 
     def cell(method: str, decoding: str) -> str:
-        return percent(problem_gains(results, REFERENCE, method, decoding), sign="+")
+        return percent(problem_gains(results, reference, method, decoding), sign="+")
 
     columns: dict[str, Callable[[str], str]] = {
         decoding: lambda method, decoding=decoding: cell(method, decoding) for decoding in DECODINGS
     }
-    seeds = {"seeds": lambda method: str(len(gains(results, REFERENCE, method, "greedy/right")))}
-    return table(results, [m for m in MAIN if m != REFERENCE], seeds | columns)
+    seeds = {"seeds": lambda method: str(len(gains(results, reference, method, "greedy/right")))}
+    return table(results, [m for m in MAIN if m != reference], seeds | columns)
 
 
 def ablations_table(results: Results) -> str:
-    return table(results, ABLATIONS, _less(results, _COMPARED, reverse=True))
+    """Return each ablation minus the method that it changes, paired by seed."""
+    return table(results, ABLATIONS, _gain_cells(results, lambda method: (method, REFERENCE)))
 
 
 def signals_table(results: Results) -> str:
@@ -309,9 +321,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid_table,
     "main": main_table,
     "lengths": lengths_table,
+    "ablations": ablations_table,
+}
+COMPARISONS: dict[str, Callable[[Results, str], str]] = {
     "differences": differences_table,
     "problems": problems_table,
-    "ablations": ablations_table,
 }
 
 
