@@ -59,8 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     else:
         results = json.loads(args.results.read_text())
-        comparison = COMPARISONS.get(args.what)
-        print(comparison(results, args.reference) if comparison else TABLES[args.what](results))
+        if comparison := COMPARISONS.get(args.what):
+            if args.reference not in results["runs"]:
+                found = ", ".join(results["runs"])
+                raise ValueError(
+                    f"{args.results}: found no run of {args.reference}, only of {found}; choose "
+                    "--reference among them, or run study.py and tables.py collect"
+                )
+            print(comparison(results, args.reference))
+        else:
+            print(TABLES[args.what](results))
 
 
 def collect(runs: Path) -> dict[str, Any]:

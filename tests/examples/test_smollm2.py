@@ -92,8 +92,12 @@ assert tables.problem_gains(results, "aropd_0.8", "sft", "sampled") == [0.5, -0.
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
-def test_scripts_with_a_missing_file_print_one_line(tmp_path):
+def test_scripts_with_a_missing_file_or_run_print_one_line(tmp_path):
+    (tmp_path / "few.json").write_text('{"runs": {"sft": {}}}')
+    few = ["tables.py", "problems", "--results", "few.json"]
     for words, message in (
+        (few, "few.json: found no run of aropd_0.8, only of sft"),
+        ([*few, "--reference", "base"], "few.json: found no run of base, only of sft"),
         (["tables.py", "collect", "--runs", "none"], "none: no such folder"),
         (["tables.py", "main", "--results", "none.json"], "none.json: no such file"),
         (["fetch.py", "out", "--wheel", "none.whl"], "none.whl: no such file"),
